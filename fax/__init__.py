@@ -1,0 +1,28 @@
+"""fax: federated computation as JAX primitives.
+
+A federated algorithm is a JAX function over placements, named groups of participants::
+
+    @fax.program(clients=64)
+    def round(params, batches, num_examples):
+        updates = fax.map(local_update, fax.broadcast(params), batches)
+        return fax.mean(updates, weights=num_examples)
+
+All movement between the server and the participants goes through a few operators. Each is a
+JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
+"""
+
+from fax._operators import broadcast as broadcast
+from fax._operators import collect as collect
+from fax._operators import distribute as distribute
+from fax._operators import index as index
+from fax._operators import keys as keys
+from fax._operators import map as map
+from fax._placement import PlacementError as PlacementError
+from fax._placement import placements as placements
+from fax._program import program as program
+from fax._reductions import max as max
+from fax._reductions import mean as mean
+from fax._reductions import min as min
+from fax._reductions import sum as sum
+
+__version__ = "0.1.0"

@@ -1,0 +1,128 @@
+"""What a placed value must look like, and what to say if it does not."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
+
+from fax._placement import Placement, PlacementError
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or a Python scalar, which counts as one."""
+    try:
+        return isinstance(jax.typeof(leaf), ShapedArray)
+    except TypeError:
+        return False
+
+
+def describe(value: Any) -> str:
+    """A value as it is shown in an error message."""
+    if is_array(value):
+        aval = jax.typeof(value)
+        return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+    return f"{type(value).__name__} {value!r}" if value is not None else "None"
+
+
+def row(caller: str, name: str, leaf: Any, here: Placement) -> jax.Array:
+    """Checks that an array has a row for each participant."""
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim and leaf.shape[0] == here.size:
+        return leaf
+    found = (
+        f"has {leaf.shape[0]} rows, in an array of shape {leaf.shape}"
+        if leaf.ndim
+        else "is a scalar"
+    )
+    raise PlacementError(
+        f"{caller}: {name} {found}, but a value placed at {here.name} has one row for each of its "
+        f"{here.size} participants, that is, a leading axis of size {here.size}. To give all of "
+        "them the same value, use fax.broadcast."
+    )
+
+
+def rows(
+    caller: str, x: Any, here: Placement, *, numeric: bool = False, real: bool = False
+) -> tuple[list[jax.Array], PyTreeDef]:
+    """Checks that a pytree is placed, and flattens it."""
+    flat, treedef = tree_flatten_with_path(x)
+    leaves = []
+    for path, leaf in flat:
+        name = f"x{keystr(path)}"
+        if not is_array(leaf):
+            raise PlacementError(
+                f"{caller}: {name} is {describe(leaf)}, expected an array with {here.size} rows. "
+                "Leaves that are not arrays can only be broadcast and mapped."
+            )
+        leaf = row(caller, name, leaf, here)
+        kind = jnp.number if numeric else jnp.generic
+        ok = not numeric or jnp.issubdtype(leaf.dtype, kind) or leaf.dtype == bool
+        if not ok or (real and jnp.issubdtype(leaf.dtype, jnp.complexfloating)):
+            wanted = "real numbers" if real else "numbers"
+            raise PlacementError(
+                f"{caller}: {name} is an array of {leaf.dtype}, expected {wanted}. "
+                "To look at every row use fax.collect."
+            )
+        leaves.append(leaf)
+    return leaves, treedef
+
+
+def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bool) -> jax.Array:
+    """Checks ``where`` or ``weights``: one number for each participant."""
+    wanted = "bool" if bool_only else "real"
+    if is_array(value):
+        array = jnp.asarray(value)
+        real = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
+        real = real and not jnp.issubdtype(array.dtype, jnp.complexfloating)
+        if array.shape == (here.size,) and (array.dtype == bool if bool_only else real):
+            return array
+    mend = ", for example x > 0" if bool_only else ", for example each participant's example count"
+    raise PlacementError(
+        f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
+        f"[{here.size}], a number for each participant of {here.name}, which serves every leaf"
+        f"{mend}."
+    )
+
+
+def initial(caller: str, value: Any, dtype: Any) -> None:
+    """Checks the scalar that a maximum or minimum starts from."""
+    if is_array(value) and jnp.ndim(value) == 0 and jnp.result_type(value, dtype) == dtype:
+        return
+    raise PlacementError(
+        f"{caller}: initial is {describe(value)}, expected a scalar that fits an array of {dtype}."
+    )
+
+
+def batch_size(value: Any, here: Placement) -> int | None:
+    """Checks how many participants to work on at once."""
+    if value is None:
+        return None
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PlacementError(
+            f"fax.map: batch_size is {value!r}, expected a positive int, the number of "
+            "participants that a device works on at once, or None to leave it to fax."
+        )
+    return min(count, here.size)
+
+
+def key(caller: str, value: Any) -> jax.Array:
+    """Checks that a value is one random key."""
+    if is_array(value):
+        array = jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
+            return array
+        if array.dtype == jnp.uint32 and array.ndim == 1:
+            return array
+    raise PlacementError(
+        f"{caller}: key is {describe(value)}, expected one random key at the server, as made by "
+        "jax.random.key. It is folded with each participant's number."
+    )

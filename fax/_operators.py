@@ -1,0 +1,238 @@
+"""The operators: broadcast, distribute, collect, map, and who a participant is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
+
+from fax import _checks
+from fax._checks import is_array
+from fax._placement import PlacementError, resolve, scope, without
+from fax.primitives import _jaxpr
+from fax.primitives._broadcast import broadcast_p
+from fax.primitives._collect import collect_p, distribute_p
+from fax.primitives._round import Out, Round, rowwise, seen_avals
+
+PyTree = Any
+
+
+def broadcast(x: PyTree, *, placement: str | None = None) -> PyTree:
+    """Sends a server value to every participant.
+
+    Args:
+      x: a server pytree. Python scalars count as arrays; other leaves that are not arrays
+        are returned as they are.
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The placed pytree with y[i] = x: a leaf of shape [...] becomes one of shape [n, ...] and
+      of the same dtype. A map that takes it sees x itself; the n copies are never made.
+
+    Raises:
+      PlacementError: outside a program, or if no or several placements could be meant.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def send(x):
+      ...     return fax.broadcast(x)
+      >>> send(jnp.arange(2))
+      Array([[0, 1],
+             [0, 1],
+             [0, 1]], dtype=int32)
+    """
+    here = resolve(placement, "fax.broadcast")
+    params = dict(placement=here.name, size=here.size)
+
+    def send(leaf):
+        return broadcast_p.bind(jnp.asarray(leaf), **params) if is_array(leaf) else leaf
+
+    return tree_map(send, x)
+
+
+def distribute(x: PyTree, *, placement: str | None = None) -> PyTree:
+    """Sends row i of a server value to participant i.
+
+    Args:
+      x: a server pytree of arrays of shape [n, ...].
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The placed pytree of the same shapes and dtypes. The transpose is `fax.collect`.
+
+    Raises:
+      PlacementError: if a leading axis is not n, or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def deal(budget):
+      ...     return fax.sum(fax.distribute(budget))
+      >>> deal(jnp.arange(3.0))
+      Array(3., dtype=float32)
+    """
+    here = resolve(placement, "fax.distribute")
+    leaves, treedef = _checks.rows("fax.distribute", x, here)
+    params = dict(placement=here.name, size=here.size)
+    return tree_unflatten(treedef, [distribute_p.bind(leaf, **params) for leaf in leaves])
+
+
+def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
+    """Sends every participant's row to the server, which costs n times what a sum does.
+
+    For what needs every row: robust aggregation, ensembles, a look at single participants.
+
+    Args:
+      x: a placed pytree of arrays of shape [n, ...].
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The server pytree of the same shapes and dtypes. The transpose is `fax.distribute`.
+
+    Raises:
+      PlacementError: if a leading axis is not n, or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def median(x):
+      ...     return jnp.median(fax.collect(x))
+      >>> median(jnp.array([1.0, 2.0, 900.0]))
+      Array(2., dtype=float32)
+    """
+    here = resolve(placement, "fax.collect")
+    leaves, treedef = _checks.rows("fax.collect", x, here)
+    params = dict(placement=here.name, size=here.size)
+    return tree_unflatten(treedef, [collect_p.bind(leaf, **params) for leaf in leaves])
+
+
+def map(
+    fn: Callable, *args: PyTree, batch_size: int | None = None, placement: str | None = None
+) -> PyTree:
+    """Runs a function at every participant, on its own rows.
+
+    Args:
+      fn: takes each of ``args`` without its leading axis and returns a pytree of arrays. It
+        may close over arrays, which are server values whatever their shape. It may contain
+        loops, `jax.grad`, `jax.checkpoint`, randomness, and maps over other placements.
+      *args: placed pytrees of arrays of shape [n, ...]. Leaves that are not arrays reach
+        ``fn`` as they are.
+      batch_size: how many participants a device works on at once; it does not change what is
+        computed. Batches are vectorised with `jax.vmap` and follow one another in a loop.
+        With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it is a real branch. Default:
+        1 on CPU, 16 elsewhere.
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The placed pytree with y[i] = fn(*args[i]), of leaves of shape [n, ...].
+
+    Raises:
+      PlacementError: if a leading axis is not n, if ``fn`` returns something other than
+        arrays, if ``batch_size`` is not a positive int, or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def train(params, data):
+      ...     return fax.map(lambda p, d: p + d.sum(), fax.broadcast(params), data)
+      >>> train(10.0, jnp.ones((3, 4)))
+      Array([14., 14., 14.], dtype=float32)
+    """
+    here = resolve(placement, "fax.map")
+    leaves, treedef = tree_flatten_with_path(args)
+    rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
+    batch_size = _checks.batch_size(batch_size, here)
+    out_tree: Any = None
+
+    def of_rows(*rows):
+        nonlocal out_tree
+        own = iter(rows)
+        seen = [next(own) if is_array(leaf) else leaf for _, leaf in leaves]
+        with scope(without(here)):
+            out, out_tree = tree_flatten_with_path(fn(*tree_unflatten(treedef, seen)))
+        for path, leaf in out:
+            if not is_array(leaf):
+                raise PlacementError(
+                    f"fax.map: the mapped function returned {_checks.describe(leaf)} at "
+                    f"result{keystr(path)}, expected arrays. Return only what each participant "
+                    "computes; what is the same for all can stay outside of fax.map."
+                )
+        return [jnp.asarray(leaf) for _, leaf in out]
+
+    inputs = ("placed",) * len(rows)
+    jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
+    for const in consts:
+        if not isinstance(jax.typeof(const), ShapedArray):
+            raise PlacementError(
+                f"fax.map: the mapped function closes over {_checks.describe(const)}. Participants "
+                "share no memory: return what they compute instead of writing it to a ref."
+            )
+    inputs = ("server",) * len(consts) + inputs
+    outputs = (Out("placed"),) * len(jaxpr.out_avals)
+    this = Round(here.name, here.size, batch_size, inputs, outputs, jaxpr)
+    return tree_unflatten(out_tree, this.bind(*consts, *rows))
+
+
+def index(*, placement: str | None = None) -> jax.Array:
+    """Every participant's own number.
+
+    Args:
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The placed int32 array [0, 1, ..., n - 1]. Nothing is sent for it.
+
+    Raises:
+      PlacementError: outside a program, or if no or several placements could be meant.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def numbers():
+      ...     return fax.index()
+      >>> numbers()
+      Array([0, 1, 2], dtype=int32)
+    """
+    return lax.iota(np.int32, resolve(placement, "fax.index").size)
+
+
+def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
+    """A random key for every participant, from one at the server.
+
+    Participant i gets ``jax.random.fold_in(key, i)``. In nested maps the number of the outer
+    participant is not mixed in: pass it the key that it got.
+
+    Args:
+      key: a server key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`).
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The placed keys: an array of keys of shape [n], or raw ones of shape [n, ...].
+
+    Raises:
+      PlacementError: if ``key`` is not one key, or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def noise(key):
+      ...     return fax.map(jax.random.uniform, fax.keys(key))
+      >>> noise(jax.random.key(0)).shape
+      (3,)
+    """
+    here = resolve(placement, "fax.keys")
+    key = _checks.key("fax.keys", key)
+
+    def own(key, number):
+        return [jax.random.fold_in(key, number)]
+
+    operands = (key, index(placement=here.name))
+    modes = ("server", "placed")
+    return rowwise(own, operands, modes, [Out("placed")], here.name, here.size)[0]

@@ -1,0 +1,127 @@
+"""Placements: named groups of participants, and which of them are in scope."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping
+
+import jax
+
+
+class PlacementError(ValueError):
+    """A value or an operator does not fit the placements in scope."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A group of ``size`` participants called ``name``."""
+
+    name: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.size}"
+
+
+Scope = tuple[Placement, ...]
+
+_scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("fax_scope", default=None)
+
+# JAX remembers traces of jitted functions. One that calls an operator must not be
+# reused under placements of other sizes, so the scope is part of JAX's cache key.
+_jit_cache_key = jax.make_user_context(None)
+
+
+def declare(sizes: Mapping[str, int]) -> Scope:
+    """Checks the keyword arguments of `fax.program`."""
+    if not sizes:
+        raise PlacementError(
+            "fax.program needs at least one placement, a name and a number of "
+            "participants, as in @fax.program(clients=64)."
+        )
+    return tuple(Placement(name, _positive(name, size)) for name, size in sizes.items())
+
+
+def _positive(name: str, size: int) -> int:
+    try:
+        if isinstance(size, bool):
+            raise TypeError
+        count = operator.index(size)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PlacementError(
+            f"The size of placement {name!r} must be a positive int known before tracing, "
+            f"got {size!r}. Pass a Python int, as in @fax.program({name}=64)."
+        )
+    return count
+
+
+@contextlib.contextmanager
+def scope(placements: Scope) -> Iterator[None]:
+    """Makes ``placements``, and no others, visible to operators."""
+    token = _scope.set(placements)
+    try:
+        with _jit_cache_key(placements):
+            yield
+    finally:
+        _scope.reset(token)
+
+
+def placements() -> dict[str, int]:
+    """The placements in scope, name to size.
+
+    Inside a program these are its placements, inside a `fax.map` those that are left
+    when the mapped one is taken away, and outside any program there are none.
+
+    Example:
+
+      >>> import fax
+      >>> @fax.program(regions=2, clients=3)
+      ... def show():
+      ...     return str(fax.placements())
+      >>> show()
+      "{'regions': 2, 'clients': 3}"
+      >>> fax.placements()
+      {}
+    """
+    return {p.name: p.size for p in _scope.get() or ()}
+
+
+def resolve(name: str | None, caller: str) -> Placement:
+    """The placement an operator works on: the one named, or the only one in scope."""
+    visible = _scope.get()
+    if visible is None:
+        raise PlacementError(
+            f"{caller} was called outside a program. Call it in a function decorated "
+            "with fax.program, as in @fax.program(clients=64)."
+        )
+    known = ", ".join(map(str, visible))
+    if name is None:
+        if not visible:
+            raise PlacementError(
+                f"{caller} was called where no placement is in scope: inside a fax.map its "
+                "own placement is gone. Move the call out of the mapped function, or give "
+                "the program one more placement for it."
+            )
+        if len(visible) > 1:
+            raise PlacementError(
+                f"{caller} needs placement=, because several placements are in scope: {known}."
+            )
+        return visible[0]
+    for placement in visible:
+        if placement.name == name:
+            return placement
+    raise PlacementError(
+        f"{caller} got placement={name!r}, which is not in scope. "
+        f"In scope here: {known or 'none'}. A placement is in scope in the program that "
+        "declares it, except inside a fax.map over it."
+    )
+
+
+def without(placement: Placement) -> Scope:
+    """The scope inside a map over ``placement``."""
+    return tuple(p for p in _scope.get() or () if p != placement)

@@ -1,0 +1,135 @@
+"""`fax.program`: a function over placements becomes an ordinary JAX function."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.core import eval_context
+from jax.extend.core import take_current_trace
+from jax.sharding import NamedSharding
+from jax.tree_util import tree_flatten, tree_unflatten
+
+from fax._checks import is_array
+from fax._placement import PlacementError, Scope, declare, scope
+from fax.primitives import _fusion, _jaxpr
+from fax.primitives._structure import Structure, execute
+
+F = TypeVar("F", bound=Callable)
+
+
+def program(*function: Any, **placements: int) -> Callable[[F], F]:
+    """Declares placements for a function that is written with fax's operators.
+
+    A placement is a named group of participants. A value placed there is a pytree of arrays
+    whose leading axis has one row for each of them; every other value is the server's.
+
+    The result is an ordinary JAX function, to be jitted, differentiated, vectorised, exported
+    and called in other functions. When called it traces the body, fuses what it finds into
+    rounds of communication, and evaluates those where it was called. Called with arrays and
+    outside of any transformation, it is compiled as a whole, once for arguments alike.
+
+    Args:
+      **placements: the number of participants, a positive int, by the name of the placement.
+        Several placements can be nested by maps inside maps.
+
+    Returns:
+      A decorator. Arguments and results of the decorated function can be pytrees. Leaves that
+      are not arrays (functions, strings, Python scalars, None) go in and come out as they are,
+      so that ``range(steps)`` works on an argument.
+
+    Raises:
+      PlacementError: if there is no placement, or a size is not a positive int. The operators
+        raise it, too, when the program is called; see each.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def step(model, data):
+      ...     gradients = fax.map(jax.grad(lambda m, d: (m - d) ** 2), fax.broadcast(model), data)
+      ...     return model - 0.5 * fax.mean(gradients)
+      >>> step(jnp.array(0.0), jnp.array([1.0, 2.0, 3.0]))
+      Array(2., dtype=float32)
+      >>> jax.grad(step)(0.0, jnp.array([1.0, 2.0, 3.0]))
+      Array(0., dtype=float32, weak_type=True)
+    """
+    if function:
+        raise PlacementError(
+            "fax.program takes placements by name and returns a decorator: write "
+            "@fax.program(clients=64), with brackets and a number of participants."
+        )
+    declared = declare(placements)
+
+    def decorate(fn: F) -> F:
+        @functools.wraps(fn)
+        def wrapped(*args, **kwargs):
+            return _call(fn, declared, args, kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
+
+
+def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
+    leaves, treedef = tree_flatten((args, kwargs))
+    operands = [leaf for leaf in leaves if _is_traced(leaf)]
+    _warn_of_missing_mesh(declared, operands)
+    results: list[Any] = []
+    out_tree: Any = None
+
+    def body(*tracers):
+        nonlocal results, out_tree
+        own = iter(tracers)
+        seen = [next(own) if _is_traced(leaf) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(treedef, seen)
+        with scope(declared):
+            results, out_tree = tree_flatten(fn(*args, **kwargs))
+        return [leaf for leaf in results if _is_traced(leaf)]
+
+    jaxpr, captured = _jaxpr.trace(body, [jax.typeof(x) for x in operands], about=fn)
+    jaxpr, constants = _fusion.fuse(jaxpr)
+    operands = [*constants, *captured, *operands]
+    if _evaluates_now():
+        outs = iter(execute(Structure(jaxpr), *operands))
+    else:
+        outs = iter(_jaxpr.evaluate(jaxpr, *operands))
+    return tree_unflatten(out_tree, [next(outs) if _is_traced(x) else x for x in results])
+
+
+def _is_traced(leaf: Any) -> bool:
+    return is_array(leaf) and not isinstance(leaf, bool | int | float | complex)
+
+
+def _evaluates_now() -> bool:
+    """Whether no transformation is under way, so that operations are carried out at once."""
+    with take_current_trace() as current:
+        pass
+    with eval_context(), take_current_trace() as evaluation:
+        pass
+    return current is evaluation
+
+
+def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
+    """Data spread over an axis that the program does not know of would be gathered."""
+    in_scope = jax.sharding.get_abstract_mesh().axis_names
+    names = {p.name for p in declared}.difference(in_scope)
+    for x in operands:
+        sharding = getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            continue
+        axes = [axis for entry in sharding.spec for axis in _as_tuple(entry)]
+        for name in names.intersection(axes):
+            warnings.warn(
+                f"An argument of a program over {name} is sharded over a mesh axis {name!r}, but "
+                "no mesh with that axis is in scope, so the program will run on one device. Call "
+                "it under jax.set_mesh(mesh).",
+                stacklevel=4,
+            )
+            return
+
+
+def _as_tuple(entry: Any) -> tuple:
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -1,0 +1,244 @@
+"""The reductions: sum, mean, max and min of placed pytrees, masked and weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.tree_util import tree_unflatten
+
+from fax import _checks
+from fax._placement import Placement, resolve
+from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
+from fax.primitives._round import Out, rowwise
+from fax.sharding._schedule import accumulator_dtype
+
+PyTree = Any
+
+
+def sum(x: PyTree, where: jax.Array | None = None, *, placement: str | None = None) -> PyTree:
+    """Adds up the rows of a placed value at the server.
+
+    Args:
+      x: a placed pytree of numeric arrays of shape [n, ...].
+      where: a placed bool array of shape [n]. Participants for which it is false are left out,
+        whatever they hold: neither values nor gradients can be reached by their NaN or inf.
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The server pytree sum_i x[i], with leaves of shape [...]. Integers and bools are promoted
+      as `jnp.sum` does; floats shorter than float32 are added in float32 and cast last.
+
+    Raises:
+      PlacementError: if a leading axis is not n, a leaf is not numeric, ``where`` is not bool
+        of shape [n], or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def total(x, online):
+      ...     return fax.sum(x, where=online)
+      >>> total(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
+      Array(4., dtype=float32)
+    """
+    here = resolve(placement, "fax.sum")
+    leaves, treedef = _checks.rows("fax.sum", x, here, numeric=True)
+    dtypes = [_sum_dtype(leaf.dtype) for leaf in leaves]
+    if where is None and dtypes == [leaf.dtype for leaf in leaves]:
+        return tree_unflatten(treedef, _bind(sum_p, leaves, here))
+
+    def cast(*rows):
+        return [row.astype(dtype) for row, dtype in zip(rows, dtypes, strict=True)]
+
+    return tree_unflatten(treedef, _reduce("sum", cast, len(leaves), leaves, where, here))
+
+
+def mean(
+    x: PyTree,
+    weights: jax.Array | None = None,
+    where: jax.Array | None = None,
+    *,
+    placement: str | None = None,
+) -> PyTree:
+    """Averages the rows of a placed value at the server.
+
+        sum_i w_i x_i / sum_i w_i,  over the i where ``where`` is true
+
+    Args:
+      x: a placed pytree of numeric arrays of shape [n, ...].
+      weights: a placed array of real numbers, of shape [n]; it serves every leaf. They may be
+        negative or zero. A weight of zero does not mask: zero times NaN is NaN.
+      where: a placed bool array of shape [n]. Participants for which it is false are left out,
+        whatever they hold: neither values nor gradients can be reached by their NaN or inf.
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The server pytree of leaves of shape [...]. Floats keep their dtype (those shorter than
+      float32 are added and divided in float32), integers and bools become floats. If the
+      weights add up to zero the mean is zero, and so are its gradients.
+
+    Raises:
+      PlacementError: if a leading axis is not n, a leaf is not numeric, ``weights`` is not real
+        or ``where`` not bool of shape [n], or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def average(x, num_examples):
+      ...     return fax.mean(x, weights=num_examples)
+      >>> average(jnp.array([1.0, 2.0, 6.0]), jnp.array([1, 1, 2]))
+      Array(3.75, dtype=float32)
+    """
+    here = resolve(placement, "fax.mean")
+    leaves, treedef = _checks.rows("fax.mean", x, here, numeric=True)
+    dtypes = [jnp.result_type(leaf.dtype, float) for leaf in leaves]
+    if weights is None and where is None and dtypes == [leaf.dtype for leaf in leaves]:
+        return tree_unflatten(treedef, _bind(mean_p, leaves, here))
+
+    wide = [accumulator_dtype(dtype) for dtype in dtypes]
+    real = [jnp.finfo(dtype).dtype for dtype in wide]
+    widest = jnp.result_type(np.float32, *real)
+    weighted = weights is not None
+    if weighted:
+        leaves = [*leaves, _checks.vector("fax.mean", "weights", weights, here, bool_only=False)]
+
+    def products(*rows):
+        weight = rows[-1] if weighted else np.ones((), bool)
+        values = [row.astype(dtype) for row, dtype in zip(rows, wide)]
+        if weighted:
+            values = [x * weight.astype(dtype) for x, dtype in zip(values, real, strict=True)]
+        return [*values, weight.astype(widest)]
+
+    *totals, total = _reduce("sum", products, len(dtypes) + 1, leaves, where, here)
+    some = total != 0
+    total = lax.select(some, total, jnp.ones_like(total))
+    means = [
+        lax.select(some, x / total.astype(of), jnp.zeros_like(x)).astype(dtype)
+        for x, of, dtype in zip(totals, real, dtypes, strict=True)
+    ]
+    return tree_unflatten(treedef, means)
+
+
+def max(
+    x: PyTree,
+    where: jax.Array | None = None,
+    initial: jax.Array | float | None = None,
+    *,
+    placement: str | None = None,
+) -> PyTree:
+    """The largest of the rows of a placed value, element by element.
+
+    Args:
+      x: a placed pytree of real arrays of shape [n, ...].
+      where: a placed bool array of shape [n]. Participants for which it is false are left out,
+        whatever they hold.
+      initial: a scalar that takes part in the comparison, as in `jnp.max`, and so is the result
+        where no participant is left. Without it, that is the least value of the dtype.
+      placement: which placement, where several are in scope.
+
+    Returns:
+      The server pytree max_i x[i], with leaves of shape [...] and the dtypes of ``x``. Its
+      gradient goes to the participants that attain it, in equal parts if there are several;
+      where none is left it is zero.
+
+    Raises:
+      PlacementError: if a leading axis is not n, a leaf is not real, ``where`` is not bool of
+        shape [n], ``initial`` does not fit a leaf's dtype, or outside a program.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def hottest(x):
+      ...     return fax.max(x)
+      >>> hottest(jnp.array([21.5, 30.0, 19.0]))
+      Array(30., dtype=float32)
+    """
+    return _extremum("max", max_p, jnp.maximum, x, where, initial, placement)
+
+
+def min(
+    x: PyTree,
+    where: jax.Array | None = None,
+    initial: jax.Array | float | None = None,
+    *,
+    placement: str | None = None,
+) -> PyTree:
+    """The smallest of the rows of a placed value, element by element.
+
+    As `fax.max`, with the greatest value of the dtype where no participant is left.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def coldest(x, outdoors):
+      ...     return fax.min(x, where=outdoors)
+      >>> coldest(jnp.array([21.5, 30.0, 19.0]), jnp.array([True, True, False]))
+      Array(21.5, dtype=float32)
+    """
+    return _extremum("min", min_p, jnp.minimum, x, where, initial, placement)
+
+
+def _extremum(
+    mode: str,
+    primitive: Primitive,
+    compare: Callable,
+    x: PyTree,
+    where: jax.Array | None,
+    initial: jax.Array | float | None,
+    placement: str | None,
+) -> PyTree:
+    caller = f"fax.{mode}"
+    here = resolve(placement, caller)
+    leaves, treedef = _checks.rows(caller, x, here, numeric=True, real=True)
+    if where is None:
+        results = _bind(primitive, leaves, here)
+    else:
+        results = _reduce(mode, lambda *rows: list(rows), len(leaves), leaves, where, here)
+    if initial is not None:
+        for leaf in leaves:
+            _checks.initial(caller, initial, leaf.dtype)
+        results = [compare(y, initial) for y in results]
+    return tree_unflatten(treedef, results)
+
+
+def _bind(primitive: Primitive, leaves: Sequence[jax.Array], here: Placement) -> list[jax.Array]:
+    return [primitive.bind(leaf, placement=here.name, size=here.size) for leaf in leaves]
+
+
+def _reduce(
+    mode: str,
+    fn: Callable[..., list[jax.Array]],
+    count: int,
+    rows: Sequence[jax.Array],
+    where: jax.Array | None,
+    here: Placement,
+) -> list[jax.Array]:
+    """Reduces the ``count`` arrays that ``fn`` makes of each participant's rows, by one map."""
+    masks = (
+        []
+        if where is None
+        else [_checks.vector(f"fax.{mode}", "where", where, here, bool_only=True)]
+    )
+
+    def masked(*seen):
+        return [*fn(*seen[: len(rows)]), *seen[len(rows) :]]
+
+    out = Out(mode, 0 if masks else None)
+    operands = [*rows, *masks]
+    return rowwise(
+        masked, operands, ["placed"] * len(operands), [out] * count, here.name, here.size
+    )
+
+
+def _sum_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype of `jnp.sum`, which does not add in fewer bits than the default integer's."""
+    if jnp.issubdtype(dtype, jnp.unsignedinteger):
+        return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(np.uint64))
+    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(np.int64))
+    return dtype

@@ -1,0 +1,42 @@
+"""The primitive `broadcast`: a server value as seen by every participant.
+
+    y_i = x,        x' = sum_i y_i'
+
+It is linear, and `sum` is its transpose (registered beside it in `_reduce`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from fax.sharding._mesh import placed_aval
+
+broadcast_p = Primitive("broadcast")
+
+
+def _compute(x, *, placement, size):
+    del placement
+    return lax.broadcast(x, (size,))
+
+
+_impl = functools.partial(jax.jit, static_argnames=("placement", "size"))(_compute)
+
+
+def _abstract_eval(x, *, placement, size):
+    return placed_aval(x, placement, size)
+
+
+def _batch(operands, dims, **params):
+    (x,), (dim,) = operands, dims
+    return broadcast_p.bind(x, **params), dim + 1
+
+
+broadcast_p.def_impl(_impl)
+broadcast_p.def_abstract_eval(_abstract_eval)
+mlir.register_lowering(broadcast_p, mlir.lower_fun(_compute, multiple_results=False))
+batching.primitive_batchers[broadcast_p] = _batch

@@ -1,0 +1,116 @@
+"""One map that does the work of two, the second fed by the first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+from jax.extend.core.primitives import remat_p
+
+from fax.primitives import _jaxpr
+from fax.primitives._jaxpr import Atom
+from fax.primitives._round import Contribution, Round, select
+from fax.sharding._schedule import ALL_AT_ONCE
+
+
+def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
+    """Composes two maps, the results of both kept, or returns None if they do not fit.
+
+    They have to be over the same placement, with the same batch size, and the second one
+    must take the first one's results as rows, not all of them at once as a server value.
+    """
+    a, b = Round.of(first.params), Round.of(second.params)
+    batch_sizes = {a.batch_size, b.batch_size} - {ALL_AT_ONCE}
+    if (a.placement, a.size) != (b.placement, b.size) or len(batch_sizes) > 1:
+        return None
+
+    invars, operands, modes = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)
+    eqns, parts = list(a.jaxpr.jaxpr.eqns), a.contributions()
+    made = dict(zip(first.outvars, parts, strict=True))
+    seen = dict(zip(zip(map(id, operands), modes, strict=True), invars, strict=True))
+    args: list[Atom] = []
+    for atom, mode, aval in zip(second.invars, b.inputs, b.jaxpr.in_avals, strict=True):
+        part = made.get(atom) if isinstance(atom, Var) else None
+        if part is not None:
+            if mode != "placed" or part.mode != "placed":
+                return None
+            extra, value = _rows_of(part)
+            eqns += extra
+            args.append(value)
+            continue
+        if (id(atom), mode) not in seen:
+            seen[id(atom), mode] = Var(aval)
+            invars.append(seen[id(atom), mode])
+            operands.append(atom)
+            modes.append(mode)
+        args.append(seen[id(atom), mode])
+
+    host = _host(eqns, args, invars) if b.batch_size == ALL_AT_ONCE else None
+    if host is None:
+        extra, results, _ = _jaxpr.splice(b.jaxpr, args)
+        eqns += extra
+    else:
+        eqns[host], results = _inside(eqns[host], b.jaxpr, args)
+
+    batch_size = batch_sizes.pop() if batch_sizes else ALL_AT_ONCE
+    parts += b.contributions(results)
+    both = a.replace(batch_size=batch_size).assemble(modes, invars, parts, eqns)
+    return second.replace(
+        invars=operands,
+        outvars=[*first.outvars, *second.outvars],
+        params=both.params,
+        effects=both.jaxpr.effects,
+    )
+
+
+def _rows_of(part: Contribution) -> tuple[list[JaxprEqn], Atom]:
+    """A participant's row of a placed output, with the equations that make it."""
+    if part.mask is None:
+        return [], part.value
+    masked = _masked(part.mask.aval, part.value.aval)
+    eqns, (value,), _ = _jaxpr.splice(masked, [part.mask, part.value])
+    return eqns, value
+
+
+def _host(eqns: Sequence[JaxprEqn], args: Sequence[Atom], invars: Sequence[Var]) -> int | None:
+    """The one `jax.checkpoint` that makes all the args which are not inputs, if there is one.
+
+    The product of a weighted mean belongs inside: outside, the gradient with respect to the
+    weights would have to store every participant's update.
+    """
+    made = set(_jaxpr.variables(args)).difference(invars)
+    for i, eqn in enumerate(eqns):
+        if eqn.primitive is remat_p and made and made.issubset(eqn.outvars):
+            return i
+    return None
+
+
+def _inside(host: JaxprEqn, tail: ClosedJaxpr, args: Sequence[Atom]) -> tuple[JaxprEqn, list[Atom]]:
+    """Extends a checkpoint by a jaxpr that works on its results. Returns that jaxpr's results."""
+    inner = host.params["jaxpr"]
+    pairs = [
+        *zip(host.invars, inner.invars, strict=True),
+        *zip(host.outvars, inner.outvars, strict=True),
+    ]
+    env: dict[Var, Atom] = {there: here for there, here in pairs if isinstance(there, Var)}
+    new = [var for var in dict.fromkeys(_jaxpr.variables(args)) if var not in env]
+    env.update((var, Var(var.aval)) for var in new)
+    operands = [env[atom] if isinstance(atom, Var) else atom for atom in args]
+    eqns, outs, _ = _jaxpr.splice(tail, operands)
+    invars = [*inner.invars, *(env[var] for var in new)]
+    outvars, eqns = [*inner.outvars, *outs], [*inner.eqns, *eqns]
+    extended = _jaxpr.rebuild(ClosedJaxpr(inner, []), invars, outvars, eqns)
+    results: list[Atom] = [Var(out.aval) for out in outs]
+    params = dict(host.params, jaxpr=extended.jaxpr)
+    if isinstance(params["prevent_cse"], tuple):
+        params["prevent_cse"] += (True,) * len(new)
+    return host.replace(
+        invars=[*host.invars, *new], outvars=[*host.outvars, *results], params=params
+    ), results
+
+
+@functools.lru_cache
+def _masked(mask: ShapedArray, value: ShapedArray) -> ClosedJaxpr:
+    return _jaxpr.trace(lambda mask, value: [select(mask, value)], [mask, value])[0]

@@ -1,0 +1,265 @@
+"""The pass that turns a program into rounds; `fax.program` runs it on its jaxpr.
+
+    broadcast -> map          the map takes the server's value itself
+    map -> map                one map, if nothing has to happen in between
+    map -> sum, max, min      the map reduces as it goes
+    map -> mean               the map sums, and the server divides
+
+A value that is both reduced and needed row by row leaves its map in both modes. Casts and
+sums of placed values count as maps. Calls of `jax.jit` that hold operators are inlined, and
+loops, branches, checkpoints and client functions are fused inside. The pass only regroups:
+every equation is still there once, and effects keep their order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core import primitives as jax_primitives
+
+from fax.primitives import _jaxpr
+from fax.primitives._broadcast import broadcast_p
+from fax.primitives._collect import collect_p, distribute_p
+from fax.primitives._compose import compose
+from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
+from fax.primitives._round import Contribution, Round, federated_map_p
+from fax.sharding._mesh import row_aval
+from fax.sharding._schedule import ALL_AT_ONCE, accumulator_dtype
+
+_REDUCTIONS = (sum_p, mean_p, max_p, min_p)
+_OPERATORS = (broadcast_p, collect_p, distribute_p, federated_map_p, *_REDUCTIONS)
+
+# What casts and differentiation leave between operators, and works on each row alone.
+_ROWWISE = (
+    jax_primitives.convert_element_type_p,
+    jax_primitives.add_jaxvals_p,
+    jax_primitives.add_p,
+    jax_primitives.sub_p,
+    jax_primitives.mul_p,
+    jax_primitives.neg_p,
+)
+
+
+def fuse(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
+    """Fuses a program. Returns its jaxpr, and the constants that are the leading inputs."""
+    jaxpr, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: _has_operators(eqn.params["jaxpr"]))
+    return _fuse(jaxpr), consts
+
+
+def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    program = _Program()
+    for eqn in jaxpr.jaxpr.eqns:
+        eqn = eqn.replace(params={name: _fuse_inside(x) for name, x in eqn.params.items()})
+        if eqn.primitive is federated_map_p:
+            program.add_map(eqn)
+        elif eqn.primitive in _REDUCTIONS:
+            program.add_reduction(eqn)
+        elif eqn.primitive in _ROWWISE:
+            program.add_rowwise(eqn)
+        else:
+            program.add(eqn)
+    fused = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars, program.eqns)
+    return _jaxpr.prune(fused, [True] * len(fused.out_avals), keep_inputs=True)[0]
+
+
+def _fuse_inside(param: Any) -> Any:
+    """Fuses the jaxprs in a parameter of an equation."""
+    if type(param) in (tuple, list):
+        return type(param)(map(_fuse_inside, param))
+    if not isinstance(param, ClosedJaxpr | Jaxpr) or not _has_operators(param):
+        return param
+    closed = isinstance(param, ClosedJaxpr)
+    if param.consts if closed else param.constvars:
+        return param
+
+    def wanted(eqn: JaxprEqn) -> bool:
+        return _has_operators(eqn.params["jaxpr"]) and not eqn.params["jaxpr"].consts
+
+    fused = _fuse(_jaxpr.inline_jit(param if closed else ClosedJaxpr(param, []), wanted)[0])
+    return fused if closed else fused.jaxpr
+
+
+def _has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return any(
+        eqn.primitive in _OPERATORS or any(map(_has_operators, jaxprs_in_params(eqn.params)))
+        for eqn in inner.eqns
+    )
+
+
+class _Program:
+    """The equations fused so far, in an order in which they can be evaluated."""
+
+    def __init__(self) -> None:
+        self.eqns: list[JaxprEqn] = []
+        self._maker: dict[Var, JaxprEqn] = {}
+
+    def add(self, eqn: JaxprEqn) -> None:
+        self._put(len(self.eqns), len(self.eqns), [eqn])
+
+    def add_map(self, eqn: JaxprEqn) -> bool:
+        """Adds a map, merged with those that feed it. Returns whether there were any."""
+        eqn = self._take_broadcasts(eqn)
+        self.add(eqn)
+        merged = False
+        for var in _jaxpr.variables(eqn.invars):
+            producer = self._maker.get(var)
+            if producer is None or producer is eqn or producer.primitive is not federated_map_p:
+                continue
+            both = self._merge(producer, eqn)
+            eqn, merged = both or eqn, merged or both is not None
+        return merged
+
+    def add_reduction(self, eqn: JaxprEqn) -> None:
+        """Adds a reduction, as one more output of the map whose rows it reduces."""
+        rows: Any = eqn.invars[0]
+        result: Any = eqn.outvars[0]
+        maker = self._maker.get(rows) if isinstance(rows, Var) else None
+        if maker is None or maker.primitive is not federated_map_p or not _same_group(maker, eqn):
+            return self.add(eqn)
+        mode, mask = maker.params["out"][maker.outvars.index(rows)]
+        additive = eqn.primitive in (sum_p, mean_p)
+        if mode != "placed" or (mask is not None and not additive):
+            return self.add(eqn)
+        if eqn.primitive is not mean_p:
+            return self._replace(maker, _with_output(maker, rows, eqn.primitive.name, result))
+        aval = result.aval
+        total = Var(aval.update(dtype=accumulator_dtype(aval.dtype)))
+        self._replace(maker, _with_output(maker, rows, "sum", total))
+        division = _division(total.aval, eqn.params["size"], aval.dtype)
+        eqns, (quotient,), _ = _jaxpr.splice(division, [total])
+        eqns[-1] = eqns[-1].replace(
+            outvars=[result if v is quotient else v for v in eqns[-1].outvars]
+        )
+        for eqn in eqns:
+            self.add(eqn)
+        return None
+
+    def add_rowwise(self, eqn: JaxprEqn) -> None:
+        """Adds an element-wise operation, which is a map if it works on placed values."""
+        (result,), operands = eqn.outvars, _jaxpr.variables(eqn.invars)
+        result_aval: Any = result.aval
+        makers = [maker for v in operands if (maker := self._maker_of_rows(v)) is not None]
+        alike = all(_shape(v) == _shape(result) for v in operands)
+        grouped = all(_same_group(maker, makers[0]) for maker in makers)
+        if not makers or len(makers) < len(operands) or not alike or not grouped:
+            return self.add(eqn)
+        if all(maker.primitive is broadcast_p for maker in makers):
+            sent = iter(maker.invars[0] for maker in makers)
+            row: Any = Var(row_aval(result_aval))
+            invars = [next(sent) if isinstance(v, Var) else v for v in eqn.invars]
+            self.add(eqn.replace(invars=invars, outvars=[row]))
+            return self.add(makers[0].replace(invars=[row], outvars=[result]))
+        if not self.add_map(_as_map(eqn, makers)):
+            self._replace(self.eqns[-1], eqn)
+        return None
+
+    def _maker_of_rows(self, var: Var) -> JaxprEqn | None:
+        """The broadcast or map whose result a placed value is."""
+        maker = self._maker.get(var)
+        if maker is None or maker.primitive is broadcast_p:
+            return maker
+        if maker.primitive is not federated_map_p:
+            return None
+        return maker if maker.params["out"][maker.outvars.index(var)].mode == "placed" else None
+
+    def _take_broadcasts(self, eqn: JaxprEqn) -> JaxprEqn:
+        """Lets a map see what is broadcast to it as the server's value."""
+        operands, modes = [], []
+        for atom, mode in zip(eqn.invars, eqn.params["in"], strict=True):
+            maker = self._maker.get(atom) if isinstance(atom, Var) else None
+            sent = maker is not None and maker.primitive is broadcast_p and _same_group(maker, eqn)
+            if maker is not None and sent and mode == "placed":
+                (atom,), mode = maker.invars, "server"
+            operands.append(atom)
+            modes.append(mode)
+        params = Round.of(eqn.params).replace(inputs=tuple(modes)).params
+        return eqn.replace(invars=operands, params=params)
+
+    def _merge(self, producer: JaxprEqn, consumer: JaxprEqn) -> JaxprEqn | None:
+        """Merges two maps, unless the second waits for something that follows from the first."""
+        start, end = self._index(producer), self._index(consumer)
+        between = self.eqns[start + 1 : end]
+        reached, follows = set(producer.outvars), []
+        for eqn in between:
+            follows.append(any(v in reached for v in eqn.invars if isinstance(v, Var)))
+            if follows[-1]:
+                reached.update(eqn.outvars)
+        waits = reached.difference(producer.outvars)
+        if any(v in waits for v in consumer.invars if isinstance(v, Var)):
+            return None
+        effectful = [eqn for eqn in (producer, *between, consumer) if eqn.effects]
+        if len(effectful) > 1:
+            return None
+        both = compose(producer, consumer)
+        if both is None:
+            return None
+        before = [eqn for eqn, f in zip(between, follows, strict=True) if not f]
+        after = [eqn for eqn, f in zip(between, follows, strict=True) if f]
+        self._put(start, end + 1, [*before, both, *after])
+        return both
+
+    def _replace(self, old: JaxprEqn, new: JaxprEqn) -> None:
+        at = self._index(old)
+        self._put(at, at + 1, [new])
+
+    def _put(self, start: int, end: int, eqns: list[JaxprEqn]) -> None:
+        self.eqns[start:end] = eqns
+        self._maker.update((var, eqn) for eqn in eqns for var in eqn.outvars)
+
+    def _index(self, eqn: JaxprEqn) -> int:
+        """Where an equation is, looked for from the end, where it mostly is."""
+        return next(i for i in range(len(self.eqns) - 1, -1, -1) if self.eqns[i] is eqn)
+
+
+def _same_group(one: JaxprEqn, other: JaxprEqn) -> bool:
+    return all(one.params[name] == other.params[name] for name in ("placement", "size"))
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
+
+
+def _as_map(eqn: JaxprEqn, makers: list[JaxprEqn]) -> JaxprEqn:
+    """An element-wise operation on placed values, as a map."""
+    like = next(maker for maker in makers if maker.primitive is federated_map_p)
+    operands: list[Any] = _jaxpr.variables(eqn.invars)
+    rows = [Var(row_aval(v.aval)) for v in operands]
+    names = iter(rows)
+    invars = [next(names) if isinstance(v, Var) else v for v in eqn.invars]
+    result: Any = eqn.outvars[0]
+    outvar = Var(row_aval(result.aval))
+    this = Round.of(like.params).replace(batch_size=ALL_AT_ONCE)
+    parts = [Contribution(outvar, "placed")]
+    eqns = [eqn.replace(invars=invars, outvars=[outvar])]
+    this = this.assemble(["placed"] * len(rows), rows, parts, eqns)
+    return like.replace(
+        invars=operands, outvars=eqn.outvars, params=this.params, effects=eqn.effects
+    )
+
+
+def _with_output(maker: JaxprEqn, rows: Any, mode: str, total: Any) -> JaxprEqn:
+    """A map that also reduces the contributions to one of its outputs."""
+    this = Round.of(maker.params)
+    parts, inner = this.contributions(), this.jaxpr.jaxpr
+    value, _, mask = parts[maker.outvars.index(rows)]
+    eqns, dtype = inner.eqns, total.aval.dtype
+    if value.aval.dtype != dtype:
+        extra, (value,), _ = _jaxpr.splice(_cast(value.aval, dtype), [value])
+        eqns = [*eqns, *extra]
+    parts.append(Contribution(value, mode, mask))
+    this = this.assemble(this.inputs, inner.invars, parts, eqns)
+    return maker.replace(outvars=[*maker.outvars, total], params=this.params)
+
+
+@functools.lru_cache
+def _cast(aval: ShapedArray, dtype: Any) -> ClosedJaxpr:
+    return _jaxpr.trace(lambda x: [x.astype(dtype)], [aval])[0]
+
+
+@functools.lru_cache
+def _division(aval: ShapedArray, size: int, dtype: Any) -> ClosedJaxpr:
+    return _jaxpr.trace(lambda total: [(total / size).astype(dtype)], [aval])[0]

@@ -1,0 +1,139 @@
+"""Tools to trace, rebuild, prune and splice the jaxprs that fax's primitives carry.
+
+All of these jaxprs are closed and hold no constants: what a function closes over becomes
+leading inputs, so that arrays and tracers of an outer transformation are treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from jax.api_util import debug_info
+from jax.core import ShapedArray, eval_jaxpr
+from jax.extend import linear_util as lu
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core.primitives import jit_p
+from jax.interpreters import partial_eval as pe
+
+Atom: TypeAlias = Any  # a Var or a Literal
+
+
+def trace(
+    fn: Callable, avals: Iterable[ShapedArray], about: Any = None
+) -> tuple[ClosedJaxpr, list[Any]]:
+    """The jaxpr of a flat function, and the arrays or tracers that it closes over.
+
+    The latter are its leading inputs. Unlike `jax.make_jaxpr` this keeps every part of an
+    input's type and lets a function close over tracers. Error messages name ``about``.
+    """
+    info = debug_info("fax", about or fn, (), {}).with_unknown_names()
+    flat = lu.wrap_init(fn, debug_info=info)
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(flat, list(avals))
+    return close(jaxpr), list(consts)
+
+
+def close(jaxpr: Jaxpr) -> ClosedJaxpr:
+    """Makes constants the leading inputs."""
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    return ClosedJaxpr(jaxpr.replace(constvars=[], invars=invars), [])
+
+
+def rebuild(
+    like: ClosedJaxpr, invars: Iterable[Var], outvars: Iterable[Atom], eqns: Iterable[JaxprEqn]
+) -> ClosedJaxpr:
+    """A jaxpr of other equations that keeps the debugging facts of ``like``."""
+    eqns = list(eqns)
+    jaxpr = like.jaxpr.replace(
+        constvars=[],
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=eqns,
+        effects=set().union(*(eqn.effects for eqn in eqns)),
+        debug_info=like.jaxpr.debug_info.with_unknown_names(),
+    )
+    return ClosedJaxpr(jaxpr, [])
+
+
+def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
+    return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *operands)
+
+
+def prune(
+    jaxpr: ClosedJaxpr, outputs: Sequence[bool], keep_inputs: bool = False
+) -> tuple[ClosedJaxpr, list[bool]]:
+    """Keeps some outputs, with the inputs and equations that they (or effects) need."""
+    pruned, used = pe.dce_jaxpr(jaxpr.jaxpr, list(outputs), keep_inputs)
+    return close(pruned), used
+
+
+def variables(atoms: Iterable[Atom]) -> list[Var]:
+    """The atoms that are not literals."""
+    return [atom for atom in atoms if isinstance(atom, Var)]
+
+
+def splice(
+    jaxpr: ClosedJaxpr, operands: Sequence[Atom]
+) -> tuple[list[JaxprEqn], list[Atom], list[tuple[Var, Any]]]:
+    """The equations of a jaxpr on other operands, for use in another jaxpr.
+
+    Returns them, the atoms that hold its outputs, and its constants.
+    """
+    inner = jaxpr.jaxpr
+    consts = [(Var(v.aval), c) for v, c in zip(inner.constvars, jaxpr.consts, strict=True)]
+    env: dict[Var, Atom] = dict(zip(inner.constvars, (v for v, _ in consts), strict=True))
+    env.update(zip(inner.invars, operands, strict=True))
+
+    def read(atom: Atom) -> Atom:
+        return env[atom] if isinstance(atom, Var) else atom
+
+    eqns = []
+    for eqn in inner.eqns:
+        env.update((var, Var(var.aval)) for var in eqn.outvars)
+        eqns.append(
+            eqn.replace(invars=list(map(read, eqn.invars)), outvars=list(map(read, eqn.outvars)))
+        )
+    return eqns, list(map(read, inner.outvars)), consts
+
+
+def inline_jit(
+    jaxpr: ClosedJaxpr, wanted: Callable[[JaxprEqn], bool]
+) -> tuple[ClosedJaxpr, list[Any]]:
+    """Replaces the wanted `jax.jit` calls by what they call, and theirs in turn.
+
+    Returns the jaxpr and the constants of the calls, its new leading inputs.
+    """
+    consts: list[tuple[Var, Any]] = []
+    env: dict[Var, Atom] = {}
+
+    def read(atom: Atom) -> Atom:
+        return env.get(atom, atom) if isinstance(atom, Var) else atom
+
+    def flatten(eqns: Iterable[JaxprEqn]) -> list[JaxprEqn]:
+        flat = []
+        for eqn in eqns:
+            eqn = eqn.replace(invars=list(map(read, eqn.invars)))
+            if eqn.primitive is jit_p and wanted(eqn):
+                inner, outs, captured = splice(eqn.params["jaxpr"], eqn.invars)
+                consts.extend(captured)
+                flat.extend(flatten(inner))
+                env.update(zip(eqn.outvars, map(read, outs), strict=True))
+            else:
+                flat.append(eqn)
+        return flat
+
+    if not any(eqn.primitive is jit_p and wanted(eqn) for eqn in jaxpr.jaxpr.eqns):
+        return jaxpr, []
+    eqns = flatten(jaxpr.jaxpr.eqns)
+    invars = [*(var for var, _ in consts), *jaxpr.jaxpr.invars]
+    flat = rebuild(jaxpr, invars, map(read, jaxpr.jaxpr.outvars), eqns)
+    return flat, [value for _, value in consts]
+
+
+def touched(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
+    """The variables that are computed from some of the inputs. Calls count as a whole."""
+    reached = set(inputs)
+    for eqn in jaxpr.jaxpr.eqns:
+        if not reached.isdisjoint(variables(eqn.invars)):
+            reached.update(eqn.outvars)
+    return reached

@@ -1,0 +1,315 @@
+"""The primitive `federated_map`: one round of communication.
+
+It runs a jaxpr, the client function, once for every participant of a placement. Each input
+is in mode ``server`` (every participant sees the same value) or ``placed`` (participant i
+sees row i); each output is in mode ``placed`` (participant i provides row i) or reduced over
+the participants as they finish: ``sum``, ``max``, ``min``.
+
+With f_i(p) = f(p, x_i), server input p and placed input x, a ``sum`` output and its
+derivatives are
+
+    y = sum_i f_i(p)        dy = sum_i J_i dp + K_i dx_i        p' = sum_i J_i^T y'
+                                                                x_i' = K_i^T y'
+
+so that the derivative of a round is a round: a tangent has the mode of its primal, and
+transposition makes server inputs out of sums and sums out of server inputs.
+
+An output may be masked. The client function then computes a bool as well, and an output
+whose bool is false does not count: its row is zero, a reduction passes over it, and so do
+tangents and cotangents on both sides of the client function's derivative, be it infinite.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Var
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+from fax.primitives import _jaxpr
+from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
+from fax.primitives._round import (
+    Contribution,
+    Out,
+    Round,
+    bind_traced,
+    federated_map_p,
+    pick,
+    rowwise,
+    seen_avals,
+    select,
+)
+from fax.primitives._structure import Structure, execute
+from fax.sharding import _schedule
+from fax.sharding._mesh import placed_aval
+
+# Evaluation
+
+
+def _impl(*operands, **params):
+    if jax.config.jax_disable_jit:
+        return _compute(*operands, platform=jax.default_backend(), **params)
+    jaxpr, _ = _jaxpr.trace(lambda *xs: Round.of(params).bind(*xs), map(jax.typeof, operands))
+    return execute(Structure(jaxpr), *operands)
+
+
+def _abstract_eval(*_, **params):
+    this = Round.of(params)
+    avals = [
+        placed_aval(aval, this.placement, this.size) if out.mode == "placed" else aval
+        for out, aval in zip(this.outputs, this.value_avals, strict=True)
+    ]
+    return avals, this.jaxpr.effects
+
+
+def _compute(*operands, platform, **params):
+    this = Round.of(params)
+    return _schedule.run(
+        functools.partial(_masked, this),
+        operands,
+        this.inputs,
+        [out.mode for out in this.outputs],
+        this.value_avals,
+        this.size,
+        _schedule.batch_size_for(platform, this.batch_size, this.size),
+    )
+
+
+def _masked(this, *rows):
+    """One participant's contributions, those that are masked replaced by what changes nothing."""
+    return [
+        value if mask is None else select(mask, value, _nothing(mode, value.dtype))
+        for value, mode, mask in this.contributions(_jaxpr.evaluate(this.jaxpr, *rows))
+    ]
+
+
+def _nothing(mode: str, dtype: Any) -> Any:
+    return 0 if mode == "placed" else _schedule.identity(mode, dtype)
+
+
+# Batching
+#
+# The client function is batched. A placed value keeps the participants' axis in front, so
+# its batch axis comes second. Outputs that no batched operand reaches stay unbatched.
+
+
+def _batch(axis, operands, dims, **params):
+    this = Round.of(params)
+    operands = [
+        x if dim is None else jnp.moveaxis(x, dim, int(mode == "placed"))
+        for x, dim, mode in zip(operands, dims, this.inputs, strict=True)
+    ]
+    batched = depends(this.jaxpr, [dim is not None for dim in dims])
+    if any(batched[len(this.outputs) :]):
+        this = _mask_within(this)
+        batched = depends(this.jaxpr, [dim is not None for dim in dims])
+    vmapped = jax.vmap(
+        functools.partial(_jaxpr.evaluate, this.jaxpr),
+        in_axes=tuple(None if dim is None else 0 for dim in dims),
+        out_axes=[0 if b else None for b in batched],
+        axis_name=axis.name,
+        axis_size=axis.size,
+        spmd_axis_name=axis.spmd_name,
+    )
+    outs = bind_traced(vmapped, operands, this)
+    return outs, [
+        int(out.mode == "placed") if b else None
+        for out, b in zip(this.outputs, batched, strict=False)
+    ]
+
+
+def _mask_within(this: Round) -> Round:
+    """Moves the masks into the client function, for a mask is a scalar and not a batch.
+
+    If no differentiable input decides on a mask, inputs enter in a way that keeps tangents
+    and cotangents of a masked participant zero on that side, too.
+    """
+    inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
+    outs = [False] * len(this.outputs) + [True] * this.mask_count
+    decides = _jaxpr.prune(this.jaxpr, outs)[1]
+    gated = all(out.mask is not None for out in this.outputs) and not any(pick(decides, inexact))
+
+    def work(*rows):
+        if gated:
+            counts = functools.reduce(jnp.logical_or, this.masks(rows))
+            gate = functools.partial(lax.select, counts)
+            seen = zip(rows, inexact, strict=True)
+            rows = tuple(gate(x, lax.stop_gradient(x)) if i else x for x, i in seen)
+        return _masked(this, *rows)
+
+    jaxpr, _ = _jaxpr.trace(work, this.jaxpr.in_avals)
+    return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
+
+
+# Forward differentiation
+#
+# One map of the client function's JVP gives primals and tangents together, and stores
+# nothing. Whose row a max or a min is cannot be known before the last participant has
+# finished, so if such an output moves, its rows are placed, and reduced after the map.
+
+
+def _jvp(primals, tangents, **params):
+    this = Round.of(params)
+    moving = [not _is_zero(t) for t in tangents]
+    operands = [*primals, *pick(moving, tangents)]
+    inputs = (*this.inputs, *pick(moving, this.inputs))
+    inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.value_avals]
+
+    def both(*rows):
+        rows, tangents = rows[: len(moving)], rows[len(moving) :]
+
+        def of_moving(*moving_rows):
+            own = iter(moving_rows)
+            seen = [next(own) if m else row for row, m in zip(rows, moving, strict=True)]
+            return _jaxpr.evaluate(this.jaxpr, *seen)
+
+        outs, out_tangents = jax.jvp(of_moving, pick(moving, rows), list(tangents))
+        return [*outs, *pick(inexact, out_tangents[: len(inexact)])]
+
+    jaxpr, consts = _jaxpr.trace(both, seen_avals(operands, inputs))
+    operands, inputs = [*consts, *operands], ("server",) * len(consts) + inputs
+    inner = jaxpr.jaxpr
+    # A tangent that does not follow from another one is a zero that `jax.jvp` has written out.
+    follows = _jaxpr.touched(jaxpr, inner.invars[len(consts) + len(primals) :])
+    own_tangents = iter(inner.outvars[len(this.jaxpr.out_avals) :])
+    primal_parts, tangent_parts, late = [], [], []
+    for part, i in zip(this.contributions(inner.outvars), inexact, strict=True):
+        tangent = next(own_tangents) if i else None
+        moves = isinstance(tangent, Var) and tangent in follows
+        late.append(moves and part.mode in ("max", "min"))
+        primal_parts.append(Contribution(part.value, "placed") if late[-1] else part)
+        tangent_parts.append(
+            part._replace(value=tangent, mode="placed" if late[-1] else part.mode)
+            if moves
+            else None
+        )
+    late_masks = [p.mask for p in pick(late, this.contributions(inner.outvars))]
+    parts = [
+        *primal_parts,
+        *(part for part in tangent_parts if part is not None),
+        *(Contribution(mask, "placed") for mask in late_masks if mask is not None),
+    ]
+    outs = iter(this.assemble(inputs, inner.invars, parts, inner.eqns).bind_pruned(operands))
+
+    primals_out = [next(outs) for _ in primal_parts]
+    tangents_out = [None if part is None else next(outs) for part in tangent_parts]
+    for k, out in enumerate(this.outputs):
+        if late[k]:
+            mask = () if out.mask is None else (next(outs),)
+            primals_out[k], tangents_out[k] = reduce_late(
+                out.mode, primals_out[k], tangents_out[k], mask, this.placement, this.size
+            )
+    return primals_out, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
+        for x, t in zip(primals_out, tangents_out, strict=True)
+    ]
+
+
+def reduce_late(
+    mode: str, rows: Any, tangents: Any, mask: Sequence[Any], placement: str, size: int
+) -> tuple[Any, Any]:
+    """The max or min of placed rows, and its tangent: the mean over those that attain it."""
+    out = Out(mode, 0 if mask else None)
+    modes = ["placed"] * (1 + len(mask))
+    (best,) = rowwise(lambda *xs: xs, (rows, *mask), modes, [out], placement, size)
+
+    def winners(best, row, tangent, *mask):
+        wins = functools.reduce(jnp.logical_and, mask, row == best)
+        wide = _schedule.accumulator_dtype(tangent.dtype)
+        return [
+            lax.select(wins, tangent, lax.full_like(tangent, 0)).astype(wide),
+            wins.astype(wide),
+        ]
+
+    operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
+    total, count = rowwise(winners, operands, ["server", "placed", *modes], sums, placement, size)
+    return best, (total / jnp.maximum(count, 1)).astype(tangents.dtype)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return type(tangent) is ad.Zero or jax.typeof(tangent).dtype == jax.dtypes.float0
+
+
+# Transposition
+#
+# A round that is linear in some inputs is transposed participant by participant. Where all
+# outputs are masked, so are the results: the cotangents of a masked participant are zero.
+
+
+def _transpose(cotangents, *operands, **params):
+    this, used = Round.of(params).keep([type(ct) is not ad.Zero for ct in cotangents])
+    cotangents = [ct for ct in cotangents if type(ct) is not ad.Zero]
+    linear = [ad.is_undefined_primal(x) for x in operands]
+    is_linear = pick(used, linear)
+    is_fixed = [not is_lin for is_lin in is_linear]
+    gated = all(out.mask is not None for out in this.outputs)
+    results = iter(())
+
+    def transposed(*rows):
+        def seen(linear_rows):
+            own, fixed = iter(linear_rows), iter(rows)
+            return [next(own if is_lin else fixed) for is_lin in is_linear]
+
+        def of_linear(*linear_rows):
+            return _jaxpr.evaluate(this.jaxpr, *seen(linear_rows))[: len(this.outputs)]
+
+        masks = this.masks(seen([None] * sum(is_linear)))
+        cotangents = [
+            ct if gated or out.mask is None else select(masks[out.mask], ct)
+            for out, ct in zip(this.outputs, rows[sum(is_fixed) :], strict=True)
+        ]
+        avals = pick(is_linear, this.jaxpr.in_avals)
+        results = jax.linear_transpose(of_linear, *avals)(cotangents)
+        return [*results, functools.reduce(jnp.logical_or, masks)] if gated else list(results)
+
+    if any(is_linear):
+        modes = ["placed" if mode == "placed" else "sum" for mode in pick(is_linear, this.inputs)]
+        transposed_inputs = [
+            *pick(is_fixed, this.inputs),
+            *("placed" if out.mode == "placed" else "server" for out in this.outputs),
+        ]
+        like = this.replace(
+            inputs=tuple(transposed_inputs),
+            outputs=tuple(Out(mode, 0 if gated else None) for mode in modes),
+        )
+        fixed = pick(is_fixed, pick(used, operands))
+        results = iter(bind_traced(transposed, [*fixed, *cotangents], like))
+    return [
+        None if not is_lin else next(results) if use else ad.Zero(x.aval)
+        for x, is_lin, use in zip(operands, linear, used, strict=True)
+    ]
+
+
+# Dead code
+
+
+def _dce(used_outputs, *rest):
+    eqn = rest[-1]  # newer versions of JAX pass more arguments before it
+    if not any(used_outputs) and not eqn.effects:
+        return [False] * len(eqn.invars), None
+    if all(used_outputs):
+        return [True] * len(eqn.invars), eqn
+    reduced, used = without_outputs(eqn, used_outputs)
+    return used, reduced
+
+
+federated_map_p.def_impl(_impl)
+federated_map_p.def_effectful_abstract_eval(_abstract_eval)
+mlir.register_lowering(
+    federated_map_p, mlir.lower_fun(functools.partial(_compute, platform="cpu")), platform="cpu"
+)
+mlir.register_lowering(
+    federated_map_p, mlir.lower_fun(functools.partial(_compute, platform="accelerator"))
+)
+batching.fancy_primitive_batchers[federated_map_p] = _batch
+ad.primitive_jvps[federated_map_p] = _jvp
+ad.primitive_transposes[federated_map_p] = _transpose
+pe.custom_partial_eval_rules[federated_map_p] = partial_eval
+pe.partial_eval_jaxpr_custom_rules[federated_map_p] = partial_eval_custom
+pe.dce_rules[federated_map_p] = _dce

@@ -1,0 +1,187 @@
+"""The parameters of a `federated_map`, and ways to make and bind one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var
+
+from fax.primitives import _jaxpr
+from fax.primitives._jaxpr import Atom
+from fax.sharding import _schedule
+from fax.sharding._mesh import row_aval
+
+federated_map_p = Primitive("federated_map")
+federated_map_p.multiple_results = True
+
+
+class Out(NamedTuple):
+    """The mode of an output and, if it is masked, which of the masks applies to it."""
+
+    mode: str
+    mask: int | None = None
+
+    def __str__(self) -> str:
+        return self.mode if self.mask is None else f"{self.mode} where {self.mask}"
+
+
+class Modes(tuple):
+    """A tuple that a printed jaxpr shows without quotation marks."""
+
+    def __repr__(self) -> str:
+        return f"({', '.join(map(str, self))})"
+
+
+class Contribution(NamedTuple):
+    """What a participant adds to an output: variables of the client function's jaxpr."""
+
+    value: Atom
+    mode: str
+    mask: Atom | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """The parameters of one `federated_map`.
+
+    Attributes:
+      placement: the name of the placement, and
+      size: the number of its participants.
+      batch_size: how many participants a device works on at once: a number, None for the
+        platform's default, or ``"all"``, which marks the few element-wise operations of an
+        operator: they run at the batch size of the map that they are fused with.
+      inputs: a mode for each operand, ``server`` or ``placed``.
+      outputs: an `Out` for each result.
+      jaxpr: the client function, from one participant's view of the operands to its
+        contributions to the results, followed by the masks, which are scalar bools.
+    """
+
+    placement: str
+    size: int
+    batch_size: int | str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[Out, ...]
+    jaxpr: ClosedJaxpr
+
+    @staticmethod
+    def of(params: dict[str, Any]) -> Round:
+        rest = {name: params[name] for name in ("placement", "size", "batch_size", "jaxpr")}
+        return Round(inputs=params["in"], outputs=params["out"], **rest)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        names = ("placement", "size", "batch_size", "jaxpr")
+        modes = {"in": Modes(self.inputs), "out": Modes(self.outputs)}
+        return {name: getattr(self, name) for name in names} | modes
+
+    def bind(self, *operands: Any) -> list[Any]:
+        return federated_map_p.bind(*operands, **self.params)
+
+    def replace(self, **changes: Any) -> Round:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def value_avals(self) -> list[ShapedArray]:
+        """The types of one participant's contributions, masks left out."""
+        return self.jaxpr.out_avals[: len(self.outputs)]
+
+    @property
+    def mask_count(self) -> int:
+        return len(self.jaxpr.out_avals) - len(self.outputs)
+
+    def contributions(self, outvars: Sequence[Atom] | None = None) -> list[Contribution]:
+        """What a participant contributes, in the jaxpr's variables or in others for them."""
+        outvars = self.jaxpr.jaxpr.outvars if outvars is None else outvars
+        masks = outvars[len(self.outputs) :]
+        return [
+            Contribution(value, out.mode, None if out.mask is None else masks[out.mask])
+            for value, out in zip(outvars, self.outputs, strict=False)
+        ]
+
+    def assemble(
+        self,
+        inputs: Iterable[str],
+        invars: Iterable[Var],
+        contributions: Iterable[Contribution],
+        eqns: Iterable[JaxprEqn],
+    ) -> Round:
+        """This round with another client function."""
+        values: list[Atom] = []
+        outputs: list[Out] = []
+        masks: list[Atom] = []
+        for value, mode, mask in contributions:
+            if mask is not None and not any(mask is other for other in masks):
+                masks.append(mask)
+            number = next((i for i, other in enumerate(masks) if other is mask), None)
+            values.append(value)
+            outputs.append(Out(mode, number))
+        jaxpr = _jaxpr.rebuild(self.jaxpr, invars, [*values, *masks], eqns)
+        return self.replace(inputs=tuple(inputs), outputs=tuple(outputs), jaxpr=jaxpr)
+
+    def masks(self, rows: Sequence[Any]) -> list[Any]:
+        """One participant's masks. Rows that they do not depend on can be anything."""
+        wanted = [False] * len(self.outputs) + [True] * self.mask_count
+        jaxpr, used = _jaxpr.prune(self.jaxpr, wanted)
+        return _jaxpr.evaluate(jaxpr, *pick(used, rows))
+
+    def keep(self, wanted: Sequence[bool]) -> tuple[Round, list[bool]]:
+        """Drops outputs, and tells which operands the others need."""
+        inner = self.jaxpr.jaxpr
+        kept = self.assemble(
+            self.inputs, inner.invars, pick(wanted, self.contributions()), inner.eqns
+        )
+        jaxpr, used = _jaxpr.prune(kept.jaxpr, [True] * len(kept.jaxpr.out_avals))
+        return kept.replace(inputs=tuple(pick(used, self.inputs)), jaxpr=jaxpr), used
+
+    def bind_pruned(self, operands: Sequence[Any]) -> list[Any]:
+        """Binds the round without the operands and equations that no output needs."""
+        kept, used = self.keep([True] * len(self.outputs))
+        return kept.bind(*pick(used, operands))
+
+
+def bind_traced(fn: Callable, operands: Sequence[Any], like: Round) -> list[Any]:
+    """Binds ``like`` with the jaxpr of ``fn``, a function of what one participant sees."""
+    jaxpr, consts = _jaxpr.trace(fn, seen_avals(operands, like.inputs))
+    this = like.replace(inputs=("server",) * len(consts) + tuple(like.inputs), jaxpr=jaxpr)
+    return this.bind_pruned([*consts, *operands])
+
+
+def rowwise(
+    fn: Callable[..., Sequence[jax.Array]],
+    operands: Sequence[Any],
+    inputs: Sequence[str],
+    outputs: Sequence[Out],
+    placement: str,
+    size: int,
+) -> list[Any]:
+    """Maps a few element-wise operations, which fuse with a map of any batch size."""
+    nothing, _ = _jaxpr.trace(list, [])
+    batch_size = _schedule.ALL_AT_ONCE
+    like = Round(placement, size, batch_size, tuple(inputs), tuple(outputs), nothing)
+    return bind_traced(fn, operands, like)
+
+
+def seen_avals(operands: Sequence[Any], modes: Sequence[str]) -> list[ShapedArray]:
+    """The types of operands as one participant sees them."""
+    avals = map(jax.typeof, operands)
+    return [row_aval(a) if m == "placed" else a for a, m in zip(avals, modes, strict=True)]
+
+
+def select(mask: jax.Array, value: jax.Array, otherwise: Any = 0) -> jax.Array:
+    """A participant's value where its mask is true."""
+    return lax.select(mask, value, lax.full_like(value, otherwise))
+
+
+def pick(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
+    return [item for item, wanted in zip(items, which, strict=True) if wanted]
+
+
+def scatter(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
+    """The items at the places that are marked, and None at the others."""
+    rest = iter(items)
+    return [next(rest) if wanted else None for wanted in which]

@@ -1,0 +1,147 @@
+"""The schedule of a map: which participants one device works on, and when.
+
+A batch of participants is worked on at once, vectorised. Batches follow one another in a
+scan which carries the accumulators of the reduced outputs, so that the rows behind a
+reduced output never exist together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+from jax.interpreters import ad
+
+ALL_AT_ONCE = "all"
+
+# Participants worked on at once where the user does not say. On CPU a batch of small
+# matrix products is slower than a loop over them, and a loop keeps `lax.cond` a branch.
+# Elsewhere a batch fills the device; it is bounded because memory grows with it.
+_BATCH_SIZE_ON_CPU = 1
+_BATCH_SIZE_ELSEWHERE = 16
+
+
+def batch_size_for(platform: str, asked: int | str | None, size: int) -> int:
+    """How many participants one device works on at once."""
+    if asked == ALL_AT_ONCE:
+        return size
+    if asked is None:
+        asked = _BATCH_SIZE_ON_CPU if platform == "cpu" else _BATCH_SIZE_ELSEWHERE
+    return min(int(asked), size)
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype to add up in: float32 for shorter floats, else the same."""
+    short = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return np.dtype("float32") if short else dtype
+
+
+def identity(mode: str, dtype: Any) -> Any:
+    """What a reduction over nobody gives."""
+    if mode == "sum":
+        return np.zeros((), dtype)
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return np.asarray(mode == "min")
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.asarray(-np.inf if mode == "max" else np.inf).astype(dtype)
+    limits = jnp.iinfo(dtype)
+    return np.asarray(limits.min if mode == "max" else limits.max, dtype)
+
+
+def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
+    """Reduces over the leading axis, in the accumulator's dtype."""
+    if mode == "sum":
+        return jnp.sum(rows, axis=0, dtype=accumulator_dtype(rows.dtype))
+    return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
+
+
+_COMBINE = {"sum": lax.add, "max": lax.max, "min": lax.min}
+
+
+def run(
+    work: Callable[..., Sequence[jax.Array]],
+    operands: Sequence[jax.Array],
+    in_modes: Sequence[str],
+    out_modes: Sequence[str],
+    out_avals: Sequence[ShapedArray],
+    size: int,
+    batch_size: int,
+) -> list[jax.Array]:
+    """Runs ``work`` for every participant on one device.
+
+    Args:
+      work: maps operands as one participant sees them to the outputs it contributes.
+      operands: a value each for mode ``server``, ``size`` rows each for mode ``placed``.
+      in_modes: ``server`` or ``placed`` for each operand.
+      out_modes: ``placed`` (every contribution, as rows) or a reduction of them, ``sum``,
+        ``max`` or ``min``, for each output.
+      out_avals: the type of one contribution to each output.
+      size: the number of participants.
+      batch_size: how many are worked on at once.
+
+    Returns:
+      The outputs, each in its mode.
+    """
+    reduced = [mode for mode in out_modes if mode != "placed"]
+    rows = [x for x, mode in zip(operands, in_modes, strict=True) if mode == "placed"]
+
+    def one(rows):
+        own = iter(rows)
+        seen = [next(own) if m == "placed" else x for x, m in zip(operands, in_modes, strict=True)]
+        return work(*seen)
+
+    def split(outs):
+        placed = [x for x, mode in zip(outs, out_modes, strict=True) if mode == "placed"]
+        return placed, [x for x, mode in zip(outs, out_modes, strict=True) if mode != "placed"]
+
+    def single(rows):
+        placed, parts = split(one(rows))
+        return placed, [x.astype(accumulator_dtype(x.dtype)) for x in parts]
+
+    def several(rows, count):
+        if count == 1:
+            placed, parts = single([x[0] for x in rows])
+            return [x[None] for x in placed], parts
+        placed, parts = split(jax.vmap(one, axis_size=count)(rows))
+        return placed, [reduce_rows(mode, x) for mode, x in zip(reduced, parts, strict=True)]
+
+    def combine(totals, parts):
+        return [_COMBINE[m](t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
+
+    batches, rest = divmod(size, batch_size)
+    if batches == 1:
+        placed, totals = several([x[:batch_size] for x in rows], batch_size)
+    else:
+
+        def step(totals, rows):
+            placed, parts = single(rows) if batch_size == 1 else several(rows, batch_size)
+            return combine(totals, parts), placed
+
+        xs = [x[: batches * batch_size] for x in rows]
+        if batch_size > 1:
+            xs = [x.reshape(batches, batch_size, *x.shape[1:]) for x in xs]
+        totals = [_start(m, a) for m, a in zip(out_modes, out_avals, strict=True) if m != "placed"]
+        totals, placed = lax.scan(step, totals, xs, length=batches)
+        if batch_size > 1:
+            placed = [x.reshape(batches * batch_size, *x.shape[2:]) for x in placed]
+    if rest:
+        last, parts = several([x[batches * batch_size :] for x in rows], rest)
+        placed = [jnp.concatenate(pair) for pair in zip(placed, last, strict=True)]
+        totals = combine(totals, parts)
+
+    next_placed, next_total = iter(placed), iter(totals)
+    return [
+        next(next_placed) if mode == "placed" else next(next_total).astype(aval.dtype)
+        for mode, aval in zip(out_modes, out_avals, strict=True)
+    ]
+
+
+def _start(mode: str, aval: ShapedArray) -> jax.Array:
+    dtype = accumulator_dtype(aval.dtype)
+    zeros = ad.zeros_like_aval(aval.update(dtype=dtype, weak_type=False))
+    return zeros if mode == "sum" else lax.full_like(zeros, identity(mode, dtype))
