@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax._placement import Placement, PlacementError
@@ -112,6 +114,25 @@ def batch_size(value: Any, here: Placement) -> int | None:
             "participants that a device works on at once, or None to leave it to fax."
         )
     return min(count, here.size)
+
+
+def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
+    """Checks that a client function neither shares nor makes mutable arrays."""
+    shared = [c for c in consts if not is_array(c)]
+    if shared:
+        raise PlacementError(
+            f"{caller}: the mapped function closes over {describe(shared[0])}. Participants share "
+            "no memory: return what they compute instead of writing it to a ref."
+        )
+    if jaxpr.effects and not jaxpr.effects.isdisjoint(_effects_of_refs()):
+        raise PlacementError(
+            f"{caller}: the mapped function uses jax.new_ref, which fax does not differentiate. "
+            "Pass values on from step to step instead, as jax.lax.scan does."
+        )
+
+
+def _effects_of_refs() -> Any:
+    return jax.make_jaxpr(lambda: jax.new_ref(0.0)[...])().effects
 
 
 def key(caller: str, value: Any) -> jax.Array:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 from fax import _checks
@@ -168,12 +167,7 @@ def map(
 
     inputs = ("placed",) * len(rows)
     jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
-    for const in consts:
-        if not isinstance(jax.typeof(const), ShapedArray):
-            raise PlacementError(
-                f"fax.map: the mapped function closes over {_checks.describe(const)}. Participants "
-                "share no memory: return what they compute instead of writing it to a ref."
-            )
+    _checks.no_refs("fax.map", jaxpr, consts)
     inputs = ("server",) * len(consts) + inputs
     outputs = (Out("placed"),) * len(jaxpr.out_avals)
     this = Round(here.name, here.size, batch_size, inputs, outputs, jaxpr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def sum(x: PyTree, where: jax.Array | None = None, *, placement: str | None = No
     """
     here = resolve(placement, "fax.sum")
     leaves, treedef = _checks.rows("fax.sum", x, here, numeric=True)
-    dtypes = [_sum_dtype(leaf.dtype) for leaf in leaves]
+    where = _mask("fax.sum", where, here)
+    dtypes = _result_dtypes(jnp.sum, leaves)
     if where is None and dtypes == [leaf.dtype for leaf in leaves]:
         return tree_unflatten(treedef, _bind(sum_p, leaves, here))
 
@@ -96,7 +98,8 @@ def mean(
     """
     here = resolve(placement, "fax.mean")
     leaves, treedef = _checks.rows("fax.mean", x, here, numeric=True)
-    dtypes = [jnp.result_type(leaf.dtype, float) for leaf in leaves]
+    where = _mask("fax.mean", where, here)
+    dtypes = _result_dtypes(jnp.mean, leaves)
     if weights is None and where is None and dtypes == [leaf.dtype for leaf in leaves]:
         return tree_unflatten(treedef, _bind(mean_p, leaves, here))
 
@@ -115,10 +118,8 @@ def mean(
         return [*values, weight.astype(widest)]
 
     *totals, total = _reduce("sum", products, len(dtypes) + 1, leaves, where, here)
-    some = total != 0
-    total = lax.select(some, total, jnp.ones_like(total))
     means = [
-        lax.select(some, x / total.astype(of), jnp.zeros_like(x)).astype(dtype)
+        _quotient(x, total.astype(of)).astype(dtype)
         for x, of, dtype in zip(totals, real, dtypes, strict=True)
     ]
     return tree_unflatten(treedef, means)
@@ -195,6 +196,7 @@ def _extremum(
     caller = f"fax.{mode}"
     here = resolve(placement, caller)
     leaves, treedef = _checks.rows(caller, x, here, numeric=True, real=True)
+    where = _mask(caller, where, here)
     if where is None:
         results = _bind(primitive, leaves, here)
     else:
@@ -208,6 +210,10 @@ def _extremum(
 
 def _bind(primitive: Primitive, leaves: Sequence[jax.Array], here: Placement) -> list[jax.Array]:
     return [primitive.bind(leaf, placement=here.name, size=here.size) for leaf in leaves]
+
+
+def _mask(caller: str, where: Any, here: Placement) -> jax.Array | None:
+    return None if where is None else _checks.vector(caller, "where", where, here, bool_only=True)
 
 
 def _reduce(
@@ -235,10 +241,31 @@ def _reduce(
     )
 
 
-def _sum_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of `jnp.sum`, which does not add in fewer bits than the default integer's."""
-    if jnp.issubdtype(dtype, jnp.unsignedinteger):
-        return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(np.uint64))
-    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
-        return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(np.int64))
-    return dtype
+@jax.custom_jvp
+def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, and zero with derivatives of zero where y is zero.
+
+    Its derivative is written with the quotient, which is there anyway, so that the gradient of
+    a mean with respect to weights does not have to keep the sum: one model less.
+    """
+    some = y != 0
+    ratio = x / lax.select(some, y, jnp.ones_like(y))
+    return lax.select(some, ratio, jnp.zeros_like(ratio))
+
+
+@_quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    z = _quotient(x, y)
+    return z, _quotient(dx - z * dy, y)
+
+
+def _result_dtypes(fn: Callable, leaves: Sequence[jax.Array]) -> list[Any]:
+    """The dtypes that a reduction of `jax.numpy` gives these leaves."""
+    return [_result_dtype(fn, leaf.dtype, jax.config.jax_enable_x64) for leaf in leaves]
+
+
+@functools.lru_cache
+def _result_dtype(fn: Callable, dtype: Any, x64: bool) -> Any:
+    del x64  # part of the cache's key only
+    return jax.eval_shape(fn, jax.ShapeDtypeStruct((1,), dtype)).dtype

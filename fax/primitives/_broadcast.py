@@ -14,14 +14,13 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from fax.sharding._mesh import placed_aval
+from fax.sharding._mesh import placed_aval, spread_rows
 
 broadcast_p = Primitive("broadcast")
 
 
 def _compute(x, *, placement, size):
-    del placement
-    return lax.broadcast(x, (size,))
+    return spread_rows(lax.broadcast(x, (size,)), placement)
 
 
 _impl = functools.partial(jax.jit, static_argnames=("placement", "size"))(_compute)

@@ -47,7 +47,7 @@ from fax.primitives._round import (
 )
 from fax.primitives._structure import Structure, execute
 from fax.sharding import _schedule
-from fax.sharding._mesh import placed_aval
+from fax.sharding._mesh import gather_rows, placed_aval, spread_rows
 
 # Evaluation
 
@@ -70,15 +70,19 @@ def _abstract_eval(*_, **params):
 
 def _compute(*operands, platform, **params):
     this = Round.of(params)
-    return _schedule.run(
+    outs = _schedule.run(
         functools.partial(_masked, this),
-        operands,
+        [gather_rows(x) if m == "placed" else x for x, m in zip(operands, this.inputs)],
         this.inputs,
         [out.mode for out in this.outputs],
         this.value_avals,
         this.size,
         _schedule.batch_size_for(platform, this.batch_size, this.size),
     )
+    return [
+        spread_rows(x, this.placement) if out.mode == "placed" else x
+        for x, out in zip(outs, this.outputs, strict=True)
+    ]
 
 
 def _masked(this, *rows):

@@ -141,6 +141,8 @@ class Round:
     def bind_pruned(self, operands: Sequence[Any]) -> list[Any]:
         """Binds the round without the operands and equations that no output needs."""
         kept, used = self.keep([True] * len(self.outputs))
+        if not kept.outputs and not kept.jaxpr.effects:
+            return []
         return kept.bind(*pick(used, operands))
 
 

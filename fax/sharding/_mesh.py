@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 from jax.core import ShapedArray
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec, reshard
 
 
 def placed_aval(row: ShapedArray, placement: str, size: int) -> ShapedArray:
@@ -22,3 +23,18 @@ def row_aval(placed: ShapedArray) -> ShapedArray:
     """The type of one participant's row."""
     spec = PartitionSpec(*placed.sharding.spec[1:])
     return placed.update(shape=placed.shape[1:], sharding=placed.sharding.update(spec=spec))
+
+
+def gather_rows(x: jax.Array) -> jax.Array:
+    """All rows on every device, if an Explicit mesh axis spreads them."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[0] is None:
+        return x
+    return reshard(x, sharding.update(spec=PartitionSpec(None, *sharding.spec[1:])))
+
+
+def spread_rows(x: jax.Array, placement: str) -> jax.Array:
+    """The rows where the type of a placed value says that they are."""
+    aval = jax.typeof(x)
+    wanted = placed_aval(row_aval(aval), placement, aval.shape[0]).sharding
+    return x if wanted == aval.sharding else reshard(x, wanted)

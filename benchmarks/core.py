@@ -1,0 +1,369 @@
+"""The core benchmark: fax against DrJAX and against `jax.vmap` by hand.
+
+    python benchmarks/core.py [--only trace|compute|rounds|memory] [--json PATH]
+
+Runs of the three take turns, so that a machine that is busy for a while slows all of them.
+Times are medians; a ratio is the median of the ratios of runs in the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import workloads
+from workloads import NAMES, WAYS, Batches, Fax
+
+import fax
+
+Times = dict[str, float]  # seconds by quantity
+Table = dict[str, Any]  # title, columns, rows
+
+TRACED_ROUNDS, TRACED_CLIENTS = 200, 10
+COMPUTE = dict(clients=16, steps=4, batch=64, widths=(784, 512, 512, 62))
+ROUNDS = {
+    "logistic regression": dict(clients=100, widths=workloads.LOGISTIC),
+    "dense network": dict(clients=50, widths=workloads.DENSE),
+}
+WARM_UP_ROUNDS, TIMED_ROUNDS = 2, 11
+LAYERS, UNITS, EXAMPLES = 16, 256, 4
+MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
+MEMORY_CLIENTS = {"fax": (8, 64, 256, 4096), "DrJAX": (8, 64, 256), "vmap": (8, 64, 256)}
+
+
+# Measuring
+
+
+def take_turns(runs: dict[str, Callable[[int], Times]], turns: int) -> dict[str, list[Times]]:
+    """Runs one after the other, ``turns`` times, every other time backwards."""
+    times: dict[str, list[Times]] = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            gc.collect()
+            times[name].append(runs[name](turn))
+    return times
+
+
+def compare(times: dict[str, list[Times]], quantity: str, per: int = 1) -> dict[str, float]:
+    """Medians in milliseconds, and medians of the others' ratios to fax."""
+    of = {name: np.array([t[quantity] for t in own]) for name, own in times.items()}
+    medians = {name: float(1e3 * np.median(t) / per) for name, t in of.items()}
+    others = [name for name in of if name != "fax"]
+    return medians | {f"{name} / fax": float(np.median(of[name] / of["fax"])) for name in others}
+
+
+def clock(fn: Callable, *args: Any) -> tuple[float, Any]:
+    """Seconds until the result is there, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start, result
+
+
+def verdict(text: str, met: bool) -> str:
+    return f"{text}: {'met' if met else 'missed'}"
+
+
+# Tracing
+
+
+def trace() -> list[Table]:
+    """Time to trace and lower a program of many small rounds, and its gradient."""
+    x = jnp.ones(8)
+
+    def lowering(fn: Callable) -> float:
+        return clock(lambda: jax.jit(fn).trace(x).lower() and None)[0]
+
+    def of(way: Any, turn: int) -> Times:
+        del turn
+        many_rounds, for_gradient = (many_small_rounds(way(TRACED_CLIENTS)) for _ in range(2))
+        return {
+            "program": lowering(many_rounds),
+            "gradient": lowering(jax.grad(lambda x: jnp.sum(for_gradient(x)))),
+        }
+
+    runs = {way.name: functools.partial(of, way) for way in WAYS}
+    take_turns(runs, 1)
+    times = take_turns(runs, 9)
+    rows = []
+    for quantity in ("program", "gradient"):
+        row = {"": quantity} | compare(times, quantity, per=TRACED_ROUNDS)
+        if quantity == "program":
+            row["target"] = verdict("at most 2.5 ms", row["fax"] <= 2.5)
+        rows.append(row)
+    return [timing_table(f"Trace and lower {TRACED_ROUNDS} rounds, ms a round", rows)]
+
+
+def many_small_rounds(way: Any) -> Callable:
+    """A program never traced before, so that no cache knows it."""
+
+    @way.program
+    def program(x):
+        for _ in range(TRACED_ROUNDS):
+            x = way.mean(lambda z, _: z * 2 + 1, x, ())
+        return x
+
+    return program
+
+
+# A round of large matrix products
+
+
+def compute() -> list[Table]:
+    """Time of one round in which all clients are vectorised and arithmetic dominates."""
+    clients, steps, batch, widths = (COMPUTE[k] for k in ("clients", "steps", "batch", "widths"))
+    rng = np.random.default_rng(0)
+    shape = (clients, steps, batch)
+    batches = jax.device_put(
+        Batches(
+            rng.random((*shape, widths[0]), dtype=np.float32),
+            rng.integers(0, widths[-1], shape, dtype=np.int32),
+            np.ones(shape, np.float32),
+        )
+    )
+    params = workloads.init(widths)
+    work = functools.partial(workloads.epoch, skip=False)
+
+    def compiled(way: Any) -> Callable:
+        fn = way.program(lambda params, batches: way.mean(work, params, batches))
+        return jax.jit(fn).lower(params, batches).compile()
+
+    ways = [Fax(clients, batch_size=clients)] + [way(clients) for way in WAYS if way is not Fax]
+    compiled_by = {way.name: compiled(way) for way in ways}
+    results = [fn(params, batches) for fn in compiled_by.values()]
+    for other in results[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), results[0], other)
+
+    def of(fn: Callable, turn: int) -> Times:
+        del turn
+        return {"round": clock(fn, params, batches)[0]}
+
+    runs = {name: functools.partial(of, fn) for name, fn in compiled_by.items()}
+    take_turns(runs, 3)
+    row = {"": "round"} | compare(take_turns(runs, 21), "round")
+    row["target"] = verdict("within 5 % of vmap", row["vmap / fax"] >= 1 / 1.05)
+    title = f"{clients} clients at once, {steps} steps of batch {batch}, ms a round"
+    return [timing_table(title, [row])]
+
+
+# Rounds of federated averaging
+
+
+def rounds() -> list[Table]:
+    """Time of rounds of federated averaging over clients of uneven sizes."""
+    rows = []
+    for name, workload in ROUNDS.items():
+        times, losses = train(workload["clients"], workload["widths"])
+        for quantity in ("compiled call", "whole round"):
+            row = {"": f"{name}, {quantity}"} | compare(times, quantity)
+            if "DrJAX" in row:
+                row["target"] = verdict("3 x DrJAX", row["DrJAX / fax"] >= 3)
+            rows.append(row)
+        rows.append({"": f"{name}, final loss"} | losses)
+    return [timing_table("Federated averaging, ms a round", rows)]
+
+
+def train(clients: int, widths: Sequence[int]) -> tuple[dict[str, list[Times]], Times]:
+    """Trains every way on the same cohorts from the same parameters."""
+    cohorts = [workloads.cohort(number, clients) for number in range(WARM_UP_ROUNDS + TIMED_ROUNDS)]
+    for client in np.unique(np.concatenate(cohorts)):
+        workloads.examples(int(client))
+    params = workloads.init(widths)
+    runs = {way.name: Training(way(clients), params, cohorts) for way in WAYS}
+    take_turns(runs, WARM_UP_ROUNDS)
+    times = take_turns({name: run.timed for name, run in runs.items()}, TIMED_ROUNDS)
+    losses = {name: evaluate(run.params) for name, run in runs.items()}
+    np.testing.assert_allclose(list(losses.values()), losses["fax"], rtol=0.01)
+    return times, losses
+
+
+class Training:
+    """The state of one way's training. Calling it runs a round."""
+
+    def __init__(self, way: Any, params: Any, cohorts: Sequence[np.ndarray]):
+        self.params = params
+        self._state = workloads.adam().init(params)
+        self._cohorts = cohorts
+        self._round = jax.jit(workloads.federated_averaging(way))
+        for steps, number in {workloads.padded_steps(c): i for i, c in enumerate(cohorts)}.items():
+            del steps  # one cohort of every shape, so that no timed round compiles
+            jax.block_until_ready(self._call(workloads.prepare(number, cohorts[number])))
+
+    def __call__(self, number: int) -> Times:
+        start = time.perf_counter()
+        data = jax.block_until_ready(
+            jax.device_put(workloads.prepare(number, self._cohorts[number]))
+        )
+        seconds, (self.params, self._state) = clock(self._call, data)
+        return {"compiled call": seconds, "whole round": time.perf_counter() - start}
+
+    def timed(self, turn: int) -> Times:
+        return self(WARM_UP_ROUNDS + turn)
+
+    def _call(self, data: Any) -> Any:
+        return self._round(self.params, self._state, *data)
+
+
+def evaluate(params: Any) -> float:
+    """The loss on five clients' examples."""
+    x, y = map(np.concatenate, zip(*map(workloads.examples, range(1, 6)), strict=True))
+    return float(jax.jit(workloads.loss)(params, Batches(x, y, np.ones(len(y), np.float32))))
+
+
+# Memory
+
+
+def memory() -> list[Table]:
+    """XLA's own figure of the temporary memory that a compiled program needs."""
+    columns = [(way, n) for way in WAYS for n in MEMORY_CLIENTS[way.name]]
+    rows: dict[str, Table] = {}
+    for way, n in columns:
+        for name, (fn, args) in memory_programs(way(n)).items():
+            compiled = jax.jit(fn).lower(*args).compile()
+            used = compiled.memory_analysis().temp_size_in_bytes / MODEL_BYTES
+            rows.setdefault(name, {"": name})[f"{way.name}, {n}"] = used
+    for name, row in rows.items():
+        least, most = row[f"fax, {MEMORY_CLIENTS['fax'][0]}"], row[f"fax, {MEMORY_CLIENTS['fax'][-1]}"]
+        del name
+        row["grows"] = most > 1.1 * least
+    names = [f"{name}, {n}" for name in NAMES for n in MEMORY_CLIENTS[name]]
+    title = f"Temporary memory by number of clients, in models of {MODEL_BYTES // 4:,} parameters"
+    return [dict(title=title, columns=["", *names], rows=list(rows.values()))]
+
+
+def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
+    """What is compiled, and the types of its arguments."""
+    params = [jax.ShapeDtypeStruct((UNITS, UNITS), jnp.float32)] * LAYERS
+    data = jax.ShapeDtypeStruct((way.clients, EXAMPLES, UNITS), jnp.float32)
+    weights = jax.ShapeDtypeStruct((way.clients,), jnp.float32)
+    mask = jax.ShapeDtypeStruct((way.clients,), bool)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    update = functools.partial(local_steps, rate=0.1, steps=1)
+
+    @way.program
+    def mean(params, data):
+        return way.mean(update, params, data)
+
+    @way.program
+    def weighted_mean(params, data, weights):
+        return way.mean(update, params, data, weights=weights)
+
+    @way.program
+    def masked_mean(params, data, mask):
+        return way.mean(update, params, data, where=mask)
+
+    @way.program
+    def after_many_steps(params, data, rate):
+        work = functools.partial(local_steps, rate=rate, steps=100)
+        return way.mean(work, params, data)
+
+    def tangent(params, data, rate):
+        of_rate = functools.partial(after_many_steps, params, data)
+        return jax.jvp(of_rate, (rate,), (jnp.ones_like(rate),))
+
+    @way.program
+    def squares(params, data, weights):
+        means = way.mean(jax.checkpoint(update), params, data, weights=weights)
+        return sum(jnp.sum(leaf**2) for leaf in means)
+
+    return {
+        "mean": (mean, (params, data)),
+        "weighted mean": (weighted_mean, (params, data, weights)),
+        "masked mean": (masked_mean, (params, data, mask)),
+        "JVP, 100 local steps": (tangent, (params, data, rate)),
+        "gradient, parameters": (jax.grad(squares), (params, data, weights)),
+        "gradient, parameters and weights": (
+            jax.grad(squares, argnums=(0, 2)),
+            (params, data, weights),
+        ),
+    }
+
+
+def local_steps(params: Sequence[Any], x: Any, *, rate: Any, steps: int) -> list[Any]:
+    """How far some steps of gradient descent at a client go."""
+
+    def loss(params):
+        h = x
+        for weight in params:
+            h = jnp.tanh(h @ weight)
+        return jnp.mean(h**2)
+
+    def step(params, _):
+        return [w - rate * g for w, g in zip(params, jax.grad(loss)(params), strict=True)], None
+
+    if steps == 1:
+        trained, _ = step(params, None)
+    else:
+        trained, _ = jax.lax.scan(step, params, length=steps)
+    return [new - old for new, old in zip(trained, params, strict=True)]
+
+
+# Reporting
+
+
+def timing_table(title: str, rows: Sequence[Table]) -> Table:
+    columns = ["", *NAMES, "DrJAX / fax", "vmap / fax", "target"]
+    return dict(title=title, columns=columns, rows=rows)
+
+
+def machine() -> dict[str, Any]:
+    drjax = workloads.drjax
+    return {
+        "platform": f"{platform.system()} {platform.machine()}, {jax.default_backend()}",
+        "CPUs": os.cpu_count(),
+        "Python": platform.python_version(),
+        "jax": jax.__version__,
+        "DrJAX": drjax.__version__ if drjax else "not installed",
+        "fax": fax.__version__,
+    }
+
+
+def show(table: Table) -> None:
+    """Prints a table in Markdown."""
+    columns = table["columns"]
+    cells = [[shown(column, row) for column in columns] for row in table["rows"]]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    print(f"\n{table['title']}\n")
+    for line in [columns, ["-" * w for w in widths], *cells]:
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
+
+
+def shown(column: str, row: Table) -> str:
+    if column in row:
+        value = row[column]
+        return value if isinstance(value, str) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return "not installed" if column.startswith("DrJAX") and not workloads.drjax else ""
+
+
+PARTS = dict(trace=trace, compute=compute, rounds=rounds, memory=memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, help="run one part")
+    parser.add_argument("--json", metavar="PATH", help="write the figures to a file")
+    options = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    tables = []
+    for name in [options.only] if options.only else PARTS:
+        tables += PARTS[name]()
+        for table in tables[-1:]:
+            show(table)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(dict(machine=machine(), tables=tables), file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What the core benchmark runs: data, client functions, and three ways to write a round.
+
+The data have the shape of EMNIST by writer: 3,400 clients of 28 to 500 examples, images of 784
+pixels in 62 classes. They are synthetic, and follow from the seeds in this file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import fax
+
+try:
+    import drjax
+except ImportError:
+    drjax = None
+
+PyTree = Any
+
+SEED = 20240
+CLIENTS = 3400
+PIXELS = 784
+CLASSES = 62
+BATCH = 20
+CLIENT_RATE = 0.1
+STEPS_MULTIPLE = 5  # padded step counts are multiples of it, so that few shapes are compiled
+
+LOGISTIC = (PIXELS, CLASSES)
+DENSE = (PIXELS, 200, 200, CLASSES)
+
+
+# Data
+
+
+class Batches(NamedTuple):
+    """Batches of one client, or with a leading axis of several. The mask is 0 for padding."""
+
+    x: Any  # float32 [..., steps, batch, pixels]
+    y: Any  # int32 [..., steps, batch]
+    mask: Any  # float32 [..., steps, batch]
+
+
+@functools.cache
+def sizes() -> np.ndarray:
+    """How many examples each client has."""
+    spread = 0.6
+    draws = np.random.default_rng(SEED).lognormal(np.log(200) - spread**2 / 2, spread, CLIENTS)
+    return np.clip(draws.astype(int), 10, 500)
+
+
+@functools.cache
+def templates() -> np.ndarray:
+    """A picture for each class."""
+    draws = np.random.default_rng(SEED + 1).random((CLASSES, PIXELS))
+    return (draws < 0.2).astype(np.float32)
+
+
+@functools.cache
+def examples(client: int) -> tuple[np.ndarray, np.ndarray]:
+    """A client's noisy pictures and their classes. Kept, as if they had been loaded before."""
+    rng = np.random.default_rng((SEED, 7, client))
+    y = rng.integers(0, CLASSES, sizes()[client]).astype(np.int32)
+    noise = rng.random((len(y), PIXELS), dtype=np.float32)
+    return 0.5 * templates()[y] + 0.3 * noise, y
+
+
+def cohort(number: int, count: int) -> np.ndarray:
+    """The clients of a round."""
+    return np.random.default_rng((SEED, 3, number)).choice(CLIENTS, count, replace=False)
+
+
+def padded_steps(clients: Sequence[int]) -> int:
+    """The steps of the longest epoch among clients, rounded up."""
+    steps = -(-int(sizes()[clients].max()) // BATCH)
+    return -(-steps // STEPS_MULTIPLE) * STEPS_MULTIPLE
+
+
+def prepare(number: int, clients: Sequence[int]) -> tuple[Batches, np.ndarray]:
+    """An epoch of each client, shuffled and padded, and how many examples each client has."""
+    count, steps = len(clients), padded_steps(clients)
+    x = np.zeros((count, steps * BATCH, PIXELS), np.float32)
+    y = np.zeros((count, steps * BATCH), np.int32)
+    mask = np.zeros((count, steps * BATCH), np.float32)
+    for row, client in enumerate(clients):
+        own_x, own_y = examples(int(client))
+        order = np.random.default_rng((number, int(client))).permutation(len(own_y))
+        x[row, : len(order)] = own_x[order]
+        y[row, : len(order)] = own_y[order]
+        mask[row, : len(order)] = 1
+    shape = (count, steps, BATCH)
+    batches = Batches(x.reshape(*shape, PIXELS), y.reshape(shape), mask.reshape(shape))
+    return batches, sizes()[clients].astype(np.float32)
+
+
+# Models and client functions
+
+
+def init(widths: Sequence[int], seed: int = 0) -> list[dict[str, jax.Array]]:
+    """The parameters of dense layers."""
+    keys = jax.random.split(jax.random.key(seed), len(widths) - 1)
+    return [
+        {
+            "w": jax.random.truncated_normal(key, -2, 2, (fan_in, fan_out)) / np.sqrt(fan_in),
+            "b": jnp.zeros(fan_out),
+        }
+        for key, fan_in, fan_out in zip(keys, widths[:-1], widths[1:], strict=True)
+    ]
+
+
+def loss(params: PyTree, batch: Batches) -> jax.Array:
+    """The mean cross-entropy of the examples that are not padding."""
+    h = batch.x
+    for layer in params[:-1]:
+        h = jax.nn.relu(h @ layer["w"] + layer["b"])
+    logits = h @ params[-1]["w"] + params[-1]["b"]
+    losses = -jnp.sum(jax.nn.one_hot(batch.y, CLASSES) * jax.nn.log_softmax(logits), -1)
+    return jnp.sum(losses * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
+
+
+def epoch(params: PyTree, batches: Batches, *, skip: bool) -> PyTree:
+    """One epoch of SGD at a client. Returns how far it went, a gradient for the server.
+
+    A step that is all padding changes nothing. With ``skip`` a branch leaves it out, which saves
+    its time where the function is not vectorised.
+    """
+
+    def step(params, batch):
+        gradient = jax.grad(loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - CLIENT_RATE * g, params, gradient)
+
+    def body(params, batch):
+        if skip:
+            return lax.cond(batch.mask[0] > 0, step, lambda p, _: p, params, batch), None
+        return step(params, batch), None
+
+    trained, _ = lax.scan(body, params, batches)
+    return jax.tree.map(jnp.subtract, params, trained)
+
+
+# Three ways to write a round
+
+
+@dataclasses.dataclass(frozen=True)
+class Fax:
+    """With fax's operators."""
+
+    clients: int
+    batch_size: int | None = None
+    name = "fax"
+    skips_padding = True
+
+    def program(self, fn: Callable) -> Callable:
+        return fax.program(clients=self.clients)(fn)
+
+    def mean(self, work, server, data, weights=None, where=None):
+        updates = fax.map(work, fax.broadcast(server), data, batch_size=self.batch_size)
+        return fax.mean(updates, weights=weights, where=where)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrJax:
+    """With DrJAX's operators. It has no masks, which its users write out."""
+
+    clients: int
+    name = "DrJAX"
+    skips_padding = False
+
+    def program(self, fn: Callable) -> Callable:
+        return drjax.program(placements={"clients": self.clients})(fn)
+
+    def mean(self, work, server, data, weights=None, where=None):
+        updates = drjax.map_fn(work, (drjax.broadcast(server), data))
+        if where is not None:
+            updates = drjax.map_fn(keep, (updates, where))
+            weights = where.astype(jnp.float32)
+        if weights is None:
+            return drjax.reduce_mean(updates)
+        return drjax.reduce_weighted_mean(updates, jax.tree.map(lambda _: weights, updates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Vmap:
+    """By hand, with `jax.vmap`."""
+
+    clients: int
+    name = "vmap"
+    skips_padding = False
+
+    def program(self, fn: Callable) -> Callable:
+        return fn
+
+    def mean(self, work, server, data, weights=None, where=None):
+        updates = jax.vmap(work, in_axes=(None, 0), axis_size=self.clients)(server, data)
+        if where is not None:
+            updates = jax.vmap(keep)(updates, where)
+            weights = where.astype(jnp.float32)
+        if weights is None:
+            return jax.tree.map(lambda u: jnp.mean(u, 0), updates)
+        return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1) / jnp.sum(weights), updates)
+
+
+WAYS = (Fax, DrJax, Vmap) if drjax else (Fax, Vmap)
+NAMES = ("fax", "DrJAX", "vmap")
+
+
+def keep(update: PyTree, included: jax.Array) -> PyTree:
+    """A client's update, or zeros if it is left out."""
+    return jax.tree.map(lambda u: jnp.where(included, u, 0), update)
+
+
+def adam() -> optax.GradientTransformation:
+    """The server's optimizer."""
+    return optax.adam(10**-2.5, b1=0.9, b2=0.99, eps=1e-3)
+
+
+def federated_averaging(way: Any) -> Callable:
+    """A round: an epoch at every client, their mean weighted by examples, and a step of Adam."""
+    work = functools.partial(epoch, skip=way.skips_padding)
+
+    @way.program
+    def one_round(params, state, batches, num_examples):
+        gradient = way.mean(work, params, batches, weights=num_examples)
+        updates, state = adam().update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return one_round

@@ -1,0 +1,382 @@
+"""Scope, leaves and dtypes: what a program does with its arguments and around itself."""
+
+import dataclasses
+import logging
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fax
+
+
+class Batch(NamedTuple):
+    x: jax.Array
+    y: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    weight: jax.Array
+    bias: jax.Array
+
+
+@fax.program(clients=3)
+def total(x):
+    return fax.sum(x)
+
+
+# Scope
+
+
+def test_programs_of_different_sizes_run_in_threads_at_once():
+    inside = threading.Barrier(4)
+    sums: dict[int, set[float]] = {}
+
+    def work(n):
+        @fax.program(clients=n)
+        def count(x):
+            inside.wait(timeout=60)  # all programs are being traced at this point
+            assert fax.placements() == {"clients": n}
+            return fax.sum(fax.broadcast(x))
+
+        sums[n] = {float(count(1.0)) for _ in range(5)}
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sums == {n: {float(n)} for n in range(2, 6)}
+
+
+def test_a_new_thread_sees_no_placement():
+    seen = []
+
+    @fax.program(clients=3)
+    def program(x):
+        thread = threading.Thread(target=lambda: seen.append(fax.placements()))
+        thread.start()
+        thread.join()
+        return x
+
+    program(1.0)
+    assert seen == [{}]
+
+
+def test_a_program_called_inside_another_shadows_it():
+    @fax.program(clients=2)
+    def inner(x):
+        assert fax.placements() == {"clients": 2}
+        return fax.sum(fax.broadcast(x))
+
+    @fax.program(clients=5, regions=3)
+    def outer(x):
+        before = fax.placements()
+        x = inner(x)
+        assert fax.placements() == before == {"clients": 5, "regions": 3}
+        return fax.sum(fax.broadcast(x, placement="clients"), placement="clients")
+
+    assert outer(1.0) == 10.0
+
+
+def test_a_program_called_inside_a_map_has_its_own_placements():
+    @fax.program(clients=2)
+    def inner(x):
+        return fax.sum(fax.broadcast(x))
+
+    @fax.program(clients=3)
+    def outer(x):
+        return fax.sum(fax.map(inner, x))
+
+    assert outer(jnp.arange(3.0)) == 6.0
+
+
+def test_a_program_that_raises_leaves_nothing_behind():
+    @fax.program(clients=3)
+    def fails(x):
+        def client(x):
+            raise RuntimeError("midway")
+
+        return fax.map(client, x)
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fails(jnp.ones(3))
+    assert fax.placements() == {}
+    assert total(jnp.ones(3)) == 3.0
+
+    @fax.program(clients=3)
+    def catches(x):
+        with pytest.raises(RuntimeError, match="midway"):
+            fails(x)
+        return fax.sum(x)
+
+    assert catches(jnp.ones(3)) == 3.0
+
+
+def test_a_map_takes_its_own_placement_out_of_scope():
+    seen = []
+
+    @fax.program(regions=2, clients=3)
+    def program(x):
+        def region(row):
+            seen.append(fax.placements())
+
+            def client(value):
+                seen.append(fax.placements())
+                return value
+
+            return fax.sum(fax.map(client, row))
+
+        return fax.sum(fax.map(region, x, placement="regions"), placement="regions")
+
+    assert program(jnp.ones((2, 3))) == 6.0
+    assert seen == [{"clients": 3}, {}]
+
+
+def test_a_jitted_helper_is_traced_anew_for_other_sizes():
+    @jax.jit
+    def helper(x):
+        return fax.sum(fax.broadcast(x))
+
+    sums = [fax.program(clients=n)(helper)(1.0) for n in (3, 5, 3)]
+    assert sums == [3.0, 5.0, 3.0]
+    regions = fax.program(regions=4)(lambda x: fax.map(fax.program(clients=2)(helper), x))
+    np.testing.assert_array_equal(regions(jnp.ones(4)), 2 * np.ones(4))
+
+
+# Arguments and results
+
+
+def test_leaves_that_are_not_arrays_reach_the_body_as_they_are():
+    seen = []
+
+    @fax.program(clients=3)
+    def program(x, steps, activation, name=None, *, options):
+        seen.append((steps, activation, name, options))
+        for _ in range(steps):
+            x = activation(x)
+        return {"y": fax.sum(x), "steps": steps, "name": name, "activation": activation}
+
+    out = program(jnp.ones(3), 2, jnp.sin, "run", options={"lr": 0.5, "flag": True, "z": None})
+    assert seen == [(2, jnp.sin, "run", {"lr": 0.5, "flag": True, "z": None})]
+    assert (out["steps"], out["name"], out["activation"]) == (2, "run", jnp.sin)
+    np.testing.assert_allclose(out["y"], 3 * np.sin(np.sin(1.0)), rtol=1e-6)
+
+
+def test_pytrees_keep_their_types():
+    @fax.program(clients=3)
+    def program(model, batch, empty):
+        def client(model, batch):
+            assert isinstance(model, Model)
+            assert isinstance(batch, Batch)
+            assert batch.y is None
+            return Model(model.weight * batch.x, model.bias), {}, batch
+
+        update, nothing, batch = fax.map(client, fax.broadcast(model), batch)
+        return fax.mean(update), nothing, batch, fax.sum(empty), fax.mean(empty)
+
+    model = Model(jnp.arange(2.0), jnp.asarray(1.0))
+    batch = Batch(jnp.arange(3.0), None)
+    update, nothing, same, *empties = program(model, batch, {"none": None, "list": []})
+    assert isinstance(update, Model)
+    np.testing.assert_array_equal(update.weight, [0.0, 1.0])
+    assert isinstance(same, Batch)
+    assert same.y is None
+    assert nothing == {}
+    assert empties == [{"none": None, "list": []}] * 2
+
+
+def test_other_leaves_pass_through_broadcast_and_map():
+    def shift(f, x):
+        return f(x)
+
+    @fax.program(clients=3)
+    def program(x):
+        f, sent = fax.broadcast((jnp.cos, x))
+        return fax.map(shift, f, sent)
+
+    np.testing.assert_allclose(program(jnp.asarray(0.5)), np.full(3, np.cos(0.5)), rtol=1e-6)
+
+
+def test_methods_and_keyword_arguments():
+    class Trainer:
+        rate = 0.5
+
+        @fax.program(clients=3)
+        def round(self, *, params):
+            """Docstring."""
+            return fax.mean(fax.broadcast(params)) * self.rate
+
+    assert Trainer().round(params=4.0) == 2.0
+    assert Trainer.round.__doc__ == "Docstring."
+
+
+def test_numpy_arrays_and_scalars_are_arrays():
+    assert total(np.ones(3, np.float32)) == 3.0
+
+    @fax.program(clients=2)
+    def send(x):
+        return fax.broadcast(x)
+
+    out = send(np.float32(2.0))
+    assert isinstance(out, jax.Array)
+    np.testing.assert_array_equal(out, [2.0, 2.0])
+
+
+def test_closed_over_values_are_server_values_whatever_their_shape():
+    table = jnp.arange(3.0)  # as many rows as there are clients, and still not placed
+
+    @fax.program(clients=3)
+    def program(x):
+        return fax.map(lambda row: row + table.sum(), x)
+
+    np.testing.assert_array_equal(program(jnp.zeros(3)), [3.0, 3.0, 3.0])
+
+
+def test_a_program_reads_what_it_closes_over_at_every_call():
+    scale = [2.0]
+
+    @fax.program(clients=3)
+    def program(x):
+        return fax.sum(fax.map(lambda row: row * scale[0], x))
+
+    assert program(jnp.ones(3)) == 6.0
+    scale[0] = 3.0
+    assert program(jnp.ones(3)) == 9.0
+    gradient = jax.grad(lambda s: scale.__setitem__(0, s) or program(jnp.ones(3)))(5.0)
+    assert gradient == 3.0
+
+
+def test_one_participant():
+    @fax.program(clients=1)
+    def program(x, w):
+        y = fax.map(jnp.square, x)
+        return fax.sum(y), fax.mean(y, weights=w), fax.max(y), fax.index(), fax.collect(y)
+
+    out = program(jnp.array([3.0]), jnp.array([2.0]))
+    assert [np.asarray(x).tolist() for x in out] == [9.0, 9.0, 9.0, [0], [9.0]]
+
+
+# Dtypes
+
+DTYPES = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64", "complex64"])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 0), (2, 1, 2)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, fused):
+    x = jnp.asarray(np.arange(4 * np.prod(shape)).reshape(4, *shape) % 5).astype(dtype)
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+
+    @fax.program(clients=4)
+    def program(x):
+        rows = fax.map(lambda row: row, x) if fused else x
+        return [fax.sum(rows), fax.mean(rows)] + ([fax.max(rows), fax.min(rows)] if real else [])
+
+    found = program(x)
+    wanted = [f(x, axis=0) for f in (jnp.sum, jnp.mean, jnp.max, jnp.min)[: 4 if real else 2]]
+    for value, reference in zip(found, wanted, strict=True):
+        assert (value.dtype, value.shape) == (reference.dtype, reference.shape)
+        tolerance = 0 if dtype not in ("float16", "bfloat16") else float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            np.asarray(value, np.complex128), np.asarray(reference, np.complex128), rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_are_folded_with_the_index(make):
+    @fax.program(clients=3)
+    def program(key):
+        keys = fax.keys(key)
+        return keys, fax.map(jax.random.normal, keys), fax.collect(fax.map(lambda k: k, keys))
+
+    keys, draws, again = program(make(7))
+    wanted = jax.vmap(jax.random.fold_in, (None, 0))(make(7), jnp.arange(3))
+    for found in (keys, again):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(_bits(found), _bits(wanted))
+    np.testing.assert_array_equal(draws, jax.vmap(jax.random.normal)(wanted))
+
+
+def _bits(keys):
+    return jax.random.key_data(keys) if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys
+
+
+def test_weak_types_are_kept():
+    @fax.program(clients=3)
+    def program(x):
+        return fax.sum(fax.map(lambda row: row, fax.broadcast(x))), fax.mean(fax.broadcast(x))
+
+    assert all(jax.typeof(y).weak_type for y in jax.eval_shape(program, 1.0) or program(1.0))
+
+
+# Compilation
+
+
+@pytest.fixture
+def compilations(caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        yield lambda: [r.message for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+def test_calling_twice_compiles_once(compilations):
+    @fax.program(clients=3)
+    def train(params, data):
+        def step(params, _):
+            def loss(p, row):
+                return jnp.sum(jax.nn.relu(p - row) ** 2)
+
+            grads = fax.map(jax.grad(loss), fax.broadcast(params), data)
+            return params - 0.1 * fax.mean(grads), None
+
+        return jax.lax.scan(step, params, None, length=4)[0]
+
+    params, data = jnp.ones(2), jnp.arange(6.0).reshape(3, 2)
+    first = train(params, data)
+    before = len(compilations())
+    assert before > 0
+    np.testing.assert_array_equal(train(params, data), first)
+    train(params + 1, data)
+    assert len(compilations()) - before <= 1  # the addition
+
+
+def test_the_rounds_of_a_gradient_compile_once_outside_of_jit(compilations):
+    @fax.program(clients=3)
+    def mean_loss(params, data):
+        losses = fax.map(lambda p, row: jnp.sum((p - row) ** 2), fax.broadcast(params), data)
+        return fax.mean(losses)
+
+    params, data = jnp.ones(2), jnp.arange(6.0).reshape(3, 2)
+    gradient = jax.grad(mean_loss)(params, data)
+    before = len(compilations())
+    np.testing.assert_array_equal(jax.grad(mean_loss)(params, data), gradient)
+    assert len(compilations()) == before > 0
+
+
+def test_without_jit_client_functions_see_concrete_values():
+    seen = []
+
+    @fax.program(clients=3)
+    def program(x):
+        def client(row):
+            return jax.jit(lambda r: seen.append(isinstance(r, jax.core.Tracer)) or r * 2)(row)
+
+        return fax.sum(fax.map(client, x))
+
+    with jax.disable_jit():
+        assert program(jnp.ones(3)) == 6.0
+
+
+def test_the_batch_size_does_not_change_the_result():
+    x = jnp.arange(7.0)
+    sums = [
+        fax.program(clients=7)(lambda x, b=b: fax.sum(fax.map(jnp.sin, x, batch_size=b)))(x)
+        for b in (None, 1, 2, 3, 4, 6, 7, 100)
+    ]
+    np.testing.assert_allclose(sums, np.full(8, np.sin(np.arange(7.0)).sum()), rtol=1e-12)

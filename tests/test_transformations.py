@@ -1,0 +1,453 @@
+"""Every program of the case table under every transformation of JAX, at several batch sizes.
+
+What a transformed program must give follows from the values and the derivatives of the plain
+reference, taken in forward mode alone, and from the chain rule in NumPy. So no rule of fax's,
+and no reverse mode, is on both sides of a comparison.
+
+The newest JAX gets the full product; an older one gets a subset in which every pair of case,
+transformation and batch size comes up.
+"""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BATCH_SIZES, CASES, Case
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+RTOL = 1e-10  # of the largest element: float64 leaves six digits for sums in another order
+
+
+# What is expected
+
+
+class Derivatives:
+    """The reference's value and its first two derivatives, as a flat function, anywhere.
+
+    The flat function maps the differentiable arguments, as one vector, to all float outputs.
+    """
+
+    def __init__(self, case: Case):
+        theta, unravel = ravel_pytree(case.differentiable)
+        self.theta = np.asarray(theta)
+
+        def floats_at(theta):
+            return flat_floats(case.reference(*case.merge(unravel(theta))))
+
+        first = jax.jacfwd(floats_at)
+        everything = jax.jit(
+            lambda theta: (floats_at(theta), first(theta), jax.jacfwd(first)(theta))
+        )
+        self._outputs_at = jax.jit(lambda theta: case.reference(*case.merge(unravel(theta))))
+        self._at = functools.cache(lambda key: jax.device_get(everything(np.frombuffer(key))))
+        self.shapes = jax.eval_shape(case.reference, *case.args)
+
+    def outputs(self, theta: np.ndarray) -> Any:
+        return jax.device_get(self._outputs_at(theta))
+
+    def values(self, theta: np.ndarray) -> np.ndarray:
+        return self._at(theta.tobytes())[0]
+
+    def jacobian(self, theta: np.ndarray) -> np.ndarray:
+        return self._at(theta.tobytes())[1]
+
+    def loss(self, theta: np.ndarray) -> np.ndarray:
+        y = self.values(theta)
+        return np.sum(importance(len(y)) * y**2) / 2
+
+    def gradient(self, theta: np.ndarray) -> np.ndarray:
+        y, jacobian, _ = self._at(theta.tobytes())
+        return (importance(len(y)) * y) @ jacobian
+
+    def hessian(self, theta: np.ndarray) -> np.ndarray:
+        y, jacobian, curvature = self._at(theta.tobytes())
+        of = importance(len(y))
+        return jacobian.T @ (of[:, None] * jacobian) + np.tensordot(of * y, curvature, 1)
+
+    def recurrence(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """`Subject.step` repeated from zero: the last state and its gradient."""
+        theta, state, slope = self.theta, np.float64(0), np.zeros_like(self.theta)
+        for _ in range(steps):
+            scale, change = 1 + 0.1 * np.tanh(state), 0.1 / np.cosh(state) ** 2
+            gradient = self.gradient(scale * theta)
+            slope = scale * gradient + np.nan_to_num(theta) @ gradient * change * slope
+            state = self.loss(scale * theta)
+        return state, slope
+
+
+derivatives = functools.cache(Derivatives)
+
+
+def importance(count: int) -> np.ndarray:
+    """How much each output weighs in the loss."""
+    return 1 + np.cos(np.arange(count)) / 2
+
+
+def flat_floats(outputs: Any) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+
+# What is transformed
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A program at a batch size, in the shapes that transformations ask for."""
+
+    case: Case
+    batch_size: int
+    program: Callable
+
+    @property
+    def expected(self) -> Derivatives:
+        return derivatives(self.case)
+
+    @property
+    def at(self) -> tuple:
+        return self.case.differentiable
+
+    @property
+    def theta(self) -> np.ndarray:
+        return self.expected.theta
+
+    @property
+    def tangents(self) -> tuple:
+        return self.like(np.sin(1.0 + np.arange(self.theta.size)))
+
+    def like(self, theta: np.ndarray) -> tuple:
+        """A flat vector in the shapes of the differentiable arguments."""
+        leaves, treedef = jax.tree.flatten(self.at)
+        ends = np.cumsum([np.size(leaf) for leaf in leaves])
+        parts = np.split(theta, ends[:-1])
+        shaped = [part.reshape(np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, shaped)
+
+    def outputs(self, *differentiable: Any) -> Any:
+        return self.program(*self.case.merge(differentiable))
+
+    def floats(self, *differentiable: Any) -> jax.Array:
+        return flat_floats(self.outputs(*differentiable))
+
+    def loss(self, *differentiable: Any) -> jax.Array:
+        y = self.floats(*differentiable)
+        return jnp.sum(importance(y.size) * y**2) / 2
+
+    def flat(self, function: Callable) -> Callable:
+        """A function of the differentiable arguments, as a function of one vector."""
+        unravel = ravel_pytree(self.at)[1]
+        return lambda theta: function(*unravel(theta))
+
+    def gradient(self, function: Callable) -> Callable:
+        return jax.grad(function, tuple(range(len(self.at))))
+
+    def step(self, state: jax.Array, *differentiable: Any) -> jax.Array:
+        """A step of a recurrence that goes through the program."""
+        scale = 1 + 0.1 * jnp.tanh(state)
+        return self.loss(*jax.tree.map(lambda x: x * scale, differentiable))
+
+
+SCALES = (0.9, 1.05)  # points to be vectorised over, near enough to meet no tie
+
+
+def stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.stack([scale * x for scale in SCALES]), tree)
+
+
+def join(tree: Any) -> np.ndarray:
+    """The leaves in one vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def join_rows(tree: Any) -> np.ndarray:
+    """The leaves, each with the same leading axis, in one matrix."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    """Same structure, shapes and dtypes, and the same numbers up to rounding."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert (jnp.shape(x), jnp.result_type(x)) == (np.shape(y), y.dtype)
+        size = np.max(np.abs(y), initial=0, where=np.isfinite(y))
+        np.testing.assert_allclose(x, y, rtol=RTOL, atol=RTOL * size)
+
+
+# The transformations
+
+Check = Callable[[Subject], None]
+TRANSFORMATIONS: list[tuple[str, str | None, Check]] = []
+
+
+def transformation(mode: str | None = None) -> Callable[[Check], Check]:
+    """Enters a check into the table, with the mode of differentiation that it needs."""
+
+    def enter(check):
+        TRANSFORMATIONS.append((check.__name__, mode, check))
+        return check
+
+    return enter
+
+
+@transformation()
+def eager(s: Subject) -> None:
+    assert_close(s.program(*s.case.args), s.expected.outputs(s.theta))
+
+
+@transformation()
+def jit(s: Subject) -> None:
+    assert_close(jax.jit(s.program)(*s.case.args), s.expected.outputs(s.theta))
+
+
+@transformation()
+def eval_shape(s: Subject) -> None:
+    shapes = jax.eval_shape(s.program, *s.case.args)
+    assert shapes == s.expected.shapes  # structure, shapes, dtypes and weak types
+    assert jax.tree.map(type, shapes) == jax.tree.map(type, s.expected.shapes)
+
+
+@transformation("reverse")
+def grad(s: Subject) -> None:
+    assert_close(join(s.gradient(s.loss)(*s.at)), s.expected.gradient(s.theta))
+
+
+@transformation("reverse")
+def value_and_grad(s: Subject) -> None:
+    both = jax.jit(jax.value_and_grad(s.loss, tuple(range(len(s.at)))))
+    value, gradient = both(*s.at)
+    assert_close(value, s.expected.loss(s.theta))
+    assert_close(join(gradient), s.expected.gradient(s.theta))
+
+
+@transformation("forward")
+def jvp(s: Subject) -> None:
+    values, moved = jax.jvp(s.floats, s.at, s.tangents)
+    assert_close(values, s.expected.values(s.theta))
+    assert_close(moved, s.expected.jacobian(s.theta) @ join(s.tangents))
+
+
+@transformation("reverse")
+def vjp(s: Subject) -> None:
+    values, pull = jax.vjp(s.floats, *s.at)
+    assert_close(values, s.expected.values(s.theta))
+    cotangent = np.cos(np.arange(values.size))
+    assert_close(join(pull(cotangent)), cotangent @ s.expected.jacobian(s.theta))
+
+
+@transformation("forward")
+def linearize(s: Subject) -> None:
+    values, push = jax.linearize(s.floats, *s.at)
+    assert_close(values, s.expected.values(s.theta))
+    for tangents in s.tangents, s.at:
+        tangents = jax.tree.map(np.nan_to_num, tangents)
+        assert_close(push(*tangents), s.expected.jacobian(s.theta) @ join(tangents))
+
+
+@transformation("forward")
+def jacfwd(s: Subject) -> None:
+    jacobian = jax.jit(jax.jacfwd(s.flat(s.floats)))(s.theta)
+    assert_close(jacobian, s.expected.jacobian(s.theta))
+
+
+@transformation("reverse")
+def jacrev(s: Subject) -> None:
+    jacobian = jax.jit(jax.jacrev(s.flat(s.floats)))(s.theta)
+    assert_close(jacobian, s.expected.jacobian(s.theta))
+
+
+@transformation("reverse")
+def hessian(s: Subject) -> None:
+    curvature = jax.jit(jax.hessian(s.flat(s.loss)))(s.theta)
+    assert_close(curvature, s.expected.hessian(s.theta))
+
+
+@transformation()
+def vmap(s: Subject) -> None:
+    expected = [s.expected.outputs(scale * s.theta) for scale in SCALES]
+    expected = jax.tree.map(lambda *rows: np.stack(rows), *expected)
+    assert_close(jax.vmap(s.outputs)(*stacked(s.at)), expected)
+
+
+@transformation()
+def vmap_of_vmap(s: Subject) -> None:
+    """The inner one over the first argument, the outer one over the others."""
+    first, others = s.at[0], s.at[1:]
+    inner = jax.vmap(s.outputs, (0, *[None] * len(others)))
+    outer = jax.vmap(inner, (None, *[0] * len(others)))
+    got = jax.jit(outer)(stacked(first), *stacked(others))
+    for i, j in itertools.product(range(2), range(2)):
+        point = join([np.multiply(SCALES[j], x) for x in jax.tree.leaves(first)])
+        point = np.concatenate([point, SCALES[i] * join(others)])
+        assert_close(jax.tree.map(lambda x, i=i, j=j: x[i, j], got), s.expected.outputs(point))
+
+
+@transformation("reverse")
+def vmap_of_grad(s: Subject) -> None:
+    gradients = jax.jit(jax.vmap(s.gradient(s.loss)))(*stacked(s.at))
+    expected = [s.expected.gradient(scale * s.theta) for scale in SCALES]
+    assert_close(join_rows(gradients), np.stack(expected))
+
+
+@transformation("reverse")
+def grad_of_vmap(s: Subject) -> None:
+    gradients = s.gradient(lambda *at: jnp.sum(jax.vmap(s.loss)(*at)))(*stacked(s.at))
+    expected = [s.expected.gradient(scale * s.theta) for scale in SCALES]
+    assert_close(join_rows(gradients), np.stack(expected))
+
+
+@transformation("reverse")
+def checkpoint_outside(s: Subject) -> None:
+    gradient = jax.jit(s.gradient(jax.checkpoint(s.loss)))(*s.at)
+    assert_close(join(gradient), s.expected.gradient(s.theta))
+
+
+@transformation("reverse")
+def checkpoint_inside(s: Subject) -> None:
+    program = s.case.program(s.batch_size, client=jax.checkpoint)
+    inside = dataclasses.replace(s, program=program)
+    gradient = jax.jit(inside.gradient(inside.loss))(*s.at)
+    assert_close(join(gradient), s.expected.gradient(s.theta))
+
+
+@transformation("reverse")
+def scan(s: Subject) -> None:
+    def last(*at):
+        start = jnp.zeros(())
+        return lax.scan(lambda state, _: (s.step(state, *at), None), start, length=2)[0]
+
+    value, gradient = s.expected.recurrence(2)
+    got = jax.value_and_grad(last, tuple(range(len(s.at))))(*s.at)
+    assert_close(got[0], value)
+    assert_close(join(got[1]), gradient)
+
+
+@transformation("forward")
+def while_loop(s: Subject) -> None:
+    def last(*at):
+        def body(carry):
+            return carry[0] + 1, s.step(carry[1], *at)
+
+        return lax.while_loop(lambda carry: carry[0] < 2, body, (0, jnp.zeros(())))[1]
+
+    value, gradient = s.expected.recurrence(2)
+    got = jax.jvp(last, s.at, s.tangents)
+    assert_close(got[0], value)
+    assert_close(got[1], gradient @ join(s.tangents))
+
+
+@transformation("reverse")
+def cond(s: Subject) -> None:
+    def either(run, *at):
+        return lax.cond(run, s.loss, lambda *_: jnp.zeros(()), *at)
+
+    both = jax.jit(jax.value_and_grad(either, tuple(range(1, 1 + len(s.at)))))
+    for run in True, False:
+        value, gradient = both(run, *s.at)
+        assert_close(value, run * s.expected.loss(s.theta))
+        assert_close(join(gradient), run * s.expected.gradient(s.theta))
+
+
+@transformation("forward")
+def custom_jvp(s: Subject) -> None:
+    """Inside a function with a forward rule of its own, here twice the program's."""
+    doubled = jax.custom_jvp(s.loss)
+
+    @doubled.defjvp
+    def _(primals, tangents):
+        value, moved = jax.jvp(s.loss, primals, tangents)
+        return value, 2 * moved
+
+    value, moved = jax.jit(functools.partial(jax.jvp, doubled))(s.at, s.tangents)
+    assert_close(value, s.expected.loss(s.theta))
+    assert_close(moved, 2 * s.expected.gradient(s.theta) @ join(s.tangents))
+
+
+@transformation("reverse")
+def custom_vjp(s: Subject) -> None:
+    """Inside a function with a reverse rule of its own, here twice the program's."""
+    doubled = jax.custom_vjp(s.loss)
+    doubled.defvjp(
+        lambda *at: jax.vjp(s.loss, *at),
+        lambda pull, cotangent: pull(2 * cotangent),
+    )
+    gradient = jax.jit(s.gradient(doubled))(*s.at)
+    assert_close(join(gradient), 2 * s.expected.gradient(s.theta))
+
+
+@transformation()
+def donation(s: Subject) -> None:
+    args = s.case.merge(jax.tree.map(lambda x: jnp.array(x, copy=True), s.at))
+    with warnings.catch_warnings():
+        # An argument that has no output's shape cannot be made use of, and JAX says so.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable", UserWarning)
+        got = jax.jit(s.program, donate_argnums=s.case.argnums)(*args)
+    assert_close(got, s.expected.outputs(s.theta))
+
+
+@transformation()
+def export(s: Subject) -> None:
+    """There and back through bytes, as a function of leaves, for these need no registration."""
+    leaves, treedef = jax.tree.flatten(s.case.args)
+
+    def flat(*leaves):
+        return jax.tree.leaves(s.program(*jax.tree.unflatten(treedef, leaves)))
+
+    exported = jax.export.export(jax.jit(flat))(*leaves)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(*leaves), jax.tree.leaves(s.expected.outputs(s.theta)))
+
+
+# The product
+
+Choice = tuple[int, int, int]  # of a case, a transformation and a batch size
+
+
+def full() -> list[Choice]:
+    sizes = len(CASES), len(TRANSFORMATIONS), len(BATCH_SIZES)
+    return list(itertools.product(*map(range, sizes)))
+
+
+def pairwise() -> list[Choice]:
+    """Batch sizes take turns along cases and transformations, so that every pair comes up."""
+    return [(c, t, b) for c, t, b in full() if (c + t) % len(BATCH_SIZES) == b]
+
+
+CHOSEN = full() if jax.__version_info__ >= (0, 12) else pairwise()
+
+
+def test_pairwise_subset_covers_every_pair():
+    for left, right in itertools.combinations(range(3), 2):
+        pairs = {(choice[left], choice[right]) for choice in full()}
+        assert {(choice[left], choice[right]) for choice in pairwise()} == pairs
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "check", "batch_size"),
+    [
+        pytest.param(
+            CASES[c],
+            *TRANSFORMATIONS[t][1:],
+            BATCH_SIZES[b],
+            id=f"{CASES[c].name}-{TRANSFORMATIONS[t][0]}-{BATCH_SIZES[b]}",
+        )
+        for c, t, b in CHOSEN
+    ],
+)
+def test_transformation(case, mode, check, batch_size):
+    """A transformed program gives what the transformed reference means, or JAX's refusal."""
+    subject = Subject(case, batch_size, case.program(batch_size))
+    if mode in case.refuses:
+        error, message = case.refuses[mode]
+        with pytest.raises(error, match=message):
+            check(subject)
+    else:
+        check(subject)
