@@ -107,7 +107,8 @@ def main():
 
     state = server_optimizer.init(params)
     losses, accuracies, seconds = [], [], []
-    for key in (progress := tqdm(jax.random.split(jax.random.key(options.seed), options.rounds))):
+    keys = jax.random.split(jax.random.key(options.seed), options.rounds)
+    for key in (progress := tqdm(keys, unit="round")):
         start = time.perf_counter()
         params, state, loss = jax.block_until_ready(federated_round(params, state, data, key))
         seconds.append(time.perf_counter() - start)
@@ -121,10 +122,11 @@ def main():
 
 def draw(losses, accuracies):
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True)
+    figure.get_layout_engine().set(wspace=0.08)
+    left, right = figure.subplots(1, 2)
     rounds = np.arange(1, len(losses) + 1)
     left.semilogy(rounds, losses, linewidth=1)
-    left.set(xlabel="round", ylabel="loss of the cohort before training")
+    left.set(xlabel="round", ylabel="training loss of the cohort")
     right.plot(rounds, 100 * np.array(accuracies), color="tab:green")
     right.set(xlabel="round", ylabel="test accuracy (%)", ylim=(50, 100))
     for axes in (left, right):

@@ -1,15 +1,15 @@
 """Gradients through whole rounds of federated averaging.
 
-Twenty clients train a linear classifier of handwritten digits. Six of them hold shuffled labels,
-which the server does not know. It has clean validation images, and descends the loss that the
-classifier has on them after ten rounds:
+Twenty clients train a linear classifier of handwritten digits. Six of them have shuffled labels,
+and the server does not know which. It minimises the loss that the classifier, after ten rounds,
+has on validation images of its own, by gradient descent in
 
-* in the learning rate of the server, whose derivative is taken in forward mode;
-* in the weights of the clients' updates, one number each, whose gradient is taken in reverse mode.
+* the server's learning rate, whose derivative is taken in forward mode, and
+* the weights of the clients in the mean, whose gradient is taken in reverse mode.
 
     python examples/federated_gradient.py
 
-checks both against finite differences and draws what was learned to runs/federated_gradient.png.
+checks both against finite differences and draws what is learned to runs/federated_gradient.png.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import fax
 jax.config.update("jax_enable_x64", True)  # for the finite differences
 
 CLIENTS, CORRUPTED, ALPHA = 20, 6, 5.0
-ROUNDS, LOCAL_STEPS = 10, 10
+ROUNDS, LOCAL_STEPS, LOCAL_RATE = 10, 10, 0.5
 
 
 def mean_loss(params, examples):
@@ -38,92 +38,119 @@ def mean_loss(params, examples):
     return jnp.mean(losses, where=examples["mask"])
 
 
-@jax.checkpoint  # the gradient trains each client again, instead of storing its steps
+@jax.checkpoint  # a gradient trains each client once more, instead of storing its steps
 def local_update(params, examples):
     def step(params, _):
         gradient = jax.grad(mean_loss)(params, examples)
-        return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient), None
+        return jax.tree.map(lambda p, g: p - LOCAL_RATE * g, params, gradient), None
 
     trained, _ = lax.scan(step, params, length=LOCAL_STEPS)
     return jax.tree.map(jnp.subtract, trained, params)
 
 
 @fax.program(clients=CLIENTS)
-def train(meta, clients):
-    """The parameters after all rounds."""
-    rate, weights = jnp.exp(meta["log_rate"]), jax.nn.softmax(meta["logits"])
+def train(log_rate, logits, clients):
+    """The parameters after all rounds of federated averaging."""
+    rate, weights = jnp.exp(log_rate), fax.distribute(jax.nn.softmax(logits))
 
     def federated_round(params, _):
         updates = fax.map(local_update, fax.broadcast(params), clients)
-        update = fax.mean(updates, weights=fax.distribute(weights))
+        update = fax.mean(updates, weights=weights)
         return jax.tree.map(lambda p, u: p + rate * u, params, update), None
 
     params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
     return lax.scan(federated_round, params, length=ROUNDS)[0]
 
 
-def validation_loss(meta, clients, validation):
-    return mean_loss(train(meta, clients), validation)
+def validation_loss(log_rate, logits, clients, validation):
+    return mean_loss(train(log_rate, logits, clients), validation)
 
 
 @jax.jit
-def meta_gradient(meta, *data):
-    """The validation loss and its gradient, forward in the rate and backward in the weights."""
-
-    def of_rate(log_rate):
-        return validation_loss(meta | {"log_rate": log_rate}, *data)
-
-    def of_weights(logits):
-        return validation_loss(meta | {"logits": logits}, *data)
-
-    loss, rate = jax.jvp(of_rate, (meta["log_rate"],), (jnp.ones(()),))
-    return loss, {"log_rate": rate, "logits": jax.grad(of_weights)(meta["logits"])}
+def loss_and_gradient(meta, data):
+    """The validation loss, and its gradient in the rate (forward) and the weights (reverse)."""
+    of_rate = jax.jacfwd(validation_loss, argnums=0)(*meta, *data)
+    loss, of_weights = jax.value_and_grad(validation_loss, argnums=1)(*meta, *data)
+    return loss, (of_rate, of_weights)
 
 
-def check(meta, data, rng, epsilon=1e-4):
-    """Prints the derivatives in a random direction, and central differences."""
-    loss = jax.jit(validation_loss)
-    _, gradient = meta_gradient(meta, *data)
-    for name, mode in {"log_rate": "forward", "logits": "reverse"}.items():
-        direction = rng.normal(size=meta[name].shape)
-        ahead, behind = (
-            loss(meta | {name: meta[name] + sign * epsilon * direction}, *data) for sign in (1, -1)
-        )
-        numeric = (ahead - behind) / (2 * epsilon)
-        exact = jnp.vdot(gradient[name], direction)
-        error = abs(exact - numeric) / abs(numeric)
-        print(f"{name}: {mode} {exact:.9f}, differences {numeric:.9f}, error {error:.1e}")
+def check(mode, direction, meta, data, epsilon=1e-4):
+    """Prints a directional derivative, and the central difference that it should equal."""
+    ahead = jax.tree.map(lambda m, d: m + epsilon * d, meta, direction)
+    behind = jax.tree.map(lambda m, d: m - epsilon * d, meta, direction)
+    rise = loss_and_gradient(ahead, data)[0] - loss_and_gradient(behind, data)[0]
+    difference = rise / (2 * epsilon)
+    _, gradient = loss_and_gradient(meta, data)
+    derivative = optax.tree.vdot(gradient, direction)
+    error = abs(derivative - difference) / abs(difference)
+    print(f"{mode} {derivative:.9f}, difference {difference:.9f}, relative error {error:.1e}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    (images, labels), (held_out, answers) = _digits.load(options.seed)
     rng = np.random.default_rng(options.seed)
-    (images, labels), (held_out, held_out_labels) = _digits.load(options.seed)
     owner = _digits.dirichlet_partition(labels, CLIENTS, ALPHA, rng)
-    corrupted = np.arange(CLIENTS) < CORRUPTED
-    theirs = corrupted[owner]
-    labels[theirs] = rng.permutation(labels[theirs])
-    validation = {"image": held_out, "label": held_out_labels, "mask": np.ones(len(held_out), bool)}
-    data = jax.device_put((_digits.stack(images, labels, owner, CLIENTS), validation))
+    shuffled = owner < CORRUPTED
+    labels[shuffled] = rng.permutation(labels[shuffled])
+    clients = _digits.stack(images, labels, owner, CLIENTS)
+    validation = {"image": held_out, "label": answers, "mask": np.ones(len(answers), bool)}
+    data = jax.device_put((clients, validation))
 
-    meta = {"log_rate": jnp.zeros(()), "logits": jnp.zeros(CLIENTS)}
-    check(meta, data, rng)
+    meta = (jnp.zeros(()), jnp.zeros(CLIENTS))  # a rate of one, and equal weights
+    check("forward mode", (1.0, jnp.zeros(CLIENTS)), meta, data)
+    check("reverse mode", (0.0, rng.normal(size=CLIENTS)), meta, data)
 
-    optimizer = optax.adam(0.1)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, options.steps))
     state = optimizer.init(meta)
     losses, rates = [], []
-    for _ in (progress := tqdm(range(options.steps), unit="step", disable=True)):
-        loss, gradient = meta_gradient(meta, *data)
+    for _ in (progress := tqdm(range(options.steps), unit="step")):
+        loss, gradient = loss_and_gradient(meta, data)
         losses.append(float(loss))
-        rates.append(float(jnp.exp(meta["log_rate"])))
-        updates, state = optimizer.update(gradient, state, meta)
+        rates.append(float(jnp.exp(meta[0])))
+        updates, state = optimizer.update(gradient, state)
         meta = optax.apply_updates(meta, updates)
-        progress.set_postfix(loss=f"{losses[-1]:.4f}", rate=f"{rates[-1]:.2f}")
-    print(jax.nn.softmax(meta["logits"])); print(np.array(losses)[::5]); print(np.array(rates)[::5])
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", rate=f"{rates[-1]:.2f}")
+    losses.append(float(loss_and_gradient(meta, data)[0]))
+    rates.append(float(jnp.exp(meta[0])))
+
+    weights = jax.nn.softmax(meta[1])
+    clean, corrupted = weights[CORRUPTED:].mean(), weights[:CORRUPTED].mean()
+    path = draw(losses, rates, weights)
+    print(f"validation loss {losses[0]:.3f} before and {losses[-1]:.3f} after,", end=" ")
+    print(f"mean weight {clean:.4f} of clean and {corrupted:.4f} of corrupted clients, see {path}")
+
+
+def draw(losses, rates, weights):
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
+    left, right = figure.subplots(1, 2)
+    left.plot(losses, color="tab:blue")
+    left.set(xlabel="meta-step")
+    left.set_ylabel("validation loss", color="tab:blue")
+    left.spines["top"].set_visible(False)
+    rate = left.twinx()
+    rate.plot(rates, color="tab:orange")
+    rate.set_ylabel("learning rate of the server", color="tab:orange")
+    rate.spines["top"].set_visible(False)
+
+    numbers = np.arange(CLIENTS)
+    clean = numbers >= CORRUPTED
+    right.bar(numbers[clean], weights[clean], color="tab:green", label="true labels")
+    right.bar(numbers[~clean], weights[~clean], color="tab:red", label="shuffled labels")
+    right.axhline(1 / CLIENTS, color="black", linestyle="--", linewidth=1, label="at the start")
+    right.set(xlabel="client", ylabel="learned weight", xticks=numbers[::2])
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False)
+    path = Path("runs", "federated_gradient.png")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
 
 if __name__ == "__main__":
     main()

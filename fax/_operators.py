@@ -31,7 +31,7 @@ def broadcast(x: PyTree, *, placement: str | None = None) -> PyTree:
       placement: which placement, where several are in scope.
 
     Returns:
-      The placed pytree with y[i] = x: a leaf of shape [...] becomes one of shape [n, ...] and
+      The placed pytree with ``y[i] = x``: a leaf of shape [...] becomes one of shape [n, ...] and
       of the same dtype. A map that takes it sees x itself; the n copies are never made.
 
     Raises:
@@ -130,7 +130,7 @@ def map(
       placement: which placement, where several are in scope.
 
     Returns:
-      The placed pytree with y[i] = fn(*args[i]), of leaves of shape [n, ...].
+      The placed pytree with ``y[i] = fn(*args[i])``, of leaves of shape [n, ...].
 
     Raises:
       PlacementError: if a leading axis is not n, if ``fn`` returns something other than

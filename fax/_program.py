@@ -53,8 +53,8 @@ def program(*function: Any, **placements: int) -> Callable[[F], F]:
       ...     return model - 0.5 * fax.mean(gradients)
       >>> step(jnp.array(0.0), jnp.array([1.0, 2.0, 3.0]))
       Array(2., dtype=float32)
-      >>> jax.grad(step)(0.0, jnp.array([1.0, 2.0, 3.0]))
-      Array(0., dtype=float32, weak_type=True)
+      >>> jax.jit(jax.grad(step, argnums=1))(jnp.array(0.0), jnp.array([1.0, 2.0, 6.0]))
+      Array([0.33333334, 0.33333334, 0.33333334], dtype=float32)
     """
     if function:
         raise PlacementError(

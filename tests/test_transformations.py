@@ -76,10 +76,10 @@ class Derivatives:
         """`Subject.step` repeated from zero: the last state and its gradient."""
         theta, state, slope = self.theta, np.float64(0), np.zeros_like(self.theta)
         for _ in range(steps):
-            scale, change = 1 + 0.1 * np.tanh(state), 0.1 / np.cosh(state) ** 2
-            gradient = self.gradient(scale * theta)
-            slope = scale * gradient + np.nan_to_num(theta) @ gradient * change * slope
-            state = self.loss(scale * theta)
+            shift, change = 0.1 * np.tanh(state), 0.1 / np.cosh(state) ** 2
+            gradient = self.gradient(theta + shift)
+            slope = gradient + np.sum(gradient) * change * slope
+            state = self.loss(theta + shift)
         return state, slope
 
 
@@ -151,15 +151,15 @@ class Subject:
 
     def step(self, state: jax.Array, *differentiable: Any) -> jax.Array:
         """A step of a recurrence that goes through the program."""
-        scale = 1 + 0.1 * jnp.tanh(state)
-        return self.loss(*jax.tree.map(lambda x: x * scale, differentiable))
+        shift = 0.1 * jnp.tanh(state)
+        return self.loss(*jax.tree.map(lambda x: x + shift, differentiable))
 
 
 SCALES = (0.9, 1.05)  # points to be vectorised over, near enough to meet no tie
 
 
-def stacked(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.stack([scale * x for scale in SCALES]), tree)
+def stacked(tree: Any, axis: int = 0) -> Any:
+    return jax.tree.map(lambda x: np.stack([scale * x for scale in SCALES], axis), tree)
 
 
 def join(tree: Any) -> np.ndarray:
@@ -270,6 +270,12 @@ def hessian(s: Subject) -> None:
     assert_close(curvature, s.expected.hessian(s.theta))
 
 
+@transformation("reverse")
+def reverse_over_reverse(s: Subject) -> None:
+    curvature = jax.jit(jax.jacrev(jax.grad(s.flat(s.loss))))(s.theta)
+    assert_close(curvature, s.expected.hessian(s.theta))
+
+
 @transformation()
 def vmap(s: Subject) -> None:
     expected = [s.expected.outputs(scale * s.theta) for scale in SCALES]
@@ -292,7 +298,8 @@ def vmap_of_vmap(s: Subject) -> None:
 
 @transformation("reverse")
 def vmap_of_grad(s: Subject) -> None:
-    gradients = jax.jit(jax.vmap(s.gradient(s.loss)))(*stacked(s.at))
+    """The points along the last axis, behind that of the participants."""
+    gradients = jax.jit(jax.vmap(s.gradient(s.loss), in_axes=-1))(*stacked(s.at, axis=-1))
     expected = [s.expected.gradient(scale * s.theta) for scale in SCALES]
     assert_close(join_rows(gradients), np.stack(expected))
 

@@ -1,0 +1,48 @@
+# Every target sets up what it needs in a virtual environment of its own.
+#
+#   make quickstart   train a federated model on real data
+#   make test         run all tests
+#   make check        lint, format and types
+#   make docs         build the documentation
+#   make bench        measure fax against DrJAX and a hand-written vmap
+#   make clean        remove the environments and what was built
+#
+# PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
+#   make test PYTHON=python3.11 VENV=.venv-3.11 JAX=jax==0.10.2
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+BIN := $(VENV)/bin
+WITH := $(subst =,-,$(JAX))
+
+.PHONY: quickstart test check docs bench clean
+
+quickstart: $(VENV)/examples.$(WITH)
+	$(BIN)/python examples/federated_averaging.py
+
+test: $(VENV)/test.$(WITH)
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: $(VENV)/test.$(WITH)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/docs.$(WITH)
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/bench.$(WITH)
+	$(BIN)/python benchmarks/core.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# A stamp for each extra and version of JAX, made anew when the requirements change.
+$(VENV)/%.$(WITH): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]" "$(JAX)"
+	@touch $@
+
+clean:
+	rm -rf .venv* build dist docs/_build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

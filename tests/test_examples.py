@@ -1,0 +1,128 @@
+"""The examples, run as a reader runs them, keep what they promise."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fax
+
+PACKAGE = Path(fax.__file__).parents[1]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs Python in a new folder, where warnings are errors, and returns what it printed."""
+
+    def call(*args):
+        path = os.pathsep.join([str(PACKAGE), str(EXAMPLES)])
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *map(str, args)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def numbers(pattern, text):
+    """The groups of the one place where the pattern is found, as floats."""
+    (found,) = re.finditer(pattern, text)
+    return [float(x) for x in found.groups()]
+
+
+def is_figure(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_thermometers_prints_the_share_and_one_round(capsys):
+    readings = np.array(runpy.run_path(str(EXAMPLES / "thermometers.py"))["readings"])
+    printed = capsys.readouterr().out
+    (share,) = numbers(r"share of readings above 25 degrees: ([\d.]+)", printed)
+    assert share == pytest.approx(np.mean(readings > 25))
+    assert printed.count("federated_map[") == 1
+    assert "broadcast[" not in printed
+
+
+def test_federated_averaging_keeps_its_promise(run, tmp_path):
+    printed = run(EXAMPLES / "federated_averaging.py")
+    accuracy, seconds = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
+    assert accuracy >= 95
+    assert seconds * 200 < 120
+    assert is_figure(tmp_path / "runs" / "federated_averaging.png")
+
+
+def test_federated_averaging_is_deterministic_and_takes_options(run):
+    twice = "from federated_averaging import main\nmain()\nmain()"
+    options = ["--rounds=20", "--clients-per-round=20", "--seed=1"]
+    once, again = re.findall(r"test accuracy ([\d.]+)%", run("-c", twice, *options))
+    assert once == again
+    assert float(once) > 88
+
+
+def test_federated_averaging_with_clients_that_have_no_examples(run):
+    """All 100 clients take part, half of them empty, and the curves stay finite."""
+    printed = run(
+        "-c",
+        "import _digits, federated_averaging as example, numpy as np\n"
+        "_digits.dirichlet_partition = lambda labels, *_: 2 * (np.arange(len(labels)) % 50)\n"
+        "draw = example.draw\n"
+        "def check(losses, accuracies):\n"
+        "    assert np.isfinite(losses).all() and losses[-1] < losses[0] / 2, losses\n"
+        "    return draw(losses, accuracies)\n"
+        "example.draw = check\n"
+        "example.main()",
+        "--rounds=20",
+        "--clients-per-round=100",
+    )
+    (accuracy,) = numbers(r"test accuracy ([\d.]+)%", printed)
+    assert accuracy > 90
+
+
+def test_federated_gradient_keeps_its_promise(run, tmp_path):
+    printed = run(EXAMPLES / "federated_gradient.py", "--steps=40")
+    for mode in ("forward", "reverse"):
+        line = rf"{mode} mode (\S+), difference (\S+), relative error (\S+)"
+        derivative, difference, error = numbers(line, printed)
+        assert derivative == pytest.approx(difference, rel=1e-6)
+        assert error < 1e-6
+    before, after = numbers(r"validation loss ([\d.]+) before and ([\d.]+) after", printed)
+    assert after < before / 2
+    line = r"mean weight ([\d.]+) of clean and ([\d.]+) of corrupted clients"
+    clean, corrupted = numbers(line, printed)
+    assert clean > 0.06  # 0.05 at the start
+    assert corrupted < 0.02
+    assert is_figure(tmp_path / "runs" / "federated_gradient.png")
+
+
+def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import _digits
+
+    (images, labels), (held_out, _) = _digits.load(seed=0)
+    assert (len(images), len(held_out)) == (1437, 360)
+    owner = _digits.dirichlet_partition(labels, 100, 0.5, np.random.default_rng(0))
+    assert owner.min() >= 0
+    assert owner.max() < 100
+    shares = np.array([np.bincount(owner[labels == k], minlength=100) for k in range(10)])
+    assert (shares == 0).mean() > 0.2  # many clients lack a digit
+
+    clients = _digits.stack(images, labels, owner, 103, multiple_of=4)
+    assert clients["image"].shape[0] == 103
+    assert clients["image"].shape[1] % 4 == 0
+    assert (clients["mask"].sum(axis=1) == np.bincount(owner, minlength=103)).all()
+    assert not clients["image"][~clients["mask"]].any()
+    own = clients["image"][7][clients["mask"][7]]
+    np.testing.assert_array_equal(own, images[owner == 7])
+    np.testing.assert_array_equal(clients["label"][7][clients["mask"][7]], labels[owner == 7])
