@@ -12,7 +12,6 @@ import argparse
 import functools
 import gc
 import json
-import logging
 import os
 import platform
 import time
@@ -77,12 +76,14 @@ def verdict(text: str, met: bool) -> str:
 # Tracing
 
 
-def trace() -> list[Table]:
+def trace() -> Table:
     """Time to trace and lower a program of many small rounds, and its gradient."""
     x = jnp.ones(8)
 
     def lowering(fn: Callable) -> float:
-        return clock(lambda: jax.jit(fn).trace(x).lower() and None)[0]
+        start = time.perf_counter()
+        jax.jit(fn).trace(x).lower()
+        return time.perf_counter() - start
 
     def of(way: Any, turn: int) -> Times:
         del turn
@@ -101,7 +102,7 @@ def trace() -> list[Table]:
         if quantity == "program":
             row["target"] = verdict("at most 2.5 ms", row["fax"] <= 2.5)
         rows.append(row)
-    return [timing_table(f"Trace and lower {TRACED_ROUNDS} rounds, ms a round", rows)]
+    return timing_table(f"Trace and lower {TRACED_ROUNDS} rounds, ms a round", rows)
 
 
 def many_small_rounds(way: Any) -> Callable:
@@ -119,7 +120,7 @@ def many_small_rounds(way: Any) -> Callable:
 # A round of large matrix products
 
 
-def compute() -> list[Table]:
+def compute() -> Table:
     """Time of one round in which all clients are vectorised and arithmetic dominates."""
     clients, steps, batch, widths = (COMPUTE[k] for k in ("clients", "steps", "batch", "widths"))
     rng = np.random.default_rng(0)
@@ -153,13 +154,13 @@ def compute() -> list[Table]:
     row = {"": "round"} | compare(take_turns(runs, 21), "round")
     row["target"] = verdict("within 5 % of vmap", row["vmap / fax"] >= 1 / 1.05)
     title = f"{clients} clients at once, {steps} steps of batch {batch}, ms a round"
-    return [timing_table(title, [row])]
+    return timing_table(title, [row])
 
 
 # Rounds of federated averaging
 
 
-def rounds() -> list[Table]:
+def rounds() -> Table:
     """Time of rounds of federated averaging over clients of uneven sizes."""
     rows = []
     for name, workload in ROUNDS.items():
@@ -170,10 +171,10 @@ def rounds() -> list[Table]:
                 row["target"] = verdict("3 x DrJAX", row["DrJAX / fax"] >= 3)
             rows.append(row)
         rows.append({"": f"{name}, final loss"} | losses)
-    return [timing_table("Federated averaging, ms a round", rows)]
+    return timing_table("Federated averaging, ms a round", rows)
 
 
-def train(clients: int, widths: Sequence[int]) -> tuple[dict[str, list[Times]], Times]:
+def train(clients: int, widths: Sequence[int]) -> tuple[dict[str, list[Times]], dict[str, float]]:
     """Trains every way on the same cohorts from the same parameters."""
     cohorts = [workloads.cohort(number, clients) for number in range(WARM_UP_ROUNDS + TIMED_ROUNDS)]
     for client in np.unique(np.concatenate(cohorts)):
@@ -195,15 +196,14 @@ class Training:
         self._state = workloads.adam().init(params)
         self._cohorts = cohorts
         self._round = jax.jit(workloads.federated_averaging(way))
-        for steps, number in {workloads.padded_steps(c): i for i, c in enumerate(cohorts)}.items():
-            del steps  # one cohort of every shape, so that no timed round compiles
+        of_every_shape = {workloads.padded_steps(cohort): i for i, cohort in enumerate(cohorts)}
+        for number in of_every_shape.values():  # so that no timed round compiles
             jax.block_until_ready(self._call(workloads.prepare(number, cohorts[number])))
 
     def __call__(self, number: int) -> Times:
         start = time.perf_counter()
-        data = jax.block_until_ready(
-            jax.device_put(workloads.prepare(number, self._cohorts[number]))
-        )
+        data = jax.device_put(workloads.prepare(number, self._cohorts[number]))
+        jax.block_until_ready(data)
         seconds, (self.params, self._state) = clock(self._call, data)
         return {"compiled call": seconds, "whole round": time.perf_counter() - start}
 
@@ -223,7 +223,7 @@ def evaluate(params: Any) -> float:
 # Memory
 
 
-def memory() -> list[Table]:
+def memory() -> Table:
     """XLA's own figure of the temporary memory that a compiled program needs."""
     columns = [(way, n) for way in WAYS for n in MEMORY_CLIENTS[way.name]]
     rows: dict[str, Table] = {}
@@ -232,13 +232,12 @@ def memory() -> list[Table]:
             compiled = jax.jit(fn).lower(*args).compile()
             used = compiled.memory_analysis().temp_size_in_bytes / MODEL_BYTES
             rows.setdefault(name, {"": name})[f"{way.name}, {n}"] = used
-    for name, row in rows.items():
-        least, most = row[f"fax, {MEMORY_CLIENTS['fax'][0]}"], row[f"fax, {MEMORY_CLIENTS['fax'][-1]}"]
-        del name
-        row["grows"] = most > 1.1 * least
+    for row in rows.values():
+        of_fax = [row[f"fax, {n}"] for n in MEMORY_CLIENTS["fax"]]
+        row["target"] = verdict("constant", max(of_fax) <= 1.05 * min(of_fax))
     names = [f"{name}, {n}" for name in NAMES for n in MEMORY_CLIENTS[name]]
     title = f"Temporary memory by number of clients, in models of {MODEL_BYTES // 4:,} parameters"
-    return [dict(title=title, columns=["", *names], rows=list(rows.values()))]
+    return dict(title=title, columns=["", *names, "target"], rows=list(rows.values()))
 
 
 def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
@@ -248,7 +247,7 @@ def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
     weights = jax.ShapeDtypeStruct((way.clients,), jnp.float32)
     mask = jax.ShapeDtypeStruct((way.clients,), bool)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    update = functools.partial(local_steps, rate=0.1, steps=1)
+    update = functools.partial(workloads.local_steps, rate=0.1, steps=1)
 
     @way.program
     def mean(params, data):
@@ -264,8 +263,11 @@ def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
 
     @way.program
     def after_many_steps(params, data, rate):
-        work = functools.partial(local_steps, rate=rate, steps=100)
+        work = functools.partial(workloads.local_steps, rate=rate, steps=100)
         return way.mean(work, params, data)
+
+    def mean_of_many_steps(params, data):
+        return after_many_steps(params, data, 0.1)
 
     def tangent(params, data, rate):
         of_rate = functools.partial(after_many_steps, params, data)
@@ -280,32 +282,11 @@ def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
         "mean": (mean, (params, data)),
         "weighted mean": (weighted_mean, (params, data, weights)),
         "masked mean": (masked_mean, (params, data, mask)),
+        "mean, 100 local steps": (mean_of_many_steps, (params, data)),
         "JVP, 100 local steps": (tangent, (params, data, rate)),
         "gradient, parameters": (jax.grad(squares), (params, data, weights)),
-        "gradient, parameters and weights": (
-            jax.grad(squares, argnums=(0, 2)),
-            (params, data, weights),
-        ),
+        "gradient, both": (jax.grad(squares, (0, 2)), (params, data, weights)),
     }
-
-
-def local_steps(params: Sequence[Any], x: Any, *, rate: Any, steps: int) -> list[Any]:
-    """How far some steps of gradient descent at a client go."""
-
-    def loss(params):
-        h = x
-        for weight in params:
-            h = jnp.tanh(h @ weight)
-        return jnp.mean(h**2)
-
-    def step(params, _):
-        return [w - rate * g for w, g in zip(params, jax.grad(loss)(params), strict=True)], None
-
-    if steps == 1:
-        trained, _ = step(params, None)
-    else:
-        trained, _ = jax.lax.scan(step, params, length=steps)
-    return [new - old for new, old in zip(trained, params, strict=True)]
 
 
 # Reporting
@@ -339,10 +320,11 @@ def show(table: Table) -> None:
 
 
 def shown(column: str, row: Table) -> str:
-    if column in row:
-        value = row[column]
-        return value if isinstance(value, str) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-    return "not installed" if column.startswith("DrJAX") and not workloads.drjax else ""
+    value = row.get(column)
+    if value is None:
+        missing = column.startswith("DrJAX") and not workloads.drjax
+        return "not installed" if missing else ""
+    return value if isinstance(value, str) else f"{value:.{2 if value < 100 else 0}f}"
 
 
 PARTS = dict(trace=trace, compute=compute, rounds=rounds, memory=memory)
@@ -353,13 +335,11 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="run one part")
     parser.add_argument("--json", metavar="PATH", help="write the figures to a file")
     options = parser.parse_args()
-    logging.getLogger("absl").setLevel(logging.ERROR)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     tables = []
     for name in [options.only] if options.only else PARTS:
-        tables += PARTS[name]()
-        for table in tables[-1:]:
-            show(table)
+        tables.append(PARTS[name]())
+        show(tables[-1])
     if options.json:
         with open(options.json, "w") as file:
             json.dump(dict(machine=machine(), tables=tables), file, indent=2)

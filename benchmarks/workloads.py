@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ try:
     import drjax
 except ImportError:
     drjax = None
+logging.getLogger("absl").setLevel(logging.ERROR)  # DrJAX warns of a missing mesh at every call
 
 PyTree = Any
 
@@ -144,6 +146,25 @@ def epoch(params: PyTree, batches: Batches, *, skip: bool) -> PyTree:
 
     trained, _ = lax.scan(body, params, batches)
     return jax.tree.map(jnp.subtract, params, trained)
+
+
+def local_steps(params: Sequence[Any], x: Any, *, rate: Any, steps: int) -> list[Any]:
+    """How far some steps of gradient descent at a client go."""
+
+    def loss(params):
+        h = x
+        for weight in params:
+            h = jnp.tanh(h @ weight)
+        return jnp.mean(h**2)
+
+    def step(params, _):
+        return [w - rate * g for w, g in zip(params, jax.grad(loss)(params), strict=True)], None
+
+    if steps == 1:
+        trained, _ = step(params, None)
+    else:
+        trained, _ = jax.lax.scan(step, params, length=steps)
+    return [new - old for new, old in zip(trained, params, strict=True)]
 
 
 # Three ways to write a round

@@ -91,14 +91,14 @@ def test_federated_averaging_with_clients_that_have_no_examples(run):
 
 
 def test_federated_gradient_keeps_its_promise(run, tmp_path):
-    printed = run(EXAMPLES / "federated_gradient.py", "--steps=40")
+    printed = run(EXAMPLES / "federated_gradient.py", "--steps=20")
     for mode in ("forward", "reverse"):
         line = rf"{mode} mode (\S+), difference (\S+), relative error (\S+)"
         derivative, difference, error = numbers(line, printed)
         assert derivative == pytest.approx(difference, rel=1e-6)
         assert error < 1e-6
     before, after = numbers(r"validation loss ([\d.]+) before and ([\d.]+) after", printed)
-    assert after < before / 2
+    assert after < 0.6 * before
     line = r"mean weight ([\d.]+) of clean and ([\d.]+) of corrupted clients"
     clean, corrupted = numbers(line, printed)
     assert clean > 0.06  # 0.05 at the start

@@ -1,0 +1,444 @@
+"""Derivatives of every operator: against finite differences, at ties, and around masked rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+import fax
+
+N = 7
+X = np.random.default_rng(0).uniform(0.5, 1.5, (N, 2))
+WEIGHTS = np.array([1.0, -0.5, 2.0, 0.25, 1.5, -0.75, 3.0])
+MASK = np.array([True, False, True, True, False, True, False])
+BOTH = pytest.mark.parametrize("fused", [False, True], ids=["direct", "fused"])
+BATCH_SIZES = pytest.mark.parametrize("batch_size", [1, 3, N])
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    """Equal up to rounding in float64."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12, strict=True)
+
+
+# Finite differences
+
+
+def client(x: jax.Array) -> jax.Array:
+    return jnp.sin(2 * x) * x
+
+
+def fed(x: jax.Array, fused: bool) -> jax.Array:
+    """Placed rows as they are, or made by a map."""
+    return fax.map(client, x, batch_size=3) if fused else x
+
+
+OPERATORS: dict[str, tuple[Callable, tuple]] = {
+    "broadcast": (lambda fused, x: fed(fax.broadcast(x), fused), (X[0],)),
+    "distribute": (lambda fused, x: fed(fax.distribute(x), fused), (X,)),
+    "collect": (lambda fused, x: fax.collect(fed(x, fused)), (X,)),
+    "map": (lambda fused, x: fax.map(jnp.exp, fed(x, fused), batch_size=3), (X,)),
+    "map of broadcast": (
+        lambda fused, p, x: fax.map(jnp.dot, fax.broadcast(p), fed(x, fused)),
+        (X[0], X),
+    ),
+    "sum": (lambda fused, x: fax.sum(fed(x, fused)), (X,)),
+    "sum where": (lambda fused, x: fax.sum(fed(x, fused), where=MASK), (X,)),
+    "mean": (lambda fused, x: fax.mean(fed(x, fused)), (X,)),
+    "mean where": (lambda fused, x: fax.mean(fed(x, fused), where=MASK), (X,)),
+    "mean weights": (lambda fused, x, w: fax.mean(fed(x, fused), weights=w), (X, WEIGHTS)),
+    "mean weights where": (
+        lambda fused, x, w: fax.mean(fed(x, fused), weights=w, where=MASK),
+        (X, WEIGHTS),
+    ),
+    "max": (lambda fused, x: fax.max(fed(x, fused)), (X,)),
+    "max where": (lambda fused, x: fax.max(fed(x, fused), where=MASK), (X,)),
+    "max initial": (lambda fused, x, least: fax.max(fed(x, fused), initial=least), (X, 0.3)),
+    "max of initial": (lambda fused, x, least: fax.max(fed(x, fused), initial=least), (X, 2.0)),
+    "min": (lambda fused, x: fax.min(fed(x, fused)), (X,)),
+    "min where": (lambda fused, x: fax.min(fed(x, fused), where=MASK), (X,)),
+    "min where initial": (
+        lambda fused, x, most: fax.min(fed(x, fused), where=MASK, initial=most),
+        (X, 9.0),
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", OPERATORS)
+def test_derivatives_are_those_of_finite_differences(name, fused):
+    """First and second derivatives of every operator, in both modes, away from ties."""
+    operator, args = OPERATORS[name]
+    program = fax.program(clients=N)(lambda *args: operator(fused, *args))
+    # A central difference of step 1e-4 is wrong by 1e-8 times the third derivative.
+    check_grads(program, args, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+# Ties
+
+TIED = np.array(
+    [[2.0, 1.0], [5.0, 0.5], [5.0, 3.0], [1.0, 3.0], [5.0, 3.0], [0.0, 3.0], [4.0, 2.0]]
+)
+SHARES = np.array([[0, 0], [1 / 3, 0], [1 / 3, 0.25], [0, 0.25], [1 / 3, 0.25], [0, 0.25], [0, 0]])
+MASKED_SHARES = np.array([[0, 0], [0, 0], [1, 0.25], [0, 0.25], [0, 0.25], [0, 0.25], [0, 0]])
+WITHOUT_TWO = np.array([True, False, True, True, True, True, True])
+
+
+def extremum(sign: int, x: Any, **kwargs: Any) -> Any:
+    """The maximum by either operator."""
+    return fax.max(x, **kwargs) if sign > 0 else -fax.min(-x, **kwargs)
+
+
+@BOTH
+@BATCH_SIZES
+@pytest.mark.parametrize("sign", [1, -1], ids=["max", "min"])
+def test_ties_share_the_gradient_equally(sign, batch_size, fused):
+    @fax.program(clients=N)
+    def best(x, mask):
+        if fused:
+            x = fax.map(lambda row: 2 * row, x, batch_size=batch_size)
+        return extremum(sign, x), extremum(sign, x, where=mask)
+
+    factor = 2.0 if fused else 1.0
+    mask = np.array([True, False, True, True, False, True, True])
+    alone = SHARES * 0
+    alone[2, 0] = 1
+    alone[[2, 3, 5], 1] = 1 / 3
+    for k, shares in enumerate([SHARES, alone]):
+        gradient = jax.grad(lambda x, k=k: jnp.sum(best(x, mask)[k]))(TIED)
+        assert_close(gradient, factor * shares)
+        moved = jax.jvp(lambda x, k=k: best(x, mask)[k], (TIED,), (X,))[1]
+        assert_close(moved, factor * np.sum(shares * X, axis=0))
+
+
+# Masked participants
+
+BAD = np.array([0.0, np.nan, np.inf, -1.0])  # the logarithm is singular or not a number
+
+
+def with_bad_rows(x: np.ndarray, mask: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    return np.where(mask, x, np.resize(bad, len(x)))
+
+
+SOME = np.array([True, False, True, False, False, True, False])
+FEWER = np.array([True, False, False, False, False, True, False])
+DATA = with_bad_rows(X[:, 0], SOME, BAD)
+LOADS = with_bad_rows(WEIGHTS, SOME, np.array([np.nan, np.inf, 1.0, 0.0]))
+POINT = np.concatenate([[0.7], DATA, LOADS])
+
+MASKED_REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
+    "sum": (
+        lambda y, weights, mask: fax.sum(y, where=mask),
+        lambda y, weights: jnp.sum(y),
+    ),
+    "mean": (
+        lambda y, weights, mask: fax.mean(y, where=mask),
+        lambda y, weights: jnp.mean(y),
+    ),
+    "weighted mean": (
+        lambda y, weights, mask: fax.mean(y, weights=weights, where=mask),
+        lambda y, weights: jnp.sum(weights * y) / jnp.sum(weights),
+    ),
+    "max": (
+        lambda y, weights, mask: fax.max(y, where=mask),
+        lambda y, weights: jnp.max(y),
+    ),
+    "min": (
+        lambda y, weights, mask: fax.min(y, where=mask),
+        lambda y, weights: jnp.min(y),
+    ),
+}
+
+
+def log(w, x):
+    return w * jnp.log(x)
+
+
+def positive(x):
+    return x > 0.1 if x.dtype == bool else jnp.isfinite(x) & (x > 0.1)
+
+
+def of_raw_rows(reduce, w, x, weights, mask, batch_size):
+    return w * reduce(x, weights, mask)
+
+
+def of_a_map(reduce, w, x, weights, mask, batch_size):
+    return reduce(fax.map(log, fax.broadcast(w), x, batch_size=batch_size), weights, mask)
+
+
+def of_a_checkpointed_map(reduce, w, x, weights, mask, batch_size):
+    y = fax.map(jax.checkpoint(log), fax.broadcast(w), x, batch_size=batch_size)
+    return reduce(y, weights, mask)
+
+
+def of_two_maps(reduce, w, x, weights, mask, batch_size):
+    """The first map's rows are needed by the server too, and so exist."""
+    y = fax.map(log, fax.broadcast(w), x, batch_size=batch_size)
+    first = fax.max(y, where=mask)
+    shifted = fax.map(lambda y, first: y * (1 + first), y, fax.broadcast(first))
+    return reduce(shifted, weights, mask)
+
+
+def with_own_mask(reduce, w, x, weights, mask, batch_size):
+    """Every participant decides by its data whether it takes part."""
+    y, fit = fax.map(
+        lambda w, x, asked: (log(w, x), asked & jnp.isfinite(x) & (x > 0)),
+        fax.broadcast(w),
+        x,
+        mask,
+        batch_size=batch_size,
+    )
+    return reduce(y, weights, fit)
+
+
+def plain(kind: Callable, reduce: Callable, mask: np.ndarray) -> Callable:
+    """The reduction of those selected alone: the others do not come into it."""
+    chosen = np.flatnonzero(mask)
+
+    def function(point):
+        w, x, weights = point[0], point[1 : 1 + N][chosen], point[1 + N :][chosen]
+        if kind is of_raw_rows:
+            return w * reduce(x, weights)
+        y = log(w, x)
+        if kind is of_two_maps:
+            y = y * (1 + jnp.max(y))
+        return reduce(y, weights)
+
+    return function
+
+
+def twice(function: Callable) -> Callable:
+    """A function applied two times in a scan, the second time to a shifted server input."""
+
+    def repeated(point):
+        def step(state, _):
+            return function(point.at[0].add(jnp.tanh(state))), None
+
+        return lax.scan(step, jnp.zeros(()), length=2)[0]
+
+    return repeated
+
+
+TANGENT = np.cos(np.arange(POINT.size))
+
+WAYS: dict[str, Callable[[Callable], Callable]] = {
+    "value": lambda f: f,
+    "grad": jax.grad,
+    "jit": lambda f: jax.jit(jax.value_and_grad(f)),
+    "jvp": lambda f: lambda point: jax.jvp(f, (point,), (TANGENT,)),
+    "hessian": jax.hessian,
+    "reverse over reverse": lambda f: jax.jit(jax.jacrev(jax.grad(f))),
+    "forward over forward": lambda f: jax.jit(jax.jacfwd(jax.jacfwd(f))),
+    "scan": lambda f: jax.jit(jax.grad(twice(f))),
+    "hessian of scan": lambda f: jax.jit(jax.hessian(twice(f))),
+}
+KINDS = [of_raw_rows, of_a_map, of_a_checkpointed_map, of_two_maps, with_own_mask]
+
+
+def masked_program(kind: Callable, name: str, batch_size: int) -> Callable:
+    """A function of the point, that is of parameter, data and weights, and of the mask."""
+
+    @fax.program(clients=N)
+    def program(w, x, weights, mask):
+        return kind(MASKED_REDUCTIONS[name][0], w, x, weights, mask, batch_size)
+
+    return lambda point, mask: program(point[0], point[1 : 1 + N], point[1 + N :], mask)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", MASKED_REDUCTIONS)
+def test_masked_participants_touch_nothing(name, kind, way, batch_size):
+    """Whatever they hold, values and derivatives are those of the others, and zero for them."""
+    program = masked_program(kind, name, batch_size)
+    got = WAYS[way](lambda point: program(point, SOME))(jnp.asarray(POINT))
+    expected = WAYS[way](plain(kind, MASKED_REDUCTIONS[name][1], SOME))(jnp.asarray(POINT))
+    assert_close(got, expected)
+
+
+MASKS = np.stack([SOME, FEWER])
+
+
+@pytest.mark.parametrize("way", ["grad", "jit", "hessian", "reverse over reverse", "scan"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", MASKED_REDUCTIONS)
+def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way):
+    """The program is vectorised over its mask first, and differentiated then."""
+    program = masked_program(kind, name, batch_size=3)
+
+    def total(point):
+        return jnp.sum(jax.vmap(program, (None, 0))(point, MASKS))
+
+    def plain_total(point):
+        return sum(plain(kind, MASKED_REDUCTIONS[name][1], mask)(point) for mask in MASKS)
+
+    got = WAYS[way](total)(jnp.asarray(POINT))
+    assert_close(got, WAYS[way](plain_total)(jnp.asarray(POINT)))
+
+
+@pytest.mark.parametrize("way", ["grad", "jit", "hessian", "reverse over reverse", "scan"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", MASKED_REDUCTIONS)
+def test_masked_participants_touch_nothing_under_vmap_over_data(name, kind, way):
+    """The program is vectorised over all it differentiates in, and differentiated then."""
+    program = masked_program(kind, name, batch_size=3)
+    points = np.stack([POINT, POINT * 1.25])
+
+    def total(points):
+        return jnp.sum(jax.vmap(program, (0, None))(points, SOME))
+
+    def plain_total(points):
+        return jnp.sum(jax.vmap(plain(kind, MASKED_REDUCTIONS[name][1], SOME))(points))
+
+    flat = lambda f: lambda points: f(points.reshape(2, -1))  # noqa: E731
+    got = WAYS[way](flat(total))(jnp.ravel(points))
+    assert_close(got, WAYS[way](flat(plain_total))(jnp.ravel(points)))
+
+
+# Nobody left
+
+NOBODY = np.zeros(N, bool)
+NO_WEIGHTS = {
+    "zero": (np.zeros(N), ~NOBODY),
+    "cancelling": (np.array([1.0, -1.0, 2.0, -2.0, 0.5, 0.25, -0.75]), ~NOBODY),
+    "masked": (WEIGHTS, NOBODY),
+}
+
+
+@BOTH
+@BATCH_SIZES
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_zero_total_weight_gives_zeros_and_zero_gradients(name, batch_size, fused):
+    weights, mask = NO_WEIGHTS[name]
+
+    @fax.program(clients=N)
+    def average(p, x, weights):
+        rows = fax.map(jnp.multiply, fax.broadcast(p), x, batch_size=batch_size) if fused else x
+        return p * fax.mean(rows, weights=weights, where=mask)
+
+    args = (np.float64(0.8), X, weights)
+    assert_close(average(*args), np.zeros(2))
+    gradients = jax.grad(lambda *args: jnp.sum(average(*args)), (0, 1, 2))(*args)
+    assert_close(gradients, (np.zeros(()), np.zeros((N, 2)), np.zeros(N)))
+    assert_close(jax.jvp(average, args, args)[1], np.zeros(2))
+    curvature = jax.hessian(lambda *args: jnp.sum(average(*args)), (0, 1, 2))(*args)
+    assert all(np.all(block == 0) for block in jax.tree.leaves(curvature))
+
+
+@BOTH
+@pytest.mark.parametrize("initial", [None, 3], ids=["identity", "initial"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16, np.int8, np.bool_])
+@pytest.mark.parametrize("operator", [fax.max, fax.min], ids=["max", "min"])
+def test_extremum_of_nobody_is_initial_or_the_identity(operator, dtype, initial, fused):
+    dtype = np.dtype(dtype)
+    if initial is not None:
+        initial = jnp.asarray(initial, dtype)
+
+    @fax.program(clients=N)
+    def best(x):
+        x = fax.map(lambda row: row[::-1], x) if fused else x
+        return operator(x, where=NOBODY, initial=initial)
+
+    x = jnp.asarray(X, dtype)
+    highest = operator is fax.min
+    if initial is not None:
+        expected = initial
+    elif dtype == bool:
+        expected = highest
+    elif dtype == np.int8:
+        expected = 127 if highest else -128
+    else:
+        expected = np.inf if highest else -np.inf
+    got = best(x)
+    assert got.dtype == dtype
+    assert np.all(got == np.full(2, expected, dtype))
+    if jnp.issubdtype(dtype, jnp.floating):
+        gradient = jax.grad(lambda x: jnp.sum(best(x)))(x)
+        assert gradient.dtype == dtype
+        assert np.all(gradient == np.zeros((N, 2), dtype))
+
+
+# Integers
+
+COUNTS = np.arange(N, dtype=np.int32)
+
+WITH_INTEGERS: dict[str, Callable] = {
+    "sum": lambda p, k, b: p * (fax.sum(k) + fax.sum(b)),
+    "mean": lambda p, k, b: p * (fax.mean(k) + fax.mean(b)),
+    "weights": lambda p, k, b: p * fax.mean(fax.map(jnp.sin, 1.0 * k), weights=k, where=b),
+    "extremes": lambda p, k, b: p * (fax.max(k, where=b) + fax.min(k) + fax.max(b)),
+    "distribute": lambda p, k, b: p * fax.sum(fax.distribute((k, b))[0]),
+    "collect": lambda p, k, b: p * jnp.sum(fax.collect((k, b))[0]),
+    "map": lambda p, k, b: fax.sum(
+        fax.map(lambda p, k, b: jnp.where(b, p * k, p), fax.broadcast(p), k, b)
+    ),
+    "broadcast": lambda p, k, b: p * fax.sum(fax.broadcast((k, b)))[0][3],
+}
+
+
+@pytest.mark.parametrize("name", WITH_INTEGERS)
+def test_integers_and_bools_have_float0_derivatives(name):
+    operator = WITH_INTEGERS[name]
+    if name == "broadcast":
+        operator = lambda p, k, b: p * fax.sum(fax.broadcast((k, b))[0])[3]  # noqa: E731
+    program = fax.program(clients=N)(operator)
+    args = (np.float64(1.5), COUNTS, MASK)
+    gradients = jax.grad(program, (0, 1, 2), allow_int=True)(*args)
+    assert_close(gradients[0], np.asarray(program(1.0, COUNTS, MASK)))
+    assert [g.dtype for g in gradients[1:]] == [jax.dtypes.float0] * 2
+    assert [g.shape for g in gradients[1:]] == [(N,), (N,)]
+    zeros = [np.zeros(N, jax.dtypes.float0)] * 2
+    assert_close(jax.jvp(program, args, (1.0, *zeros))[1], np.asarray(gradients[0]))
+
+
+@pytest.mark.parametrize("operator", [fax.sum, fax.max, fax.min, fax.collect])
+def test_integer_outputs_have_float0_tangents(operator):
+    @fax.program(clients=N)
+    def program(x):
+        steps = fax.map(lambda x: (x * 4).astype(np.int32), x)
+        return operator(steps), fax.sum(x)
+
+    (steps, _), (moved, total) = jax.jvp(program, (X,), (X,))
+    assert jnp.issubdtype(steps.dtype, jnp.integer)
+    assert (moved.dtype, moved.shape) == (jax.dtypes.float0, steps.shape)
+    assert_close(total, X.sum(0))
+    _, pull = jax.vjp(program, X)
+    (gradient,) = pull((np.zeros(steps.shape, jax.dtypes.float0), np.ones(2)))
+    assert_close(gradient, np.ones((N, 2)))
+
+
+# Half precision
+
+MANY = 4096
+# Of eight bits each, and so few that any order of adding them in float32 is exact.
+SHORT = np.random.default_rng(1).integers(128, 256, (MANY, 8)).astype(ml_dtypes.bfloat16) / 128
+
+
+@BOTH
+@pytest.mark.parametrize("batch_size", [1, 64, MANY])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_bfloat16_mean_is_that_of_float32(weighted, batch_size, fused):
+    """Rows are added and divided in float32, so that the mean is off by its one last rounding."""
+
+    @fax.program(clients=MANY)
+    def average(x, weights, mask):
+        x = fax.map(lambda row: row[::-1] / 2, x, batch_size=batch_size) if fused else x
+        return fax.mean(x, weights=weights, where=mask) if weighted else fax.mean(x)
+
+    mask = np.arange(MANY) % 2 == 0 if weighted else np.ones(MANY, bool)
+    rows = SHORT[:, ::-1] / 2 if fused else SHORT
+    expected = rows[mask].astype(np.float32).mean(0).astype(ml_dtypes.bfloat16)
+    got = average(SHORT, np.ones(MANY, np.float32), mask)
+    assert got.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(np.asarray(got), expected)
+    gradient = jax.grad(lambda x: jnp.sum(average(x, np.ones(MANY), mask)))(SHORT)
+    share = (mask / mask.sum() / (2 if fused else 1)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(gradient), np.stack([share] * 8, axis=1))
