@@ -17,7 +17,7 @@ from fax._placement import PlacementError, resolve, scope, without
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._round import Out, Round, rowwise, seen_avals
+from fax.primitives._round import PLACED, SERVER, Out, Round, rowwise, seen_avals
 
 PyTree = Any
 
@@ -165,10 +165,10 @@ def map(
                 )
         return [jnp.asarray(leaf) for _, leaf in out]
 
-    inputs = ("placed",) * len(rows)
+    inputs = (PLACED,) * len(rows)
     jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
     _checks.no_refs("fax.map", jaxpr, consts)
-    inputs = ("server",) * len(consts) + inputs
+    inputs = (SERVER,) * len(consts) + inputs
     outputs = (Out("placed"),) * len(jaxpr.out_avals)
     this = Round(here.name, here.size, batch_size, inputs, outputs, jaxpr)
     return tree_unflatten(out_tree, this.bind(*consts, *rows))
@@ -228,5 +228,4 @@ def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
         return [jax.random.fold_in(key, number)]
 
     operands = (key, index(placement=here.name))
-    modes = ("server", "placed")
-    return rowwise(own, operands, modes, [Out("placed")], here.name, here.size)[0]
+    return rowwise(own, operands, (SERVER, PLACED), [Out("placed")], here.name, here.size)[0]

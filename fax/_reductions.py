@@ -16,7 +16,7 @@ from jax.tree_util import tree_unflatten
 from fax import _checks
 from fax._placement import Placement, resolve
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
-from fax.primitives._round import Out, rowwise
+from fax.primitives._round import PLACED, Out, rowwise
 from fax.sharding._schedule import accumulator_dtype
 
 PyTree = Any
@@ -236,9 +236,7 @@ def _reduce(
 
     out = Out(mode, 0 if masks else None)
     operands = [*rows, *masks]
-    return rowwise(
-        masked, operands, ["placed"] * len(operands), [out] * count, here.name, here.size
-    )
+    return rowwise(masked, operands, [PLACED] * len(operands), [out] * count, here.name, here.size)
 
 
 @jax.custom_jvp

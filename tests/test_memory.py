@@ -103,6 +103,24 @@ def test_its_gradient_with_respect_to_parameters_and_weights(variant):
     assert max(found) - min(found) < 0.02
 
 
+def test_the_gradient_of_a_scan_over_rounds():
+    """It holds the parameters of each round, and nothing of the participants."""
+    rounds, found = 5, []
+    for n in COUNTS:
+        round = program_of(n, jax.checkpoint(update), "weighted")
+
+        def objective(params, data, weights, round=round):
+            def step(params, _):
+                new = round(params, data, weights, None)
+                return [p + u for p, u in zip(params, new, strict=True)], None
+
+            return square(jax.lax.scan(step, params, None, length=rounds)[0])
+
+        found.append(temporary(jax.grad(objective, argnums=(0, 2)), *arguments(n)[:3]))
+    assert max(found) - min(found) < 0.02
+    assert max(found) <= 2 * rounds + 5
+
+
 def test_its_jvp_through_a_hundred_local_steps():
     found = []
     for n in COUNTS:

@@ -52,16 +52,39 @@ def test_the_gradient_of_a_round_is_a_round():
     forward, backward = operators(jax.grad(squares(mean_round)), P, D)
     assert forward.startswith("federated_map (server, placed) (sum, placed")
     assert backward.startswith("federated_map (placed")
-    assert backward.endswith("server) (sum)")
+    assert backward.endswith("d server) (sum)")
 
 
 def test_the_gradient_of_a_checkpointed_round_stores_nothing():
     gradient = jax.grad(squares(weighted_round), argnums=(0, 2))
     assert operators(gradient, P, D, W, M) == [
         "federated_map (server, placed, placed, placed) (sum where 0, sum where 0)",
-        "federated_map (server, placed, placed, placed, server, server) "
+        "federated_map (server, placed, placed, placed, d server, d server) "
         "(sum where 0, placed where 0)",
     ]
+
+
+def test_a_scan_over_rounds_computes_nothing_of_the_clients_in_advance():
+    """JAX looks for what a loop repeats; of the clients that would be n intermediate values."""
+
+    def client_of_data(p, d):
+        return jnp.sin(d) * p
+
+    @program
+    def rounds(p, d):
+        def step(p, _):
+            return p - fax.mean(fax.map(jax.checkpoint(client_of_data), fax.broadcast(p), d)), None
+
+        return jax.lax.scan(step, p, None, length=3)[0]
+
+    gradient = jax.grad(squares(rounds))
+    assert operators(gradient, P, D) == [
+        "federated_map (server, placed) (sum)",
+        "federated_map (placed, d server) (sum)",
+    ]
+    plain = lambda p: p - jax.vmap(client_of_data, (None, 0))(p, D).mean(0)  # noqa: E731
+    reference = jax.grad(lambda p: jnp.sum(plain(plain(plain(p))) ** 2))(P)
+    np.testing.assert_allclose(gradient(P, D), reference, rtol=1e-12)
 
 
 def test_printed_jaxprs_name_placement_size_and_modes():
@@ -310,7 +333,7 @@ def test_a_checkpointed_client_is_recomputed_once():
     assert count(jax.grad(squares(mean)), "tanh", P, D) == 2
 
 
-@pytest.mark.parametrize("transform", ["eager", "jit", "grad", "jit grad", "vmap"])
+@pytest.mark.parametrize("transform", ["eager", "jit", "grad", "jit grad", "vmap", "grad scan"])
 @pytest.mark.parametrize("batch_size", [1, 3, N])
 def test_effects_run_once_per_participant(transform, batch_size):
     seen = []
@@ -330,6 +353,9 @@ def test_effects_run_once_per_participant(transform, batch_size):
         "grad": jax.grad(noisy),
         "jit grad": jax.jit(jax.grad(noisy)),
         "vmap": lambda x: jax.vmap(noisy)(x[None]),
+        "grad scan": jax.grad(
+            lambda x: jax.lax.scan(lambda c, _: (c * noisy(x), 0), 1.0, length=1)[0]
+        ),
     }[transform]
     fn(W)
     jax.effects_barrier()

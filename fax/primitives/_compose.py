@@ -26,26 +26,26 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
     if (a.placement, a.size) != (b.placement, b.size) or len(batch_sizes) > 1:
         return None
 
-    invars, operands, modes = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)
+    invars, operands, inputs = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)
     eqns, parts = list(a.jaxpr.jaxpr.eqns), a.contributions()
     made = dict(zip(first.outvars, parts, strict=True))
-    seen = dict(zip(zip(map(id, operands), modes, strict=True), invars, strict=True))
+    seen = dict(zip(zip(map(id, operands), inputs, strict=True), invars, strict=True))
     args: list[Atom] = []
-    for atom, mode, aval in zip(second.invars, b.inputs, b.jaxpr.in_avals, strict=True):
+    for atom, mine, aval in zip(second.invars, b.inputs, b.jaxpr.in_avals, strict=True):
         part = made.get(atom) if isinstance(atom, Var) else None
         if part is not None:
-            if mode != "placed" or part.mode != "placed":
+            if mine.mode != "placed" or part.mode != "placed":
                 return None
             extra, value = _rows_of(part)
             eqns += extra
             args.append(value)
             continue
-        if (id(atom), mode) not in seen:
-            seen[id(atom), mode] = Var(aval)
-            invars.append(seen[id(atom), mode])
+        if (id(atom), mine) not in seen:
+            seen[id(atom), mine] = Var(aval)
+            invars.append(seen[id(atom), mine])
             operands.append(atom)
-            modes.append(mode)
-        args.append(seen[id(atom), mode])
+            inputs.append(mine)
+        args.append(seen[id(atom), mine])
 
     host = _host(eqns, args, invars) if b.batch_size == ALL_AT_ONCE else None
     if host is None:
@@ -56,7 +56,7 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
 
     batch_size = batch_sizes.pop() if batch_sizes else ALL_AT_ONCE
     parts += b.contributions(results)
-    both = a.replace(batch_size=batch_size).assemble(modes, invars, parts, eqns)
+    both = a.replace(batch_size=batch_size).assemble(inputs, invars, parts, eqns)
     return second.replace(
         invars=operands,
         outvars=[*first.outvars, *second.outvars],

@@ -21,7 +21,15 @@ from jax.interpreters import partial_eval as pe
 
 from fax.primitives import _jaxpr
 from fax.primitives._jaxpr import Atom
-from fax.primitives._round import Contribution, Round, federated_map_p, pick, scatter
+from fax.primitives._round import (
+    PLACED,
+    SERVER,
+    Contribution,
+    Round,
+    federated_map_p,
+    pick,
+    scatter,
+)
 
 
 class Cut:
@@ -82,15 +90,17 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     cut = _cut_round(this, unknown)
     late = cut.unknown_out[: len(this.outputs)]
     early = [not u for u in late]
+    if not all(i.tangent for i in pick(unknown, this.inputs)):
+        return _separate(trace, this, tracers, late)
     known_masks = [not u for u in cut.unknown_out[len(late) : len(late) + this.mask_count]]
 
     # The rest takes residuals first, and computes the masks anew.
     inner = cut.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
     outvars = [*scatter(late, inner.outvars), *masks]
-    modes = ["placed"] * len(cut.forwarded) + pick(unknown, this.inputs)
+    inputs = [PLACED] * len(cut.forwarded) + pick(unknown, this.inputs)
     parts = pick(late, this.contributions(outvars))
-    rest, used = this.assemble(modes, inner.invars, parts, inner.eqns).keep([True] * len(parts))
+    rest, used = this.assemble(inputs, inner.invars, parts, inner.eqns).keep([True] * len(parts))
     used_unknown = used[len(cut.forwarded) :]
     computed = [u and f is None for u, f in zip(used, cut.forwarded, strict=False)]
 
@@ -102,8 +112,8 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     mask, extra = _either([o.mask is not None and masks[o.mask] for o in pick(late, this.outputs)])
     residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
     parts += [Contribution(residual, "placed", mask) for residual in residuals]
-    modes = ["server"] * len(cut.consts) + pick(known, this.inputs)
-    first = this.assemble(modes, inner.invars, parts, [*inner.eqns, *extra])
+    inputs = [SERVER] * len(cut.consts) + pick(known, this.inputs)
+    first = this.assemble(inputs, inner.invars, parts, [*inner.eqns, *extra])
     operands = [*cut.consts, *operands]
     outs, on_server = _bind_hoisted(
         first, operands, [False] * len(values) + [True] * len(residuals)
@@ -111,21 +121,42 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
 
     # The residuals find their modes, and the rest is left for later.
     found = iter(zip(outs[len(values) :], on_server[len(values) :], strict=True))
-    modes, held = [], []
+    inputs, held = [], []
     for position in pick(used[: len(cut.forwarded)], cut.forwarded):
         if position is None:
             value, server = next(found)
-            modes.append("server" if server else "placed")
+            inputs.append(SERVER if server else PLACED)
             held.append(value)
         else:
-            modes.append(first.inputs[len(cut.consts) + position])
+            inputs.append(first.inputs[len(cut.consts) + position])
             held.append(operands[len(cut.consts) + position])
-    rest = rest.replace(inputs=(*modes, *rest.inputs[len(modes) :]))
+    rest = rest.replace(inputs=(*inputs, *rest.inputs[len(inputs) :]))
     later = [trace.new_instantiated_const(x) for x in held]
     later += pick(used_unknown, pick(unknown, tracers))
     later = trace.default_process_primitive(federated_map_p, later, rest.params)
     known_outs, later_outs = iter(outs), iter(later)
     return [next(later_outs if u else known_outs) for u in late]
+
+
+def _separate(trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]) -> list[Any]:
+    """Evaluates what is known and leaves the rest, which stores nothing of it, for later.
+
+    Not everything that is unknown is a tangent, so this is no differentiation. It is the way in
+    which a scan over rounds asks what it could compute before it starts; intermediate values of
+    the participants, who may be many, are not worth holding through all of the rounds.
+    """
+    if this.jaxpr.effects or all(late):
+        late, known_outs = [True] * len(late), iter(())  # effects happen once
+    else:
+        known, used = this.keep([not u for u in late])
+        known_outs = iter(known.bind(*(t.pval.get_known() for t in pick(used, tracers))))
+    rest, used = this.keep(late)
+    operands = [
+        trace.new_instantiated_const(t.pval.get_known()) if t.is_known() else t
+        for t in pick(used, tracers)
+    ]
+    rest_outs = iter(trace.default_process_primitive(federated_map_p, operands, rest.params))
+    return [next(rest_outs if u else known_outs) for u in late]
 
 
 def _cut_round(this: Round, unknown: Sequence[bool]) -> Cut:
@@ -169,14 +200,14 @@ def _bind_hoisted(
 
     Returns the outputs, and which of them are such server values.
     """
-    fixed = [mode == "server" for mode in this.inputs]
+    fixed = [i.mode == "server" for i in this.inputs]
     candidates = [*candidates, *[False] * this.mask_count]
     outer, inner, moved = hoist(this.jaxpr, fixed, candidates)
     computed = _jaxpr.evaluate(outer, *pick(fixed, operands))
     moved_values, shared = computed[: sum(moved)], computed[sum(moved) :]
     moved = moved[: len(this.outputs)]
     rest = this.replace(
-        inputs=(*this.inputs, *["server"] * len(shared)),
+        inputs=(*this.inputs, *[SERVER] * len(shared)),
         outputs=tuple(pick((not m for m in moved), this.outputs)),
         jaxpr=inner,
     )

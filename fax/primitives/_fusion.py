@@ -25,7 +25,7 @@ from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
 from fax.primitives._compose import compose
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
-from fax.primitives._round import Contribution, Round, federated_map_p
+from fax.primitives._round import PLACED, Contribution, Round, federated_map_p
 from fax.sharding._mesh import row_aval
 from fax.sharding._schedule import ALL_AT_ONCE, accumulator_dtype
 
@@ -168,15 +168,15 @@ class _Program:
 
     def _take_broadcasts(self, eqn: JaxprEqn) -> JaxprEqn:
         """Lets a map see what is broadcast to it as the server's value."""
-        operands, modes = [], []
-        for atom, mode in zip(eqn.invars, eqn.params["in"], strict=True):
+        operands, inputs = [], []
+        for atom, mine in zip(eqn.invars, eqn.params["in"], strict=True):
             maker = self._maker.get(atom) if isinstance(atom, Var) else None
             sent = maker is not None and maker.primitive is broadcast_p and _same_group(maker, eqn)
-            if maker is not None and sent and mode == "placed":
-                (atom,), mode = maker.invars, "server"
+            if maker is not None and sent and mine.mode == "placed":
+                (atom,), mine = maker.invars, mine._replace(mode="server")
             operands.append(atom)
-            modes.append(mode)
-        params = Round.of(eqn.params).replace(inputs=tuple(modes)).params
+            inputs.append(mine)
+        params = Round.of(eqn.params).replace(inputs=tuple(inputs)).params
         return eqn.replace(invars=operands, params=params)
 
     def _merge(self, producer: JaxprEqn, consumer: JaxprEqn) -> JaxprEqn | None:
@@ -235,7 +235,7 @@ def _as_map(eqn: JaxprEqn, makers: list[JaxprEqn]) -> JaxprEqn:
     this = Round.of(like.params).replace(batch_size=ALL_AT_ONCE)
     parts = [Contribution(outvar, "placed")]
     eqns = [eqn.replace(invars=invars, outvars=[outvar])]
-    this = this.assemble(["placed"] * len(rows), rows, parts, eqns)
+    this = this.assemble([PLACED] * len(rows), rows, parts, eqns)
     return like.replace(
         invars=operands, outvars=eqn.outvars, params=this.params, effects=eqn.effects
     )

@@ -35,7 +35,10 @@ from jax.interpreters import partial_eval as pe
 from fax.primitives import _jaxpr
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
 from fax.primitives._round import (
+    PLACED,
+    SERVER,
     Contribution,
+    In,
     Out,
     Round,
     bind_traced,
@@ -72,8 +75,8 @@ def _compute(*operands, platform, **params):
     this = Round.of(params)
     outs = _schedule.run(
         functools.partial(_masked, this),
-        [gather_rows(x) if m == "placed" else x for x, m in zip(operands, this.inputs)],
-        this.inputs,
+        [gather_rows(x) if i.mode == "placed" else x for x, i in zip(operands, this.inputs)],
+        [i.mode for i in this.inputs],
         [out.mode for out in this.outputs],
         this.value_avals,
         this.size,
@@ -106,8 +109,8 @@ def _nothing(mode: str, dtype: Any) -> Any:
 def _batch(axis, operands, dims, **params):
     this = Round.of(params)
     operands = [
-        x if dim is None else jnp.moveaxis(x, dim, int(mode == "placed"))
-        for x, dim, mode in zip(operands, dims, this.inputs, strict=True)
+        x if dim is None else jnp.moveaxis(x, dim, int(i.mode == "placed"))
+        for x, dim, i in zip(operands, dims, this.inputs, strict=True)
     ]
     batched = depends(this.jaxpr, [dim is not None for dim in dims])
     if any(batched[len(this.outputs) :]):
@@ -162,7 +165,7 @@ def _jvp(primals, tangents, **params):
     this = Round.of(params)
     moving = [not _is_zero(t) for t in tangents]
     operands = [*primals, *pick(moving, tangents)]
-    inputs = (*this.inputs, *pick(moving, this.inputs))
+    inputs = (*this.inputs, *(i._replace(tangent=True) for i in pick(moving, this.inputs)))
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.value_avals]
 
     def both(*rows):
@@ -177,7 +180,7 @@ def _jvp(primals, tangents, **params):
         return [*outs, *pick(inexact, out_tangents[: len(inexact)])]
 
     jaxpr, consts = _jaxpr.trace(both, seen_avals(operands, inputs))
-    operands, inputs = [*consts, *operands], ("server",) * len(consts) + inputs
+    operands, inputs = [*consts, *operands], (SERVER,) * len(consts) + inputs
     inner = jaxpr.jaxpr
     # A tangent that does not follow from another one is a zero that `jax.jvp` has written out.
     follows = _jaxpr.touched(jaxpr, inner.invars[len(consts) + len(primals) :])
@@ -220,8 +223,8 @@ def reduce_late(
 ) -> tuple[Any, Any]:
     """The max or min of placed rows, and its tangent: the mean over those that attain it."""
     out = Out(mode, 0 if mask else None)
-    modes = ["placed"] * (1 + len(mask))
-    (best,) = rowwise(lambda *xs: xs, (rows, *mask), modes, [out], placement, size)
+    inputs = [PLACED] * (1 + len(mask))
+    (best,) = rowwise(lambda *xs: xs, (rows, *mask), inputs, [out], placement, size)
 
     def winners(best, row, tangent, *mask):
         wins = functools.reduce(jnp.logical_and, mask, row == best)
@@ -232,7 +235,7 @@ def reduce_late(
         ]
 
     operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
-    total, count = rowwise(winners, operands, ["server", "placed", *modes], sums, placement, size)
+    total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, placement, size)
     return best, (total / jnp.maximum(count, 1)).astype(tangents.dtype)
 
 
@@ -273,14 +276,12 @@ def _transpose(cotangents, *operands, **params):
         return [*results, functools.reduce(jnp.logical_or, masks)] if gated else list(results)
 
     if any(is_linear):
-        modes = ["placed" if mode == "placed" else "sum" for mode in pick(is_linear, this.inputs)]
-        transposed_inputs = [
-            *pick(is_fixed, this.inputs),
-            *("placed" if out.mode == "placed" else "server" for out in this.outputs),
-        ]
+        linear_modes = [i.mode for i in pick(is_linear, this.inputs)]
+        cotangent_modes = ["placed" if o.mode == "placed" else "server" for o in this.outputs]
+        mask, sums = 0 if gated else None, {"server": "sum", "placed": "placed"}
         like = this.replace(
-            inputs=tuple(transposed_inputs),
-            outputs=tuple(Out(mode, 0 if gated else None) for mode in modes),
+            inputs=(*pick(is_fixed, this.inputs), *(In(mode, True) for mode in cotangent_modes)),
+            outputs=tuple(Out(sums[mode], mask) for mode in linear_modes),
         )
         fixed = pick(is_fixed, pick(used, operands))
         results = iter(bind_traced(transposed, [*fixed, *cotangents], like))

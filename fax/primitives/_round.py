@@ -20,6 +20,19 @@ federated_map_p = Primitive("federated_map")
 federated_map_p.multiple_results = True
 
 
+class In(NamedTuple):
+    """The mode of an input, and whether it is the tangent or cotangent of another value."""
+
+    mode: str
+    tangent: bool = False
+
+    def __str__(self) -> str:
+        return f"d {self.mode}" if self.tangent else self.mode
+
+
+SERVER, PLACED = In("server"), In("placed")
+
+
 class Out(NamedTuple):
     """The mode of an output and, if it is masked, which of the masks applies to it."""
 
@@ -55,7 +68,7 @@ class Round:
       batch_size: how many participants a device works on at once: a number, None for the
         platform's default, or ``"all"``, which marks the few element-wise operations of an
         operator: they run at the batch size of the map that they are fused with.
-      inputs: a mode for each operand, ``server`` or ``placed``.
+      inputs: an `In` for each operand.
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
         contributions to the results, followed by the masks, which are scalar bools.
@@ -64,7 +77,7 @@ class Round:
     placement: str
     size: int
     batch_size: int | str | None
-    inputs: tuple[str, ...]
+    inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     jaxpr: ClosedJaxpr
 
@@ -105,7 +118,7 @@ class Round:
 
     def assemble(
         self,
-        inputs: Iterable[str],
+        inputs: Iterable[In],
         invars: Iterable[Var],
         contributions: Iterable[Contribution],
         eqns: Iterable[JaxprEqn],
@@ -149,14 +162,14 @@ class Round:
 def bind_traced(fn: Callable, operands: Sequence[Any], like: Round) -> list[Any]:
     """Binds ``like`` with the jaxpr of ``fn``, a function of what one participant sees."""
     jaxpr, consts = _jaxpr.trace(fn, seen_avals(operands, like.inputs))
-    this = like.replace(inputs=("server",) * len(consts) + tuple(like.inputs), jaxpr=jaxpr)
+    this = like.replace(inputs=(SERVER,) * len(consts) + tuple(like.inputs), jaxpr=jaxpr)
     return this.bind_pruned([*consts, *operands])
 
 
 def rowwise(
     fn: Callable[..., Sequence[jax.Array]],
     operands: Sequence[Any],
-    inputs: Sequence[str],
+    inputs: Sequence[In],
     outputs: Sequence[Out],
     placement: str,
     size: int,
@@ -168,10 +181,10 @@ def rowwise(
     return bind_traced(fn, operands, like)
 
 
-def seen_avals(operands: Sequence[Any], modes: Sequence[str]) -> list[ShapedArray]:
+def seen_avals(operands: Sequence[Any], inputs: Sequence[In]) -> list[ShapedArray]:
     """The types of operands as one participant sees them."""
     avals = map(jax.typeof, operands)
-    return [row_aval(a) if m == "placed" else a for a, m in zip(avals, modes, strict=True)]
+    return [row_aval(a) if i.mode == "placed" else a for a, i in zip(avals, inputs, strict=True)]
 
 
 def select(mask: jax.Array, value: jax.Array, otherwise: Any = 0) -> jax.Array:
