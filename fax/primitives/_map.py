@@ -134,22 +134,26 @@ def _batch(axis, operands, dims, **params):
 def _mask_within(this: Round) -> Round:
     """Moves the masks into the client function, for a mask is a scalar and not a batch.
 
-    If no differentiable input decides on a mask, inputs enter in a way that keeps tangents
-    and cotangents of a masked participant zero on that side, too.
+    If everything is masked, the inputs of a masked participant enter without derivatives: then
+    tangents and cotangents are zero on both sides of the client function. If what decides on
+    the mask is differentiable itself, it has to be known before; under differentiation, and only
+    then, the client function is evaluated once more for that.
     """
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
-    outs = [False] * len(this.outputs) + [True] * this.mask_count
-    decides = _jaxpr.prune(this.jaxpr, outs)[1]
-    gated = all(out.mask is not None for out in this.outputs) and not any(pick(decides, inexact))
+    decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]
 
-    def work(*rows):
-        if gated:
-            counts = functools.reduce(jnp.logical_or, this.masks(rows))
-            gate = functools.partial(lax.select, counts)
-            seen = zip(rows, inexact, strict=True)
-            rows = tuple(gate(x, lax.stop_gradient(x)) if i else x for x, i in seen)
-        return _masked(this, *rows)
+    def gated(*rows):
+        fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
+        counts = functools.reduce(jnp.logical_or, this.masks(fixed))
+        seen = zip(rows, fixed, inexact, strict=True)
+        return _masked(this, *(lax.select(counts, x, still) if i else x for x, still, i in seen))
 
+    work = gated
+    if any(out.mask is None for out in this.outputs):
+        work = functools.partial(_masked, this)
+    elif any(pick(decides, inexact)):
+        work = jax.custom_jvp(functools.partial(_masked, this))
+        work.defjvp(lambda primals, tangents: jax.jvp(gated, primals, tangents))
     jaxpr, _ = _jaxpr.trace(work, this.jaxpr.in_avals)
     return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
 
@@ -190,7 +194,7 @@ def _jvp(primals, tangents, **params):
         tangent = next(own_tangents) if i else None
         moves = isinstance(tangent, Var) and tangent in follows
         late.append(moves and part.mode in ("max", "min"))
-        primal_parts.append(Contribution(part.value, "placed") if late[-1] else part)
+        primal_parts.append(part._replace(mode="placed") if late[-1] else part)
         tangent_parts.append(
             part._replace(value=tangent, mode="placed" if late[-1] else part.mode)
             if moves

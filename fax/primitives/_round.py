@@ -107,6 +107,11 @@ class Round:
     def mask_count(self) -> int:
         return len(self.jaxpr.out_avals) - len(self.outputs)
 
+    @property
+    def is_mask(self) -> list[bool]:
+        """Which outputs of the client function are masks."""
+        return [False] * len(self.outputs) + [True] * self.mask_count
+
     def contributions(self, outvars: Sequence[Atom] | None = None) -> list[Contribution]:
         """What a participant contributes, in the jaxpr's variables or in others for them."""
         outvars = self.jaxpr.jaxpr.outvars if outvars is None else outvars
@@ -138,8 +143,7 @@ class Round:
 
     def masks(self, rows: Sequence[Any]) -> list[Any]:
         """One participant's masks. Rows that they do not depend on can be anything."""
-        wanted = [False] * len(self.outputs) + [True] * self.mask_count
-        jaxpr, used = _jaxpr.prune(self.jaxpr, wanted)
+        jaxpr, used = _jaxpr.prune(self.jaxpr, self.is_mask)
         return _jaxpr.evaluate(jaxpr, *pick(used, rows))
 
     def keep(self, wanted: Sequence[bool]) -> tuple[Round, list[bool]]:
