@@ -413,9 +413,7 @@ def thrice_backward(x):
     return jnp.sin(x)
 
 
-thrice_backward.defvjp(
-    lambda x: (thrice(x), x), lambda x, cotangent: (3 * jnp.cos(x) * cotangent,)
-)
+thrice_backward.defvjp(lambda x: (thrice(x), x), lambda x, cotangent: (3 * jnp.cos(x) * cotangent,))
 
 
 def of_custom_rules(p, d):

@@ -269,14 +269,14 @@ DTYPES = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloa
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "complex64"])
 @pytest.mark.parametrize("shape", [(), (2,), (2, 0), (2, 1, 2)])
-@pytest.mark.parametrize("fused", [False, True])
-def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, fused):
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 4])  # None: no map
+def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, batch_size):
     x = jnp.asarray(np.arange(4 * np.prod(shape)).reshape(4, *shape) % 5).astype(dtype)
     real = not jnp.issubdtype(dtype, jnp.complexfloating)
 
     @fax.program(clients=4)
     def program(x):
-        rows = fax.map(lambda row: row, x) if fused else x
+        rows = x if batch_size is None else fax.map(lambda row: row, x, batch_size=batch_size)
         return [fax.sum(rows), fax.mean(rows)] + ([fax.max(rows), fax.min(rows)] if real else [])
 
     found = program(x)

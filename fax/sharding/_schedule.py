@@ -54,9 +54,9 @@ def identity(mode: str, dtype: Any) -> Any:
 
 
 def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
-    """Reduces over the leading axis, in the accumulator's dtype."""
+    """Reduces over the leading axis, in the total's dtype."""
     if mode == "sum":
-        return jnp.sum(rows, axis=0, dtype=accumulator_dtype(rows.dtype))
+        return jnp.sum(rows, axis=0, dtype=_total_dtype(mode, rows))
     return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
 
 
@@ -101,7 +101,7 @@ def run(
 
     def single(rows):
         placed, parts = split(one(rows))
-        return placed, [x.astype(accumulator_dtype(x.dtype)) for x in parts]
+        return placed, [x.astype(_total_dtype(m, x)) for m, x in zip(reduced, parts, strict=True)]
 
     def several(rows, count):
         if count == 1:
@@ -141,7 +141,12 @@ def run(
     ]
 
 
+def _total_dtype(mode: str, of: jax.Array | ShapedArray) -> Any:
+    """A sum needs more precision than its terms; a maximum is one of them."""
+    return accumulator_dtype(of.dtype) if mode == "sum" else of.dtype
+
+
 def _start(mode: str, aval: ShapedArray) -> jax.Array:
-    dtype = accumulator_dtype(aval.dtype)
+    dtype = _total_dtype(mode, aval)
     zeros = ad.zeros_like_aval(aval.update(dtype=dtype, weak_type=False))
     return zeros if mode == "sum" else lax.full_like(zeros, identity(mode, dtype))
