@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,9 @@ PIXELS = 784
 CLASSES = 62
 BATCH = 20
 CLIENT_RATE = 0.1
-STEPS_MULTIPLE = 5  # padded step counts are multiples of it, so that few shapes are compiled
+# Padded sizes are multiples of these, so that few shapes are compiled.
+STEPS_MULTIPLE = 5
+ROWS_MULTIPLE = 4096
 
 LOGISTIC = (PIXELS, CLASSES)
 DENSE = (PIXELS, 200, 200, CLASSES)
@@ -80,27 +82,78 @@ def cohort(number: int, count: int) -> np.ndarray:
     return np.random.default_rng((SEED, 3, number)).choice(CLIENTS, count, replace=False)
 
 
-def padded_steps(clients: Sequence[int]) -> int:
-    """The steps of the longest epoch among clients, rounded up."""
-    steps = -(-int(sizes()[clients].max()) // BATCH)
-    return -(-steps // STEPS_MULTIPLE) * STEPS_MULTIPLE
+def padded_shape(clients: Sequence[int]) -> tuple[int, int]:
+    """Rows of the pool and steps of the longest epoch among clients, rounded up."""
+    counts = sizes()[clients]
+    return _round_up(counts.sum(), ROWS_MULTIPLE), _round_up(
+        _round_up(counts.max(), BATCH) // BATCH, STEPS_MULTIPLE
+    )
 
 
-def prepare(number: int, clients: Sequence[int]) -> tuple[Batches, np.ndarray]:
-    """An epoch of each client, shuffled and padded, and how many examples each client has."""
-    count, steps = len(clients), padded_steps(clients)
-    x = np.zeros((count, steps * BATCH, PIXELS), np.float32)
-    y = np.zeros((count, steps * BATCH), np.int32)
-    mask = np.zeros((count, steps * BATCH), np.float32)
-    for row, client in enumerate(clients):
-        own_x, own_y = examples(int(client))
-        order = np.random.default_rng((number, int(client))).permutation(len(own_y))
-        x[row, : len(order)] = own_x[order]
-        y[row, : len(order)] = own_y[order]
-        mask[row, : len(order)] = 1
-    shape = (count, steps, BATCH)
-    batches = Batches(x.reshape(*shape, PIXELS), y.reshape(shape), mask.reshape(shape))
-    return batches, sizes()[clients].astype(np.float32)
+def _round_up(number: int, multiple: int) -> int:
+    return -(-int(number) // multiple) * multiple
+
+
+class Pool(NamedTuple):
+    """All examples of a cohort, client after client, and unused rows at the end."""
+
+    x: Any  # float32 [rows, pixels]
+    y: Any  # int32 [rows]
+
+
+class Order(NamedTuple):
+    """Which rows of the pool come in which batch. The mask is 0 for padding."""
+
+    rows: Any  # int32 [..., steps, batch]
+    mask: Any  # float32 [..., steps, batch]
+
+
+class Round(NamedTuple):
+    """What a round works on: padded batches and no pool, or a pool and the order of its rows."""
+
+    pool: Pool | None
+    batches: Batches | Order  # [clients, steps, batch, ...]
+    num_examples: Any  # float32 [clients]
+
+
+def padded(number: int, clients: Sequence[int]) -> Round:
+    """An epoch of each client, shuffled and padded on the host."""
+    _, steps = padded_shape(clients)
+    x = np.zeros((len(clients), steps * BATCH, PIXELS), np.float32)
+    y = np.zeros((len(clients), steps * BATCH), np.int32)
+    mask = np.zeros(y.shape, np.float32)
+    for i, (client, order) in enumerate(shuffled(number, clients)):
+        own_x, own_y = examples(client)
+        x[i, : len(order)], y[i, : len(order)] = own_x[order], own_y[order]
+        mask[i, : len(order)] = 1
+    batches = Batches(*(a.reshape(len(clients), steps, BATCH, *a.shape[2:]) for a in (x, y, mask)))
+    return Round(None, batches, sizes()[clients].astype(np.float32))
+
+
+def picked(number: int, clients: Sequence[int]) -> Round:
+    """The clients' examples as they are, and the order in which the device picks them."""
+    pool_rows, steps = padded_shape(clients)
+    pool = Pool(np.empty((pool_rows, PIXELS), np.float32), np.empty(pool_rows, np.int32))
+    rows = np.zeros((len(clients), steps * BATCH), np.int32)
+    mask = np.zeros(rows.shape, np.float32)
+    start = 0
+    for i, (client, order) in enumerate(shuffled(number, clients)):
+        end = start + len(order)
+        pool.x[start:end], pool.y[start:end] = examples(client)
+        rows[i, : len(order)] = start + order
+        mask[i, : len(order)] = 1
+        start = end
+    batches = Order(*(a.reshape(len(clients), steps, BATCH) for a in (rows, mask)))
+    return Round(pool, batches, sizes()[clients].astype(np.float32))
+
+
+PREPARATIONS = {"rows picked on the device": picked, "padded on the host": padded}
+
+
+def shuffled(number: int, clients: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each client and the order of its examples in this round."""
+    for client in map(int, clients):
+        yield client, np.random.default_rng((number, client)).permutation(sizes()[client])
 
 
 # Models and client functions
@@ -128,15 +181,16 @@ def loss(params: PyTree, batch: Batches) -> jax.Array:
     return jnp.sum(losses * batch.mask) / jnp.maximum(jnp.sum(batch.mask), 1)
 
 
-def epoch(params: PyTree, batches: Batches, *, skip: bool) -> PyTree:
+def epoch(params: PyTree, batches: PyTree, *, skip: bool, fetch: Callable | None = None) -> PyTree:
     """One epoch of SGD at a client. Returns how far it went, a gradient for the server.
 
-    A step that is all padding changes nothing. With ``skip`` a branch leaves it out, which saves
-    its time where the function is not vectorised.
+    ``fetch`` makes `Batches` of a step's part of ``batches``, if they are something else. A step
+    that is all padding changes nothing. With ``skip`` a branch leaves it out, which saves its time
+    where the function is not vectorised.
     """
 
     def step(params, batch):
-        gradient = jax.grad(loss)(params, batch)
+        gradient = jax.grad(loss)(params, fetch(batch) if fetch else batch)
         return jax.tree.map(lambda p, g: p - CLIENT_RATE * g, params, gradient)
 
     def body(params, batch):
@@ -245,11 +299,15 @@ def adam() -> optax.GradientTransformation:
 
 def federated_averaging(way: Any) -> Callable:
     """A round: an epoch at every client, their mean weighted by examples, and a step of Adam."""
-    work = functools.partial(epoch, skip=way.skips_padding)
 
     @way.program
-    def one_round(params, state, batches, num_examples):
-        gradient = way.mean(work, params, batches, weights=num_examples)
+    def one_round(params, state, data):
+        def pick(order):
+            return Batches(data.pool.x[order.rows], data.pool.y[order.rows], order.mask)
+
+        fetch = pick if data.pool else None
+        work = functools.partial(epoch, skip=way.skips_padding, fetch=fetch)
+        gradient = way.mean(work, params, data.batches, weights=data.num_examples)
         updates, state = adam().update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
