@@ -283,12 +283,17 @@ def partial_eval_custom(
 ) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
     """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
     del saveable
+    outputs = range(len(eqn.outvars))
+
+    def needs_unknown(wanted: Sequence[bool]) -> bool:
+        return any(pick(without_outputs(eqn, wanted)[1], unknown))
+
     cut = _cut_round(Round.of(eqn.params), unknown)
-    late = cut.unknown_out[: len(eqn.outvars)]
-    known_eqn = None
-    if not all(late):
-        known_eqn, used = without_outputs(eqn, [not u for u in late])
-        assert not any(pick(used, unknown)), "an effect depends on what is not known yet"
+    late = list(cut.unknown_out[: len(outputs)])
+    if needs_unknown([not u for u in late]):
+        # An effect does, or a loop that older versions of JAX do not take apart.
+        late = [late[k] or needs_unknown([i == k for i in outputs]) for k in outputs]
+    known_eqn = None if all(late) else without_outputs(eqn, [not u for u in late])[0]
     missing = _jaxpr.variables(pick((not i for i in instantiated), eqn.invars))
     return known_eqn, eqn, late, [True] * len(late), missing
 
