@@ -89,10 +89,8 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
         return this.bind(*operands)
     cut = _cut_round(this, unknown)
     late = cut.unknown_out[: len(this.outputs)]
-    early = [not u for u in late]
     if not all(i.tangent for i in pick(unknown, this.inputs)):
         return _separate(trace, this, tracers, late)
-    known_masks = [not u for u in cut.unknown_out[len(late) : len(late) + this.mask_count]]
 
     # The rest takes residuals first, and computes the masks anew.
     inner = cut.rest.jaxpr
@@ -105,22 +103,21 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     computed = [u and f is None for u, f in zip(used, cut.forwarded, strict=False)]
 
     # What is known returns outputs, then the residuals that the rest uses and are not inputs.
-    inner = cut.known.jaxpr
-    values, masks, residuals = _split(inner.outvars, sum(early), sum(known_masks))
-    masks = scatter(known_masks, masks)
-    parts = pick(early, this.contributions([*scatter(early, values), *masks]))
-    mask, extra = _either([o.mask is not None and masks[o.mask] for o in pick(late, this.outputs)])
-    residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
-    parts += [Contribution(residual, "placed", mask) for residual in residuals]
-    inputs = [SERVER] * len(cut.consts) + pick(known, this.inputs)
-    first = this.assemble(inputs, inner.invars, parts, [*inner.eqns, *extra])
-    operands = [*cut.consts, *operands]
-    outs, on_server = _bind_hoisted(
-        first, operands, [False] * len(values) + [True] * len(residuals)
+    known_round, known_masks, residuals = _known_round(this, cut, unknown)
+    mask, extra = _either(
+        [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
     )
+    residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
+    parts = known_round.contributions()
+    values = len(parts)
+    parts += [Contribution(residual, "placed", mask) for residual in residuals]
+    inner = known_round.jaxpr.jaxpr
+    first = known_round.assemble(known_round.inputs, inner.invars, parts, [*inner.eqns, *extra])
+    operands = [*cut.consts, *operands]
+    outs, on_server = _bind_hoisted(first, operands, [False] * values + [True] * len(residuals))
 
     # The residuals find their modes, and the rest is left for later.
-    found = iter(zip(outs[len(values) :], on_server[len(values) :], strict=True))
+    found = iter(zip(outs[values:], on_server[values:], strict=True))
     inputs, held = [], []
     for position in pick(used[: len(cut.forwarded)], cut.forwarded):
         if position is None:
@@ -171,6 +168,23 @@ def _cut_round(this: Round, unknown: Sequence[bool]) -> Cut:
         waits = [o.mask is not None and cut.unknown_out[count + o.mask] for o in this.outputs]
         if not any(w and not u for w, u in zip(waits, cut.unknown_out, strict=False)):
             return cut  # no known value waits for a mask that is still unknown
+
+
+def _known_round(
+    this: Round, cut: Cut, unknown: Sequence[bool]
+) -> tuple[Round, list[Atom | None], list[Atom]]:
+    """The round of what is known, on the constants of the cut and the known operands.
+
+    Returns it with the masks, None for one that is not known, and the residuals.
+    """
+    count, inner = len(this.outputs), cut.known.jaxpr
+    early = [not u for u in cut.unknown_out[:count]]
+    known_masks = [not u for u in cut.unknown_out[count : count + this.mask_count]]
+    values, masks, residuals = _split(inner.outvars, sum(early), sum(known_masks))
+    masks = scatter(known_masks, masks)
+    parts = pick(early, this.contributions([*scatter(early, values), *masks]))
+    inputs = [SERVER] * len(cut.consts) + pick((not u for u in unknown), this.inputs)
+    return this.assemble(inputs, inner.invars, parts, inner.eqns), masks, residuals
 
 
 def _either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
@@ -283,17 +297,20 @@ def partial_eval_custom(
 ) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
     """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
     del saveable
-    outputs = range(len(eqn.outvars))
-
-    def needs_unknown(wanted: Sequence[bool]) -> bool:
-        return any(pick(without_outputs(eqn, wanted)[1], unknown))
-
-    cut = _cut_round(Round.of(eqn.params), unknown)
-    late = list(cut.unknown_out[: len(outputs)])
-    if needs_unknown([not u for u in late]):
-        # An effect does, or a loop that older versions of JAX do not take apart.
-        late = [late[k] or needs_unknown([i == k for i in outputs]) for k in outputs]
-    known_eqn = None if all(late) else without_outputs(eqn, [not u for u in late])[0]
+    this = Round.of(eqn.params)
+    cut = _cut_round(this, unknown)
+    late = cut.unknown_out[: len(eqn.outvars)]
+    known_eqn = None
+    if cut.consts:
+        late = [True] * len(late)  # an equation has no place for them
+    elif not all(late):
+        known, used = _known_round(this, cut, unknown)[0].keep([True for u in late if not u])
+        known_eqn = eqn.replace(
+            invars=pick(used, pick((not u for u in unknown), eqn.invars)),
+            outvars=pick((not u for u in late), eqn.outvars),
+            params=known.params,
+            effects=known.jaxpr.effects,
+        )
     missing = _jaxpr.variables(pick((not i for i in instantiated), eqn.invars))
     return known_eqn, eqn, late, [True] * len(late), missing
 
