@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax._placement import Placement, PlacementError
+from fax.sharding._types import as_placed
 
 
 def is_array(leaf: Any) -> bool:
@@ -35,7 +37,7 @@ def row(caller: str, name: str, leaf: Any, here: Placement) -> jax.Array:
     """Checks that an array has a row for each participant."""
     leaf = jnp.asarray(leaf)
     if leaf.ndim and leaf.shape[0] == here.size:
-        return leaf
+        return as_placed(leaf, here)
     found = (
         f"has {leaf.shape[0]} rows, in an array of shape {leaf.shape}"
         if leaf.ndim
@@ -82,7 +84,7 @@ def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bo
         real = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
         real = real and not jnp.issubdtype(array.dtype, jnp.complexfloating)
         if array.shape == (here.size,) and (array.dtype == bool if bool_only else real):
-            return array
+            return as_placed(array, here)
     mend = ", for example x > 0" if bool_only else ", for example each participant's example count"
     raise PlacementError(
         f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
@@ -114,6 +116,18 @@ def batch_size(value: Any, here: Placement) -> int | None:
             "participants that a device works on at once, or None to leave it to fax."
         )
     return min(count, here.size)
+
+
+def no_collectives(caller: str, error: NameError, here: Placement) -> None:
+    """Explains why a client function cannot use a collective over its own placement."""
+    names = {here.name, *(here.axes or ())}
+    if any(re.search(rf"axis name:? '?{re.escape(name)}\b", str(error)) for name in names):
+        raise PlacementError(
+            f"{caller}: the mapped function uses {here.name} as the name of an axis, as in "
+            "jax.lax.axis_index or jax.lax.psum. A participant does not see the others: pass it "
+            "its number from fax.index, and reduce its results with fax.sum, fax.mean, fax.max or "
+            "fax.min after the map."
+        ) from error
 
 
 def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
 from fax.primitives._round import PLACED, SERVER, Out, Round, rowwise, seen_avals
+from fax.sharding._types import as_server, server_aval, spread_rows
 
 PyTree = Any
 
@@ -48,10 +50,13 @@ def broadcast(x: PyTree, *, placement: str | None = None) -> PyTree:
              [0, 1]], dtype=int32)
     """
     here = resolve(placement, "fax.broadcast")
-    params = dict(placement=here.name, size=here.size)
 
     def send(leaf):
-        return broadcast_p.bind(jnp.asarray(leaf), **params) if is_array(leaf) else leaf
+        return (
+            broadcast_p.bind(as_server(jnp.asarray(leaf), here), **here.params)
+            if is_array(leaf)
+            else leaf
+        )
 
     return tree_map(send, x)
 
@@ -79,8 +84,7 @@ def distribute(x: PyTree, *, placement: str | None = None) -> PyTree:
     """
     here = resolve(placement, "fax.distribute")
     leaves, treedef = _checks.rows("fax.distribute", x, here)
-    params = dict(placement=here.name, size=here.size)
-    return tree_unflatten(treedef, [distribute_p.bind(leaf, **params) for leaf in leaves])
+    return tree_unflatten(treedef, [distribute_p.bind(leaf, **here.params) for leaf in leaves])
 
 
 def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
@@ -108,8 +112,7 @@ def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
     """
     here = resolve(placement, "fax.collect")
     leaves, treedef = _checks.rows("fax.collect", x, here)
-    params = dict(placement=here.name, size=here.size)
-    return tree_unflatten(treedef, [collect_p.bind(leaf, **params) for leaf in leaves])
+    return tree_unflatten(treedef, [collect_p.bind(leaf, **here.params) for leaf in leaves])
 
 
 def map(
@@ -166,11 +169,20 @@ def map(
         return [jnp.asarray(leaf) for _, leaf in out]
 
     inputs = (PLACED,) * len(rows)
-    jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
+    try:
+        jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
+    except NameError as error:
+        _checks.no_collectives("fax.map", error, here)
+        raise
     _checks.no_refs("fax.map", jaxpr, consts)
+    shared = [server_aval(jax.typeof(x), here) for x in consts]
+    if shared != [jax.typeof(x) for x in consts]:
+        avals = [*shared, *seen_avals(rows, inputs)]
+        jaxpr, _ = _jaxpr.trace(functools.partial(_jaxpr.evaluate, jaxpr), avals)
+        consts = [as_server(x, here) for x in consts]
     inputs = (SERVER,) * len(consts) + inputs
     outputs = (Out("placed"),) * len(jaxpr.out_avals)
-    this = Round(here.name, here.size, batch_size, inputs, outputs, jaxpr)
+    this = Round(here, batch_size, inputs, outputs, jaxpr)
     return tree_unflatten(out_tree, this.bind(*consts, *rows))
 
 
@@ -194,7 +206,8 @@ def index(*, placement: str | None = None) -> jax.Array:
       >>> numbers()
       Array([0, 1, 2], dtype=int32)
     """
-    return lax.iota(np.int32, resolve(placement, "fax.index").size)
+    here = resolve(placement, "fax.index")
+    return spread_rows(lax.iota(np.int32, here.size), here)
 
 
 def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
@@ -228,4 +241,4 @@ def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
         return [jax.random.fold_in(key, number)]
 
     operands = (key, index(placement=here.name))
-    return rowwise(own, operands, (SERVER, PLACED), [Out("placed")], here.name, here.size)[0]
+    return rowwise(own, operands, (SERVER, PLACED), [Out("placed")], here)[0]

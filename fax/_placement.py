@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -17,10 +18,29 @@ class PlacementError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A group of ``size`` participants called ``name``."""
+    """A group of participants.
+
+    Attributes:
+      name: what it is called.
+      size: the number of participants.
+      axes: the mesh axes that they are spread over where the mesh has them, or None for an
+        axis of the placement's own name.
+    """
 
     name: str
     size: int
+    axes: tuple[str, ...] | None = None
+
+    @staticmethod
+    def of(params: Mapping[str, Any]) -> Placement:
+        """The placement that the parameters of a primitive speak of."""
+        return Placement(params["placement"], params["size"], params.get("axes"))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters for a primitive. Those that say nothing are left out."""
+        params = {"placement": self.name, "size": self.size}
+        return params if self.axes is None else params | {"axes": self.axes}
 
     def __str__(self) -> str:
         return f"{self.name}={self.size}"

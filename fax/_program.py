@@ -17,6 +17,7 @@ from fax._checks import is_array
 from fax._placement import PlacementError, Scope, declare, scope
 from fax.primitives import _fusion, _jaxpr
 from fax.primitives._structure import Structure, execute
+from fax.sharding._mesh import laid_out
 
 F = TypeVar("F", bound=Callable)
 
@@ -75,6 +76,7 @@ def program(*function: Any, **placements: int) -> Callable[[F], F]:
 
 def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
     leaves, treedef = tree_flatten((args, kwargs))
+    declared = laid_out(declared)
     operands = [leaf for leaf in leaves if _is_traced(leaf)]
     _warn_of_missing_mesh(declared, operands)
     results: list[Any] = []
@@ -115,7 +117,8 @@ def _evaluates_now() -> bool:
 def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
     """Data spread over an axis that the program does not know of would be gathered."""
     in_scope = jax.sharding.get_abstract_mesh().axis_names
-    names = {p.name for p in declared}.difference(in_scope)
+    of_axis = {axis: p.name for p in declared for axis in p.axes or (p.name,)}
+    names = set(of_axis).difference(in_scope)
     for x in operands:
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding):
@@ -123,7 +126,7 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
         axes = [axis for entry in sharding.spec for axis in _as_tuple(entry)]
         for name in names.intersection(axes):
             warnings.warn(
-                f"An argument of a program over {name} is sharded over a mesh axis {name!r}, but "
+                f"An argument of a program over {of_axis[name]} is sharded over a mesh axis {name!r}, but "
                 "no mesh with that axis is in scope, so the program will run on one device. Call "
                 "it under jax.set_mesh(mesh).",
                 stacklevel=4,

@@ -209,7 +209,7 @@ def _extremum(
 
 
 def _bind(primitive: Primitive, leaves: Sequence[jax.Array], here: Placement) -> list[jax.Array]:
-    return [primitive.bind(leaf, placement=here.name, size=here.size) for leaf in leaves]
+    return [primitive.bind(leaf, **here.params) for leaf in leaves]
 
 
 def _mask(caller: str, where: Any, here: Placement) -> jax.Array | None:
@@ -236,7 +236,7 @@ def _reduce(
 
     out = Out(mode, 0 if masks else None)
     operands = [*rows, *masks]
-    return rowwise(masked, operands, [PLACED] * len(operands), [out] * count, here.name, here.size)
+    return rowwise(masked, operands, [PLACED] * len(operands), [out] * count, here)
 
 
 @jax.custom_jvp

@@ -14,20 +14,21 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from fax.sharding._mesh import placed_aval, spread_rows
+from fax._placement import Placement
+from fax.sharding._types import placed_aval, spread_rows
 
 broadcast_p = Primitive("broadcast")
 
 
-def _compute(x, *, placement, size):
-    return spread_rows(lax.broadcast(x, (size,)), placement)
+def _compute(x, **params):
+    return spread_rows(lax.broadcast(x, (params["size"],)), Placement.of(params))
 
 
-_impl = functools.partial(jax.jit, static_argnames=("placement", "size"))(_compute)
+_impl = functools.partial(jax.jit, static_argnames=("placement", "size", "axes"))(_compute)
 
 
-def _abstract_eval(x, *, placement, size):
-    return placed_aval(x, placement, size)
+def _abstract_eval(x, **params):
+    return placed_aval(x, Placement.of(params))
 
 
 def _batch(operands, dims, **params):

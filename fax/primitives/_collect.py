@@ -13,27 +13,27 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fax.sharding._mesh import placed_aval, row_aval
+from fax._placement import Placement
+from fax.sharding._types import gather_rows, placed_aval, row_aval, server_aval, spread_rows
 
 collect_p = Primitive("collect")
 distribute_p = Primitive("distribute")
 
 
-def _compute(x, *, placement, size):
-    del placement, size
-    return x
+def _collect(x, **params):
+    return gather_rows(x, Placement.of(params))
 
 
-_impl = functools.partial(jax.jit, static_argnames=("placement", "size"))(_compute)
+def _collect_abstract_eval(x, **params):
+    return server_aval(x, Placement.of(params))
 
 
-def _collect_abstract_eval(x, *, placement, size):
-    del placement, size
-    return x
+def _distribute(x, **params):
+    return spread_rows(x, Placement.of(params))
 
 
-def _distribute_abstract_eval(x, *, placement, size):
-    return placed_aval(row_aval(x), placement, size)
+def _distribute_abstract_eval(x, **params):
+    return placed_aval(row_aval(x), Placement.of(params))
 
 
 def _batch(primitive, operands, dims, **params):
@@ -46,11 +46,11 @@ def _transpose(primitive, cotangent, x, **params):
     return [primitive.bind(cotangent, **params)]
 
 
-for _primitive, _abstract_eval, _dual in (
-    (collect_p, _collect_abstract_eval, distribute_p),
-    (distribute_p, _distribute_abstract_eval, collect_p),
+for _primitive, _compute, _abstract_eval, _dual in (
+    (collect_p, _collect, _collect_abstract_eval, distribute_p),
+    (distribute_p, _distribute, _distribute_abstract_eval, collect_p),
 ):
-    _primitive.def_impl(_impl)
+    _primitive.def_impl(jax.jit(_compute, static_argnames=("placement", "size", "axes")))
     _primitive.def_abstract_eval(_abstract_eval)
     mlir.register_lowering(_primitive, mlir.lower_fun(_compute, multiple_results=False))
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)

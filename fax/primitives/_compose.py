@@ -23,7 +23,7 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
     """
     a, b = Round.of(first.params), Round.of(second.params)
     batch_sizes = {a.batch_size, b.batch_size} - {ALL_AT_ONCE}
-    if (a.placement, a.size) != (b.placement, b.size) or len(batch_sizes) > 1:
+    if a.group != b.group or len(batch_sizes) > 1:
         return None
 
     invars, operands, inputs = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)

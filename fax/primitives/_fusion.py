@@ -20,13 +20,14 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
 from jax.extend.core import primitives as jax_primitives
 
+from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
 from fax.primitives._compose import compose
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import PLACED, Contribution, Round, federated_map_p
-from fax.sharding._mesh import row_aval
+from fax.sharding._types import row_aval
 from fax.sharding._schedule import ALL_AT_ONCE, accumulator_dtype
 
 _REDUCTIONS = (sum_p, mean_p, max_p, min_p)
@@ -216,7 +217,7 @@ class _Program:
 
 
 def _same_group(one: JaxprEqn, other: JaxprEqn) -> bool:
-    return all(one.params[name] == other.params[name] for name in ("placement", "size"))
+    return Placement.of(one.params) == Placement.of(other.params)
 
 
 def _shape(var: Any) -> tuple[int, ...]:

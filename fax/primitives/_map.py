@@ -31,8 +31,11 @@ from jax import lax
 from jax.extend.core import Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
+from jax.sharding import AxisType
 
+from fax._placement import Placement, PlacementError
 from fax.primitives import _jaxpr
+from fax.primitives._agree import agree
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
 from fax.primitives._round import (
     PLACED,
@@ -48,11 +51,19 @@ from fax.primitives._round import (
     seen_avals,
     select,
 )
+from fax.primitives._retype import Retyping
 from fax.primitives._structure import Structure, execute
-from fax.sharding import _schedule
-from fax.sharding._mesh import gather_rows, placed_aval, spread_rows
+from fax.sharding import _devices, _schedule
+from fax.sharding._mesh import other_axes, split_axes
+from fax.sharding._types import placed_aval, without_explicit_axes
 
 # Evaluation
+
+_EFFECTS = (
+    "The function mapped over {} has effects, such as jax.debug.print, which JAX does not support "
+    "where the mesh has axes that are left to the compiler ({}). Return the value instead, or "
+    "use a mesh without these axes."
+)
 
 
 def _impl(*operands, **params):
@@ -65,7 +76,7 @@ def _impl(*operands, **params):
 def _abstract_eval(*_, **params):
     this = Round.of(params)
     avals = [
-        placed_aval(aval, this.placement, this.size) if out.mode == "placed" else aval
+        placed_aval(aval, this.group) if out.mode == "placed" else aval
         for out, aval in zip(this.outputs, this.value_avals, strict=True)
     ]
     return avals, this.jaxpr.effects
@@ -73,27 +84,50 @@ def _abstract_eval(*_, **params):
 
 def _compute(*operands, platform, **params):
     this = Round.of(params)
-    outs = _schedule.run(
-        functools.partial(_masked, this),
-        [gather_rows(x) if i.mode == "placed" else x for x, i in zip(operands, this.inputs)],
+    work = functools.partial(_work, platform=platform, this=this)
+    avals, _ = _abstract_eval(*map(jax.typeof, operands), **params)
+    return without_explicit_axes(work, [aval.sharding.spec for aval in avals])(*operands)
+
+
+def _work(*operands, platform, this):
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if jax.config.jax_disable_jit else split_axes(this.group)
+    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(axes, AxisType.Manual)
+    typed = this.replace(jaxpr=Retyping(kinds)(this.jaxpr)) if kinds else this
+    along = (*mesh.manual_axes, *axes)
+    in_step = bool(along and other_axes(axes, mesh))
+    if in_step and this.jaxpr.effects:
+        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(other_axes(axes, mesh))))
+    varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
+
+    def work(*rows):
+        jaxpr = agree(typed.jaxpr, varies, along) if in_step else typed.jaxpr
+        return _masked(typed, _jaxpr.evaluate(jaxpr, *rows))
+
+    outs = _devices.run(
+        work,
+        operands,
         [i.mode for i in this.inputs],
         [out.mode for out in this.outputs],
-        this.value_avals,
-        this.size,
-        _schedule.batch_size_for(platform, this.batch_size, this.size),
+        typed.value_avals,
+        this.group,
+        lambda size: _schedule.batch_size_for(platform, this.batch_size, size),
+        axes,
+        effects=bool(this.jaxpr.effects),
     )
-    return [
-        spread_rows(x, this.placement) if out.mode == "placed" else x
-        for x, out in zip(outs, this.outputs, strict=True)
-    ]
+    return [x.astype(aval.dtype) for x, aval in zip(outs, this.value_avals, strict=True)]
 
 
-def _masked(this, *rows):
+def _masked(this, outs):
     """One participant's contributions, those that are masked replaced by what changes nothing."""
     return [
         value if mask is None else select(mask, value, _nothing(mode, value.dtype))
-        for value, mode, mask in this.contributions(_jaxpr.evaluate(this.jaxpr, *rows))
+        for value, mode, mask in this.contributions(outs)
     ]
+
+
+def _contribute(this, *rows):
+    return _masked(this, _jaxpr.evaluate(this.jaxpr, *rows))
 
 
 def _nothing(mode: str, dtype: Any) -> Any:
@@ -146,13 +180,15 @@ def _mask_within(this: Round) -> Round:
         fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
         counts = functools.reduce(jnp.logical_or, this.masks(fixed))
         seen = zip(rows, fixed, inexact, strict=True)
-        return _masked(this, *(lax.select(counts, x, still) if i else x for x, still, i in seen))
+        return _contribute(
+            this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
+        )
 
     work = gated
     if any(out.mask is None for out in this.outputs):
-        work = functools.partial(_masked, this)
+        work = functools.partial(_contribute, this)
     elif any(pick(decides, inexact)):
-        work = jax.custom_jvp(functools.partial(_masked, this))
+        work = jax.custom_jvp(functools.partial(_contribute, this))
         work.defjvp(lambda primals, tangents: jax.jvp(gated, primals, tangents))
     jaxpr, _ = _jaxpr.trace(work, this.jaxpr.in_avals)
     return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
@@ -214,7 +250,7 @@ def _jvp(primals, tangents, **params):
         if late[k]:
             mask = () if out.mask is None else (next(outs),)
             primals_out[k], tangents_out[k] = reduce_late(
-                out.mode, primals_out[k], tangents_out[k], mask, this.placement, this.size
+                out.mode, primals_out[k], tangents_out[k], mask, this.group
             )
     return primals_out, [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
@@ -223,12 +259,12 @@ def _jvp(primals, tangents, **params):
 
 
 def reduce_late(
-    mode: str, rows: Any, tangents: Any, mask: Sequence[Any], placement: str, size: int
+    mode: str, rows: Any, tangents: Any, mask: Sequence[Any], group: Placement
 ) -> tuple[Any, Any]:
     """The max or min of placed rows, and its tangent: the mean over those that attain it."""
     out = Out(mode, 0 if mask else None)
     inputs = [PLACED] * (1 + len(mask))
-    (best,) = rowwise(lambda *xs: xs, (rows, *mask), inputs, [out], placement, size)
+    (best,) = rowwise(lambda *xs: xs, (rows, *mask), inputs, [out], group)
 
     def winners(best, row, tangent, *mask):
         wins = functools.reduce(jnp.logical_and, mask, row == best)
@@ -239,7 +275,7 @@ def reduce_late(
         ]
 
     operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
-    total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, placement, size)
+    total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, group)
     return best, (total / jnp.maximum(count, 1)).astype(tangents.dtype)
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from fax._placement import Placement
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._map import reduce_late
 from fax.sharding import _schedule
-from fax.sharding._mesh import row_aval
+from fax.sharding._types import row_aval
 
 sum_p = Primitive("sum")
 mean_p = Primitive("mean")
@@ -28,15 +29,14 @@ max_p = Primitive("max")
 min_p = Primitive("min")
 
 
-def _compute(x, *, mode, placement, size):
-    del placement
+def _compute(x, *, mode, **params):
     if mode == "mean":
-        return (_schedule.reduce_rows("sum", x) / size).astype(x.dtype)
+        return (_schedule.reduce_rows("sum", x) / params["size"]).astype(x.dtype)
     return _schedule.reduce_rows(mode, x).astype(x.dtype)
 
 
-def _abstract_eval(x, *, placement, size):
-    del placement, size
+def _abstract_eval(x, **params):
+    del params
     return row_aval(x)
 
 
@@ -48,7 +48,7 @@ def _batch(primitive, operands, dims, **params):
 
 def _jvp(mode, primals, tangents, **params):
     (x,), (dx,) = primals, tangents
-    return reduce_late(mode, x, dx, (), **params)
+    return reduce_late(mode, x, dx, (), Placement.of(params))
 
 
 def _transpose_sum(cotangent, x, **params):
@@ -69,7 +69,7 @@ def _transpose_broadcast(cotangent, x, **params):
 
 for _primitive in (sum_p, mean_p, max_p, min_p):
     _reduce = functools.partial(_compute, mode=_primitive.name)
-    _primitive.def_impl(jax.jit(_reduce, static_argnames=("placement", "size")))
+    _primitive.def_impl(jax.jit(_reduce, static_argnames=("placement", "size", "axes")))
     _primitive.def_abstract_eval(_abstract_eval)
     mlir.register_lowering(_primitive, mlir.lower_fun(_reduce, multiple_results=False))
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)

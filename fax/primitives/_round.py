@@ -11,10 +11,11 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var
 
+from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._jaxpr import Atom
 from fax.sharding import _schedule
-from fax.sharding._mesh import row_aval
+from fax.sharding._types import row_aval
 
 federated_map_p = Primitive("federated_map")
 federated_map_p.multiple_results = True
@@ -63,8 +64,7 @@ class Round:
     """The parameters of one `federated_map`.
 
     Attributes:
-      placement: the name of the placement, and
-      size: the number of its participants.
+      group: the participants.
       batch_size: how many participants a device works on at once: a number, None for the
         platform's default, or ``"all"``, which marks the few element-wise operations of an
         operator: they run at the batch size of the map that they are fused with.
@@ -74,8 +74,7 @@ class Round:
         contributions to the results, followed by the masks, which are scalar bools.
     """
 
-    placement: str
-    size: int
+    group: Placement
     batch_size: int | str | None
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
@@ -83,14 +82,18 @@ class Round:
 
     @staticmethod
     def of(params: dict[str, Any]) -> Round:
-        rest = {name: params[name] for name in ("placement", "size", "batch_size", "jaxpr")}
-        return Round(inputs=params["in"], outputs=params["out"], **rest)
+        return Round(
+            Placement.of(params),
+            params["batch_size"],
+            params["in"],
+            params["out"],
+            params["jaxpr"],
+        )
 
     @property
     def params(self) -> dict[str, Any]:
-        names = ("placement", "size", "batch_size", "jaxpr")
         modes = {"in": Modes(self.inputs), "out": Modes(self.outputs)}
-        return {name: getattr(self, name) for name in names} | modes
+        return self.group.params | dict(batch_size=self.batch_size, jaxpr=self.jaxpr) | modes
 
     def bind(self, *operands: Any) -> list[Any]:
         return federated_map_p.bind(*operands, **self.params)
@@ -175,13 +178,12 @@ def rowwise(
     operands: Sequence[Any],
     inputs: Sequence[In],
     outputs: Sequence[Out],
-    placement: str,
-    size: int,
+    group: Placement,
 ) -> list[Any]:
     """Maps a few element-wise operations, which fuse with a map of any batch size."""
     nothing, _ = _jaxpr.trace(list, [])
     batch_size = _schedule.ALL_AT_ONCE
-    like = Round(placement, size, batch_size, tuple(inputs), tuple(outputs), nothing)
+    like = Round(group, batch_size, tuple(inputs), tuple(outputs), nothing)
     return bind_traced(fn, operands, like)
 
 

@@ -1,40 +1,200 @@
-"""The types of placed values and of their rows, shardings included."""
+"""Meshes, and which of their axes the participants of a placement are spread over."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import jax
-from jax.core import ShapedArray
-from jax.sharding import AxisType, PartitionSpec, reshard
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from fax._placement import Placement, PlacementError, Scope
+
+# Meshes
 
 
-def placed_aval(row: ShapedArray, placement: str, size: int) -> ShapedArray:
-    """The type of ``size`` rows, one for each participant.
+def make_mesh(
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    axis_types: AxisType | Sequence[AxisType] = AxisType.Auto,
+    **axes: int,
+) -> Mesh:
+    """A mesh of devices whose axes have names, for `jax.set_mesh`.
 
-    On a mesh with an Explicit axis of the placement's name the rows are spread over it.
+    A program over ``clients`` that is called under ``jax.set_mesh(make_mesh(clients=4,
+    model=2))`` spreads its clients over the axis ``clients``. The client function is free to
+    use the other axes. Axes that come first are laid over the slowest connections: with
+    several hosts or slices, the first axes run across them and the last ones stay inside.
+
+    Args:
+      devices: the devices, all of them by default.
+      axis_types: how sharding is decided along the axes: by the compiler (Auto) or in types
+        (Explicit). One for all axes, or one for each.
+      **axes: the size of each axis, by name. One of them may be -1: it takes what is left.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      PlacementError: if a size is not a positive int, the sizes do not multiply to the number
+        of devices, or ``axis_types`` does not fit the axes.
+
+    Example:
+
+      >>> mesh = fax.sharding.make_mesh(clients=-1)
+      >>> with jax.set_mesh(mesh):
+      ...     pass  # call a program here
     """
-    mesh = row.sharding.mesh
-    explicit = (n for n, t in zip(mesh.axis_names, mesh.axis_types) if t == AxisType.Explicit)
-    spread = placement in explicit and size % mesh.shape[placement] == 0
-    spec = PartitionSpec(placement if spread else None, *row.sharding.spec)
-    return row.update(shape=(size, *row.shape), sharding=row.sharding.update(spec=spec))
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(axes, len(devices))
+    types = (axis_types,) * len(axes) if isinstance(axis_types, AxisType) else tuple(axis_types)
+    if len(types) != len(axes) or not all(isinstance(t, AxisType) for t in types):
+        raise PlacementError(
+            f"make_mesh: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or one "
+            f"for each of the axes {', '.join(axes)}."
+        )
+    return Mesh(_arrange(sizes, devices), tuple(axes), axis_types=types)
 
 
-def row_aval(placed: ShapedArray) -> ShapedArray:
-    """The type of one participant's row."""
-    spec = PartitionSpec(*placed.sharding.spec[1:])
-    return placed.update(shape=placed.shape[1:], sharding=placed.sharding.update(spec=spec))
+def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
+    """The sizes of axes over ``count`` devices, with -1 replaced."""
+    if not axes:
+        raise PlacementError("make_mesh needs at least one axis, as in make_mesh(clients=4).")
+    sizes = []
+    for name, size in axes.items():
+        try:
+            sizes.append(0 if isinstance(size, bool) else operator.index(size))
+        except TypeError:
+            sizes.append(0)
+        if sizes[-1] < 1 and sizes[-1] != -1:
+            raise PlacementError(
+                f"make_mesh: {name} is {size!r}, expected a positive int, or -1 for what is left."
+            )
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1:
+        raise PlacementError(f"make_mesh: only one of the sizes {dict(axes)} can be -1.")
+    if count % known or (known != count and -1 not in sizes):
+        raise PlacementError(
+            f"make_mesh: the sizes {dict(axes)} do not multiply to the number of devices, {count}. "
+            "Change a size, write -1 for one of them, or pass devices=."
+        )
+    return [count // known if size == -1 else size for size in sizes]
 
 
-def gather_rows(x: jax.Array) -> jax.Array:
-    """All rows on every device, if an Explicit mesh axis spreads them."""
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[0] is None:
-        return x
-    return reshard(x, sharding.update(spec=PartitionSpec(None, *sharding.spec[1:])))
+def _arrange(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the shape of a mesh, neighbours along the last axes."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    granules = len(slices) if len(slices) > 1 else len({d.process_index for d in devices})
+    left, between = granules, []
+    for size in sizes:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    if granules == 1 or left > 1 or len(devices) % granules:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        [size // b for size, b in zip(sizes, between, strict=True)],
+        between,
+        devices,
+        process_is_granule=len(slices) == 1,
+        allow_split_physical_axes=True,
+    )
 
 
-def spread_rows(x: jax.Array, placement: str) -> jax.Array:
-    """The rows where the type of a placed value says that they are."""
-    aval = jax.typeof(x)
-    wanted = placed_aval(row_aval(aval), placement, aval.shape[0]).sharding
-    return x if wanted == aval.sharding else reshard(x, wanted)
+# Layouts
+
+_layout: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
+    "fax_layout", default={}
+)
+_jit_cache_key = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def layout(**axes: str | Sequence[str]) -> Iterator[None]:
+    """Says which mesh axes placements are spread over, where it is not the one of their name.
+
+    Args:
+      **axes: a mesh axis, or several, the slowest first, by the name of the placement.
+        A program that is called under the layout follows it. Without any mesh in scope all
+        participants are on one device, whatever the layout.
+
+    Raises:
+      PlacementError: if an axis is not in the mesh in scope, is named twice, or two placements
+        share one.
+
+    Example:
+
+      >>> mesh = fax.sharding.make_mesh(pod=1, clients=-1)
+      >>> with jax.set_mesh(mesh), fax.sharding.layout(clients=("pod", "clients")):
+      ...     pass  # call a program over clients here
+    """
+    wanted = {name: (a,) if isinstance(a, str) else tuple(a) for name, a in axes.items()}
+    combined = {**_layout.get(), **wanted}
+    _check(combined)
+    token = _layout.set(combined)
+    try:
+        with _jit_cache_key(tuple(sorted(combined.items()))):
+            yield
+    finally:
+        _layout.reset(token)
+
+
+def _check(layouts: Mapping[str, tuple[str, ...]]) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    owner: dict[str, str] = {}
+    for name, axes in layouts.items():
+        for axis in axes:
+            if not mesh.empty and axis not in mesh.axis_names:
+                raise PlacementError(
+                    f"layout: {name} is to be spread over the mesh axis {axis!r}, but the mesh in "
+                    f"scope has the axes {', '.join(mesh.axis_names)}."
+                )
+            if axis in owner:
+                raise PlacementError(
+                    f"layout: {name} and {owner[axis]} are both to be spread over the mesh axis "
+                    f"{axis!r}. Give each placement axes of its own."
+                    if owner[axis] != name
+                    else f"layout: {name} names the mesh axis {axis!r} twice."
+                )
+            owner[axis] = name
+
+
+def laid_out(declared: Scope) -> Scope:
+    """The placements of a program with the axes of the layout in scope."""
+    layouts = _layout.get()
+    scope = tuple(
+        dataclasses.replace(p, axes=layouts[p.name]) if p.name in layouts else p for p in declared
+    )
+    _check({p.name: p.axes or (p.name,) for p in scope if p.axes or p.name in _axis_names()})
+    return scope
+
+
+def _axis_names() -> tuple[str, ...]:
+    return jax.sharding.get_abstract_mesh().axis_names
+
+
+def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str, ...]:
+    """The mesh axes that the participants are spread over.
+
+    An axis that is already manual, in a `jax.shard_map`, is not split again.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    wanted: Any = (group.name,) if group.axes is None else group.axes
+    return tuple(a for a in wanted if a in mesh.axis_names and a not in mesh.manual_axes)
+
+
+def ways(axes: Sequence[str], mesh: AbstractMesh) -> int:
+    """How many parts the axes make."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def other_axes(axes: Sequence[str], mesh: AbstractMesh) -> list[str]:
+    """The axes of more than one device that are the client function's own."""
+    taken = {*axes, *mesh.manual_axes}
+    return [a for a in mesh.axis_names if a not in taken and mesh.shape[a] > 1]

@@ -60,7 +60,9 @@ def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
     return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
 
 
-_COMBINE = {"sum": lax.add, "max": lax.max, "min": lax.min}
+def combine(mode: str, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Reduces two totals."""
+    return {"sum": lax.add, "max": lax.max, "min": lax.min}[mode](one, other)
 
 
 def run(
@@ -85,7 +87,7 @@ def run(
       batch_size: how many are worked on at once.
 
     Returns:
-      The outputs, each in its mode.
+      The outputs, each in its mode, and totals in the dtype in which they are added up.
     """
     reduced = [mode for mode in out_modes if mode != "placed"]
     rows = [x for x, mode in zip(operands, in_modes, strict=True) if mode == "placed"]
@@ -110,8 +112,8 @@ def run(
         placed, parts = split(jax.vmap(one, axis_size=count)(rows))
         return placed, [reduce_rows(mode, x) for mode, x in zip(reduced, parts, strict=True)]
 
-    def combine(totals, parts):
-        return [_COMBINE[m](t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
+    def combine_all(totals, parts):
+        return [combine(m, t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
 
     batches, rest = divmod(size, batch_size)
     if batches == 1:
@@ -120,7 +122,7 @@ def run(
 
         def step(totals, rows):
             placed, parts = single(rows) if batch_size == 1 else several(rows, batch_size)
-            return combine(totals, parts), placed
+            return combine_all(totals, parts), placed
 
         xs = [x[: batches * batch_size] for x in rows]
         if batch_size > 1:
@@ -132,13 +134,10 @@ def run(
     if rest:
         last, parts = several([x[batches * batch_size :] for x in rows], rest)
         placed = [jnp.concatenate(pair) for pair in zip(placed, last, strict=True)]
-        totals = combine(totals, parts)
+        totals = combine_all(totals, parts)
 
     next_placed, next_total = iter(placed), iter(totals)
-    return [
-        next(next_placed) if mode == "placed" else next(next_total).astype(aval.dtype)
-        for mode, aval in zip(out_modes, out_avals, strict=True)
-    ]
+    return [next(next_placed if mode == "placed" else next_total) for mode in out_modes]
 
 
 def _total_dtype(mode: str, of: jax.Array | ShapedArray) -> Any:
@@ -147,6 +146,15 @@ def _total_dtype(mode: str, of: jax.Array | ShapedArray) -> Any:
 
 
 def _start(mode: str, aval: ShapedArray) -> jax.Array:
-    dtype = _total_dtype(mode, aval)
-    zeros = ad.zeros_like_aval(aval.update(dtype=dtype, weak_type=False))
-    return zeros if mode == "sum" else lax.full_like(zeros, identity(mode, dtype))
+    return nothing(mode, aval.update(dtype=_total_dtype(mode, aval)))
+
+
+def nothing(mode: str, aval: ShapedArray) -> jax.Array:
+    """A total over nobody, or rows of nobody, for which anything will do."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, aval)
+        return jax.random.wrap_key_data(
+            jnp.zeros(data.shape, data.dtype), impl=jax.random.key_impl(aval)
+        )
+    zeros = ad.zeros_like_aval(aval.update(weak_type=False))
+    return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros

@@ -1,0 +1,193 @@
+"""Branches and loops on which devices agree.
+
+A client function may be sharded over mesh axes of its own, and then a collective over them
+can end up in a branch. Devices along the placement work for different participants, which take
+different branches; but a collective that only some devices reach is one that all wait for.
+So the first branch is taken by all devices and another one by all if one of their participants
+takes it, and a loop goes on until the last one is through; what a participant does not want is
+discarded.
+
+Branches that do not depend on who the participant is are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core.primitives import (
+    cond_p,
+    custom_jvp_call_p,
+    custom_vjp_call_p,
+    jit_p,
+    remat_p,
+    scan_p,
+    while_p,
+)
+
+from fax.primitives import _jaxpr
+from fax.primitives._cut import depends
+
+Axes = tuple[str, ...]
+
+# What only calls a jaxpr, once there is nothing to differentiate any more.
+_CALLS = {jit_p: "jaxpr", custom_jvp_call_p: "call_jaxpr", custom_vjp_call_p: "call_jaxpr"}
+
+
+def agree(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr:
+    """The jaxpr with branches on which the devices along mesh axes agree.
+
+    Args:
+      jaxpr: what a device does, with the axes manual. Traced with axes in scope.
+      varies: which inputs can differ between the devices.
+      axes: the mesh axes.
+    """
+    if not _branches(jaxpr.jaxpr):
+        return jaxpr
+    return _jaxpr.trace(lambda *xs: _evaluate(jaxpr, varies, axes, xs)[0], jaxpr.in_avals)[0]
+
+
+def _branches(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return any(
+        eqn.primitive in (cond_p, while_p) or any(map(_branches, jaxprs_in_params(eqn.params)))
+        for eqn in inner.eqns
+    )
+
+
+def _evaluate(
+    jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes, operands: Sequence[Any]
+) -> tuple[list[Any], list[bool]]:
+    """The jaxpr's outputs, and which of them can differ between devices."""
+    inner = jaxpr.jaxpr
+    env: dict[Var, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
+    env.update(zip(inner.invars, operands, strict=True))
+    varying = {var for var, v in zip(inner.invars, varies, strict=True) if v}
+
+    def read(atom: Any) -> Any:
+        return env[atom] if isinstance(atom, Var) else atom.val
+
+    def differs(atom: Any) -> bool:
+        return isinstance(atom, Var) and atom in varying
+
+    for eqn in inner.eqns:
+        flags = list(map(differs, eqn.invars))
+        values = list(map(read, eqn.invars))
+        rule = _RULES.get(eqn.primitive) if any(flags) and _branches_in(eqn) else None
+        with eqn.ctx.manager:
+            if rule is not None:
+                outs, out_flags = rule(eqn, flags, axes, values)
+            else:
+                outs = _bind(eqn, values)
+                out_flags = [any(flags)] * len(outs)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        varying.update(var for var, flag in zip(eqn.outvars, out_flags, strict=True) if flag)
+    return list(map(read, inner.outvars)), list(map(differs, inner.outvars))
+
+
+def _branches_in(eqn: JaxprEqn) -> bool:
+    return eqn.primitive in (cond_p, while_p) or any(map(_branches, jaxprs_in_params(eqn.params)))
+
+
+def _bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    own = {a: x for a, x in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
+    nothing, _ = _jaxpr.trace(list, [])
+    return _jaxpr.evaluate(_jaxpr.rebuild(nothing, own, eqn.outvars, [eqn]), *own.values())
+
+
+def _somewhere(predicate: jax.Array, axes: Axes) -> jax.Array:
+    """Whether a predicate holds on any device."""
+    return lax.psum(predicate.astype(jnp.int32), axes) > 0
+
+
+def _cond(eqn, flags, axes, values):
+    """The first branch, and every other one that some device takes, one after the other."""
+    index, *operands = values
+    branches = eqn.params["branches"]
+    if not flags[0]:
+        branches = [agree(branch, flags[1:], axes) for branch in branches]
+        eqn = eqn.replace(params=dict(eqn.params, branches=tuple(branches)))
+        outs = _bind(eqn, values)
+        return outs, [True] * len(outs)
+    results = None
+    for number, branch in enumerate(branches):
+        mine = index == number
+
+        def taken(*operands, branch=branch):
+            return _evaluate(branch, flags[1:], axes, operands)[0]
+
+        if results is None:
+            results = taken(*operands)
+            continue
+        kept = results
+        made = lax.cond(_somewhere(mine, axes), taken, lambda *_, kept=kept: kept, *operands)
+        results = [lax.select(mine, new, old) for new, old in zip(made, results, strict=True)]
+    return results, [True] * len(results)
+
+
+def _while(eqn, flags, axes, values):
+    """As many steps as some device takes. A participant that is through keeps its result."""
+    params = eqn.params
+    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts, start = values[:first], values[first:second], values[second:]
+    carried = _settle(flags[second:], lambda c: depends(body, [*flags[first:second], *c]))
+    cond_flags, body_flags = [*flags[:first], *carried], [*flags[first:second], *carried]
+
+    def wants(carry):
+        (wanted,), _ = _evaluate(condition, cond_flags, axes, [*cond_consts, *carry])
+        return wanted
+
+    def step(carry):
+        return _evaluate(body, body_flags, axes, [*body_consts, *carry])[0]
+
+    if not depends(condition, cond_flags)[0]:
+        return lax.while_loop(wants, step, start), carried
+
+    def careful_step(state):
+        wanted, _, carry = state
+        new = step(carry)
+        carry = [lax.select(wanted, x, old) for x, old in zip(new, carry, strict=True)]
+        wanted = wanted & wants(carry)
+        return wanted, _somewhere(wanted, axes), carry
+
+    wanted = wants(start)
+    state = (wanted, _somewhere(wanted, axes), start)
+    return lax.while_loop(lambda state: state[1], careful_step, state)[2], [True] * len(start)
+
+
+def _scan(eqn, flags, axes, values):
+    body, fixed = eqn.params["jaxpr"], eqn.params["num_consts"]
+    carries = fixed + eqn.params["num_carry"]
+    consts, xs = flags[:fixed], flags[carries:]
+    carried = _settle(flags[fixed:carries], lambda c: depends(body, [*consts, *c, *xs])[: len(c)])
+    flags = [*consts, *carried, *xs]
+    eqn = eqn.replace(params=dict(eqn.params, jaxpr=agree(body, flags, axes)))
+    return _bind(eqn, values), depends(body, flags)
+
+
+def _settle(carried, step):
+    """The carried values that differ after any number of steps."""
+    while True:
+        after = [a or b for a, b in zip(carried, step(carried), strict=True)]
+        if after == carried:
+            return carried
+        carried = after
+
+
+def _checkpoint(eqn, flags, axes, values):
+    inner = agree(ClosedJaxpr(eqn.params["jaxpr"], []), flags, axes)
+    outs = _bind(eqn.replace(params=dict(eqn.params, jaxpr=inner.jaxpr)), values)
+    return outs, [True] * len(outs)
+
+
+def _call(eqn, flags, axes, values):
+    return _evaluate(eqn.params[_CALLS[eqn.primitive]], flags, axes, values)
+
+
+_RULES = {cond_p: _cond, while_p: _while, scan_p: _scan, remat_p: _checkpoint}
+_RULES.update(dict.fromkeys(_CALLS, _call))

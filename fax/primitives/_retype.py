@@ -1,0 +1,125 @@
+"""A client function as it is typed on one device of a placement's mesh axes.
+
+Client functions are traced, fused and differentiated with the types of the program around
+them, so that equations can move between the server and the participants. Only when a map is
+lowered, types change: the mesh axes that its rows are split over become manual, and the
+others are left to the compiler, with the shardings that were explicit as constraints. Every
+type in the jaxpr, and every mesh that an equation names, then has to say so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fax.primitives import _jaxpr
+
+_UNVARYING = jax.typeof(np.float32(0)).manual_axis_type
+
+
+class Retyping:
+    """Changes the types of mesh axes in jaxprs.
+
+    Which manual axes a value varies over is left out, as in a `jax.shard_map` with
+    ``check_vma=False``.
+    """
+
+    def __init__(self, types: Mapping[str, AxisType]):
+        self._types = dict(types)
+        self._context = functools.cache(self._make_context)
+
+    def __call__(self, jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+        return ClosedJaxpr(self._jaxpr(jaxpr.jaxpr), jaxpr.consts)
+
+    def _jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
+        env: dict[Var, Var] = {}
+
+        def write(var: Any) -> Any:
+            env[var] = Var(self._aval(var.aval))
+            return env[var]
+
+        def read(atom: Any) -> Any:
+            return env[atom] if isinstance(atom, Var) else atom
+
+        constvars, invars = list(map(write, jaxpr.constvars)), list(map(write, jaxpr.invars))
+        eqns = []
+        for eqn in jaxpr.eqns:
+            operands = list(map(read, eqn.invars))
+            results = list(map(write, eqn.outvars))
+            eqns.append(self._eqn(eqn).replace(invars=operands, outvars=results))
+        outvars = list(map(read, jaxpr.outvars))
+        return jaxpr.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
+
+    def _eqn(self, eqn: JaxprEqn) -> JaxprEqn:
+        if eqn.primitive.name == "reshard":
+            return self._constraint(eqn)
+        params = {name: self._value(value) for name, value in eqn.params.items()}
+        if eqn.primitive.name != "sharding_constraint":  # what is left of types as parameters
+            params.update((k, None) for k, v in params.items() if isinstance(v, NamedSharding))
+        if "newly_manual_axes" in params:  # a `jax.shard_map` over all axes: some are there
+            params["newly_manual_axes"] = params["newly_manual_axes"].difference(self._manual)
+        return eqn.replace(params=params, ctx=self._context(eqn.ctx))
+
+    def _constraint(self, eqn: JaxprEqn) -> JaxprEqn:
+        """What a change of an explicit sharding asks of the compiler."""
+        (x,), spec = eqn.invars, eqn.params["dst_sharding"].spec
+        mesh = self._mesh(eqn.params["dst_sharding"].mesh)
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr, _ = _jaxpr.trace(
+                lambda x: [lax.with_sharding_constraint(x, NamedSharding(mesh, spec))],
+                [self._aval(x.aval)],
+            )
+        return jaxpr.jaxpr.eqns[0]
+
+    @property
+    def _manual(self) -> set[str]:
+        return {axis for axis, kind in self._types.items() if kind == AxisType.Manual}
+
+    def _aval(self, aval: Any) -> Any:
+        if not isinstance(aval, ShapedArray) or aval.sharding.mesh.empty:
+            return aval
+        mesh = self._mesh(aval.sharding.mesh)
+        # Only explicit axes may be left in a type, and none of those that change is.
+        spec = PartitionSpec(*(self._kept(entry) for entry in aval.sharding.spec))
+        return aval.update(sharding=NamedSharding(mesh, spec), manual_axis_type=_UNVARYING)
+
+    def _kept(self, entry: Any) -> Any:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return tuple(n for n in names if n is not None and n not in self._types) or None
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, ClosedJaxpr):
+            return self(value)
+        if isinstance(value, Jaxpr):
+            return self._jaxpr(value)
+        if isinstance(value, NamedSharding):
+            return value.update(mesh=self._mesh(value.mesh.abstract_mesh))
+        if isinstance(value, AbstractMesh | Mesh):
+            return self._mesh(value.abstract_mesh)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self._value, value))
+        if type(value) in (tuple, list):
+            return type(value)(map(self._value, value))
+        return value
+
+    def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
+        known = {axis: kind for axis, kind in self._types.items() if axis in mesh.axis_names}
+        return mesh.update_axis_types(known)
+
+    def _make_context(self, context: Any) -> Any:
+        """An equation's context, which has no constructor, with the types of the axes changed."""
+        with context.manager:
+            mesh = jax.sharding.get_abstract_mesh()
+            if mesh.empty:
+                return context
+            with jax.sharding.use_abstract_mesh(self._mesh(mesh)):
+                scalar = jax.typeof(np.float32(0))
+                return _jaxpr.trace(lambda x: [lax.neg(x)], [scalar])[0].jaxpr.eqns[0].ctx
