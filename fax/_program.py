@@ -126,8 +126,8 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
         axes = [axis for entry in sharding.spec for axis in _as_tuple(entry)]
         for name in names.intersection(axes):
             warnings.warn(
-                f"An argument of a program over {of_axis[name]} is sharded over a mesh axis {name!r}, but "
-                "no mesh with that axis is in scope, so the program will run on one device. Call "
+                f"An argument of a program over {of_axis[name]} is sharded over a mesh axis "
+                f"{name!r}, but no mesh with that axis is in scope, so the program will run on one device. Call "
                 "it under jax.set_mesh(mesh).",
                 stacklevel=4,
             )

@@ -27,8 +27,8 @@ from fax.primitives._collect import collect_p, distribute_p
 from fax.primitives._compose import compose
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import PLACED, Contribution, Round, federated_map_p
-from fax.sharding._types import row_aval
 from fax.sharding._schedule import ALL_AT_ONCE, accumulator_dtype
+from fax.sharding._types import row_aval
 
 _REDUCTIONS = (sum_p, mean_p, max_p, min_p)
 _OPERATORS = (broadcast_p, collect_p, distribute_p, federated_map_p, *_REDUCTIONS)

@@ -37,6 +37,7 @@ from fax._placement import Placement, PlacementError
 from fax.primitives import _jaxpr
 from fax.primitives._agree import agree
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
+from fax.primitives._retype import Retyping
 from fax.primitives._round import (
     PLACED,
     SERVER,
@@ -51,7 +52,6 @@ from fax.primitives._round import (
     seen_avals,
     select,
 )
-from fax.primitives._retype import Retyping
 from fax.primitives._structure import Structure, execute
 from fax.sharding import _devices, _schedule
 from fax.sharding._mesh import other_axes, split_axes

@@ -109,9 +109,9 @@ def _arrange(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
 
 # Layouts
 
-_layout: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
-    "fax_layout", default={}
-)
+Layout = tuple[tuple[str, tuple[str, ...]], ...]  # the axes of each placement
+
+_layout: contextvars.ContextVar[Layout] = contextvars.ContextVar("fax_layout", default=())
 _jit_cache_key = jax.make_user_context(None)
 
 
@@ -135,11 +135,12 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
       ...     pass  # call a program over clients here
     """
     wanted = {name: (a,) if isinstance(a, str) else tuple(a) for name, a in axes.items()}
-    combined = {**_layout.get(), **wanted}
+    combined = {**dict(_layout.get()), **wanted}
     _check(combined)
-    token = _layout.set(combined)
+    now = tuple(sorted(combined.items()))
+    token = _layout.set(now)
     try:
-        with _jit_cache_key(tuple(sorted(combined.items()))):
+        with _jit_cache_key(now):
             yield
     finally:
         _layout.reset(token)
@@ -167,7 +168,7 @@ def _check(layouts: Mapping[str, tuple[str, ...]]) -> None:
 
 def laid_out(declared: Scope) -> Scope:
     """The placements of a program with the axes of the layout in scope."""
-    layouts = _layout.get()
+    layouts = dict(_layout.get())
     scope = tuple(
         dataclasses.replace(p, axes=layouts[p.name]) if p.name in layouts else p for p in declared
     )
