@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from fax.sharding._types import as_placed
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a Python scalar, which counts as one."""
     try:
-        return isinstance(jax.typeof(leaf), ShapedArray)
-    except TypeError:
+        known = not isinstance(leaf, jax.ShapeDtypeStruct)
+        return known and isinstance(jax.typeof(leaf), ShapedArray)
+    except (TypeError, OverflowError):  # a Python int may be too large for any array
         return False
 
 
@@ -64,8 +66,7 @@ def rows(
                 "Leaves that are not arrays can only be broadcast and mapped."
             )
         leaf = row(caller, name, leaf, here)
-        kind = jnp.number if numeric else jnp.generic
-        ok = not numeric or jnp.issubdtype(leaf.dtype, kind) or leaf.dtype == bool
+        ok = not numeric or jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
         if not ok or (real and jnp.issubdtype(leaf.dtype, jnp.complexfloating)):
             wanted = "real numbers" if real else "numbers"
             raise PlacementError(
@@ -93,10 +94,18 @@ def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bo
     )
 
 
+def function(caller: str, value: Any) -> None:
+    """Checks that there is something to call."""
+    if not callable(value):
+        raise PlacementError(f"{caller}: expected a function, got {describe(value)}.")
+
+
 def initial(caller: str, value: Any, dtype: Any) -> None:
     """Checks the scalar that a maximum or minimum starts from."""
     if is_array(value) and jnp.ndim(value) == 0 and jnp.result_type(value, dtype) == dtype:
-        return
+        limits = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
+        if limits is None or not isinstance(value, int) or limits.min <= value <= limits.max:
+            return
     raise PlacementError(
         f"{caller}: initial is {describe(value)}, expected a scalar that fits an array of {dtype}."
     )
@@ -145,6 +154,7 @@ def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
         )
 
 
+@functools.cache
 def _effects_of_refs() -> Any:
     return jax.make_jaxpr(lambda: jax.new_ref(0.0)[...])().effects
 
@@ -155,7 +165,7 @@ def key(caller: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
             return array
-        if array.dtype == jnp.uint32 and array.ndim == 1:
+        if array.dtype == jnp.uint32 and array.shape in ((2,), (4,)):
             return array
     raise PlacementError(
         f"{caller}: key is {describe(value)}, expected one random key at the server, as made by "

@@ -15,6 +15,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map, tree_unflatt
 from fax import _checks
 from fax._checks import is_array
 from fax._placement import PlacementError, resolve, scope, without
+from fax._rules import bind_scope
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
@@ -148,6 +149,7 @@ def map(
       Array([14., 14., 14.], dtype=float32)
     """
     here = resolve(placement, "fax.map")
+    _checks.function("fax.map", fn)
     leaves, treedef = tree_flatten_with_path(args)
     rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
     batch_size = _checks.batch_size(batch_size, here)
@@ -174,6 +176,7 @@ def map(
     except NameError as error:
         _checks.no_collectives("fax.map", error, here)
         raise
+    jaxpr = bind_scope(jaxpr, without(here))
     _checks.no_refs("fax.map", jaxpr, consts)
     shared = [server_aval(jax.typeof(x), here) for x in consts]
     if shared != [jax.typeof(x) for x in consts]:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.core import eval_context
 from jax.extend.core import take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import tree_flatten, tree_unflatten
 
-from fax._checks import is_array
+from fax._checks import function, is_array
 from fax._placement import PlacementError, Scope, declare, scope
+from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
 from fax.primitives._structure import Structure, execute
 from fax.sharding._mesh import laid_out
@@ -22,7 +24,7 @@ from fax.sharding._mesh import laid_out
 F = TypeVar("F", bound=Callable)
 
 
-def program(*function: Any, **placements: int) -> Callable[[F], F]:
+def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     """Declares placements for a function that is written with fax's operators.
 
     A placement is a named group of participants. A value placed there is a pytree of arrays
@@ -57,7 +59,7 @@ def program(*function: Any, **placements: int) -> Callable[[F], F]:
       >>> jax.jit(jax.grad(step, argnums=1))(jnp.array(0.0), jnp.array([1.0, 2.0, 6.0]))
       Array([0.33333334, 0.33333334, 0.33333334], dtype=float32)
     """
-    if function:
+    if undecorated:
         raise PlacementError(
             "fax.program takes placements by name and returns a decorator: write "
             "@fax.program(clients=64), with brackets and a number of participants."
@@ -65,6 +67,8 @@ def program(*function: Any, **placements: int) -> Callable[[F], F]:
     declared = declare(placements)
 
     def decorate(fn: F) -> F:
+        function("fax.program", fn)
+
         @functools.wraps(fn)
         def wrapped(*args, **kwargs):
             return _call(fn, declared, args, kwargs)
@@ -92,7 +96,7 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         return [leaf for leaf in results if _is_traced(leaf)]
 
     jaxpr, captured = _jaxpr.trace(body, [jax.typeof(x) for x in operands], about=fn)
-    jaxpr, constants = _fusion.fuse(jaxpr)
+    jaxpr, constants = _fusion.fuse(bind_scope(jaxpr, declared))
     operands = [*constants, *captured, *operands]
     if _evaluates_now():
         outs = iter(execute(Structure(jaxpr), *operands))
@@ -102,7 +106,9 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
 
 
 def _is_traced(leaf: Any) -> bool:
-    return is_array(leaf) and not isinstance(leaf, bool | int | float | complex)
+    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+        return False
+    return is_array(leaf)
 
 
 def _evaluates_now() -> bool:
@@ -127,8 +133,8 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
         for name in names.intersection(axes):
             warnings.warn(
                 f"An argument of a program over {of_axis[name]} is sharded over a mesh axis "
-                f"{name!r}, but no mesh with that axis is in scope, so the program will run on one device. Call "
-                "it under jax.set_mesh(mesh).",
+                f"{name!r}, but no mesh with that axis is in scope, so the program will run on one "
+                "device. Call it under jax.set_mesh(mesh).",
                 stacklevel=4,
             )
             return

@@ -225,17 +225,12 @@ def _reduce(
     here: Placement,
 ) -> list[jax.Array]:
     """Reduces the ``count`` arrays that ``fn`` makes of each participant's rows, by one map."""
-    masks = (
-        []
-        if where is None
-        else [_checks.vector(f"fax.{mode}", "where", where, here, bool_only=True)]
-    )
 
     def masked(*seen):
         return [*fn(*seen[: len(rows)]), *seen[len(rows) :]]
 
-    out = Out(mode, 0 if masks else None)
-    operands = [*rows, *masks]
+    out = Out(mode, None if where is None else 0)
+    operands = list(rows) if where is None else [*rows, where]
     return rowwise(masked, operands, [PLACED] * len(operands), [out] * count, here)
 
 

@@ -316,6 +316,61 @@ def test_weak_types_are_kept():
     assert all(jax.typeof(y).weak_type for y in jax.eval_shape(program, 1.0) or program(1.0))
 
 
+def test_constants_that_clients_return():
+    @fax.program(clients=5)
+    def program(x):
+        ones, twos, yes = fax.map(lambda row: (1, 2.0, True), x, batch_size=2)
+        return fax.sum(ones), fax.mean(twos), fax.max(yes), ones
+
+    for call in (program, jax.jit(program)):
+        total, mean, most, ones = call(jnp.arange(5.0))
+        assert (total, mean, most) == (5, 2, True)
+        assert ones.tolist() == [1] * 5
+    swept = jax.vmap(program)(jnp.ones((2, 5)))
+    assert swept[0].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("number", [0xDEADBEEF, 2**80])
+def test_large_python_ints_reach_the_body_as_they_came(number):
+    @fax.program(clients=3)
+    def program(x, number):
+        return fax.sum(fax.map(lambda row: row + float(number % 7), x))
+
+    assert program(jnp.zeros(3), number) == 3 * (number % 7)
+
+
+def test_a_short_float_without_infinities():
+    x = jnp.array([-1, -2, -3, -4, -5]).astype(jnp.float8_e4m3fn)
+
+    @fax.program(clients=5)
+    def program(x):
+        rows = fax.map(lambda row: row, x, batch_size=2)
+        none = jnp.zeros(5, bool)
+        return fax.max(rows), fax.min(rows), fax.max(x, where=none)
+
+    found = [float(y) for y in program(x)]
+    assert found == [-1, -5, float(jnp.finfo(jnp.float8_e4m3fn).min)]
+
+
+def test_a_client_that_finds_a_root():
+    def root(row):
+        return jax.lax.custom_root(
+            lambda y: y**3 - row,
+            1.0,
+            lambda f, y: jax.lax.fori_loop(0, 40, lambda _, y: y - f(y) / (3 * y**2), y),
+            lambda g, y: y / g(1.0),
+        )
+
+    @fax.program(clients=3)
+    def program(x):
+        return fax.sum(fax.map(root, x))
+
+    x = jnp.array([1.0, 8.0, 27.0])
+    np.testing.assert_allclose(program(x), 6.0, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(program)(x), [1 / 3, 1 / 12, 1 / 27], rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.vmap(program))(x[None]), [6.0], rtol=1e-12)
+
+
 # Compilation
 
 
@@ -356,6 +411,22 @@ def test_the_rounds_of_a_gradient_compile_once_outside_of_jit(compilations):
     gradient = jax.grad(mean_loss)(params, data)
     before = len(compilations())
     np.testing.assert_array_equal(jax.grad(mean_loss)(params, data), gradient)
+    assert len(compilations()) == before > 0
+
+
+def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
+    def look(x):
+        pass
+
+    @fax.program(clients=3)
+    def program(rate, x):
+        jax.debug.callback(look, x)
+        return rate * fax.sum(x)
+
+    x = jnp.arange(3.0)
+    assert program(np.float64(0.5), x) == 1.5
+    before = len(compilations())
+    assert program(np.float64(2.0), x) == 6.0
     assert len(compilations()) == before > 0
 
 

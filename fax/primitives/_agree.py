@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import (
     cond_p,
     custom_jvp_call_p,
@@ -54,7 +54,7 @@ def agree(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr
 def _branches(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return any(
-        eqn.primitive in (cond_p, while_p) or any(map(_branches, jaxprs_in_params(eqn.params)))
+        eqn.primitive in (cond_p, while_p) or any(map(_branches, _jaxpr.inner(eqn)))
         for eqn in inner.eqns
     )
 
@@ -90,7 +90,7 @@ def _evaluate(
 
 
 def _branches_in(eqn: JaxprEqn) -> bool:
-    return eqn.primitive in (cond_p, while_p) or any(map(_branches, jaxprs_in_params(eqn.params)))
+    return eqn.primitive in (cond_p, while_p) or any(map(_branches, _jaxpr.inner(eqn)))
 
 
 def _bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:

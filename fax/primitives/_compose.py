@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import remat_p
 
 from fax.primitives import _jaxpr
+from fax.primitives._cut import depends, either
 from fax.primitives._jaxpr import Atom
 from fax.primitives._round import Contribution, Round, select
 from fax.sharding._schedule import ALL_AT_ONCE
@@ -55,7 +56,12 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
         eqns[host], results = _inside(eqns[host], b.jaxpr, args)
 
     batch_size = batch_sizes.pop() if batch_sizes else ALL_AT_ONCE
-    parts += b.contributions(results)
+    mask, extra = _silent(b, [made.get(x) if isinstance(x, Var) else None for x in second.invars])
+    eqns += extra
+    parts += [
+        part._replace(mask=mask) if mask is not None and part.mask is None else part
+        for part in b.contributions(results)
+    ]
     both = a.replace(batch_size=batch_size).assemble(inputs, invars, parts, eqns)
     return second.replace(
         invars=operands,
@@ -63,6 +69,25 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
         params=both.params,
         effects=both.jaxpr.effects,
     )
+
+
+def _silent(
+    this: Round, sources: Sequence[Contribution | None]
+) -> tuple[Atom | None, list[JaxprEqn]]:
+    """A mask for the results of a map that is linear in tangents which are all masked.
+
+    Where these are zero so are its results, be its derivatives infinite.
+    """
+    tangents = [i.tangent for i in this.inputs]
+    masks = [
+        None if source is None else source.mask
+        for source, tangent in zip(sources, tangents, strict=True)
+        if tangent
+    ]
+    outputs = len(this.outputs)
+    if not masks or None in masks or not all(depends(this.jaxpr, tangents)[:outputs]):
+        return None, []
+    return either(masks)
 
 
 def _rows_of(part: Contribution) -> tuple[list[JaxprEqn], Atom]:

@@ -104,7 +104,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
 
     # What is known returns outputs, then the residuals that the rest uses and are not inputs.
     known_round, known_masks, residuals = _known_round(this, cut, unknown)
-    mask, extra = _either(
+    mask, extra = either(
         [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
     )
     residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
@@ -187,7 +187,7 @@ def _known_round(
     return this.assemble(inputs, inner.invars, parts, inner.eqns), masks, residuals
 
 
-def _either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
+def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
     """A mask for whom any of the masks counts, if all are there, with its equations.
 
     Where everything that a residual is used for is masked, so can the residual be; then its

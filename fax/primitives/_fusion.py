@@ -17,8 +17,7 @@ import functools
 from typing import Any
 
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
-from jax.extend.core import primitives as jax_primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from fax._placement import Placement
 from fax.primitives import _jaxpr
@@ -26,39 +25,33 @@ from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
 from fax.primitives._compose import compose
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
-from fax.primitives._round import PLACED, Contribution, Round, federated_map_p
-from fax.sharding._schedule import ALL_AT_ONCE, accumulator_dtype
+from fax.primitives._round import Contribution, Round, federated_map_p
+from fax.primitives._rowwise import as_map, is_elementwise, may_be_rowwise
+from fax.sharding._schedule import accumulator_dtype
 from fax.sharding._types import row_aval
 
 _REDUCTIONS = (sum_p, mean_p, max_p, min_p)
 _OPERATORS = (broadcast_p, collect_p, distribute_p, federated_map_p, *_REDUCTIONS)
 
-# What casts and differentiation leave between operators, and works on each row alone.
-_ROWWISE = (
-    jax_primitives.convert_element_type_p,
-    jax_primitives.add_jaxvals_p,
-    jax_primitives.add_p,
-    jax_primitives.sub_p,
-    jax_primitives.mul_p,
-    jax_primitives.neg_p,
-)
-
 
 def fuse(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
     """Fuses a program. Returns its jaxpr, and the constants that are the leading inputs."""
-    jaxpr, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: _has_operators(eqn.params["jaxpr"]))
+    jaxpr, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: has_operators(eqn.params["jaxpr"]))
     return _fuse(jaxpr), consts
 
 
 def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     program = _Program()
+    # Calls of `jax.jit` between operators are looked into if they treat each row alike.
+    jaxpr, consts = _jaxpr.inline_jit(jaxpr, may_be_rowwise)
+    assert not consts
     for eqn in jaxpr.jaxpr.eqns:
         eqn = eqn.replace(params={name: _fuse_inside(x) for name, x in eqn.params.items()})
         if eqn.primitive is federated_map_p:
             program.add_map(eqn)
         elif eqn.primitive in _REDUCTIONS:
             program.add_reduction(eqn)
-        elif eqn.primitive in _ROWWISE:
+        elif may_be_rowwise(eqn):
             program.add_rowwise(eqn)
         else:
             program.add(eqn)
@@ -70,23 +63,24 @@ def _fuse_inside(param: Any) -> Any:
     """Fuses the jaxprs in a parameter of an equation."""
     if type(param) in (tuple, list):
         return type(param)(map(_fuse_inside, param))
-    if not isinstance(param, ClosedJaxpr | Jaxpr) or not _has_operators(param):
+    if not isinstance(param, ClosedJaxpr | Jaxpr) or not has_operators(param):
         return param
     closed = isinstance(param, ClosedJaxpr)
     if param.consts if closed else param.constvars:
         return param
 
     def wanted(eqn: JaxprEqn) -> bool:
-        return _has_operators(eqn.params["jaxpr"]) and not eqn.params["jaxpr"].consts
+        return has_operators(eqn.params["jaxpr"]) and not eqn.params["jaxpr"].consts
 
     fused = _fuse(_jaxpr.inline_jit(param if closed else ClosedJaxpr(param, []), wanted)[0])
     return fused if closed else fused.jaxpr
 
 
-def _has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+def has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether an operator is used, however deep."""
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return any(
-        eqn.primitive in _OPERATORS or any(map(_has_operators, jaxprs_in_params(eqn.params)))
+        eqn.primitive in _OPERATORS or any(map(has_operators, _jaxpr.inner(eqn)))
         for eqn in inner.eqns
     )
 
@@ -140,23 +134,40 @@ class _Program:
         return None
 
     def add_rowwise(self, eqn: JaxprEqn) -> None:
-        """Adds an element-wise operation, which is a map if it works on placed values."""
-        (result,), operands = eqn.outvars, _jaxpr.variables(eqn.invars)
-        result_aval: Any = result.aval
-        makers = [maker for v in operands if (maker := self._maker_of_rows(v)) is not None]
-        alike = all(_shape(v) == _shape(result) for v in operands)
-        grouped = all(_same_group(maker, makers[0]) for maker in makers)
-        if not makers or len(makers) < len(operands) or not alike or not grouped:
-            return self.add(eqn)
-        if all(maker.primitive is broadcast_p for maker in makers):
-            sent = iter(maker.invars[0] for maker in makers)
-            row: Any = Var(row_aval(result_aval))
-            invars = [next(sent) if isinstance(v, Var) else v for v in eqn.invars]
-            self.add(eqn.replace(invars=invars, outvars=[row]))
-            return self.add(makers[0].replace(invars=[row], outvars=[result]))
-        if not self.add_map(_as_map(eqn, makers)):
+        """Adds an equation that may treat all rows alike, which is a map on placed values."""
+        makers = [self._maker_of_rows(v) for v in _jaxpr.variables(eqn.invars)]
+        if self._stays_broadcast(eqn, makers):
+            return
+        maps = [m for m in makers if m is not None and m.primitive is federated_map_p]
+        mapped = as_map(eqn, maps[0], self._is_masked) if maps else None
+        if mapped is None:
+            self.add(eqn)
+        elif not self.add_map(mapped):
             self._replace(self.eqns[-1], eqn)
-        return None
+
+    def _stays_broadcast(self, eqn: JaxprEqn, makers: list[JaxprEqn | None]) -> bool:
+        """Adds an element-wise operation on broadcast values as one before the broadcast."""
+        operands, result = _jaxpr.variables(eqn.invars), eqn.outvars[0]
+        result_aval: Any = result.aval
+        sent = [maker for maker in makers if maker is not None and maker.primitive is broadcast_p]
+        alike = all(_shape(v) == _shape(result) for v in operands)
+        if not makers or len(sent) < len(makers) or not alike or not is_elementwise(eqn):
+            return False
+        if not all(_same_group(maker, sent[0]) for maker in sent):
+            return False
+        values = iter(maker.invars[0] for maker in sent)
+        row: Any = Var(row_aval(result_aval))
+        invars = [next(values) if isinstance(v, Var) else v for v in eqn.invars]
+        self.add(eqn.replace(invars=invars, outvars=[row]))
+        self.add(sent[0].replace(invars=[row], outvars=[result]))
+        return True
+
+    def _is_masked(self, var: Var) -> bool:
+        """Whether a placed value is zero for the participants that a mask leaves out."""
+        maker = self._maker_of_rows(var)
+        if maker is None or maker.primitive is not federated_map_p:
+            return False
+        return maker.params["out"][maker.outvars.index(var)].mask is not None
 
     def _maker_of_rows(self, var: Var) -> JaxprEqn | None:
         """The broadcast or map whose result a placed value is."""
@@ -222,24 +233,6 @@ def _same_group(one: JaxprEqn, other: JaxprEqn) -> bool:
 
 def _shape(var: Any) -> tuple[int, ...]:
     return var.aval.shape
-
-
-def _as_map(eqn: JaxprEqn, makers: list[JaxprEqn]) -> JaxprEqn:
-    """An element-wise operation on placed values, as a map."""
-    like = next(maker for maker in makers if maker.primitive is federated_map_p)
-    operands: list[Any] = _jaxpr.variables(eqn.invars)
-    rows = [Var(row_aval(v.aval)) for v in operands]
-    names = iter(rows)
-    invars = [next(names) if isinstance(v, Var) else v for v in eqn.invars]
-    result: Any = eqn.outvars[0]
-    outvar = Var(row_aval(result.aval))
-    this = Round.of(like.params).replace(batch_size=ALL_AT_ONCE)
-    parts = [Contribution(outvar, "placed")]
-    eqns = [eqn.replace(invars=invars, outvars=[outvar])]
-    this = this.assemble([PLACED] * len(rows), rows, parts, eqns)
-    return like.replace(
-        invars=operands, outvars=eqn.outvars, params=this.params, effects=eqn.effects
-    )
 
 
 def _with_output(maker: JaxprEqn, rows: Any, mode: str, total: Any) -> JaxprEqn:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from jax.api_util import debug_info
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import linear_util as lu
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import partial_eval as pe
 
@@ -57,6 +57,11 @@ def rebuild(
 
 def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
     return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *operands)
+
+
+def inner(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The jaxprs in an equation's parameters."""
+    return list(jaxprs_in_params(eqn.params))
 
 
 def prune(

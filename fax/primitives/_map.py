@@ -33,10 +33,12 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jax.sharding import AxisType
 
+from fax._compat import register_lowering_of_jaxprs
 from fax._placement import Placement, PlacementError
 from fax.primitives import _jaxpr
 from fax.primitives._agree import agree
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
+from fax.primitives._mask import by_mask, mask_within, masked
 from fax.primitives._retype import Retyping
 from fax.primitives._round import (
     PLACED,
@@ -50,7 +52,6 @@ from fax.primitives._round import (
     pick,
     rowwise,
     seen_avals,
-    select,
 )
 from fax.primitives._structure import Structure, execute
 from fax.sharding import _devices, _schedule
@@ -102,7 +103,7 @@ def _work(*operands, platform, this):
 
     def work(*rows):
         jaxpr = agree(typed.jaxpr, varies, along) if in_step else typed.jaxpr
-        return _masked(typed, _jaxpr.evaluate(jaxpr, *rows))
+        return masked(typed, _jaxpr.evaluate(jaxpr, *rows))
 
     outs = _devices.run(
         work,
@@ -116,22 +117,6 @@ def _work(*operands, platform, this):
         effects=bool(this.jaxpr.effects),
     )
     return [x.astype(aval.dtype) for x, aval in zip(outs, this.value_avals, strict=True)]
-
-
-def _masked(this, outs):
-    """One participant's contributions, those that are masked replaced by what changes nothing."""
-    return [
-        value if mask is None else select(mask, value, _nothing(mode, value.dtype))
-        for value, mode, mask in this.contributions(outs)
-    ]
-
-
-def _contribute(this, *rows):
-    return _masked(this, _jaxpr.evaluate(this.jaxpr, *rows))
-
-
-def _nothing(mode: str, dtype: Any) -> Any:
-    return 0 if mode == "placed" else _schedule.identity(mode, dtype)
 
 
 # Batching
@@ -148,7 +133,7 @@ def _batch(axis, operands, dims, **params):
     ]
     batched = depends(this.jaxpr, [dim is not None for dim in dims])
     if any(batched[len(this.outputs) :]):
-        this = _mask_within(this)
+        this = mask_within(this)
         batched = depends(this.jaxpr, [dim is not None for dim in dims])
     vmapped = jax.vmap(
         functools.partial(_jaxpr.evaluate, this.jaxpr),
@@ -163,35 +148,6 @@ def _batch(axis, operands, dims, **params):
         int(out.mode == "placed") if b else None
         for out, b in zip(this.outputs, batched, strict=False)
     ]
-
-
-def _mask_within(this: Round) -> Round:
-    """Moves the masks into the client function, for a mask is a scalar and not a batch.
-
-    If everything is masked, the inputs of a masked participant enter without derivatives: then
-    tangents and cotangents are zero on both sides of the client function. If what decides on
-    the mask is differentiable itself, it has to be known before; under differentiation, and only
-    then, the client function is evaluated once more for that.
-    """
-    inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
-    decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]
-
-    def gated(*rows):
-        fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
-        counts = functools.reduce(jnp.logical_or, this.masks(fixed))
-        seen = zip(rows, fixed, inexact, strict=True)
-        return _contribute(
-            this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
-        )
-
-    work = gated
-    if any(out.mask is None for out in this.outputs):
-        work = functools.partial(_contribute, this)
-    elif any(pick(decides, inexact)):
-        work = jax.custom_jvp(functools.partial(_contribute, this))
-        work.defjvp(lambda primals, tangents: jax.jvp(gated, primals, tangents))
-    jaxpr, _ = _jaxpr.trace(work, this.jaxpr.in_avals)
-    return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
 
 
 # Forward differentiation
@@ -285,8 +241,10 @@ def _is_zero(tangent: Any) -> bool:
 
 # Transposition
 #
-# A round that is linear in some inputs is transposed participant by participant. Where all
-# outputs are masked, so are the results: the cotangents of a masked participant are zero.
+# A round that is linear in some inputs is transposed participant by participant. Where an
+# output is masked its cotangent is zero, and so is what follows from it, be the transposed
+# function infinite. So outputs of different masks are transposed one after the other, each
+# result has the mask of the outputs that it follows from, and the server adds them up.
 
 
 def _transpose(cotangents, *operands, **params):
@@ -295,39 +253,54 @@ def _transpose(cotangents, *operands, **params):
     linear = [ad.is_undefined_primal(x) for x in operands]
     is_linear = pick(used, linear)
     is_fixed = [not is_lin for is_lin in is_linear]
-    gated = all(out.mask is not None for out in this.outputs)
-    results = iter(())
+    groups = by_mask(this)
+    reached = {
+        mask: pick(is_linear, this.keep([k in own for k in range(len(this.outputs))])[1])
+        for mask, own in groups.items()
+    }
 
     def transposed(*rows):
         def seen(linear_rows):
             own, fixed = iter(linear_rows), iter(rows)
             return [next(own if is_lin else fixed) for is_lin in is_linear]
 
-        def of_linear(*linear_rows):
-            return _jaxpr.evaluate(this.jaxpr, *seen(linear_rows))[: len(this.outputs)]
+        results = []
+        for mask, members in groups.items():
 
-        masks = this.masks(seen([None] * sum(is_linear)))
-        cotangents = [
-            ct if gated or out.mask is None else select(masks[out.mask], ct)
-            for out, ct in zip(this.outputs, rows[sum(is_fixed) :], strict=True)
-        ]
-        avals = pick(is_linear, this.jaxpr.in_avals)
-        results = jax.linear_transpose(of_linear, *avals)(cotangents)
-        return [*results, functools.reduce(jnp.logical_or, masks)] if gated else list(results)
+            def of_linear(*linear_rows, members=members):
+                outs = _jaxpr.evaluate(this.jaxpr, *seen(linear_rows))
+                return [outs[k] for k in members]
 
-    if any(is_linear):
-        linear_modes = [i.mode for i in pick(is_linear, this.inputs)]
-        cotangent_modes = ["placed" if o.mode == "placed" else "server" for o in this.outputs]
-        mask, sums = 0 if gated else None, {"server": "sum", "placed": "placed"}
-        like = this.replace(
-            inputs=(*pick(is_fixed, this.inputs), *(In(mode, True) for mode in cotangent_modes)),
-            outputs=tuple(Out(sums[mode], mask) for mode in linear_modes),
-        )
-        fixed = pick(is_fixed, pick(used, operands))
-        results = iter(bind_traced(transposed, [*fixed, *cotangents], like))
+            own = [rows[sum(is_fixed) + k] for k in members]
+            avals = pick(is_linear, this.jaxpr.in_avals)
+            results += pick(reached[mask], jax.linear_transpose(of_linear, *avals)(own))
+        masks = this.masks(seen([None] * sum(is_linear))) if set(groups) != {None} else []
+        return [*results, *masks]
+
+    if not any(is_linear):
+        return [None if not is_lin else ad.Zero(x.aval) for x, is_lin in zip(operands, linear)]
+    linear_modes = [i.mode for i in pick(is_linear, this.inputs)]
+    cotangent_modes = ["placed" if o.mode == "placed" else "server" for o in this.outputs]
+    sums = {"server": "sum", "placed": "placed"}
+    like = this.replace(
+        inputs=(*pick(is_fixed, this.inputs), *(In(mode, True) for mode in cotangent_modes)),
+        outputs=tuple(
+            Out(sums[mode], mask) for mask in groups for mode in pick(reached[mask], linear_modes)
+        ),
+    )
+    fixed = pick(is_fixed, pick(used, operands))
+    outs = iter(bind_traced(transposed, [*fixed, *cotangents], like))
+    totals: list[Any] = [None] * sum(is_linear)
+    for mask in groups:
+        for k, reaches in enumerate(reached[mask]):
+            if reaches:
+                result = next(outs)
+                totals[k] = result if totals[k] is None else lax.add(totals[k], result)
+    found = iter(totals)
+    results = [next(found) if use and is_lin else None for use, is_lin in zip(used, linear)]
     return [
-        None if not is_lin else next(results) if use else ad.Zero(x.aval)
-        for x, is_lin, use in zip(operands, linear, used, strict=True)
+        None if not is_lin else ad.Zero(x.aval) if result is None else result
+        for x, is_lin, result in zip(operands, linear, results, strict=True)
     ]
 
 
@@ -358,3 +331,4 @@ ad.primitive_transposes[federated_map_p] = _transpose
 pe.custom_partial_eval_rules[federated_map_p] = partial_eval
 pe.partial_eval_jaxpr_custom_rules[federated_map_p] = partial_eval_custom
 pe.dce_rules[federated_map_p] = _dce
+register_lowering_of_jaxprs(federated_map_p, federated_map_p.bind, "jaxpr")

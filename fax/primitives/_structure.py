@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -88,11 +89,22 @@ def _params_key(eqn: JaxprEqn) -> Hashable:
     return tuple((name, _value_key(value)) for name, value in sorted(eqn.params.items()))
 
 
+def _closure_key(function: FunctionType) -> Hashable:
+    """A function that JAX makes anew at every call, around a user's callback, by its parts."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    defaults = (function.__defaults__, tuple((function.__kwdefaults__ or {}).items()))
+    return function.__code__, _value_key(cells), _value_key(defaults)
+
+
 def _value_key(value: Any) -> Hashable:
     if isinstance(value, ClosedJaxpr | Jaxpr):
         return _key(value)
     if isinstance(value, tuple | list):
         return (type(value), tuple(map(_value_key, value)))
+    if isinstance(value, dict):
+        return (dict, tuple((name, _value_key(x)) for name, x in value.items()))
+    if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == "jax":
+        return _closure_key(value)
     try:
         hash(value)
     except TypeError:

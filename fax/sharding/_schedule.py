@@ -48,7 +48,10 @@ def identity(mode: str, dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.bool_):
         return np.asarray(mode == "min")
     if jnp.issubdtype(dtype, jnp.floating):
-        return np.asarray(-np.inf if mode == "max" else np.inf).astype(dtype)
+        infinite = np.asarray(np.inf).astype(dtype)
+        if np.isnan(infinite):  # a short format without infinities
+            infinite = np.asarray(jnp.finfo(dtype).max).astype(dtype)
+        return -infinite if mode == "max" else infinite
     limits = jnp.iinfo(dtype)
     return np.asarray(limits.min if mode == "max" else limits.max, dtype)
 

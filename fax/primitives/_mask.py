@@ -1,0 +1,82 @@
+"""What a mask does to a client function.
+
+An output that is masked counts only where its mask is true; elsewhere its row is zero, and a
+reduction passes over it. The mask is a parameter of the map, so that every rule knows where
+tangents and cotangents are zero, be the derivative of the client function infinite there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fax.primitives import _jaxpr
+from fax.primitives._round import Out, Round, pick, select
+from fax.sharding import _schedule
+
+
+def masked(this: Round, outs: Any) -> list[Any]:
+    """One participant's contributions, those that are masked replaced by what changes nothing."""
+    return [
+        value if mask is None else select(mask, value, _nothing(mode, value.dtype))
+        for value, mode, mask in this.contributions(list(map(jnp.asarray, outs)))
+    ]
+
+
+def _contribute(this: Round, *rows: Any) -> list[Any]:
+    return masked(this, _jaxpr.evaluate(this.jaxpr, *rows))
+
+
+def _nothing(mode: str, dtype: Any) -> Any:
+    return 0 if mode == "placed" else _schedule.identity(mode, dtype)
+
+
+def mask_within(this: Round) -> Round:
+    """Moves the masks into the client function, for a mask is a scalar and not a batch.
+
+    The inputs of a masked output enter without derivatives where it does not count: then
+    tangents and cotangents are zero on both sides of the client function. That takes an
+    evaluation for each mask, under differentiation, unless all outputs have the same one and
+    it is known without the inputs that are differentiated.
+    """
+    inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
+    decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]
+    groups = by_mask(this)
+
+    def gated(mask, *rows):
+        if mask is None:
+            return _contribute(this, *rows)
+        fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
+        counts = this.masks(fixed)[mask]
+        seen = zip(rows, fixed, inexact, strict=True)
+        return _contribute(
+            this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
+        )
+
+    def derivative(primals, tangents):
+        values, moved = [None] * len(this.outputs), [None] * len(this.outputs)
+        for mask, members in groups.items():
+            outs, out_tangents = jax.jvp(functools.partial(gated, mask), primals, tangents)
+            for k in members:
+                values[k], moved[k] = outs[k], out_tangents[k]
+        return values, moved
+
+    work = jax.custom_jvp(functools.partial(_contribute, this))
+    work.defjvp(derivative)
+    once = len(groups) == 1 and not any(pick(decides, inexact))
+    jaxpr, _ = _jaxpr.trace(
+        functools.partial(gated, *groups) if once else work, this.jaxpr.in_avals
+    )
+    return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
+
+
+def by_mask(this: Round) -> dict[int | None, list[int]]:
+    """The outputs that each mask applies to."""
+    groups: dict[int | None, list[int]] = {}
+    for k, out in enumerate(this.outputs):
+        groups.setdefault(out.mask, []).append(k)
+    return groups
