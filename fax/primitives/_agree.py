@@ -113,16 +113,13 @@ def _cond(eqn, flags, axes, values):
         eqn = eqn.replace(params=dict(eqn.params, branches=tuple(branches)))
         outs = _bind(eqn, values)
         return outs, [True] * len(outs)
-    results = None
-    for number, branch in enumerate(branches):
+    results, _ = _evaluate(branches[0], flags[1:], axes, operands)
+    for number, branch in enumerate(branches[1:], start=1):
         mine = index == number
 
         def taken(*operands, branch=branch):
             return _evaluate(branch, flags[1:], axes, operands)[0]
 
-        if results is None:
-            results = taken(*operands)
-            continue
         kept = results
         made = lax.cond(_somewhere(mine, axes), taken, lambda *_, kept=kept: kept, *operands)
         results = [lax.select(mine, new, old) for new, old in zip(made, results, strict=True)]
