@@ -29,11 +29,13 @@ class Retyping:
     """Changes the types of mesh axes in jaxprs.
 
     Which manual axes a value varies over is left out, as in a `jax.shard_map` with
-    ``check_vma=False``.
+    ``check_vma=False``. What came from outside names no mesh, nor does a gradient that goes
+    back to it; it is on the mesh in scope.
     """
 
     def __init__(self, types: Mapping[str, AxisType]):
         self._types = dict(types)
+        self._scope = jax.sharding.get_abstract_mesh()
         self._context = functools.cache(self._make_context)
 
     def __call__(self, jaxpr: ClosedJaxpr) -> ClosedJaxpr:
@@ -111,15 +113,14 @@ class Retyping:
         return value
 
     def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
+        mesh = self._scope if mesh.empty else mesh
         known = {axis: kind for axis, kind in self._types.items() if axis in mesh.axis_names}
         return mesh.update_axis_types(known)
 
     def _make_context(self, context: Any) -> Any:
         """An equation's context, which has no constructor, with the types of the axes changed."""
         with context.manager:
-            mesh = jax.sharding.get_abstract_mesh()
-            if mesh.empty:
-                return context
-            with jax.sharding.use_abstract_mesh(self._mesh(mesh)):
+            mesh = self._mesh(jax.sharding.get_abstract_mesh())
+            with jax.sharding.use_abstract_mesh(mesh):
                 scalar = jax.typeof(np.float32(0))
                 return _jaxpr.trace(lambda x: [lax.neg(x)], [scalar])[0].jaxpr.eqns[0].ctx
