@@ -70,7 +70,7 @@ def initialize(
     _check_unused()
     found = find(os.environ)
     address = found.address if coordinator_address is None else coordinator_address
-    count = found.count if num_processes is None else _int("num_processes", num_processes)
+    count = found.processes if num_processes is None else _int("num_processes", num_processes)
     me = found.number if process_id is None else _int("process_id", process_id)
     _check(address, count, me)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
@@ -87,9 +87,7 @@ def initialize(
     if local_device_ids is None and process_id is None:
         options["local_device_ids"] = found.local
     _peers.meet(address, count, me, initialization_timeout).start()
-    jax.distributed.initialize(
-        address, count, me, cluster_detection_method="deactivate", **options
-    )
+    jax.distributed.initialize(address, count, me, cluster_detection_method="deactivate", **options)
 
 
 def _check_unused() -> None:
@@ -165,7 +163,7 @@ class Found(NamedTuple):
     """What the environment says. None is what it does not say."""
 
     address: str | None = None
-    count: int | None = None
+    processes: int | None = None
     number: int | None = None
     local: int | None = None
 
@@ -173,10 +171,10 @@ class Found(NamedTuple):
 class _Launcher(NamedTuple):
     """The names of the variables that a launcher sets for each process."""
 
-    count: str
+    processes: str
     number: str
     local: str
-    local_count: str
+    local_processes: str
 
 
 # MPI comes first: where mpiexec starts processes in a job of Slurm, they see the variables of the
@@ -195,14 +193,14 @@ def find(env: Mapping[str, str]) -> Found:
     """What a launcher says about this process in the environment ``env``."""
     for launcher in _LAUNCHERS:
         # The script of a job of Slurm is no step of it, and runs but once.
-        if launcher.count == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" not in env:
+        if launcher.processes == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" not in env:
             continue
-        if launcher.count in env and launcher.number in env:
-            count = _number(env, launcher.count)
-            on_one_host = count == _number(env, launcher.local_count)
+        if launcher.processes in env and launcher.number in env:
+            processes = _number(env, launcher.processes)
+            on_one_host = processes == _number(env, launcher.local_processes)
             return Found(
                 env.get("JAX_COORDINATOR_ADDRESS") or _coordinator(env, launcher, on_one_host),
-                count,
+                processes,
                 _number(env, launcher.number),
                 _number(env, launcher.local),
             )
@@ -231,7 +229,7 @@ def _coordinator(env: Mapping[str, str], launcher: _Launcher, on_one_host: bool)
     if on_one_host:
         job = env.get("PMIX_NAMESPACE") or env.get("SLURM_JOB_ID") or uri
         host, port = "localhost", zlib.crc32(job.encode())
-    elif launcher.count.startswith("OMPI") and at:
+    elif launcher.processes.startswith("OMPI") and at:
         host, port = (f"[{at[2]}]" if at[2] else at[3]), int(at[1]) >> 12
     elif "SLURM_STEP_NODELIST" in env and env.get("SLURM_JOB_ID", "").isdecimal():
         # The first host of a list such as node[007,010-012],other3.

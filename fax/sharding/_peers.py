@@ -180,13 +180,14 @@ class Watch:
     def __init__(self, me: int, peers: dict[int, Connection]):
         self._me, self._peers, self._pid = me, peers, os.getpid()
         self._failure: str | None = None
+        self._leaving = False
 
     def start(self) -> None:
         previous = sys.excepthook
 
         def excepthook(kind, error, trace):
             previous(kind, error, trace)
-            self._failure = f"{kind.__name__}: {error}"[:300]
+            self._failure = f"{kind.__name__}: {error}".rstrip(".")[:300]
             if isinstance(error, jax.errors.JaxRuntimeError):
                 time.sleep(2)  # probably it is another process that is gone: let that be said
 
@@ -204,7 +205,7 @@ class Watch:
                     number = key.data
                     peer = self._peers[number]
                     message = peer.receive()
-                    if message is None and peer.finished:
+                    if message is None and (peer.finished or self._leaving):
                         selector.unregister(peer.socket)
                     elif message is None:
                         self._end(f"process {number}{self._on(peer)} died")
@@ -218,10 +219,15 @@ class Watch:
 
     def _end(self, news: str) -> NoReturn:
         """Another process is gone, and this one can only wait for it for ever."""
-        for peer in self._peers.values():
-            if self._me == 0:
-                peer.send(gone=news)
-        _exit(f"fax: {news}. Process {self._me} ends, because the run cannot go on without it.")
+        _print(f"fax: {news}. Process {self._me} ends, because the run cannot go on without it.")
+        if self._me == 0:
+            self._tell(gone=news)
+        # What was printed should be seen, but a writer that is stuck must not hold up the end.
+        with contextlib.suppress(RuntimeError):  # no threads while the interpreter shuts down
+            flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+            flush.start()
+            flush.join(timeout=1)
+        os._exit(1)
 
     def _leave(self) -> None:
         if os.getpid() != self._pid:
@@ -230,20 +236,21 @@ class Watch:
             for peer in self._peers.values():
                 peer.send(finished=True)
             return
+        self._leaving = True
+        self._tell(gone=f"process {self._me} failed with {self._failure}")
+        sys.stdout.flush()
+        os._exit(1)  # JAX would wait for the others
+
+    def _tell(self, **news: Any) -> None:
+        """Tells the others; all but process 0 know process 0 only, which passes it on."""
         for peer in self._peers.values():
-            peer.send(gone=f"process {self._me} failed with {self._failure}")
-        _exit()
+            peer.send(**news)
+        if self._me == 0:
+            time.sleep(1)  # as soon as this process is gone, JAX aborts them without a clear word
 
 
-def _exit(message: str | None = None) -> NoReturn:
-    """Ends the process at once: an orderly end would wait for the others."""
-    # What was printed should be seen, but a writer that is stuck must not hold up the end.
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    flush.join(timeout=1)
-    if message:
-        os.write(2, f"{message}\n".encode())
-    os._exit(1)
+def _print(message: str) -> None:
+    os.write(2, f"{message}\n".encode())  # which no other thread can hold up
 
 
 def _names(numbers: list[int]) -> str:
