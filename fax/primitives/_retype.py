@@ -22,6 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from fax.primitives import _jaxpr
 
+# What only says how a value is sharded, and the name of the parameter that says it.
+_SHARDINGS = {"reshard": "dst_sharding", "sharding_constraint": "sharding"}
+
 _UNVARYING = jax.typeof(np.float32(0)).manual_axis_type
 
 
@@ -42,7 +45,7 @@ class Retyping:
         return ClosedJaxpr(self._jaxpr(jaxpr.jaxpr), jaxpr.consts)
 
     def _jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
-        env: dict[Var, Var] = {}
+        env: dict[Var, Any] = {}
 
         def write(var: Any) -> Any:
             env[var] = Var(self._aval(var.aval))
@@ -54,11 +57,21 @@ class Retyping:
         constvars, invars = list(map(write, jaxpr.constvars)), list(map(write, jaxpr.invars))
         eqns = []
         for eqn in jaxpr.eqns:
+            if self._is_moot(eqn):
+                env[eqn.outvars[0]] = read(eqn.invars[0])
+                continue
             operands = list(map(read, eqn.invars))
             results = list(map(write, eqn.outvars))
             eqns.append(self._eqn(eqn).replace(invars=operands, outvars=results))
         outvars = list(map(read, jaxpr.outvars))
         return jaxpr.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
+
+    def _is_moot(self, eqn: JaxprEqn) -> bool:
+        """Whether an equation speaks to the compiler where nothing is left to it."""
+        wanted = eqn.params.get(_SHARDINGS.get(str(eqn.primitive), ""))
+        if not isinstance(wanted, NamedSharding) or self._mesh(wanted.mesh.abstract_mesh).auto_axes:
+            return False
+        return all(entry in (None, PartitionSpec.UNCONSTRAINED) for entry in wanted.spec)
 
     def _eqn(self, eqn: JaxprEqn) -> JaxprEqn:
         if eqn.primitive.name == "reshard":
