@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,20 @@ def test_federated_gradient_keeps_its_promise(run, tmp_path):
     assert clean > 0.06  # 0.05 at the start
     assert corrupted < 0.02
     assert is_figure(tmp_path / "runs" / "federated_gradient.png")
+
+
+def test_sharded_transformer_keeps_its_promise(run, tmp_path):
+    printed = run(EXAMPLES / "sharded_transformer.py", "--rounds=25")
+    line = r"held-out loss ([\d.]+) nats, unigram entropy ([\d.]+) nats, margin ([\d.]+), "
+    loss, entropy, margin = numbers(line, printed)
+    assert margin == pytest.approx(entropy - loss, abs=0.002)
+    assert margin > 0.5
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = b"".join(path.read_bytes() for path in library.glob("*.py"))
+    shares = np.bincount(np.frombuffer(text, np.uint8)) / len(text)
+    shares = shares[shares > 0]
+    assert entropy == pytest.approx(-np.sum(shares * np.log(shares)), abs=0.2)
+    assert is_figure(tmp_path / "runs" / "sharded_transformer.png")
 
 
 def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):

@@ -100,8 +100,14 @@ def _bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _somewhere(predicate: jax.Array, axes: Axes) -> jax.Array:
-    """Whether a predicate holds on any device."""
-    return lax.psum(predicate.astype(jnp.int32), axes) > 0
+    """Whether a predicate, or one of a batch of them, holds on any device."""
+    return lax.psum(jnp.any(predicate).astype(jnp.int32), axes) > 0
+
+
+def _choose(predicate: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Under `jax.vmap` a loop has a predicate for each of its batch."""
+    each = lax.broadcast_in_dim(predicate, new.shape, range(predicate.ndim))
+    return lax.select(each, new, old)
 
 
 def _cond(eqn, flags, axes, values):
@@ -113,16 +119,13 @@ def _cond(eqn, flags, axes, values):
         eqn = eqn.replace(params=dict(eqn.params, branches=tuple(branches)))
         outs = _bind(eqn, values)
         return outs, [True] * len(outs)
-    results = None
-    for number, branch in enumerate(branches):
+    results, _ = _evaluate(branches[0], flags[1:], axes, operands)
+    for number, branch in enumerate(branches[1:], start=1):
         mine = index == number
 
         def taken(*operands, branch=branch):
             return _evaluate(branch, flags[1:], axes, operands)[0]
 
-        if results is None:
-            results = taken(*operands)
-            continue
         kept = results
         made = lax.cond(_somewhere(mine, axes), taken, lambda *_, kept=kept: kept, *operands)
         results = [lax.select(mine, new, old) for new, old in zip(made, results, strict=True)]
@@ -142,22 +145,20 @@ def _while(eqn, flags, axes, values):
         (wanted,), _ = _evaluate(condition, cond_flags, axes, [*cond_consts, *carry])
         return wanted
 
-    def step(carry):
-        return _evaluate(body, body_flags, axes, [*body_consts, *carry])[0]
-
     if not depends(condition, cond_flags)[0]:
-        return lax.while_loop(wants, step, start), carried
+        body = agree(body, body_flags, axes)
+        return _bind(eqn.replace(params=dict(params, body_jaxpr=body)), values), carried
 
-    def careful_step(state):
+    def step(state):
         wanted, _, carry = state
-        new = step(carry)
-        carry = [lax.select(wanted, x, old) for x, old in zip(new, carry, strict=True)]
+        new, _ = _evaluate(body, body_flags, axes, [*body_consts, *carry])
+        carry = [_choose(wanted, x, old) for x, old in zip(new, carry, strict=True)]
         wanted = wanted & wants(carry)
         return wanted, _somewhere(wanted, axes), carry
 
     wanted = wants(start)
     state = (wanted, _somewhere(wanted, axes), start)
-    return lax.while_loop(lambda state: state[1], careful_step, state)[2], [True] * len(start)
+    return lax.while_loop(lambda state: state[1], step, state)[2], [True] * len(start)
 
 
 def _scan(eqn, flags, axes, values):

@@ -14,7 +14,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fax._placement import Placement
-from fax.sharding._types import gather_rows, placed_aval, row_aval, server_aval, spread_rows
+from fax.sharding._types import (
+    as_before,
+    gather_rows,
+    placed_aval,
+    row_aval,
+    server_aval,
+    spread_rows,
+)
 
 collect_p = Primitive("collect")
 distribute_p = Primitive("distribute")
@@ -42,8 +49,7 @@ def _batch(primitive, operands, dims, **params):
 
 
 def _transpose(primitive, cotangent, x, **params):
-    del x
-    return [primitive.bind(cotangent, **params)]
+    return [as_before(primitive.bind(cotangent, **params), x.aval)]
 
 
 for _primitive, _compute, _abstract_eval, _dual in (

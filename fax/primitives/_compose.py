@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from jax.core import ShapedArray
@@ -136,6 +135,6 @@ def _inside(host: JaxprEqn, tail: ClosedJaxpr, args: Sequence[Atom]) -> tuple[Ja
     ), results
 
 
-@functools.lru_cache
+@_jaxpr.cached
 def _masked(mask: ShapedArray, value: ShapedArray) -> ClosedJaxpr:
     return _jaxpr.trace(lambda mask, value: [select(mask, value)], [mask, value])[0]

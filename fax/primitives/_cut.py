@@ -200,7 +200,7 @@ def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
     return mask, eqns
 
 
-@functools.lru_cache
+@_jaxpr.cached
 def _disjunction(count: int) -> ClosedJaxpr:
     scalar = jax.typeof(np.zeros((), bool))
     fn = functools.partial(functools.reduce, jnp.logical_or)

@@ -13,7 +13,6 @@ every equation is still there once, and effects keep their order.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from jax.core import ShapedArray
@@ -249,11 +248,11 @@ def _with_output(maker: JaxprEqn, rows: Any, mode: str, total: Any) -> JaxprEqn:
     return maker.replace(outvars=[*maker.outvars, total], params=this.params)
 
 
-@functools.lru_cache
+@_jaxpr.cached
 def _cast(aval: ShapedArray, dtype: Any) -> ClosedJaxpr:
     return _jaxpr.trace(lambda x: [x.astype(dtype)], [aval])[0]
 
 
-@functools.lru_cache
+@_jaxpr.cached
 def _division(aval: ShapedArray, size: int, dtype: Any) -> ClosedJaxpr:
     return _jaxpr.trace(lambda total: [(total / size).astype(dtype)], [aval])[0]

@@ -6,9 +6,11 @@ leading inputs, so that arrays and tracers of an outer transformation are treate
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 from jax.api_util import debug_info
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import linear_util as lu
@@ -31,6 +33,17 @@ def trace(
     flat = lu.wrap_init(fn, debug_info=info)
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(flat, list(avals))
     return close(jaxpr), list(consts)
+
+
+def cached(fn: Callable) -> Callable:
+    """Remembers what a function traces, which depends on the mesh in scope, too."""
+    remembered = functools.lru_cache(lambda mesh, *args: fn(*args))
+
+    @functools.wraps(fn)
+    def traced(*args):
+        return remembered(jax.sharding.get_abstract_mesh(), *args)
+
+    return traced
 
 
 def close(jaxpr: Jaxpr) -> ClosedJaxpr:

@@ -22,6 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from fax.primitives import _jaxpr
 
+# What only says how a value is sharded, and the name of the parameter that says it.
+_SHARDINGS = {"reshard": "dst_sharding", "sharding_constraint": "sharding"}
+
 _UNVARYING = jax.typeof(np.float32(0)).manual_axis_type
 
 
@@ -29,18 +32,20 @@ class Retyping:
     """Changes the types of mesh axes in jaxprs.
 
     Which manual axes a value varies over is left out, as in a `jax.shard_map` with
-    ``check_vma=False``.
+    ``check_vma=False``. What came from outside names no mesh, nor does a gradient that goes
+    back to it; it is on the mesh in scope.
     """
 
     def __init__(self, types: Mapping[str, AxisType]):
         self._types = dict(types)
+        self._scope = jax.sharding.get_abstract_mesh()
         self._context = functools.cache(self._make_context)
 
     def __call__(self, jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         return ClosedJaxpr(self._jaxpr(jaxpr.jaxpr), jaxpr.consts)
 
     def _jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
-        env: dict[Var, Var] = {}
+        env: dict[Var, Any] = {}
 
         def write(var: Any) -> Any:
             env[var] = Var(self._aval(var.aval))
@@ -52,11 +57,21 @@ class Retyping:
         constvars, invars = list(map(write, jaxpr.constvars)), list(map(write, jaxpr.invars))
         eqns = []
         for eqn in jaxpr.eqns:
+            if self._is_moot(eqn):
+                env[eqn.outvars[0]] = read(eqn.invars[0])
+                continue
             operands = list(map(read, eqn.invars))
             results = list(map(write, eqn.outvars))
             eqns.append(self._eqn(eqn).replace(invars=operands, outvars=results))
         outvars = list(map(read, jaxpr.outvars))
         return jaxpr.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
+
+    def _is_moot(self, eqn: JaxprEqn) -> bool:
+        """Whether an equation speaks to the compiler where nothing is left to it."""
+        wanted = eqn.params.get(_SHARDINGS.get(str(eqn.primitive), ""))
+        if not isinstance(wanted, NamedSharding) or self._mesh(wanted.mesh.abstract_mesh).auto_axes:
+            return False
+        return all(entry in (None, PartitionSpec.UNCONSTRAINED) for entry in wanted.spec)
 
     def _eqn(self, eqn: JaxprEqn) -> JaxprEqn:
         if eqn.primitive.name == "reshard":
@@ -111,15 +126,14 @@ class Retyping:
         return value
 
     def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
+        mesh = self._scope if mesh.empty else mesh
         known = {axis: kind for axis, kind in self._types.items() if axis in mesh.axis_names}
         return mesh.update_axis_types(known)
 
     def _make_context(self, context: Any) -> Any:
         """An equation's context, which has no constructor, with the types of the axes changed."""
         with context.manager:
-            mesh = jax.sharding.get_abstract_mesh()
-            if mesh.empty:
-                return context
-            with jax.sharding.use_abstract_mesh(self._mesh(mesh)):
+            mesh = self._mesh(jax.sharding.get_abstract_mesh())
+            with jax.sharding.use_abstract_mesh(mesh):
                 scalar = jax.typeof(np.float32(0))
                 return _jaxpr.trace(lambda x: [lax.neg(x)], [scalar])[0].jaxpr.eqns[0].ctx

@@ -1,4 +1,7 @@
 """Programs on many devices: meshes, data on meshes, and several processes."""
 
+from fax.sharding._distributed import initialize as initialize
 from fax.sharding._mesh import layout as layout
 from fax.sharding._mesh import make_mesh as make_mesh
+from fax.sharding._place import local_rows as local_rows
+from fax.sharding._place import place as place

@@ -63,7 +63,7 @@ def run(
     placed_out = [mode == "placed" for mode in out_modes]
 
     def on_device(operands, last_rows):
-        parts = []
+        parts: list[Arrays] = []
         if even:
             count = batch_size(even)
             parts.append(each(operands, out_avals=out_avals, size=even, batch_size=count))

@@ -146,6 +146,11 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
         _layout.reset(token)
 
 
+def named_in_layout() -> list[str]:
+    """The placements that the layout in scope speaks of."""
+    return [name for name, _ in _layout.get()]
+
+
 def _check(layouts: Mapping[str, tuple[str, ...]]) -> None:
     mesh = jax.sharding.get_abstract_mesh()
     owner: dict[str, str] = {}

@@ -155,9 +155,10 @@ def _start(mode: str, aval: ShapedArray) -> jax.Array:
 def nothing(mode: str, aval: ShapedArray) -> jax.Array:
     """A total over nobody, or rows of nobody, for which anything will do."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        data = jax.eval_shape(jax.random.key_data, aval)
+        key: Any = aval
+        data = jax.eval_shape(jax.random.key_data, key)
         return jax.random.wrap_key_data(
-            jnp.zeros(data.shape, data.dtype), impl=jax.random.key_impl(aval)
+            jnp.zeros(data.shape, data.dtype), impl=jax.random.key_impl(key)
         )
     zeros = ad.zeros_like_aval(aval.update(weak_type=False))
     return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros

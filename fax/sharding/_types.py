@@ -61,6 +61,11 @@ def gather_rows(x: jax.Array, group: Placement) -> jax.Array:
     return _constrain(as_server(x, group), (), group)
 
 
+def as_before(x: jax.Array, before: ShapedArray) -> jax.Array:
+    """A value with the sharding of another one's type, as its cotangent must have it."""
+    return _with_sharding(x, before) if _in_scope(before).mesh.explicit_axes else x
+
+
 def without_explicit_axes(fn: Callable, out_specs: Sequence[PartitionSpec]) -> Callable:
     """A function of arrays that sees Auto axes only, and returns arrays of the given types."""
     mesh = jax.sharding.get_abstract_mesh()

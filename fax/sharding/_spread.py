@@ -1,0 +1,136 @@
+"""Which device, and so which process, has the row of which participant."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fax._placement import Placement, PlacementError
+from fax.sharding._mesh import laid_out, named_in_layout, split_axes, ways
+
+
+class Spread(NamedTuple):
+    """How the rows of a placement are spread over devices."""
+
+    name: str | None
+    mesh: Mesh | None
+    axes: tuple[str, ...]
+
+    @property
+    def ways(self) -> int:
+        return 1 if self.mesh is None else ways(self.axes, self.mesh.abstract_mesh)
+
+    def sharding(self, n: int) -> NamedSharding | None:
+        if self.mesh is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(() if n % self.ways else self.axes or ()))
+
+    def own_rows(self, where: str, n: int) -> np.ndarray:
+        """The rows on this process' devices, in ascending order."""
+        sharding = self.sharding(n)
+        if jax.process_count() == 1 or sharding is None:
+            return np.arange(n)
+        if n % self.ways:
+            raise PlacementError(
+                f"{where}: {n} participants cannot be divided evenly over the {self.ways} devices "
+                f"along {listed(self.axes)}. In a single process their rows would be copied to "
+                "all devices, but in several no process receives what others have loaded. Take a "
+                f"multiple of {self.ways}."
+            )
+        indices = sharding.addressable_devices_indices_map((n,)).values()
+        starts = sorted({rows.start or 0 for (rows,) in filter(None, indices)})
+        return (np.array(starts)[:, None] + np.arange(n // self.ways)).reshape(-1)
+
+    def owners(self, n: int) -> dict[int, list[int]]:
+        """The processes that load a row, by row."""
+        sharding = self.sharding(n)
+        assert sharding is not None
+        owners: dict[int, set[int]] = {}
+        device: Any
+        for device, index in sharding.devices_indices_map((n,)).items():
+            for row in range(n)[index[0] if index else slice(None)]:
+                owners.setdefault(row, set()).add(device.process_index)
+        return {row: sorted(processes) for row, processes in owners.items()}
+
+    def put(self, leaf: Any, n: int, own: np.ndarray) -> jax.Array:
+        sharding = self.sharding(n)
+        if jax.process_count() == 1 or sharding is None:
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self.put(jax.random.key_data(leaf), n, own)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        # What is computed under a mesh is on all of its devices.
+        local = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+
+        def rows(index):
+            first = np.searchsorted(own, index[0].start or 0)
+            return local[first : first + n // self.ways]
+
+        return jax.make_array_from_callback((n, *local.shape[1:]), sharding, rows)
+
+
+def spread_in_scope(where: str, placement: str | None) -> Spread:
+    """How a placement is spread over the mesh in scope."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:
+        raise PlacementError(
+            f"{where} was called in a function that JAX traces. Data are loaded and placed outside "
+            "jax.jit and fax.program, and passed as arguments."
+        ) from None
+    several = jax.process_count() > 1
+    if mesh.empty:
+        if several:
+            raise PlacementError(
+                f"{where}: this is one of {jax.process_count()} processes and no mesh is in scope. "
+                "Use jax.set_mesh(fax.sharding.make_mesh(clients=-1)), so that it is known which "
+                "rows belong to which process."
+            )
+        return Spread(placement, None, ())
+    absent = set(range(jax.process_count())) - {d.process_index for d in mesh.devices.flat}
+    if absent:
+        raise PlacementError(
+            f"{where}: the mesh in scope has no device of process {listed(sorted(absent))}. Make "
+            "it of devices of all processes, as fax.sharding.make_mesh does."
+        )
+    name = _name(where, mesh) if placement is None else placement
+    axes = split_axes(laid_out((Placement(name, 1),))[0])
+    if several and not axes:
+        raise PlacementError(
+            f"{where}: the mesh in scope has the axes {listed(mesh.axis_names)}, and none for "
+            f"{name!r}. Its rows would have to be on all devices, but in several processes no "
+            "process receives what others have loaded. Name an axis after the placement, or use "
+            "fax.sharding.layout."
+        )
+    return Spread(name, mesh, axes)
+
+
+def _name(where: str, mesh: Mesh) -> str:
+    """The one placement that can be meant."""
+    candidates = named_in_layout() or list(mesh.axis_names)
+    if len(candidates) == 1:
+        return candidates[0]
+    raise PlacementError(
+        f"{where} needs placement=, because it could be any of {listed(candidates)}."
+    )
+
+
+def listed(items: Any) -> str:
+    return ", ".join(map(str, items))
+
+
+def positive(where: str, n: Any) -> int:
+    try:
+        count = 0 if isinstance(n, bool) else operator.index(n)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise PlacementError(
+            f"{where}: n is {n!r}, expected a positive int, the number of participants."
+        )
+    return count

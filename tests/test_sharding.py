@@ -1,0 +1,137 @@
+"""Programs on meshes give what they give on one device, whatever the mesh.
+
+Values and gradients of the case table's programs are compared with the plain references, and
+the transformations are those of `test_transformations`. An older JAX gets a subset.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, of_size
+from meshes import KINDS, mesh, put
+from test_transformations import TRANSFORMATIONS, Subject, assert_close
+
+NEWEST = jax.__version_info__ >= (0, 12)
+MESHES = {
+    "1": dict(clients=1),
+    "2": dict(clients=2),
+    "4x2": dict(clients=4, model=2),
+    "2x2x2": dict(clients=2, data=2, model=2),
+}
+SIZES = (7, 8, 13)
+NUMBERS = range(len(CASES))
+
+
+# Values and gradients
+
+
+def both(fn, case):
+    """The outputs of a function like the case's program, and the derivatives of a loss."""
+
+    def loss(*differentiable):
+        outputs = jax.tree.leaves(fn(*case.merge(differentiable)))
+        return sum(
+            jnp.sum(x**2 + jnp.sin(k + x))
+            for k, x in enumerate(outputs)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        )
+
+    derive = jax.jacfwd if "reverse" in case.refuses else jax.grad
+    gradient = derive(loss, tuple(range(len(case.argnums))))
+    return jax.jit(lambda *args: (fn(*args), gradient(*(args[i] for i in case.argnums))))
+
+
+@functools.cache
+def expected(size, number):
+    case = of_size(size)[number]
+    return jax.device_get(both(case.reference, case)(*case.args))
+
+
+def check(number, name, kind, size, batch_size=None):
+    case = of_size(size)[number]
+    want = expected(size, number)
+    on = mesh(kind, **MESHES[name])
+    with jax.set_mesh(on):
+        args = case.args
+        if size % on.shape["clients"] == 0:
+            args = jax.tree.map(
+                lambda x: put(x, "clients") if np.shape(x)[:1] == (size,) else x, args
+            )
+        got = both(case.program(batch_size), case)(*args)
+    assert_close(got, want)
+
+
+def label(number, *rest):
+    return "-".join([CASES[number].name, *map(str, rest)])
+
+
+def parametrize(names, choices):
+    return pytest.mark.parametrize(names, choices, ids=itertools.starmap(label, choices))
+
+
+FULL = list(itertools.product(NUMBERS, KINDS))
+SHAPES = list(itertools.product(NUMBERS, MESHES, KINDS, SIZES))
+
+
+def pairwise():
+    """A kind and a size for each case and mesh, so that every pair of the four comes up."""
+    kinds = list(KINDS)
+    return [
+        (number, name, kinds[(number + i) % 4], SIZES[(number + number // 4 + i) % 3])
+        for number in NUMBERS
+        for i, name in enumerate(MESHES)
+    ]
+
+
+def test_pairwise_subset_covers_every_pair():
+    for left, right in itertools.combinations(range(4), 2):
+        pairs = {(choice[left], choice[right]) for choice in SHAPES}
+        found = {(choice[left], choice[right]) for choice in pairwise()}
+        cases_alone = left == 0 and right > 1  # each case has three or four of the others' values
+        assert len(found) >= len(pairs) * 3 / 4 if cases_alone else found == pairs
+
+
+@parametrize(("number", "kind"), FULL if NEWEST else FULL[::5])
+def test_every_case_on_4x2_in_every_axis_type(number, kind):
+    size = SIZES[(number + list(KINDS).index(kind)) % 3]
+    check(number, "4x2", kind, size, batch_size=(None, 2)[number % 2])
+
+
+@parametrize(("number", "name", "kind", "size"), pairwise()[:: 1 if NEWEST else 7])
+def test_every_case_on_meshes_of_other_shapes(number, name, kind, size):
+    check(number, name, kind, size, batch_size=(2, None)[number % 2])
+
+
+# Transformations
+
+
+# JAX does not serialize any exported function whose results are arrays on a mesh of mixed axes.
+TRANSFORMED = [
+    (t, kind)
+    for t, kind in itertools.product(range(len(TRANSFORMATIONS)), KINDS)
+    if TRANSFORMATIONS[t][0] != "eval_shape"
+    and (TRANSFORMATIONS[t][0] != "export" or kind in ("auto", "explicit"))
+]
+
+
+def turn(t, kind):
+    """A case that allows for the transformation, another one each time."""
+    mode, first = TRANSFORMATIONS[t][1], 5 * t + 4 * list(KINDS).index(kind)
+    numbers = [(first + k) % len(CASES) for k in NUMBERS]
+    return next(n for n in numbers if mode not in CASES[n].refuses)
+
+
+@pytest.mark.parametrize(
+    ("t", "kind"),
+    TRANSFORMED if NEWEST else TRANSFORMED[::5],
+    ids=lambda x: TRANSFORMATIONS[x][0] if isinstance(x, int) else x,
+)
+def test_transformations_on_a_mesh(t, kind):
+    """What `test_transformations` shows of programs on one device holds on eight."""
+    (_, _, transformation), case = TRANSFORMATIONS[t], of_size(7)[turn(t, kind)]
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
+        transformation(Subject(case, batch_size=2, program=case.program(2)))
