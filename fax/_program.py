@@ -33,7 +33,8 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     The result is an ordinary JAX function, to be jitted, differentiated, vectorised, exported
     and called in other functions. When called it traces the body, fuses what it finds into
     rounds of communication, and evaluates those where it was called. Called with arrays and
-    outside of any transformation, it is compiled as a whole, once for arguments alike.
+    outside of any transformation, it is compiled as a whole, once for arguments alike. Python
+    scalars are constants then, and each value compiles anew: pass what varies as an array.
 
     Args:
       **placements: the number of participants, a positive int, by the name of the placement.

@@ -145,7 +145,7 @@ def max(
     Returns:
       The server pytree max_i x[i], with leaves of shape [...] and the dtypes of ``x``. Its
       gradient goes to the participants that attain it, in equal parts if there are several;
-      where none is left it is zero.
+      where none is left, or the maximum is NaN, it is zero.
 
     Raises:
       PlacementError: if a leading axis is not n, a leaf is not real, ``where`` is not bool of
