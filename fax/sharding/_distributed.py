@@ -42,10 +42,10 @@ def initialize(
     With Slurm and MPI every process uses the GPU of its local number, unless ``local_device_ids``
     says otherwise.
 
-    When a process dies or an exception ends it, all others print which one it was, and end with
-    exit status 1, at once. One that hangs without dying, and any one on a TPU pod, is noticed by
-    JAX's heartbeats instead, which abort the others after ``heartbeat_timeout``. A process that
-    leaves by `sys.exit` counts as finished.
+    When a process dies or an exception ends it, all others print which one it was and end at once,
+    with exit status 3. One that stands still without dying, and any one on a TPU pod or Kubernetes,
+    is noticed by JAX's heartbeats instead, which abort the others after ``heartbeat_timeout``. A
+    process that leaves by `sys.exit` counts as finished.
 
     Args:
       coordinator_address: host and port of process 0, as in ``"10.0.0.1:1234"``. The port must be

@@ -25,6 +25,8 @@ import jax
 
 Message = dict[str, Any]
 
+BEREFT = 3  # the exit status of a process that ends because another one is gone
+
 
 def meet(address: str, count: int, me: int, timeout: float) -> Watch:
     """Waits for all processes.
@@ -131,6 +133,7 @@ def _receive_all(
                 mend = "Give every process the same num_processes and its own process_id."
                 _refuse({**present, -1: new}, f"{mistake}. {mend}")
             present[number] = new
+            new.send(welcome=number)
     for number, connection in present.items():
         connection.send(go=number)
     return present
@@ -147,14 +150,7 @@ def _join(address: str, count: int, me: int, deadline: float, timeout: float) ->
     """Any other process: a connection to process 0, which may not have started yet."""
     host, port = address.rsplit(":", 1)
     reason = "nobody answered"
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise RuntimeError(
-                f"fax.sharding.initialize: process {me} did not reach process 0 at {address} "
-                f"within {timeout:g} s ({reason}). Check that process 0 runs, that "
-                "coordinator_address is its address, and that no firewall is in between."
-            )
+    while (left := deadline - time.monotonic()) > 0:
         try:
             peer = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5))
         except OSError as error:
@@ -163,15 +159,23 @@ def _join(address: str, count: int, me: int, deadline: float, timeout: float) ->
             continue
         connection = Connection(peer)
         connection.send(process=me, of=count, host=socket.gethostname())
-        # Process 0 gives up at its own deadline and then says who is missing: wait for that.
-        answer = connection.receive(deadline + 10)
-        if answer and "refused" in answer:
-            raise RuntimeError(f"fax.sharding.initialize: {answer['refused']}")
-        if answer and answer.get("go") == me:
+        answer = connection.receive(min(deadline, time.monotonic() + 5)) or {}
+        reason = "whoever is there did not answer as process 0 of this run"
+        if "welcome" in answer:
+            # Process 0 may have started later, and says who is missing when its time is up.
+            answer = connection.receive(deadline + 5) or {}
+            reason = "process 0 is there, but not all of the others are"
+        if answer.get("go") == me:
             return connection
         peer.close()
-        reason = "whoever is there did not answer as process 0 of this run"
+        if "refused" in answer:
+            raise RuntimeError(f"fax.sharding.initialize: {answer['refused']}")
         time.sleep(min(0.1, left))
+    raise RuntimeError(
+        f"fax.sharding.initialize: process {me} did not meet process 0 at {address} within "
+        f"{timeout:g} s ({reason}). Check that process 0 runs, that coordinator_address is its "
+        "address, and that no firewall is in between."
+    )
 
 
 class Watch:
@@ -227,7 +231,7 @@ class Watch:
             flush = threading.Thread(target=sys.stdout.flush, daemon=True)
             flush.start()
             flush.join(timeout=1)
-        os._exit(1)
+        os._exit(BEREFT)
 
     def _leave(self) -> None:
         if os.getpid() != self._pid:

@@ -55,9 +55,9 @@ def place(
 
       >>> mesh = fax.sharding.make_mesh(clients=-1)
       >>> with jax.set_mesh(mesh):
-      ...     temperatures = fax.sharding.place(np.ones((16, 3)))
-      >>> temperatures.sharding.spec
-      PartitionSpec('clients',)
+      ...     temperatures = fax.sharding.place(jnp.ones((16, 3)))
+      >>> temperatures.shape, len(temperatures.addressable_shards) == jax.device_count()
+      ((16, 3), True)
     """
     where = "fax.sharding.place"
     spread = spread_in_scope(where, placement)
@@ -172,8 +172,8 @@ def _check_rows(where: str, count: int, rows: Any, own: np.ndarray, n: int, spre
     me = jax.process_index()
     wanted = f"process {me} must pass those of participants {_ranges(own)}"
     if count != len(own):
-        mine = f"{wanted}, as fax.sharding.local_rows({n}) says" if len(own) < n else "one for each"
-        raise PlacementError(f"{where}: tree has {count} rows for n={n}, but {mine}.")
+        mend = f"{wanted}, as fax.sharding.local_rows({n}) says" if len(own) < n else "needs all"
+        raise PlacementError(f"{where}: tree has {count} rows for n={n}, but {mend}.")
     if rows is None:
         return
     given = np.asarray(rows)

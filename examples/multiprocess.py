@@ -1,0 +1,183 @@
+"""Federated averaging in several processes, each of which loads the data of its own clients only.
+
+The processes are started on this machine, with virtual CPU devices, and communicate as they would
+on several hosts.
+
+    python examples/multiprocess.py --processes 2 --check
+
+prints the test accuracy and how far the result is from that of a single process.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import fax
+
+ALPHA, BATCH_SIZE, HIDDEN = 0.5, 5, 64
+
+
+def load_clients(options, rows):
+    """The clients ``rows`` as arrays [len(rows), steps, BATCH_SIZE, ...], and the test data."""
+    (images, labels), test = _digits.load(options.seed)
+    rng = np.random.default_rng(options.seed)
+    owner = _digits.dirichlet_partition(labels, options.clients, ALPHA, rng)
+    # All processes have to pad to the same size, that of the largest client anywhere.
+    slots = -(-np.bincount(owner).max() // BATCH_SIZE) * BATCH_SIZE
+    own = np.isin(owner, rows)
+    number = np.searchsorted(rows, owner[own])
+    clients = _digits.stack(images[own], labels[own], number, len(rows), slots)
+    batches = {k: x.reshape(len(rows), -1, BATCH_SIZE, *x.shape[2:]) for k, x in clients.items()}
+    return batches, test
+
+
+def logits(params, images):
+    return jax.nn.relu(images @ params["hidden"] + params["bias"]) @ params["out"]
+
+
+def mean_loss(params, batch):
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits(params, batch["image"]), batch["label"]
+    )
+    return jnp.sum(losses, where=batch["mask"]) / jnp.maximum(batch["mask"].sum(), 1)
+
+
+def local_update(params, batches):
+    """How one epoch of a client's training changes the parameters."""
+
+    def step(params, batch):
+        gradient = jax.grad(mean_loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), None
+
+    trained, _ = lax.scan(step, params, batches)
+    return jax.tree.map(jnp.subtract, trained, params)
+
+
+def train(options):
+    """Runs in every process. Returns the parameters, which are the same in all of them."""
+    mesh = fax.sharding.make_mesh(clients=-1)
+    with jax.set_mesh(mesh):
+        rows = fax.sharding.local_rows(options.clients)
+        batches, (images, labels) = load_clients(options, rows)
+        batches = fax.sharding.place(batches, n=options.clients, rows=rows)
+        print(
+            f"process {jax.process_index()} of {jax.process_count()}, pid {os.getpid()}: "
+            f"{len(rows)} of {options.clients} clients on {jax.local_device_count()} devices",
+            flush=True,
+        )
+
+        @fax.program(clients=options.clients)
+        def federated_round(params, batches):
+            updates = fax.map(local_update, fax.broadcast(params), batches)
+            num_examples = batches["mask"].sum(axis=(1, 2))
+            return jax.tree.map(jnp.add, params, fax.mean(updates, weights=num_examples))
+
+        keys = jax.random.split(jax.random.key(options.seed))
+        params = {
+            "hidden": jax.random.normal(keys[0], (64, HIDDEN)) / 8,
+            "bias": jnp.zeros(HIDDEN),
+            "out": jax.random.normal(keys[1], (HIDDEN, 10)) / 8,
+        }
+        run = jax.jit(federated_round)
+        for _ in range(options.rounds):
+            params = jax.block_until_ready(run(params, batches))
+    params = jax.device_get(params)
+    accuracy = np.mean(logits(params, images).argmax(axis=1) == labels)
+    return params, accuracy
+
+
+def work(options):
+    """One of the processes."""
+    jax.config.update("jax_num_cpu_devices", options.devices_per_process)
+    fax.sharding.initialize(
+        f"localhost:{options.port}", options.processes, options.process, initialization_timeout=60
+    )
+    start = time.perf_counter()
+    params, accuracy = train(options)
+    if options.process == 0:
+        seconds = time.perf_counter() - start
+        print(
+            f"test accuracy {accuracy:.1%} after {options.rounds} rounds in {options.processes} "
+            f"processes, {seconds:.1f} s"
+        )
+        np.savez(options.result, **params)
+
+
+def launch(options, result):
+    """Starts all processes and waits for them. Says which one died, if one does."""
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, *sys.argv, f"--port={port}", f"--result={result}"]
+    processes = [subprocess.Popen([*command, f"--process={i}"]) for i in range(options.processes)]
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            if any(process.poll() for process in processes):
+                break
+        failed = {i: p.poll() for i, p in enumerate(processes) if p.poll()}
+        if failed:
+            # Where another one was the cause, a process ends with status 3, or JAX aborts it.
+            causes = [i for i in failed if failed[i] not in (3, -signal.SIGABRT)] or [*failed]
+            status = failed[causes[0]]
+            how = f"signal {-status}" if status < 0 else f"an error, exit status {status}"
+            print(f"process {causes[0]} died of {how}", flush=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for process in processes:
+                    process.wait(timeout=60)
+            sys.exit(1)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def check(options, result):
+    """Compares the result with that of this process alone, on as many devices."""
+    jax.config.update("jax_num_cpu_devices", options.processes * options.devices_per_process)
+    params, _ = train(options)
+    with np.load(result) as found:
+        difference = max(np.abs(found[name] - params[name]).max() for name in params)
+    print(f"largest difference from a single process {difference:.1e}")
+    if difference > 1e-4:
+        sys.exit("the results differ")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    number = functools.partial(parser.add_argument, type=int)
+    number("--processes", default=2)
+    number("--devices-per-process", default=2)
+    number("--rounds", default=30)
+    number("--clients", default=48, help="a multiple of the number of all devices")
+    number("--seed", default=0)
+    parser.add_argument("--check", action="store_true", help="compare with a single process")
+    number("--process", help=argparse.SUPPRESS)
+    number("--port", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if options.process is not None:
+        return work(options)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.npz")
+        launch(options, result)
+        if options.check:
+            check(options, result)
+
+
+if __name__ == "__main__":
+    main()
