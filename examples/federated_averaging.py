@@ -114,7 +114,9 @@ def main():
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
         accuracies.append(float(accuracy(params, *test)))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.1%}", refresh=False)
+        progress.set_postfix(
+            loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.1%}", refresh=False
+        )
 
     path = draw(losses, accuracies)
     print(f"test accuracy {accuracies[-1]:.1%}, {np.median(seconds):.4f} s per round, see {path}")
