@@ -93,13 +93,15 @@ def _compute(*operands, platform, **params):
 def _work(*operands, platform, this):
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if jax.config.jax_disable_jit else split_axes(this.group)
-    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(axes, AxisType.Manual)
-    along = (*mesh.manual_axes, *axes)
+    along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
+    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in this.jaxpr.effects)
+    if along and others and effects:
+        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(others)))
+    # JAX allows for effects where all axes are manual, those of one device as well.
+    manual = tuple(mesh.axis_names) if axes and effects else axes
+    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
     typed = this if mesh.empty else this.replace(jaxpr=Retyping(kinds, along)(this.jaxpr))
-    in_step = bool(along and other_axes(axes, mesh))
-    effects = [e for e in this.jaxpr.effects if type(e).__name__ != "NamedAxisEffect"]
-    if in_step and effects:
-        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(other_axes(axes, mesh))))
+    in_step = bool(along and others)
     varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
 
     def work(*rows):
@@ -115,7 +117,7 @@ def _work(*operands, platform, this):
         this.group,
         lambda size: _schedule.batch_size_for(platform, this.batch_size, size),
         axes,
-        effects=bool(effects),
+        manual,
     )
     return [x.astype(aval.dtype) for x, aval in zip(outs, this.value_avals, strict=True)]
 

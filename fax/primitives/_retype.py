@@ -77,7 +77,8 @@ class Retyping:
         wanted = eqn.params.get(_SHARDINGS.get(str(eqn.primitive), ""))
         if not isinstance(wanted, NamedSharding) or self._mesh(wanted.mesh.abstract_mesh).auto_axes:
             return False
-        return all(entry in (None, PartitionSpec.UNCONSTRAINED) for entry in wanted.spec)
+        names = [name for entry in wanted.spec for name in _names(entry)]
+        return all(wanted.mesh.shape[name] == 1 for name in names)
 
     def _eqn(self, eqn: JaxprEqn) -> JaxprEqn:
         if eqn.primitive.name == "reshard":
@@ -121,8 +122,7 @@ class Retyping:
         return unchecked(aval.update(sharding=NamedSharding(mesh, spec)), self._unchecked)
 
     def _kept(self, entry: Any) -> Any:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        return tuple(n for n in names if n is not None and n not in self._types) or None
+        return tuple(name for name in _names(entry) if name not in self._types) or None
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, ClosedJaxpr):
@@ -153,3 +153,10 @@ class Retyping:
             with jax.sharding.use_abstract_mesh(mesh):
                 scalar = jax.typeof(np.float32(0))
                 return _jaxpr.trace(lambda x: [lax.neg(x)], [scalar])[0].jaxpr.eqns[0].ctx
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    if entry in (None, PartitionSpec.UNCONSTRAINED):
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
