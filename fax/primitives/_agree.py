@@ -162,13 +162,22 @@ def _while(eqn, flags, axes, values):
 
 
 def _scan(eqn, flags, axes, values):
-    body, fixed = eqn.params["jaxpr"], eqn.params["num_consts"]
-    carries = fixed + eqn.params["num_carry"]
+    # Inputs are constants, carried values and rows; outputs carried values and rows. The names
+    # of the parameters that count them differ between versions of JAX, but rows have one axis
+    # less in the body.
+    body = eqn.params["jaxpr"]
+    carries = _alike(eqn.invars, body.in_avals)
+    fixed = carries - _alike(eqn.outvars, body.out_avals)
     consts, xs = flags[:fixed], flags[carries:]
     carried = _settle(flags[fixed:carries], lambda c: depends(body, [*consts, *c, *xs])[: len(c)])
     flags = [*consts, *carried, *xs]
     eqn = eqn.replace(params=dict(eqn.params, jaxpr=agree(body, flags, axes)))
     return _bind(eqn, values), depends(body, flags)
+
+
+def _alike(atoms, avals):
+    """How many have as many axes as they have in a loop's body."""
+    return sum(atom.aval.ndim == aval.ndim for atom, aval in zip(atoms, avals, strict=True))
 
 
 def _settle(carried, step):

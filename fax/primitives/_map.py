@@ -56,7 +56,7 @@ from fax.primitives._round import (
 from fax.primitives._structure import Structure, execute
 from fax.sharding import _devices, _schedule
 from fax.sharding._mesh import other_axes, split_axes
-from fax.sharding._types import placed_aval, without_explicit_axes
+from fax.sharding._types import placed_aval, unchecked, without_explicit_axes
 
 # Evaluation
 
@@ -93,12 +93,15 @@ def _compute(*operands, platform, **params):
 def _work(*operands, platform, this):
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if jax.config.jax_disable_jit else split_axes(this.group)
-    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(axes, AxisType.Manual)
-    typed = this.replace(jaxpr=Retyping(kinds)(this.jaxpr)) if kinds else this
-    along = (*mesh.manual_axes, *axes)
-    in_step = bool(along and other_axes(axes, mesh))
-    if in_step and this.jaxpr.effects:
-        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(other_axes(axes, mesh))))
+    along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
+    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in this.jaxpr.effects)
+    if along and others and effects:
+        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(others)))
+    # JAX allows for effects where all axes are manual, those of one device as well.
+    manual = tuple(mesh.axis_names) if axes and effects else axes
+    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
+    typed = this if mesh.empty else this.replace(jaxpr=Retyping(kinds, along)(this.jaxpr))
+    in_step = bool(along and others)
     varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
 
     def work(*rows):
@@ -114,9 +117,19 @@ def _work(*operands, platform, this):
         this.group,
         lambda size: _schedule.batch_size_for(platform, this.batch_size, size),
         axes,
-        effects=bool(this.jaxpr.effects),
+        manual,
     )
     return [x.astype(aval.dtype) for x, aval in zip(outs, this.value_avals, strict=True)]
+
+
+def _lowering(platform):
+    """The rule for a platform. In a `jax.shard_map` nothing is checked below this level."""
+    rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
+
+    def lower(ctx, *operands, **params):
+        return rule(ctx.replace(avals_in=list(map(unchecked, ctx.avals_in))), *operands, **params)
+
+    return lower
 
 
 # Batching
@@ -319,12 +332,8 @@ def _dce(used_outputs, *rest):
 
 federated_map_p.def_impl(_impl)
 federated_map_p.def_effectful_abstract_eval(_abstract_eval)
-mlir.register_lowering(
-    federated_map_p, mlir.lower_fun(functools.partial(_compute, platform="cpu")), platform="cpu"
-)
-mlir.register_lowering(
-    federated_map_p, mlir.lower_fun(functools.partial(_compute, platform="accelerator"))
-)
+mlir.register_lowering(federated_map_p, _lowering("cpu"), platform="cpu")
+mlir.register_lowering(federated_map_p, _lowering("accelerator"))
 batching.fancy_primitive_batchers[federated_map_p] = _batch
 ad.primitive_jvps[federated_map_p] = _jvp
 ad.primitive_transposes[federated_map_p] = _transpose

@@ -10,34 +10,35 @@ type in the jaxpr, and every mesh that an equation names, then has to say so.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core.primitives import psum_p
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fax.primitives import _jaxpr
+from fax.sharding._types import unchecked
 
 # What only says how a value is sharded, and the name of the parameter that says it.
 _SHARDINGS = {"reshard": "dst_sharding", "sharding_constraint": "sharding"}
-
-_UNVARYING = jax.typeof(np.float32(0)).manual_axis_type
 
 
 class Retyping:
     """Changes the types of mesh axes in jaxprs.
 
-    Which manual axes a value varies over is left out, as in a `jax.shard_map` with
-    ``check_vma=False``. What came from outside names no mesh, nor does a gradient that goes
-    back to it; it is on the mesh in scope.
+    Whether a value varies over the ``unchecked`` axes, which are manual, is left out, as in a
+    `jax.shard_map` with ``check_vma=False``. What came from outside names no mesh, nor does a
+    gradient that goes back to it; it is on the mesh in scope.
     """
 
-    def __init__(self, types: Mapping[str, AxisType]):
+    def __init__(self, types: Mapping[str, AxisType], unchecked: Iterable[str]):
         self._types = dict(types)
+        self._unchecked = frozenset(unchecked)
         self._scope = jax.sharding.get_abstract_mesh()
         self._context = functools.cache(self._make_context)
 
@@ -52,7 +53,10 @@ class Retyping:
             return env[var]
 
         def read(atom: Any) -> Any:
-            return env[atom] if isinstance(atom, Var) else atom
+            if isinstance(atom, Var):
+                return env[atom]
+            typed = isinstance(atom.val, np.ndarray)  # these carry a type of their own in JAX
+            return Literal(np.array(atom.val), self._aval(atom.aval)) if typed else atom
 
         constvars, invars = list(map(write, jaxpr.constvars)), list(map(write, jaxpr.invars))
         eqns = []
@@ -67,15 +71,26 @@ class Retyping:
         return jaxpr.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
 
     def _is_moot(self, eqn: JaxprEqn) -> bool:
-        """Whether an equation speaks to the compiler where nothing is left to it."""
+        """Whether an equation only says what need not be said any more."""
+        if str(eqn.primitive) == "pvary":
+            return self._unchecked.issuperset(eqn.params["axes"])
         wanted = eqn.params.get(_SHARDINGS.get(str(eqn.primitive), ""))
         if not isinstance(wanted, NamedSharding) or self._mesh(wanted.mesh.abstract_mesh).auto_axes:
             return False
-        return all(entry in (None, PartitionSpec.UNCONSTRAINED) for entry in wanted.spec)
+        names = [name for entry in wanted.spec for name in _names(entry)]
+        return all(wanted.mesh.shape[name] == 1 for name in names)
 
     def _eqn(self, eqn: JaxprEqn) -> JaxprEqn:
         if eqn.primitive.name == "reshard":
             return self._constraint(eqn)
+        if eqn.primitive.name == "psum_invariant" and self._unchecked.issuperset(
+            eqn.params["axes"]
+        ):
+            params = dict(axes=eqn.params["axes"], axis_index_groups=None)
+            return eqn.replace(primitive=psum_p, params=params, ctx=self._context(eqn.ctx))
+        if eqn.primitive.name == "pvary":
+            axes = tuple(axis for axis in eqn.params["axes"] if axis not in self._unchecked)
+            return eqn.replace(params=dict(axes=axes), ctx=self._context(eqn.ctx))
         params = {name: self._value(value) for name, value in eqn.params.items()}
         if eqn.primitive.name != "sharding_constraint":  # what is left of types as parameters
             params.update((k, None) for k, v in params.items() if isinstance(v, NamedSharding))
@@ -104,11 +119,10 @@ class Retyping:
         mesh = self._mesh(aval.sharding.mesh)
         # Only explicit axes may be left in a type, and none of those that change is.
         spec = PartitionSpec(*(self._kept(entry) for entry in aval.sharding.spec))
-        return aval.update(sharding=NamedSharding(mesh, spec), manual_axis_type=_UNVARYING)
+        return unchecked(aval.update(sharding=NamedSharding(mesh, spec)), self._unchecked)
 
     def _kept(self, entry: Any) -> Any:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        return tuple(n for n in names if n is not None and n not in self._types) or None
+        return tuple(name for name in _names(entry) if name not in self._types) or None
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, ClosedJaxpr):
@@ -127,8 +141,10 @@ class Retyping:
 
     def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
         mesh = self._scope if mesh.empty else mesh
-        known = {axis: kind for axis, kind in self._types.items() if axis in mesh.axis_names}
-        return mesh.update_axis_types(known)
+        # What is manual in a `jax.shard_map` of the client function's own stays so.
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        left = {axis for axis, kind in types if kind != AxisType.Manual}
+        return mesh.update_axis_types({a: k for a, k in self._types.items() if a in left})
 
     def _make_context(self, context: Any) -> Any:
         """An equation's context, which has no constructor, with the types of the axes changed."""
@@ -137,3 +153,10 @@ class Retyping:
             with jax.sharding.use_abstract_mesh(mesh):
                 scalar = jax.typeof(np.float32(0))
                 return _jaxpr.trace(lambda x: [lax.neg(x)], [scalar])[0].jaxpr.eqns[0].ctx
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    if entry in (None, PartitionSpec.UNCONSTRAINED):
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -36,7 +36,7 @@ def run(
     group: Placement,
     batch_size: Callable[[int], int],
     axes: tuple[str, ...],
-    effects: bool,
+    manual: tuple[str, ...],
 ) -> list[jax.Array]:
     """Runs ``work`` for every participant, on all devices along ``axes`` of the mesh in scope.
 
@@ -46,7 +46,7 @@ def run(
       group: the participants.
       batch_size: how many are worked on at once, if a device works for so many.
       axes: the mesh axes that they are spread over; without any, all are on one device.
-      effects: whether ``work`` has effects; then no participant may be worked for twice.
+      manual: these axes, and others of one device that ``work`` has as manual ones, too.
 
     Returns:
       The outputs, each in its mode, and totals in the dtype in which they are added up.
@@ -90,12 +90,11 @@ def run(
         operands = _replaced(operands, placed_in, full)
         last = last if even else []
     spread, same = PartitionSpec(axes), PartitionSpec()
-    manual = set(mesh.axis_names if effects and not others else axes).difference(mesh.manual_axes)
     parts, totals = jax.shard_map(
         on_device,
         in_specs=([spread if p else same for p in placed_in], [spread] * len(last)),
         out_specs=(spread, same),
-        axis_names=manual,
+        axis_names=set(manual).difference(mesh.manual_axes),
         check_vma=False,
     )(list(operands), last)
     if left:

@@ -7,7 +7,7 @@ Auto axes the same is a constraint for the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 from jax import lax
@@ -66,10 +66,22 @@ def as_before(x: jax.Array, before: ShapedArray) -> jax.Array:
     return _with_sharding(x, before) if _in_scope(before).mesh.explicit_axes else x
 
 
+def unchecked(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
+    """A type that does not say whether values vary over manual axes, or over some of them."""
+    known = aval.manual_axis_type
+    left = {
+        kind: frozenset() if axes is None else getattr(known, kind).difference(axes)
+        for kind in ("varying", "unreduced", "reduced")
+    }
+    return aval.update(manual_axis_type=known.update(**left))
+
+
 def without_explicit_axes(fn: Callable, out_specs: Sequence[PartitionSpec]) -> Callable:
     """A function of arrays that sees Auto axes only, and returns arrays of the given types."""
     mesh = jax.sharding.get_abstract_mesh()
-    return auto_axes(fn, out_sharding=list(out_specs)) if mesh.explicit_axes else fn
+    if not mesh.explicit_axes:
+        return fn
+    return auto_axes(fn, axes=mesh.explicit_axes, out_sharding=list(out_specs))
 
 
 def _constrain(x: jax.Array, axes: tuple[str, ...], group: Placement) -> jax.Array:

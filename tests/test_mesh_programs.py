@@ -1,0 +1,248 @@
+"""What programs can do on meshes: inside `jax.shard_map`, nested, laid out, with any client."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import points
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from meshes import KINDS, mesh, put
+from test_transformations import assert_close
+
+import fax
+
+P = PartitionSpec
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+UNIFORM = pytest.mark.parametrize("kind", ["auto", "explicit"])
+CHECKED = pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+
+
+def squares(fn):
+    def loss(*args):
+        leaves = jax.tree.leaves(fn(*args))
+        return sum(jnp.sum(x**2) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+
+    return loss
+
+
+def both(fn):
+    """The values of a function of floats, and its gradient with respect to two arguments."""
+    return jax.jit(lambda *args: (fn(*args), jax.grad(squares(fn), (0, 1))(*args)))
+
+
+# One round, and what it means
+
+
+def client(p, x):
+    return jnp.tanh(p * x) @ jnp.flip(p), jnp.sum(x**2)
+
+
+def program_of(n, batch_size=None, work=client):
+    @fax.program(clients=n)
+    def program(p, d):
+        y, z = fax.map(work, fax.broadcast(p), d, batch_size=batch_size)
+        return fax.mean(y), fax.max(y), z
+
+    return program
+
+
+def reference(p, d):
+    y, z = jax.vmap(client, (None, 0))(p, d)
+    return y.mean(), y.max(), z
+
+
+def data(n):
+    return points(4, seed=1), points(n, 4, seed=n)
+
+
+@functools.cache
+def expected(n):
+    return jax.device_get(both(reference)(*data(n)))
+
+
+# Inside the user's `jax.shard_map`
+
+
+@EVERY_KIND
+@CHECKED
+@pytest.mark.parametrize(
+    ("axes", "axis", "n"),
+    [
+        (dict(clients=4, model=2), "clients", 2),  # the rows of the program are those of a device
+        (dict(data=2, clients=4), "data", 4),  # and here those of four, which share the work
+        (dict(data=2, clients=4), "data", 3),
+    ],
+    ids=["over-placement", "over-other", "over-other-uneven"],
+)
+def test_programs_in_a_shard_map(kind, check_vma, axes, axis, n):
+    size = n * axes[axis]
+    p, d = data(size)
+
+    def local(p, d):
+        mean, best, z = program_of(n)(p, d)
+        return lax.pmean(mean, axis), best[None], z
+
+    def whole(p, d):
+        mean, _, z = reference(p, d)
+        return mean, jnp.stack([reference(p, rows)[1] for rows in jnp.split(d, axes[axis])]), z
+
+    want = jax.device_get(both(whole)(p, d))
+    with jax.set_mesh(mesh(kind, **axes)):
+        spread = jax.shard_map(
+            local,
+            in_specs=(P(), P(axis)),
+            out_specs=(P(), P(axis), P(axis)),
+            axis_names={axis},
+            check_vma=check_vma,
+        )
+        assert_close(both(spread)(p, put(d, axis)), want)
+
+
+# Nested placements, and layouts
+
+
+def tree_mean(p, d):
+    def region(rows):
+        y = jnp.sin(rows @ p)
+        return y.mean() * p, y.max()
+
+    means, peaks = jax.vmap(region)(d)
+    return means.mean(0), peaks
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("shape", [(2, 8), (4, 4), (3, 5)], ids=str)
+def test_placements_nested_on_two_axes(kind, shape):
+    regions, clients = shape
+
+    @fax.program(regions=regions, clients=clients)
+    def program(p, d):
+        def region(p, rows):
+            y = fax.map(
+                lambda p, x: jnp.sin(x @ p), fax.broadcast(p, placement="clients"), rows,
+                placement="clients",
+            )  # fmt: skip
+            mean = fax.mean(y, placement="clients")
+            return mean * p, fax.max(y, placement="clients")
+
+        everywhere = fax.broadcast(p, placement="regions")
+        means, peaks = fax.map(region, everywhere, d, placement="regions")
+        return fax.mean(means, placement="regions"), peaks
+
+    p, d = points(3, seed=2), points(*shape, 3, seed=3)
+    want = jax.device_get(both(tree_mean)(p, d))
+    with jax.set_mesh(mesh(kind, regions=2, clients=4)):
+        assert_close(both(program)(p, d), want)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("n", [8, 13])
+def test_a_placement_over_two_axes(kind, n):
+    with jax.set_mesh(mesh(kind, pod=2, clients=4)):
+        with fax.sharding.layout(clients=("pod", "clients")):
+            got = both(program_of(n))(*data(n))
+        assert_close(got, expected(n))
+        if n == 8 and kind in ("auto", "explicit"):  # no type tells of axes of two types
+            assert got[0][2].sharding.is_equivalent_to(sharding(("pod", "clients")), 1)
+
+
+def test_a_jitted_program_follows_the_layout():
+    program = jax.jit(program_of(8))
+    with jax.set_mesh(mesh(clients=4, model=2)):
+        for axes in ["clients", ("clients", "model"), "model", ()]:
+            with fax.sharding.layout(clients=axes):
+                assert program(*data(8))[2].sharding.is_equivalent_to(sharding(axes or None), 1)
+        assert program(*data(8))[2].sharding.is_equivalent_to(sharding("clients"), 1)
+
+
+@UNIFORM
+@pytest.mark.parametrize("axes", [dict(model=8), dict(clients=8)], ids=str)
+@pytest.mark.parametrize("n", [3, 8])
+def test_a_mesh_without_the_axis_and_fewer_participants_than_devices(kind, axes, n):
+    with jax.set_mesh(mesh(kind, **axes)):
+        assert_close(both(program_of(n))(*data(n)), expected(n))
+        assert_close(program_of(n)(*data(n)), expected(n)[0])
+
+
+# Results
+
+
+def sharding(*spec):
+    return NamedSharding(jax.sharding.get_mesh(), P(*spec))
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("n", [8, 13])
+def test_shardings_of_results(kind, n):
+    """Rows come out spread where they can be, totals on all devices, `model` as it went in."""
+
+    @fax.program(clients=n)
+    def program(p, d):
+        updates = fax.map(lambda p, x: p * x.sum(), fax.broadcast(p), d)
+        return updates, fax.mean(updates), fax.max(d), fax.index(), fax.broadcast(p)
+
+    p, d = points(6, 4, seed=4), points(n, 3, seed=5)
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
+        d = put(d, "clients") if n == 8 else d
+        rows = "clients" if n == 8 else None
+        wanted = [(rows, None, "model"), (None, "model"), (), (rows,), (rows, None, "model")]
+        for fn in program, jax.jit(program):
+            outs = fn(put(p, None, "model"), d)
+            for out, spec in zip(outs, wanted, strict=True):
+                assert out.sharding.is_equivalent_to(sharding(*spec), out.ndim), (
+                    out.sharding,
+                    spec,
+                )
+        gradient = jax.jit(jax.grad(squares(program), (0, 1)))(put(p, None, "model"), d)
+        assert gradient[0].sharding.is_equivalent_to(sharding(None, "model"), 2)
+        assert gradient[1].sharding.is_equivalent_to(sharding(rows), 2)
+
+
+# Client functions that are sharded themselves
+
+
+def constrained(p, x):
+    hidden = lax.with_sharding_constraint(jnp.tanh(x @ p), P("model"))
+    return jnp.sum(hidden @ p.T * x), x.sum()
+
+
+def explicit(p, x):
+    hidden = jnp.tanh(jnp.dot(x, p, out_sharding=P("model")))
+    return jnp.sum(jnp.dot(hidden, p.T, out_sharding=P()) * x), jax.sharding.reshard(x, P()).sum()
+
+
+def mapped(p, x):
+    def half(p, x):
+        return lax.psum(jnp.tanh(x @ p) @ p.T, "model")
+
+    inner = jax.shard_map(
+        half, in_specs=(P(None, "model"), P()), out_specs=P(), axis_names={"model"}
+    )
+    return jnp.sum(inner(p, x) * x), x.sum()
+
+
+def plain(p, d):
+    y = jnp.sum(jnp.tanh(d @ p) @ p.T * d, axis=1)
+    return y.mean(), y.max(), d.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("work", "kind"),
+    [
+        (constrained, "auto"),
+        (constrained, "first-explicit"),
+        (explicit, "explicit"),
+        (explicit, "first-auto"),
+        *((mapped, kind) for kind in KINDS),
+    ],
+)
+@pytest.mark.parametrize(("n", "batch_size"), [(8, 1), (8, 2), (7, 1), (7, 3)])
+def test_clients_that_are_sharded_over_model(work, kind, n, batch_size):
+    p, d = points(3, 4, seed=6), points(n, 3, seed=7)
+    want = jax.device_get(both(plain)(p, d))
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
+        assert_close(both(program_of(n, batch_size, work))(put(p, None, "model"), d), want)
+        checkpointed = program_of(n, batch_size, jax.checkpoint(work))
+        assert_close(both(checkpointed)(put(p, None, "model"), d), want)
