@@ -3,8 +3,9 @@
 The participants are divided evenly over the devices along their placement's mesh axes, in
 order. If that leaves some over, the first devices work for one more each, and the others do
 nothing or, where all devices have to keep in step, the same work for nothing. No participant
-is made up, so there is no padding to be seen. Reduced outputs are reduced on each device and
-then, once, across devices.
+is made up, so there is no padding to be seen. Rows that are left over are on all devices, as
+JAX has no uneven arrays, and each picks its own. Reduced outputs are reduced on each device
+and then, once, across devices.
 """
 
 from __future__ import annotations
@@ -62,18 +63,28 @@ def run(
     placed_in = [mode == "placed" for mode in in_modes]
     placed_out = [mode == "placed" for mode in out_modes]
 
-    def on_device(operands, last_rows):
+    def rows_from(operands, start, count):
+        """What a device sees where all devices have all rows."""
+        return [
+            lax.dynamic_slice_in_dim(x, start, count) if placed else x
+            for x, placed in zip(operands, placed_in, strict=True)
+        ]
+
+    def on_device(*operands):
         parts: list[Arrays] = []
+        number: Any = lax.axis_index(axes) if left else 0
         if even:
             count = batch_size(even)
-            parts.append(each(operands, out_avals=out_avals, size=even, batch_size=count))
+            seen = rows_from(operands, number * even, even) if left else operands
+            parts.append(each(seen, out_avals=out_avals, size=even, batch_size=count))
         if left:
-            seen = _replaced(operands, placed_in, last_rows) if even else operands
+            last = jnp.minimum(even * devices + number, group.size - 1)
+            one = rows_from(operands, last, 1)
 
             def one_more():
-                return each(seen, out_avals=out_avals, size=1, batch_size=1)
+                return each(one, out_avals=out_avals, size=1, batch_size=1)
 
-            parts.append(_if(lax.axis_index(axes) < left, one_more, out_modes, bool(others)))
+            parts.append(_if(number < left, one_more, out_modes, bool(others)))
         rows = [[x for x, p in zip(part, placed_out, strict=True) if p] for part in parts]
         totals = [
             functools.reduce(functools.partial(_schedule.combine, mode), values)
@@ -82,21 +93,19 @@ def run(
         ]
         return rows, _across(axes, [mode for mode in out_modes if mode != "placed"], totals)
 
-    last: Any = []
     if left:
-        rows = [gather_rows(x, group) for x, p in zip(operands, placed_in, strict=True) if p]
-        last = [_padded(x[even * devices :], devices) for x in rows]
-        full = [x[: even * devices] for x in rows] if even else last
-        operands = _replaced(operands, placed_in, full)
-        last = last if even else []
+        operands = [
+            gather_rows(x, group) if placed else x
+            for x, placed in zip(operands, placed_in, strict=True)
+        ]
     spread, same = PartitionSpec(axes), PartitionSpec()
     parts, totals = jax.shard_map(
         on_device,
-        in_specs=([spread if p else same for p in placed_in], [spread] * len(last)),
+        in_specs=tuple(spread if placed and not left else same for placed in placed_in),
         out_specs=(spread, same),
         axis_names=set(manual).difference(mesh.manual_axes),
         check_vma=False,
-    )(list(operands), last)
+    )(*operands)
     if left:
         parts = [[gather_rows(x, group) for x in part] for part in parts]
         parts[-1] = [x[:left] for x in parts[-1]]
@@ -116,19 +125,8 @@ def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], alway
     return [lax.select(mine, made, none) for made, none in zip(work(), nothing(), strict=True)]
 
 
-def _replaced(items: Arrays, which: Sequence[bool], by: Arrays) -> list[jax.Array]:
-    new = iter(by)
-    return [next(new) if w else x for x, w in zip(items, which, strict=True)]
-
-
 def _joined(parts: Arrays) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _padded(rows: jax.Array, count: int) -> jax.Array:
-    """Rows followed by copies of the last one."""
-    copies = jnp.broadcast_to(rows[-1:], (count - len(rows), *rows.shape[1:]))
-    return jnp.concatenate([rows, copies])
 
 
 def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list[jax.Array]:
@@ -136,8 +134,13 @@ def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list
     reduced = list(totals)
     for mode, collective in (("sum", lax.psum), ("max", lax.pmax), ("min", lax.pmin)):
         which = [i for i, own in enumerate(modes) if own == mode]
-        wide = [jnp.int32 if totals[i].dtype == bool else totals[i].dtype for i in which]
+        wide = [_sendable(totals[i].dtype) for i in which]
         values = [totals[i].astype(dtype) for i, dtype in zip(which, wide, strict=True)]
         for i, value in zip(which, collective(values, axes) if values else (), strict=True):
             reduced[i] = value.astype(totals[i].dtype)
     return reduced
+
+
+def _sendable(dtype: Any) -> Any:
+    """A dtype that XLA reduces across devices. On CPU its compiler aborts at maxima of bfloat16."""
+    return jnp.int32 if jnp.issubdtype(dtype, jnp.bool_) else _schedule.accumulator_dtype(dtype)

@@ -155,10 +155,18 @@ def _start(mode: str, aval: ShapedArray) -> jax.Array:
 def nothing(mode: str, aval: ShapedArray) -> jax.Array:
     """A total over nobody, or rows of nobody, for which anything will do."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        key: Any = aval
-        data = jax.eval_shape(jax.random.key_data, key)
-        return jax.random.wrap_key_data(
-            jnp.zeros(data.shape, data.dtype), impl=jax.random.key_impl(key)
-        )
+        return _no_keys(aval)
     zeros = ad.zeros_like_aval(aval.update(weak_type=False))
     return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros
+
+
+def _no_keys(aval: ShapedArray) -> jax.Array:
+    """Random keys of a type, which only an array or a tracer tells the kind of."""
+    kinds = []
+
+    def data_of(keys):
+        kinds.append(jax.random.key_impl(keys))
+        return jax.random.key_data(keys)
+
+    data = jax.eval_shape(data_of, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=kinds[0])

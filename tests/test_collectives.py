@@ -1,0 +1,215 @@
+"""What programs send between devices, and what they hold there, read from compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives, over
+from jax import lax
+from jax.sharding import PartitionSpec
+from meshes import KINDS, mesh, put
+
+import fax
+
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+N, WIDTH = 8, 16
+MODEL_BYTES = 2 * 4 * WIDTH * 2 * WIDTH  # two float32 matrices, of which a device has a half
+
+
+def local_training(matmul):
+    def loss(p, x):
+        return jnp.sum((matmul(jnp.tanh(x @ p[0]), p[1]) - x) ** 2)
+
+    def client(p, batches):
+        def step(p, x):
+            return jax.tree.map(lambda w, g: w - 0.1 * g, p, jax.grad(loss)(p, x)), None
+
+        trained, _ = lax.scan(step, p, batches)
+        return jax.tree.map(jnp.subtract, trained, p)
+
+    return client
+
+
+def fedavg(n, kind):
+    """A round of federated averaging of a network that is split over `model`."""
+    explicit = KINDS[kind][1] == jax.sharding.AxisType.Explicit
+    options = dict(out_sharding=PartitionSpec()) if explicit else {}
+    client = jax.checkpoint(local_training(lambda a, b: jnp.matmul(a, b, **options)))
+
+    @fax.program(clients=n)
+    def program(p, batches, weights):
+        return fax.mean(fax.map(client, fax.broadcast(p), batches), weights=weights)
+
+    return program
+
+
+def arguments(n):
+    p = (put(np.ones((WIDTH, 2 * WIDTH), np.float32), None, "model"),)
+    p += (put(np.ones((2 * WIDTH, WIDTH), np.float32), "model", None),)
+    rows = "clients" if n % jax.sharding.get_mesh().shape["clients"] == 0 else None
+    batches = put(np.ones((n, 3, 2, WIDTH), np.float32), rows)
+    return p, batches, put(np.ones(n, np.float32), rows)
+
+
+def squares(program):
+    return lambda *args: sum(jnp.sum(x**2) for x in jax.tree.leaves(program(*args)))
+
+
+def found(fn, args, on):
+    return collectives(jax.jit(fn).lower(*args).compile(), on)
+
+
+@EVERY_KIND
+def test_a_round_reduces_the_model_once(kind):
+    on = mesh(kind, clients=4, model=2)
+    with jax.set_mesh(on):
+        (only,) = over(found(fedavg(N, kind), arguments(N), on), "clients")
+    assert only.op == "all-reduce"
+    assert only.axes == {"clients"}
+    assert only.bytes == MODEL_BYTES / 2 + 4  # and the total weight
+
+
+@EVERY_KIND
+def test_its_gradient_reduces_the_model_twice(kind):
+    """Once forward, and once backward; besides, one number for the gradient of the weights."""
+    on = mesh(kind, clients=4, model=2)
+    with jax.set_mesh(on):
+        args, program = arguments(N), squares(fedavg(N, kind))
+        sent = over(found(jax.grad(program), args, on), "clients")
+        both = over(found(jax.grad(program, (0, 2)), args, on), "clients")
+    for collective in *sent, *both:
+        assert collective.op == "all-reduce"
+        assert collective.axes == {"clients"}
+    of_models = [c for c in sent if c.bytes >= MODEL_BYTES / 2]
+    assert len(of_models) == 2
+    assert MODEL_BYTES <= sum(c.bytes for c in sent) <= MODEL_BYTES + 16
+    assert MODEL_BYTES <= sum(c.bytes for c in both) <= MODEL_BYTES + 16
+
+
+@EVERY_KIND
+def test_uneven_rows_cost_no_more(kind):
+    """They are on all devices before, so nothing has to be sent for them."""
+    on = mesh(kind, clients=4, model=2)
+    with jax.set_mesh(on):
+        args, program = arguments(13), fedavg(13, kind)
+        (only,) = over(found(program, args, on), "clients")
+        sent = over(found(jax.grad(squares(program)), args, on), "clients")
+    assert only.op == "all-reduce"
+    assert only.bytes == MODEL_BYTES / 2 + 4
+    assert {c.op for c in sent} == {"all-reduce"}
+    assert sum(c.bytes for c in sent) <= MODEL_BYTES + 16
+
+
+@EVERY_KIND
+def test_a_layout_over_two_axes_reduces_over_both_at_once(kind):
+    on = mesh(kind, pod=2, clients=2, model=2)
+    with jax.set_mesh(on), fax.sharding.layout(clients=("pod", "clients")):
+        p, batches, weights = arguments(N)
+        batches, weights = put(batches, ("pod", "clients")), put(weights, ("pod", "clients"))
+        sent = found(fedavg(N, kind), (p, batches, weights), on)
+    (only,) = [c for c in sent if c.axes != {"model"}]
+    assert only.op == "all-reduce"
+    assert only.axes == {"pod", "clients"}
+
+
+def test_without_the_axis_nothing_is_sent():
+    on = mesh(replicas=8)
+    with jax.set_mesh(on):
+        assert not found(fedavg(N, "auto"), jax.tree.map(np.asarray, host_arguments()), on)
+
+
+def host_arguments():
+    p = (np.ones((WIDTH, 2 * WIDTH), np.float32), np.ones((2 * WIDTH, WIDTH), np.float32))
+    return p, np.ones((N, 3, 2, WIDTH), np.float32), np.ones(N, np.float32)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_maps_and_indices_send_nothing(kind):
+    on = mesh(kind, clients=8)
+
+    @fax.program(clients=16)
+    def program(p, d, key):
+        keys = fax.keys(key)
+        return fax.map(lambda p, d, i, k: p * d + i + jax.random.bits(k), fax.broadcast(p), d,
+                       fax.index(), keys)  # fmt: skip
+
+    with jax.set_mesh(on):
+        args = put(np.ones(3)), put(np.ones((16, 3)), "clients"), jax.random.key(0)
+        assert not found(program, args, on)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_maximum_costs_one_collective(mode):
+    on = mesh(clients=8)
+
+    @fax.program(clients=16)
+    def program(d):
+        return getattr(fax, mode)(fax.map(jnp.sin, d))
+
+    with jax.set_mesh(on):
+        (only,) = found(program, (put(np.ones((16, 3)), "clients"),), on)
+    assert only.op == "all-reduce"
+
+
+def test_short_floats_are_reduced_in_float32():
+    on = mesh(clients=8)
+
+    @fax.program(clients=16)
+    def program(d):
+        return fax.mean(fax.map(lambda x: x * 2, d))
+
+    with jax.set_mesh(on):
+        d = put(np.ones((16, 5), jnp.bfloat16), "clients")
+        (only,) = found(program, (d,), on)
+        assert only.bytes == 4 * 5
+        # 256 + 1 is 256 in bfloat16, on a device and across devices.
+        d = put(np.array([128, *[0.5] * 15], jnp.bfloat16).reshape(16, 1), "clients")
+        assert jax.jit(program)(d) == jnp.bfloat16((256 + 15) / 16)
+
+
+# Memory
+
+
+LAYERS, UNITS = 4, 64
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_temporary_memory_does_not_grow_with_the_participants(gradient):
+    def client(p, x):
+        for _ in range(2):
+            step = jax.grad(lambda p: sum(jnp.sum(jnp.tanh(x @ w) ** 2) for w in p))(p)
+            p = [w - 0.1 * g for w, g in zip(p, step, strict=True)]
+        return p
+
+    def of(n):
+        @fax.program(clients=n)
+        def program(p, d, weights):
+            return fax.mean(fax.map(jax.checkpoint(client), fax.broadcast(p), d), weights=weights)
+
+        fn = jax.grad(squares(program)) if gradient else program
+        p = [put(np.ones((UNITS, UNITS), np.float32))] * LAYERS
+        d, weights = np.ones((n, 2, UNITS), np.float32), np.ones(n, np.float32)
+        args = p, put(d, "clients"), put(weights, "clients")
+        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    with jax.set_mesh(mesh(clients=4, model=2)):
+        small, large = of(32), of(512)
+    model = 4 * LAYERS * UNITS**2
+    rows = (512 - 32) // 4 * 2 * UNITS * 4  # a device's part of the data
+    assert small <= 6 * model
+    assert large - small < 0.05 * rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_are_those_of_a_device(batch_size):
+    """24 participants on 4 devices: six each, in batches of one or three."""
+
+    @fax.program(clients=24)
+    def program(p, d):
+        return fax.sum(fax.map(lambda p, x: jnp.tanh(x @ p), fax.broadcast(p), d,
+                               batch_size=batch_size))  # fmt: skip
+
+    with jax.set_mesh(mesh(clients=4)):
+        text = jax.jit(program).lower(np.ones((5, 7)), np.ones((24, 5))).as_text()
+    together = {size: f"tensor<{size}x7xf64>" in text for size in (3, 6, 24)}
+    assert together == {3: batch_size == 3, 6: False, 24: False}
