@@ -33,7 +33,7 @@ CLIENTS_PER_DEVICE = 4
 LAYERS, UNITS, EXAMPLES = 4, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS**2
 RUN_CLIENTS, RUN_STEPS, RUN_EXAMPLES = 16, 20, 16  # clients of one device, and their work
-TURNS, ROUNDS = 7, 5
+TURNS, ROUNDS = 7, 15
 COLLECTIVE = re.compile(
     r" = .+? (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
