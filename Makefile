@@ -4,7 +4,7 @@
 #   make test         run all tests
 #   make check        lint, format and types
 #   make docs         build the documentation
-#   make bench        measure fax against DrJAX and a hand-written vmap
+#   make bench        measure fax against DrJAX and a hand-written vmap, and how it scales
 #   make clean        remove the environments and what was built
 #
 # PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
@@ -34,6 +34,7 @@ docs: $(VENV)/docs.$(WITH)
 
 bench: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/scaling.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
