@@ -78,7 +78,22 @@ def by_hand(layer, p, x):
     return split(p, x)
 
 
-CLIENTS = [branch, one_of_three, steps, deep, by_hand]
+def doubled(layer, p, x):
+    """Loops that end only for those who are in their branch."""
+
+    def grown(x):
+        return lax.while_loop(lambda x: x[0] < 10, lambda x: 2 * x + 0 * layer(p, x), x)
+
+    def shrunk(x):
+        def step(x, _):
+            return lax.while_loop(lambda x: x[0] < -0.01, lambda x: x / 2, x), None
+
+        return jax.checkpoint(lambda x: lax.scan(step, x, None, length=2)[0])(x)
+
+    return lax.cond(x[0] > 0, grown, lambda x: lax.cond(x[0] < -0.2, shrunk, lambda x: -x, x), x)
+
+
+CLIENTS = [branch, one_of_three, steps, deep, by_hand, doubled]
 
 
 def outputs(client, n, batch_size, layer):
@@ -93,7 +108,7 @@ def outputs(client, n, batch_size, layer):
         return fax.mean(y), y
 
     def plainly(p, d):
-        y = jax.vmap(work, (None, 0))(p, d)
+        y = lax.map(lambda x: work(p, x), d)  # under jax.vmap a branch may never end
         return y.mean(0), y
 
     return program if batch_size else plainly
@@ -102,7 +117,7 @@ def outputs(client, n, batch_size, layer):
 def both(client, *how):
     """Values and, where there are, gradients."""
     fn = outputs(client, *how)
-    if client is steps:
+    if client in (steps, doubled):
         return jax.jit(fn)
 
     def loss(p, d):
@@ -113,7 +128,8 @@ def both(client, *how):
 
 def check_all():
     for client in CLIENTS:
-        for n, batch_size in [(8, 1), (7, 1), (8, 2)]:
+        # Vectorised, both branches are taken in JAX, too, and some loops of `doubled` never end.
+        for n, batch_size in [(8, 1), (7, 1)] + [(8, 2)] * (client is not doubled):
             p, d = points(2, 4, seed=1), points(n, 2, seed=2)
             want = jax.device_get(both(client, n, None, plain_layer)(p, d))
             with jax.set_mesh(mesh(clients=4, model=2)):
