@@ -82,7 +82,10 @@ def test_a_scan_over_rounds_computes_nothing_of_the_clients_in_advance():
         "federated_map (server, placed) (sum)",
         "federated_map (placed, d server) (sum)",
     ]
-    plain = lambda p: p - jax.vmap(client_of_data, (None, 0))(p, D).mean(0)  # noqa: E731
+
+    def plain(p):
+        return p - jax.vmap(client_of_data, (None, 0))(p, D).mean(0)
+
     reference = jax.grad(lambda p: jnp.sum(plain(plain(plain(p))) ** 2))(P)
     np.testing.assert_allclose(gradient(P, D), reference, rtol=1e-12)
 
