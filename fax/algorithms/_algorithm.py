@@ -57,6 +57,7 @@ def many_rounds(
       >>> import optax
       >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
       >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1))
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
       >>> state = algorithm.init(jnp.zeros(()))
       >>> state, metrics = fax.algorithms.many_rounds(algorithm, state, rounds, 20)

@@ -77,6 +77,7 @@ def fedavg(
       ...     return (batch["x"] - params) ** 2
       >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), optax.adam(0.1))
       >>> state = algorithm.init(jnp.zeros(()))
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
       >>> for _ in range(50):
       ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))

@@ -20,7 +20,8 @@ class Tally(NamedTuple):
 
     Attributes:
       sums: by the name of the metric, float scalars; ``"loss"`` is one of them.
-      count: how many examples these are, an int32 scalar.
+      count: how many examples these are, a float scalar, so that it is summed up over devices
+        together with the rest.
     """
 
     sums: dict[str, jax.Array]
@@ -70,8 +71,8 @@ def mean_loss(
                 f"loss returned {name!r} of shape {jnp.shape(values)}, expected {mask.shape}: one "
                 "number for each example of the batch. fax takes the mean, without padding."
             )
-    count = jnp.sum(mask, dtype=jnp.int32)
     sums = {name: _total(values, mask) for name, values in per_example.items()}
+    count = jnp.sum(mask, dtype=sums["loss"].dtype)
     mean = sums["loss"] / jnp.maximum(count, 1)
     return mean, (Tally(sums, count), model_state)
 

@@ -112,7 +112,8 @@ class Client:
 
         Example:
 
-          >>> cohort = next(iter(fax.data.cohorts(data, clients=2, batch_size=2)))
+          >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(4.0)}, "bob": {"x": jnp.ones(3)}})
+          >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=2))
           >>> @fax.program(clients=2)
           ... def totals(cohort):
           ...     def client(own):
@@ -121,7 +122,7 @@ class Client:
           ...         return own.scan(step, jnp.zeros(()))
           ...     return fax.sum(fax.map(client, cohort.clients()))
           >>> totals(cohort)
-          Array(10., dtype=float32)
+          Array(9., dtype=float32)
         """
 
         def at(carry, numbered):
@@ -129,14 +130,51 @@ class Client:
             someone, mine = in_step(jnp.any(mask))
 
             def run(carry):
-                new = step(carry, self._fetch(x), mask, jax.random.fold_in(self.key, number))
-                return jax.tree.map(lambda n, old: lax.select(mine, n, old), new, carry)
+                # Whoever only keeps others company repeats a step on real examples, so that
+                # nothing singular comes from padding, and forgets it.
+                own, own_mask = _select(mine, (x, mask), (first, self.mask[0]))
+                own_key = jax.random.fold_in(self.key, number)
+                new = step(carry, self._fetch(own), own_mask, own_key)
+                _check_carry(new, carry)
+                return _select(mine, new, carry)
 
             return lax.cond(someone, run, lambda carry: carry, carry), None
 
+        first = jax.tree.map(lambda x: x[0], self._of_steps)
         carry = jax.tree.map(jnp.asarray, carry)
+        if any(jax.typeof(x).weak_type for x in jax.tree.leaves(carry)):
+            # Python scalars have no dtype of their own; they take that of what follows.
+            sample = jax.eval_shape(lambda: (self.batch(0), self.mask[0], self.key))
+            new = jax.eval_shape(step, carry, *sample)
+            if jax.tree.structure(new) == jax.tree.structure(carry):
+                carry = jax.tree.map(_strong, carry, new)
         steps = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
         return lax.scan(at, carry, (steps, self._of_steps, self.mask))[0]
+
+
+def _strong(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return lax.convert_element_type(x, like.dtype) if jax.typeof(x).weak_type else x
+
+
+def _check_carry(new: PyTree, old: PyTree) -> None:
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise TypeError(
+            f"Client.scan: step returned another structure than it was given: "
+            f"{jax.tree.structure(new)}, expected {jax.tree.structure(old)}."
+        )
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+    ):
+        one, other = jax.typeof(before), jax.typeof(jnp.asarray(after))
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            raise TypeError(
+                f"Client.scan: carry{jax.tree_util.keystr(path)} is {one.str_short()}, and "
+                f"{other.str_short()} after a step. A step has to keep shapes and dtypes."
+            )
+
+
+def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: lax.select(mine, n, o), new, old)
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fax.data import _batching, _resident
 from fax.data._batching import Batching, Plan
 from fax.data._cohort import Cohort, Gathered
+from fax.data._host import aligned_zeros
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import DataError, FederatedData
 from fax.data._samplers import SAMPLERS, weighted
@@ -95,6 +96,8 @@ def cohorts(
 
     Example:
 
+      >>> visits = {"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.ones(2)}, "eve": {"x": jnp.ones(1)}}
+      >>> data = fax.data.InMemory(visits)
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2, epochs=3)
       >>> cohort = next(rounds)
       >>> cohort.mask.shape, cohort.num_examples
@@ -251,6 +254,8 @@ class _Maker:
         self.streams = sampler == _STREAM
         self.sharding = spread.sharding(clients)
         self.own = spread.own_rows(WHERE, clients)
+        # What holds in the thread that asks for cohorts has to hold in the one that makes them.
+        self.x64, self.device = jax.config.jax_enable_x64, jax.config.jax_default_device
         self.key = jax.random.key(seed)
         self.make_keys = jax.jit(_keys, out_shardings=self.sharding)
         device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
@@ -277,8 +282,10 @@ class _Maker:
             order = _batching.sorted_within(steps, shares)
         else:
             order = _batching.balanced(steps, self.spread.ways)
+        # The order of a client's examples does not depend on where the client comes.
         rng = np.random.default_rng((self.seed, number, 1))
-        return _batching.plan(batching, positions[order], counts[order], rng, population.most)
+        plan = _batching.plan(batching, positions, counts, rng, population.most)
+        return Plan(*(x[order] for x in plan))
 
     def batches(self, plan: Plan) -> Any:
         """The batches of this process' clients, on the host: rows, or what they hold."""
@@ -288,15 +295,17 @@ class _Maker:
         population = self.population
         shape = (len(self.own), *plan.index.shape[1:])
         batches = {
-            name: np.empty((*shape, *feature.shape), feature.on_device)
+            name: aligned_zeros((*shape, *feature.shape), feature.on_device)
             for name, feature in population.schema.features.items()
         }
-        counts = population.count(plan.positions[self.own])
+        counts, steps = population.count(plan.positions[self.own]), plan.steps[self.own]
         for row, (position, count) in enumerate(zip(plan.positions[self.own], counts)):
             client_id = population.ids[position]
             client = population.schema.check(client_id, count, population.data.client(client_id))
             for name, array in client.items():
-                batches[name][row] = array[plan.index[self.own[row]]]
+                # Steps without examples stay zeros: nobody computes with them.
+                index = plan.index[self.own[row], : steps[row]]
+                batches[name][row, : steps[row]] = array[index]
         return batches
 
     def arrays(self, plan: Plan) -> tuple:
@@ -319,8 +328,10 @@ class _Maker:
 
     def __call__(self, number: int) -> tuple[Cohort, np.ndarray]:
         plan = self.plan(number)
-        placed = self.put(self.arrays(plan), self.sharding)
-        keys = self.make_keys(self.key, number, plan.positions.astype(np.int32))
+        arrays = self.arrays(plan)
+        with jax.enable_x64(self.x64), jax.default_device(self.device):
+            placed = self.put(arrays, self.sharding)
+            keys = self.make_keys(self.key, number, plan.positions.astype(np.int32))
         return self.cohort(placed, keys), plan.steps
 
     def several(self, start: int, rounds: int) -> tuple[Cohort, list[np.ndarray]]:

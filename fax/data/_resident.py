@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fax.data._host import aligned_zeros
 from fax.data._protocol import DataError, FederatedData
 from fax.data._schema import Schema
 from fax.sharding._spread import Spread
@@ -106,7 +107,7 @@ def _divided(counts: np.ndarray, ways: int) -> list[np.ndarray]:
 def _concatenated(data, ids, counts, schema, positions, size):
     """The examples of some clients, one after the other, in arrays of ``size`` examples."""
     arrays = {
-        name: np.zeros((size, *feature.shape), feature.on_device)
+        name: aligned_zeros((size, *feature.shape), feature.on_device)
         for name, feature in schema.features.items()
     }
     start = 0
