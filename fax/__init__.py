@@ -11,6 +11,7 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
 """
 
+from fax import data as data
 from fax import sharding as sharding
 from fax._operators import broadcast as broadcast
 from fax._operators import collect as collect

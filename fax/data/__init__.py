@@ -1,0 +1,19 @@
+"""Federated data: where clients' examples come from.
+
+Everything takes and gives `FederatedData`, a read-only collection of clients with four methods.
+`InMemory`, `SQLite` and `Files` are sources, `fax.data.partition` makes clients of central arrays,
+and `subset`, `slice`, `split`, `map` and `concatenate` are views.
+"""
+
+from fax.data import partition as partition
+from fax.data._files import Files as Files
+from fax.data._memory import InMemory as InMemory
+from fax.data._protocol import DataError as DataError
+from fax.data._protocol import FederatedData as FederatedData
+from fax.data._sqlite import SQLite as SQLite
+from fax.data._views import concatenate as concatenate
+from fax.data._views import map as map
+from fax.data._views import slice as slice
+from fax.data._views import split as split
+from fax.data._views import subset as subset
+from fax.data._views import validate as validate
