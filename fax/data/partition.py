@@ -64,11 +64,12 @@ def dirichlet(
     ``min_examples`` get what they lack, example by example at random, from whoever has most.
 
     With ``balanced=True``, as in Hsu et al., arXiv:1909.06335, all clients have equally many
-    examples, give or take one, and each draws its proportions of the labels from Dir(alpha p),
-    where p are those of all examples, times the number of labels. Labels that have run out are
-    left to their proportions among the others.
+    examples, give or take one. Each draws its proportions of the labels from Dir(alpha p), where p
+    are those of all examples, so that for K equally frequent labels the concentration is alpha / K;
+    then its examples by these proportions, which are renormalised whenever a label has run out.
 
-    Both tend to `iid` for a large alpha, and to one label per client for a small one.
+    Both tend to `iid` for a large alpha. For a small one, a label tends to have one client, or with
+    ``balanced=True`` a client one label.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
@@ -113,15 +114,19 @@ def _balanced(
     """Lets one client after the other draw from the pools of the labels, without replacement."""
     left = np.array([len(pool) for pool in pools])
     sizes = [len(part) for part in np.array_split(np.arange(left.sum()), clients)]
-    concentration = alpha * len(pools) * left / left.sum()
+    concentration = alpha * left / left.sum()
     parts = []
     for size in sizes:
         proportions = rng.dirichlet(concentration)
         taken = np.zeros(len(pools), int)
         while (lacking := size - taken.sum()) > 0:
-            wanted = np.where(left > taken, proportions, 0)
-            if not wanted.sum() > 0:  # what the client wants has run out
-                wanted = left - taken
+            rest = left > taken
+            if proportions[rest].sum() < 1e-9:
+                # What the client wants has run out. Proportions among the rest do not depend on
+                # it, and again have a Dirichlet distribution.
+                proportions = np.zeros(len(pools))
+                proportions[rest] = rng.dirichlet(concentration[rest])
+            wanted = np.where(rest, proportions, 0)
             draw = rng.multinomial(int(lacking), wanted / wanted.sum())
             taken += np.minimum(draw, left - taken)
         parts.append(np.concatenate([p[n - k : n] for p, n, k in zip(pools, left, taken)]))
