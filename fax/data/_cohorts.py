@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fax.data import _batching, _resident
 from fax.data._batching import Batching, Plan
 from fax.data._cohort import Cohort, Gathered
+from fax.data._features import Reader
 from fax.data._host import aligned_zeros
+from fax.data._memory import InMemory
 from fax.data._prefetch import Prefetch
-from fax.data._protocol import DataError, FederatedData
+from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._samplers import SAMPLERS, weighted
-from fax.data._schema import Schema
 from fax.sharding._spread import Spread, spread_in_scope
 
 WHERE = "fax.data.cohorts"
@@ -137,14 +138,13 @@ class _Population:
     """The clients, their numbers of examples as far as they are known, and what examples look like."""
 
     def __init__(self, data: FederatedData, batching: Batching):
-        self.data = data
         self.batching = batching
-        self.ids: Sequence[Hashable] = data.client_ids()
+        self.ids: Sequence[ClientId] = data.client_ids()
         if not len(self.ids):
             raise DataError(f"{WHERE}: data has no clients.")
-        first = self.ids[0]
-        self.schema = Schema(first, data.client(first))
-        self.counted = len(self.ids) <= _MOST_CLIENTS or _in_memory(data)
+        self.data = data
+        self.reader = Reader(data, self.ids[0])
+        self.counted = len(self.ids) <= _MOST_CLIENTS or isinstance(data, InMemory)
         self.most: int | None = None
         if self.counted:
             self.counts = self.count(np.arange(len(self.ids)))
@@ -167,7 +167,7 @@ class _Population:
         if wanted is False or (wanted is None and not self.counted):
             return None
         self.counts = self.count(np.arange(len(self.ids)))
-        total = int(self.counts.sum()) * self.schema.bytes_per_example
+        total = int(self.counts.sum()) * self.reader.bytes_per_example
         several = jax.process_count() > 1
         split = several or not _resident.fits(total, spread)
         free = sampler in SAMPLERS or sampler == "weighted"
@@ -184,13 +184,9 @@ class _Population:
                 f"each device's clients, one of {', '.join([*SAMPLERS, 'weighted'])}, but sampler is "
                 f"{sampler!r}. Take resident=False."
             )
-        home = _resident.load(self.data, self.ids, self.counts, self.schema, spread, split)
+        home = _resident.load(self.reader, self.ids, self.counts, spread, split)
         _resident.check_pools(home, clients)
         return home
-
-
-def _in_memory(data: FederatedData) -> bool:
-    return bool(getattr(data, "in_memory", False))
 
 
 def _chooser(sampler, weights, clients, seed, home, count) -> Callable[[int], np.ndarray]:
@@ -295,13 +291,12 @@ class _Maker:
         population = self.population
         shape = (len(self.own), *plan.index.shape[1:])
         batches = {
-            name: aligned_zeros((*shape, *feature.shape), feature.on_device)
-            for name, feature in population.schema.features.items()
+            name: aligned_zeros((*shape, *feature.shape), feature.dtype)
+            for name, feature in population.reader.features.items()
         }
         counts, steps = population.count(plan.positions[self.own]), plan.steps[self.own]
         for row, (position, count) in enumerate(zip(plan.positions[self.own], counts)):
-            client_id = population.ids[position]
-            client = population.schema.check(client_id, count, population.data.client(client_id))
+            client = population.reader.client(population.ids[position], int(count))
             for name, array in client.items():
                 # Steps without examples stay zeros: nobody computes with them.
                 index = plan.index[self.own[row], : steps[row]]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fax.data._features import Reader
 from fax.data._host import aligned_zeros
-from fax.data._protocol import DataError, FederatedData
-from fax.data._schema import Schema
+from fax.data._protocol import ClientId, DataError
 from fax.sharding._spread import Spread
 
 # The share of a device's memory that examples may take, and what is assumed where the device
@@ -51,25 +51,25 @@ def _room(device: Any) -> float:
 
 
 def load(
-    data: FederatedData,
-    ids: Sequence[Hashable],
+    reader: Reader,
+    ids: Sequence[ClientId],
     counts: np.ndarray,
-    schema: Schema,
     spread: Spread,
     split: bool,
 ) -> Resident:
     """Brings examples to the devices in scope.
 
     Args:
-      data, ids, counts: the clients and how many examples each of them has.
-      schema: what their examples look like.
+      reader: reads a client.
+      ids: the clients.
+      counts: how many examples each of them has.
       spread: how a cohort's clients are spread over devices.
       split: whether each device has its own clients' examples alone, or those of all.
     """
     if not split:
         everybody = np.arange(len(ids))
         offsets = np.cumsum(counts) - counts
-        arrays = _concatenated(data, ids, counts, schema, everybody, int(counts.sum()))
+        arrays = _concatenated(reader, ids, counts, everybody, int(counts.sum()))
         sharding = None if spread.mesh is None else NamedSharding(spread.mesh, PartitionSpec())
         return Resident(jax.device_put(arrays, sharding), offsets, [everybody], None)
 
@@ -84,14 +84,14 @@ def load(
     def part(name, index):
         number = (index[0].start or 0) // size
         if number not in shards:
-            shards[number] = _concatenated(data, ids, counts, schema, pools[number], size)
+            shards[number] = _concatenated(reader, ids, counts, pools[number], size)
         return shards[number][name]
 
     examples = {
         name: jax.make_array_from_callback(
             (spread.ways * size, *feature.shape), sharding, lambda index, n=name: part(n, index)
         )
-        for name, feature in schema.features.items()
+        for name, feature in reader.features.items()
     }
     return Resident(examples, offsets, pools, spread.axes)
 
@@ -104,17 +104,16 @@ def _divided(counts: np.ndarray, ways: int) -> list[np.ndarray]:
     return [np.sort(order[owner == number]) for number in range(ways)]
 
 
-def _concatenated(data, ids, counts, schema, positions, size):
+def _concatenated(reader, ids, counts, positions, size):
     """The examples of some clients, one after the other, in arrays of ``size`` examples."""
     arrays = {
-        name: aligned_zeros((size, *feature.shape), feature.on_device)
-        for name, feature in schema.features.items()
+        name: aligned_zeros((size, *feature.shape), feature.dtype)
+        for name, feature in reader.features.items()
     }
     start = 0
     for position in positions:
         count = int(counts[position])
-        client = schema.check(ids[position], count, data.client(ids[position]))
-        for name, array in client.items():
+        for name, array in reader.client(ids[position], count).items():
             arrays[name][start : start + count] = array
         start += count
     return arrays
