@@ -1,4 +1,4 @@
-"""FedAvg and FedOpt against a transcription of the papers in NumPy, and what JAX can do to a round."""
+"""FedAvg and FedOpt against the papers in NumPy, and what JAX can do to a round."""
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,10 @@ def logistic(params, batch, key):
     return losses, {"accuracy": logits.argmax(1) == batch["y"]}
 
 
+def flat(lists):
+    return [x for own in lists for x in own]
+
+
 # The papers, in NumPy
 
 
@@ -72,7 +76,9 @@ def client_update(params, batches):
 def numpy_batches(cohort):
     """Each client's batches without padding, in the order of the cohort."""
     x, y, mask = (np.asarray(a) for a in (cohort.batches["x"], cohort.batches["y"], cohort.mask))
-    return [[(x[i][s][m], y[i][s][m]) for s, m in enumerate(mask[i]) if m.any()] for i in range(len(x))]
+    return [
+        [(x[i][s][m], y[i][s][m]) for s, m in enumerate(mask[i]) if m.any()] for i in range(len(x))
+    ]
 
 
 class Momentum:
@@ -130,7 +136,7 @@ def test_rounds_are_those_of_the_paper(data, server, resident):
             np.testing.assert_allclose(algorithm.params(state)[name], expected[name], rtol=1e-10)
         for name, number in (("loss", 1), ("accuracy", 2)):
             own = [result[number] for result in results]
-            np.testing.assert_allclose(metrics[name], np.mean(sum(own, [])), rtol=1e-6)
+            np.testing.assert_allclose(metrics[name], np.mean(flat(own)), rtol=1e-6)
             np.testing.assert_allclose(
                 metrics[f"clients/{name}"], list(map(np.mean, own)), rtol=1e-6
             )
@@ -331,9 +337,18 @@ def test_a_flax_network_with_dropout_learns(data):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda p, b, k: logistic(p, b, k)[0].mean(), r"loss returned 'loss' of shape \(\), expected \(4,\)"),
-        (lambda p, b, k: (logistic(p, b, k)[0], {"norm": 1.0}), r"'norm' of shape \(\), expected \(4,\)"),
-        (lambda p, b, k: (logistic(p, b, k)[0], 3), r"loss returned int 3 for metrics, expected a mapping"),
+        (
+            lambda p, b, k: logistic(p, b, k)[0].mean(),
+            r"loss returned 'loss' of shape \(\), expected \(4,\)",
+        ),
+        (
+            lambda p, b, k: (logistic(p, b, k)[0], {"norm": 1.0}),
+            r"'norm' of shape \(\), expected \(4,\)",
+        ),
+        (
+            lambda p, b, k: (logistic(p, b, k)[0], 3),
+            r"loss returned int 3 for metrics, expected a mapping",
+        ),
         (lambda p, b, k: (logistic(p, b, k)[0], {"loss": b["y"]}), "names other than 'loss'"),
     ],
 )

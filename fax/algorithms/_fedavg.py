@@ -11,7 +11,7 @@ import optax
 
 import fax
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._local import metrics_of, train
+from fax.algorithms._local import Trained, metrics_of, train
 from fax.data import Client, Cohort
 
 PyTree = Any
@@ -50,8 +50,8 @@ def fedavg(
     or Adagrad it is FedAvgM, FedAdam, FedYogi or FedAdagrad.
 
     Args:
-      loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these and a
-        dict of per-example metrics of the same shape. It sees padded batches; the mask is
+      loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these
+        and a dict of per-example metrics of the same shape. It sees padded batches; the mask is
         applied to what it returns. For a model with state that is not trained:
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
       client_optimizer: from optax; its state starts anew at each client and round.
@@ -92,12 +92,12 @@ def fedavg(
 
     def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
         @jax.checkpoint  # so that gradients of a round do not store the clients' steps
-        def local_update(params, model_state, client: Client):
+        def local_update(params: PyTree, model_state: PyTree, client: Client) -> Trained:
             trained = train(loss, client_optimizer, params, model_state, client)
             return trained._replace(params=jax.tree.map(jnp.subtract, trained.params, params))
 
         @fax.program(clients=cohort.size)
-        def mean_update(params, model_state, cohort):
+        def mean_update(params: PyTree, model_state: PyTree, cohort: Cohort) -> tuple:
             local = fax.map(
                 local_update,
                 fax.broadcast(params),

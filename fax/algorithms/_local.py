@@ -20,12 +20,12 @@ class Tally(NamedTuple):
 
     Attributes:
       sums: by the name of the metric, float scalars; ``"loss"`` is one of them.
-      count: how many examples these are, a float scalar, so that it is summed up over devices
+      examples: how many examples these are, a float scalar, so that it is summed up over devices
         together with the rest.
     """
 
     sums: dict[str, jax.Array]
-    count: jax.Array
+    examples: jax.Array
 
 
 class Trained(NamedTuple):
@@ -101,7 +101,12 @@ def train(
         params = optax.apply_updates(params, updates)
         return params, optimizer_state, model_state, jax.tree.map(jnp.add, tally, new)
 
-    start = (params, optimizer.init(params), model_state, no_tally(loss, params, model_state, client))
+    start = (
+        params,
+        optimizer.init(params),
+        model_state,
+        no_tally(loss, params, model_state, client),
+    )
     params, _, model_state, tally = client.scan(step, start)
     return Trained(params, model_state, tally)
 
@@ -122,9 +127,9 @@ def metrics_of(tally: Tally) -> dict[str, jax.Array]:
       tally: placed; to be called in a program.
     """
     total = reductions.sum(tally)
-    metrics = {name: value / jnp.maximum(total.count, 1) for name, value in total.sums.items()}
+    metrics = {name: value / jnp.maximum(total.examples, 1) for name, value in total.sums.items()}
     own = {
-        f"clients/{name}": value / jnp.maximum(tally.count, 1)
+        f"clients/{name}": value / jnp.maximum(tally.examples, 1)
         for name, value in tally.sums.items()
     }
     return {**metrics, **own}

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fax.data._protocol import DataError
+
+# What a seed is used for, so that no two uses draw the same numbers.
+_ORDERS, _STREAMS = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Batching:
         return steps if self.max_steps is None else np.minimum(steps, self.max_steps)
 
     def _steps_of_epoch(self, num_examples: np.ndarray) -> np.ndarray:
-        return (num_examples + (0 if self.drop_remainder else self.batch_size - 1)) // self.batch_size
+        return (
+            num_examples + (0 if self.drop_remainder else self.batch_size - 1)
+        ) // self.batch_size
 
     def fill(self, rng: np.random.Generator, n: int, index: np.ndarray, mask: np.ndarray) -> None:
         """Writes a client's examples into flat ``index`` and ``mask``, epoch after epoch.
@@ -55,12 +61,12 @@ class Plan(NamedTuple):
 
     Attributes:
       positions: int [clients], the clients' positions in the data.
-      index: int32 [clients, steps, batch], numbers of a client's own examples. Padding is 0.
+      rows: int32 [clients, steps, batch], numbers of a client's own examples. Padding is 0.
       mask: bool [clients, steps, batch].
     """
 
     positions: np.ndarray
-    index: np.ndarray
+    rows: np.ndarray
     mask: np.ndarray
 
     @property
@@ -71,7 +77,7 @@ class Plan(NamedTuple):
     def padded(self, steps: int) -> Plan:
         """The same plan with room for more steps."""
         width = ((0, 0), (0, steps - self.mask.shape[1]), (0, 0))
-        return self._replace(index=np.pad(self.index, width), mask=np.pad(self.mask, width))
+        return self._replace(rows=np.pad(self.rows, width), mask=np.pad(self.mask, width))
 
 
 def bucket(steps: int, most: int | None) -> int:
@@ -85,7 +91,8 @@ def plan(
     batching: Batching,
     positions: np.ndarray,
     num_examples: np.ndarray,
-    rng: np.random.Generator,
+    seed: int,
+    number: int,
     most: int | None,
 ) -> Plan:
     """An epoch, or several, for each client of a cohort.
@@ -94,38 +101,38 @@ def plan(
       batching: how examples become batches.
       positions: the clients.
       num_examples: how many examples each of them has.
-      rng: for the order of the examples.
+      seed: of everything random.
+      number: the round's.
       most: the most steps that any client in the data has, if that is known.
     """
+    rng = np.random.default_rng((seed, _ORDERS, number))
     steps = bucket(int(batching.steps(num_examples).max()), most)
-    shape = (len(positions), steps * batching.batch_size)
-    index, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for row, n in enumerate(num_examples):
-        batching.fill(rng, int(n), index[row], mask[row])
     shape = (len(positions), steps, batching.batch_size)
-    return Plan(positions, index.reshape(shape), mask.reshape(shape))
+    rows, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for client, n in enumerate(num_examples):
+        batching.fill(rng, int(n), rows[client].reshape(-1), mask[client].reshape(-1))
+    return Plan(positions, rows, mask)
 
 
-def stream(
-    batch_size: int, steps: int, number: int, num_examples: np.ndarray, seed: int, shuffle: bool
-) -> Plan:
-    """The next steps of every client, of a stream that repeats its examples without end.
+def stream(batching: Batching, number: int, num_examples: np.ndarray, seed: int) -> Plan:
+    """The next ``max_steps`` batches of every client, of a stream that repeats its examples.
 
     Round ``number`` goes on where the one before stopped. Each repetition is in an order of its
     own; a batch may hold the last examples of one and the first of the next.
     """
-    size = steps * batch_size
+    assert batching.max_steps is not None
+    size = batching.max_steps * batching.batch_size
     index = np.zeros((len(num_examples), size), np.int32)
     for row, n in enumerate(map(int, num_examples)):
         filled, at = 0, number * size
         while filled < size:
             epoch, begin = divmod(at + filled, n)
-            order = np.random.default_rng((seed, row, epoch)).permutation(n) if shuffle else None
+            rng = np.random.default_rng((seed, _STREAMS, row, epoch))
+            order = rng.permutation(n) if batching.shuffle else np.arange(n)
             count = min(n - begin, size - filled)
-            part = slice(begin, begin + count)
-            index[row, filled : filled + count] = np.arange(n)[part] if order is None else order[part]
+            index[row, filled : filled + count] = order[begin : begin + count]
             filled += count
-    shape = (len(num_examples), steps, batch_size)
+    shape = (len(num_examples), batching.max_steps, batching.batch_size)
     return Plan(np.arange(len(num_examples)), index.reshape(shape), np.ones(shape, bool))
 
 
@@ -162,10 +169,8 @@ def balanced(steps: np.ndarray, ways: int) -> np.ndarray:
 
 def sorted_within(steps: np.ndarray, shares: Sequence[int]) -> np.ndarray:
     """The order that puts the longest first in each of consecutive shares of clients."""
-    starts = np.cumsum([0, *shares])
-    return np.concatenate(
-        [a + np.argsort(-steps[a:b], kind="stable") for a, b in zip(starts, starts[1:])]
-    )
+    ends = itertools.pairwise(np.cumsum([0, *shares]))
+    return np.concatenate([a + np.argsort(-steps[a:b], kind="stable") for a, b in ends])
 
 
 def computed_steps(steps: np.ndarray, ways: int, at_once: int) -> int:

@@ -146,10 +146,15 @@ class Client:
             # Python scalars have no dtype of their own; they take that of what follows.
             sample = jax.eval_shape(lambda: (self.batch(0), self.mask[0], self.key))
             new = jax.eval_shape(step, carry, *sample)
-            if jax.tree.structure(new) == jax.tree.structure(carry):
+            if _same_structure(new, carry):
                 carry = jax.tree.map(_strong, carry, new)
         steps = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
         return lax.scan(at, carry, (steps, self._of_steps, self.mask))[0]
+
+
+def _same_structure(one: PyTree, other: PyTree) -> bool:
+    structures: Any = [jax.tree.structure(x) for x in (one, other)]
+    return bool(structures[0] == structures[1])
 
 
 def _strong(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -157,7 +162,7 @@ def _strong(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _check_carry(new: PyTree, old: PyTree) -> None:
-    if jax.tree.structure(new) != jax.tree.structure(old):
+    if not _same_structure(new, old):
         raise TypeError(
             f"Client.scan: step returned another structure than it was given: "
             f"{jax.tree.structure(new)}, expected {jax.tree.structure(old)}."

@@ -43,9 +43,9 @@ class Reader:
         for name, array in examples.items():
             if num_examples is not None and len(array) != num_examples:
                 raise DataError(
-                    f"client {client_id!r}, feature {name!r} has {len(array)} examples, but the data "
-                    f"say that there are {num_examples}. num_examples has to count what client "
-                    "gives."
+                    f"client {client_id!r}, feature {name!r} has {len(array)} examples, but the "
+                    f"data say that there are {num_examples}. num_examples has to count what "
+                    "client gives."
                 )
             _check_range(client_id, name, array)
         return examples

@@ -61,7 +61,7 @@ class Prefetch(Iterator[T], Generic[T]):
 def _work(make, number, items, stop):
     while not stop.is_set():
         try:
-            result = make(number), None
+            result: tuple[Any, BaseException | None] = make(number), None
         except BaseException as error:  # raised where the item is asked for
             result = None, error
         while not stop.is_set():

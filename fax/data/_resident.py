@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ def load(
     for pool in pools:
         offsets[pool] = np.cumsum(counts[pool]) - counts[pool]
     size = max(int(counts[pool].sum()) for pool in pools)
+    assert spread.mesh is not None
     sharding = NamedSharding(spread.mesh, PartitionSpec(spread.axes))
     shards: dict[int, dict[str, np.ndarray]] = {}
 
@@ -87,9 +89,9 @@ def load(
             shards[number] = _concatenated(reader, ids, counts, pools[number], size)
         return shards[number][name]
 
-    examples = {
+    examples: dict[str, jax.Array] = {
         name: jax.make_array_from_callback(
-            (spread.ways * size, *feature.shape), sharding, lambda index, n=name: part(n, index)
+            (spread.ways * size, *feature.shape), sharding, functools.partial(part, name)
         )
         for name, feature in reader.features.items()
     }

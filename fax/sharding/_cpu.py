@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -30,7 +31,7 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
       The mesh, for `jax.set_mesh`.
 
     Raises:
-      PlacementError: if JAX has set up its devices already, and others, or ``count`` is not positive.
+      PlacementError: if JAX has set up other devices already, or ``count`` is not positive.
 
     Example:
 
@@ -52,7 +53,8 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
     else:
         if count > 1 and _SINGLE_THREADED not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {_SINGLE_THREADED}".strip()
-    return make_mesh(devices=jax.devices("cpu"), **{axis: count})
+    axes: dict[str, Any] = {axis: count}
+    return make_mesh(devices=jax.devices("cpu"), **axes)
 
 
 def _cores() -> int:
