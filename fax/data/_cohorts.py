@@ -91,7 +91,7 @@ def cohorts(
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2, epochs=3)
       >>> cohort = next(rounds)
       >>> cohort.mask.shape, cohort.num_examples
-      ((2, 6, 2), Array([3, 2], dtype=int32))
+      ((2, 3, 2), Array([2, 1], dtype=int32))
     """
     batching = Batching(
         _positive("batch_size", batch_size),
