@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import lzma
 import os
 import shutil
 import sqlite3
@@ -384,6 +383,8 @@ def _decompressed(path: Path, sha256: str | None) -> Path:
                 "decompressed anew; or open it without the suffix."
             )
         return plain
+    import lzma  # some Pythons are built without it
+
     try:
         with (
             whole("fax.data.SQLite", plain) as temporary,
