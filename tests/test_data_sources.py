@@ -236,9 +236,8 @@ def test_fedjax_files_as_msgpack_itself_writes_them(tmp_path):
     assert_same(SQLite(fedjax_file(tmp_path / "a.sqlite", CLIENTS, blob)), CLIENTS)
     # and the other way round
     SQLite.write(tmp_path / "b.sqlite", InMemory(CLIENTS))
-    (raw,) = (
-        sqlite3.connect(tmp_path / "b.sqlite").execute("SELECT data FROM federated_data").fetchone()
-    )
+    with contextlib.closing(sqlite3.connect(tmp_path / "b.sqlite")) as connection:
+        (raw,) = connection.execute("SELECT data FROM federated_data").fetchone()
 
     def hook(code, raw):
         shape, *dtype, content = msgpack.unpackb(raw, raw=True)
