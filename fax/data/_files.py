@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from fax.data._check import Schema, checked, is_numeric, unknown
+from fax.data._check import Schema, checked, is_numeric
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._write import synchronize, whole
 
@@ -133,7 +133,10 @@ class Files:
         for sharded in (True, False):
             with contextlib.suppress(FileNotFoundError):
                 return (self._folder / _file(client_id, sharded)).open("rb")
-        raise unknown(client_id, self)
+        raise DataError(
+            f"no client {client_id!r} in {self._folder}: there is neither "
+            f"{_file(client_id, True)} nor {_file(client_id, False)}."
+        )
 
     @contextlib.contextmanager
     def _reading(self, client_id: ClientId) -> Iterator[None]:
@@ -154,10 +157,11 @@ class Files:
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".npz"):
-                    ids.append(_id(entry))
+                    ids.append(_id(entry.name))
                 elif re.fullmatch("[0-9a-f]{2}", entry.name):
                     with os.scandir(entry.path) as shard:
-                        ids += [_id(inner) for inner in shard]
+                        names = [inner.name for inner in shard if inner.name.endswith(".npz")]
+                    ids += [_id(f"{entry.name}/{name}") for name in names]
         if not ids:
             raise DataError(f"{self._folder} has no .npz files, nor folders of them.")
         ids.sort()
@@ -187,18 +191,16 @@ def _file(client_id: ClientId, sharded: bool) -> str:
     return f"{digest[:2]}/{name}"
 
 
-def _id(entry: os.DirEntry) -> str:
-    """The client that a file in a folder belongs to, if `_file` finds it there again."""
-    client_id = unquote(entry.name.removesuffix(".npz"), errors="surrogateescape")
-    path = Path(entry.path)
-    for sharded in (True, False):
-        name = Path(_file(client_id, sharded))
-        if path.parts[-len(name.parts) :] == name.parts:
-            return client_id
-    raise DataError(
-        f"{path} is not named as a client's file. Client {client_id!r} belongs into "
-        f"{_file(client_id, False)}, in the folder itself, or into {_file(client_id, True)}."
-    )
+def _id(path: str) -> str:
+    """The client that a file belongs to, if `_file` finds it there again."""
+    name = path.rpartition("/")[2].removesuffix(".npz")
+    client_id = unquote(name, errors="surrogateescape")
+    if path != _file(client_id, sharded="/" in path):
+        raise DataError(
+            f"{path} is not named as a client's file. That of client {client_id!r} is "
+            f"{_file(client_id, False)} or {_file(client_id, True)}."
+        )
+    return client_id
 
 
 def _save(path: Path, examples: dict[str, np.ndarray]) -> None:

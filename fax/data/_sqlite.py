@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import lzma
 import os
 import shutil
 import sqlite3
 import threading
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fax.data import _msgpack, _tfexample
 from fax.data._check import Schema, checked, unknown
 from fax.data._protocol import ClientId, DataError, FederatedData
+from fax.data._tables import MEND, TFF, FedJAX, rows
 from fax.data._write import whole
 
 _MAGIC = b"SQLite format 3\0"
-_MEND = "The file is damaged or incomplete: get it once more."
 
 
 class SQLite:
@@ -86,17 +83,17 @@ class SQLite:
         with self._reading("the names of its tables") as connection:
             names = "SELECT name FROM sqlite_master WHERE type = 'table'"
             tables = {name for (name,) in connection.execute(names)}
-        self._format: _FedJAX | _TFF
+        self._format: FedJAX | TFF
         if "federated_data" in tables:
             if split is not None or features is not None:
                 raise DataError(
                     f"fax.data.SQLite: {self._path} has FedJAX's format, which has neither splits "
                     "nor a choice of features. Leave out split and features."
                 )
-            self._format = _FedJAX()
+            self._format = FedJAX()
         elif {"examples", "client_metadata"} <= tables:
             with self._reading("its splits") as connection:
-                self._format = _TFF(self._path, connection, split, features)
+                self._format = TFF(self._path, connection, split, features)
         else:
             raise DataError(
                 f"fax.data.SQLite: {self._path} has the tables {sorted(tables)}, expected "
@@ -140,8 +137,7 @@ class SQLite:
                 connection.execute(
                     "CREATE INDEX client_sizes ON federated_data (client_id, num_examples)"
                 )
-                rows = _rows(data)
-                connection.executemany("INSERT INTO federated_data VALUES (?, ?, ?)", rows)
+                connection.executemany("INSERT INTO federated_data VALUES (?, ?, ?)", rows(data))
                 connection.commit()
             finally:
                 connection.close()
@@ -163,7 +159,7 @@ class SQLite:
             length = len(next(iter(examples.values())))
             if length != count:
                 raise DataError(
-                    f"client {client_id!r} has {length} examples, but should have {count}. {_MEND}"
+                    f"client {client_id!r} has {length} examples, but should have {count}. {MEND}"
                 )
             self._schema.check(client_id, examples)
         except DataError as error:
@@ -203,7 +199,7 @@ class SQLite:
         except (sqlite3.Error, MemoryError, OverflowError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{self._path}: cannot read {what}: {error}. {_MEND}") from error
+            raise DataError(f"{self._path}: cannot read {what}: {error}. {MEND}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_path": self._path, "_format": self._format, "_schema": self._schema}
@@ -227,141 +223,19 @@ class _Connection:
             self.connection.close()
 
 
-class _FedJAX:
-    """A table with a row for each client: its id, its examples, and how many they are."""
-
-    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-        # Without ORDER BY, so that an index over the sizes spares going through the examples.
-        query = "SELECT rowid, client_id, num_examples FROM federated_data"
-        found: dict[str, tuple[int, int]] = {}
-        for row, client_id, count in connection.execute(query):
-            name = _text(client_id)
-            _check_entry(name, count, name in found)
-            found[name] = row, count
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-
-    def read(self, connection: sqlite3.Connection, client_id: str, key: int, count: int) -> bytes:
-        query = "SELECT client_id, data FROM federated_data WHERE rowid = ?"
-        rows = connection.execute(query, [key]).fetchall()
-        if len(rows) != 1 or _text(rows[0][0]) != client_id:
-            raise sqlite3.DatabaseError("its row is not where it was")
-        return rows[0][1]
-
-    def parse(self, client_id: str, data: Any) -> dict[str, np.ndarray]:
-        try:
-            return _msgpack.unpack(zlib.decompress(data))
-        except (zlib.error, ValueError, TypeError, MemoryError) as error:
-            raise DataError(f"client {client_id!r} cannot be read: {error}. {_MEND}") from error
-
-
-class _TFF:
-    """A table with a row for each example, and one with the number of examples of each client."""
-
-    def __init__(
-        self, path: Path, connection: sqlite3.Connection, split: str | None, features: Any
-    ) -> None:
-        where = f"fax.data.SQLite: {path} has TensorFlow Federated's format"
-        splits = sorted({str(split) for split, _ in _metadata(connection)})
-        if split not in splits:
-            raise DataError(f"{where} and the splits {splits}, but split is {split!r}. Choose one.")
-        if features is None:
-            query = "SELECT serialized_example_proto FROM examples WHERE split_name = ? LIMIT 1"
-            for (message,) in connection.execute(query, [split]):
-                raise DataError(
-                    f"{where}, which does not say what to read. Pass features: the first example "
-                    f"has {_tfexample.describe(message)}, to which you can give other shapes."
-                )
-        self._split, self._features = split, _tfexample.feature_types(features)
-
-    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[None, int]]:
-        found = {
-            client_id: (None, count)
-            for (split, client_id), count in _metadata(connection).items()
-            if split == self._split
-        }
-        return dict(sorted(found.items()))
-
-    def read(
-        self, connection: sqlite3.Connection, client_id: str, key: None, count: int
-    ) -> list[bytes]:
-        query = (
-            "SELECT serialized_example_proto FROM examples WHERE split_name = ? AND client_id = ? "
-            "ORDER BY rowid"
-        )
-        cursor = connection.execute(query, [self._split, client_id])
-        rows = cursor.fetchmany(count + 1)  # a damaged file may give rows for ever
-        cursor.close()
-        if len(rows) != count:
-            found = len(rows) if len(rows) < count else "more"
-            raise sqlite3.DatabaseError(f"it should have {count} examples, but has {found}")
-        return [message for (message,) in rows]
-
-    def parse(self, client_id: str, messages: Any) -> dict[str, np.ndarray]:
-        if not messages:
-            raise DataError(f"client {client_id!r} has no examples. Leave the client out.")
-        return _tfexample.stack(client_id, messages, self._features)
-
-
-def _metadata(connection: sqlite3.Connection) -> dict[tuple[str, str], int]:
-    """The number of examples by split and client."""
-    counts: dict[tuple[str, str], int] = {}
-    query = "SELECT split_name, client_id, num_examples FROM client_metadata"
-    for split, client_id, count in connection.execute(query):
-        if not isinstance(split, str) or not isinstance(client_id, str):
-            raise sqlite3.DatabaseError(f"client {client_id!r} of split {split!r} is no text")
-        _check_entry(client_id, count, (split, client_id) in counts)
-        counts[split, client_id] = count
-    return counts
-
-
-def _check_entry(client_id: str, count: Any, again: bool) -> None:
-    if again:  # and stop: a damaged file may give the same rows for ever
-        raise sqlite3.DatabaseError(f"client {client_id!r} comes twice")
-    if not isinstance(count, int) or count < 0:
-        raise sqlite3.DatabaseError(f"client {client_id!r} has {count!r} examples")
-
-
-def _text(client_id: Any) -> str:
-    if isinstance(client_id, bytes):
-        return client_id.decode("utf-8", "surrogateescape")
-    if not isinstance(client_id, str):
-        raise sqlite3.DatabaseError(f"client id {client_id!r} is neither bytes nor text")
-    return client_id
-
-
-def _rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
-    """The rows of a table of FedJAX's format."""
-    schema = Schema()
-    for client_id in data.client_ids():
-        if not isinstance(client_id, (str, bytes)):
-            raise DataError(
-                f"client {client_id!r} is named by a {type(client_id).__name__}, but ids in files "
-                "are strings or bytes."
-            )
-        examples = checked(client_id, data.client(client_id))
-        schema.check(client_id, examples)
-        try:
-            packed = zlib.compress(_msgpack.pack(examples))
-        except ValueError as error:
-            raise DataError(f"client {client_id!r} cannot be written: {error}.") from error
-        if isinstance(client_id, str):
-            client_id = client_id.encode("utf-8", "surrogateescape")
-        yield client_id, packed, len(next(iter(examples.values())))
-
-
 def _check_header(path: Path) -> None:
     """Checks that a file is SQLite's, and as long as it says itself."""
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(_MAGIC):
-        raise DataError(f"fax.data.SQLite: {path} is no SQLite file. {_MEND}")
+        raise DataError(f"fax.data.SQLite: {path} is no SQLite file. {MEND}")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
     pages = int.from_bytes(header[28:32], "big")
     # Bytes 24 and 92 are equal if the number of pages is up to date.
     if header[24:28] == header[92:96] and path.stat().st_size < page * pages:
         raise DataError(
-            f"fax.data.SQLite: {path} has {path.stat().st_size} bytes of {page * pages}. {_MEND}"
+            f"fax.data.SQLite: {path} has {path.stat().st_size} bytes of {page * pages}. {MEND}"
         )
 
 
@@ -371,7 +245,7 @@ def _decompressed(path: Path, sha256: str | None) -> Path:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256.lower():
-            raise DataError(f"{path} has the SHA-256 checksum {found}, expected {sha256}. {_MEND}")
+            raise DataError(f"{path} has the SHA-256 checksum {found}, expected {sha256}. {MEND}")
     elif not path.is_file():
         raise FileNotFoundError(f"fax.data.SQLite: there is no file {path}")
     if path.suffix not in (".lzma", ".xz"):
@@ -384,6 +258,8 @@ def _decompressed(path: Path, sha256: str | None) -> Path:
                 "decompressed anew; or open it without the suffix."
             )
         return plain
+    import lzma  # some Pythons are built without it
+
     try:
         with (
             whole("fax.data.SQLite", plain) as temporary,
@@ -392,5 +268,5 @@ def _decompressed(path: Path, sha256: str | None) -> Path:
         ):
             shutil.copyfileobj(source, target, 1 << 20)
     except (lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path} cannot be decompressed: {error}. {_MEND}") from error
+        raise DataError(f"{path} cannot be decompressed: {error}. {MEND}") from error
     return plain
