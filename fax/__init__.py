@@ -28,3 +28,12 @@ from fax._reductions import min as min
 from fax._reductions import sum as sum
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`fax.algorithms` needs optax, an extra, and is imported when it is used."""
+    if name == "algorithms":
+        import importlib
+
+        return importlib.import_module("fax.algorithms")
+    raise AttributeError(f"module 'fax' has no attribute {name!r}")
