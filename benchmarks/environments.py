@@ -34,7 +34,9 @@ class Environment:
         """The environment's Python, after installation if there is no stamp of the same one."""
         folder = FOLDER / self.name
         executable, stamp = folder / "bin" / "python", folder / "installed"
-        wanted = "\n".join([self.python, *self.requirements, (ROOT / "pyproject.toml").read_text()])
+        wanted = "\n".join([self.python, *self.requirements])
+        if "--editable" in self.requirements:
+            wanted += (ROOT / "pyproject.toml").read_text()
         if not (stamp.exists() and stamp.read_text() == wanted):
             python = find_python(self.python)
             print(f"setting up {self.name}", flush=True)

@@ -78,9 +78,10 @@ TARGETS = {
 }
 BY_HAND = 1.10  # how many times as long as by hand fax may take
 STOCK = 1.05  # and with stock convolutions, of what it takes with matrix products
-# How far losses of the same algorithm may be apart, as a part of one of them. The dropout of W1
-# draws other numbers for everybody, and little loss is left: there it is a part of the first one.
-TOLERANCE, DROPOUT_FROM = 0.01, {"W1": 4.13}
+# How far apart losses after six rounds may be, of peers that run the same algorithm. The order of
+# examples moves them by less than half a percent; the dropout of W1, which draws other numbers
+# for everybody, by 15 %, in runs of the very same program too.
+TOLERANCE = {"W1": 0.3, "W2": 0.01, "W3": 0.01}
 
 
 # Running
@@ -164,12 +165,12 @@ def disagreements(lines: Iterable[Line], rows: Sequence[Row] = ROWS) -> list[str
         same = [line for line in own if by_name[line["row"]].same_algorithm]
         for line in same[1:]:
             theirs = same[0]["loss"]
-            most = TOLERANCE * DROPOUT_FROM.get(workload, theirs)
-            if not abs(line["loss"] - theirs) <= most:  # a NaN disagrees too
+            relative = abs(line["loss"] / theirs - 1)
+            if not relative <= TOLERANCE[workload]:  # a NaN disagrees too
                 found.append(
                     f"{workload}, repeat {line['repeat']}: {line['row']} has a loss of "
                     f"{line['loss']:.4f} and {same[0]['row']} one of {theirs:.4f}, which is more "
-                    f"than {most:.3f} apart"
+                    f"than {TOLERANCE[workload]:.0%} apart"
                 )
     return found
 
@@ -215,7 +216,8 @@ def compare(lines: Sequence[Line], workload: str, rows: Sequence[Row] = ROWS) ->
                 "repeats": " to ".join(seconds(f(medians[row.name])) for f in (min, max)),
                 "first round": seconds(statistics.median(x["first_round"] for x in measured)),
                 "peak MiB": f"{max(line['peak_mib'] for line in measured):.0f}",
-                "loss": f"{statistics.median(line['loss'] for line in measured):.4f}",
+                "loss": f"{statistics.median(line['loss'] for line in measured):.3f}",
+                "final loss": f"{statistics.median(x['final_loss'] for x in measured):.4f}",
             }
             shared = sorted(fax.keys() & own[row.name].keys())
             ratios = [median(own[row.name][i]) / median(fax[i]) for i in shared]
@@ -226,7 +228,7 @@ def compare(lines: Sequence[Line], workload: str, rows: Sequence[Row] = ROWS) ->
                     cells["target"] = judged(workload, row.peer, ratio)
         made.append(cells)
     columns = ["", "seconds a round", "repeats", "/ fax", "target"]
-    columns += ["first round", "peak MiB", "loss"]
+    columns += ["first round", "peak MiB", "loss", "final loss"]
     return dict(title=f"{workload}: {WORKLOADS[workload]}", columns=columns, rows=made)
 
 

@@ -205,8 +205,8 @@ def main() -> None:
         drawn = workloads.cohort(number, chosen.workload.clients)
         report.cohort(*training.round(number, drawn))
 
-    report.run(one_round)
-    report.finish(jax.device_get(training.params))
+    report.run(one_round, lambda: jax.device_get(training.params))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def main() -> None:
         params, state = jax.block_until_ready(train(params, state, keys, x, y, mask, counts))
         report.cohort(drawn, mask.any(-1).sum())
 
-    report.run(one_round)
-    report.finish(jax.device_get(params))
+    report.run(one_round, lambda: jax.device_get(params))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -6,17 +6,12 @@ Variants: `matmul` has the models of `models.py`, in which convolutions are matr
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+import optax
+
 import fax
-from peers import harness, workloads
-
-fax.sharding.use_cpu_devices()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-from peers import models  # noqa: E402
+from peers import harness, models, workloads
 
 
 def matmul(workload: workloads.Workload):
@@ -79,43 +74,36 @@ VARIANTS = {"matmul": matmul, "nnx": nnx}
 def main() -> None:
     chosen = harness.options(list(VARIANTS))
     report = harness.Report(chosen, ["jax", "flax", "optax", "numpy"])
+    jax.set_mesh(fax.sharding.use_cpu_devices())
     clients = report.load()
     position = {client: i for i, client in enumerate(clients)}
+
+    def sampler(number: int) -> list[int]:
+        drawn = workloads.cohort(number, chosen.workload.clients)
+        return [position[int(client)] for client in drawn]
+
     data = fax.data.InMemory(
         {str(c): dict(zip("xy", workloads.examples(c), strict=True)) for c in clients}
     )
-
-    def sampler(number: int) -> np.ndarray:
-        drawn = workloads.cohort(number, chosen.workload.clients)
-        return np.array([position[int(client)] for client in drawn], np.int32)
-
+    cohorts = fax.data.cohorts(data, chosen.workload.clients, workloads.BATCH, sampler=sampler)
     initial, loss, layers = VARIANTS[chosen.variant](chosen.workload)
     algorithm = fax.algorithms.fedavg(
         loss, optax.sgd(workloads.CLIENT_RATE), models.server_optimizer()
     )
     train = jax.jit(algorithm.round, donate_argnums=0)
-    with jax.set_mesh(fax.sharding.make_mesh(clients=len(jax.devices()))):
-        cohorts = fax.data.cohorts(
-            data,
-            clients=chosen.workload.clients,
-            batch_size=workloads.BATCH,
-            sampler=sampler,
-        )
-        state = algorithm.init(jax.tree.map(jnp.asarray, initial))
+    state = algorithm.init(initial)
+    seen: list[tuple] = []
 
-        def one_round(number: int) -> None:
-            nonlocal state
-            cohort = next(cohorts)
-            state, metrics = train(state, cohort)
-            jax.block_until_ready((state, metrics))
-            seen.append((cohort.client_ids, cohort.mask))
+    def one_round(number: int) -> None:
+        nonlocal state
+        cohort = next(cohorts)
+        state, _ = jax.block_until_ready(train(state, cohort))
+        seen.append((cohort.client_ids, cohort.mask))
 
-        seen: list[tuple] = []
-        report.run(one_round)
-        for ids, mask in jax.device_get(seen):
-            report.cohort([clients[i] for i in ids], mask.any(-1).sum())
-        trained = jax.device_get(algorithm.params(state))
-    report.finish(layers(trained))
+    report.run(one_round, lambda: layers(jax.device_get(algorithm.params(state))))
+    for positions, mask in jax.device_get(seen):
+        report.cohort([clients[i] for i in positions], mask.any(-1).sum())
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ if "pmap" in sys.argv:  # a device for each core, with JAX's own choice of threa
 
 import fedjax
 import jax
-import numpy as np
 from fedjax.algorithms import fed_avg
 from fedjax.models import emnist
 
@@ -64,12 +63,11 @@ def main() -> None:
         jax.block_until_ready(state.params)
         cohorts.append(list(diagnostics))
 
-    report.run(one_round)
+    report.run(one_round, lambda: [jax.device_get(state.params[name]) for name in names])
     for drawn in cohorts:  # counted afterwards, since FedJAX does not say
         batches = (clients[int(c)].shuffle_repeat_batch(batching) for c in drawn)
         report.cohort(drawn, sum(1 for own in batches for _ in own))
-    trained = [jax.tree_util.tree_map(np.asarray, state.params[name]) for name in names]
-    report.finish(trained)
+    report.finish()
 
 
 if __name__ == "__main__":

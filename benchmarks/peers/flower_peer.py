@@ -63,7 +63,12 @@ class Timed(FedAdam):
                 raise RuntimeError(f"a client failed in round {server_round}: {reply.error}")
         metrics = [reply.content["metrics"] for reply in replies]
         aggregated = super().aggregate_train(server_round, replies)
-        self.report.seconds.append(time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        arrays = aggregated[0].to_numpy_ndarrays()
+        self.report.done(
+            seconds,
+            lambda: [{"w": w, "b": b} for w, b in zip(arrays[::2], arrays[1::2], strict=True)],
+        )
         self.report.cohort((m["client"] for m in metrics), sum(m["steps"] for m in metrics))
         return aggregated
 
@@ -92,7 +97,6 @@ def main() -> None:
     chosen = harness.options(["ray"])
     report = harness.Report(chosen, ["flwr", "ray", "jax", "numpy"])
     server = ServerApp()
-    result = {}
 
     @server.main()
     def run(grid: Grid, context: Context) -> None:
@@ -109,13 +113,12 @@ def main() -> None:
             tau=workloads.SERVER_EPS,
         )
         initial = [layer[name] for layer in workloads.initial(chosen.workload) for name in "wb"]
-        trained = strategy.start(
+        strategy.start(
             grid=grid,
             initial_arrays=ArrayRecord(initial),
             train_config=ConfigRecord({}),
             num_rounds=chosen.total,
         )
-        result["arrays"] = trained.arrays.to_numpy_ndarrays()
 
     with tempfile.TemporaryDirectory() as folder:
         flower_client.store(folder, report.load())
@@ -132,9 +135,7 @@ def main() -> None:
                 "init_args": {"num_cpus": harness.CORES, "include_dashboard": False},
             },
         )
-    arrays = result["arrays"]
-    trained = [{"w": w, "b": b} for w, b in zip(arrays[::2], arrays[1::2], strict=True)]
-    report.finish(trained, peak=memory.peak)
+    report.finish(memory.peak)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 
 from peers import workloads
 
 CORES = 2
+CHECKED = 6  # rounds after which losses are compared: about half of the first is left
 
 
 def options(variants: Sequence[str]) -> argparse.Namespace:
@@ -57,6 +57,7 @@ class Report:
         self.cohorts: list[str] = []
         self._versions = {name: metadata.version(name) for name in packages}
         self._before: float | None = None
+        self._params: dict[int, workloads.Params] = {}  # after so many rounds
 
     def load(self) -> list[int]:
         """Makes the examples of all clients that the rounds will touch. Returns their numbers."""
@@ -72,21 +73,30 @@ class Report:
         self.cohorts.append(f"{zlib.crc32(drawn.tobytes()):08x}")
         self.steps.append(int(steps))
 
-    def run(self, one_round: Callable[[int], None]) -> None:
+    def run(self, one_round: Callable[[int], None], params: Callable[[], workloads.Params]) -> None:
         """Times rounds. ``one_round`` returns when the server's new state is there."""
         self.start()
         for number in range(self.chosen.total):
             start = time.perf_counter()
             one_round(number)
-            self.seconds.append(time.perf_counter() - start)
+            self.done(time.perf_counter() - start, params)
 
     def start(self) -> None:
         """Notes the memory before the first round. For peers with a loop of their own."""
         self._before = resident()
 
-    def finish(self, params: workloads.Params, peak: float | None = None, **more: Any) -> None:
+    def done(self, seconds: float, params: Callable[[], workloads.Params]) -> None:
+        """Notes the end of a round, and keeps the parameters of which the loss will be told."""
+        self.seconds.append(seconds)
+        if len(self.seconds) in (CHECKED, self.chosen.total):
+            self._params[len(self.seconds)] = [
+                {name: np.array(value) for name, value in layer.items()} for layer in params()
+            ]
+
+    def finish(self, peak: float | None = None) -> None:
         """Prints the line. ``peak``: MiB of all processes, where there are several."""
         peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        losses = {count: workloads.evaluate(kept) for count, kept in self._params.items()}
         line = dict(
             workload=self.chosen.name,
             variant=self.chosen.variant,
@@ -95,11 +105,11 @@ class Report:
             peak_mib=peak,
             before_mib=self._before,
             data_mib=self.data,
-            loss=workloads.evaluate(params),
+            loss=losses[min(CHECKED, self.chosen.total)],
+            final_loss=losses[self.chosen.total],
             cohorts=self.cohorts,
             steps=self.steps,
             versions=self._versions,
-            **more,
         )
         print(json.dumps(line), flush=True)
 

@@ -99,7 +99,7 @@ class Clock(TrainingProcessCallback):
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
-        self.report.seconds.append(time.perf_counter() - self.started)
+        self.report.done(time.perf_counter() - self.started, self.network.params)
         self.report.cohort(self.visited, self.network.steps)
         self.visited.clear()
         self.network.steps = 0
@@ -158,7 +158,7 @@ def main() -> None:
         callbacks=[Clock(report, network, visited)],
         send_metrics_to_platform=False,
     )
-    report.finish(network.params())
+    report.finish()
 
 
 if __name__ == "__main__":
