@@ -27,7 +27,7 @@ def line(row, seconds, workload="W2", repeat=0, **more):
         seconds=[seconds] * 12,
         first_round=9.0,
         peak_mib=100.0,
-        data_mib=50.0,
+        on_devices_mib=50.0,
         loss=0.5,
         final_loss=0.1,
         cohorts=["a", "b"],

@@ -103,7 +103,8 @@ def main() -> None:
     report.run(one_round, lambda: layers(jax.device_get(algorithm.params(state))))
     for positions, mask in jax.device_get(seen):
         report.cohort([clients[i] for i in positions], mask.any(-1).sum())
-    report.finish()
+    shards = [shard for array in jax.live_arrays() for shard in array.addressable_shards]
+    report.finish(on_devices=sum(shard.data.nbytes for shard in shards) / 2**20)
 
 
 if __name__ == "__main__":

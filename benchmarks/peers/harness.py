@@ -93,8 +93,12 @@ class Report:
                 {name: np.array(value) for name, value in layer.items()} for layer in params()
             ]
 
-    def finish(self, peak: float | None = None) -> None:
-        """Prints the line. ``peak``: MiB of all processes, where there are several."""
+    def finish(self, peak: float | None = None, on_devices: float = 0.0) -> None:
+        """Prints the line.
+
+        ``peak``: MiB of all processes, where there are several; ``on_devices``: those of examples
+        that stay there.
+        """
         peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         losses = {count: workloads.evaluate(kept) for count, kept in self._params.items()}
         line = dict(
@@ -105,6 +109,7 @@ class Report:
             peak_mib=peak,
             before_mib=self._before,
             data_mib=self.data,
+            on_devices_mib=on_devices,
             loss=losses[min(CHECKED, self.chosen.total)],
             final_loss=losses[self.chosen.total],
             cohorts=self.cohorts,
