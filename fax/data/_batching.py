@@ -81,10 +81,14 @@ class Plan(NamedTuple):
 
 
 def bucket(steps: int, most: int | None) -> int:
-    """A capacity for so many steps, one of few: 1, 2, 3, 4, 6, 8, 12, 16, ..., at most ``most``."""
+    """A capacity for so many steps, one of few: 1, 2, 3, 4, 6, 8, 12, 16, ..., or ``most``.
+
+    A step that is not run costs next to nothing, and a new shape has to be compiled. So it is the
+    most that any client has, if that is no more than twice as much.
+    """
     size = 1 << max(steps - 1, 0).bit_length()
     size = size * 3 // 4 if steps <= size * 3 // 4 else size
-    return size if most is None else min(size, most)
+    return size if most is None or most > 2 * size else most
 
 
 def plan(

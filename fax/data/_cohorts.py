@@ -44,8 +44,8 @@ def cohorts(
 
     Within a cohort clients are ordered such that devices have about the same number of steps to
     run and neighbours have about the same length; ``client_ids`` says who is where. The number
-    of steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or the most that any client has, so
-    that few shapes are compiled; see `Cohorts.shapes`. Steps that are padding are not run; see
+    of steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most that any client has
+    if that is not far, so that few shapes are compiled; see `Cohorts.shapes`. Steps that are padding are not run; see
     `Client.scan`.
 
     If the examples fit, they are brought to the devices once, and a round is sent the numbers of
