@@ -111,7 +111,7 @@ def measure(eqn) -> dict[str, Any]:
         count = math.prod(conv.positions if form == "positions" else conv.window)
         if count <= 64 and (form != "scatter" or set(conv.strides) <= {1}):
             for at_once in (True, False):
-                name = form if at_once else f"{form}, one by one"
+                name = form if at_once else f"{form}, loop"
                 ways[name] = functools.partial(convolve, Way(form, at_once), eqn.params, out)
 
     def jaxpr_of_auto():
@@ -135,7 +135,7 @@ def measure(eqn) -> dict[str, Any]:
     times = {name: min(t["s"] for t in own) for name, own in take_turns(runs, TURNS).items()}
     base = times.pop("outside")
     best = best_way(conv)
-    matmul = best.form if best.at_once else f"{best.form}, one by one"
+    matmul = best.form if best.at_once else f"{best.form}, loop"
     return {"XLA outside, ms": 1e3 * base, "matmul": matmul} | {
         name: t / base for name, t in times.items()
     }

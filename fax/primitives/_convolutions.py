@@ -14,6 +14,7 @@ the channels last, or slices and matrix products, or stays as it is.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from fax.primitives import _jaxpr
-from fax.primitives._matmul_convolution import Convolution, best_way, convolve, part_count
+from fax.primitives._matmul_convolution import Convolution, best_way, convolve
 
 Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Array]
 
@@ -44,8 +45,6 @@ SETTINGS = ("auto", "xla", "matmul")
 #     derivatives                4 to 25         1            0.3 to 0.4
 #   groups                     0.1 to 90     0.1 to 2         0.1 to 0.8
 #
-# Slices are written out one by one, so a window of more positions than these is left whole.
-_MOST_PARTS = 64
 _FEW_CHANNELS_IN_3D = 8
 
 
@@ -82,7 +81,7 @@ def rewrite(
             return _by_matmul
         if not jnp.issubdtype(conv.dtype, jnp.floating):
             return None
-        by_matmul = not spread and part_count(conv) <= _MOST_PARTS
+        by_matmul = not spread
         if platform != "cpu":
             return _unless_grouped(_stock) if vectorised and by_matmul else None
         if by_matmul and _matmul_is_faster(conv):
@@ -93,7 +92,10 @@ def rewrite(
 
 
 def _matmul_is_faster(conv: Convolution) -> bool:
-    if conv.groups * conv.batch_groups > 1 or part_count(conv) == 1:
+    if conv.groups * conv.batch_groups > 1 or 1 in map(math.prod, (conv.window, conv.positions)):
+        return True
+    # XLA swaps the operands, and so undoes what their layout was chosen for.
+    if math.prod(conv.window) > math.prod(conv.space):
         return True
     in_3d = len(conv.space) > 2
     return in_3d and (best_way(conv).form != "gather" or conv.channels <= _FEW_CHANNELS_IN_3D)

@@ -14,7 +14,7 @@ There are three ways to write it, each best for some shapes:
   scatter    products first: what input q contributes to output q - k d is padded and added
              up. For a dilated input, as in the derivative by the input, most of X is zeros.
 
-A way stores all patches, or all products, at once, or it adds up one product after the other.
+All patches, or all products, make one matrix, or a loop goes through them one by one.
 Groups are a batch of convolutions, which is what `jax.vmap` makes of them.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -94,41 +95,40 @@ class Convolution:
 
 
 class Way(NamedTuple):
-    """How to write a convolution: in which form, and whether with all slices in one matrix."""
+    """How to write a convolution: in which form, and whether at once or in a loop."""
 
     form: str
     at_once: bool
 
 
 # Measured with benchmarks/convolutions.py on 2 cores of an AMD EPYC processor, jax 0.12.0 and
-# 0.10.2, where a matrix larger than this took longer to write and read than was gained.
+# 0.10.2: a larger matrix takes longer to write and read than a loop of smaller products.
 _LARGEST_MATRIX = 16 * 2**20  # bytes
+# At once, each slice is an operation of its own, which the compiler takes time for.
+_MOST_SLICES = 64
 
 
 def best_way(conv: Convolution) -> Way:
-    """The way that measurement prefers, among those that give this convolution.
+    """The way that measurement prefers.
 
-    All slices make one matrix if that has at most 16 MiB. So the memory for a convolution is
-    bounded by this, or by twice that of its operands and result, where they have more.
+    Patches of more than 16 MiB are not stored at once. So a convolution needs this much memory
+    besides its operands and result or, if that is more, a few times theirs.
     """
     dilated = any(d > 1 for d in conv.lhs_dilation)
     if math.prod(conv.positions) < math.prod(conv.window):
-        form = "positions"
-    elif set(conv.strides) <= {1} and (dilated or 1 < conv.channels >= conv.outputs):
-        form = "scatter"
+        form, slices = "positions", math.prod(conv.positions)
     else:
-        form = "gather"
+        scatter = set(conv.strides) <= {1} and (dilated or 1 < conv.channels >= conv.outputs)
+        form, slices = "scatter" if scatter else "gather", math.prod(conv.window)
     each = (conv.outputs, *conv.space) if form == "scatter" else (conv.channels, *conv.positions)
     size = math.prod((conv.batch, conv.groups, conv.batch_groups, *each, *conv.window))
-    # A product with one channel is none of matrices, and compiles to a single loop.
-    thin = conv.batch == conv.outputs == 1 if form == "positions" else conv.channels == 1
-    bytes_at_once = size * np.dtype(conv.accumulator).itemsize
-    return Way(form, not thin and bytes_at_once <= _LARGEST_MATRIX)
+    small = size * np.dtype(conv.accumulator).itemsize <= _LARGEST_MATRIX
+    return Way(form, slices <= _MOST_SLICES and (small or _is_thin(conv, form)))
 
 
-def part_count(conv: Convolution) -> int:
-    """How many slices the best way takes."""
-    return min(math.prod(conv.positions), math.prod(conv.window))
+def _is_thin(conv: Convolution, form: str) -> bool:
+    """Whether products are none of matrices. The compiler merges all of them, and stores none."""
+    return conv.batch == conv.outputs == 1 if form == "positions" else conv.channels == 1
 
 
 def convolve(
@@ -190,54 +190,84 @@ def _split(x: jax.Array, layout: str, letter: str, count: int) -> tuple[jax.Arra
 
 
 def _gather(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
-    slices = _slices(conv, x, conv.window, conv.rhs_dilation, conv.positions, conv.strides)
-    if at_once:
-        patches = lax.concatenate(slices, x.ndim - 1)
-        return _dot(conv, patches, w.reshape(-1, conv.outputs), [-1], [0])
+    cut = _Slices(conv, x, conv.window, conv.rhs_dilation, conv.positions, conv.strides)
     matrices = w.reshape(-1, conv.channels, conv.outputs)
-    if conv.channels == 1:
-        pairs = zip(_wide(conv, *slices), _wide(conv, *matrices), strict=True)
-        products = [part * matrix[0] for part, matrix in pairs]
-    else:
-        pairs = zip(slices, matrices, strict=True)
-        products = [_dot(conv, part, matrix, [-1], [0]) for part, matrix in pairs]
-    return functools.reduce(lax.add, products)
+    if not at_once:
+
+        def add(total, tap):
+            number, matrix = tap
+            return total + _product(conv, cut(number), matrix), None
+
+        first = _product(conv, cut(0), matrices[0])
+        return lax.scan(add, first, (jnp.arange(1, len(matrices)), matrices[1:]))[0]
+    if _is_thin(conv, "gather"):
+        pairs = zip(cut.all(), matrices, strict=True)
+        return functools.reduce(lax.add, [_product(conv, *pair) for pair in pairs])
+    patches = lax.concatenate(cut.all(), x.ndim - 1)
+    return _dot(conv, patches, w.reshape(-1, conv.outputs), [-1], [0])
 
 
 def _positions(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
-    slices = _slices(conv, x, conv.positions, conv.strides, conv.window, conv.rhs_dilation)
+    cut = _Slices(conv, x, conv.positions, conv.strides, conv.window, conv.rhs_dilation)
     dims = range(x.ndim - 1)
-    if at_once:
-        y = _dot(conv, lax.concatenate(slices, x.ndim - 1), w, dims, dims)
-    elif conv.batch == conv.outputs == 1:
-        # A last dimension of size 1 would make the sums three times slower.
-        w, *parts = _wide(conv, *(lax.squeeze(a, [a.ndim - 1]) for a in (w, *slices)))
-        y = jnp.stack([jnp.sum(part * w) for part in parts])
+
+    def product(part):
+        if not _is_thin(conv, "positions"):
+            return _dot(conv, part, w, dims, dims)
+        # A last dimension of size 1 would make the sum three times slower.
+        row, kernel = (_wide(conv, lax.squeeze(a, [a.ndim - 1])) for a in (part, w))
+        return jnp.sum(row * kernel)
+
+    if not at_once:
+        y = lax.map(lambda number: product(cut(number)), jnp.arange(math.prod(conv.positions)))
+    elif _is_thin(conv, "positions"):
+        y = jnp.stack(list(map(product, cut.all())))
     else:
-        y = jnp.stack([_dot(conv, part, w, dims, dims) for part in slices])
+        y = product(lax.concatenate(cut.all(), x.ndim - 1))
     return y.reshape(*conv.positions, conv.batch, conv.outputs)
 
 
 def _scatter(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
     matrices = w.reshape(-1, conv.outputs, conv.channels)
-    if conv.channels == 1:
-        x, *rows = _wide(conv, x, *matrices)
-        products = [x * row[:, 0] for row in rows]
-    elif at_once:
-        every = _dot(conv, x, matrices.reshape(-1, conv.channels), [-1], [-1])
-        own = [conv.outputs] * len(matrices)
-        products = list(lax.split(every, own, axis=every.ndim - 1))
+    # The canvas holds all contributions; those of tap 0 are at its end.
+    ends = [(k - 1) * d for k, d in zip(conv.window, conv.rhs_dilation, strict=True)]
+
+    def start(number):
+        digits = _digits(number, conv.window)
+        return [e - n * d for e, n, d in zip(ends, digits, conv.rhs_dilation, strict=True)]
+
+    def on_canvas(number, y):
+        at = start(number)
+        return _pad(y, [(low, e - low, 0) for low, e in zip(at, ends, strict=True)])
+
+    def dilated(y):
+        return _pad(y, [(0, 0, d - 1) for d in conv.lhs_dilation])
+
+    if not at_once:
+
+        def add(canvas, tap):
+            number, matrix = tap
+            y = dilated(_product(conv, x, matrix.T))
+            where = [number * 0, *start(number), number * 0]
+            y = y + lax.dynamic_slice(canvas, where, y.shape)
+            return lax.dynamic_update_slice(canvas, y, where), None
+
+        first = on_canvas(0, dilated(_product(conv, x, matrices[0].T)))
+        canvas, _ = lax.scan(add, first, (jnp.arange(1, len(matrices)), matrices[1:]))
     else:
-        products = [_dot(conv, x, matrix, [-1], [-1]) for matrix in matrices]
-    padded = []
-    for k, product in zip(np.ndindex(*conv.window), products, strict=True):
-        config = []
-        for i, (low, _) in enumerate(conv.padding):
-            low -= int(k[i]) * conv.rhs_dilation[i]
-            size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1
-            config.append((low, conv.positions[i] - low - size, conv.lhs_dilation[i] - 1))
-        padded.append(_pad(product, config))
-    return functools.reduce(lax.add, padded)
+        if _is_thin(conv, "scatter"):
+            products: Sequence[jax.Array] = [_product(conv, x, matrix.T) for matrix in matrices]
+        else:
+            every = _dot(conv, x, matrices.reshape(-1, conv.channels), [-1], [-1])
+            products = lax.split(every, [conv.outputs] * len(matrices), axis=every.ndim - 1)
+        canvas = functools.reduce(
+            lax.add, map(on_canvas, itertools.count(), map(dilated, products))
+        )
+    config = []
+    for i, (low, _) in enumerate(conv.padding):
+        size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1
+        config.append((low - ends[i], conv.positions[i] - low - size, 0))
+    return _pad(canvas, config)
 
 
 _FORMS = {
@@ -247,27 +277,48 @@ _FORMS = {
 }
 
 
-def _slices(
-    conv: Convolution, x: jax.Array, counts: Ints, steps: Ints, sizes: Ints, strides: Ints
-) -> list[jax.Array]:
-    """Slices of the padded input of these sizes and strides, one for each of ``counts``."""
-    config = []
-    for i, (low, _) in enumerate(conv.padding):
-        # What the window does not reach is cut off, so that a derivative pads in the same way.
-        reach = (counts[i] - 1) * steps[i] + (sizes[i] - 1) * strides[i] + 1
-        size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1
-        config.append((low, reach - low - size, conv.lhs_dilation[i] - 1))
-    x = _pad(x, config)
-    slices = []
-    for number in np.ndindex(*counts):
-        start = [int(i) * step for i, step in zip(number, steps, strict=True)]
-        limit = [
-            first + (size - 1) * stride + 1
-            for first, size, stride in zip(start, sizes, strides, strict=True)
-        ]
-        ends = x.shape[0], x.shape[-1]
-        slices.append(lax.slice(x, (0, *start, 0), (ends[0], *limit, ends[1]), (1, *strides, 1)))
-    return slices
+class _Slices:
+    """Slices of the padded input, of these sizes and strides, one for each of ``counts``."""
+
+    def __init__(
+        self,
+        conv: Convolution,
+        x: jax.Array,
+        counts: Ints,
+        steps: Ints,
+        sizes: Ints,
+        strides: Ints,
+    ):
+        self.counts, self.steps, self.strides = counts, steps, strides
+        self.extents = [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)]
+        config = []
+        for i, (low, _) in enumerate(conv.padding):
+            # What the window does not reach is cut off, so that a derivative pads the same way.
+            reach = (counts[i] - 1) * steps[i] + self.extents[i]
+            size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1
+            config.append((low, reach - low - size, conv.lhs_dilation[i] - 1))
+        self.x = _pad(x, config)
+
+    def all(self) -> list[jax.Array]:
+        return list(map(self, range(math.prod(self.counts))))
+
+    def __call__(self, number: Any) -> jax.Array:
+        """One slice. Its number is an int, or an array if only a running program knows it."""
+        start = [n * step for n, step in zip(_digits(number, self.counts), self.steps, strict=True)]
+        sizes = [self.x.shape[0], *self.extents, self.x.shape[-1]]
+        strides = [1, *self.strides, 1]
+        if isinstance(number, int):
+            begin = [0, *start, 0]
+            limit = [at + size for at, size in zip(begin, sizes, strict=True)]
+            return lax.slice(self.x, begin, limit, strides)
+        part = lax.dynamic_slice(self.x, [number * 0, *start, number * 0], sizes)
+        return lax.slice(part, [0] * part.ndim, part.shape, strides)
+
+
+def _digits(number: Any, counts: Ints) -> list[Any]:
+    """A number as an index of an array with so many in each dimension, in row-major order."""
+    sizes = [math.prod(counts[i + 1 :]) for i in range(len(counts))]
+    return [number // size % count for size, count in zip(sizes, counts, strict=True)]
 
 
 def _pad(x: jax.Array, config: Sequence[tuple[int, int, int]]) -> jax.Array:
@@ -275,6 +326,13 @@ def _pad(x: jax.Array, config: Sequence[tuple[int, int, int]]) -> jax.Array:
     if not any(map(any, config)):
         return x
     return lax.pad(x, x.dtype.type(0), [(0, 0, 0), *config, (0, 0, 0)])
+
+
+def _product(conv: Convolution, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """The product with a matrix over the channels, which come last."""
+    if conv.channels == 1:
+        return _wide(conv, x) * _wide(conv, matrix[0])
+    return _dot(conv, x, matrix, [-1], [0])
 
 
 def _dot(
@@ -288,5 +346,5 @@ def _dot(
     )
 
 
-def _wide(conv: Convolution, *arrays: jax.Array) -> list[jax.Array]:
-    return [x.astype(conv.accumulator) for x in arrays]
+def _wide(conv: Convolution, x: jax.Array) -> jax.Array:
+    return x.astype(conv.accumulator)
