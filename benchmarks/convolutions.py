@@ -61,7 +61,7 @@ def layers() -> dict[str, Any]:
     for name, layer in LAYERS.items():
         for what, eqn in equations(*layer).items():
             rows.append({"": f"{name}, {what}"} | measure(eqn))
-            print(rows[-1], file=sys.stderr)
+            print(f"{name}, {what}", file=sys.stderr)
     return table("Convolutions, as multiples of XLA's own outside of loops", rows)
 
 
@@ -207,10 +207,11 @@ def training() -> dict[str, Any]:
         for name, (apply, setting) in variants.items():
             fn = jax.jit(averaging(apply, setting, at_once))
             runs[name] = lambda turn, fn=fn: {"s": clock(fn, params, (x, y))[0]}
+        slow = {"xla": runs.pop("xla")}
         take_turns(runs, 1)
-        times = take_turns(runs, 11)
+        times = take_turns(runs, 11) | take_turns(slow, 2)
         steps = CLIENTS * LOCAL_STEPS
-        row: dict[str, Any] = {"clients at once": at_once}
+        row: dict[str, Any] = {"clients at once": str(at_once)}
         for name, own in times.items():
             row[name] = 1e3 * float(np.median([t["s"] for t in own])) / steps
         ratios = [a["s"] / b["s"] for a, b in zip(times["auto"], times["by hand"], strict=True)]

@@ -35,17 +35,14 @@ Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Arr
 SETTINGS = ("auto", "xla", "matmul")
 
 # The table of measurements: benchmarks/convolutions.py on 2 cores of an AMD EPYC processor, jax
-# 0.12.0 and 0.10.2, time in a loop by time of XLA's own convolution outside of any loop.
+# 0.12.0 and 0.10.2. The time in a loop, as a multiple of that of XLA's convolution outside of any.
 #
-#                              XLA's own   channels last   slices and products
-#   1 or 2 dimensions           1 to 120     0.9 to 1.4       0.7 to 4
-#   windows of one position    1.5 to 26     1.0 to 1.5       0.3 to 0.9
-#   3, up to 8 channels          1 to 2          1            0.1 to 0.3
-#   3, more channels             1 to 25         1              1.4
-#     derivatives                4 to 25         1            0.3 to 0.4
-#   groups                     0.1 to 90     0.1 to 2         0.1 to 0.8
-#
-_FEW_CHANNELS_IN_3D = 8
+#                               XLA in a loop   channels last   slices and products
+#   1 or 2 dimensions             0.7 to 120      0.7 to 1.3         0.5 to 3
+#     one tap or position         0.8 to 26       0.7 to 1.5         0.3 to 0.7
+#   3 dimensions                  0.7 to 25       0.6 to 1.2         0.1 to 0.4
+#   groups                        0.1 to 90       0.1 to 2           0.1 to 1.1
+#   4 vectorised kernels          0.8 to 67       0.5 to 1.2         0.1 to 1.4
 
 
 def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
@@ -97,8 +94,7 @@ def _matmul_is_faster(conv: Convolution) -> bool:
     # XLA swaps the operands, and so undoes what their layout was chosen for.
     if math.prod(conv.window) > math.prod(conv.space):
         return True
-    in_3d = len(conv.space) > 2
-    return in_3d and (best_way(conv).form != "gather" or conv.channels <= _FEW_CHANNELS_IN_3D)
+    return len(conv.space) > 2
 
 
 # The walk

@@ -208,19 +208,19 @@ def _gather(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax
 
 
 def _positions(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+    dims, thin = range(x.ndim - 1), _is_thin(conv, "positions")
+    if thin:  # a last dimension of size 1 would make the sums three times slower
+        x, w = (lax.squeeze(a, [a.ndim - 1]) for a in (x, w))
     cut = _Slices(conv, x, conv.positions, conv.strides, conv.window, conv.rhs_dilation)
-    dims = range(x.ndim - 1)
 
     def product(part):
-        if not _is_thin(conv, "positions"):
-            return _dot(conv, part, w, dims, dims)
-        # A last dimension of size 1 would make the sum three times slower.
-        row, kernel = (_wide(conv, lax.squeeze(a, [a.ndim - 1])) for a in (part, w))
-        return jnp.sum(row * kernel)
+        return (
+            jnp.sum(_wide(conv, part) * _wide(conv, w)) if thin else _dot(conv, part, w, dims, dims)
+        )
 
     if not at_once:
         y = lax.map(lambda number: product(cut(number)), jnp.arange(math.prod(conv.positions)))
-    elif _is_thin(conv, "positions"):
+    elif thin:
         y = jnp.stack(list(map(product, cut.all())))
     else:
         y = product(lax.concatenate(cut.all(), x.ndim - 1))
@@ -305,13 +305,14 @@ class _Slices:
     def __call__(self, number: Any) -> jax.Array:
         """One slice. Its number is an int, or an array if only a running program knows it."""
         start = [n * step for n, step in zip(_digits(number, self.counts), self.steps, strict=True)]
-        sizes = [self.x.shape[0], *self.extents, self.x.shape[-1]]
-        strides = [1, *self.strides, 1]
+        last = self.x.shape[1 + len(start) :]
+        zero, ones = [number * 0] * len(last), [1] * len(last)
+        sizes, strides = [self.x.shape[0], *self.extents, *last], [1, *self.strides, *ones]
         if isinstance(number, int):
-            begin = [0, *start, 0]
+            begin = [0, *start, *zero]
             limit = [at + size for at, size in zip(begin, sizes, strict=True)]
             return lax.slice(self.x, begin, limit, strides)
-        part = lax.dynamic_slice(self.x, [number * 0, *start, number * 0], sizes)
+        part = lax.dynamic_slice(self.x, [number * 0, *start, *zero], sizes)
         return lax.slice(part, [0] * part.ndim, part.shape, strides)
 
 
@@ -322,10 +323,11 @@ def _digits(number: Any, counts: Ints) -> list[Any]:
 
 
 def _pad(x: jax.Array, config: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Pads the spatial dimensions."""
+    """Pads the spatial dimensions, which come second."""
     if not any(map(any, config)):
         return x
-    return lax.pad(x, x.dtype.type(0), [(0, 0, 0), *config, (0, 0, 0)])
+    none = (0, 0, 0)
+    return lax.pad(x, x.dtype.type(0), [none, *config, *[none] * (x.ndim - 1 - len(config))])
 
 
 def _product(conv: Convolution, x: jax.Array, matrix: jax.Array) -> jax.Array:
