@@ -10,10 +10,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxprs import equations, operators
 from meshes import mesh, put
 
 import fax
+from fax.primitives._convolutions import rewrite
 
 SETTINGS = ("auto", "matmul")
 CHANNELS_LAST = {0: "bf_io->bf", 1: "b0f_0io->b0f", 2: "b01f_01io->b01f", 3: "b012f_012io->b012f"}
@@ -261,6 +263,26 @@ def test_vectorised_participants_with_kernels_of_their_own_have_no_convolutions(
         return fax.map(client, fax.broadcast(state), x, batch_size=len(X))
 
     assert {groups for _, groups in convolutions_in(same_kernel, STATE, X)} == {1}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_what_is_rewritten_for_a_platform(platform):
+    """Where nothing has been measured, only what vectorisation would make grouped."""
+    jaxpr = jax.make_jaxpr(conv)(IMAGES[0], KERNELS[0])
+
+    def rewritten(vectorised, **how):
+        how = dict(platform=platform, vectorised=vectorised, spread=False) | how
+        return jaxpr_as_fun(rewrite(jaxpr, "auto", **how))
+
+    gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(conv(IMAGES[0], w) ** 2)))(KERNELS[0])
+    left = rewrite(gradient, "auto", platform, vectorised=False, spread=False)
+    assert (left is gradient) == (platform != "cpu")
+
+    several = jax.jit(jax.vmap(rewritten(vectorised=True)))
+    assert_close(several(IMAGES, KERNELS)[0], jax.vmap(conv)(IMAGES, KERNELS))
+    assert not convolutions_in(several, IMAGES, KERNELS)
+    assert len(convolutions_in(jax.vmap(rewritten(True), (0, None)), IMAGES, KERNELS[0])) == 1
+    assert len(convolutions_in(jax.vmap(rewritten(True, spread=True)), IMAGES, KERNELS)) == 1
 
 
 # Where a convolution can stand

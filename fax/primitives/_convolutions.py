@@ -69,7 +69,8 @@ def rewrite(
       spread: whether values may be sharded over axes of a mesh that are left to the compiler,
         over which ``auto`` slices nothing.
     """
-    if setting == "xla" or not has_convolutions(jaxpr):
+    left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorised)
+    if left or not has_convolutions(jaxpr):
         return jaxpr
 
     def choose(conv: Convolution) -> Convolve | None:
@@ -78,12 +79,10 @@ def rewrite(
             return _by_matmul
         if not jnp.issubdtype(conv.dtype, jnp.floating):
             return None
-        by_matmul = not spread
-        if platform != "cpu":
-            return _unless_grouped(_stock) if vectorised and by_matmul else None
-        if by_matmul and _matmul_is_faster(conv):
+        if platform == "cpu" and _matmul_is_faster(conv) and not spread:
             return _by_matmul
-        return _unless_grouped(_channels_last) if vectorised and by_matmul else _channels_last
+        written = _channels_last if platform == "cpu" else _stock
+        return _unless_grouped(written) if vectorised and not spread else written
 
     return _rewrite(jaxpr, choose)
 
