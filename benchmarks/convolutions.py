@@ -1,6 +1,6 @@
 """Convolutions: XLA's own against what `fax.map` makes of them.
 
-    python benchmarks/convolutions.py [--only layers|training] [--json PATH]
+    python benchmarks/convolutions.py [--only layers|vectorised|training] [--json PATH]
 
 Variants take turns, so that a machine that is busy for a while slows all of them. Times are
 minima for layers and medians for training.
@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from fax.primitives._matmul_convolution import Convolution, Way, best_way, convo
 
 PyTree = Any
 
-STEPS, TURNS = 2, 7
+STEPS, TURNS = 2, 5
+VECTORISED = 4
 # Shapes of input and kernel, channels last; stride, padding, groups.
 LAYERS = {
     "EMNIST 1": ((20, 28, 28, 1), (3, 3, 1, 32), 1, "VALID", 1),
@@ -47,6 +48,7 @@ LAYERS = {
     "3-d, 4 channels": ((4, 16, 16, 16, 4), (3, 3, 3, 4, 8), 1, "SAME", 1),
     "3-d, 32 channels": ((2, 16, 16, 16, 32), (3, 3, 3, 32, 64), 1, "SAME", 1),
 }
+VECTORISED_LAYERS = ("EMNIST 1", "EMNIST 2", "ResNet 16", "ResNet 64", "text", "depthwise")
 FORMS = ("gather", "positions", "scatter")
 
 CLIENTS, LOCAL_STEPS, BATCH, CLASSES, RATE = 4, 5, 20, 62, 0.1
@@ -55,14 +57,20 @@ CLIENTS, LOCAL_STEPS, BATCH, CLASSES, RATE = 4, 5, 20, 62, 0.1
 # Layers
 
 
-def layers() -> dict[str, Any]:
+def layers(names: Iterable[str] = LAYERS, count: int = 1) -> dict[str, Any]:
     """Each layer and its two derivatives, in every way, in a loop and outside of any."""
     rows = []
-    for name, layer in LAYERS.items():
-        for what, eqn in equations(*layer).items():
-            rows.append({"": f"{name}, {what}"} | measure(eqn))
-            print(f"{name}, {what}", file=sys.stderr)
-    return table("Convolutions, as multiples of XLA's own outside of loops", rows)
+    for name in names:
+        for what, eqn in equations(*LAYERS[name]).items():
+            rows.append({"": f"{name}, {what}"} | measure(eqn, count))
+            print(rows[-1][""], file=sys.stderr)
+    several = f" of {count} participants at once" if count > 1 else ""
+    return table(f"Convolutions{several}, as multiples of XLA's own outside of loops", rows)
+
+
+def vectorised() -> dict[str, Any]:
+    """Several participants at once, each with inputs and kernels of its own."""
+    return layers(VECTORISED_LAYERS, VECTORISED)
 
 
 def equations(x_shape, w_shape, stride, padding, groups) -> dict[str, Any]:
@@ -91,13 +99,14 @@ def equations(x_shape, w_shape, stride, padding, groups) -> dict[str, Any]:
     }
 
 
-def measure(eqn) -> dict[str, Any]:
+def measure(eqn, count: int) -> dict[str, Any]:
     """Milliseconds of XLA outside of loops; of all ways in a loop, as ratios to it."""
     lhs, rhs = (atom.aval for atom in eqn.invars)
     out = eqn.outvars[0].aval
     conv = Convolution.of(lhs, rhs, out, eqn.params)
     rng = np.random.default_rng(0)
-    rows = [jnp.asarray(rng.standard_normal((STEPS, *a.shape)), a.dtype) for a in (lhs, rhs)]
+    sizes = (STEPS,) if count == 1 else (STEPS, count)
+    rows = [jnp.asarray(rng.standard_normal((*sizes, *a.shape)), a.dtype) for a in (lhs, rhs)]
     one = [x[0] for x in rows]
 
     def stock(x, w):
@@ -108,24 +117,27 @@ def measure(eqn) -> dict[str, Any]:
         "channels last": functools.partial(_convolutions._channels_last, eqn.params, out),
     }
     for form in FORMS:
-        count = math.prod(conv.positions if form == "positions" else conv.window)
-        if count <= 64 and (form != "scatter" or set(conv.strides) <= {1}):
+        slices = math.prod(conv.positions if form == "positions" else conv.window)
+        if slices <= 64 and (form != "scatter" or set(conv.strides) <= {1}):
             for at_once in (True, False):
                 name = form if at_once else f"{form}, loop"
                 ways[name] = functools.partial(convolve, Way(form, at_once), eqn.params, out)
 
     def jaxpr_of_auto():
-        jaxpr = jax.make_jaxpr(stock)(*one)
-        return _convolutions.rewrite(jaxpr, "auto", "cpu", vectorised=False, spread=False)
+        jaxpr = jax.make_jaxpr(stock)(lhs, rhs)
+        return _convolutions.rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, spread=False)
 
     chosen = jax.extend.core.jaxpr_as_fun(jaxpr_of_auto())
     ways["auto"] = lambda x, w: chosen(x, w)[0]
+
+    if count > 1:
+        ways = {name: jax.vmap(way) for name, way in ways.items()}
 
     def loop(way):
         return jax.jit(lambda *xs: lax.scan(lambda c, x: (c, way(*x)), None, xs)[1])
 
     runs = {name: (loop(way), rows, STEPS) for name, way in ways.items()}
-    runs["outside"] = (jax.jit(stock), one, 1)
+    runs["outside"] = (jax.jit(ways["XLA"]), one, 1)
     runs["auto, outside"] = (jax.jit(ways["auto"]), one, 1)
     runs = {
         name: lambda turn, fn=fn, args=args, steps=steps: {"s": clock(fn, *args)[0] / steps}
@@ -244,7 +256,7 @@ def averaging(apply: Callable, setting: str, at_once: int) -> Callable:
     return one_round
 
 
-PARTS = {"layers": layers, "training": training}
+PARTS = {"layers": layers, "vectorised": vectorised, "training": training}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def convolution(draw, max_dims=3):
 
 
 @given(convolution(), st.sampled_from([*SETTINGS, "vectorised"]))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_values_and_gradients_of_random_convolutions(case, setting):
     conv, x, w = case
 
@@ -233,12 +233,11 @@ def test_a_stock_network(setting, batch_size):
     assert_close(ours, jax.jit(plain)(STATE, X))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_gradient_of_training_a_stock_network(setting):
+def test_the_gradient_of_training_a_stock_network():
     def energy(fn):
         return jax.grad(lambda s: sum(jnp.sum(p**2) for p in jax.tree.leaves(fn(s, X))))
 
-    ours = averaging(setting, client=jax.checkpoint(train))
+    ours = averaging("auto", client=jax.checkpoint(train))
     assert_close(jax.jit(energy(ours))(STATE), jax.jit(energy(plain))(STATE))
 
 

@@ -84,7 +84,7 @@ def rewrite(
         written = _channels_last if platform == "cpu" else _stock
         return _unless_grouped(written) if vectorised and not spread else written
 
-    return _rewrite(jaxpr, choose)
+    return _Rewriting(choose)(jaxpr)
 
 
 def _matmul_is_faster(conv: Convolution) -> bool:
@@ -96,56 +96,58 @@ def _matmul_is_faster(conv: Convolution) -> bool:
     return len(conv.space) > 2
 
 
-# The walk
+class _Rewriting:
+    """Rewrites jaxprs, each once, so that functions called twice are compiled once."""
 
+    def __init__(self, choose: Callable[[Convolution], Convolve | None]):
+        self._choose = choose
+        self._remembered = functools.cache(self._rewritten)
 
-def _rewrite(value: Any, choose: Callable[[Convolution], Convolve | None]) -> Any:
-    """A jaxpr, or a parameter of an equation with the jaxprs in it, rewritten."""
-    if isinstance(value, ClosedJaxpr):
-        return ClosedJaxpr(_rewrite_jaxpr(value.jaxpr, choose), value.consts)
-    if isinstance(value, Jaxpr):
-        return _rewrite_jaxpr(value, choose)
-    if type(value) in (tuple, list):
-        return type(value)(_rewrite(x, choose) for x in value)
-    return value
+    def __call__(self, value: Any) -> Any:
+        """A jaxpr, or a parameter of an equation with the jaxprs in it, rewritten."""
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            return self._remembered(value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self, value))
+        return value
 
+    def _rewritten(self, jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr | Jaxpr:
+        if not has_convolutions(jaxpr):
+            return jaxpr
+        if isinstance(jaxpr, ClosedJaxpr):
+            return ClosedJaxpr(self._jaxpr(jaxpr.jaxpr), jaxpr.consts)
+        return self._jaxpr(jaxpr)
 
-def _rewrite_jaxpr(jaxpr: Jaxpr, choose: Callable[[Convolution], Convolve | None]) -> Jaxpr:
-    if not has_convolutions(jaxpr):
-        return jaxpr
-    env: dict[Var, Any] = {}
+    def _jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
+        env: dict[Var, Any] = {}
 
-    def read(atom: Any) -> Any:
-        return env.get(atom, atom) if isinstance(atom, Var) else atom
+        def read(atom: Any) -> Any:
+            return env.get(atom, atom) if isinstance(atom, Var) else atom
 
-    eqns: list[JaxprEqn] = []
-    for eqn in jaxpr.eqns:
-        eqn = eqn.replace(invars=list(map(read, eqn.invars)))
-        written = None
-        if eqn.primitive is conv_general_dilated_p:
-            lhs, rhs, out = _types(eqn)
-            written = choose(Convolution.of(lhs, rhs, out, eqn.params))
-        elif not _is_map(eqn):
-            params = {name: _rewrite(x, choose) for name, x in eqn.params.items()}
-            eqn = eqn.replace(params=params)
-        if written is None:
-            eqns.append(eqn)
-            continue
-        with eqn.ctx.manager:
-            new = _trace(written, tuple(eqn.params.items()), *_types(eqn))
-        own, (result,), _ = _jaxpr.splice(new, eqn.invars)
-        # Profiles name the line of the user's convolution.
-        eqns += [each.replace(source_info=eqn.source_info) for each in own]
-        env[eqn.outvars[0]] = result
-    return jaxpr.replace(eqns=eqns, outvars=list(map(read, jaxpr.outvars)))
+        eqns: list[JaxprEqn] = []
+        for eqn in jaxpr.eqns:
+            eqn = eqn.replace(invars=list(map(read, eqn.invars)))
+            if eqn.primitive is not conv_general_dilated_p:
+                if not _is_map(eqn):
+                    eqn = eqn.replace(params={k: self(x) for k, x in eqn.params.items()})
+                eqns.append(eqn)
+                continue
+            lhs, rhs, out = (atom.aval for atom in (*eqn.invars, *eqn.outvars))
+            written = self._choose(Convolution.of(lhs, rhs, out, eqn.params))
+            if written is None:
+                eqns.append(eqn)
+                continue
+            with eqn.ctx.manager:
+                new = _trace(written, tuple(eqn.params.items()), lhs, rhs, out)
+            own, (result,), _ = _jaxpr.splice(new, eqn.invars)
+            # Profiles name the line of the user's convolution.
+            eqns += [each.replace(source_info=eqn.source_info) for each in own]
+            env[eqn.outvars[0]] = result
+        return jaxpr.replace(eqns=eqns, outvars=list(map(read, jaxpr.outvars)))
 
 
 def _is_map(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name == "federated_map"
-
-
-def _types(eqn: JaxprEqn) -> list[Any]:
-    return [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
 
 
 @_jaxpr.cached
