@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax._placement import Placement, PlacementError
+from fax.primitives._convolutions import SETTINGS
 from fax.sharding._types import as_placed
 
 
@@ -125,6 +126,16 @@ def batch_size(value: Any, here: Placement) -> int | None:
             "participants that a device works on at once, or None to leave it to fax."
         )
     return min(count, here.size)
+
+
+def convolutions(value: Any) -> str:
+    """Checks how convolutions are to be computed."""
+    if isinstance(value, str) and value in SETTINGS:
+        return value
+    raise PlacementError(
+        f"fax.map: convolutions is {value!r}, expected 'auto', which takes what is fastest, 'xla', "
+        "which leaves all to the compiler, or 'matmul', which makes matrix products of all."
+    )
 
 
 def no_collectives(caller: str, error: NameError, here: Placement) -> None:

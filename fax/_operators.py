@@ -117,7 +117,11 @@ def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
 
 
 def map(
-    fn: Callable, *args: PyTree, batch_size: int | None = None, placement: str | None = None
+    fn: Callable,
+    *args: PyTree,
+    batch_size: int | None = None,
+    convolutions: str = "auto",
+    placement: str | None = None,
 ) -> PyTree:
     """Runs a function at every participant, on its own rows.
 
@@ -131,6 +135,13 @@ def map(
         computed. Batches are vectorised with `jax.vmap` and follow one another in a loop.
         With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it is a real branch. Default:
         1 on CPU, 16 elsewhere.
+      convolutions: how those in ``fn`` and in its derivatives are computed; values change by
+        rounding only. ``"auto"`` takes what measurements prefer. On CPU that is XLA's own fast
+        convolution, rearranged to be fast in loops as well, or slices and matrix products.
+        Other platforms have not been measured: there, only convolutions whose kernels differ
+        between participants, where several are worked on at once, become matrix products.
+        ``"xla"`` leaves all to the compiler, ``"matmul"`` makes matrix products of all. Nested
+        maps have settings of their own.
       placement: which placement, where several are in scope.
 
     Returns:
@@ -138,7 +149,8 @@ def map(
 
     Raises:
       PlacementError: if a leading axis is not n, if ``fn`` returns something other than
-        arrays, if ``batch_size`` is not a positive int, or outside a program.
+        arrays, if ``batch_size`` is not a positive int, if ``convolutions`` is none of the
+        three, or outside a program.
 
     Example:
 
@@ -153,6 +165,7 @@ def map(
     leaves, treedef = tree_flatten_with_path(args)
     rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
     batch_size = _checks.batch_size(batch_size, here)
+    convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
 
     def of_rows(*rows):
@@ -185,7 +198,7 @@ def map(
         consts = [as_server(x, here) for x in consts]
     inputs = (SERVER,) * len(consts) + inputs
     outputs = (Out("placed"),) * len(jaxpr.out_avals)
-    this = Round(here, batch_size, inputs, outputs, jaxpr)
+    this = Round(here, batch_size, inputs, outputs, jaxpr, convolutions)
     return tree_unflatten(out_tree, this.bind(*consts, *rows))
 
 

@@ -455,6 +455,27 @@ def custom_vjp_client(fmap):
     return with_rule(thrice_backward, fmap)
 
 
+def convolve(kernel, x):
+    """Two channels with a kernel each, and a dilated sum of them."""
+    x = lax.conv_general_dilated(x[None], kernel, (1,), [(1, 0)], feature_group_count=2)
+    return jnp.tanh(lax.conv_general_dilated(x, kernel.mT, (2,), "SAME", rhs_dilation=(2,)))[0]
+
+
+def of_convolutions(kernel, x):
+    return jax.vmap(convolve, (None, 0))(kernel, x).mean(0)
+
+
+@case(of_convolutions, (points(2, 1, 2, seed=24), points(N, 2, 4, seed=25)))
+def convolutions(fmap):
+    """A client with convolutions, which are rewritten when a map is lowered."""
+
+    @fax.program(clients=N)
+    def program(kernel, x):
+        return fax.mean(fmap(convolve, fax.broadcast(kernel), x))
+
+    return program
+
+
 # Algorithms
 
 

@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import remat_p
 
 from fax.primitives import _jaxpr
+from fax.primitives._convolutions import has_convolutions
 from fax.primitives._cut import depends, either
 from fax.primitives._jaxpr import Atom
 from fax.primitives._round import Contribution, Round, select
@@ -18,12 +19,14 @@ from fax.sharding._schedule import ALL_AT_ONCE
 def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
     """Composes two maps, the results of both kept, or returns None if they do not fit.
 
-    They have to be over the same placement, with the same batch size, and the second one
-    must take the first one's results as rows, not all of them at once as a server value.
+    They have to be over the same placement, with the same batch size and the same setting for
+    convolutions, if both have any, and the second one must take the first one's results as
+    rows, not all of them at once as a server value.
     """
     a, b = Round.of(first.params), Round.of(second.params)
     batch_sizes = {a.batch_size, b.batch_size} - {ALL_AT_ONCE}
-    if a.group != b.group or len(batch_sizes) > 1:
+    convolutions = _setting(a, b)
+    if a.group != b.group or len(batch_sizes) > 1 or convolutions is None:
         return None
 
     invars, operands, inputs = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)
@@ -61,13 +64,21 @@ def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
         part._replace(mask=mask) if mask is not None and part.mask is None else part
         for part in b.contributions(results)
     ]
-    both = a.replace(batch_size=batch_size).assemble(inputs, invars, parts, eqns)
+    like = a.replace(batch_size=batch_size, convolutions=convolutions)
+    both = like.assemble(inputs, invars, parts, eqns)
     return second.replace(
         invars=operands,
         outvars=[*first.outvars, *second.outvars],
         params=both.params,
         effects=both.jaxpr.effects,
     )
+
+
+def _setting(a: Round, b: Round) -> str | None:
+    """How two maps compute their convolutions, or None if they differ in it."""
+    if a.convolutions == b.convolutions or not has_convolutions(b.jaxpr):
+        return a.convolutions
+    return None if has_convolutions(a.jaxpr) else b.convolutions
 
 
 def _silent(

@@ -37,6 +37,7 @@ from fax._compat import register_lowering_of_jaxprs
 from fax._placement import Placement, PlacementError
 from fax.primitives import _jaxpr
 from fax.primitives._agree import agree
+from fax.primitives._convolutions import rewrite
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
 from fax.primitives._mask import by_mask, mask_within, masked
 from fax.primitives._retype import Retyping
@@ -101,6 +102,13 @@ def _work(*operands, platform, this):
     manual = tuple(mesh.axis_names) if axes and effects else axes
     kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
     typed = this if mesh.empty else this.replace(jaxpr=Retyping(kinds, along)(this.jaxpr))
+    at_once = functools.partial(_schedule.batch_size_for, platform, this.batch_size)
+    vectorised = at_once(this.group.size) > 1
+    typed = typed.replace(
+        jaxpr=rewrite(
+            typed.jaxpr, this.convolutions, platform, vectorised=vectorised, spread=bool(others)
+        )
+    )
     in_step = bool(along and others)
     varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
 
@@ -115,7 +123,7 @@ def _work(*operands, platform, this):
         [out.mode for out in this.outputs],
         typed.value_avals,
         this.group,
-        lambda size: _schedule.batch_size_for(platform, this.batch_size, size),
+        at_once,
         axes,
         manual,
     )

@@ -72,6 +72,8 @@ class Round:
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
         contributions to the results, followed by the masks, which are scalar bools.
+      convolutions: how convolutions are computed, one of `_convolutions.SETTINGS`. A printed
+        equation shows it where it is not ``"auto"``.
     """
 
     group: Placement
@@ -79,6 +81,7 @@ class Round:
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     jaxpr: ClosedJaxpr
+    convolutions: str = "auto"
 
     @staticmethod
     def of(params: dict[str, Any]) -> Round:
@@ -88,12 +91,15 @@ class Round:
             params["in"],
             params["out"],
             params["jaxpr"],
+            params.get("convolutions", "auto"),
         )
 
     @property
     def params(self) -> dict[str, Any]:
         modes = {"in": Modes(self.inputs), "out": Modes(self.outputs)}
-        return self.group.params | dict(batch_size=self.batch_size, jaxpr=self.jaxpr) | modes
+        chosen = {} if self.convolutions == "auto" else dict(convolutions=self.convolutions)
+        run = dict(batch_size=self.batch_size, jaxpr=self.jaxpr) | chosen
+        return self.group.params | run | modes
 
     def bind(self, *operands: Any) -> list[Any]:
         return federated_map_p.bind(*operands, **self.params)
