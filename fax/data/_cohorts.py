@@ -45,8 +45,8 @@ def cohorts(
     Within a cohort clients are ordered such that devices have about the same number of steps to
     run and neighbours have about the same length; ``client_ids`` says who is where. The number
     of steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most that any client has
-    if that is not far, so that few shapes are compiled; see `Cohorts.shapes`. Steps that are padding are not run; see
-    `Client.scan`.
+    if that is not far, so that few shapes are compiled; see `Cohorts.shapes`. Steps that are
+    padding are not run; see `Client.scan`.
 
     If the examples fit, they are brought to the devices once, and a round is sent the numbers of
     rows. With a mesh in scope the cohort comes out sharded over the mesh axes of
@@ -91,7 +91,7 @@ def cohorts(
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2, epochs=3)
       >>> cohort = next(rounds)
       >>> cohort.mask.shape, cohort.num_examples
-      ((2, 3, 2), Array([2, 1], dtype=int32))
+      ((2, 6, 2), Array([2, 1], dtype=int32))
     """
     batching = Batching(
         _positive("batch_size", batch_size),
