@@ -1,6 +1,8 @@
 """Cohorts hold what their definition says, on every device and in every round."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -589,6 +591,77 @@ def test_errors_of_the_thread_arrive_when_they_are_due():
         with pytest.raises(OSError, match="the disk is gone"):
             next(rounds)
     assert until(lambda: not set(threads()) - before)
+
+
+def test_collecting_garbage_waits_for_nobody():
+    """Whoever collects may hold a lock that the thread needs."""
+    lock, reading = threading.Lock(), threading.Event()
+
+    class Locked:
+        def __init__(self):
+            self.data = population()
+
+        def client_ids(self):
+            return self.data.client_ids()
+
+        def __len__(self):
+            return 12
+
+        def num_examples(self, client_id):
+            return self.data.num_examples(client_id)
+
+        def client(self, client_id):
+            reading.set()
+            with lock:
+                return self.data.client(client_id)
+
+    before = set(threads())
+    rounds = fax.data.cohorts(Locked(), 2, 4, resident=False)
+    next(rounds)
+    cycle = [rounds]
+    cycle.append(cycle)
+    with lock:
+        reading.clear()
+        del rounds, cycle
+        collector = threading.Thread(target=gc.collect, daemon=True)
+        collector.start()
+        collector.join(20)
+        assert not collector.is_alive()
+    assert until(lambda: not set(threads()) - before)
+
+
+def test_an_iterator_does_not_wait_for_a_thread_that_is_gone():
+    """As in a process that was forked, which has the iterator and not its thread."""
+    rounds = fax.data.cohorts(population(), 2, 4)
+    next(rounds)
+    thread = rounds._items._thread
+    rounds._items._stop.set()
+    thread.join()
+    rounds._items._stop.clear()
+    with pytest.raises(RuntimeError, match="forked"):
+        for _ in range(5):
+            next(rounds)
+
+
+def test_a_sampler_that_runs_out_does_not_end_the_loop_in_silence():
+    order = iter([[0, 1], [2, 3]])
+    rounds = fax.data.cohorts(population(), 2, 4, sampler=lambda r: next(order))
+    with pytest.raises(RuntimeError, match="round 2 raised StopIteration"):
+        for _ in rounds:
+            pass
+
+
+def test_the_interpreter_ends_while_the_thread_works():
+    code = """
+import fax, numpy as np
+data = fax.data.InMemory({i: {"x": np.ones(4, np.float32)} for i in range(5)})
+held = fax.data.cohorts(data, 2, 2)
+dropped = fax.data.cohorts(data, 2, 2)
+next(held), next(dropped)
+del dropped
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 # Mistakes
