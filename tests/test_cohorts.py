@@ -729,6 +729,60 @@ def test_what_num_examples_says_has_to_be_true():
         next(fax.data.cohorts(data, 2, 4))
 
 
+class Counted(Unchecked):
+    """Says how many examples it has, and is never read beyond its first client."""
+
+    def __init__(self, counts, dtype=np.uint8):
+        super().__init__({i: {"x": np.zeros((1, 0), dtype)} for i in range(len(counts))})
+        self.counts = counts
+
+    def num_examples(self, client_id):
+        return self.counts[client_id]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (2.5, "client 1: num_examples is 2.5, expected an int"),
+        (None, "client 1: num_examples is None, expected an int"),
+        (-1, "client 1 has no examples"),
+        (2**31, "client 1 has 2147483648 examples, more than the 2147483647 that int32"),
+    ],
+)
+def test_counts_are_ints_that_an_index_holds(count, message):
+    with pytest.raises(fax.data.DataError, match=message):
+        fax.data.cohorts(Counted([1, count]), 1, 4)
+
+
+def test_counts_of_few_bits_do_not_overflow():
+    data = Unchecked({"ann": {"x": np.zeros(250)}})
+    data.num_examples = lambda client_id: np.uint8(250)
+    assert next(fax.data.cohorts(data, 1, 20)).mask.shape == (1, 13, 20)
+
+
+def test_more_rows_than_int32_numbers_stay_on_the_host():
+    data = Counted([2**30] * 3)  # whose examples take no memory
+    assert not fax.data.cohorts(data, 1, 4, max_steps=1).resident
+    with pytest.raises(fax.data.DataError, match=r"3221225472 examples on a device .* int32"):
+        fax.data.cohorts(data, 1, 4, max_steps=1, resident=True)
+
+
+def test_examples_are_split_only_if_the_largest_part_fits(monkeypatch):
+    data = population([100, 1, 1, 1])
+    monkeypatch.setattr(_resident, "_CPU_BYTES", 600)  # 103 * 12 bytes, 309 for each device
+    with jax.set_mesh(meshes.mesh(clients=4)):
+        assert not fax.data.cohorts(data, 4, 4).resident
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "minimum_reuse"])
+def test_rounds_are_counted_without_overflow(sampler):
+    how = dict(clients=3, batch_size=64, sampler=sampler)
+    one = fax.data.cohorts(population(), **how, start=np.int8(126))
+    other = fax.data.cohorts(population(), **how, start=126)
+    assert chosen(one, 3) == chosen(other, 3)
+    assert one.round == 129
+
+
 def test_text_and_large_numbers_are_refused():
     text = Unchecked({"ann": {"words": np.array(["a", "b"]), "label": LABEL[:2]}})
     with pytest.raises(fax.data.DataError, match=r"'ann', feature 'words' has dtype <U1, but only"):

@@ -100,10 +100,10 @@ def cohorts(
         drop_remainder,
         shuffle,
     )
-    _positive("clients", clients)
-    _positive("prefetch", prefetch)
-    _positive("start", start, least=0)
-    _positive("seed", seed, least=0)
+    clients = _positive("clients", clients)
+    prefetch = _positive("prefetch", prefetch)
+    start = _positive("start", start, least=0)
+    seed = _positive("seed", seed, least=0)
     if sampler == STREAM and max_steps is None:
         raise DataError(f"{WHERE}: sampler='stream' needs max_steps=, the batches of a round.")
     population = Population(data, batching)
@@ -169,7 +169,7 @@ class Cohorts(Iterator[Cohort]):
         Raises:
           DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
         """
-        _positive("rounds", rounds)
+        rounds = _positive("rounds", rounds)
         if not self.resident:
             raise DataError(
                 f"{WHERE}: several rounds at once need examples on the devices, but these are on "
