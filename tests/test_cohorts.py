@@ -193,6 +193,17 @@ def test_buckets_hold_what_they_are_for(steps, most):
     assert size <= max(1, 1.5 * steps)
 
 
+def test_nothing_is_compiled_again(caplog):
+    rounds = fax.data.cohorts(population([4] * 12), clients=4, batch_size=4)
+    next(rounds), rounds.take(2)
+    caplog.clear()
+    with jax.log_compiles():
+        for _ in range(3):
+            next(rounds), rounds.take(2)
+    rounds.close()
+    assert not [m for m in caplog.messages if m.startswith("Compiling")]
+
+
 def test_take_gives_the_next_rounds_at_once():
     how = dict(clients=4, batch_size=3, seed=2)
     one_by_one = fax.data.cohorts(population(), **how)
@@ -664,6 +675,26 @@ del dropped
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_the_thread_has_the_settings_of_whoever_made_the_iterator():
+    data = Unchecked({"ann": {"x": np.array([1, 2])}, "bob": {"x": np.array([3, 2**40])}})
+    with jax.enable_x64(False):
+        rounds = fax.data.cohorts(data, 1, 2, sampler=lambda r: [r], resident=False)
+    cohort = next(rounds)
+    assert cohort.batches["x"].dtype == jnp.int32
+    with pytest.raises(fax.data.DataError, match=r"'bob', feature 'x' has numbers such as 10995"):
+        next(rounds)
+
+
+def test_nothing_is_transferred_that_was_not_asked_for():
+    rounds = fax.data.cohorts(population(), 2, 4)
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        next(rounds)
+        rounds.take(2)
+    finally:
+        jax.config.update("jax_transfer_guard", None)
+
+
 # Mistakes
 
 
@@ -709,6 +740,9 @@ X = np.zeros((4, 2), np.float32)
         (dict(x=X), r"'odd' has the features \['x'\], but client 'client 0' has \['label', 'x'\]"),
         (dict(x=np.float32(3), label=LABEL), r"'odd', feature 'x' is a scalar"),
         (dict(x=X[:0], label=LABEL[:0]), r"'odd' has no examples"),
+        (dict(x=X + np.float32([0, np.nan]), label=LABEL), r"'odd', feature 'x' has 4 .* not finite"),
+        (dict(x=X + np.float32([0, np.inf]), label=LABEL), r"'x' has 4 .* example 0: inf"),
+        (dict(x={"nested": X}, label=LABEL), r"'odd', feature 'x' is a dict, .* names of its own"),
     ],
 )
 def test_clients_that_differ_are_named(resident, odd, message):
@@ -790,10 +824,16 @@ def test_text_and_large_numbers_are_refused():
     large = Unchecked({"ann": {"x": np.array([1, 2**40]), "label": LABEL[:2]}})
     with (
         jax.enable_x64(False),
-        pytest.raises(fax.data.DataError, match=r"'x' has numbers from 1 to 109951"),
+        pytest.raises(fax.data.DataError, match=r"'x' has numbers such as 1099511627776, which"),
     ):
         fax.data.cohorts(large, 1, 1)
     assert next(fax.data.cohorts(large, 1, 2)).batches["x"].max() == 2**40
+    far = Unchecked({"ann": {"x": np.array([1, 1e300])}})
+    with (
+        jax.enable_x64(False),
+        pytest.raises(fax.data.DataError, match=r"'ann', feature 'x' has numbers such as 1e\+300"),
+    ):
+        fax.data.cohorts(far, 1, 1)
 
 
 @pytest.mark.parametrize(
