@@ -256,6 +256,27 @@ def test_weighted_follows_the_weights():
     assert all(len(pair) == 2 for pair in pairs)
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1.0, 1e307])
+def test_weights_may_be_of_any_size(scale):
+    weights = np.array([scale] * 3 + [0] * 9)
+    how = dict(batch_size=64, sampler="weighted", weights=weights)
+    counts = np.bincount(np.ravel(chosen(fax.data.cohorts(population(), 1, **how), 300)))
+    # 100 expected of each, with a standard deviation of sqrt(300 * 1/3 * 2/3) = 8.2.
+    assert len(counts) == 3
+    assert np.abs(counts - 100).max() < 4 * 8.2
+
+
+def test_a_device_needs_enough_clients_with_a_weight(monkeypatch):
+    data = population([8] * 12)
+    monkeypatch.setattr(_resident, "_CPU_BYTES", 600)
+    with jax.set_mesh(meshes.mesh(clients=4)):
+        pools = fax.data.cohorts(data, 4, 4)._make.home.pools
+        weights = np.ones(12)
+        weights[pools[2]] = 0
+        with pytest.raises(fax.data.DataError, match="only 0 clients of those .* 4 devices"):
+            fax.data.cohorts(data, 4, 4, sampler="weighted", weights=weights)
+
+
 def test_shuffled_passes_through_all_clients():
     rounds = fax.data.cohorts(population(), clients=4, batch_size=64, sampler="shuffled")
     passes = [flat(chosen(rounds, 3)) for _ in range(4)]
@@ -650,16 +671,14 @@ def test_an_iterator_does_not_wait_for_a_thread_that_is_gone():
     thread.join()
     rounds._items._stop.clear()
     with pytest.raises(RuntimeError, match="forked"):
-        for _ in range(5):
-            next(rounds)
+        chosen(rounds, 5)
 
 
 def test_a_sampler_that_runs_out_does_not_end_the_loop_in_silence():
     order = iter([[0, 1], [2, 3]])
     rounds = fax.data.cohorts(population(), 2, 4, sampler=lambda r: next(order))
     with pytest.raises(RuntimeError, match="round 2 raised StopIteration"):
-        for _ in rounds:
-            pass
+        list(rounds)
 
 
 def test_the_interpreter_ends_while_the_thread_works():
@@ -740,7 +759,10 @@ X = np.zeros((4, 2), np.float32)
         (dict(x=X), r"'odd' has the features \['x'\], but client 'client 0' has \['label', 'x'\]"),
         (dict(x=np.float32(3), label=LABEL), r"'odd', feature 'x' is a scalar"),
         (dict(x=X[:0], label=LABEL[:0]), r"'odd' has no examples"),
-        (dict(x=X + np.float32([0, np.nan]), label=LABEL), r"'odd', feature 'x' has 4 .* not finite"),
+        (
+            dict(x=X + np.float32([0, np.nan]), label=LABEL),
+            r"'odd', feature 'x' has 4 .* not finite",
+        ),
         (dict(x=X + np.float32([0, np.inf]), label=LABEL), r"'x' has 4 .* example 0: inf"),
         (dict(x={"nested": X}, label=LABEL), r"'odd', feature 'x' is a dict, .* names of its own"),
     ],
@@ -872,6 +894,8 @@ def test_text_and_large_numbers_are_refused():
             r"sampler\(0\) returned int64\[1\], expected 2 ints",
         ),
         (dict(clients=2, sampler=lambda r: [1, 12]), r"positions from 1 to 12, but .* 0 to 11"),
+        (dict(clients=2, sampler=lambda r: [3, 3]), r"sampler\(0\) returned the same client more"),
+        (dict(clients=13, sampler=lambda r: [*range(13)]), "clients=13 is more than the 12"),
         (dict(clients=12, batch_size=2, drop_remainder=True), r"'client 0' has fewer examples"),
     ],
 )

@@ -68,7 +68,7 @@ def cohorts(
         and again, so that each client waits as long as it can. ``"stream"``: all clients, in the
         order of the data; each goes on with ``max_steps`` batches where it stopped in the last
         round, in a stream that repeats its examples without end. Or a function from the number
-        of a round to positions in ``data.client_ids()``.
+        of a round to different positions in ``data.client_ids()``.
       weights: for ``"weighted"``, a number for each client of the data.
       seed: of everything random.
       start: the first round.
@@ -108,7 +108,7 @@ def cohorts(
         raise DataError(f"{WHERE}: sampler='stream' needs max_steps=, the batches of a round.")
     population = Population(data, batching)
     count = len(population.ids)
-    if not callable(sampler) and clients > count:
+    if clients > count:
         raise DataError(
             f"{WHERE}: clients={clients} is more than the {count} clients that the data have."
         )

@@ -100,9 +100,7 @@ def _work(make, number, items, stop):
 
 
 # Threads must not be in the middle of a computation when the interpreter goes away.
-_running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = (
-    weakref.WeakKeyDictionary()
-)
+_running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
