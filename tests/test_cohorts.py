@@ -118,6 +118,21 @@ def test_a_cohort_says_who_has_what(resident):
             assert set((x[row][mask[row]][:, 0] // 1000).tolist()) == {client}
 
 
+def test_cohorts_are_compared_by_identity():
+    one, other = (next(fax.data.cohorts(population(), 2, 4)) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+
+
+def test_batches_know_their_features_without_gathering():
+    examples = {"x": jnp.ones(3)}
+    batches = fax.data.Gathered(examples, "not to be looked at")
+    assert "x" in batches
+    assert "y" not in batches
+    assert list(batches) == ["x"]
+
+
 def test_keys_belong_to_seed_round_and_client():
     def keys(**kwargs):
         cohort = next(fax.data.cohorts(population(), clients=12, batch_size=4, **kwargs))
@@ -273,7 +288,7 @@ def test_a_device_needs_enough_clients_with_a_weight(monkeypatch):
         pools = fax.data.cohorts(data, 4, 4)._make.home.pools
         weights = np.ones(12)
         weights[pools[2]] = 0
-        with pytest.raises(fax.data.DataError, match="only 0 clients of those .* 4 devices"):
+        with pytest.raises(fax.data.DataError, match=r"only 0 clients of those .* 4 devices"):
             fax.data.cohorts(data, 4, 4, sampler="weighted", weights=weights)
 
 
@@ -349,6 +364,18 @@ def test_little_of_what_is_computed_is_padding():
         computed = sum(_batching.computed_steps(steps, ways, at_once) for steps in rounds)
         assert 1 - needed / computed <= 0.15
         assert at_once >= 8 or clients / ways <= 64
+
+
+def test_how_many_at_once_is_measured_where_rounds_begin():
+    asked = []
+
+    def sampler(number):
+        asked.append(number)
+        return {5: [0, 1], 6: [2, 3]}[number]
+
+    rounds = fax.data.cohorts(population(), 2, 4, sampler=sampler, start=5)
+    assert rounds._make._at_once(5) == 16  # both have one step
+    assert asked == [5]  # a function may have as few rounds as are wanted
 
 
 def test_computed_steps_by_hand():
@@ -594,6 +621,13 @@ def test_the_thread_ends_with_its_iterator():
     del rounds
     gc.collect()
     assert until(lambda: not new())
+
+
+def test_a_closed_iterator_has_no_more_rounds():
+    with fax.data.cohorts(population(), 2, 4) as rounds:
+        rounds.take(2)
+    with pytest.raises(fax.data.DataError, match="take: the iterator is closed"):
+        rounds.take(2)
 
 
 def test_errors_of_the_thread_arrive_when_they_are_due():

@@ -121,8 +121,7 @@ def cohorts(
     at_home = population.bring(spread, resident, clients, sampler)
     pools = [np.arange(count)] if at_home is None else at_home.pools
     choose = chooser(sampler, weights, clients, seed, pools)
-    streams = sampler == STREAM
-    make = Maker(population, choose, streams, clients, seed, spread, at_home)
+    make = Maker(population, sampler, choose, clients, seed, start, spread, at_home)
     return Cohorts(make, start, prefetch)
 
 
@@ -167,9 +166,12 @@ class Cohorts(Iterator[Cohort]):
           All rounds have the steps of the longest.
 
         Raises:
-          DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
+          DataError: if the examples are not on the devices, ``rounds`` is not a positive int, or
+            the iterator is closed.
         """
         rounds = _positive("rounds", rounds)
+        if self._closed:
+            raise DataError(f"{WHERE}: take: the iterator is closed, and has no more cohorts.")
         if not self.resident:
             raise DataError(
                 f"{WHERE}: several rounds at once need examples on the devices, but these are on "

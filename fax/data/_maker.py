@@ -16,6 +16,7 @@ from fax.data._cohort import Cohort, Gathered
 from fax.data._host import aligned_zeros
 from fax.data._population import WHERE, Population
 from fax.data._resident import Resident
+from fax.data._samplers import STREAM
 from fax.sharding._spread import Spread
 
 
@@ -25,15 +26,17 @@ class Maker:
     def __init__(
         self,
         population: Population,
+        sampler: Any,
         choose: Callable[[int], np.ndarray],
-        streams: bool,
         clients: int,
         seed: int,
+        start: int,
         spread: Spread,
         home: Resident | None,
     ):
         self.population, self.choose, self.clients, self.seed = population, choose, clients, seed
-        self.spread, self.home, self.streams = spread, home, streams
+        self.spread, self.home = spread, home
+        self.streams, self.given = sampler == STREAM, callable(sampler)
         self.sharding = spread.sharding(clients)
         self.own = spread.own_rows(WHERE, clients)
         self.x64, self.device = jax.config.jax_enable_x64, jax.config.jax_default_device
@@ -47,10 +50,14 @@ class Maker:
             jax.vmap(_keys, (None, 0, 0)), out_shardings=self.shardings
         )
         device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
-        self.at_once = None if device.platform == "cpu" else self._at_once()
+        self.at_once = None if device.platform == "cpu" else self._at_once(start)
 
-    def _at_once(self) -> int:
-        rounds = [self.plan(number) for number in range(8)]
+    def _at_once(self, start: int) -> int:
+        """How many clients to work on at once, from the first rounds.
+
+        A sampler that is a function may have one round only.
+        """
+        rounds = [self.plan(start + r) for r in range(1 if self.given else 8)]
         return _batching.clients_at_once([plan.steps for plan in rounds], self.spread.ways)
 
     @contextlib.contextmanager
