@@ -79,6 +79,9 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     return decorate
 
 
+_TRACED = object()
+
+
 def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
     leaves, treedef = tree_flatten((args, kwargs))
     declared = laid_out(declared)
@@ -93,8 +96,10 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         seen = [next(own) if _is_traced(leaf) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(treedef, seen)
         with scope(declared):
-            results, out_tree = tree_flatten(fn(*args, **kwargs))
-        return [leaf for leaf in results if _is_traced(leaf)]
+            outs, out_tree = tree_flatten(fn(*args, **kwargs))
+        # What is traced must not outlive its trace.
+        results = [_TRACED if _is_traced(leaf) else leaf for leaf in outs]
+        return [leaf for leaf in outs if _is_traced(leaf)]
 
     jaxpr, captured = _jaxpr.trace(body, [jax.typeof(x) for x in operands], about=fn)
     jaxpr, constants = _fusion.fuse(bind_scope(jaxpr, declared))
@@ -103,7 +108,7 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         outs = iter(execute(Structure(jaxpr), *operands))
     else:
         outs = iter(_jaxpr.evaluate(jaxpr, *operands))
-    return tree_unflatten(out_tree, [next(outs) if _is_traced(x) else x for x in results])
+    return tree_unflatten(out_tree, [next(outs) if x is _TRACED else x for x in results])
 
 
 def _is_traced(leaf: Any) -> bool:

@@ -1,6 +1,8 @@
 """Cohorts hold what their definition says, on every device and in every round."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -116,6 +118,21 @@ def test_a_cohort_says_who_has_what(resident):
             assert set((x[row][mask[row]][:, 0] // 1000).tolist()) == {client}
 
 
+def test_cohorts_are_compared_by_identity():
+    one, other = (next(fax.data.cohorts(population(), 2, 4)) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other}) == 2
+
+
+def test_batches_know_their_features_without_gathering():
+    examples = {"x": jnp.ones(3)}
+    batches = fax.data.Gathered(examples, "not to be looked at")
+    assert "x" in batches
+    assert "y" not in batches
+    assert list(batches) == ["x"]
+
+
 def test_keys_belong_to_seed_round_and_client():
     def keys(**kwargs):
         cohort = next(fax.data.cohorts(population(), clients=12, batch_size=4, **kwargs))
@@ -192,6 +209,17 @@ def test_buckets_hold_what_they_are_for(steps, most):
     assert most is None or size <= most
 
 
+def test_nothing_is_compiled_again(caplog):
+    rounds = fax.data.cohorts(population([4] * 12), clients=4, batch_size=4)
+    next(rounds), rounds.take(2)
+    caplog.clear()
+    with jax.log_compiles():
+        for _ in range(3):
+            next(rounds), rounds.take(2)
+    rounds.close()
+    assert not [m for m in caplog.messages if m.startswith("Compiling")]
+
+
 def test_take_gives_the_next_rounds_at_once():
     how = dict(clients=4, batch_size=3, seed=2)
     one_by_one = fax.data.cohorts(population(), **how)
@@ -242,6 +270,27 @@ def test_weighted_follows_the_weights():
     pairs = [frozenset(c) for c in chosen(fax.data.cohorts(population(), 2, **how), 600)]
     assert abs(pairs.count(frozenset({1, 2})) / 600 - 3 / 20) < 0.06
     assert all(len(pair) == 2 for pair in pairs)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1.0, 1e307])
+def test_weights_may_be_of_any_size(scale):
+    weights = np.array([scale] * 3 + [0] * 9)
+    how = dict(batch_size=64, sampler="weighted", weights=weights)
+    counts = np.bincount(np.ravel(chosen(fax.data.cohorts(population(), 1, **how), 300)))
+    # 100 expected of each, with a standard deviation of sqrt(300 * 1/3 * 2/3) = 8.2.
+    assert len(counts) == 3
+    assert np.abs(counts - 100).max() < 4 * 8.2
+
+
+def test_a_device_needs_enough_clients_with_a_weight(monkeypatch):
+    data = population([8] * 12)
+    monkeypatch.setattr(_resident, "_CPU_BYTES", 600)
+    with jax.set_mesh(meshes.mesh(clients=4)):
+        pools = fax.data.cohorts(data, 4, 4)._make.home.pools
+        weights = np.ones(12)
+        weights[pools[2]] = 0
+        with pytest.raises(fax.data.DataError, match=r"only 0 clients of those .* 4 devices"):
+            fax.data.cohorts(data, 4, 4, sampler="weighted", weights=weights)
 
 
 def test_shuffled_passes_through_all_clients():
@@ -316,6 +365,18 @@ def test_little_of_what_is_computed_is_padding():
         computed = sum(_batching.computed_steps(steps, ways, at_once) for steps in rounds)
         assert 1 - needed / computed <= 0.15
         assert at_once >= 8 or clients / ways <= 64
+
+
+def test_how_many_at_once_is_measured_where_rounds_begin():
+    asked = []
+
+    def sampler(number):
+        asked.append(number)
+        return {5: [0, 1], 6: [2, 3]}[number]
+
+    rounds = fax.data.cohorts(population(), 2, 4, sampler=sampler, start=5)
+    assert rounds._make._at_once(5) == 16  # both have one step
+    assert asked == [5]  # a function may have as few rounds as are wanted
 
 
 def test_computed_steps_by_hand():
@@ -563,6 +624,13 @@ def test_the_thread_ends_with_its_iterator():
     assert until(lambda: not new())
 
 
+def test_a_closed_iterator_has_no_more_rounds():
+    with fax.data.cohorts(population(), 2, 4) as rounds:
+        rounds.take(2)
+    with pytest.raises(fax.data.DataError, match="take: the iterator is closed"):
+        rounds.take(2)
+
+
 def test_errors_of_the_thread_arrive_when_they_are_due():
     class Broken:
         def __init__(self):
@@ -590,6 +658,95 @@ def test_errors_of_the_thread_arrive_when_they_are_due():
         with pytest.raises(OSError, match="the disk is gone"):
             next(rounds)
     assert until(lambda: not set(threads()) - before)
+
+
+def test_collecting_garbage_waits_for_nobody():
+    """Whoever collects may hold a lock that the thread needs."""
+    lock, reading = threading.Lock(), threading.Event()
+
+    class Locked:
+        def __init__(self):
+            self.data = population()
+
+        def client_ids(self):
+            return self.data.client_ids()
+
+        def __len__(self):
+            return 12
+
+        def num_examples(self, client_id):
+            return self.data.num_examples(client_id)
+
+        def client(self, client_id):
+            reading.set()
+            with lock:
+                return self.data.client(client_id)
+
+    before = set(threads())
+    rounds = fax.data.cohorts(Locked(), 2, 4, resident=False)
+    next(rounds)
+    cycle = [rounds]
+    cycle.append(cycle)
+    with lock:
+        reading.clear()
+        del rounds, cycle
+        collector = threading.Thread(target=gc.collect, daemon=True)
+        collector.start()
+        collector.join(20)
+        assert not collector.is_alive()
+    assert until(lambda: not set(threads()) - before)
+
+
+def test_an_iterator_does_not_wait_for_a_thread_that_is_gone():
+    """As in a process that was forked, which has the iterator and not its thread."""
+    rounds = fax.data.cohorts(population(), 2, 4)
+    next(rounds)
+    thread = rounds._items._thread
+    rounds._items._stop.set()
+    thread.join()
+    rounds._items._stop.clear()
+    with pytest.raises(RuntimeError, match="forked"):
+        chosen(rounds, 5)
+
+
+def test_a_sampler_that_runs_out_does_not_end_the_loop_in_silence():
+    order = iter([[0, 1], [2, 3]])
+    rounds = fax.data.cohorts(population(), 2, 4, sampler=lambda r: next(order))
+    with pytest.raises(RuntimeError, match="round 2 raised StopIteration"):
+        list(rounds)
+
+
+def test_the_interpreter_ends_while_the_thread_works():
+    code = """
+import fax, numpy as np
+data = fax.data.InMemory({i: {"x": np.ones(4, np.float32)} for i in range(5)})
+held = fax.data.cohorts(data, 2, 2)
+dropped = fax.data.cohorts(data, 2, 2)
+next(held), next(dropped)
+del dropped
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_the_thread_has_the_settings_of_whoever_made_the_iterator():
+    data = Unchecked({"ann": {"x": np.array([1, 2])}, "bob": {"x": np.array([3, 2**40])}})
+    with jax.enable_x64(False):
+        rounds = fax.data.cohorts(data, 1, 2, sampler=lambda r: [r], resident=False)
+    cohort = next(rounds)
+    assert cohort.batches["x"].dtype == jnp.int32
+    with pytest.raises(fax.data.DataError, match=r"'bob', feature 'x' has numbers such as 10995"):
+        next(rounds)
+
+
+def test_nothing_is_transferred_that_was_not_asked_for():
+    rounds = fax.data.cohorts(population(), 2, 4)
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        next(rounds)
+        rounds.take(2)
+    finally:
+        jax.config.update("jax_transfer_guard", None)
 
 
 # Mistakes
@@ -637,6 +794,12 @@ X = np.zeros((4, 2), np.float32)
         (dict(x=X), r"'odd' has the features \['x'\], but client 'client 0' has \['label', 'x'\]"),
         (dict(x=np.float32(3), label=LABEL), r"'odd', feature 'x' is a scalar"),
         (dict(x=X[:0], label=LABEL[:0]), r"'odd' has no examples"),
+        (
+            dict(x=X + np.float32([0, np.nan]), label=LABEL),
+            r"'odd', feature 'x' has 4 .* not finite",
+        ),
+        (dict(x=X + np.float32([0, np.inf]), label=LABEL), r"'x' has 4 .* example 0: inf"),
+        (dict(x={"nested": X}, label=LABEL), r"'odd', feature 'x' is a dict, .* names of its own"),
     ],
 )
 def test_clients_that_differ_are_named(resident, odd, message):
@@ -657,6 +820,60 @@ def test_what_num_examples_says_has_to_be_true():
         next(fax.data.cohorts(data, 2, 4))
 
 
+class Counted(Unchecked):
+    """Says how many examples it has, and is never read beyond its first client."""
+
+    def __init__(self, counts, dtype=np.uint8):
+        super().__init__({i: {"x": np.zeros((1, 0), dtype)} for i in range(len(counts))})
+        self.counts = counts
+
+    def num_examples(self, client_id):
+        return self.counts[client_id]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (2.5, "client 1: num_examples is 2.5, expected an int"),
+        (None, "client 1: num_examples is None, expected an int"),
+        (-1, "client 1 has no examples"),
+        (2**31, "client 1 has 2147483648 examples, more than the 2147483647 that int32"),
+    ],
+)
+def test_counts_are_ints_that_an_index_holds(count, message):
+    with pytest.raises(fax.data.DataError, match=message):
+        fax.data.cohorts(Counted([1, count]), 1, 4)
+
+
+def test_counts_of_few_bits_do_not_overflow():
+    data = Unchecked({"ann": {"x": np.zeros(250)}})
+    data.num_examples = lambda client_id: np.uint8(250)
+    assert next(fax.data.cohorts(data, 1, 20)).mask.shape == (1, 13, 20)
+
+
+def test_more_rows_than_int32_numbers_stay_on_the_host():
+    data = Counted([2**30] * 3)  # whose examples take no memory
+    assert not fax.data.cohorts(data, 1, 4, max_steps=1).resident
+    with pytest.raises(fax.data.DataError, match=r"3221225472 examples on a device .* int32"):
+        fax.data.cohorts(data, 1, 4, max_steps=1, resident=True)
+
+
+def test_examples_are_split_only_if_the_largest_part_fits(monkeypatch):
+    data = population([100, 1, 1, 1])
+    monkeypatch.setattr(_resident, "_CPU_BYTES", 600)  # 103 * 12 bytes, 309 for each device
+    with jax.set_mesh(meshes.mesh(clients=4)):
+        assert not fax.data.cohorts(data, 4, 4).resident
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "minimum_reuse"])
+def test_rounds_are_counted_without_overflow(sampler):
+    how = dict(clients=3, batch_size=64, sampler=sampler)
+    one = fax.data.cohorts(population(), **how, start=np.int8(126))
+    other = fax.data.cohorts(population(), **how, start=126)
+    assert chosen(one, 3) == chosen(other, 3)
+    assert one.round == 129
+
+
 def test_text_and_large_numbers_are_refused():
     text = Unchecked({"ann": {"words": np.array(["a", "b"]), "label": LABEL[:2]}})
     with pytest.raises(fax.data.DataError, match=r"'ann', feature 'words' has dtype <U1, but only"):
@@ -664,10 +881,16 @@ def test_text_and_large_numbers_are_refused():
     large = Unchecked({"ann": {"x": np.array([1, 2**40]), "label": LABEL[:2]}})
     with (
         jax.enable_x64(False),
-        pytest.raises(fax.data.DataError, match=r"'x' has numbers from 1 to 109951"),
+        pytest.raises(fax.data.DataError, match=r"'x' has numbers such as 1099511627776, which"),
     ):
         fax.data.cohorts(large, 1, 1)
     assert next(fax.data.cohorts(large, 1, 2)).batches["x"].max() == 2**40
+    far = Unchecked({"ann": {"x": np.array([1, 1e300])}})
+    with (
+        jax.enable_x64(False),
+        pytest.raises(fax.data.DataError, match=r"'ann', feature 'x' has numbers such as 1e\+300"),
+    ):
+        fax.data.cohorts(far, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -706,6 +929,8 @@ def test_text_and_large_numbers_are_refused():
             r"sampler\(0\) returned int64\[1\], expected 2 ints",
         ),
         (dict(clients=2, sampler=lambda r: [1, 12]), r"positions from 1 to 12, but .* 0 to 11"),
+        (dict(clients=2, sampler=lambda r: [3, 3]), r"sampler\(0\) returned the same client more"),
+        (dict(clients=13, sampler=lambda r: [*range(13)]), "clients=13 is more than the 12"),
         (dict(clients=12, batch_size=2, drop_remainder=True), r"'client 0' has fewer examples"),
     ],
 )

@@ -284,6 +284,49 @@ def test_many_rounds_sample_in_one_program(data):
         many_rounds(algorithm, algorithm.init(start()), cohorts(data), 0)
 
 
+def test_a_round_is_compiled_once_for_each_shape(data):
+    def loss(params, model_state, batch, key):
+        return (batch["x"][:, 0] - params["p"]) ** 2, {}, model_state
+
+    algorithm = fedavg(loss, optax.adam(RATE), optax.adam(0.1))
+    # Python's numbers have no type of their own, but what comes out of a round has.
+    state = algorithm.init({"p": 0.5}, {"mean": 0.0, "count": 0})
+    train, rounds = jax.jit(algorithm.round), cohorts(data)
+    for _ in range(6):
+        state, _ = train(state, next(rounds))
+    assert train._cache_size() == len(rounds.shapes)
+
+
+@pytest.mark.parametrize(("at_once", "resident"), [(1, True), (2, False)])
+def test_rounds_under_jax_checks(data, at_once, resident):
+    """Leaked tracers, NaN, transfers that nobody asked for, and no compilation at all."""
+    algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1), clients_at_once=at_once)
+    state, cohort = algorithm.init(start()), next(cohorts(data, resident=resident))
+    expected = algorithm.round(state, cohort)
+    with jax.checking_leaks(), jax.debug_nans(True):
+        found = jax.jit(algorithm.round)(state, cohort)
+    with jax.transfer_guard("disallow"):
+        again = jax.jit(algorithm.round)(state, cohort)
+    with jax.disable_jit():
+        slowly = algorithm.round(state, cohort)
+    for other in (found, again, slowly):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), other, expected)
+
+
+def test_second_derivatives_with_clients_at_once(data):
+    cohort = next(cohorts(data, clients=3, epochs=1))
+
+    def after(rate, at_once=1):
+        algorithm = fedavg(logistic, optax.sgd(rate), clients_at_once=at_once)
+        state, _ = algorithm.round(algorithm.init(start()), cohort)
+        return jnp.sum(algorithm.params(state)["w"] ** 2)
+
+    slope, h = jax.jit(jax.grad(after)), 1e-5
+    expected = (slope(0.3 + h) - slope(0.3 - h)) / (2 * h)
+    found = jax.jit(jax.hessian(after), static_argnums=1)(0.3, 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 # Models
 
 
@@ -308,6 +351,12 @@ def test_model_state_is_averaged_by_examples(data):
     np.testing.assert_allclose(state.model_state["mean"], total / sum(SIZES), rtol=1e-10)
     assert state.model_state["steps"] == 3
     jax.tree.map(np.testing.assert_array_equal, algorithm.params(state), start())
+
+
+def test_a_loss_with_state_returns_three_values(data):
+    algorithm = fedavg(lambda p, s, b, k: logistic(p, b, k), optax.sgd(RATE))
+    with pytest.raises(ValueError, match=r"2 values, expected \(losses, metrics, model_state\)"):
+        algorithm.round(algorithm.init(start(), {"n": 0}), next(cohorts(data)))
 
 
 def test_a_flax_network_with_dropout_learns(data):
@@ -350,6 +399,9 @@ def test_a_flax_network_with_dropout_learns(data):
             r"loss returned int 3 for metrics, expected a mapping",
         ),
         (lambda p, b, k: (logistic(p, b, k)[0], {"loss": b["y"]}), "names other than 'loss'"),
+        # It would be lost among fax's own.
+        (lambda p, b, k: (logistic(p, b, k)[0], {"clients/loss": b["y"]}), "begin with 'clients/'"),
+        (lambda p, b, k: (*logistic(p, b, k), 0), r"3 values, expected \(losses, metrics\)"),
     ],
 )
 def test_losses_that_are_not_per_example(data, loss, message):

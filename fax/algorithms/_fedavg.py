@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 import fax
 from fax.algorithms._algorithm import Algorithm
@@ -87,7 +88,7 @@ def fedavg(
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
-        params = jax.tree.map(jnp.asarray, params)
+        params, model_state = jax.tree.map(_strong, (params, model_state))
         return FedAvgState(params, server_optimizer.init(params), model_state)
 
     def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
@@ -117,6 +118,12 @@ def fedavg(
         return FedAvgState(params, optimizer, model_state), metrics
 
     return Algorithm(init, round, lambda state: state.params)
+
+
+def _strong(x: Any) -> jax.Array:
+    """An array of the type that it has after a round, so that this is compiled once."""
+    x = jnp.asarray(x)
+    return lax.convert_element_type(x, x.dtype)
 
 
 def _unless_float(mean: jax.Array, before: jax.Array) -> jax.Array:

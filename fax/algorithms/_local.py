@@ -56,13 +56,15 @@ def mean_loss(
     """
     if model_state is None:
         out = loss(params, batch, key)
-        losses, metrics = out if isinstance(out, tuple) else (out, {})
+        losses, metrics = _parts(out, "losses", "metrics") if isinstance(out, tuple) else (out, {})
     else:
-        losses, metrics, model_state = loss(params, model_state, batch, key)
-    if not isinstance(metrics, Mapping) or "loss" in metrics:
+        out = loss(params, model_state, batch, key)
+        losses, metrics, model_state = _parts(out, "losses", "metrics", "model_state")
+    if not isinstance(metrics, Mapping) or any(map(_taken, metrics)):
         raise ValueError(
             f"loss returned {type(metrics).__name__} {metrics!r:.80} for metrics, expected a "
-            "mapping from names other than 'loss' to arrays, one number for each example."
+            "mapping to arrays, one number for each example, from names other than 'loss' that do "
+            "not begin with 'clients/'."
         )
     per_example = {"loss": losses, **metrics}
     for name, values in per_example.items():
@@ -75,6 +77,21 @@ def mean_loss(
     count = jnp.sum(mask, dtype=sums["loss"].dtype)
     mean = sums["loss"] / jnp.maximum(count, 1)
     return mean, (Tally(sums, count), model_state)
+
+
+def _parts(out: Any, *expected: str) -> Any:
+    if isinstance(out, tuple) and len(out) == len(expected):
+        return out
+    found = f"{len(out)} values" if isinstance(out, tuple) else f"a {type(out).__name__}"
+    raise ValueError(
+        f"loss returned {found}, expected ({', '.join(expected)}). The model has state if init was "
+        "given a model_state."
+    )
+
+
+def _taken(name: Any) -> bool:
+    """Whether fax has a metric of this name."""
+    return not isinstance(name, str) or name == "loss" or name.startswith("clients/")
 
 
 def _total(values: jax.Array, mask: jax.Array) -> jax.Array:

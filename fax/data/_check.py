@@ -46,6 +46,11 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
 
 def _array(where: str, value: Any) -> np.ndarray:
     """One feature as a read-only array."""
+    if isinstance(value, Mapping):
+        raise DataError(
+            f"{where} is a {type(value).__name__}, expected an array. Features are a flat mapping: "
+            "give what is in it names of its own."
+        )
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:

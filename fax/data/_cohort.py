@@ -53,6 +53,9 @@ class Gathered(Mapping[str, jax.Array]):
             axis_names=set(self.axes),
         )(self.examples[feature], self.rows)
 
+    def __contains__(self, feature: object) -> bool:  # Mapping's own would gather it
+        return feature in self.examples
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.examples)
 
@@ -61,7 +64,7 @@ class Gathered(Mapping[str, jax.Array]):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Client:
     """One client of a cohort, as a client function sees it. See `Cohort.clients`.
 
@@ -183,7 +186,7 @@ def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cohort:
     """The clients of one round.
 

@@ -68,7 +68,7 @@ def cohorts(
         and again, so that each client waits as long as it can. ``"stream"``: all clients, in the
         order of the data; each goes on with ``max_steps`` batches where it stopped in the last
         round, in a stream that repeats its examples without end. Or a function from the number
-        of a round to positions in ``data.client_ids()``.
+        of a round to different positions in ``data.client_ids()``.
       weights: for ``"weighted"``, a number for each client of the data.
       seed: of everything random.
       start: the first round.
@@ -100,15 +100,15 @@ def cohorts(
         drop_remainder,
         shuffle,
     )
-    _positive("clients", clients)
-    _positive("prefetch", prefetch)
-    _positive("start", start, least=0)
-    _positive("seed", seed, least=0)
+    clients = _positive("clients", clients)
+    prefetch = _positive("prefetch", prefetch)
+    start = _positive("start", start, least=0)
+    seed = _positive("seed", seed, least=0)
     if sampler == STREAM and max_steps is None:
         raise DataError(f"{WHERE}: sampler='stream' needs max_steps=, the batches of a round.")
     population = Population(data, batching)
     count = len(population.ids)
-    if not callable(sampler) and clients > count:
+    if clients > count:
         raise DataError(
             f"{WHERE}: clients={clients} is more than the {count} clients that the data have."
         )
@@ -121,8 +121,7 @@ def cohorts(
     at_home = population.bring(spread, resident, clients, sampler)
     pools = [np.arange(count)] if at_home is None else at_home.pools
     choose = chooser(sampler, weights, clients, seed, pools)
-    streams = sampler == STREAM
-    make = Maker(population, choose, streams, clients, seed, spread, at_home)
+    make = Maker(population, sampler, choose, clients, seed, start, spread, at_home)
     return Cohorts(make, start, prefetch)
 
 
@@ -167,9 +166,12 @@ class Cohorts(Iterator[Cohort]):
           All rounds have the steps of the longest.
 
         Raises:
-          DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
+          DataError: if the examples are not on the devices, ``rounds`` is not a positive int, or
+            the iterator is closed.
         """
-        _positive("rounds", rounds)
+        rounds = _positive("rounds", rounds)
+        if self._closed:
+            raise DataError(f"{WHERE}: take: the iterator is closed, and has no more cohorts.")
         if not self.resident:
             raise DataError(
                 f"{WHERE}: several rounds at once need examples on the devices, but these are on "

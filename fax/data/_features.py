@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fax.data._check import Schema, check_numeric, checked
+from fax.data._check import Schema, check_finite, check_numeric, checked
 from fax.data._protocol import ClientId, DataError, FederatedData
 
 
@@ -31,12 +31,11 @@ class Reader:
         self._schema = Schema()
         examples = self.client(first)
         self.features = {
-            name: Feature(array.shape[1:], np.dtype(jax.dtypes.canonicalize_dtype(array.dtype)))
-            for name, array in examples.items()
+            name: Feature(array.shape[1:], array.dtype) for name, array in examples.items()
         }
 
     def client(self, client_id: ClientId, num_examples: int | None = None) -> dict[str, np.ndarray]:
-        """A client's examples. There have to be ``num_examples``, if that is said."""
+        """A client's examples, in the dtypes of the device. ``num_examples``, if that is said."""
         examples = checked(client_id, self.data.client(client_id))
         check_numeric(client_id, examples)
         self._schema.check(client_id, examples)
@@ -47,8 +46,8 @@ class Reader:
                     f"data say that there are {num_examples}. num_examples has to count what "
                     "client gives."
                 )
-            _check_range(client_id, name, array)
-        return examples
+        check_finite(client_id, examples)
+        return {name: _narrowed(client_id, name, array) for name, array in examples.items()}
 
     @property
     def bytes_per_example(self) -> int:
@@ -56,15 +55,17 @@ class Reader:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.features.values())
 
 
-def _check_range(client_id: ClientId, name: str, array: np.ndarray) -> None:
-    """JAX without 64-bit numbers would cut large ones off without a word."""
-    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-    if array.dtype == dtype or array.dtype.kind not in "iu" or not array.size:
-        return
-    limits = np.iinfo(dtype)
-    if array.min() < limits.min or array.max() > limits.max:
+def _narrowed(client_id: ClientId, name: str, array: np.ndarray) -> np.ndarray:
+    """An array as JAX has it: without 64-bit numbers it would cut large ones off without a word."""
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
+    if array.dtype == dtype or not array.size:
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    fits = narrow == array if array.dtype.kind in "iu" else np.isfinite(narrow)
+    if not fits.all():
         raise DataError(
-            f"client {client_id!r}, feature {name!r} has numbers from {array.min()} to "
-            f"{array.max()}, which {dtype} does not hold. Map them to smaller ones, or set "
-            "jax_enable_x64."
+            f"client {client_id!r}, feature {name!r} has numbers such as {array[~fits][0]}, which "
+            f"{dtype} does not hold. Map them to smaller ones, or set jax_enable_x64."
         )
+    return narrow

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from fax.data._cohort import Cohort, Gathered
 from fax.data._host import aligned_zeros
 from fax.data._population import WHERE, Population
 from fax.data._resident import Resident
+from fax.data._samplers import STREAM
 from fax.sharding._spread import Spread
 
 
@@ -24,27 +26,45 @@ class Maker:
     def __init__(
         self,
         population: Population,
+        sampler: Any,
         choose: Callable[[int], np.ndarray],
-        streams: bool,
         clients: int,
         seed: int,
+        start: int,
         spread: Spread,
         home: Resident | None,
     ):
         self.population, self.choose, self.clients, self.seed = population, choose, clients, seed
-        self.spread, self.home, self.streams = spread, home, streams
+        self.spread, self.home = spread, home
+        self.streams, self.given = sampler == STREAM, callable(sampler)
         self.sharding = spread.sharding(clients)
         self.own = spread.own_rows(WHERE, clients)
-        # What holds in the thread that asks for cohorts has to hold in the one that makes them.
         self.x64, self.device = jax.config.jax_enable_x64, jax.config.jax_default_device
         self.key = jax.random.key(seed)
+        # A leading axis of rounds is on every device.
+        self.shardings = self.sharding and NamedSharding(
+            self.sharding.mesh, PartitionSpec(None, *self.sharding.spec)
+        )
         self.make_keys = jax.jit(_keys, out_shardings=self.sharding)
+        self.make_keys_of_rounds = jax.jit(
+            jax.vmap(_keys, (None, 0, 0)), out_shardings=self.shardings
+        )
         device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
-        self.at_once = None if device.platform == "cpu" else self._at_once()
+        self.at_once = None if device.platform == "cpu" else self._at_once(start)
 
-    def _at_once(self) -> int:
-        rounds = [self.plan(number) for number in range(8)]
+    def _at_once(self, start: int) -> int:
+        """How many clients to work on at once, from the first rounds.
+
+        A sampler that is a function may have one round only.
+        """
+        rounds = [self.plan(start + r) for r in range(1 if self.given else 8)]
         return _batching.clients_at_once([plan.steps for plan in rounds], self.spread.ways)
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """What held where cohorts were asked for, in whatever thread makes them."""
+        with jax.enable_x64(self.x64), jax.default_device(self.device):
+            yield
 
     def plan(self, number: int) -> Plan:
         """Who takes part in a round, in order, and which examples come in which batch."""
@@ -103,26 +123,23 @@ class Maker:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
     def __call__(self, number: int) -> tuple[Cohort, np.ndarray]:
-        plan = self.plan(number)
-        arrays = self.arrays(plan)
-        with jax.enable_x64(self.x64), jax.default_device(self.device):
-            placed = self.put(arrays, self.sharding)
-            keys = self.make_keys(self.key, number, plan.positions.astype(np.int32))
-        return self.cohort(placed, keys), plan.steps
+        with self.settings():
+            plan = self.plan(number)
+            placed = self.put(self.arrays(plan), self.sharding)
+            numbers = jax.device_put((np.int32(number), plan.positions.astype(np.int32)))
+            return self.cohort(placed, self.make_keys(self.key, *numbers)), plan.steps
 
     def several(self, start: int, rounds: int) -> tuple[Cohort, list[np.ndarray]]:
         """Rounds from ``start``, all of one shape, with a leading axis [rounds]."""
-        plans = [self.plan(number) for number in range(start, start + rounds)]
-        most = max(plan.mask.shape[1] for plan in plans)
-        plans = [plan.padded(most) for plan in plans]
-        arrays = jax.tree.map(lambda *x: np.stack(x), *map(self.arrays, plans))
-        sharding = self.sharding and NamedSharding(
-            self.sharding.mesh, PartitionSpec(None, *self.sharding.spec)
-        )
-        positions = np.stack([plan.positions for plan in plans]).astype(np.int32)
-        make_keys = jax.jit(jax.vmap(_keys, (None, 0, 0)), out_shardings=sharding)
-        keys = make_keys(self.key, np.arange(start, start + rounds, dtype=np.int32), positions)
-        return self.cohort(self.put(arrays, sharding), keys), [plan.steps for plan in plans]
+        with self.settings():
+            plans = [self.plan(number) for number in range(start, start + rounds)]
+            most = max(plan.mask.shape[1] for plan in plans)
+            plans = [plan.padded(most) for plan in plans]
+            arrays = jax.tree.map(lambda *x: np.stack(x), *map(self.arrays, plans))
+            positions = np.stack([plan.positions for plan in plans]).astype(np.int32)
+            numbers = np.arange(start, start + rounds, dtype=np.int32)
+            keys = self.make_keys_of_rounds(self.key, *jax.device_put((numbers, positions)))
+            return self.cohort(self.put(arrays, self.shardings), keys), [p.steps for p in plans]
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fax.data._batching import Batching
 from fax.data._features import Reader
 from fax.data._memory import InMemory
 from fax.data._protocol import ClientId, DataError, FederatedData
-from fax.data._resident import Resident, check_pools, fits, load
+from fax.data._resident import MOST_ROWS, Resident, check_pools, fits, largest_shard, load
 from fax.data._samplers import SAMPLERS, WEIGHTED
 from fax.sharding._spread import Spread
 
@@ -50,13 +51,27 @@ class Population:
         """How many examples clients have."""
         if hasattr(self, "counts"):
             return self.counts[positions]
-        counts = np.array([self.data.num_examples(self.ids[p]) for p in positions])
-        if (counts < 1).any():
+        return np.array([self._count(self.ids[p]) for p in positions], np.int64)
+
+    def _count(self, client_id: ClientId) -> int:
+        given = self.data.num_examples(client_id)
+        try:
+            count = operator.index(given)
+        except TypeError:
             raise DataError(
-                f"Client {self.ids[positions[np.argmax(counts < 1)]]!r} has no examples. Leave "
-                "such clients out with fax.data.subset."
+                f"client {client_id!r}: num_examples is {given!r}, expected an int."
+            ) from None
+        if count < 1:
+            raise DataError(
+                f"client {client_id!r} has no examples. Leave such clients out with "
+                "fax.data.subset."
             )
-        return counts
+        if count > MOST_ROWS:
+            raise DataError(
+                f"client {client_id!r} has {count} examples, more than the {MOST_ROWS} that int32 "
+                "can count. Divide it into several clients."
+            )
+        return count
 
     def bring(
         self, spread: Spread, wanted: bool | None, clients: int, sampler: Any
@@ -65,13 +80,14 @@ class Population:
         if wanted is False or (wanted is None and not self.counted):
             return None
         self.counts = self.count(np.arange(len(self.ids)))
-        total = int(self.counts.sum()) * self.reader.bytes_per_example
         several = jax.process_count() > 1
-        split = several or not fits(total, spread)
+        size = self.reader.bytes_per_example
+        split = several or not fits(int(self.counts.sum()), size, spread)
         free = sampler in (*SAMPLERS, WEIGHTED)
-        divides = spread.ways > 1 and clients % spread.ways == 0 and free
-        if wanted is None and split and not (divides and fits(total // spread.ways, spread)):
-            return None
+        if wanted is None and split:
+            divides = spread.ways > 1 and clients % spread.ways == 0 and free
+            if not (divides and fits(largest_shard(self.counts, spread.ways), size, spread)):
+                return None
         if split and spread.ways == 1:
             split = False  # asked for, and there is nothing to split over
         if split and not free:

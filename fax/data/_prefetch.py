@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -31,37 +32,59 @@ class Prefetch(Iterator[T], Generic[T]):
         self._stop = threading.Event()
         self._error: BaseException | None = None
         # The thread knows the queue and not the iterator, so that it cannot keep it alive.
-        thread = threading.Thread(
+        self._thread = threading.Thread(
             target=_work,
             args=(make, start, self._items, self._stop),
             name="fax.data.cohorts",
             daemon=True,
         )
-        self._end = weakref.finalize(self, _end, thread, self._items, self._stop)
-        thread.start()
+        # Garbage is collected at any time, in any thread, whatever locks are held: it must not
+        # wait for anybody. The thread finds out by itself.
+        weakref.finalize(self, self._stop.set).atexit = False
+        _running[self._thread] = self._stop
+        self._thread.start()
 
     def __next__(self) -> T:
         while self._error is None:
-            if not self._end.alive:
+            if self._stop.is_set():
                 raise StopIteration
+            # What is made last is in the queue before its thread ends.
+            alive = self._thread.is_alive()
             try:
-                item, self._error = self._items.get(timeout=_PATIENCE)
+                item, self._error = self._items.get(timeout=_PATIENCE if alive else 0)
             except queue.Empty:
-                continue  # and look whether somebody has closed the iterator
+                if alive:
+                    continue  # and look whether somebody has closed the iterator
+                self._error = RuntimeError(
+                    "fax.data.cohorts: the thread that prepares cohorts does not exist in this "
+                    "process, which was forked from the one that made it. Make an iterator in each "
+                    "process, with start= to go on at a round."
+                )
+                break
             if self._error is None:
                 return item
-            self._end()
+            self._stop.set()
         raise self._error
 
     def close(self) -> None:
         """Ends the thread, and waits until it has."""
-        self._end()
+        self._stop.set()
+        while True:  # if it waits for room in the queue it finds some
+            try:
+                self._items.get_nowait()
+            except queue.Empty:
+                break
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
 
 def _work(make, number, items, stop):
     while not stop.is_set():
         try:
             result: tuple[Any, BaseException | None] = make(number), None
+        except StopIteration as error:  # which would end the loop over cohorts without a word
+            result = None, RuntimeError(f"fax.data.cohorts: round {number} raised StopIteration.")
+            result[1].__cause__ = error
         except BaseException as error:  # raised where the item is asked for
             result = None, error
         while not stop.is_set():
@@ -76,12 +99,14 @@ def _work(make, number, items, stop):
         number += 1
 
 
-def _end(thread, items, stop):
-    stop.set()
-    while True:  # whoever waits for room in the queue finds some
-        try:
-            items.get_nowait()
-        except queue.Empty:
-            break
-    if thread is not threading.current_thread():
+# Threads must not be in the middle of a computation when the interpreter goes away.
+_running: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_all() -> None:
+    threads = list(_running.items())
+    for _, stop in threads:
+        stop.set()
+    for thread, _ in threads:
         thread.join()

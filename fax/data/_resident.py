@@ -20,6 +20,9 @@ from fax.sharding._spread import Spread
 _SHARE = 0.4
 _CPU_BYTES = 4 << 30
 
+# Rows are numbered by int32.
+MOST_ROWS = 2**31 - 1
+
 
 class Resident(NamedTuple):
     """Examples on the devices.
@@ -39,10 +42,10 @@ class Resident(NamedTuple):
     axes: tuple[str, ...] | None
 
 
-def fits(num_bytes: int, spread: Spread) -> bool:
-    """Whether so many bytes fit on each device."""
+def fits(rows: int, bytes_per_row: int, spread: Spread) -> bool:
+    """Whether so many examples fit on each device, and can be numbered."""
     device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
-    return num_bytes <= _room(device)
+    return rows <= MOST_ROWS and rows * bytes_per_row <= _room(device)
 
 
 def _room(device: Any) -> float:
@@ -69,6 +72,7 @@ def load(
     """
     if not split:
         everybody = np.arange(len(ids))
+        _check_rows(int(counts.sum()))
         offsets = np.cumsum(counts) - counts
         arrays = _concatenated(reader, ids, counts, everybody, int(counts.sum()))
         sharding = None if spread.mesh is None else NamedSharding(spread.mesh, PartitionSpec())
@@ -78,7 +82,8 @@ def load(
     offsets = np.zeros(len(ids), np.int64)
     for pool in pools:
         offsets[pool] = np.cumsum(counts[pool]) - counts[pool]
-    size = max(int(counts[pool].sum()) for pool in pools)
+    size = largest_shard(counts, spread.ways)
+    _check_rows(size)
     assert spread.mesh is not None
     sharding = NamedSharding(spread.mesh, PartitionSpec(spread.axes))
     shards: dict[int, dict[str, np.ndarray]] = {}
@@ -104,6 +109,19 @@ def _divided(counts: np.ndarray, ways: int) -> list[np.ndarray]:
     snake = np.arange(len(order)) % (2 * ways)
     owner = np.minimum(snake, 2 * ways - 1 - snake)
     return [np.sort(order[owner == number]) for number in range(ways)]
+
+
+def largest_shard(counts: np.ndarray, ways: int) -> int:
+    """How many examples the device has that has the most, if they are split."""
+    return max(int(counts[pool].sum()) for pool in _divided(counts, ways))
+
+
+def _check_rows(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise DataError(
+            f"fax.data.cohorts: {rows} examples on a device are more than the {MOST_ROWS} that "
+            "int32 can number. Take resident=False, or a mesh of more devices."
+        )
 
 
 def _concatenated(reader, ids, counts, positions, size):

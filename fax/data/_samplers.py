@@ -37,14 +37,16 @@ def minimum_reuse(pool: np.ndarray, count: int, number: int, seed: tuple[int, ..
 def weighted(weights: np.ndarray) -> Sampler:
     """Draws one client after the other, with probabilities in proportion to their weights.
 
-    The order of exponential variables of these rates is the order of such draws.
+    The order of Gumbel variables with the logarithms of the weights added is the order of such
+    draws. They neither overflow nor tie, however far apart the weights are.
     """
+    with np.errstate(divide="ignore"):
+        logs = np.log(weights)
 
     def sample(pool, count, number, seed):
-        draws = np.random.default_rng((*seed, number)).exponential(size=len(pool))
-        with np.errstate(divide="ignore"):
-            arrivals = draws / weights[pool]
-        return pool[np.argpartition(arrivals, count - 1)[:count]]
+        draws = np.random.default_rng((*seed, number)).gumbel(size=len(pool))
+        first = np.argpartition(-draws - logs[pool], count - 1)[:count]
+        return pool[np.sort(first)]  # a partition's own order depends on the processor
 
     return sample
 
@@ -94,11 +96,18 @@ def chooser(
                 f"{_WHERE}: weights has shape {given.shape}, expected {count} finite numbers that "
                 "are not negative, one for each client of the data."
             )
-        if (given > 0).sum() < clients:
-            raise DataError(
-                f"{_WHERE}: only {(given > 0).sum()} clients have a positive weight, fewer than "
-                f"clients={clients}."
-            )
+        for pool in pools:
+            positive, least = (given[pool] > 0).sum(), clients // len(pools)
+            if positive < least:
+                of = (
+                    ""
+                    if len(pools) == 1
+                    else f" of those whose examples one of {len(pools)} devices has"
+                )
+                raise DataError(
+                    f"{_WHERE}: only {positive} clients{of} have a positive weight, fewer than the "
+                    f"{least} that clients={clients} asks for."
+                )
         sample = weighted(given)
     elif sampler in SAMPLERS:
         sample = SAMPLERS[sampler]
@@ -131,5 +140,10 @@ def _checked(
         raise DataError(
             f"{_WHERE}: sampler({number}) returned positions from {positions.min()} to "
             f"{positions.max()}, but the data have clients 0 to {count - 1}."
+        )
+    if len(np.unique(positions)) < clients:
+        raise DataError(
+            f"{_WHERE}: sampler({number}) returned the same client more than once. The clients of "
+            "a round must be different, as they have different keys and states."
         )
     return positions
