@@ -41,8 +41,8 @@ SETTINGS = ("auto", "xla", "matmul")
 #   1 or 2 dimensions             0.7 to 120      0.7 to 1.3         0.5 to 3
 #     one tap or position         0.8 to 26       0.7 to 1.5         0.3 to 0.7
 #   3 dimensions                  0.7 to 25       0.6 to 1.2         0.1 to 0.4
-#   groups                        0.1 to 90       0.1 to 2           0.1 to 1.1
-#   4 vectorised kernels          0.8 to 67       0.5 to 1.2         0.1 to 1.4
+#   groups                        0.1 to 90       0.1 to 2           0.1 to 1.6
+#   4 vectorised kernels          0.1 to 110      0.4 to 1.4         0.1 to 1.7
 
 
 def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
