@@ -4,7 +4,9 @@
 #   make test         run all tests
 #   make check        lint, format and types
 #   make docs         build the documentation
-#   make bench        measure fax against DrJAX and a hand-written vmap, and how it scales
+#   make bench        simulate with fax and with its peers, in less than 25 minutes
+#   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
+#   make bench-scaling  measure how fax scales with devices
 #   make clean        remove the environments and what was built
 #
 # PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
@@ -16,7 +18,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test check docs bench clean
+.PHONY: quickstart test check docs bench bench-core bench-scaling clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -32,8 +34,14 @@ check: $(VENV)/test.$(WITH)
 docs: $(VENV)/docs.$(WITH)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/bench.$(WITH)
+# Needs nothing but a Python: every peer gets an environment of its own.
+bench:
+	$(PYTHON) benchmarks/simulation.py
+
+bench-core: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/core.py
+
+bench-scaling: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/scaling.py
 
 $(VENV)/bin/python:

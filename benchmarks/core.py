@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
+from peers.workloads import cohort, examples
+from tables import Table, show, verdict
 from workloads import NAMES, WAYS, Batches, Fax
 
 import fax
 
 Times = dict[str, float]  # seconds by quantity
-Table = dict[str, Any]  # title, columns, rows
 
 TRACED_ROUNDS, TRACED_CLIENTS = 200, 10
 COMPUTE = dict(clients=16, steps=4, batch=64, widths=(784, 512, 512, 62))
@@ -70,10 +71,6 @@ def clock(fn: Callable, *args: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = jax.block_until_ready(fn(*args))
     return time.perf_counter() - start, result
-
-
-def verdict(text: str, met: bool) -> str:
-    return f"{text}: {'met' if met else 'missed'}"
 
 
 # Tracing
@@ -170,9 +167,9 @@ def rounds() -> list[Table]:
 
 def rounds_of(workload: str, clients: int, widths: Sequence[int]) -> Table:
     """Trains in every way on the same cohorts from the same parameters."""
-    cohorts = [workloads.cohort(number, clients) for number in range(WARM_UP_ROUNDS + TIMED_ROUNDS)]
+    cohorts = [cohort(number, clients) for number in range(WARM_UP_ROUNDS + TIMED_ROUNDS)]
     for client in np.unique(np.concatenate(cohorts)):
-        workloads.examples(int(client))
+        examples(int(client))
     params = workloads.init(widths)
     runs = {
         f"{way.name}, {how}": Training(way(clients), prepare, params, cohorts)
@@ -232,7 +229,7 @@ class Training:
 
 def evaluate(params: Any) -> float:
     """The loss on five clients' examples."""
-    x, y = map(np.concatenate, zip(*map(workloads.examples, range(1, 6)), strict=True))
+    x, y = map(np.concatenate, zip(*map(examples, range(1, 6)), strict=True))
     return float(jax.jit(workloads.loss)(params, Batches(x, y, np.ones(len(y), np.float32))))
 
 
@@ -325,22 +322,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(table: Table) -> None:
-    """Prints a table in Markdown."""
-    columns = table["columns"]
-    cells = [[shown(column, row) for column in columns] for row in table["rows"]]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    print(f"\n{table['title']}\n")
-    for line in [columns, ["-" * w for w in widths], *cells]:
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |")
-
-
-def shown(column: str, row: Table) -> str:
-    value = row.get(column)
-    if value is None:
-        missing = column.startswith("DrJAX") and not workloads.drjax
-        return "not installed" if missing else ""
-    return value if isinstance(value, str) else f"{value:.{2 if value < 100 else 0}f}"
+def without_drjax(table: Table) -> Table:
+    """The table with a word where DrJAX's figures would be."""
+    blank = {c: "not installed" for c in table["columns"] if c.startswith("DrJAX")}
+    return table | {"rows": [blank | row for row in table["rows"]]}
 
 
 PARTS = dict(trace=trace, compute=compute, rounds=rounds, memory=memory)
@@ -357,7 +342,7 @@ def main() -> None:
         made = PARTS[name]()
         for table in made if isinstance(made, list) else [made]:
             tables.append(table)
-            show(table)
+            show(table if workloads.drjax else without_drjax(table))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(dict(machine=machine(), tables=tables), file, indent=2)

@@ -22,11 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from core import machine, show, verdict
+from core import machine
+from tables import Table, show, verdict
 
 import fax
-
-Table = dict[str, Any]
 
 DEVICES = (8, 64, 512)
 CLIENTS_PER_DEVICE = 4

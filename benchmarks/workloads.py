@@ -1,7 +1,6 @@
 """What the core benchmark runs: data, client functions, and three ways to write a round.
 
-The data have the shape of EMNIST by writer: 3,400 clients of 28 to 500 examples, images of 784
-pixels in 62 classes. They are synthetic, and follow from the seeds in this file alone.
+The data and the cohorts are those of the comparison with the peers, `peers/workloads.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from peers.workloads import (
+    BATCH,
+    CLASSES,
+    CLIENT_RATE,
+    PIXELS,
+    SERVER_B1,
+    SERVER_B2,
+    SERVER_EPS,
+    SERVER_RATE,
+    epoch_order,
+    examples,
+    sizes,
+)
 
 import fax
 
@@ -28,12 +40,6 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # DrJAX warns of a missing me
 
 PyTree = Any
 
-SEED = 20240
-CLIENTS = 3400
-PIXELS = 784
-CLASSES = 62
-BATCH = 20
-CLIENT_RATE = 0.1
 # Padded sizes are multiples of these, so that few shapes are compiled.
 STEPS_MULTIPLE = 5
 ROWS_MULTIPLE = 4096
@@ -51,35 +57,6 @@ class Batches(NamedTuple):
     x: Any  # float32 [..., steps, batch, pixels]
     y: Any  # int32 [..., steps, batch]
     mask: Any  # float32 [..., steps, batch]
-
-
-@functools.cache
-def sizes() -> np.ndarray:
-    """How many examples each client has."""
-    spread = 0.6
-    draws = np.random.default_rng(SEED).lognormal(np.log(200) - spread**2 / 2, spread, CLIENTS)
-    return np.clip(draws.astype(int), 10, 500)
-
-
-@functools.cache
-def templates() -> np.ndarray:
-    """A picture for each class."""
-    draws = np.random.default_rng(SEED + 1).random((CLASSES, PIXELS))
-    return (draws < 0.2).astype(np.float32)
-
-
-@functools.cache
-def examples(client: int) -> tuple[np.ndarray, np.ndarray]:
-    """A client's noisy pictures and their classes. Kept, as if they had been loaded before."""
-    rng = np.random.default_rng((SEED, 7, client))
-    y = rng.integers(0, CLASSES, sizes()[client]).astype(np.int32)
-    noise = rng.random((len(y), PIXELS), dtype=np.float32)
-    return 0.5 * templates()[y] + 0.3 * noise, y
-
-
-def cohort(number: int, count: int) -> np.ndarray:
-    """The clients of a round."""
-    return np.random.default_rng((SEED, 3, number)).choice(CLIENTS, count, replace=False)
 
 
 def padded_shape(clients: Sequence[int]) -> tuple[int, int]:
@@ -153,7 +130,7 @@ PREPARATIONS = {"rows picked on the device": picked, "padded on the host": padde
 def shuffled(number: int, clients: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Each client and the order of its examples in this round."""
     for client in map(int, clients):
-        yield client, np.random.default_rng((number, client)).permutation(sizes()[client])
+        yield client, epoch_order(number, client)
 
 
 # Models and client functions
@@ -294,7 +271,7 @@ def keep(update: PyTree, included: jax.Array) -> PyTree:
 
 def adam() -> optax.GradientTransformation:
     """The server's optimizer."""
-    return optax.adam(10**-2.5, b1=0.9, b2=0.99, eps=1e-3)
+    return optax.adam(SERVER_RATE, b1=SERVER_B1, b2=SERVER_B2, eps=SERVER_EPS)
 
 
 def federated_averaging(way: Any) -> Callable:

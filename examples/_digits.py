@@ -4,6 +4,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import fax
+
 
 def load(seed):
     """Four fifths for the clients and one held out: pairs of images [n, 64] and labels [n]."""
@@ -16,16 +18,12 @@ def load(seed):
 
 
 def dirichlet_partition(labels, clients, alpha, rng):
-    """The client that owns each example, [n]: a class is split by proportions ~ Dirichlet(alpha).
-
-    The smaller alpha, the fewer clients share a class (Hsu et al., arXiv:1909.06335).
-    """
+    """The client that owns each example, [n], as `fax.data.partition.dirichlet` deals them out."""
+    arrays = {"label": labels, "number": np.arange(len(labels))}
+    data = fax.data.partition.dirichlet(arrays, clients, alpha=alpha, seed=rng)
     owner = np.empty(len(labels), int)
-    for label in np.unique(labels):
-        examples = rng.permutation(np.flatnonzero(labels == label))
-        proportions = rng.dirichlet(np.full(clients, alpha))
-        ends = len(examples) * np.cumsum(proportions)
-        owner[examples] = np.searchsorted(ends, np.arange(len(examples)) + 0.5)
+    for client, client_id in enumerate(data.client_ids()):
+        owner[data.client(client_id)["number"]] = client
     return owner
 
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import lax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -38,13 +37,6 @@ class Network(nnx.Module):
         return self.out(nnx.relu(self.hidden(images)))
 
 
-def shuffled_batches(examples, key):
-    """One epoch's batches, [steps, BATCH_SIZE, ...], of which the padded ones come last."""
-    noise = jax.random.uniform(key, examples["mask"].shape)
-    order = jnp.argsort(jnp.where(examples["mask"], noise, jnp.inf))
-    return jax.tree.map(lambda x: x[order].reshape(-1, BATCH_SIZE, *x.shape[1:]), examples)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200)
@@ -53,67 +45,33 @@ def main():
     options = parser.parse_args()
 
     (images, labels), test = _digits.load(options.seed)
-    rng = np.random.default_rng(options.seed)
-    owner = _digits.dirichlet_partition(labels, CLIENTS, ALPHA, rng)
-    data = jax.device_put(_digits.stack(images, labels, owner, CLIENTS, BATCH_SIZE))
+    data = fax.data.partition.dirichlet(
+        {"image": images, "label": labels}, CLIENTS, alpha=ALPHA, seed=options.seed
+    )
+    cohorts = fax.data.cohorts(
+        data, options.clients_per_round, BATCH_SIZE, epochs=EPOCHS, seed=options.seed
+    )
 
     graph, params = nnx.split(Network(nnx.Rngs(options.seed)))
-    client_optimizer = optax.sgd(0.1)
-    server_optimizer = optax.sgd(0.2, momentum=0.9)
 
-    def mean_loss(params, examples):
-        logits = nnx.merge(graph, params)(examples["image"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
-        return jnp.mean(losses, where=examples["mask"])
-
-    def local_update(params, examples, key):
-        """How a client's training changes the parameters, and its loss before."""
-
-        def train(carry, batch):
-            params, state = carry
-            gradient = jax.grad(mean_loss)(params, batch)
-            updates, state = client_optimizer.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
-
-        def step(carry, batch):  # a batch of padding is skipped
-            return lax.cond(batch["mask"].any(), train, lambda same, _: same, carry, batch), None
-
-        def epoch(carry, key):
-            return lax.scan(step, carry, shuffled_batches(examples, key))[0], None
-
-        start = (params, client_optimizer.init(params))
-        (trained, _), _ = lax.scan(epoch, start, jax.random.split(key, EPOCHS))
-        return jax.tree.map(jnp.subtract, trained, params), mean_loss(params, examples)
-
-    @fax.program(clients=options.clients_per_round)
-    def mean_update(params, cohort, key):
-        updates = fax.map(local_update, fax.broadcast(params), cohort, fax.keys(key))
-        num_examples = cohort["mask"].sum(axis=1)
-        return fax.mean(updates, weights=num_examples, where=num_examples > 0)
-
-    @jax.jit
-    def federated_round(params, state, data, key):
-        sampling, training = jax.random.split(key)
-        members = jax.random.choice(sampling, CLIENTS, (options.clients_per_round,), replace=False)
-        cohort = jax.tree.map(lambda x: x[members], data)
-        update, loss = mean_update(params, cohort, training)
-        gradient = jax.tree.map(jnp.negative, update)
-        updates, state = server_optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
+    def loss(params, batch, key):
+        logits = nnx.merge(graph, params)(batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
     @jax.jit
     def accuracy(params, images, labels):
         return jnp.mean(nnx.merge(graph, params)(images).argmax(axis=1) == labels)
 
-    state = server_optimizer.init(params)
+    algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), optax.sgd(0.2, momentum=0.9))
+    train = jax.jit(algorithm.round)
+    state = algorithm.init(params)
     losses, accuracies, seconds = [], [], []
-    keys = jax.random.split(jax.random.key(options.seed), options.rounds)
-    for key in (progress := tqdm(keys, unit="round")):
+    for _ in (progress := tqdm(range(options.rounds), unit="round")):
         start = time.perf_counter()
-        params, state, loss = jax.block_until_ready(federated_round(params, state, data, key))
+        state, metrics = jax.block_until_ready(train(state, next(cohorts)))
         seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
-        accuracies.append(float(accuracy(params, *test)))
+        losses.append(float(metrics["loss"]))
+        accuracies.append(float(accuracy(algorithm.params(state), *test)))
         progress.set_postfix(
             loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.1%}", refresh=False
         )

@@ -11,6 +11,7 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
 """
 
+from fax import data as data
 from fax import sharding as sharding
 from fax._operators import broadcast as broadcast
 from fax._operators import collect as collect
@@ -27,3 +28,12 @@ from fax._reductions import min as min
 from fax._reductions import sum as sum
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`fax.algorithms` needs optax, an extra, and is imported when it is used."""
+    if name == "algorithms":
+        import importlib
+
+        return importlib.import_module("fax.algorithms")
+    raise AttributeError(f"module 'fax' has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Programs on many devices: meshes, data on meshes, and several processes."""
 
+from fax.sharding._cpu import use_cpu_devices as use_cpu_devices
 from fax.sharding._distributed import initialize as initialize
 from fax.sharding._mesh import layout as layout
 from fax.sharding._mesh import make_mesh as make_mesh

@@ -1,0 +1,78 @@
+"""The interface that all algorithms share, and rounds that run inside one compiled loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from fax.data import Cohorts
+
+PyTree = Any
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm as pure functions, which can be jitted and differentiated.
+
+    Attributes:
+      init: ``init(params) -> state``, the server's state from a model's parameters.
+      round: ``round(state, cohort) -> (state, metrics)``. The number of clients is the cohort's.
+        The metrics are a flat dict: means over the cohort's examples, taken before each step, and
+        ``clients/...`` of shape [clients].
+      params: ``params(state)``, the parameters that one evaluates.
+    """
+
+    init: Callable[..., Any]
+    round: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    params: Callable[[Any], PyTree]
+
+
+def many_rounds(
+    algorithm: Algorithm, state: PyTree, cohorts: Cohorts, rounds: int
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """Runs rounds in one compiled loop on the devices.
+
+    The result is that of ``state, metrics = algorithm.round(state, next(cohorts))``, so many times,
+    but the host is asked for nothing in between. The cohorts move on by ``rounds``.
+
+    Args:
+      algorithm: what to run. It is compiled once for each number of rounds and shape of cohorts.
+      state: the server's state.
+      cohorts: from `fax.data.cohorts`, with its examples resident on the devices.
+      rounds: how many.
+
+    Returns:
+      The state after the last round, and the metrics of all rounds, each with a leading axis
+      [rounds].
+
+    Raises:
+      DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1))
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
+      >>> state = algorithm.init(jnp.zeros(()))
+      >>> state, metrics = fax.algorithms.many_rounds(algorithm, state, rounds, 20)
+      >>> metrics["loss"].shape, rounds.round
+      ((20,), 20)
+    """
+    return _scan(algorithm, state, cohorts.take(rounds))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scan(algorithm, state, cohorts):
+    batches = cohorts.batches
+
+    def one(state, own):  # the examples are the same in all rounds
+        own = dataclasses.replace(own, batches=dataclasses.replace(batches, rows=own.batches))
+        return algorithm.round(state, own)
+
+    return lax.scan(one, state, dataclasses.replace(cohorts, batches=batches.rows))

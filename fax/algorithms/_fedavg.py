@@ -1,0 +1,123 @@
+"""Federated averaging: the server takes the clients' mean update for a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._local import Trained, metrics_of, train
+from fax.data import Client, Cohort
+
+PyTree = Any
+
+
+class FedAvgState(NamedTuple):
+    """The server's state.
+
+    Attributes:
+      params: the server's model.
+      optimizer: the state of the server's optimizer.
+      model_state: what the model has besides parameters, such as batch statistics, or None.
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    model_state: PyTree
+
+
+def fedavg(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Federated averaging (FedAvg) and, with another server optimizer, adaptive FedOpt.
+
+    In a round every client i of the cohort starts from the server's parameters x, takes a step of
+    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
+    of the updates, weighted by the numbers of examples n_i, for a gradient:
+
+        D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
+
+    With SGD of rate 1, the default, x' = x + D: federated averaging. With momentum, Adam, Yogi
+    or Adagrad it is FedAvgM, FedAdam, FedYogi or FedAdagrad.
+
+    Args:
+      loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these
+        and a dict of per-example metrics of the same shape. It sees padded batches; the mask is
+        applied to what it returns. For a model with state that is not trained:
+        ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
+      clients_at_once: how many clients one device works on at once; see ``batch_size`` of
+        `fax.map`. Default: what the cohort says, or 1 on CPU.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `FedAvgState`. A round's metrics
+      are means over the cohort's examples, each taken before the step that its batch is used in:
+      ``"loss"`` and those of the loss function by their names; and as ``"clients/loss"`` and so on,
+      arrays [clients], over the examples of each client. The new model state is
+      the mean of the clients' weighted by n_i; leaves that are not floats stay what they were.
+
+    References:
+      McMahan et al., Communication-efficient learning of deep networks from decentralized data,
+      arXiv:1602.05629. Reddi et al., Adaptive federated optimization, arXiv:2003.00295.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), optax.adam(0.1))
+      >>> state = algorithm.init(jnp.zeros(()))
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
+      >>> for _ in range(50):
+      ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> sorted(metrics)
+      ['clients/loss', 'loss']
+    """
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+
+    def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
+        params = jax.tree.map(jnp.asarray, params)
+        return FedAvgState(params, server_optimizer.init(params), model_state)
+
+    def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
+        @jax.checkpoint  # so that gradients of a round do not store the clients' steps
+        def local_update(params: PyTree, model_state: PyTree, client: Client) -> Trained:
+            trained = train(loss, client_optimizer, params, model_state, client)
+            return trained._replace(params=jax.tree.map(jnp.subtract, trained.params, params))
+
+        @fax.program(clients=cohort.size)
+        def mean_update(params: PyTree, model_state: PyTree, cohort: Cohort) -> tuple:
+            local = fax.map(
+                local_update,
+                fax.broadcast(params),
+                fax.broadcast(model_state),
+                cohort.clients(),
+                batch_size=clients_at_once or cohort.clients_at_once,
+            )
+            update = fax.mean(local.params, weights=cohort.num_examples)
+            mean_state = fax.mean(local.model_state, weights=cohort.num_examples)
+            return update, mean_state, metrics_of(local.tally)
+
+        update, mean_state, metrics = mean_update(state.params, state.model_state, cohort)
+        gradient = jax.tree.map(jnp.negative, update)
+        updates, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        model_state = jax.tree.map(_unless_float, mean_state, state.model_state)
+        return FedAvgState(params, optimizer, model_state), metrics
+
+    return Algorithm(init, round, lambda state: state.params)
+
+
+def _unless_float(mean: jax.Array, before: jax.Array) -> jax.Array:
+    return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before

@@ -1,0 +1,182 @@
+"""What a client's examples must look like, and what to say if they do not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fax.data._protocol import ClientId, DataError, Examples, FederatedData
+
+
+def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
+    """One client's features as read-only arrays with a common leading axis."""
+    if not isinstance(examples, Mapping):
+        raise DataError(
+            f"client {client_id!r} is a {type(examples).__name__}, expected a mapping from the "
+            "names of features to arrays with a common leading axis, one row for each example."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in examples.items():
+        if not isinstance(name, str):
+            raise DataError(
+                f"client {client_id!r} has a feature named {name!r}, a {type(name).__name__}. "
+                "Features are named by strings."
+            )
+        arrays[name] = _array(f"client {client_id!r}, feature {name!r}", value)
+    if not arrays:
+        raise DataError(f"client {client_id!r} has no features. Leave the client out.")
+    (first, length), *others = ((name, len(array)) for name, array in arrays.items())
+    for name, other in others:
+        if other != length:
+            raise DataError(
+                f"client {client_id!r} has {length} examples by feature {first!r}, but {other} by "
+                f"{name!r}, of shape {arrays[name].shape}. All features need one row for each "
+                "example."
+            )
+    if length == 0:
+        raise DataError(
+            f"client {client_id!r} has no examples. Leave the client out, by on_bad='skip' where "
+            "there is such an option."
+        )
+    return arrays
+
+
+def _array(where: str, value: Any) -> np.ndarray:
+    """One feature as a read-only array."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where} is no array: {error}") from error
+    if array.ndim == 0:
+        raise DataError(
+            f"{where} is a scalar, {array.dtype}, expected an array with a row for each example."
+        )
+    if array.dtype.hasobject and not all(isinstance(v, (str, bytes)) for v in array.flat):
+        raise DataError(
+            f"{where} has dtype object, expected numbers, bools or strings. If its rows differ in "
+            "length, pad them."
+        )
+    if not (is_numeric(array.dtype) or array.dtype.kind in "OSUMm"):
+        raise DataError(
+            f"{where} has dtype {array.dtype}, expected numbers, bools or strings. Make each "
+            "field a feature of its own."
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    array = array.view()
+    array.flags.writeable = False
+    return array
+
+
+def is_numeric(dtype: np.dtype) -> bool:
+    """Whether arrays of a dtype can be computed with: numbers, bools, and bfloat16 and its kin."""
+    extended = dtype.kind == "V" and dtype.type is not np.void
+    return dtype.kind in "biufc" or extended
+
+
+def check_numeric(client_id: ClientId, examples: Examples) -> None:
+    """Checks that examples can be put into batches: strings have to be mapped to numbers first."""
+    for name, array in examples.items():
+        if not is_numeric(array.dtype):
+            raise DataError(
+                f"client {client_id!r}, feature {name!r} has dtype {array.dtype}, but only numbers "
+                "and bools can be batched. Make numbers of it, or leave it out, by fax.data.map."
+            )
+
+
+def check_finite(client_id: ClientId, examples: Examples) -> None:
+    """Checks that no feature has NaNs or infinities."""
+    for name, array in examples.items():
+        if not is_numeric(array.dtype) or array.dtype.kind in "biu":
+            continue
+        values = array if array.dtype.kind in "fc" else array.astype(np.float32)
+        finite = np.isfinite(values)
+        if not finite.all():
+            row = np.argwhere(~finite)[0]
+            raise DataError(
+                f"client {client_id!r}, feature {name!r} has {finite.size - finite.sum()} values "
+                f"that are not finite, the first in example {row[0]}: {values[tuple(row)]}."
+            )
+
+
+class Schema:
+    """The features that all clients have in common: those of the client that was seen first."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[ClientId, dict[str, tuple[str, tuple[int, ...]]]]] = {}
+
+    def check(self, client_id: ClientId, examples: Examples) -> None:
+        """Checks that a client's features have the names, dtypes and shapes of the others'."""
+        own = {name: (_dtype(x.dtype), x.shape[1:]) for name, x in examples.items()}
+        # Threads may come here at once; setdefault lets one of them be the first.
+        other, expected = self._first.setdefault("client", (client_id, own))
+        if own == expected:
+            return
+        if own.keys() != expected.keys():
+            raise DataError(
+                f"client {client_id!r} has the features {sorted(own)}, but client {other!r} has "
+                f"{sorted(expected)}. All clients need the same features."
+            )
+        for name, (dtype, shape) in own.items():
+            if (dtype, shape) != expected[name]:
+                raise DataError(
+                    f"client {client_id!r}, feature {name!r} is {_shown(dtype, shape)} for each "
+                    f"example, but {_shown(*expected[name])} at client {other!r}. All clients need "
+                    "the same dtypes and shapes."
+                )
+
+
+def _dtype(dtype: np.dtype) -> str:
+    # The width of strings may differ between clients.
+    return dtype.kind if dtype.kind in "SU" else dtype.name
+
+
+def _shown(dtype: str, shape: tuple[int, ...]) -> str:
+    dtype = {"S": "bytes", "U": "str"}.get(dtype, dtype)
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def unknown(client_id: Any, data: FederatedData) -> DataError:
+    """What to say about an id that no client has."""
+    return DataError(
+        f"no client {client_id!r} in {type(data).__name__.lstrip('_')} of {len(data)} clients, "
+        f"{listed(data.client_ids())}."
+    )
+
+
+def listed(ids: Sequence[Any], limit: int = 3) -> str:
+    """The first few of some ids."""
+    shown = ", ".join(repr(i) for i in ids[:limit])
+    return shown + (", ..." if len(ids) > limit else "")
+
+
+def sift(
+    where: str, ids: Iterable[ClientId], check: Callable[[ClientId], None], on_bad: str
+) -> list[ClientId]:
+    """The clients that pass a check. The others are an error, or are counted in one warning."""
+    if on_bad not in ("raise", "skip"):
+        raise DataError(f"{where}: on_bad is {on_bad!r}, expected 'raise' or 'skip'.")
+    good: list[ClientId] = []
+    bad: list[DataError] = []
+    for client_id in ids:
+        try:
+            check(client_id)
+            good.append(client_id)
+        except DataError as error:
+            if on_bad == "raise":
+                raise
+            bad.append(error)
+    if bad:
+        total = len(good) + len(bad)
+        reasons = " ".join(str(error) for error in bad[:3]) + (" ..." if len(bad) > 3 else "")
+        if not good:
+            raise DataError(f"{where}: none of {total} clients can be used. {reasons}") from bad[0]
+        warnings.warn(
+            f"{where} skips {len(bad)} of {total} clients: {reasons}", UserWarning, stacklevel=3
+        )
+    return good

@@ -1,0 +1,236 @@
+"""The clients of one round and their batches, as a pytree that a jitted round takes.
+
+The batches are either arrays, or rows of examples that live on the device. In the second case
+a step's batch is picked when the step runs, so that the batches of a cohort never exist
+together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+import fax._operators as operators
+from fax.primitives._in_step import in_step
+
+PyTree = Any
+Carry = TypeVar("Carry")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gathered(Mapping[str, jax.Array]):
+    """Batches that are picked from examples on the device, feature by feature, on access.
+
+    A mapping from features to arrays: ``batches["x"]`` is ``examples["x"][rows]``.
+
+    Attributes:
+      examples: feature -> array [examples, ...], of all clients. If the examples are split over
+        devices, [shards * examples, ...], and rows count from the start of the client's shard.
+      rows: int32 [clients, steps, batch], or what is left of it when clients and steps are
+        picked. Padding repeats a row of the same client.
+      axes: the mesh axes that the examples are split over. None: all examples are everywhere.
+    """
+
+    examples: Mapping[str, jax.Array]
+    rows: jax.Array
+    axes: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __getitem__(self, feature: str) -> jax.Array:
+        if self.axes is None:
+            return jnp.take(self.examples[feature], self.rows, axis=0, mode="clip")
+        spread = PartitionSpec(self.axes)
+        return jax.shard_map(
+            lambda examples, rows: jnp.take(examples, rows, axis=0, mode="clip"),
+            in_specs=(spread, spread),
+            out_specs=spread,
+            axis_names=set(self.axes),
+        )(self.examples[feature], self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """One client of a cohort, as a client function sees it. See `Cohort.clients`.
+
+    Attributes:
+      batches: leaves [steps, batch, ...].
+      mask: bool [steps, batch].
+      num_examples: int32 scalar.
+      client_id: int32 scalar, the client's position in the data.
+      key: a random key, the client's own in this round.
+    """
+
+    batches: PyTree
+    mask: jax.Array
+    num_examples: jax.Array
+    client_id: jax.Array
+    key: jax.Array
+
+    def batch(self, number: Any) -> PyTree:
+        """The batch of a step, leaves [batch, ...]."""
+        return self._fetch(jax.tree.map(lambda x: x[number], self._of_steps))
+
+    @property
+    def _of_steps(self) -> PyTree:
+        """What has a leading axis of steps."""
+        return self.batches.rows if isinstance(self.batches, Gathered) else self.batches
+
+    def _fetch(self, x: PyTree) -> PyTree:
+        """A batch, from a step's part of `_of_steps`."""
+        if isinstance(self.batches, Gathered):
+            return dict(dataclasses.replace(self.batches, rows=x))
+        return x
+
+    def scan(
+        self, step: Callable[[Carry, PyTree, jax.Array, jax.Array], Carry], carry: Carry
+    ) -> Carry:
+        """Goes through the client's batches in order.
+
+        Steps without any example are not run. Where several clients are vectorised, a step runs
+        if one of them has examples left, and leaves the others as they are.
+
+        Args:
+          step: ``step(carry, batch, mask, key) -> carry``, of a batch with leaves [batch, ...],
+            its mask [batch] and a key of its own.
+          carry: a pytree of arrays, to start with.
+
+        Returns:
+          What the last step returned.
+
+        Example:
+
+          >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(4.0)}, "bob": {"x": jnp.ones(3)}})
+          >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=2))
+          >>> @fax.program(clients=2)
+          ... def totals(cohort):
+          ...     def client(own):
+          ...         def step(total, batch, mask, key):
+          ...             return total + jnp.sum(jnp.where(mask, batch["x"], 0))
+          ...         return own.scan(step, jnp.zeros(()))
+          ...     return fax.sum(fax.map(client, cohort.clients()))
+          >>> totals(cohort)
+          Array(9., dtype=float32)
+        """
+
+        def at(carry, numbered):
+            number, x, mask = numbered
+            someone, mine = in_step(jnp.any(mask))
+
+            def run(carry):
+                # Whoever only keeps others company repeats a step on real examples, so that
+                # nothing singular comes from padding, and forgets it.
+                own, own_mask = _select(mine, (x, mask), (first, self.mask[0]))
+                own_key = jax.random.fold_in(self.key, number)
+                new = step(carry, self._fetch(own), own_mask, own_key)
+                _check_carry(new, carry)
+                return _select(mine, new, carry)
+
+            return lax.cond(someone, run, lambda carry: carry, carry), None
+
+        first = jax.tree.map(lambda x: x[0], self._of_steps)
+        carry = jax.tree.map(jnp.asarray, carry)
+        if any(jax.typeof(x).weak_type for x in jax.tree.leaves(carry)):
+            # Python scalars have no dtype of their own; they take that of what follows.
+            sample = jax.eval_shape(lambda: (self.batch(0), self.mask[0], self.key))
+            new = jax.eval_shape(step, carry, *sample)
+            if _same_structure(new, carry):
+                carry = jax.tree.map(_strong, carry, new)
+        steps = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
+        return lax.scan(at, carry, (steps, self._of_steps, self.mask))[0]
+
+
+def _same_structure(one: PyTree, other: PyTree) -> bool:
+    structures: Any = [jax.tree.structure(x) for x in (one, other)]
+    return bool(structures[0] == structures[1])
+
+
+def _strong(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return lax.convert_element_type(x, like.dtype) if jax.typeof(x).weak_type else x
+
+
+def _check_carry(new: PyTree, old: PyTree) -> None:
+    if not _same_structure(new, old):
+        raise TypeError(
+            f"Client.scan: step returned another structure than it was given: "
+            f"{jax.tree.structure(new)}, expected {jax.tree.structure(old)}."
+        )
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+    ):
+        one, other = jax.typeof(before), jax.typeof(jnp.asarray(after))
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            raise TypeError(
+                f"Client.scan: carry{jax.tree_util.keystr(path)} is {one.str_short()}, and "
+                f"{other.str_short()} after a step. A step has to keep shapes and dtypes."
+            )
+
+
+def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda n, o: lax.select(mine, n, o), new, old)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """The clients of one round.
+
+    Attributes:
+      batches: leaves [clients, steps, batch, ...]: arrays, or a mapping from features to arrays
+        that are gathered on access from examples on the device.
+      mask: bool [clients, steps, batch], False for padding. A client's real steps come first.
+      num_examples: int32 [clients], how many distinct examples the client has, whatever
+        part of them the batches hold and how often.
+      client_ids: int32 [clients], positions in the data's ``client_ids()``.
+      keys: random keys [clients]; they depend on the seed, the round and the client.
+      clients_at_once: how many clients of neighbouring length one device should work on at once,
+        where the algorithm does not say; see `fax.map`.
+    """
+
+    batches: PyTree
+    mask: jax.Array
+    num_examples: jax.Array
+    client_ids: jax.Array
+    keys: jax.Array
+    clients_at_once: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """The number of clients."""
+        return self.mask.shape[0]
+
+    def clients(self, *, placement: str | None = None) -> Client:
+        """The clients as a placed value, for `fax.map` in a program over ``size`` clients.
+
+        A client function sees a `Client`. Examples on the device are sent as a server value, of
+        which each step picks its rows.
+
+        Args:
+          placement: which placement, where several are in scope.
+
+        Raises:
+          PlacementError: outside a program.
+        """
+        batches = self.batches
+        if isinstance(batches, Gathered):
+            # Split over devices they are no server value, and are picked before the map.
+            batches = (
+                dict(batches)
+                if batches.axes
+                else dataclasses.replace(
+                    batches, examples=operators.broadcast(batches.examples, placement=placement)
+                )
+            )
+        return Client(batches, self.mask, self.num_examples, self.client_ids, self.keys)

@@ -1,0 +1,70 @@
+"""What examples look like on a device, and clients that are checked before they go there."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fax.data._check import Schema, check_numeric, checked
+from fax.data._protocol import ClientId, DataError, FederatedData
+
+
+class Feature(NamedTuple):
+    """The shape of an example, and the dtype that it has on a device."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Reader:
+    """Reads clients, all of which must have the features of the first one.
+
+    Attributes:
+      features: by name.
+    """
+
+    def __init__(self, data: FederatedData, first: ClientId):
+        self.data = data
+        self._schema = Schema()
+        examples = self.client(first)
+        self.features = {
+            name: Feature(array.shape[1:], np.dtype(jax.dtypes.canonicalize_dtype(array.dtype)))
+            for name, array in examples.items()
+        }
+
+    def client(self, client_id: ClientId, num_examples: int | None = None) -> dict[str, np.ndarray]:
+        """A client's examples. There have to be ``num_examples``, if that is said."""
+        examples = checked(client_id, self.data.client(client_id))
+        check_numeric(client_id, examples)
+        self._schema.check(client_id, examples)
+        for name, array in examples.items():
+            if num_examples is not None and len(array) != num_examples:
+                raise DataError(
+                    f"client {client_id!r}, feature {name!r} has {len(array)} examples, but the "
+                    f"data say that there are {num_examples}. num_examples has to count what "
+                    "client gives."
+                )
+            _check_range(client_id, name, array)
+        return examples
+
+    @property
+    def bytes_per_example(self) -> int:
+        """What an example takes on a device."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.features.values())
+
+
+def _check_range(client_id: ClientId, name: str, array: np.ndarray) -> None:
+    """JAX without 64-bit numbers would cut large ones off without a word."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype == dtype or array.dtype.kind not in "iu" or not array.size:
+        return
+    limits = np.iinfo(dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise DataError(
+            f"client {client_id!r}, feature {name!r} has numbers from {array.min()} to "
+            f"{array.max()}, which {dtype} does not hold. Map them to smaller ones, or set "
+            "jax_enable_x64."
+        )

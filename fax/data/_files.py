@@ -1,0 +1,250 @@
+"""Federated data in a folder with one `.npz` file for each client."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import math
+import os
+import re
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from fax.data._check import Schema, checked, is_numeric
+from fax.data._protocol import ClientId, DataError, FederatedData
+from fax.data._write import synchronize, whole
+
+_READABLE = " +,=@()"  # left as they are in file names, besides letters, digits and _.-~
+
+
+class Files:
+    """Federated data in a folder: each client is one ``.npz`` file, with an array for each feature.
+
+    Nothing is read at the start, so that a folder may have millions of clients. `client` and
+    `num_examples` open the client's file and no other. The first call of `client_ids` or ``len``
+    lists the folder, and sorts the ids.
+
+    A client's file is ``<id>.npz``, either in the folder itself or, as `Files.write` puts it, in
+    one of 256 subfolders, by the first two hexadecimal digits of the id's SHA-256 checksum. In
+    file names, characters other than letters, digits, space and ``_.-~+,=@()`` are percent-encoded.
+    Files may be compressed. Their arrays are read without pickle, so they are of numbers, bools or
+    strings of fixed width.
+
+    Args:
+      folder: the folder.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      DataError: when a client is read, if there is none of that id, or its file is damaged or
+        differs from the others; when the folder is listed, if it has no clients, or files whose
+        names are not those of clients.
+
+    Example:
+
+      >>> import pathlib, tempfile
+      >>> folder = pathlib.Path(tempfile.mkdtemp(), "people")
+      >>> people = fax.data.InMemory({"ada": {"age": jnp.array([36])}})
+      >>> data = fax.data.Files.write(folder, people)
+      >>> fax.data.Files(folder).client("ada")
+      {'age': array([36], dtype=int32)}
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self._folder = Path(folder).absolute()
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"fax.data.Files: there is no folder {self._folder}")
+        self._schema = Schema()
+        self._ids: tuple[str, ...] | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def write(folder: str | os.PathLike, data: FederatedData) -> Files:
+        """Writes federated data to a folder of files, in 256 subfolders.
+
+        The folder gets its name when all of it is on the disk. Client ids are strings, features
+        numbers and bools.
+
+        Args:
+          folder: the folder. It must not exist.
+          data: what to write.
+
+        Returns:
+          The folder, opened.
+
+        Raises:
+          DataError: if the folder exists, or a client cannot be written.
+          OSError: if the disk is full. Nothing is left behind then.
+        """
+        folder, schema = Path(folder).absolute(), Schema()
+        with whole("fax.data.Files.write", folder) as temporary:
+            temporary.mkdir()
+            for client_id in data.client_ids():
+                path = temporary / _file(client_id, sharded=True)
+                examples = checked(client_id, data.client(client_id))
+                schema.check(client_id, examples)
+                for name, array in examples.items():
+                    if not is_numeric(array.dtype) or array.dtype.kind == "V":
+                        raise DataError(
+                            f"client {client_id!r}, feature {name!r} has dtype {array.dtype}, but "
+                            "the files hold NumPy's numbers and bools. Convert it by fax.data.map, "
+                            "or use fax.data.SQLite.write, which can write byte strings."
+                        )
+                path.parent.mkdir(exist_ok=True)
+                if path.exists():  # where upper and lower case are the same
+                    raise DataError(f"client {client_id!r} has the file name of another client.")
+                _save(path, examples)
+            for shard in (*temporary.iterdir(), temporary):
+                synchronize(shard)
+        return Files(folder)
+
+    def client_ids(self) -> tuple[str, ...]:
+        if self._ids is None:
+            with self._lock:
+                if self._ids is None:
+                    self._ids = self._listed()
+        return self._ids
+
+    def num_examples(self, client_id: ClientId) -> int:
+        with self._open(client_id) as file, self._reading(client_id):
+            # The header of the first array tells, and is all that is decompressed.
+            with zipfile.ZipFile(file) as archive, archive.open(archive.infolist()[0]) as member:
+                shape, _, _ = _header(member)
+            return shape[0]
+
+    def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
+        with self._open(client_id) as file, self._reading(client_id):
+            arrays = _load(file)
+            examples = checked(client_id, arrays)
+            self._schema.check(client_id, examples)
+            return examples
+
+    def __len__(self) -> int:
+        return len(self.client_ids())
+
+    def _open(self, client_id: ClientId) -> IO[bytes]:
+        for sharded in (True, False):
+            with contextlib.suppress(FileNotFoundError):
+                return (self._folder / _file(client_id, sharded)).open("rb")
+        raise DataError(
+            f"no client {client_id!r} in {self._folder}: there is neither "
+            f"{_file(client_id, True)} nor {_file(client_id, False)}."
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, client_id: ClientId) -> Iterator[None]:
+        """Puts into words whatever a damaged file may lead to."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self._folder}: {error}") from error.__cause__
+        except Exception as error:
+            raise DataError(
+                f"{self._folder}: client {client_id!r} cannot be read: {error}. Its file is "
+                "damaged or no .npz file: get it once more."
+            ) from error
+
+    def _listed(self) -> tuple[str, ...]:
+        """The ids of all files, in order."""
+        ids: list[str] = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".npz"):
+                    ids.append(_id(entry.name))
+                elif re.fullmatch("[0-9a-f]{2}", entry.name):
+                    with os.scandir(entry.path) as shard:
+                        names = [inner.name for inner in shard if inner.name.endswith(".npz")]
+                    ids += [_id(f"{entry.name}/{name}") for name in names]
+        if not ids:
+            raise DataError(f"{self._folder} has no .npz files, nor folders of them.")
+        ids.sort()
+        for one, other in itertools.pairwise(ids):
+            if one == other:
+                raise DataError(f"{self._folder} has two files of client {one!r}. Remove one.")
+        return tuple(ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _file(client_id: ClientId, sharded: bool) -> str:
+    """Where a client's file is in the folder."""
+    if not isinstance(client_id, str):
+        raise DataError(
+            f"client {client_id!r} is named by a {type(client_id).__name__}, but files are named "
+            "by strings."
+        )
+    name = quote(client_id, safe=_READABLE, errors="surrogateescape") + ".npz"
+    if not sharded:
+        return name
+    digest = hashlib.sha256(client_id.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{digest[:2]}/{name}"
+
+
+def _id(path: str) -> str:
+    """The client that a file belongs to, if `_file` finds it there again."""
+    name = path.rpartition("/")[2].removesuffix(".npz")
+    client_id = unquote(name, errors="surrogateescape")
+    if path != _file(client_id, sharded="/" in path):
+        raise DataError(
+            f"{path} is not named as a client's file. That of client {client_id!r} is "
+            f"{_file(client_id, False)} or {_file(client_id, True)}."
+        )
+    return client_id
+
+
+def _save(path: Path, examples: dict[str, np.ndarray]) -> None:
+    with path.open("xb") as file:
+        # allow_pickle=False is the promise of `Files`; a name such as "file" is fine in a zip.
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, array in examples.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _load(file: IO[bytes]) -> dict[str, np.ndarray]:
+    """All arrays of a file. Members are read to their end, where their checksum is compared."""
+    content, arrays = file.read(), {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # zipfile does not compare the number of members with the one that the file ends with.
+        end = content.rfind(b"PK\5\6")
+        if len(archive.infolist()) & 0xFFFF != int.from_bytes(
+            content[end + 10 : end + 12], "little"
+        ):
+            raise ValueError("the list of its arrays is damaged")
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name == info.filename or name in arrays:
+                raise ValueError(f"{info.filename} is no array, or comes twice")
+            member = io.BytesIO(archive.read(info))
+            shape, fortran, dtype = _header(member)
+            values = member.read()
+            if dtype.hasobject or len(values) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(
+                    f"feature {name!r} has {len(values)} bytes for {dtype} of shape {shape}"
+                )
+            array = np.frombuffer(values, dtype)
+            arrays[name] = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    return arrays
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape, the order and the dtype of an array in NumPy's format."""
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(member)
+    raise ValueError(f"version {version} of NumPy's format is not for plain arrays")

@@ -1,0 +1,182 @@
+"""The examples of a client as FedJAX stores them: msgpack with arrays as extension types.
+
+A client is a map from names to arrays. An array of numbers is extension type 1, an array of byte
+strings type 4; their data are again msgpack, ``[shape, dtype's name, bytes in row-major order]``
+and ``[shape, [byte string, ...]]``. This reads and writes that much of msgpack and no more.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fax.data._check import is_numeric
+
+ARRAY, BYTES_ARRAY = 1, 4
+
+# What follows the first byte of a value: the number it is, or the length of what comes after it.
+_NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i"}
+_NUMBERS |= {0xD3: ">q", 0xCA: ">f", 0xCB: ">d"}
+_BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I", 0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
+_EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
+_ARRAYS, _MAPS = {0xDC: ">H", 0xDD: ">I"}, {0xDE: ">H", 0xDF: ">I"}
+
+
+class _Extension(NamedTuple):
+    kind: int
+    data: bytes
+
+
+def unpack(data: bytes) -> dict[str, np.ndarray]:
+    """A client's features. Raises `ValueError` for anything that is not exactly that."""
+    features = _unpacked(data)
+    if not isinstance(features, dict):
+        raise ValueError("expected a map from names to arrays")
+    return {name.decode(): _array(name.decode(), value) for name, value in features.items()}
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, _Extension) or value.kind not in (ARRAY, BYTES_ARRAY):
+        raise ValueError(f"feature {name!r} is no array")
+    parts = _unpacked(value.data)
+    if not isinstance(parts, list) or len(parts) != (3 if value.kind == ARRAY else 2):
+        raise ValueError(f"feature {name!r} is no array")
+    shape, *dtype, content = parts
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"feature {name!r} has the shape {shape!r}")
+    if value.kind == BYTES_ARRAY:
+        if not isinstance(content, list) or not all(isinstance(v, bytes) for v in content):
+            raise ValueError(f"feature {name!r} does not consist of byte strings")
+        flat = np.empty(len(content), object)
+        flat[:] = content
+    else:
+        if not isinstance(dtype[0], bytes) or not isinstance(content, bytes):
+            raise ValueError(f"feature {name!r} is no array")
+        try:
+            kind = np.dtype(dtype[0].decode())
+        except TypeError:
+            raise ValueError(f"feature {name!r} has dtype {dtype[0]!r}") from None
+        if not is_numeric(kind):
+            raise ValueError(f"feature {name!r} has dtype {kind}")
+        flat = np.frombuffer(content, kind)
+    if flat.size != math.prod(shape):
+        raise ValueError(f"feature {name!r} has {flat.size} values for the shape {shape}")
+    return flat.reshape(shape)
+
+
+def _unpacked(data: bytes) -> Any:
+    value, end = _value(data, 0, 0)
+    if end != len(data):
+        raise ValueError(f"{len(data) - end} bytes too many")
+    return value
+
+
+def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    """The value that begins at a byte, and where it ends. All strings are bytes."""
+    if depth > 4:
+        raise ValueError("too deep")
+    code = _take(data, at, 1)[0]
+    at += 1
+    if code < 0x80:
+        return code, at
+    if code >= 0xE0:
+        return code - 0x100, at
+    if code < 0x90:
+        return _map(data, at, code & 0x0F, depth)
+    if code < 0xA0:
+        return _list(data, at, code & 0x0F, depth)
+    if code < 0xC0:
+        return _take(data, at, code & 0x1F), at + (code & 0x1F)
+    if code in _NUMBERS:
+        return _number(data, at, _NUMBERS[code])
+    if code in _BYTES:
+        length, at = _number(data, at, _BYTES[code])
+        return _take(data, at, length), at + length
+    if code in _ARRAYS:
+        length, at = _number(data, at, _ARRAYS[code])
+        return _list(data, at, length, depth)
+    if code in _MAPS:
+        length, at = _number(data, at, _MAPS[code])
+        return _map(data, at, length, depth)
+    if code in _EXTENSIONS:
+        length, at = _number(data, at, _EXTENSIONS[code])
+    elif 0xD4 <= code <= 0xD8:
+        length = 1 << (code - 0xD4)
+    else:
+        raise ValueError(f"byte {at - 1} is {code:#x}, which begins nothing that is expected")
+    kind = _take(data, at, 1)[0]
+    return _Extension(kind, _take(data, at + 1, length)), at + 1 + length
+
+
+def _take(data: bytes, at: int, length: int) -> bytes:
+    if at + length > len(data):
+        raise ValueError(f"{at + length - len(data)} bytes are missing at the end")
+    return data[at : at + length]
+
+
+def _number(data: bytes, at: int, form: str) -> tuple[Any, int]:
+    size = struct.calcsize(form)
+    return struct.unpack(form, _take(data, at, size))[0], at + size
+
+
+def _list(data: bytes, at: int, length: int, depth: int) -> tuple[list[Any], int]:
+    values = []
+    for _ in range(length):
+        value, at = _value(data, at, depth + 1)
+        values.append(value)
+    return values, at
+
+
+def _map(data: bytes, at: int, length: int, depth: int) -> tuple[dict[bytes, Any], int]:
+    values: dict[bytes, Any] = {}
+    for _ in range(length):
+        key, at = _value(data, at, depth + 1)
+        if not isinstance(key, bytes) or key in values:
+            raise ValueError(f"the name {key!r} is no string, or comes twice")
+        values[key], at = _value(data, at, depth + 1)
+    return values, at
+
+
+def pack(features: Mapping[str, np.ndarray]) -> bytes:
+    """The reverse of `unpack`. Raises `ValueError` for what the format cannot express."""
+    parts = [_head(0xDE, len(features), ">H")]
+    for name, array in features.items():
+        shape = _packed_list([_int(n) for n in array.shape])
+        if is_numeric(array.dtype):
+            kind, rest = ARRAY, [_string(array.dtype.name), _bytes(array.tobytes())]
+        elif array.dtype.hasobject and all(isinstance(v, bytes) for v in array.flat):
+            kind, rest = BYTES_ARRAY, [_packed_list([_bytes(v) for v in array.flat])]
+        else:
+            raise ValueError(
+                f"feature {name!r} has dtype {array.dtype}; the file can hold numbers, bools, and "
+                "arrays of dtype object of byte strings. Convert it by fax.data.map"
+            )
+        data = _packed_list([shape, *rest])
+        parts += [_string(name), _head(0xC9, len(data)), struct.pack(">b", kind), data]
+    return b"".join(parts)
+
+
+def _head(code: int, length: int, form: str = ">I") -> bytes:
+    if length >= 1 << (8 * struct.calcsize(form)):
+        raise ValueError(f"an array of {length} bytes or a map of that size is too large")
+    return bytes([code]) + struct.pack(form, length)
+
+
+def _packed_list(values: list[bytes]) -> bytes:
+    return _head(0xDD, len(values)) + b"".join(values)
+
+
+def _int(value: int) -> bytes:
+    return bytes([0xCF]) + struct.pack(">Q", value)
+
+
+def _string(value: str) -> bytes:
+    return _head(0xDB, len(value.encode())) + value.encode()
+
+
+def _bytes(value: bytes) -> bytes:
+    return _head(0xC6, len(value)) + value

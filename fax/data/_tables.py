@@ -1,0 +1,139 @@
+"""The tables of FedJAX's and of TensorFlow Federated's SQLite files."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fax.data import _msgpack, _tfexample
+from fax.data._check import Schema, checked
+from fax.data._protocol import DataError, FederatedData
+
+MEND = "The file is damaged or incomplete: get it once more."
+
+
+class FedJAX:
+    """A table with a row for each client: its id, its examples, and how many they are."""
+
+    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+        # Without ORDER BY, so that an index over the sizes spares going through the examples.
+        query = "SELECT rowid, client_id, num_examples FROM federated_data"
+        found: dict[str, tuple[int, int]] = {}
+        for row, client_id, count in connection.execute(query):
+            name = _text(client_id)
+            _check_entry(name, count, name in found)
+            found[name] = row, count
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def read(self, connection: sqlite3.Connection, client_id: str, key: int, count: int) -> bytes:
+        query = "SELECT client_id, data FROM federated_data WHERE rowid = ?"
+        rows = connection.execute(query, [key]).fetchall()
+        if len(rows) != 1 or _text(rows[0][0]) != client_id:
+            raise sqlite3.DatabaseError("its row is not where it was")
+        return rows[0][1]
+
+    def parse(self, client_id: str, data: Any) -> dict[str, np.ndarray]:
+        try:
+            return _msgpack.unpack(zlib.decompress(data))
+        except (zlib.error, ValueError, TypeError, MemoryError) as error:
+            raise DataError(f"client {client_id!r} cannot be read: {error}. {MEND}") from error
+
+
+class TFF:
+    """A table with a row for each example, and one with the number of examples of each client."""
+
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, split: str | None, features: Any
+    ) -> None:
+        where = f"fax.data.SQLite: {path} has TensorFlow Federated's format"
+        splits = sorted({str(split) for split, _ in _metadata(connection)})
+        if split not in splits:
+            raise DataError(f"{where} and the splits {splits}, but split is {split!r}. Choose one.")
+        if features is None:
+            query = "SELECT serialized_example_proto FROM examples WHERE split_name = ? LIMIT 1"
+            for (message,) in connection.execute(query, [split]):
+                raise DataError(
+                    f"{where}, which does not say what to read. Pass features: the first example "
+                    f"has {_tfexample.describe(message)}, to which you can give other shapes."
+                )
+        self._split, self._features = split, _tfexample.feature_types(features)
+
+    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[None, int]]:
+        found = {
+            client_id: (None, count)
+            for (split, client_id), count in _metadata(connection).items()
+            if split == self._split
+        }
+        return dict(sorted(found.items()))
+
+    def read(
+        self, connection: sqlite3.Connection, client_id: str, key: None, count: int
+    ) -> list[bytes]:
+        query = (
+            "SELECT serialized_example_proto FROM examples WHERE split_name = ? AND client_id = ? "
+            "ORDER BY rowid"
+        )
+        cursor = connection.execute(query, [self._split, client_id])
+        rows = cursor.fetchmany(count + 1)  # a damaged file may give rows for ever
+        cursor.close()
+        if len(rows) != count:
+            found = len(rows) if len(rows) < count else "more"
+            raise sqlite3.DatabaseError(f"it should have {count} examples, but has {found}")
+        return [message for (message,) in rows]
+
+    def parse(self, client_id: str, messages: Any) -> dict[str, np.ndarray]:
+        if not messages:
+            raise DataError(f"client {client_id!r} has no examples. Leave the client out.")
+        return _tfexample.stack(client_id, messages, self._features)
+
+
+def _metadata(connection: sqlite3.Connection) -> dict[tuple[str, str], int]:
+    """The number of examples by split and client."""
+    counts: dict[tuple[str, str], int] = {}
+    query = "SELECT split_name, client_id, num_examples FROM client_metadata"
+    for split, client_id, count in connection.execute(query):
+        if not isinstance(split, str) or not isinstance(client_id, str):
+            raise sqlite3.DatabaseError(f"client {client_id!r} of split {split!r} is no text")
+        _check_entry(client_id, count, (split, client_id) in counts)
+        counts[split, client_id] = count
+    return counts
+
+
+def _check_entry(client_id: str, count: Any, again: bool) -> None:
+    if again:  # and stop: a damaged file may give the same rows for ever
+        raise sqlite3.DatabaseError(f"client {client_id!r} comes twice")
+    if not isinstance(count, int) or count < 0:
+        raise sqlite3.DatabaseError(f"client {client_id!r} has {count!r} examples")
+
+
+def _text(client_id: Any) -> str:
+    if isinstance(client_id, bytes):
+        return client_id.decode("utf-8", "surrogateescape")
+    if not isinstance(client_id, str):
+        raise sqlite3.DatabaseError(f"client id {client_id!r} is neither bytes nor text")
+    return client_id
+
+
+def rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
+    """The rows of a table of FedJAX's format."""
+    schema = Schema()
+    for client_id in data.client_ids():
+        if not isinstance(client_id, (str, bytes)):
+            raise DataError(
+                f"client {client_id!r} is named by a {type(client_id).__name__}, but ids in files "
+                "are strings or bytes."
+            )
+        examples = checked(client_id, data.client(client_id))
+        schema.check(client_id, examples)
+        try:
+            packed = zlib.compress(_msgpack.pack(examples))
+        except ValueError as error:
+            raise DataError(f"client {client_id!r} cannot be written: {error}.") from error
+        if isinstance(client_id, str):
+            client_id = client_id.encode("utf-8", "surrogateescape")
+        yield client_id, packed, len(next(iter(examples.values())))

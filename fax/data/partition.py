@@ -1,0 +1,345 @@
+"""Federated data from central arrays: who gets which examples.
+
+Each function takes a mapping from the names of features to arrays with a common leading axis, and
+gives every example to exactly one client. The result is `fax.data.InMemory`, whose clients are
+slices of one copy of the arrays. Clients are named ``"00"``, ``"01"``, ... in order, with as many
+digits as it takes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fax.data._check import checked
+from fax.data._memory import InMemory
+from fax.data._protocol import DataError
+
+Seed = int | np.random.Generator
+
+
+def iid(arrays: Mapping[str, Any], clients: int, *, seed: Seed = 0) -> InMemory:
+    """Deals out shuffled examples. Numbers of examples differ by one at most.
+
+    Args:
+      arrays: the features, with a common leading axis of ``n`` examples.
+      clients: the number of clients, at most ``n``.
+      seed: an int or a generator.
+
+    Returns:
+      The clients.
+
+    Raises:
+      DataError: if the arrays cannot be used, or there are too few examples.
+
+    Example:
+
+      >>> data = fax.data.partition.iid({"x": jnp.arange(10)}, 4)
+      >>> [data.num_examples(i) for i in data.client_ids()]
+      [3, 3, 2, 2]
+    """
+    arrays, n, clients = _arguments("iid", arrays, clients)
+    order = np.random.default_rng(seed).permutation(n)
+    return _dealt(arrays, np.array_split(order, clients))
+
+
+def dirichlet(
+    arrays: Mapping[str, Any],
+    clients: int,
+    *,
+    alpha: float,
+    label: str = "label",
+    balanced: bool = False,
+    min_examples: int = 1,
+    seed: Seed = 0,
+) -> InMemory:
+    """Gives each client a mix of labels of its own: the smaller ``alpha``, the more one-sided.
+
+    By default every label is divided among the clients by proportions from a symmetric Dirichlet
+    distribution, Dir(alpha), as in Yurochkin et al., arXiv:1905.12022. Clients differ in their
+    numbers of examples then, and many would have none if alpha is small. Those with fewer than
+    ``min_examples`` get what they lack, example by example at random, from whoever has most.
+
+    With ``balanced=True``, as in Hsu et al., arXiv:1909.06335, all clients have equally many
+    examples, give or take one. Each draws its proportions of the labels from Dir(alpha p), where p
+    are those of all examples, so that for K equally frequent labels the concentration is alpha / K;
+    then its examples by these proportions, which are renormalised whenever a label has run out.
+
+    Both tend to `iid` for a large alpha. For a small one, a label tends to have one client, or with
+    ``balanced=True`` a client one label.
+
+    Args:
+      arrays: the features, with a common leading axis of ``n`` examples.
+      clients: the number of clients.
+      alpha: the concentration, a positive number.
+      label: the name of the feature that has the labels, of shape ``[n]``.
+      balanced: whether all clients get equally many examples.
+      min_examples: how many examples a client has at least. A positive number.
+      seed: an int or a generator.
+
+    Returns:
+      The clients.
+
+    Raises:
+      DataError: if the arrays cannot be used, or ``n < clients * min_examples``.
+
+    Example:
+
+      >>> import numpy as np
+      >>> labels = np.repeat(np.arange(3), 100)
+      >>> data = fax.data.partition.dirichlet({"label": labels}, 3, alpha=1e-3, balanced=True)
+      >>> [np.bincount(data.client(i)["label"], minlength=3).tolist() for i in data.client_ids()]
+      [[100, 0, 0], [0, 100, 0], [0, 0, 100]]
+    """
+    where = "dirichlet"
+    arrays, n, clients = _arguments(where, arrays, clients, min_examples)
+    _positive(where, "alpha", alpha)
+    rng = np.random.default_rng(seed)
+    labels, inverse = np.unique(_column(where, arrays, label), return_inverse=True)
+    pools = [rng.permutation(np.flatnonzero(inverse == k)) for k in range(len(labels))]
+    if balanced:
+        return _dealt(arrays, _balanced(pools, clients, alpha, rng))
+    owner = np.empty(n, int)
+    for pool in pools:
+        owner[pool] = _by_proportions(len(pool), rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, _by_owner(owner, clients, min_examples, rng))
+
+
+def _balanced(
+    pools: list[np.ndarray], clients: int, alpha: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Lets one client after the other draw from the pools of the labels, without replacement."""
+    left = np.array([len(pool) for pool in pools])
+    sizes = [len(part) for part in np.array_split(np.arange(left.sum()), clients)]
+    concentration = alpha * left / left.sum()
+    parts = []
+    for size in sizes:
+        proportions = rng.dirichlet(concentration)
+        taken = np.zeros(len(pools), int)
+        while (lacking := size - taken.sum()) > 0:
+            rest = left > taken
+            if proportions[rest].sum() < 1e-9:
+                # What the client wants has run out. Proportions among the rest do not depend on
+                # it, and again have a Dirichlet distribution.
+                proportions = np.zeros(len(pools))
+                proportions[rest] = rng.dirichlet(concentration[rest])
+            wanted = np.where(rest, proportions, 0)
+            draw = rng.multinomial(int(lacking), wanted / wanted.sum())
+            taken += np.minimum(draw, left - taken)
+        parts.append(np.concatenate([p[n - k : n] for p, n, k in zip(pools, left, taken)]))
+        left -= taken
+    return parts
+
+
+def shards(
+    arrays: Mapping[str, Any],
+    clients: int,
+    *,
+    label: str = "label",
+    shards_per_client: int = 2,
+    seed: Seed = 0,
+) -> InMemory:
+    """Cuts the examples, sorted by label, into shards, and deals these out.
+
+    With two shards, as in McMahan et al., arXiv:1602.05629, most clients have two labels.
+
+    Args:
+      arrays: the features, with a common leading axis of ``n`` examples.
+      clients: the number of clients.
+      label: the name of the feature to sort by, of shape ``[n]``.
+      shards_per_client: how many shards a client gets.
+      seed: an int or a generator.
+
+    Returns:
+      The clients.
+
+    Raises:
+      DataError: if the arrays cannot be used, or there are more shards than examples.
+
+    Example:
+
+      >>> data = fax.data.partition.shards({"label": jnp.arange(12) // 3}, 2)
+      >>> [data.client(i)["label"].tolist() for i in data.client_ids()]
+      [[2, 2, 2, 0, 0, 0], [1, 1, 1, 3, 3, 3]]
+    """
+    where = "shards"
+    each = _count(where, "shards_per_client", shards_per_client)
+    arrays, _, clients = _arguments(where, arrays, clients, each)
+    order = np.argsort(_column(where, arrays, label), kind="stable")
+    pieces = np.array_split(order, clients * each)
+    deal = np.random.default_rng(seed).permutation(len(pieces)).reshape(clients, each)
+    return _dealt(arrays, [np.concatenate([pieces[i] for i in hand]) for hand in deal])
+
+
+def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
+    """Makes a client of all examples that have the same value in a column, such as the author.
+
+    Args:
+      arrays: the features, with a common leading axis of ``n`` examples.
+      column: the name of a feature of shape ``[n]`` of ints, bools or strings. The clients keep it.
+
+    Returns:
+      The clients, in the order of the values, whose texts are their ids.
+
+    Raises:
+      DataError: if the arrays cannot be used.
+
+    Example:
+
+      >>> arrays = {"author": ["bob", "ada", "bob"], "x": [1, 2, 3]}
+      >>> data = fax.data.partition.by_column(arrays, "author")
+      >>> data.client_ids(), data.client("bob")["x"]
+      (('ada', 'bob'), array([1, 3]))
+    """
+    where = "by_column"
+    arrays, _, _ = _arguments(where, arrays, 1)
+    values = _column(where, arrays, column)
+    if values.dtype.kind not in "biuOSU":
+        raise DataError(
+            f"fax.data.partition.{where}: feature {column!r} has dtype {values.dtype}, expected "
+            "ints, bools or strings."
+        )
+    found, inverse = np.unique(values, return_inverse=True)
+    ids = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in found]
+    return _dealt(arrays, _by_owner(inverse, len(found)), ids)
+
+
+def by_quantity(
+    arrays: Mapping[str, Any],
+    clients: int,
+    *,
+    alpha: float,
+    min_examples: int = 1,
+    seed: Seed = 0,
+) -> InMemory:
+    """Deals out shuffled examples in uneven numbers: the smaller ``alpha``, the more uneven.
+
+    The clients' shares are from a symmetric Dirichlet distribution, Dir(alpha), as in Li et al.,
+    arXiv:2102.02079. Those with fewer than ``min_examples`` get what they lack from whoever has
+    most.
+
+    Args:
+      arrays: the features, with a common leading axis of ``n`` examples.
+      clients: the number of clients.
+      alpha: the concentration, a positive number.
+      min_examples: how many examples a client has at least. A positive number.
+      seed: an int or a generator.
+
+    Returns:
+      The clients.
+
+    Raises:
+      DataError: if the arrays cannot be used, or ``n < clients * min_examples``.
+
+    Example:
+
+      >>> data = fax.data.partition.by_quantity({"x": jnp.arange(100)}, 4, alpha=0.5)
+      >>> [data.num_examples(i) for i in data.client_ids()]
+      [24, 1, 54, 21]
+    """
+    arrays, n, clients = _arguments("by_quantity", arrays, clients, min_examples)
+    _positive("by_quantity", "alpha", alpha)
+    rng = np.random.default_rng(seed)
+    owner = np.empty(n, int)
+    owner[rng.permutation(n)] = _by_proportions(n, rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, _by_owner(owner, clients, min_examples, rng))
+
+
+def _by_proportions(n: int, proportions: np.ndarray) -> np.ndarray:
+    """Divides ``0, ..., n - 1`` into runs of these proportions: the run of each, ``[n]``."""
+    ends = n * np.cumsum(proportions / proportions.sum())
+    return np.searchsorted(ends[:-1], np.arange(n) + 0.5)
+
+
+def _by_owner(
+    owner: np.ndarray, clients: int, min_examples: int = 1, rng: Any = None
+) -> list[np.ndarray]:
+    """Each client's examples, after those with too few got more from whoever has most."""
+    ends = np.cumsum(np.bincount(owner, minlength=clients))[:-1]
+    parts = np.split(np.argsort(owner, kind="stable"), ends)
+    sizes = np.array([len(part) for part in parts])
+    for poor in np.flatnonzero(sizes < min_examples):
+        while sizes[poor] < min_examples:
+            rich = int(np.argmax(sizes))
+            one = rng.integers(sizes[rich])
+            parts[poor] = np.append(parts[poor], parts[rich][one])
+            parts[rich] = np.delete(parts[rich], one)
+            sizes[poor] += 1
+            sizes[rich] -= 1
+    return parts
+
+
+def _dealt(
+    arrays: Mapping[str, np.ndarray], parts: Sequence[np.ndarray], ids: Sequence[str] | None = None
+) -> InMemory:
+    """The clients that have these examples."""
+    order = np.concatenate(parts)
+    ends = np.cumsum([len(part) for part in parts])
+    if ids is None:
+        ids = [str(i).zfill(len(str(len(parts) - 1))) for i in range(len(parts))]
+    if (order[1:] > order[:-1]).all():  # nothing moves, so nothing needs to be copied
+        sources = dict(arrays)
+    else:
+        sources = {name: array[order] for name, array in arrays.items()}
+    return InMemory(
+        {
+            client_id: {name: array[end - len(part) : end] for name, array in sources.items()}
+            for client_id, part, end in zip(ids, parts, ends)
+        }
+    )
+
+
+def _arguments(
+    where: str, arrays: Any, clients: Any, each: Any = 1
+) -> tuple[dict[str, np.ndarray], int, int]:
+    """Checks the arrays, and that there are enough examples for all clients."""
+    try:
+        checked_arrays = checked("of all examples", arrays)
+    except DataError as error:
+        message = str(error).removeprefix("client 'of all examples'").lstrip(", ")
+        raise DataError(f"fax.data.partition.{where}: arrays: {message}") from error
+    n = len(next(iter(checked_arrays.values())))
+    clients, each = _count(where, "clients", clients), _count(where, "min_examples", each)
+    if n < clients * each:
+        raise DataError(
+            f"fax.data.partition.{where}: {n} examples are too few for {clients} clients with at "
+            f"least {each} each."
+        )
+    return checked_arrays, n, clients
+
+
+def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays:
+        raise DataError(
+            f"fax.data.partition.{where}: there is no feature {name!r} to go by. The arrays are "
+            f"{sorted(arrays)}."
+        )
+    if arrays[name].ndim != 1:
+        raise DataError(
+            f"fax.data.partition.{where}: feature {name!r} has shape {arrays[name].shape}, "
+            "expected one value for each example."
+        )
+    return arrays[name]
+
+
+def _count(where: str, name: str, value: Any) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise DataError(
+            f"fax.data.partition.{where}: {name} is {value!r}, expected a positive int."
+        )
+    return count
+
+
+def _positive(where: str, name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float, np.number)) and 0 < value < np.inf):
+        raise DataError(
+            f"fax.data.partition.{where}: {name} is {value!r}, expected a positive number. For "
+            "clients that are alike use fax.data.partition.iid."
+        )

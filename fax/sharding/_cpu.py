@@ -1,0 +1,61 @@
+"""A machine's CPU as several devices: one thread for each, and a mesh over them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from fax._placement import PlacementError
+from fax.sharding._mesh import make_mesh
+
+_SINGLE_THREADED = "--xla_cpu_multi_thread_eigen=false"
+
+
+def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
+    """Makes devices of the CPU's cores, with a thread each, and a mesh of them.
+
+    A program on this mesh works for one client on each core. For small models that is about twice
+    as fast as one device with two threads, whose matrix products are too small to share. Call it
+    before anything else of JAX runs::
+
+        jax.set_mesh(fax.sharding.use_cpu_devices())
+
+    Args:
+      count: how many devices. Default: one for each core that this process may use.
+      axis: the name of the mesh axis.
+
+    Returns:
+      The mesh, for `jax.set_mesh`.
+
+    Raises:
+      PlacementError: if JAX has set up other devices already, or ``count`` is not positive.
+
+    Example:
+
+      >>> jax.set_mesh(fax.sharding.use_cpu_devices())  # doctest: +SKIP
+    """
+    count = _cores() if count is None else count
+    if not isinstance(count, int) or count < 1:
+        raise PlacementError(f"use_cpu_devices: count is {count!r}, expected a positive int.")
+    flags = os.environ.get("XLA_FLAGS", "")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the devices are there already
+        found = len(jax.devices("cpu"))
+        if found != count:
+            raise PlacementError(
+                f"use_cpu_devices: JAX has set up {found} CPU devices already, so that they cannot "
+                f"be {count}. Call it before the first computation."
+            ) from None
+    else:
+        if count > 1 and _SINGLE_THREADED not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {_SINGLE_THREADED}".strip()
+    axes: dict[str, Any] = {axis: count}
+    return make_mesh(devices=jax.devices("cpu"), **axes)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
