@@ -469,3 +469,34 @@ def test_large_patches_are_not_stored():
     lowered = jax.jit(lambda x, w: mapped(client, "matmul", x, w)).lower(x, w)
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
     assert memory < 6 * x.nbytes  # all patches would be 25 of them
+
+
+# Pools
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize("strides", [(2, 2), (1, 1), (2, 4)])
+@pytest.mark.parametrize("padding", ["VALID", "SAME", ((1, 0), (0, 1))])
+def test_derivatives_of_max_pools(window, strides, padding):
+    """With ties, of which the first wins, infinities, and one NaN."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, (2, 3, 7, 8, 2)).astype(float)
+    x[0, 0, 2, 3, 0], x[0, 1, 4, 4, 1], x[1, 2, 1, 1, 0] = np.inf, -np.inf, np.nan
+
+    def client(x):
+        y, pull = jax.vjp(lambda x: nnx.max_pool(x, window, strides, padding), x)
+        return pull(jnp.arange(1.0, y.size + 1).reshape(y.shape))[0]
+
+    for batch_size in (1, 2):
+        found = mapped(client, "auto", x, batch_size=batch_size)
+        np.testing.assert_array_equal(found, jax.vmap(client)(x))
+    for setting, left in (("auto", False), ("xla", True)):
+        text = jax.jit(lambda x, s=setting: mapped(client, s, x)).lower(x).as_text()
+        assert ("select_and_scatter" in text) == left
+
+
+def test_large_windows_are_left():
+    x = np.ones((2, 1, 20, 20, 1))
+    client = jax.grad(lambda x: jnp.sum(nnx.max_pool(x, (9, 9), (9, 9)) ** 2))
+    text = jax.jit(lambda x: mapped(client, "auto", x)).lower(x).as_text()
+    assert "select_and_scatter" in text

@@ -25,10 +25,11 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from jax.extend.core.primitives import conv_general_dilated_p
+from jax.extend.core.primitives import conv_general_dilated_p, select_and_scatter_add_p
 
 from fax.primitives import _jaxpr
 from fax.primitives._matmul_convolution import Convolution, best_way, convolve
+from fax.primitives._pooling import is_pooling, scatter
 
 Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Array]
 
@@ -41,15 +42,15 @@ SETTINGS = ("auto", "xla", "matmul")
 #   1 or 2 dimensions             0.7 to 120      0.7 to 1.3         0.5 to 3
 #     one tap or position         0.8 to 26       0.7 to 1.5         0.3 to 0.7
 #   3 dimensions                  0.7 to 25       0.6 to 1.2         0.1 to 0.4
-#   groups                        0.1 to 90       0.1 to 2           0.1 to 1.1
-#   4 vectorised kernels          0.8 to 67       0.5 to 1.2         0.1 to 1.4
+#   groups                        0.1 to 90       0.1 to 2           0.1 to 1.6
+#   4 vectorised kernels          0.1 to 110      0.4 to 1.4         0.1 to 1.7
 
 
 def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether there are convolutions, however deep. Nested maps have settings of their own."""
+    """Whether there is something to rewrite, however deep. Nested maps have their own settings."""
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return any(
-        eqn.primitive is conv_general_dilated_p
+        eqn.primitive in (conv_general_dilated_p, select_and_scatter_add_p)
         or (not _is_map(eqn) and any(map(has_convolutions, _jaxpr.inner(eqn))))
         for eqn in inner.eqns
     )
@@ -58,7 +59,7 @@ def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
 def rewrite(
     jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorised: bool, spread: bool
 ) -> ClosedJaxpr:
-    """The jaxpr with its convolutions written in other ways.
+    """The jaxpr with its convolutions, and the derivatives of its max pools, in other ways.
 
     Args:
       jaxpr: what a participant does.
@@ -73,8 +74,13 @@ def rewrite(
     if left or not has_convolutions(jaxpr):
         return jaxpr
 
-    def choose(conv: Convolution) -> Convolve | None:
-        """What to write instead of a convolution, None to leave it."""
+    def choose(eqn: JaxprEqn) -> Convolve | None:
+        """What to write instead of an equation, None to leave it."""
+        first, second, out = (atom.aval for atom in (*eqn.invars, *eqn.outvars))
+        if eqn.primitive is select_and_scatter_add_p:
+            here = platform == "cpu" and not spread and is_pooling(eqn.params, out.dtype)
+            return scatter if here else None
+        conv = Convolution.of(first, second, out, eqn.params)
         if setting == "matmul":
             return _by_matmul
         if not jnp.issubdtype(conv.dtype, jnp.floating):
@@ -99,7 +105,7 @@ def _matmul_is_faster(conv: Convolution) -> bool:
 class _Rewriting:
     """Rewrites jaxprs, each once, so that functions called twice are compiled once."""
 
-    def __init__(self, choose: Callable[[Convolution], Convolve | None]):
+    def __init__(self, choose: Callable[[JaxprEqn], Convolve | None]):
         self._choose = choose
         self._remembered = functools.cache(self._rewritten)
 
@@ -127,20 +133,20 @@ class _Rewriting:
         eqns: list[JaxprEqn] = []
         for eqn in jaxpr.eqns:
             eqn = eqn.replace(invars=list(map(read, eqn.invars)))
-            if eqn.primitive is not conv_general_dilated_p:
+            if eqn.primitive not in (conv_general_dilated_p, select_and_scatter_add_p):
                 if not _is_map(eqn):
                     eqn = eqn.replace(params={k: self(x) for k, x in eqn.params.items()})
                 eqns.append(eqn)
                 continue
-            lhs, rhs, out = (atom.aval for atom in (*eqn.invars, *eqn.outvars))
-            written = self._choose(Convolution.of(lhs, rhs, out, eqn.params))
+            written = self._choose(eqn)
             if written is None:
                 eqns.append(eqn)
                 continue
             with eqn.ctx.manager:
-                new = _trace(written, tuple(eqn.params.items()), lhs, rhs, out)
+                types = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+                new = _trace(written, tuple(eqn.params.items()), *types)
             own, (result,), _ = _jaxpr.splice(new, eqn.invars)
-            # Profiles name the line of the user's convolution.
+            # Profiles name the line that the user has written.
             eqns += [each.replace(source_info=eqn.source_info) for each in own]
             env[eqn.outvars[0]] = result
         return jaxpr.replace(eqns=eqns, outvars=list(map(read, jaxpr.outvars)))
@@ -151,8 +157,8 @@ def _is_map(eqn: JaxprEqn) -> bool:
 
 
 @_jaxpr.cached
-def _trace(written: Convolve, params: Any, lhs: Any, rhs: Any, out: Any) -> ClosedJaxpr:
-    return _jaxpr.trace(lambda x, w: [written(dict(params), out, x, w)], [lhs, rhs])[0]
+def _trace(written: Convolve, params: Any, first: Any, second: Any, out: Any) -> ClosedJaxpr:
+    return _jaxpr.trace(lambda x, y: [written(dict(params), out, x, y)], [first, second])[0]
 
 
 # What is written instead of a convolution
