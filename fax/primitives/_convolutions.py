@@ -76,7 +76,8 @@ def rewrite(
 
     def choose(eqn: JaxprEqn) -> Convolve | None:
         """What to write instead of an equation, None to leave it."""
-        first, second, out = (atom.aval for atom in (*eqn.invars, *eqn.outvars))
+        types: Any = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+        first, second, out = types
         if eqn.primitive is select_and_scatter_add_p:
             here = platform == "cpu" and not spread and is_pooling(eqn.params, out.dtype)
             return scatter if here else None
