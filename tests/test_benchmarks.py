@@ -78,9 +78,22 @@ def test_what_is_written_by_hand_may_be_a_tenth_faster(fax, target):
 
 @pytest.mark.parametrize(("stock", "word"), [(1.0, "met"), (1.1, "missed")])
 def test_stock_convolutions_are_held_to_matrix_products(stock, word):
-    lines = [line("fax, matmul", 1.0, "W1"), line(f"{simulation.NNX}, nnx", stock, "W1")]
-    row = of(simulation.compare(lines, "W1"), f"{simulation.NNX}, nnx")
-    assert row["target"] == f"at most 1.05: {word}"
+    lines = [line("fax, matmul", 1.0, "W1"), line("fax, nnx", stock, "W1")]
+    text = f"Stock convolutions take {stock:.2f} times as long as matrix products, at most 1.05"
+    assert simulation.stock(lines, "W1") == f"{text}: {word}"
+    assert simulation.stock(lines[:1], "W1") is None
+
+
+def test_of_fax_too_the_fastest_variant_counts():
+    lines = [
+        line("fax, matmul", 1.0, "W1"),
+        line("fax, nnx", 0.5, "W1"),
+        line("pfl, torch", 1.0, "W1"),
+    ]
+    table = simulation.compare(lines, "W1")
+    assert of(table, "fax, matmul")["/ fax"] == "2.00"
+    assert "/ fax" not in of(table, "fax, nnx")
+    assert of(table, "pfl, torch")["target"] == "at least 1.3: met"
 
 
 def test_peers_that_are_missing_or_fail_have_a_row():

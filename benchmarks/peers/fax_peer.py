@@ -48,7 +48,8 @@ def nnx(workload: workloads.Workload):
             for convolution in convolutions:
                 h = nnx.relu(convolution(h))
             if convolutions:
-                h = self.dropout[0](models.pool(h), rngs=rngs)
+                h = nnx.max_pool(h, (2, 2), strides=(2, 2))
+                h = self.dropout[0](h, rngs=rngs)
             h = h.reshape(len(h), -1)
             for layer in dense:
                 h = nnx.relu(layer(h))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,14 +65,34 @@ def scatter(
         best = lax.select(stays, best, other)
         winner = lax.select(stays, winner, lax.full_like(winner, number))
 
+    back = [(-low, low + n - size, 0) for low, size, n in zip(lows, sizes, out.shape, strict=True)]
+    zero = cotangent.dtype.type(0)
+    if tuple(strides) == tuple(window):  # no element is in two windows
+        total = _to_winners(cotangent, winner, window, zero)
+        return lax.pad(total, zero, back)
     nothing = lax.full_like(cotangent, 0)
 
     def won(number: int, start: tuple[int, ...]) -> jax.Array:
         own = lax.select(lax.eq(winner, np.int32(number)), cotangent, nothing)
         ends = [size - i - r for size, i, r in zip(sizes, start, reach, strict=True)]
         config = [(i, end, s - 1) for i, end, s in zip(start, ends, strides, strict=True)]
-        return lax.pad(own, cotangent.dtype.type(0), config)
+        return lax.pad(own, zero, config)
 
     total = functools.reduce(lax.add, [won(*numbered) for numbered in enumerate(starts)])
-    back = [(-low, low + n - size, 0) for low, size, n in zip(lows, sizes, out.shape, strict=True)]
-    return lax.pad(total, cotangent.dtype.type(0), back)
+    return lax.pad(total, zero, back)
+
+
+def _to_winners(
+    cotangent: jax.Array, winner: jax.Array, window: Sequence[int], zero: np.ndarray
+) -> jax.Array:
+    """What each element receives where windows lie side by side."""
+    dims = range(cotangent.ndim)
+    apart = [size for pair in zip(cotangent.shape, window, strict=True) for size in pair]
+
+    def broadcast(x: jax.Array, offset: int) -> jax.Array:
+        return lax.broadcast_in_dim(x, apart, [2 * dim + offset for dim in dims])
+
+    numbers = jnp.arange(math.prod(window), dtype=winner.dtype).reshape(window)
+    won = lax.eq(broadcast(winner, 0), broadcast(numbers, 1))
+    received = lax.select(won, broadcast(cotangent, 0), lax.full(apart, zero, cotangent.dtype))
+    return received.reshape([n * w for n, w in zip(cotangent.shape, window, strict=True)])
