@@ -905,6 +905,14 @@ def test_text_and_large_numbers_are_refused():
         (dict(clients=2, start=-1), "start is -1, expected an int of at least 0"),
         (dict(clients=2, seed=-1), "seed is -1"),
         (
+            dict(clients=2, seed=2**40),
+            "seed is 1099511627776, expected an int of at most 2147483647",
+        ),
+        (
+            dict(clients=12, sampler="stream", max_steps=2, epochs=2),
+            "knows no epochs, but epochs=2",
+        ),
+        (
             dict(clients=2, sampler="random"),
             "sampler='random', expected a function or one of 'uniform'",
         ),

@@ -19,6 +19,9 @@ from fax.data._samplers import STREAM, chooser
 from fax.sharding._spread import spread_in_scope
 
 
+_LARGEST = 2**31 - 1  # that int32 holds, and so JAX in its usual configuration
+
+
 def cohorts(
     data: FederatedData,
     clients: int,
@@ -106,6 +109,11 @@ def cohorts(
     seed = _positive("seed", seed, least=0)
     if sampler == STREAM and max_steps is None:
         raise DataError(f"{WHERE}: sampler='stream' needs max_steps=, the batches of a round.")
+    if sampler == STREAM and batching.epochs > 1:
+        raise DataError(
+            f"{WHERE}: sampler='stream' knows no epochs, but epochs={epochs}. A round has "
+            "max_steps batches, wherever an epoch ends."
+        )
     population = Population(data, batching)
     count = len(population.ids)
     if clients > count:
@@ -222,4 +230,6 @@ def _positive(name: str, value: Any, least: int = 1) -> int:
         number = least - 1
     if number < least:
         raise DataError(f"{WHERE}: {name} is {value!r}, expected an int of at least {least}.")
+    if number > _LARGEST:
+        raise DataError(f"{WHERE}: {name} is {value!r}, expected an int of at most {_LARGEST}.")
     return number
