@@ -18,7 +18,6 @@ from fax.data._protocol import DataError, FederatedData
 from fax.data._samplers import STREAM, chooser
 from fax.sharding._spread import spread_in_scope
 
-
 _LARGEST = 2**31 - 1  # that int32 holds, and so JAX in its usual configuration
 
 
