@@ -246,3 +246,17 @@ def test_clients_that_are_sharded_over_model(work, kind, n, batch_size):
         assert_close(both(program_of(n, batch_size, work))(put(p, None, "model"), d), want)
         checkpointed = program_of(n, batch_size, jax.checkpoint(work))
         assert_close(both(checkpointed)(put(p, None, "model"), d), want)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("n", [7, 8])
+def test_the_gradient_of_what_came_from_outside_of_the_mesh(kind, n):
+    """Without jit, the argument's type says nothing of the mesh, and its cotangent's does."""
+
+    @fax.program(clients=n)
+    def total(x):
+        return fax.sum(fax.map(lambda x: x**2, fax.distribute(x)))
+
+    x = jnp.arange(1.0, n + 1)
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
+        assert_close(jax.grad(total)(x), 2 * x)

@@ -63,7 +63,8 @@ def gather_rows(x: jax.Array, group: Placement) -> jax.Array:
 
 def as_before(x: jax.Array, before: ShapedArray) -> jax.Array:
     """A value with the sharding of another one's type, as its cotangent must have it."""
-    return _with_sharding(x, before) if _in_scope(before).mesh.explicit_axes else x
+    wanted = _in_scope(before)
+    return _with_sharding(x, before.update(sharding=wanted)) if wanted.mesh.explicit_axes else x
 
 
 def unchecked(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
