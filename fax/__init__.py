@@ -12,6 +12,7 @@ JAX primitive, so the program can be jitted, differentiated, vectorised and insp
 """
 
 from fax import data as data
+from fax import metrics as metrics
 from fax import sharding as sharding
 from fax._operators import broadcast as broadcast
 from fax._operators import collect as collect
