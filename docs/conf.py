@@ -27,7 +27,7 @@ intersphinx_mapping: dict = {}
 
 
 def public_names():
-    for module in (fax, fax.sharding, fax.data, fax.data.partition, fax.algorithms):
+    for module in (fax, fax.sharding, fax.data, fax.data.partition, fax.algorithms, fax.tasks):
         for name, value in vars(module).items():
             own = getattr(value, "__module__", "").startswith("fax") and hasattr(module, "__path__")
             if name[0] != "_" and (own or getattr(value, "__module__", "") == module.__name__):
