@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -88,8 +89,10 @@ def _check(source: Source, path: Path) -> None:
         expected, known = (record.read_text().split() or [""])[0], f"in {record}"
     found = _sha256(path)
     if expected is None:
-        with contextlib.suppress(FileExistsError), record.open("x") as file:
-            file.write(f"{found}  {path.name}\n")
+        # In one go, for another process may be reading it.
+        new = record.with_name(f"{record.name}.{os.getpid()}.{threading.get_ident()}")
+        new.write_text(f"{found}  {path.name}\n")
+        new.replace(record)
     elif found != expected:
         raise DownloadError(
             f"{path} has the SHA-256 checksum {found}, but {expected} is {known}: it is damaged or "
@@ -239,6 +242,7 @@ def _connect(source: Source, part: _Part) -> None:
             if not span or (int(span[1]), int(span[2])) != (part.size, part.total):
                 part.clear()
                 raise http.client.HTTPException("the server sent another range than asked for")
+            part.resumed = True
         else:
             # A weak version may stand for files that differ in their bytes.
             tag = response.headers["ETag"] or ""
