@@ -21,7 +21,7 @@ from fax.data._features import Reader
 from fax.data._protocol import DataError, FederatedData
 from fax.data._views import map as map_clients
 from fax.metrics._classes import Metric, limits_of, positive
-from fax.metrics._rows import Layout
+from fax.metrics._rows import Check, Layout
 from fax.metrics._statistics import Statistic
 from fax.sharding._spread import spread_in_scope
 
@@ -182,23 +182,22 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
     """Statistics of rows of examples: of all, or of each client, with their positions."""
     named = _named(where, data, metrics, batch_size)
     params = jax.tree.map(jnp.asarray, params)
-    data = _labels_in_range(apply, params, data, named)
-    layout = Layout(data, batch_size, spread_in_scope(where, placement), where)
+    check = _labels_in_range(apply, params, data, named)
+    layout = Layout(data, batch_size, spread_in_scope(where, placement), check, where)
     slots = layout.slots if each else None
 
     def fetched(stats, first):
         if not each:
             return stats, None
-        # A row's last slots may be of nobody: then they are zeros, and go to its first client.
-        positions = first[:, None] + np.arange(layout.slots)
-        positions = np.where(positions < len(layout.ids), positions, first[:, None])
+        # A row's last slots may be nobody's: they are zeros then, which the last client gets.
+        positions = np.minimum(first[:, None] + np.arange(layout.slots), len(layout.ids) - 1)
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stats)
         return flat, positions.reshape(-1)
 
     under_way: deque = deque()
-    for rows in layout.rows():
-        stats = _of_rows(apply, named, slots, placement, params, *rows[:3])
-        under_way.append((stats, rows.first))
+    for rows, first in zip(layout, layout.first):
+        stats = _of_rows(apply, named, slots, placement, params, rows)
+        under_way.append((stats, first))
         if len(under_way) > _AHEAD:
             yield fetched(*under_way.popleft())
     while under_way:
@@ -206,19 +205,19 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _of_rows(apply, metrics, slots, placement, params, batches, mask, owners):
+def _of_rows(apply, metrics, slots, placement, params, rows):
     def of_row(params, batch, mask, owners):
         stats = _of_batch(apply, metrics, params, batch)
         if slots is None:
             return {name: stat.sum(mask) for name, stat in stats.items()}
         return jax.tree.map(lambda x: _by_owner(x, mask, owners, slots), stats)
 
-    @program(**{placement: mask.shape[0]})
+    @program(**{placement: len(rows.mask)})
     def of_rows(params, *rows):
         placed = operators.map(of_row, operators.broadcast(params), *rows)
         return reductions.sum(placed) if slots is None else operators.collect(placed)
 
-    return of_rows(params, batches, mask, owners)
+    return of_rows(params, *rows)
 
 
 def _by_owner(x: jax.Array, mask: jax.Array, owners: jax.Array, slots: int) -> jax.Array:
@@ -270,13 +269,13 @@ def _named(where: str, data: FederatedData, metrics: Metrics, batch_size: int) -
     return tuple(metrics.items())
 
 
-def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics: Named) -> Any:
-    """The same data, whose labels are checked when they are read."""
+def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics: Named) -> Check:
+    """A check of clients' labels, to be made when they are read."""
     features = Reader(data, data.client_ids()[0]).features
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in features.items()}
     scores = _scores.eval_shape(apply, params, batch)
     if not hasattr(scores, "shape") or not scores.shape:
-        return data
+        return lambda client_id, examples: examples
     limits: dict[str, int] = {}
     for name, metric in metrics:
         for feature, limit in limits_of(metric, scores.shape[-1]).items():
@@ -301,7 +300,7 @@ def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics:
                     )
         return examples
 
-    return map_clients(data, check)
+    return check
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -325,7 +324,7 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
                 "it out."
             )
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    data = _labels_in_range(apply, one, data, named)
+    data = map_clients(data, _labels_in_range(apply, one, data, named))
     counts = np.array([data.num_examples(i) for i in data.client_ids()])
     ways = spread_in_scope(where, placement).ways
     size = min(clients, -(-_TOGETHER // ways) * ways)
