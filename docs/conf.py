@@ -27,7 +27,17 @@ intersphinx_mapping: dict = {}
 
 
 def public_names():
-    for module in (fax, fax.sharding, fax.data, fax.data.partition, fax.algorithms):
+    modules = (
+        fax,
+        fax.sharding,
+        fax.data,
+        fax.data.partition,
+        fax.metrics,
+        fax.algorithms,
+        fax.models,
+        fax.tasks,
+    )
+    for module in modules:
         for name, value in vars(module).items():
             own = getattr(value, "__module__", "").startswith("fax") and hasattr(module, "__path__")
             if name[0] != "_" and (own or getattr(value, "__module__", "") == module.__name__):

@@ -12,6 +12,7 @@ JAX primitive, so the program can be jitted, differentiated, vectorised and insp
 """
 
 from fax import data as data
+from fax import metrics as metrics
 from fax import sharding as sharding
 from fax._operators import broadcast as broadcast
 from fax._operators import collect as collect
@@ -31,9 +32,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`fax.algorithms` needs optax, an extra, and is imported when it is used."""
-    if name == "algorithms":
+    """What needs an extra is imported when it is used: optax, or flax."""
+    if name in ("algorithms", "models", "tasks"):
         import importlib
 
-        return importlib.import_module("fax.algorithms")
+        return importlib.import_module(f"fax.{name}")
     raise AttributeError(f"module 'fax' has no attribute {name!r}")

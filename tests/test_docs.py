@@ -16,7 +16,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-HOMES = [fax, fax.sharding, fax.data, fax.data.partition, fax.algorithms]
+HOMES = [
+    fax,
+    fax.sharding,
+    fax.data,
+    fax.data.partition,
+    fax.metrics,
+    fax.algorithms,
+    fax.models,
+    fax.tasks,
+]
 PUBLIC = {
     f"{home.__name__}.{name}": value
     for home in HOMES

@@ -1,0 +1,26 @@
+"""Metrics: statistics that can be merged, and evaluation as a federated program.
+
+A metric is a function ``metric(batch, scores)`` that returns a statistic of each example, a
+`Mean` or a `Sum`. Statistics add up, over the examples of a batch, a client, a domain or all data,
+in any order. `evaluate` does so for all clients together, `evaluate_clients` for each.
+"""
+
+from fax.metrics._classes import Accuracy as Accuracy
+from fax.metrics._classes import ConfusionMatrix as ConfusionMatrix
+from fax.metrics._classes import CrossEntropy as CrossEntropy
+from fax.metrics._classes import PerDomain as PerDomain
+from fax.metrics._classes import TopK as TopK
+from fax.metrics._evaluate import evaluate as evaluate
+from fax.metrics._evaluate import evaluate_clients as evaluate_clients
+from fax.metrics._sequences import OOVRate as OOVRate
+from fax.metrics._sequences import SequenceCount as SequenceCount
+from fax.metrics._sequences import SequenceLength as SequenceLength
+from fax.metrics._sequences import SequenceLoss as SequenceLoss
+from fax.metrics._sequences import TokenAccuracy as TokenAccuracy
+from fax.metrics._sequences import TokenCount as TokenCount
+from fax.metrics._sequences import TokenLoss as TokenLoss
+from fax.metrics._sequences import TokenTopK as TokenTopK
+from fax.metrics._sequences import TruncationRate as TruncationRate
+from fax.metrics._statistics import Mean as Mean
+from fax.metrics._statistics import Statistic as Statistic
+from fax.metrics._statistics import Sum as Sum

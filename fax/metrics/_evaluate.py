@@ -1,0 +1,376 @@
+"""Evaluation as a federated program: of all clients' examples together, or of each client's."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+
+import fax._operators as operators
+import fax._reductions as reductions
+from fax._program import program
+from fax.data._cohort import Client, Cohort
+from fax.data._cohorts import cohorts
+from fax.data._features import Reader
+from fax.data._protocol import DataError, FederatedData
+from fax.data._views import map as map_clients
+from fax.metrics._classes import Metric, limits_of, positive
+from fax.metrics._rows import Check, Layout
+from fax.metrics._statistics import Statistic
+from fax.sharding._spread import spread_in_scope
+
+PyTree = Any
+Apply = Callable[[PyTree, Any], jax.Array]
+Metrics = Mapping[str, Metric]
+Named = tuple[tuple[str, Metric], ...]
+
+_BATCH_SIZE = 256
+# Rounds that may be under way on the devices while the host prepares another.
+_AHEAD = 2
+# How many clients with models of their own come to the devices together.
+_TOGETHER = 64
+
+
+def evaluate(
+    apply: Apply,
+    params: PyTree,
+    data: FederatedData,
+    metrics: Metrics,
+    *,
+    batch_size: int = _BATCH_SIZE,
+    placement: str = "clients",
+) -> dict[str, Any]:
+    """Evaluates a model on the examples of all clients, each of which counts the same.
+
+    The examples come in batches that cross the borders of clients, one for each device along the
+    mesh axes of ``placement`` at a time, so that small clients cost no more than large ones, and
+    there is one shape to compile. Statistics are added up in 64 bits.
+
+    Args:
+      apply: ``apply(params, batch) -> scores``, such as that of a `fax.models.Model`. The same
+        function and metrics are compiled once.
+      params: the model's parameters.
+      data: the clients; for those that training has not seen see `fax.data.split`.
+      metrics: by name, ``metric(batch, scores)``, which returns a statistic of each example: a
+        `Mean` or `Sum` with leaves [batch, ...]. Functions, and those of `fax.metrics`.
+      batch_size: the most examples a device works on at once.
+      placement: the placement whose mesh axes batches are spread over.
+
+    Returns:
+      The metrics' results, by name: NumPy numbers, or arrays.
+
+    Raises:
+      ValueError: if there is no metric, one returns something else, or ``batch_size`` is not a
+        positive int.
+      DataError: if a client has no or other examples than the rest, or labels out of range (the
+        message names client and feature).
+
+    Example:
+
+      >>> data = fax.data.InMemory(
+      ...     {
+      ...         "ann": {"x": jnp.eye(3), "y": jnp.arange(3)},
+      ...         "bob": {"x": jnp.eye(1, 3), "y": jnp.array([1])},
+      ...     }
+      ... )
+      >>> apply = lambda params, batch: batch["x"] @ params
+      >>> results = fax.metrics.evaluate(
+      ...     apply, jnp.eye(3), data, {"accuracy": fax.metrics.Accuracy()}
+      ... )
+      >>> print(results["accuracy"])
+      0.75
+    """
+    totals = _Totals()
+    where = "fax.metrics.evaluate"
+    for stats, _ in _run(where, apply, params, data, metrics, batch_size, placement, False):
+        totals.add(stats)
+    return totals.results(metrics)
+
+
+def evaluate_clients(
+    apply: Apply,
+    params: PyTree,
+    data: FederatedData,
+    metrics: Metrics,
+    *,
+    personal: bool = False,
+    batch_size: int = _BATCH_SIZE,
+    placement: str = "clients",
+) -> dict[str, Any]:
+    """Evaluates a model on each client's examples, or each client's own model.
+
+    A global model is evaluated in batches that cross the borders of clients, as by
+    `fax.metrics.evaluate`. Models of clients' own are evaluated client by client, each device along
+    the mesh axes of ``placement`` for others.
+
+    Args:
+      apply: ``apply(params, batch) -> scores``.
+      params: the model's parameters. If ``personal``, leaves have a leading axis [clients], in
+        the order of ``data.client_ids()``.
+      data: the clients.
+      metrics: by name; see `fax.metrics.evaluate`.
+      personal: whether each client has a model of its own.
+      batch_size: the most examples a device works on at once.
+      placement: the placement whose mesh axes the work is spread over.
+
+    Returns:
+      The metrics' results, by name: NumPy arrays [clients, ...], in the order of
+      ``data.client_ids()``.
+
+    Raises:
+      ValueError: as `fax.metrics.evaluate`, and if a leaf of ``params`` has no row for each client.
+      DataError: as `fax.metrics.evaluate`.
+
+    Example:
+
+      >>> data = fax.data.InMemory(
+      ...     {
+      ...         "ann": {"x": jnp.eye(3), "y": jnp.arange(3)},
+      ...         "bob": {"x": jnp.eye(1, 3), "y": jnp.array([1])},
+      ...     }
+      ... )
+      >>> apply = lambda params, batch: batch["x"] @ params
+      >>> metrics = {"accuracy": fax.metrics.Accuracy()}
+      >>> fax.metrics.evaluate_clients(apply, jnp.eye(3), data, metrics)["accuracy"]
+      array([1., 0.])
+      >>> own = jnp.stack([jnp.eye(3), jnp.roll(jnp.eye(3), 1, axis=1)])
+      >>> fax.metrics.evaluate_clients(apply, own, data, metrics, personal=True)["accuracy"]
+      array([1., 1.])
+    """
+    totals = _Totals(len(data))
+    where = "fax.metrics.evaluate_clients"
+    run = _run_personal if personal else _run
+    for stats, positions in run(where, apply, params, data, metrics, batch_size, placement, True):
+        totals.add(stats, positions)
+    return totals.results(metrics)
+
+
+class _Totals:
+    """Statistics added up on the host, in 64 bits, of everybody or of each client."""
+
+    def __init__(self, clients: int | None = None):
+        self.clients, self.stats = clients, None
+
+    def add(self, stats: PyTree, positions: np.ndarray | None = None) -> None:
+        """Adds statistics: of everybody, or with a leading axis, of clients by position."""
+        stats = jax.tree.map(_wide, stats)
+        if self.clients is None:
+            self.stats = stats if self.stats is None else jax.tree.map(np.add, self.stats, stats)
+            return
+        if self.stats is None:
+            shape = (self.clients,)
+            self.stats = jax.tree.map(lambda x: np.zeros(shape + x.shape[1:], x.dtype), stats)
+        jax.tree.map(lambda total, x: np.add.at(total, positions, x), self.stats, stats)
+
+    def results(self, metrics: Metrics) -> dict[str, Any]:
+        assert self.stats is not None
+        return {name: self.stats[name].result() for name in metrics}
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+    array = np.asarray(x)
+    return array.astype(np.int64 if array.dtype.kind in "biu" else np.float64)
+
+
+def _run(where, apply, params, data, metrics, batch_size, placement, each):
+    """Statistics of rows of examples: of all, or of each client, with their positions."""
+    named = _named(where, data, metrics, batch_size)
+    params = jax.tree.map(jnp.asarray, params)
+    check = _labels_in_range(apply, params, data, named)
+    layout = Layout(data, batch_size, spread_in_scope(where, placement), check, where)
+    slots = layout.slots if each else None
+
+    def fetched(stats, first):
+        if not each:
+            return stats, None
+        # A row's last slots may be nobody's: they are zeros then, which the last client gets.
+        positions = np.minimum(first[:, None] + np.arange(layout.slots), len(layout.ids) - 1)
+        flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stats)
+        return flat, positions.reshape(-1)
+
+    under_way: deque = deque()
+    for rows, first in zip(layout, layout.first):
+        stats = _of_rows(apply, named, slots, placement, params, rows)
+        under_way.append((stats, first))
+        if len(under_way) > _AHEAD:
+            yield fetched(*under_way.popleft())
+    while under_way:
+        yield fetched(*under_way.popleft())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _of_rows(apply, metrics, slots, placement, params, rows):
+    def of_row(params, batch, mask, owners):
+        stats = _of_batch(apply, metrics, params, batch)
+        if slots is None:
+            return {name: stat.sum(mask) for name, stat in stats.items()}
+        return jax.tree.map(lambda x: _by_owner(x, mask, owners, slots), stats)
+
+    @program(**{placement: len(rows.mask)})
+    def of_rows(params, *rows):
+        placed = operators.map(of_row, operators.broadcast(params), *rows)
+        return reductions.sum(placed) if slots is None else operators.collect(placed)
+
+    return of_rows(params, *rows)
+
+
+def _by_owner(x: jax.Array, mask: jax.Array, owners: jax.Array, slots: int) -> jax.Array:
+    x = jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+    x = x.astype(jnp.int32) if x.dtype == bool else x
+    return jax.ops.segment_sum(x, owners, slots)
+
+
+def _of_batch(apply: Apply, metrics: Named, params: PyTree, batch: Any) -> dict[str, Statistic]:
+    """Every example's statistics."""
+    scores = apply(params, batch)
+    count = len(next(iter(batch.values())))
+    stats = {}
+    for name, metric in metrics:
+        stats[name] = stat = metric(batch, scores)
+        if not isinstance(stat, Statistic):
+            raise ValueError(
+                f"metric {name!r} returned {type(stat).__name__} {stat!r:.80}, expected a "
+                "statistic, such as fax.metrics.Mean(values, jnp.ones_like(values))."
+            )
+        for path, leaf in tree_leaves_with_path(stat):
+            if jnp.ndim(leaf) < 1 or len(leaf) != count:
+                raise ValueError(
+                    f"metric {name!r} returned {keystr(path)} of shape {jnp.shape(leaf)}, expected "
+                    f"({count}, ...): a statistic of each example of the batch. fax adds them up, "
+                    "without padding."
+                )
+    return stats
+
+
+# What is checked on the host
+
+
+def _named(where: str, data: FederatedData, metrics: Metrics, batch_size: int) -> Named:
+    positive(where, "batch_size", batch_size)
+    if not len(data):
+        raise DataError(f"{where}: data has no clients.")
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise ValueError(
+            f"{where}: metrics is {metrics!r:.80}, expected a mapping from names to metrics, such "
+            "as {'accuracy': fax.metrics.Accuracy()}."
+        )
+    for name, metric in metrics.items():
+        if not callable(metric) or isinstance(metric, type):
+            raise ValueError(
+                f"{where}: metric {name!r} is {metric!r:.80}, expected a function of a batch and "
+                "scores, such as fax.metrics.Accuracy()."
+            )
+    return tuple(metrics.items())
+
+
+def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics: Named) -> Check:
+    """A check of clients' labels, to be made when they are read."""
+    features = Reader(data, data.client_ids()[0]).features
+    batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in features.items()}
+    scores = _scores.eval_shape(apply, params, batch)
+    if not hasattr(scores, "shape") or not scores.shape:
+        return lambda client_id, examples: examples
+    limits: dict[str, int] = {}
+    for name, metric in metrics:
+        for feature, limit in limits_of(metric, scores.shape[-1]).items():
+            if feature not in features:
+                raise DataError(
+                    f"metric {name!r} needs the feature {feature!r}, but clients have "
+                    f"{sorted(features)}. Name another one, or make it by fax.data.map."
+                )
+            limits[feature] = min(limit, limits.get(feature, limit))
+
+    def check(client_id, examples):
+        for feature, limit in limits.items():
+            labels = np.asarray(examples[feature])
+            if labels.size and labels.dtype.kind in "iu":
+                low, high = labels.min(), labels.max()
+                if low < 0 or high >= limit:
+                    bad = low if low < 0 else high
+                    raise DataError(
+                        f"client {client_id!r}, feature {feature!r} has {bad}, expected numbers "
+                        f"from 0 to {limit - 1}: there are {limit} of them, by the model's scores "
+                        "or the metric."
+                    )
+        return examples
+
+    return check
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(apply, params, batch):
+    return apply(params, batch)
+
+
+# Models of clients' own
+
+
+def _run_personal(where, apply, params, data, metrics, batch_size, placement, each):
+    """Statistics of clients, each of its own model, with their positions."""
+    named = _named(where, data, metrics, batch_size)
+    clients = len(data)
+    params = jax.tree.map(jnp.asarray, params)
+    for path, leaf in tree_leaves_with_path(params):
+        if not leaf.ndim or len(leaf) != clients:
+            raise ValueError(
+                f"{where}: params{keystr(path)} has shape {leaf.shape}, expected a row for each of "
+                f"the {clients} clients, as personal=True says. For one model of all clients leave "
+                "it out."
+            )
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    data = map_clients(data, _labels_in_range(apply, one, data, named))
+    counts = np.array([data.num_examples(i) for i in data.client_ids()])
+    ways = spread_in_scope(where, placement).ways
+    size = min(clients, -(-_TOGETHER // ways) * ways)
+    # Clients of about the same length come together. The last ones are not fewer, some of them
+    # come twice.
+    order = np.argsort(-counts, kind="stable")
+    groups = [min(start, clients - size) for start in range(0, clients, size)]
+    batches = cohorts(
+        data,
+        size,
+        min(batch_size, int(counts.max())),
+        shuffle=False,
+        sampler=lambda number: order[groups[number] : groups[number] + size].tolist(),
+        resident=False,
+        placement=placement,
+        prefetch=1,
+    )
+    seen = np.zeros(clients, bool)
+    with batches:
+        for _ in groups:
+            cohort = next(batches)
+            stats = _of_cohort(apply, named, placement, params, cohort)
+            positions = np.asarray(cohort.client_ids)
+            new = ~seen[positions]
+            seen[positions] = True
+            yield jax.tree.map(lambda x, new=new: np.asarray(x)[new], stats), positions[new]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _of_cohort(apply, metrics, placement, params, cohort):
+    def of_client(params: PyTree, client: Client) -> dict[str, Statistic]:
+        def of_step(batch, mask):
+            stats = _of_batch(apply, metrics, params, batch)
+            return {name: stat.sum(mask) for name, stat in stats.items()}
+
+        def step(totals, batch, mask, key):
+            return jax.tree.map(jnp.add, totals, of_step(batch, mask))
+
+        shapes = jax.eval_shape(of_step, client.batch(0), client.mask[0])
+        return client.scan(step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+    @program(**{placement: cohort.size})
+    def of_cohort(params: PyTree, cohort: Cohort) -> dict[str, Statistic]:
+        placed = operators.map(
+            of_client, params, cohort.clients(), batch_size=cohort.clients_at_once
+        )
+        return operators.collect(placed)
+
+    return of_cohort(jax.tree.map(lambda x: x[cohort.client_ids], params), cohort)

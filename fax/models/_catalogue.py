@@ -1,0 +1,75 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fax.models import _images, _losses, _resnet, _text
+from fax.models._model import Model, functional
+
+_CLASSES: dict[str, Callable] = {
+    "cifar100_logistic": _images.Cifar100Logistic,
+    "dense": _images.Dense,
+    "emnist_conv": _images.EmnistConv,
+    "emnist_dense": _images.EmnistDense,
+    "emnist_logistic": _images.EmnistLogistic,
+    "resnet18": _resnet.ResNet18,
+}
+_SEQUENCES: dict[str, Callable] = {
+    "char_lstm": _text.CharLSTM,
+    "shakespeare_lstm": _text.ShakespeareLSTM,
+    "stackoverflow_lstm": _text.StackOverflowLSTM,
+}
+
+
+def create(name: str, *, loss_length: float | None = None, **options: Any) -> Model:
+    """A model by its name.
+
+    ``cifar100_logistic``, ``dense``, ``emnist_conv``, ``emnist_dense``, ``emnist_logistic`` and
+    ``resnet18`` are trained by `fax.models.cross_entropy`; ``char_lstm``, ``shakespeare_lstm`` and
+    ``stackoverflow_lstm`` by `fax.models.sequence_cross_entropy`. The same name and options give
+    the same functions, so that what is compiled for them is compiled once.
+
+    Args:
+      name: the model's.
+      loss_length: of a language model; ``length`` of `fax.models.sequence_cross_entropy`.
+      **options: the module's own, such as ``num_classes=10`` or ``tied=True``.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: if there is no such model or option.
+
+    Example:
+
+      >>> model = fax.models.create("emnist_logistic", num_classes=10)
+      >>> params = model.init(jax.random.key(0))
+      >>> sum(x.size for x in jax.tree.leaves(params))
+      7850
+    """
+    known = {**_CLASSES, **_SEQUENCES}
+    if name not in known:
+        raise ValueError(f"no model is named {name!r}. There are {', '.join(sorted(known))}.")
+    own = {*inspect.signature(vars(known[name])["__init__"]).parameters} - {"self", "rngs"}
+    own |= {"loss_length"} if name in _SEQUENCES else set()
+    if loss_length is not None:
+        options["loss_length"] = loss_length
+    for option in options:
+        if option not in own:
+            raise ValueError(f"model {name!r} has no option {option!r}. It has {sorted(own)}.")
+    if isinstance(options.get("sizes"), list):
+        options["sizes"] = tuple(options["sizes"])
+    return _made(name, tuple(sorted(options.items())))
+
+
+@functools.cache
+def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Model:
+    own = dict(options)
+    if name in _CLASSES:
+        return functional(lambda rngs: _CLASSES[name](**own, rngs=rngs))
+    loss = functools.partial(_losses.sequence_cross_entropy, length=own.pop("loss_length", None))
+    return functional(lambda rngs: _SEQUENCES[name](**own, rngs=rngs), loss)

@@ -1,0 +1,77 @@
+"""Losses of scores, one for each example of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from fax.metrics._scores import PADDING, hits, losses_of
+
+Batch = Mapping[str, jax.Array]
+Losses = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
+    """The negative log-likelihood of each example's label, and whether it has the best score.
+
+    Args:
+      scores: [batch, classes], logarithms of probabilities up to a constant.
+      batch: ``"y"`` is int [batch], the labels. For one that is no class the loss is NaN.
+
+    Returns:
+      The losses [batch], and ``{"accuracy": ...}``, each 0 or 1.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    Example:
+
+      >>> scores = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+      >>> losses, metrics = fax.models.cross_entropy(scores, {"y": jnp.array([1])})
+      >>> print(f"{losses[0]:.4f}, {metrics['accuracy'][0]:.0f}")
+      1.3863, 0
+    """
+    labels = batch["y"]
+    return losses_of(scores, labels), {"accuracy": hits(scores, labels).astype(scores.dtype)}
+
+
+def sequence_cross_entropy(
+    scores: jax.Array, batch: Batch, *, length: float | None = None
+) -> Losses:
+    """The mean negative log-likelihood of a sequence's tokens, and the share with the best score.
+
+    Token 0 is padding and does not count. A sequence that is all padding has the loss 0.
+
+    FedJAX divides the sum over a sequence's tokens by another number: for Shakespeare by the
+    length with padding, ``length=80``, and for Stack Overflow by an expected length,
+    ``length=13.3``. Every token then weighs the same, whatever sequence it is in, and learning
+    rates that were tuned there fit.
+
+    Args:
+      scores: [batch, length, tokens], logarithms of probabilities up to a constant.
+      batch: ``"y"`` is int [batch, length], what comes next. For a number that is no token the
+        loss is NaN.
+      length: what to divide a sequence's sum of losses by. Default: how many tokens it has.
+
+    Returns:
+      The losses [batch], and ``{"accuracy": ...}``, the share of tokens that were right.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    Example:
+
+      >>> scores = jnp.zeros((2, 4, 8)).at[..., 5].set(jnp.log(9.0))
+      >>> batch = {"y": jnp.array([[5, 5, 1, 0], [0, 0, 0, 0]])}
+      >>> losses, metrics = fax.models.sequence_cross_entropy(scores, batch)
+      >>> print(f"{losses[0]:.3f} {losses[1]:.3f}, {metrics['accuracy'][0]:.3f}")
+      1.308 0.000, 0.667
+    """
+    labels = batch["y"]
+    real = labels != PADDING
+    total = jnp.sum(jnp.where(real, losses_of(scores, labels), 0), axis=-1)
+    right = jnp.sum(real & hits(scores, labels), axis=-1)
+    tokens = jnp.maximum(jnp.sum(real, axis=-1), 1).astype(total.dtype)
+    return total / (tokens if length is None else length), {"accuracy": right / tokens}

@@ -1,0 +1,99 @@
+"""A flax.nnx module as pure functions of its parameters, as algorithms and evaluators take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fax.models._losses import cross_entropy
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+
+
+class Model(NamedTuple):
+    """A model as pure functions.
+
+    Attributes:
+      init: ``init(key) -> params``, nested dicts of arrays.
+      apply: ``apply(params, batch, key=None) -> scores``, of the feature ``"x"`` of a batch. With a
+        key it is training, and dropout is on.
+      loss: ``loss(params, batch, key) -> (losses, metrics)``, the losses of the examples, [batch],
+        and a dict of metrics of the same shape: what `fax.algorithms.fedavg` takes.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[..., jax.Array]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def functional(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    loss: Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy,
+) -> Model:
+    """Makes pure functions of a flax.nnx module.
+
+    Args:
+      build: ``build(rngs) -> module``, as a module's class does. The module is called with the
+        feature ``"x"`` of a batch and returns scores, one for each class.
+      loss: ``loss(scores, batch) -> (losses, metrics)``, each [batch].
+
+    Returns:
+      The model. Its functions do not depend on one another: the parameters are all there is.
+
+    Raises:
+      ValueError: if the module has state besides parameters, such as the statistics of a batch
+        norm. Write a loss with ``model_state`` for it; see `fax.algorithms.fedavg`.
+
+    Example:
+
+      >>> from flax import nnx
+      >>> model = fax.models.functional(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+      >>> params = model.init(jax.random.key(0))
+      >>> jax.tree.map(jnp.shape, params)
+      {'bias': (3,), 'kernel': (4, 3)}
+      >>> model.apply(params, {"x": jnp.ones((2, 4))}).shape
+      (2, 3)
+    """
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    graph, _, rest = parts
+    others, structure = jax.tree.flatten(rest)
+    for path, variable in nnx.to_flat_state(rest):
+        if not isinstance(variable, nnx.RngState):
+            raise ValueError(
+                f"build returned a {type(module).__name__} with state that is not trained, "
+                f"{type(variable).__name__} at {'.'.join(map(str, path))}. Use a layer without, "
+                "such as GroupNorm for BatchNorm, or write a loss that takes model_state; see "
+                "fax.algorithms.fedavg."
+            )
+
+    def init(key: jax.Array) -> PyTree:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+
+    def apply(params: PyTree, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        source = jax.random.key(0) if key is None else key
+        drawn = [_own(source, number, like) for number, like in enumerate(others)]
+        module = nnx.merge(graph, params, jax.tree.unflatten(structure, drawn))
+        if key is None:
+            module.eval()
+        else:
+            module.train()
+        return module(batch["x"])
+
+    def of_batch(params: PyTree, batch: Batch, key: jax.Array | None) -> tuple:
+        return loss(apply(params, batch, key), batch)
+
+    return Model(jax.jit(init), apply, of_batch)
+
+
+def _own(key: jax.Array, number: int, like: Any) -> jax.Array:
+    """The state of a stream of random numbers: a key of its own, or a count of draws."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(like.shape, like.dtype)
+    own = jax.random.fold_in(key, number)
+    return own if jnp.issubdtype(own.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(own)

@@ -1,0 +1,81 @@
+"""Language models: which token comes next. Token 0 is padding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+
+from fax.models._images import Linear
+from fax.models._lstm import LSTM
+
+
+def _embedding(tokens: int, size: int, rngs: nnx.Rngs) -> nnx.Embed:
+    init = initializers.truncated_normal(1.0)  # Haiku's
+    return nnx.Embed(tokens, size, embedding_init=init, rngs=rngs)
+
+
+def _embedded(embed: nnx.Embed, x: jax.Array) -> jax.Array:
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"feature 'x' is {x.dtype} of shape {x.shape}, expected integers of shape "
+            "('batch', 'length'), the numbers of tokens."
+        )
+    return embed(x)
+
+
+class ShakespeareLSTM(nnx.Module):
+    """Two layers of LSTM, 256 units each, on characters: FedJAX's, and of arXiv:1602.05629.
+
+    820,522 parameters for 90 tokens: 86 characters, padding, begin, end, and out of vocabulary.
+    ``"x"`` is int [batch, length], and there are scores [batch, length, tokens].
+    """
+
+    def __init__(self, num_tokens: int = 90, *, rngs: nnx.Rngs):
+        self.embed = _embedding(num_tokens, 8, rngs)
+        self.lstm1 = LSTM(8, 256, rngs=rngs)
+        self.lstm2 = LSTM(256, 256, rngs=rngs)
+        self.out = Linear(256, num_tokens, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.tanh(self.lstm1(_embedded(self.embed, x)))
+        return self.out(jnp.tanh(self.lstm2(x)))
+
+
+class StackOverflowLSTM(nnx.Module):
+    """A layer of LSTM, 670 units, projected to 96, on words: FedJAX's, and of arXiv:2003.00295.
+
+    4,050,748 parameters for 10,004 tokens: 10,000 words, padding, begin, end, and out of
+    vocabulary. ``"x"`` is int [batch, length], and there are scores [batch, length, tokens]. If
+    ``tied``, words are scored by their embeddings, and there are 3,090,364 parameters.
+    """
+
+    def __init__(self, num_tokens: int = 10_004, *, tied: bool = False, rngs: nnx.Rngs):
+        self.tied = tied
+        self.embed = _embedding(num_tokens, 96, rngs)
+        self.lstm = LSTM(96, 670, rngs=rngs)
+        self.project = Linear(670, 96, rngs=rngs)
+        if tied:
+            self.bias = nnx.Param(jnp.zeros(num_tokens))
+        else:
+            self.out = Linear(96, num_tokens, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.project(jnp.tanh(self.lstm(_embedded(self.embed, x))))
+        return self.embed.attend(x) + self.bias[...] if self.tied else self.out(x)
+
+
+class CharLSTM(nnx.Module):
+    """A layer of LSTM on characters, small enough to learn on a CPU.
+
+    ``"x"`` is int [batch, length], and there are scores [batch, length, tokens].
+    """
+
+    def __init__(self, num_tokens: int = 100, hidden: int = 192, *, rngs: nnx.Rngs):
+        self.embed = _embedding(num_tokens, 32, rngs)
+        self.lstm = LSTM(32, hidden, rngs=rngs)
+        self.out = Linear(hidden, num_tokens, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(self.lstm(_embedded(self.embed, x)))

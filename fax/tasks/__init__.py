@@ -1,0 +1,8 @@
+"""Benchmark tasks of federated learning: data, a model, what to measure, and settings."""
+
+from fax.tasks._download import DownloadError as DownloadError
+from fax.tasks._task import Settings as Settings
+from fax.tasks._task import Task as Task
+from fax.tasks._task import load as load
+from fax.tasks._tokens import Characters as Characters
+from fax.tasks._tokens import Words as Words

@@ -1,0 +1,480 @@
+"""Tasks: tokens, the loaders of published files, and that models learn on what they give.
+
+The files are built byte by byte in TensorFlow Federated's format. What is expected of the tokens
+and of the preparation was worked out by hand from what FedJAX and TensorFlow publish.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import io
+import lzma
+import pickle
+import string
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from formats import fedjax_file, tff_file
+
+import fax
+from fax.data import DataError, FederatedData
+from fax.tasks import Characters, DownloadError, Words, _published
+from fax.tasks._offline import PYTHON_CHARACTERS
+
+# Tokens
+
+
+def test_snippets_are_joined_and_cut():
+    # "ABCD" and "E" in sequences of 3: FedJAX's own example, with A = 3, ..., E = 7.
+    found = Characters(b"ABCDE").sequences([b"ABCD", b"E"], 3)
+    np.testing.assert_array_equal(found["x"], [[1, 3, 4], [5, 6, 2], [1, 7, 0]])
+    np.testing.assert_array_equal(found["y"], [[3, 4, 5], [6, 2, 1], [7, 2, 0]])
+    assert found["x"].dtype == found["y"].dtype == np.int32
+
+
+def test_shakespeare_has_the_numbers_of_fedjax():
+    letters = _published.SHAKESPEARE_CHARACTERS
+    assert letters.size == 90
+    found = letters.sequences([b"hello", b"hi there"], 10)
+    # h is the 2nd character and so 4, e the 65th, l the 3rd, o the 24th, ...
+    expected = [1, 4, 67, 5, 5, 26, 2, 1, 4, 68, 16, 7, 4, 67, 48, 67, 2, 0, 0, 0, 0]
+    np.testing.assert_array_equal(found["x"].ravel(), [*expected[:16], 0, 0, 0, 0])
+    np.testing.assert_array_equal(found["y"].ravel(), expected[1:])
+    # Whatever has no number of its own: umlauts, tabs, the byte 0.
+    np.testing.assert_array_equal(
+        letters.sequences([b"\t\0\xff"], 3)["y"], [[89, 89, 89], [2, 0, 0]]
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 80])
+def test_no_character_is_lost(length):
+    rng = np.random.default_rng(length)
+    texts = [rng.bytes(n) for n in (0, 1, 5, 80, 81, 160)]
+    found = Characters(bytes(range(256))).sequences(texts, length)
+    joined = [n for text in texts for n in (1, *(b + 3 for b in text), 2)]
+    count = len(joined) - 1
+    np.testing.assert_array_equal(found["x"].ravel()[:count], joined[:-1])
+    np.testing.assert_array_equal(found["y"].ravel()[:count], joined[1:])
+    assert not found["x"].ravel()[count:].any()
+    assert not found["y"].ravel()[count:].any()
+    assert found["x"].shape == (-(-count // length), length)
+
+
+def test_sentences_are_padded_and_cut():
+    words = Words(["three", "four", "five"])
+    assert words.size == 7
+    sentences = [b"three four five", b"five three four five six"]
+    for length, x, y in [
+        (2, [[1, 3], [1, 5]], [[3, 4], [5, 3]]),
+        (5, [[1, 3, 4, 5, 0], [1, 5, 3, 4, 5]], [[3, 4, 5, 2, 0], [5, 3, 4, 5, 6]]),
+        (
+            7,
+            [[1, 3, 4, 5, 0, 0, 0], [1, 5, 3, 4, 5, 6, 0]],
+            [[3, 4, 5, 2, 0, 0, 0], [5, 3, 4, 5, 6, 2, 0]],
+        ),
+    ]:
+        found = words.sequences(sentences, length)
+        np.testing.assert_array_equal(found["x"], x)
+        np.testing.assert_array_equal(found["y"], y)
+        assert found["x"].dtype == np.int32
+    # Single spaces part words: what stands between two of them is an empty word, which is unknown.
+    np.testing.assert_array_equal(
+        words.sequences([b"four  four", b""], 4)["y"], [[4, 6, 4, 2], [6, 2, 0, 0]]
+    )
+    assert words.sequences([], 3)["x"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Characters("abc"), "vocabulary is 'abc', expected bytes"),
+        (lambda: Characters(b""), "vocabulary is b''"),
+        (lambda: Characters(b"abca"), r"vocabulary has \[b'a'\] more than once"),
+        (lambda: Characters(b"a").sequences([b"a"], 0), "length is 0, expected a positive int"),
+        (lambda: Characters(b"a").sequences([], 3), "texts are empty"),
+        (lambda: Words([]), "vocabulary is "),
+        (lambda: Words("to be"), "expected a list of words"),
+        (lambda: Words(["to", "be", "to"]), "vocabulary has 'to' more than once"),
+        (lambda: Words(["to be"]), "words without spaces"),
+        (lambda: Words([b"to"]), "words without spaces"),
+        (lambda: Words(["to"]).sequences([b"to"], True), "length is True"),
+    ],
+)
+def test_bad_vocabularies(call, message):
+    with pytest.raises(DataError, match=message):
+        call()
+
+
+# Published files
+
+
+def publish(monkeypatch, folder, source, content):
+    """Puts a file where its source says, with the checksum that is said to be published."""
+    folder.mkdir(exist_ok=True)
+    own = getattr(_published, source)
+    (folder / own.name).write_bytes(content)
+    if own.sha256:
+        sha256 = hashlib.sha256(content).hexdigest()
+        monkeypatch.setattr(_published, source, _published.Source(own.url, sha256))
+    return folder / own.name
+
+
+def compressed(tmp_path, splits, name="data.sqlite"):
+    return lzma.compress(tff_file(tmp_path / name, splits).read_bytes(), format=lzma.FORMAT_ALONE)
+
+
+def text(*values):
+    return np.array([v if isinstance(v, bytes) else v.encode() for v in values], object)
+
+
+def writers(rng, classes, **labels):
+    return {
+        client: {
+            "pixels": rng.uniform(size=(len(y), 28, 28)).astype(np.float32),
+            "label": np.array(y, np.int32),
+        }
+        for client, y in labels.items()
+    }
+
+
+def emnist_file(tmp_path, **changes):
+    rng = np.random.default_rng(0)
+    train = writers(rng, 62, f2100_00=[0, 61, 3], f2600_45=[7])
+    test = writers(rng, 62, f2100_00=[1], f2600_45=[2, 9])
+    digits = writers(rng, 10, f2599_11=[9, 0])
+    splits = {
+        "all_train": train,
+        "all_test": test,
+        "digits_only_train": digits,
+        "digits_only_test": digits,
+        **changes,
+    }
+    return splits, compressed(tmp_path, splits)
+
+
+def test_emnist(tmp_path, monkeypatch):
+    splits, content = emnist_file(tmp_path)
+    path = publish(monkeypatch, tmp_path / "cache", "EMNIST", content)
+    task = fax.tasks.load("emnist", cache=tmp_path / "cache")
+    assert task.name == "emnist"
+    assert task.train.client_ids() == ("f2100_00", "f2600_45")
+    for split, data in (("all_train", task.train), ("all_test", task.test)):
+        assert isinstance(data, FederatedData)
+        for client, domain in (("f2100_00", 0), ("f2600_45", 1)):
+            pixels, labels = splits[split][client].values()
+            found = data.client(client)
+            np.testing.assert_array_equal(found["x"], 1 - pixels[..., None])
+            np.testing.assert_array_equal(found["y"], labels)
+            np.testing.assert_array_equal(found["domain"], [domain] * len(labels))
+            assert (found["x"].dtype, found["y"].dtype) == (np.float32, np.int32)
+            assert data.num_examples(client) == len(labels)
+    record = path.with_name(path.name + ".sha256").read_text()
+    assert record.split()[0] == hashlib.sha256(content).hexdigest()
+    pickle.loads(pickle.dumps(task.train)).client("f2600_45")
+    digits = fax.tasks.load("emnist", tmp_path / "cache", digits_only=True, model="logistic")
+    np.testing.assert_array_equal(digits.test.client("f2599_11")["y"], [9, 0])
+    params = digits.model.init(jax.random.key(0))
+    results = fax.metrics.evaluate(digits.model.apply, params, digits.test, digits.metrics)
+    assert results["loss"] > 0
+    monkeypatch.setenv("FAX_CACHE", str(tmp_path / "cache"))
+    assert len(fax.tasks.load("emnist", model="dense").train) == 2
+
+
+def test_emnist_of_another_version(tmp_path, monkeypatch):
+    def load(**changes):
+        for path in (tmp_path / "cache").glob("*") if (tmp_path / "cache").exists() else ():
+            path.unlink()
+        (tmp_path / "data.sqlite").unlink(missing_ok=True)
+        publish(monkeypatch, tmp_path / "cache", "EMNIST", emnist_file(tmp_path, **changes)[1])
+        return fax.tasks.load("emnist", tmp_path / "cache", model="logistic")
+
+    rng = np.random.default_rng(0)
+    where = r"emnist_all.sqlite.lzma is damaged, or not the version that fax.tasks knows: .*"
+    mend = ".*Remove it.*https://storage"
+    for bad, message in [
+        (writers(rng, 62, f2100_00=[3, 62]), "client 'f2100_00', feature 'label' has the label 62"),
+        (writers(rng, 62, f2100_00=[-1]), "has the label -1, expected 0 to 61"),
+        (writers(rng, 62, ada=[1]), "client 'ada' is not named as a writer"),
+        (
+            {"f2100_00": {"pixels": np.full((1, 28, 28), 255, np.float32), "label": np.array([1])}},
+            "'pixels' has values from 255.0 to 255.0, expected 0 to 1",
+        ),
+        (
+            {"f2100_00": {"pixels": np.zeros((1, 32, 32), np.float32), "label": np.array([1])}},
+            "has 1024 values, expected 784",
+        ),
+        ({"f2100_00": {"label": np.array([1])}}, "lacks it, and has .'label'."),
+    ]:
+        with pytest.raises(DownloadError, match=where + message + mend):
+            load(all_train=bad)
+    # A client that is read later
+    task = load(all_test=writers(rng, 62, f2100_00=[62]))
+    with pytest.raises(DataError, match="has the label 62"):
+        task.test.client("f2100_00")
+
+
+def test_files_that_are_not_the_published_ones(tmp_path, monkeypatch):
+    _, content = emnist_file(tmp_path)
+    middle = len(content) // 2
+    fedjax = fedjax_file(tmp_path / "fedjax.sqlite", {"a": {"label": np.arange(3)}}).read_bytes()
+    writer = writers(np.random.default_rng(0), 62, f0000_00=[1])
+    cut = (tmp_path / "data.sqlite").read_bytes()[:-1000]
+    for bad, message in [
+        (content[:-100], "cannot be decompressed"),
+        (content[:middle] + bytes(64) + content[middle + 64 :], "is damaged"),
+        (b"<html>not found</html>", "cannot be decompressed"),
+        (lzma.compress(b"text"), "is no SQLite file"),
+        (lzma.compress(cut), "bytes of"),
+        (lzma.compress(fedjax), "FedJAX's format"),
+        (compressed(tmp_path, {"train": writer}, "s"), r"splits \['train'\], but split is 'all_"),
+    ]:
+        for path in tmp_path.glob("cache/*"):
+            path.unlink()
+        publish(monkeypatch, tmp_path / "cache", "EMNIST", bad)
+        with pytest.raises(DownloadError, match=f"{message}.*Remove it and what was decompressed"):
+            fax.tasks.load("emnist", tmp_path / "cache")
+
+
+def test_a_wrong_checksum(tmp_path):
+    (tmp_path / "shakespeare.sqlite.lzma").write_bytes(b"another file")
+    with pytest.raises(DownloadError) as raised:
+        fax.tasks.load("shakespeare", tmp_path)
+    assert _published.SHAKESPEARE.sha256 in str(raised.value)
+    assert str(tmp_path / "shakespeare.sqlite.lzma") in str(raised.value)
+
+
+def test_shakespeare(tmp_path, monkeypatch):
+    train = {"MACBETH": {"snippets": text("hello", "hi there")}, "GHOST": {"snippets": text("O")}}
+    content = compressed(tmp_path, {"train": train, "test": {"GHOST": train["GHOST"]}})
+    publish(monkeypatch, tmp_path / "cache", "SHAKESPEARE", content)
+    task = fax.tasks.load("shakespeare", tmp_path / "cache", length=10)
+    assert task.train.client_ids() == ("GHOST", "MACBETH")
+    assert task.train.num_examples("MACBETH") == 2
+    found = task.train.client("MACBETH")
+    np.testing.assert_array_equal(found["x"][1], [16, 7, 4, 67, 48, 67, 0, 0, 0, 0])
+    np.testing.assert_array_equal(found["y"][1], [7, 4, 67, 48, 67, 2, 0, 0, 0, 0])
+    assert task.test.client_ids() == ("GHOST",)
+    params = task.model.init(jax.random.key(0))
+    results = fax.metrics.evaluate(task.model.apply, params, task.train, task.metrics)
+    assert results["tokens"] == 6 + 10 + 2
+    assert results["oov_rate"] == 0
+    assert results["loss"] == pytest.approx(np.log(90), rel=0.1)
+    assert fax.tasks.load("shakespeare", tmp_path / "cache").train.client("GHOST")["x"].shape == (
+        1,
+        80,
+    )
+
+
+def word_counts(*lines, name="stackoverflow.word_count"):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:bz2") as tar:
+        raw = "".join(f"{line}\n" for line in lines).encode()
+        info = tarfile.TarInfo(name)
+        info.size = len(raw)
+        tar.addfile(info, io.BytesIO(raw))
+    return file.getvalue()
+
+
+def sentences():
+    posts = {
+        "tokens": text("how do i", "use a <URL> ."),
+        "type": text("question", "answer"),
+        "title": text("q", "q"),
+        "score": np.array([3, -1]),
+    }
+    return {"train": {"00123": posts}, "heldout": {"9": posts}, "test": {"00123": posts}}
+
+
+def test_stackoverflow(tmp_path, monkeypatch):
+    publish(monkeypatch, tmp_path / "cache", "STACKOVERFLOW", compressed(tmp_path, sentences()))
+    lines = ["i 9", "how 7", "a 7", ". 5", "do 1"]
+    publish(monkeypatch, tmp_path / "cache", "STACKOVERFLOW_WORDS", word_counts(*lines))
+    task = fax.tasks.load("stackoverflow", tmp_path / "cache", vocabulary_size=4, length=6)
+    found = task.test.client("00123")
+    np.testing.assert_array_equal(found["x"], [[1, 4, 7, 3, 0, 0], [1, 7, 5, 7, 6, 0]])
+    np.testing.assert_array_equal(found["y"], [[4, 7, 3, 2, 0, 0], [7, 5, 7, 6, 2, 0]])
+    np.testing.assert_array_equal(found["domain"], [0, 1])
+    assert found.keys() == {"x", "y", "domain"}
+    params = task.model.init(jax.random.key(0))
+    assert params["embed"]["embedding"].shape[0] == 8
+    results = fax.metrics.evaluate(task.model.apply, params, task.test, task.metrics)
+    assert results["tokens"] == 9
+    assert results["oov_rate"] == pytest.approx(3 / 9)
+    assert results["truncation_rate"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (word_counts("a 9", "b 8"), "has 2 words, expected at least vocabulary_size=3"),
+        (word_counts("a 9", "b 8", "c 10"), "the most frequent first"),
+        (word_counts("a 9", "b", "c 1"), "line 2 is 'b', expected a word and its count"),
+        (word_counts("a 9", "a 8", "c 1"), "vocabulary has 'a' more than once"),
+        (word_counts("a 9", name="other"), "is not Stack Overflow's list of words"),
+        (b"nothing", "is not Stack Overflow's list of words"),
+        (word_counts(*(f"{c}{d} 1" for c in "ab" for d in range(999)))[:200], "list of words"),
+    ],
+)
+def test_a_vocabulary_that_does_not_match(tmp_path, monkeypatch, content, message):
+    publish(monkeypatch, tmp_path, "STACKOVERFLOW", b"not looked at")
+    publish(monkeypatch, tmp_path, "STACKOVERFLOW_WORDS", content)
+    with pytest.raises(DataError, match=message):
+        fax.tasks.load("stackoverflow", tmp_path, vocabulary_size=3)
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 32, 32, 3))
+    images[2] = 77  # of one color
+    own = {"image": images, "label": np.array([0, 99, 5]), "coarse_label": np.array([1, 2, 3])}
+    publish(
+        monkeypatch,
+        tmp_path / "c",
+        "CIFAR100",
+        compressed(tmp_path, {"train": {"7": own}, "test": {"7": own}}),
+    )
+    task = fax.tasks.load("cifar100", tmp_path / "c")
+    found = task.train.client("7")
+    assert (found["x"].shape, found["x"].dtype, found["y"].dtype) == (
+        (3, 24, 24, 3),
+        np.float32,
+        np.int32,
+    )
+    for image, x in zip(images[:2], found["x"]):
+        middle = image[4:28, 4:28].astype(np.float64)
+        np.testing.assert_allclose(x, (middle - middle.mean()) / middle.std(), rtol=1e-4, atol=1e-5)
+    assert not found["x"][2].any()
+    np.testing.assert_array_equal(found["y"], [0, 99, 5])
+    assert task.model.init(jax.random.key(0))["layers"][0]["kernel"].shape == (24 * 24 * 3, 100)
+    assert fax.tasks.load("cifar100", tmp_path / "c", model="resnet18").settings.batch_size == 20
+
+
+# Tasks without files
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    task = fax.tasks.load("digits", clients=30, seed=3)
+    images, labels = load_digits(return_X_y=True)
+    parts = [task.train.client(i) for i in task.train.client_ids()] + [task.test.client("held out")]
+    assert len(parts) == 31
+    every = np.concatenate([np.column_stack([p["x"] * 16, p["y"]]) for p in parts])
+    expected = np.column_stack([images, labels])
+    order, other = (np.lexsort(a.T) for a in (every, expected))
+    np.testing.assert_array_equal(every[order], expected[other])  # each image once
+    np.testing.assert_allclose(
+        np.bincount(parts[-1]["y"]) / 360, np.bincount(labels) / 1797, atol=2e-3
+    )
+    again = fax.tasks.load("digits", clients=30, seed=3)
+    np.testing.assert_array_equal(again.train.client("00")["x"], parts[0]["x"])
+
+
+def test_pystdlib():
+    task = fax.tasks.load("pystdlib")
+    assert set(task.train.client_ids()) <= sys.stdlib_module_names
+    assert {"abc", "json", "email", "asyncio"} <= set(task.train.client_ids())
+    assert not {"test", "tkinter"} & set(task.train.client_ids())
+    assert task.train.client_ids() == task.test.client_ids()
+    # A module of one file, read back from its numbers
+    parts = [data.client("abc")["y"].ravel() for data in (task.train, task.test)]
+    assert len(parts[1]) == max(len(parts[0]) // 9 // 80, 1) * 80
+    vocabulary = PYTHON_CHARACTERS.vocabulary.decode()
+    letters = dict(enumerate(vocabulary, 3))
+    read = "".join(letters.get(n, "") for n in np.concatenate(parts))
+    assert read == Path(abc.__file__).read_text()
+    assert set(vocabulary) == set(string.printable) - {"\r", "\x0b", "\x0c"}
+    total = sum(task.train.num_examples(i) for i in task.train.client_ids())
+    assert total > 50_000
+    assert max(task.test.num_examples(i) for i in task.test.client_ids()) == 32
+    found = task.train.client("json")
+    np.testing.assert_array_equal(found["x"].ravel()[1:], found["y"].ravel()[:-1])
+
+
+def test_a_python_without_its_source(monkeypatch, tmp_path):
+    (tmp_path / "abc.py").write_text("x = 1\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataError, match=r"has the source of 1 modules .*use another"):
+        fax.tasks.load("pystdlib")
+
+
+def test_unknown_names():
+    known = "cifar100.*digits.*emnist.*pystdlib.*shakespeare.*stackoverflow"
+    with pytest.raises(ValueError, match=f"no task 'mnist'. There are .*{known}"):
+        fax.tasks.load("mnist")
+    with pytest.raises(TypeError, match=r"'digits' has no option 'model', only .*alpha"):
+        fax.tasks.load("digits", model="dense")
+    with pytest.raises(ValueError, match=r"no model 'lstm', only \['conv', 'dense', 'logistic'\]"):
+        fax.tasks.load("emnist", model="lstm")
+    with pytest.raises(ValueError, match=r"no model 'conv', only \['logistic', 'resnet18'\]"):
+        fax.tasks.load("cifar100", model="conv")
+
+
+# Learning
+
+
+def losses(task, rounds, **changes):
+    """The loss on the training data, before and after some rounds of the task's settings."""
+    own = dataclasses.replace(task.settings, **changes)
+    algorithm = fax.algorithms.fedavg(task.model.loss, own.client_optimizer, own.server_optimizer)
+    cohorts = fax.data.cohorts(
+        task.train, own.clients, own.batch_size, epochs=own.epochs, max_steps=own.max_steps
+    )
+    train, state = jax.jit(algorithm.round), algorithm.init(task.model.init(jax.random.key(0)))
+
+    def loss(state):
+        measured = {"loss": task.metrics["loss"]}
+        params = algorithm.params(state)
+        return fax.metrics.evaluate(task.model.apply, params, task.train, measured)["loss"]
+
+    before = loss(state)
+    for _ in range(rounds):
+        state, _ = train(state, next(cohorts))
+    return before, loss(state)
+
+
+def test_emnist_conv_learns(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = rng.uniform(size=(62, 28, 28)).astype(np.float32)
+    own = {}
+    for number in range(3):
+        label = rng.choice([3, 10, 61], size=30).astype(np.int32)
+        noise = rng.uniform(size=(30, 28, 28)).astype(np.float32)
+        own[f"f21{number:02}_00"] = {"pixels": (shapes[label] + noise) / 2, "label": label}
+    _, content = emnist_file(tmp_path, all_train=own)
+    publish(monkeypatch, tmp_path / "cache", "EMNIST", content)
+    task = fax.tasks.load("emnist", tmp_path / "cache")
+    before, after = losses(task, 3, clients=3)
+    assert before == pytest.approx(np.log(62), abs=1)
+    assert after < before - 0.3
+
+
+def test_shakespeare_learns(tmp_path, monkeypatch):
+    lines = {name: {"snippets": text(name * 60)} for name in ("to be ", "or not ", "to be, ")}
+    content = compressed(tmp_path, {"train": lines, "test": lines})
+    publish(monkeypatch, tmp_path / "cache", "SHAKESPEARE", content)
+    task = fax.tasks.load("shakespeare", tmp_path / "cache")
+    before, after = losses(task, 6, clients=3, epochs=3)
+    assert before == pytest.approx(np.log(90), rel=0.1)
+    assert after < before - 0.3
+
+
+def test_stackoverflow_learns(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{n}" for n in range(10_000)])
+    posts = {}
+    for number in range(4):
+        rows = [" ".join(words[rng.geometric(0.1, 12)]) for _ in range(32)]
+        posts[str(number)] = {"tokens": text(*rows), "type": text(*["answer"] * 32)}
+    content = compressed(tmp_path, {"train": posts, "test": posts})
+    publish(monkeypatch, tmp_path / "cache", "STACKOVERFLOW", content)
+    counts = word_counts(*(f"{word} {20_000 - n}" for n, word in enumerate(words)))
+    publish(monkeypatch, tmp_path / "cache", "STACKOVERFLOW_WORDS", counts)
+    task = fax.tasks.load("stackoverflow", tmp_path / "cache")
+    before, after = losses(task, 4, clients=4)
+    assert before == pytest.approx(np.log(10_004), rel=0.1)
+    assert after < before - 0.5
