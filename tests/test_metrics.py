@@ -410,6 +410,14 @@ def test_labels_out_of_range(change, message, personal):
         fm.evaluate_clients(apply, params, data, metrics, personal=personal)
 
 
+class Nobody:
+    def client_ids(self):
+        return ()
+
+    def __len__(self):
+        return 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -424,9 +432,9 @@ def test_labels_out_of_range(change, message, personal):
             r"metric 'a' returned .total of shape \(\), expected \(66, ...\): a statistic of each",
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
-        (dict(metrics={"a": fm.ConfusionMatrix(3)}), r"num_classes=3, but there are scores of 5"),
+        (dict(metrics={"a": fm.ConfusionMatrix(9)}), r"num_classes=9, but there are scores of 5"),
         (dict(batch_size=0), "batch_size is 0, expected a positive int"),
-        (dict(data=fax.data.subset(population("classes"), [])), "data has no clients"),
+        (dict(data=Nobody()), "data has no clients"),
     ],
 )
 def test_mistakes(change, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from fax.data._protocol import DataError, FederatedData
 from fax.data._views import map as map_clients
 from fax.metrics._classes import Metric, limits_of, positive
 from fax.metrics._programs import scores_of, stats_of_clients, stats_of_rows
-from fax.metrics._rows import BATCH_SIZE, Check, Layout, Prepared
+from fax.metrics._rows import BATCH_SIZE, Check, Layout, Prepared, Rows
 from fax.sharding._spread import spread_in_scope
 
 PyTree = Any
@@ -184,7 +184,7 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
         check = _labels_in_range(apply, params, layout.reader, named)
         for client_id, extremes in data.extremes:
             check(client_id, extremes)
-        all_rows = data.rows
+        all_rows: Iterable[Rows] = data.rows
     else:
         layout = Layout(where, data, batch_size, spread)
         all_rows = layout.rows(_labels_in_range(apply, params, layout.reader, named))
