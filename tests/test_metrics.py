@@ -289,6 +289,11 @@ def test_evaluation_is_the_merge_of_clients(kind, batch_size, mesh):
     with jax.set_mesh(meshes.mesh(mesh or "auto", clients=3 if mesh else 1)):
         found = fm.evaluate(apply, params, data, metrics, batch_size=batch_size)
         each = fm.evaluate_clients(apply, params, data, metrics, batch_size=batch_size)
+        ready = fm.prepare(data, batch_size=batch_size)
+        for name, value in fm.evaluate(apply, params, ready, metrics).items():
+            np.testing.assert_array_equal(value, found[name])
+        for name, value in fm.evaluate_clients(apply, params, ready, metrics).items():
+            np.testing.assert_array_equal(value, each[name])
         personal = fm.evaluate_clients(
             apply, stacked, data, metrics, batch_size=batch_size, personal=True
         )
@@ -351,7 +356,7 @@ def test_one_shape_is_compiled_and_batches_are_full():
 
 
 def test_evaluation_is_a_federated_program():
-    from fax.metrics._evaluate import _of_rows
+    from fax.metrics._programs import stats_of_rows
     from fax.metrics._rows import Rows
 
     mask, slots = np.ones((4, 8), bool), np.zeros((4, 8), np.int32)
@@ -359,10 +364,12 @@ def test_evaluation_is_a_federated_program():
     metrics = (("accuracy", fm.Accuracy()),)
     params = {"w": np.ones((4, CLASSES))}
     with jax.set_mesh(meshes.mesh(clients=4)):
-        text = _of_rows.lower(linear, metrics, None, "clients", params, rows).compile().as_text()
+        text = (
+            stats_of_rows.lower(linear, metrics, None, "clients", params, rows).compile().as_text()
+        )
     assert sum(" all-reduce(" in line for line in text.splitlines()) <= 2
     assert "all-gather" not in text
-    jaxpr = jax.make_jaxpr(_of_rows, static_argnums=(0, 1, 2, 3))(
+    jaxpr = jax.make_jaxpr(stats_of_rows, static_argnums=(0, 1, 2, 3))(
         linear, metrics, None, "clients", params, rows
     )
     assert "federated_map" in str(jaxpr)
@@ -403,6 +410,14 @@ def test_labels_out_of_range(change, message, personal):
         fm.evaluate_clients(apply, params, data, metrics, personal=personal)
 
 
+class Nobody:
+    def client_ids(self):
+        return ()
+
+    def __len__(self):
+        return 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -417,9 +432,9 @@ def test_labels_out_of_range(change, message, personal):
             r"metric 'a' returned .total of shape \(\), expected \(66, ...\): a statistic of each",
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
-        (dict(metrics={"a": fm.ConfusionMatrix(3)}), r"num_classes=3, but there are scores of 5"),
+        (dict(metrics={"a": fm.ConfusionMatrix(9)}), r"num_classes=9, but there are scores of 5"),
         (dict(batch_size=0), "batch_size is 0, expected a positive int"),
-        (dict(data=fax.data.subset(population("classes"), [])), "data has no clients"),
+        (dict(data=Nobody()), "data has no clients"),
     ],
 )
 def test_mistakes(change, message):
@@ -433,6 +448,27 @@ def test_params_without_a_row_for_each_client():
     data, apply, params, metrics = case("classes")
     with pytest.raises(ValueError, match=r"params\['w'\] has shape \(4, 5\), expected a row for"):
         fm.evaluate_clients(apply, params, data, metrics, personal=True)
+
+
+def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
+    data, apply, params, metrics = case("classes")
+    ready = fm.prepare(data)
+    with pytest.raises(ValueError, match=r"batch_size=3 comes too late for data that are prepared"):
+        fm.evaluate(apply, params, ready, metrics, batch_size=3)
+    with (
+        jax.set_mesh(meshes.mesh(clients=2)),
+        pytest.raises(ValueError, match="prepared under another mesh or placement"),
+    ):
+        fm.evaluate(apply, params, ready, metrics)
+    own = jax.tree.map(lambda x: np.stack([x] * len(SIZES)), params)
+    with pytest.raises(ValueError, match="personal=True takes clients one by one"):
+        fm.evaluate_clients(apply, own, ready, metrics, personal=True)
+    few = {"a": fm.PerDomain(fm.Accuracy(), 2)}
+    with pytest.raises(fax.data.DataError, match=r"feature 'domain' has 2, expected numbers from"):
+        fm.evaluate(apply, params, ready, few)
+    monkeypatch.setattr("fax.metrics._rows.fits", lambda num_bytes, spread: False)
+    with pytest.raises(fax.data.DataError, match="GiB on each device, more than there is room"):
+        fm.prepare(data)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])

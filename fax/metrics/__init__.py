@@ -12,6 +12,8 @@ from fax.metrics._classes import PerDomain as PerDomain
 from fax.metrics._classes import TopK as TopK
 from fax.metrics._evaluate import evaluate as evaluate
 from fax.metrics._evaluate import evaluate_clients as evaluate_clients
+from fax.metrics._rows import Prepared as Prepared
+from fax.metrics._rows import prepare as prepare
 from fax.metrics._sequences import OOVRate as OOVRate
 from fax.metrics._sequences import SequenceCount as SequenceCount
 from fax.metrics._sequences import SequenceLength as SequenceLength

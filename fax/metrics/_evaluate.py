@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,17 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-import fax._operators as operators
-import fax._reductions as reductions
-from fax._program import program
-from fax.data._cohort import Client, Cohort
 from fax.data._cohorts import cohorts
 from fax.data._features import Reader
 from fax.data._protocol import DataError, FederatedData
 from fax.data._views import map as map_clients
 from fax.metrics._classes import Metric, limits_of, positive
-from fax.metrics._rows import Check, Layout
-from fax.metrics._statistics import Statistic
+from fax.metrics._programs import scores_of, stats_of_clients, stats_of_rows
+from fax.metrics._rows import BATCH_SIZE, Check, Layout, Prepared, Rows
 from fax.sharding._spread import spread_in_scope
 
 PyTree = Any
@@ -30,7 +25,6 @@ Apply = Callable[[PyTree, Any], jax.Array]
 Metrics = Mapping[str, Metric]
 Named = tuple[tuple[str, Metric], ...]
 
-_BATCH_SIZE = 256
 # Rounds that may be under way on the devices while the host prepares another.
 _AHEAD = 2
 # How many clients with models of their own come to the devices together.
@@ -40,10 +34,10 @@ _TOGETHER = 64
 def evaluate(
     apply: Apply,
     params: PyTree,
-    data: FederatedData,
+    data: FederatedData | Prepared,
     metrics: Metrics,
     *,
-    batch_size: int = _BATCH_SIZE,
+    batch_size: int | None = None,
     placement: str = "clients",
 ) -> dict[str, Any]:
     """Evaluates a model on the examples of all clients, each of which counts the same.
@@ -56,10 +50,11 @@ def evaluate(
       apply: ``apply(params, batch) -> scores``, such as that of a `fax.models.Model`. The same
         function and metrics are compiled once.
       params: the model's parameters.
-      data: the clients; for those that training has not seen see `fax.data.split`.
+      data: the clients; for those that training has not seen see `fax.data.split`. To evaluate on
+        the same ones again and again, what `fax.metrics.prepare` made of them.
       metrics: by name, ``metric(batch, scores)``, which returns a statistic of each example: a
         `Mean` or `Sum` with leaves [batch, ...]. Functions, and those of `fax.metrics`.
-      batch_size: the most examples a device works on at once.
+      batch_size: the most examples a device works on at once. Default: 256.
       placement: the placement whose mesh axes batches are spread over.
 
     Returns:
@@ -96,11 +91,11 @@ def evaluate(
 def evaluate_clients(
     apply: Apply,
     params: PyTree,
-    data: FederatedData,
+    data: FederatedData | Prepared,
     metrics: Metrics,
     *,
     personal: bool = False,
-    batch_size: int = _BATCH_SIZE,
+    batch_size: int | None = None,
     placement: str = "clients",
 ) -> dict[str, Any]:
     """Evaluates a model on each client's examples, or each client's own model.
@@ -113,10 +108,10 @@ def evaluate_clients(
       apply: ``apply(params, batch) -> scores``.
       params: the model's parameters. If ``personal``, leaves have a leading axis [clients], in
         the order of ``data.client_ids()``.
-      data: the clients.
+      data: the clients, or what `fax.metrics.prepare` made of them.
       metrics: by name; see `fax.metrics.evaluate`.
       personal: whether each client has a model of its own.
-      batch_size: the most examples a device works on at once.
+      batch_size: the most examples a device works on at once. Default: 256.
       placement: the placement whose mesh axes the work is spread over.
 
     Returns:
@@ -180,10 +175,19 @@ def _wide(x: jax.Array) -> np.ndarray:
 
 def _run(where, apply, params, data, metrics, batch_size, placement, each):
     """Statistics of rows of examples: of all, or of each client, with their positions."""
-    named = _named(where, data, metrics, batch_size)
+    named = _named(where, data, metrics)
+    spread = spread_in_scope(where, placement)
     params = jax.tree.map(jnp.asarray, params)
-    check = _labels_in_range(apply, params, data, named)
-    layout = Layout(data, batch_size, spread_in_scope(where, placement), check, where)
+    if isinstance(data, Prepared):
+        data.check_use(where, batch_size, spread)
+        layout = data.layout
+        check = _labels_in_range(apply, params, layout.reader, named)
+        for client_id, extremes in data.extremes:
+            check(client_id, extremes)
+        all_rows: Iterable[Rows] = data.rows
+    else:
+        layout = Layout(where, data, batch_size, spread)
+        all_rows = layout.rows(_labels_in_range(apply, params, layout.reader, named))
     slots = layout.slots if each else None
 
     def fetched(stats, first):
@@ -195,8 +199,8 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
         return flat, positions.reshape(-1)
 
     under_way: deque = deque()
-    for rows, first in zip(layout, layout.first):
-        stats = _of_rows(apply, named, slots, placement, params, rows)
+    for rows, first in zip(all_rows, layout.first):
+        stats = stats_of_rows(apply, named, slots, placement, params, rows)
         under_way.append((stats, first))
         if len(under_way) > _AHEAD:
             yield fetched(*under_way.popleft())
@@ -204,55 +208,10 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
         yield fetched(*under_way.popleft())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _of_rows(apply, metrics, slots, placement, params, rows):
-    def of_row(params, batch, mask, owners):
-        stats = _of_batch(apply, metrics, params, batch)
-        if slots is None:
-            return {name: stat.sum(mask) for name, stat in stats.items()}
-        return jax.tree.map(lambda x: _by_owner(x, mask, owners, slots), stats)
-
-    @program(**{placement: len(rows.mask)})
-    def of_rows(params, *rows):
-        placed = operators.map(of_row, operators.broadcast(params), *rows)
-        return reductions.sum(placed) if slots is None else operators.collect(placed)
-
-    return of_rows(params, *rows)
-
-
-def _by_owner(x: jax.Array, mask: jax.Array, owners: jax.Array, slots: int) -> jax.Array:
-    x = jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-    x = x.astype(jnp.int32) if x.dtype == bool else x
-    return jax.ops.segment_sum(x, owners, slots)
-
-
-def _of_batch(apply: Apply, metrics: Named, params: PyTree, batch: Any) -> dict[str, Statistic]:
-    """Every example's statistics."""
-    scores = apply(params, batch)
-    count = len(next(iter(batch.values())))
-    stats = {}
-    for name, metric in metrics:
-        stats[name] = stat = metric(batch, scores)
-        if not isinstance(stat, Statistic):
-            raise ValueError(
-                f"metric {name!r} returned {type(stat).__name__} {stat!r:.80}, expected a "
-                "statistic, such as fax.metrics.Mean(values, jnp.ones_like(values))."
-            )
-        for path, leaf in tree_leaves_with_path(stat):
-            if jnp.ndim(leaf) < 1 or len(leaf) != count:
-                raise ValueError(
-                    f"metric {name!r} returned {keystr(path)} of shape {jnp.shape(leaf)}, expected "
-                    f"({count}, ...): a statistic of each example of the batch. fax adds them up, "
-                    "without padding."
-                )
-    return stats
-
-
 # What is checked on the host
 
 
-def _named(where: str, data: FederatedData, metrics: Metrics, batch_size: int) -> Named:
-    positive(where, "batch_size", batch_size)
+def _named(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Named:
     if not len(data):
         raise DataError(f"{where}: data has no clients.")
     if not isinstance(metrics, Mapping) or not metrics:
@@ -269,11 +228,11 @@ def _named(where: str, data: FederatedData, metrics: Metrics, batch_size: int) -
     return tuple(metrics.items())
 
 
-def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics: Named) -> Check:
+def _labels_in_range(apply: Apply, params: PyTree, reader: Reader, metrics: Named) -> Check:
     """A check of clients' labels, to be made when they are read."""
-    features = Reader(data, data.client_ids()[0]).features
+    features = reader.features
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in features.items()}
-    scores = _scores.eval_shape(apply, params, batch)
+    scores = scores_of.eval_shape(apply, params, batch)
     if not hasattr(scores, "shape") or not scores.shape:
         return lambda client_id, examples: examples
     limits: dict[str, int] = {}
@@ -288,7 +247,7 @@ def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics:
 
     def check(client_id, examples):
         for feature, limit in limits.items():
-            labels = np.asarray(examples[feature])
+            labels = np.asarray(examples.get(feature, ()))
             if labels.size and labels.dtype.kind in "iu":
                 low, high = labels.min(), labels.max()
                 if low < 0 or high >= limit:
@@ -303,17 +262,18 @@ def _labels_in_range(apply: Apply, params: PyTree, data: FederatedData, metrics:
     return check
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(apply, params, batch):
-    return apply(params, batch)
-
-
 # Models of clients' own
 
 
 def _run_personal(where, apply, params, data, metrics, batch_size, placement, each):
     """Statistics of clients, each of its own model, with their positions."""
-    named = _named(where, data, metrics, batch_size)
+    named = _named(where, data, metrics)
+    if isinstance(data, Prepared):
+        raise ValueError(
+            f"{where}: personal=True takes clients one by one, and not what fax.metrics.prepare "
+            "made of them. Pass the data themselves."
+        )
+    batch_size = positive(where, "batch_size", BATCH_SIZE if batch_size is None else batch_size)
     clients = len(data)
     params = jax.tree.map(jnp.asarray, params)
     for path, leaf in tree_leaves_with_path(params):
@@ -324,7 +284,8 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
                 "it out."
             )
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    data = map_clients(data, _labels_in_range(apply, one, data, named))
+    reader = Reader(data, data.client_ids()[0])
+    data = map_clients(data, _labels_in_range(apply, one, reader, named))
     counts = np.array([data.num_examples(i) for i in data.client_ids()])
     ways = spread_in_scope(where, placement).ways
     size = min(clients, -(-_TOGETHER // ways) * ways)
@@ -346,31 +307,8 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
     with batches:
         for _ in groups:
             cohort = next(batches)
-            stats = _of_cohort(apply, named, placement, params, cohort)
+            stats = stats_of_clients(apply, named, placement, params, cohort)
             positions = np.asarray(cohort.client_ids)
             new = ~seen[positions]
             seen[positions] = True
             yield jax.tree.map(lambda x, new=new: np.asarray(x)[new], stats), positions[new]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _of_cohort(apply, metrics, placement, params, cohort):
-    def of_client(params: PyTree, client: Client) -> dict[str, Statistic]:
-        def of_step(batch, mask):
-            stats = _of_batch(apply, metrics, params, batch)
-            return {name: stat.sum(mask) for name, stat in stats.items()}
-
-        def step(totals, batch, mask, key):
-            return jax.tree.map(jnp.add, totals, of_step(batch, mask))
-
-        shapes = jax.eval_shape(of_step, client.batch(0), client.mask[0])
-        return client.scan(step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-
-    @program(**{placement: cohort.size})
-    def of_cohort(params: PyTree, cohort: Cohort) -> dict[str, Statistic]:
-        placed = operators.map(
-            of_client, params, cohort.clients(), batch_size=cohort.clients_at_once
-        )
-        return operators.collect(placed)
-
-    return of_cohort(jax.tree.map(lambda x: x[cohort.client_ids], params), cohort)

@@ -16,9 +16,12 @@ import numpy as np
 from fax.data._features import Reader
 from fax.data._host import aligned_zeros
 from fax.data._prefetch import Prefetch
-from fax.data._protocol import DataError, Examples, FederatedData
-from fax.sharding._spread import Spread
+from fax.data._protocol import ClientId, DataError, Examples, FederatedData
+from fax.data._resident import fits
+from fax.metrics._classes import positive
+from fax.sharding._spread import Spread, spread_in_scope
 
+BATCH_SIZE = 256
 # Rounds that are read ahead.
 _AHEAD = 2
 
@@ -49,11 +52,12 @@ class Layout:
       slots: the most clients that any row has examples of.
     """
 
-    def __init__(
-        self, data: FederatedData, batch_size: int, spread: Spread, check: Check, where: str
-    ):
+    def __init__(self, where: str, data: FederatedData, batch_size: int | None, spread: Spread):
+        batch_size = positive(where, "batch_size", BATCH_SIZE if batch_size is None else batch_size)
         self.ids = data.client_ids()
-        self.reader, self.check = Reader(data, self.ids[0]), check
+        if not len(self.ids):
+            raise DataError(f"{where}: data has no clients.")
+        self.reader = Reader(data, self.ids[0])
         self.counts = np.array([data.num_examples(i) for i in self.ids], np.int64)
         self.ends = np.cumsum(self.counts)
         total = int(self.ends[-1])
@@ -72,9 +76,14 @@ class Layout:
         self.slots = int(np.max(last - first)) + 1
         self._seen: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
-    def __iter__(self) -> Iterator[Rows]:
+    @property
+    def num_bytes(self) -> int:
+        """What the examples take on each device."""
+        return self.rounds * self.batch_size * self.reader.bytes_per_example
+
+    def rows(self, check: Check) -> Iterator[Rows]:
         """The rows of each round, on the devices."""
-        ahead = Prefetch(lambda number: self._read(number % self.rounds), 0, _AHEAD)
+        ahead = Prefetch(lambda number: self._read(number % self.rounds, check), 0, _AHEAD)
         try:
             for _ in range(self.rounds):
                 yield Rows(*map(self._put, next(ahead)))
@@ -85,7 +94,7 @@ class Layout:
         width = self.spread.ways
         return jax.tree.map(lambda leaf: self.spread.put(leaf, width, self.own), x)
 
-    def _read(self, number: int) -> Rows:
+    def _read(self, number: int, check: Check) -> Rows:
         """This process' rows, on the host."""
         shape = (len(self.own), self.batch_size)
         batches = {
@@ -102,16 +111,108 @@ class Layout:
                 skip = at + filled - int(self.ends[position] - self.counts[position])
                 count = min(int(self.counts[position]) - skip, stop - at - filled)
                 to = slice(filled, filled + count)
-                for name, array in self._client(position).items():
+                for name, array in self._client(position, check).items():
                     batches[name][row, to] = array[skip : skip + count]
                 slots[row, to] = position - self.first[number, here]
                 filled, position = filled + count, position + 1
         return Rows(batches, mask, slots)
 
-    def _client(self, position: int) -> dict[str, np.ndarray]:
+    def _client(self, position: int, check: Check) -> dict[str, np.ndarray]:
         """A client's examples. One may go on in the next row, and is kept until then."""
         if self._seen[0] != position and self.counts[position]:
             examples = self.reader.client(self.ids[position], int(self.counts[position]))
-            self.check(self.ids[position], examples)
+            check(self.ids[position], examples)
             self._seen = (position, examples)
         return self._seen[1] if self.counts[position] else {}
+
+
+class Prepared:
+    """What `prepare` returns: clients' examples on the devices, ready to be evaluated on.
+
+    Attributes:
+      layout: where they are.
+      rows: all of them.
+      extremes: the least and the greatest number of each integer feature, by whose it is.
+    """
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        found: dict[str, list[tuple[int, ClientId]]] = {}
+
+        def note(client_id: ClientId, examples: Examples) -> Examples:
+            for name, array in examples.items():
+                if array.dtype.kind in "iu" and array.size:
+                    low, high = (int(array.min()), client_id), (int(array.max()), client_id)
+                    least, most = found.get(name, (low, high))
+                    found[name] = [min(least, low, key=_number), max(most, high, key=_number)]
+            return examples
+
+        self.rows = tuple(layout.rows(note))
+        self.extremes: list[tuple[ClientId, Examples]] = [
+            (client_id, {name: np.array([number])})
+            for name, pair in found.items()
+            for number, client_id in pair
+        ]
+
+    def __len__(self) -> int:
+        """The number of clients."""
+        return len(self.layout.ids)
+
+    def check_use(self, where: str, batch_size: int | None, spread: Spread) -> None:
+        """Raises if something else is asked for than was prepared."""
+        if batch_size is not None:
+            raise ValueError(
+                f"{where}: batch_size={batch_size} comes too late for data that are prepared. Say "
+                "it to fax.metrics.prepare."
+            )
+        if spread != self.layout.spread:
+            raise ValueError(
+                f"{where}: the data were prepared under another mesh or placement. Call "
+                "fax.metrics.prepare under the mesh that they are evaluated under."
+            )
+
+
+def _number(pair: tuple[int, ClientId]) -> int:
+    return pair[0]
+
+
+def prepare(
+    data: FederatedData, *, batch_size: int | None = None, placement: str = "clients"
+) -> Prepared:
+    """Brings clients' examples to the devices, to evaluate on them again and again.
+
+    Otherwise they are read from the host in each evaluation, which takes longer than small models
+    do.
+
+    Args:
+      data: the clients.
+      batch_size: the most examples a device works on at once. Default: 256.
+      placement: the placement whose mesh axes batches are spread over.
+
+    Returns:
+      What `fax.metrics.evaluate` and `fax.metrics.evaluate_clients` take for data.
+
+    Raises:
+      ValueError: if ``batch_size`` is not a positive int.
+      DataError: if the examples do not fit on the devices, or cannot be used.
+
+    Example:
+
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(3.0)}, "bob": {"x": jnp.arange(2.0)}})
+      >>> ready = fax.metrics.prepare(data)
+      >>> total = lambda batch, scores: fax.metrics.Sum(scores)
+      >>> for factor in (1.0, 2.0):
+      ...     apply = lambda params, batch: params * batch["x"]
+      ...     print(fax.metrics.evaluate(apply, factor, ready, {"total": total})["total"])
+      4.0
+      8.0
+    """
+    where = "fax.metrics.prepare"
+    spread = spread_in_scope(where, placement)
+    layout = Layout(where, data, batch_size, spread)
+    if not fits(layout.num_bytes, spread):
+        raise DataError(
+            f"{where}: the examples take {layout.num_bytes / 2**30:.1f} GiB on each device, more "
+            "than there is room for. Evaluate on the data as they are, which are read in turns."
+        )
+    return Prepared(layout)

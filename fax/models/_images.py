@@ -47,14 +47,9 @@ class EmnistConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.conv1(shaped(x, EMNIST, EMNIST)))
         x = nnx.relu(self.conv2(x))
-        x = self.dropout1(_max_pool(x)).reshape(len(x), -1)
+        x = nnx.max_pool(x, (2, 2), (2, 2))
+        x = self.dropout1(x).reshape(len(x), -1)
         return self.out(self.dropout2(nnx.relu(self.hidden(x))))
-
-
-def _max_pool(x: jax.Array) -> jax.Array:
-    """The maximum over windows of 2 x 2."""
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 class Dense(nnx.Module):

@@ -31,9 +31,9 @@ class LSTM(nnx.Module):
     def __init__(self, inputs: int, hidden: int, *, rngs: nnx.Rngs):
         # Haiku has one matrix for inputs and state, and so a common fan-in.
         init = initializers.truncated_normal((inputs + hidden) ** -0.5)
-        self.kernel = nnx.Param(init(rngs.params(), (inputs, 4 * hidden)))
-        self.recurrent = nnx.Param(init(rngs.params(), (hidden, 4 * hidden)))
-        self.bias = nnx.Param(jnp.zeros(4 * hidden))
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, 4 * hidden), jnp.float32))
+        self.recurrent = nnx.Param(init(rngs.params(), (hidden, 4 * hidden), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(4 * hidden, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         z = jnp.swapaxes(x, 0, 1) @ self.kernel[...] + self.bias[...]

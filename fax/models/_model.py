@@ -32,13 +32,13 @@ class Model(NamedTuple):
 
 
 def functional(
-    build: Callable[[nnx.Rngs], nnx.Module],
+    build: Callable[..., nnx.Module],
     loss: Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy,
 ) -> Model:
     """Makes pure functions of a flax.nnx module.
 
     Args:
-      build: ``build(rngs) -> module``, as a module's class does. The module is called with the
+      build: ``build(rngs=rngs) -> module``, as a module's class does. The module is called with the
         feature ``"x"`` of a batch and returns scores, one for each class.
       loss: ``loss(scores, batch) -> (losses, metrics)``, each [batch].
 
@@ -59,7 +59,7 @@ def functional(
       >>> model.apply(params, {"x": jnp.ones((2, 4))}).shape
       (2, 3)
     """
-    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, _, rest = parts
     others, structure = jax.tree.flatten(rest)
@@ -73,7 +73,7 @@ def functional(
             )
 
     def init(key: jax.Array) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key)), nnx.Param))
 
     def apply(params: PyTree, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         source = jax.random.key(0) if key is None else key

@@ -11,18 +11,21 @@ from fax.models._images import Linear
 from fax.models._lstm import LSTM
 
 
-def _embedding(tokens: int, size: int, rngs: nnx.Rngs) -> nnx.Embed:
-    init = initializers.truncated_normal(1.0)  # Haiku's
-    return nnx.Embed(tokens, size, embedding_init=init, rngs=rngs)
+class _Embedding(nnx.Module):
+    """A vector for each token. What is no token gets NaN, not that of another."""
 
+    def __init__(self, tokens: int, size: int, *, rngs: nnx.Rngs):
+        init = initializers.truncated_normal(1.0)  # Haiku's
+        self.embedding = nnx.Param(init(rngs.params(), (tokens, size), jnp.float32))
 
-def _embedded(embed: nnx.Embed, x: jax.Array) -> jax.Array:
-    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(
-            f"feature 'x' is {x.dtype} of shape {x.shape}, expected integers of shape "
-            "('batch', 'length'), the numbers of tokens."
-        )
-    return embed(x)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(
+                f"feature 'x' is {x.dtype} of shape {x.shape}, expected integers of shape "
+                "('batch', 'length'), the numbers of tokens."
+            )
+        table = self.embedding[...]
+        return jnp.take(table, jnp.where(x < 0, len(table), x), axis=0, mode="fill")
 
 
 class ShakespeareLSTM(nnx.Module):
@@ -33,13 +36,13 @@ class ShakespeareLSTM(nnx.Module):
     """
 
     def __init__(self, num_tokens: int = 90, *, rngs: nnx.Rngs):
-        self.embed = _embedding(num_tokens, 8, rngs)
+        self.embed = _Embedding(num_tokens, 8, rngs=rngs)
         self.lstm1 = LSTM(8, 256, rngs=rngs)
         self.lstm2 = LSTM(256, 256, rngs=rngs)
         self.out = Linear(256, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.tanh(self.lstm1(_embedded(self.embed, x)))
+        x = jnp.tanh(self.lstm1(self.embed(x)))
         return self.out(jnp.tanh(self.lstm2(x)))
 
 
@@ -53,17 +56,17 @@ class StackOverflowLSTM(nnx.Module):
 
     def __init__(self, num_tokens: int = 10_004, *, tied: bool = False, rngs: nnx.Rngs):
         self.tied = tied
-        self.embed = _embedding(num_tokens, 96, rngs)
+        self.embed = _Embedding(num_tokens, 96, rngs=rngs)
         self.lstm = LSTM(96, 670, rngs=rngs)
         self.project = Linear(670, 96, rngs=rngs)
         if tied:
-            self.bias = nnx.Param(jnp.zeros(num_tokens))
+            self.bias = nnx.Param(jnp.zeros(num_tokens, jnp.float32))
         else:
             self.out = Linear(96, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.project(jnp.tanh(self.lstm(_embedded(self.embed, x))))
-        return self.embed.attend(x) + self.bias[...] if self.tied else self.out(x)
+        x = self.project(jnp.tanh(self.lstm(self.embed(x))))
+        return x @ self.embed.embedding[...].T + self.bias[...] if self.tied else self.out(x)
 
 
 class CharLSTM(nnx.Module):
@@ -73,9 +76,9 @@ class CharLSTM(nnx.Module):
     """
 
     def __init__(self, num_tokens: int = 100, hidden: int = 192, *, rngs: nnx.Rngs):
-        self.embed = _embedding(num_tokens, 32, rngs)
+        self.embed = _Embedding(num_tokens, 32, rngs=rngs)
         self.lstm = LSTM(32, hidden, rngs=rngs)
         self.out = Linear(hidden, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(self.lstm(_embedded(self.embed, x)))
+        return self.out(self.lstm(self.embed(x)))
