@@ -466,8 +466,8 @@ def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     few = {"a": fm.PerDomain(fm.Accuracy(), 2)}
     with pytest.raises(fax.data.DataError, match=r"feature 'domain' has 2, expected numbers from"):
         fm.evaluate(apply, params, ready, few)
-    monkeypatch.setattr("fax.metrics._rows.fits", lambda num_bytes, spread: False)
-    with pytest.raises(fax.data.DataError, match="GiB on each device, more than there is room"):
+    monkeypatch.setattr("fax.metrics._rows.fits", lambda rows, bytes_per_row, spread: False)
+    with pytest.raises(fax.data.DataError, match="GiB, more than there is room"):
         fm.prepare(data)
 
 

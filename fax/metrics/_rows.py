@@ -77,9 +77,9 @@ class Layout:
         self._seen: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
     @property
-    def num_bytes(self) -> int:
-        """What the examples take on each device."""
-        return self.rounds * self.batch_size * self.reader.bytes_per_example
+    def examples(self) -> int:
+        """How many examples, with padding, each device gets."""
+        return self.rounds * self.batch_size
 
     def rows(self, check: Check) -> Iterator[Rows]:
         """The rows of each round, on the devices."""
@@ -210,9 +210,11 @@ def prepare(
     where = "fax.metrics.prepare"
     spread = spread_in_scope(where, placement)
     layout = Layout(where, data, batch_size, spread)
-    if not fits(layout.num_bytes, spread):
+    size = layout.reader.bytes_per_example
+    if not fits(layout.examples, size, spread):
         raise DataError(
-            f"{where}: the examples take {layout.num_bytes / 2**30:.1f} GiB on each device, more "
-            "than there is room for. Evaluate on the data as they are, which are read in turns."
+            f"{where}: the {layout.examples} examples of each device take "
+            f"{layout.examples * size / 2**30:.1f} GiB, more than there is room for. Evaluate on "
+            "the data as they are, which are read in turns."
         )
     return Prepared(layout)

@@ -163,8 +163,8 @@ def _opened(
 ) -> Split:
     """The splits of a file, prepared when a client is read."""
     with _published(path, source):
-        train, test = (fax.data.SQLite(path, split, features) for split in splits)
-    train, test = (fax.data.map(d, prepare, keeps_length=keeps_length) for d in (train, test))
+        sources = [fax.data.SQLite(path, split, features) for split in splits]
+    train, test = (fax.data.map(d, prepare, keeps_length=keeps_length) for d in sources)
     with _published(path, source):
         first = train.client_ids()[0]
         train.client(first)  # so that a file of another version shows itself now
