@@ -126,14 +126,14 @@ def char_lstm(params: PyTree, x: jax.Array, key: jax.Array | None) -> jax.Array:
 
 PICTURE = (28, 28, 1)
 TASKS = {
-    "emnist_conv": Task(emnist_conv, PICTURE, 62, 10, 20, (40, 100), 60),
-    "emnist_dense": Task(dense, PICTURE, 62, 10, 20, (28, 400), 1000),
-    "emnist_logistic": Task(dense, PICTURE, 62, 10, 20, (28, 400), 1000),
+    "emnist_conv": Task(emnist_conv, PICTURE, 62, 10, 10, (28, 400), 60),
+    "emnist_dense": Task(dense, PICTURE, 62, 340, 20, (28, 400), 1000),
+    "emnist_logistic": Task(dense, PICTURE, 62, 10, 10, (28, 400), 1000),
     "cifar100_logistic": Task(dense, (24, 24, 3), 100, 10, 20, (100, 100), 200),
     "shakespeare_lstm": Task(shakespeare, None, 90, 10, 10, (2, 40), 50, 80),
     "stackoverflow_lstm": Task(stackoverflow, None, 10_004, 50, 16, (8, 48), 40, 20),
-    "dense": Task(dense, (64,), 10, 10, 5, (5, 40), 2000),
-    "char_lstm": Task(char_lstm, None, 100, 10, 16, (16, 64), 100, 64),
+    "dense": Task(dense, (64,), 10, 20, 5, (5, 40), 2000),
+    "char_lstm": Task(char_lstm, None, 100, 8, 8, (16, 256), 100, 80),
 }
 
 

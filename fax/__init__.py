@@ -11,6 +11,7 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
 """
 
+from fax import aggregators as aggregators
 from fax import data as data
 from fax import metrics as metrics
 from fax import sharding as sharding

@@ -22,6 +22,7 @@ HOMES = [
     fax.data,
     fax.data.partition,
     fax.metrics,
+    fax.aggregators,
     fax.algorithms,
     fax.models,
     fax.tasks,

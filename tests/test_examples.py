@@ -126,7 +126,7 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
 
 def test_tasks_keeps_its_promise_on_digits(run, tmp_path):
     printed = run(EXAMPLES / "tasks.py", "--task=digits")
-    assert "digits, fedopt, 200 rounds" in printed
+    assert "digits, fedopt, 300 rounds" in printed
     accuracy, loss = numbers(r"test accuracy ([\d.]+)%, loss ([\d.]+), see", printed)
     assert accuracy >= 97
     assert loss < 0.2

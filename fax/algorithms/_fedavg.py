@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-import fax
+from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._local import Trained, metrics_of, train
-from fax.data import Client, Cohort
+from fax.algorithms._averaging import averaging
+from fax.algorithms._local import Local, difference, train
+from fax.data import Client
 
 PyTree = Any
-
-
-class FedAvgState(NamedTuple):
-    """The server's state.
-
-    Attributes:
-      params: the server's model.
-      optimizer: the state of the server's optimizer.
-      model_state: what the model has besides parameters, such as batch statistics, or None.
-    """
-
-    params: PyTree
-    optimizer: PyTree
-    model_state: PyTree
 
 
 def fedavg(
@@ -37,6 +21,7 @@ def fedavg(
     client_optimizer: optax.GradientTransformation,
     server_optimizer: optax.GradientTransformation | None = None,
     *,
+    aggregator: Aggregator | None = None,
     clients_at_once: int | None = None,
 ) -> Algorithm:
     """Federated averaging (FedAvg) and, with another server optimizer, adaptive FedOpt.
@@ -57,6 +42,7 @@ def fedavg(
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
       client_optimizer: from optax; its state starts anew at each client and round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
+      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
       clients_at_once: how many clients one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 
@@ -85,46 +71,9 @@ def fedavg(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
-    def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
-        params, model_state = jax.tree.map(_strong, (params, model_state))
-        return FedAvgState(params, server_optimizer.init(params), model_state)
+    def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
+        trained = train(loss, client_optimizer, params, model_state, client)
+        return difference(trained, params)
 
-    def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
-        @jax.checkpoint  # so that gradients of a round do not store the clients' steps
-        def local_update(params: PyTree, model_state: PyTree, client: Client) -> Trained:
-            trained = train(loss, client_optimizer, params, model_state, client)
-            return trained._replace(params=jax.tree.map(jnp.subtract, trained.params, params))
-
-        @fax.program(clients=cohort.size)
-        def mean_update(params: PyTree, model_state: PyTree, cohort: Cohort) -> tuple:
-            local = fax.map(
-                local_update,
-                fax.broadcast(params),
-                fax.broadcast(model_state),
-                cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
-            )
-            update = fax.mean(local.params, weights=cohort.num_examples)
-            mean_state = fax.mean(local.model_state, weights=cohort.num_examples)
-            return update, mean_state, metrics_of(local.tally)
-
-        update, mean_state, metrics = mean_update(state.params, state.model_state, cohort)
-        gradient = jax.tree.map(jnp.negative, update)
-        updates, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        model_state = jax.tree.map(_unless_float, mean_state, state.model_state)
-        return FedAvgState(params, optimizer, model_state), metrics
-
-    return Algorithm(init, round, lambda state: state.params)
-
-
-def _strong(x: Any) -> jax.Array:
-    """An array of the type that it has after a round, so that this is compiled once."""
-    x = jnp.asarray(x)
-    return lax.convert_element_type(x, x.dtype)
-
-
-def _unless_float(mean: jax.Array, before: jax.Array) -> jax.Array:
-    return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before
+    return averaging(local, server_optimizer, aggregator, clients_at_once)

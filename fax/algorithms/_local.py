@@ -36,6 +36,26 @@ class Trained(NamedTuple):
     tally: Tally
 
 
+class Local(NamedTuple):
+    """What a client sends.
+
+    Attributes:
+      update: to be added to the server's parameters, as far as the client is concerned.
+      model_state: None if the model has none.
+      tally: of the losses and metrics on the way.
+    """
+
+    update: PyTree
+    model_state: PyTree
+    tally: Tally
+
+
+def difference(trained: Trained, params: PyTree) -> Local:
+    """The way that a client went from the server's parameters."""
+    update = jax.tree.map(jnp.subtract, trained.params, params)
+    return Local(update, trained.model_state, trained.tally)
+
+
 def mean_loss(
     loss: Callable,
     params: PyTree,
@@ -106,14 +126,25 @@ def train(
     params: PyTree,
     model_state: PyTree,
     client: Client,
+    correct: Callable[[PyTree, PyTree], PyTree] = lambda gradient, params: gradient,
 ) -> Trained:
-    """Runs a client's local steps, from a fresh state of the optimizer."""
+    """Runs a client's local steps, from a fresh state of the optimizer.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      optimizer: the client's.
+      params: to start from.
+      model_state: None if the model has none.
+      client: its batches.
+      correct: ``correct(gradient, params)``, the gradient that the optimizer gets at ``params``.
+    """
 
     def step(trained, batch, mask, key):
         params, optimizer_state, model_state, tally = trained
         gradient, (new, model_state) = jax.grad(
             lambda p: mean_loss(loss, p, model_state, batch, mask, key), has_aux=True
         )(params)
+        gradient = correct(gradient, params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)
         return params, optimizer_state, model_state, jax.tree.map(jnp.add, tally, new)

@@ -59,7 +59,7 @@ class Dense(nnx.Module):
       sizes: the numbers of inputs, of each hidden layer's units, and of classes.
     """
 
-    def __init__(self, sizes: Sequence[int] = (64, 128, 10), *, rngs: nnx.Rngs):
+    def __init__(self, sizes: Sequence[int] = (64, 512, 10), *, rngs: nnx.Rngs):
         if len(sizes) < 2:
             raise ValueError(f"sizes is {sizes}, expected the numbers of inputs and of classes.")
         self.sizes = tuple(sizes)

@@ -103,7 +103,7 @@ def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> T
 
       >>> task = fax.tasks.load("digits", clients=20)
       >>> len(task.train), task.train.client("00")["x"].shape[1:], task.settings.rounds
-      (20, (64,), 200)
+      (20, (64,), 300)
     """
     if name not in _TASKS:
         raise ValueError(f"fax.tasks.load: no task {name!r}. There are {sorted(_TASKS)}.")
@@ -145,9 +145,9 @@ def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0
     return Task(
         "digits",
         *_offline.digits(clients, alpha, seed),
-        fax.models.create("dense", sizes=(64, 128, 10)),
+        fax.models.create("dense", sizes=(64, 512, 10)),
         _classes(),
-        Settings(10, 5, 5, None, 200, optax.sgd(0.1), optax.sgd(0.2, momentum=0.9)),
+        Settings(20, 5, 5, None, 300, optax.sgd(0.1), optax.sgd(0.2, momentum=0.9)),
     )
 
 

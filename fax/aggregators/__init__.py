@@ -1,0 +1,7 @@
+"""Aggregators: what happens to clients' updates on their way to the server."""
+
+from fax.aggregators._aggregator import Aggregator as Aggregator
+from fax.aggregators._aggregator import PerClient as PerClient
+from fax.aggregators._aggregator import Transformation as Transformation
+from fax.aggregators._aggregator import chain as chain
+from fax.aggregators._aggregator import mean as mean

@@ -1,0 +1,138 @@
+"""Algorithms whose server takes the clients' mean update for a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import fax
+from fax.aggregators import Aggregator, PerClient
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._local import Local, metrics_of
+from fax.data import Client, Cohort
+
+PyTree = Any
+
+
+class FedAvgState(NamedTuple):
+    """The server's state.
+
+    Attributes:
+      params: the server's model.
+      optimizer: the state of the server's optimizer.
+      model_state: what the model has besides parameters, such as batch statistics, or None.
+      aggregator: the state of the aggregator, or None.
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    model_state: PyTree
+    aggregator: PyTree = None
+
+
+def averaging(
+    local: Callable[[PyTree, PyTree, Client], Local],
+    server_optimizer: optax.GradientTransformation | None,
+    aggregator: Aggregator | None,
+    clients_at_once: int | None,
+) -> Algorithm:
+    """The algorithm whose clients do ``local(params, model_state, client)``.
+
+    The rest of the arguments are those of `fax.algorithms.fedavg`.
+    """
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+
+    def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        own = None if aggregator is None else aggregator.init(params)
+        return FedAvgState(params, server_optimizer.init(params), model_state, own)
+
+    def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
+        @fax.program(clients=cohort.size)
+        def mean_update(
+            params: PyTree, model_state: PyTree, aggregator_state: PyTree, cohort: Cohort
+        ) -> tuple:
+            sent = fax.map(
+                jax.checkpoint(local),  # so that gradients of a round do not store steps
+                fax.broadcast(params),
+                fax.broadcast(model_state),
+                cohort.clients(),
+                batch_size=clients_at_once or cohort.clients_at_once,
+            )
+            update, aggregator_state, more = aggregate(
+                aggregator, sent.update, aggregator_state, cohort
+            )
+            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
+            return update, mean_state, aggregator_state, {**metrics_of(sent.tally), **more}
+
+        update, mean_state, aggregator_state, metrics = mean_update(
+            state.params, state.model_state, rows_of(state.aggregator, cohort), cohort
+        )
+        gradient = jax.tree.map(jnp.negative, update)
+        updates, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        model_state = next_model_state(mean_state, state.model_state)
+        aggregator_state = with_rows(state.aggregator, aggregator_state, cohort)
+        return FedAvgState(params, optimizer, model_state, aggregator_state), metrics
+
+    return Algorithm(init, round, lambda state: state.params)
+
+
+def aggregate(
+    aggregator: Aggregator | None, updates: PyTree, state: PyTree, cohort: Cohort
+) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+    """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
+
+    Args:
+      aggregator: the user's, or None.
+      updates: placed.
+      state: the aggregator's, with the rows of the cohort; see `rows_of`.
+      cohort: whose clients these are.
+    """
+    if aggregator is None:
+        return fax.mean(updates, weights=cohort.num_examples), None, {}
+    # Random numbers of the server's, different in each round and not those of any client.
+    bits = jax.random.key_data(cohort.keys)
+    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
+    return aggregator.aggregate(updates, cohort.num_examples, state, key)
+
+
+def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
+    """A state with the rows of the cohort's clients, of those of all clients."""
+    return _map_rows(lambda x: x[cohort.client_ids], state)
+
+
+def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
+    """A state of all clients, with new rows for those of the cohort."""
+    return _map_rows(lambda x, rows: x.at[cohort.client_ids].set(rows), state, new)
+
+
+def _map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
+    """``fn`` on the leaves of what is `PerClient`; the newest state's leaves elsewhere."""
+
+    def one(x: PyTree, *others: PyTree) -> PyTree:
+        if isinstance(x, PerClient):
+            return jax.tree.map(fn, x, *others)
+        return others[-1] if others else x
+
+    return jax.tree.map(one, state, *new, is_leaf=lambda x: isinstance(x, PerClient))
+
+
+def strong(x: Any) -> jax.Array:
+    """An array of the type that it has after a round, so that this is compiled once."""
+    x = jnp.asarray(x)
+    return lax.convert_element_type(x, x.dtype)
+
+
+def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
+    """The clients' mean; leaves that are not floats stay what they were."""
+
+    def one(mean, before):
+        return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before
+
+    return jax.tree.map(one, mean, before)
