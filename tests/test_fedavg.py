@@ -5,44 +5,26 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
+import problems
 import pytest
 from flax import nnx
 from jax.test_util import check_grads
+from problems import CLASSES, FEATURES, SIZES, Logistic, numpy_batches
 
 import fax
 from fax.algorithms import fedavg, many_rounds
 
-RATE, CLASSES, FEATURES = 0.3, 3, 4
-SIZES = [3, 7, 1, 12, 5, 9]
+RATE = 0.3
+logistic, start = Logistic.loss, Logistic.start
 
 
 @pytest.fixture(scope="module")
 def data():
-    rng = np.random.default_rng(0)
-    return fax.data.InMemory(
-        {
-            f"client {i}": {
-                "x": rng.normal(size=(n, FEATURES)) + i / 3,
-                "y": rng.integers(0, CLASSES, n),
-            }
-            for i, n in enumerate(SIZES)
-        }
-    )
+    return problems.data()
 
 
 def cohorts(data, clients=4, **kwargs):
     return fax.data.cohorts(data, clients, 4, **{"epochs": 2, **kwargs})
-
-
-def start():
-    rng = np.random.default_rng(1)
-    return {"w": rng.normal(size=(FEATURES, CLASSES)), "b": rng.normal(size=CLASSES)}
-
-
-def logistic(params, batch, key):
-    logits = batch["x"] @ params["w"] + params["b"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-    return losses, {"accuracy": logits.argmax(1) == batch["y"]}
 
 
 def flat(lists):
@@ -52,33 +34,15 @@ def flat(lists):
 # The papers, in NumPy
 
 
-def losses_and_gradient(params, x, y):
-    """Cross-entropy of each example, and the gradient of its mean."""
-    logits = x @ params["w"] + params["b"]
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    losses = -np.log(p[np.arange(len(y)), y])
-    error = (p - np.eye(CLASSES)[y]) / len(y)
-    return losses, logits.argmax(1) == y, {"w": x.T @ error, "b": error.sum(0)}
-
-
 def client_update(params, batches):
     """Algorithm 1 of arXiv:1602.05629, ClientUpdate."""
     losses, hits = [], []
     for x, y in batches:
-        loss, hit, gradient = losses_and_gradient(params, x, y)
+        loss, gradient = Logistic.losses_and_gradient(params, x, y)
         losses += loss.tolist()
-        hits += hit.tolist()
+        hits += ((x @ params["w"] + params["b"]).argmax(1) == y).tolist()
         params = {k: params[k] - RATE * gradient[k] for k in params}
     return params, losses, hits
-
-
-def numpy_batches(cohort):
-    """Each client's batches without padding, in the order of the cohort."""
-    x, y, mask = (np.asarray(a) for a in (cohort.batches["x"], cohort.batches["y"], cohort.mask))
-    return [
-        [(x[i][s][m], y[i][s][m]) for s, m in enumerate(mask[i]) if m.any()] for i in range(len(x))
-    ]
 
 
 class Momentum:
