@@ -81,11 +81,23 @@ def convolution(p: PyTree, x: jax.Array) -> jax.Array:
     return x + p["bias"]
 
 
+def product_of_slices(p: PyTree, x: jax.Array) -> jax.Array:
+    """The same, tens of times faster in a loop on a CPU."""
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    slices = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    kernel = p["kernel"].reshape(-1, p["kernel"].shape[-1])
+    return jnp.concatenate(slices, -1) @ kernel + p["bias"]
+
+
 def emnist_conv(params: PyTree, x: jax.Array, key: jax.Array | None) -> jax.Array:
     one, other = (None, None) if key is None else jax.random.split(key)
+    convolve = convolution if key is None else product_of_slices
     for name in ("conv1", "conv2"):
-        x = jax.nn.relu(convolution(params[name], x))
-    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        x = jax.nn.relu(convolve(params[name], x))
+    if key is None:
+        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    else:
+        x = x.reshape(len(x), 12, 2, 12, 2, -1).max((2, 4))
     x = dropout(x, 0.75, one).reshape(len(x), -1)
     x = dropout(jax.nn.relu(linear(params["hidden"], x)), 0.5, other)
     return linear(params["out"], x)
