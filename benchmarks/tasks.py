@@ -48,7 +48,7 @@ class Task:
       clients: in a round.
       batch: examples in a batch.
       examples: the fewest and the most that a client has.
-      evaluated: how many clients are evaluated.
+      evaluated: how many clients are evaluated, and the fewest and the most examples of each.
       length: of a sequence.
     """
 
@@ -58,7 +58,7 @@ class Task:
     clients: int
     batch: int
     examples: tuple[int, int]
-    evaluated: int
+    evaluated: tuple[int, int, int]
     length: int = 0
 
 
@@ -141,32 +141,32 @@ def char_lstm(params: PyTree, x: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 PICTURE = (28, 28, 1)
+EMNIST_TEST = (3_400, 5, 40)  # about as many as there are, 77,483
 TASKS = {
-    "emnist_conv": Task(emnist_conv, PICTURE, 62, 10, 10, (28, 400), 60),
-    "emnist_dense": Task(dense, PICTURE, 62, 340, 20, (28, 400), 1000),
-    "emnist_logistic": Task(dense, PICTURE, 62, 10, 10, (28, 400), 1000),
-    "cifar100_logistic": Task(dense, (24, 24, 3), 100, 10, 20, (100, 100), 200),
-    "shakespeare_lstm": Task(shakespeare, None, 90, 10, 10, (2, 40), 50, 80),
-    "stackoverflow_lstm": Task(stackoverflow, None, 10_004, 50, 16, (4, 28), 40, 20),
-    "dense": Task(dense, (64,), 10, 20, 5, (5, 40), 2000),
-    "char_lstm": Task(char_lstm, None, 100, 16, 8, (16, 256), 100, 80),
+    "emnist_conv": Task(emnist_conv, PICTURE, 62, 10, 10, (28, 400), EMNIST_TEST),
+    "emnist_dense": Task(dense, PICTURE, 62, 340, 20, (28, 400), EMNIST_TEST),
+    "emnist_logistic": Task(dense, PICTURE, 62, 10, 10, (28, 400), EMNIST_TEST),
+    "cifar100_logistic": Task(dense, (24, 24, 3), 100, 10, 20, (100, 100), (200, 100, 100)),
+    "shakespeare_lstm": Task(shakespeare, None, 90, 10, 10, (2, 40), (50, 2, 40), 80),
+    "stackoverflow_lstm": Task(stackoverflow, None, 10_004, 50, 16, (4, 28), (40, 8, 48), 20),
+    "dense": Task(dense, (64,), 10, 20, 5, (5, 40), (2000, 5, 40)),
+    "char_lstm": Task(char_lstm, None, 100, 16, 8, (16, 256), (100, 16, 256), 80),
 }
 
 
-def population(task: Task) -> fax.data.InMemory:
-    """Twice the clients of a round, or as many as are evaluated."""
+def population(task: Task, clients: int, fewest: int, most: int) -> fax.data.InMemory:
     rng = np.random.default_rng(0)
-    clients = {}
-    for number in range(max(2 * task.clients, task.evaluated)):
-        count = int(rng.integers(task.examples[0], task.examples[1] + 1))
+    data = {}
+    for number in range(clients):
+        count = int(rng.integers(fewest, most + 1))
         if task.shape is None:
             tokens = rng.integers(1, task.classes, (count, task.length + 1)).astype(np.int32)
-            clients[number] = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
+            data[number] = {"x": tokens[:, :-1], "y": tokens[:, 1:]}
         else:
             x = rng.random((count, *task.shape), dtype=np.float32)
             y = rng.integers(0, task.classes, count).astype(np.int32)
-            clients[number] = {"x": x, "y": y}
-    return fax.data.InMemory(clients)
+            data[number] = {"x": x, "y": y}
+    return fax.data.InMemory(data)
 
 
 # By hand
@@ -231,18 +231,18 @@ def batch_by_hand(task: Task, params: PyTree, batch: PyTree) -> tuple:
 
 
 def measure(name: str, turns: int) -> list[dict[str, Any]]:
-    task = TASKS[name]
-    data = population(task)
-    model = fax.models.create(name)
+    task, model = TASKS[name], fax.models.create(name)
     params = model.init(jax.random.key(0))
-    return [
-        train(name, task, data, model, params, turns),
-        test(name, task, data, model, params, turns),
-    ]
+    return [train(name, task, model, params, turns), test(name, task, model, params, turns)]
 
 
-def train(name, task, data, model, params, turns) -> dict[str, Any]:
-    cohort = next(fax.data.cohorts(data, task.clients, task.batch, resident=True))
+def training_cohort(task: Task) -> fax.data.Cohort:
+    data = population(task, 2 * task.clients, *task.examples)
+    return next(fax.data.cohorts(data, task.clients, task.batch, resident=True))
+
+
+def train(name, task, model, params, turns) -> dict[str, Any]:
+    cohort = training_cohort(task)
     algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE))
     step, state = jax.jit(algorithm.round), algorithm.init(params)
     examples = int(cohort.mask.sum())
@@ -260,14 +260,12 @@ def train(name, task, data, model, params, turns) -> dict[str, Any]:
 def at_once(name: str, turns: int) -> dict[str, Any]:
     """Seconds of a round by how many clients a device works on at once."""
     task = TASKS[name]
-    data, model = population(task), fax.models.create(name)
+    model, rounds = fax.models.create(name), {}
     params = model.init(jax.random.key(0))
-    rounds = {}
+    # Neighbours of similar length, as for whoever vectorises them.
+    cohort = by_length(training_cohort(task))
     for number in AT_ONCE:
         algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE), clients_at_once=number)
-        # Neighbours of similar length, as for whoever vectorises them.
-        cohort = next(fax.data.cohorts(data, task.clients, task.batch, resident=True))
-        cohort = by_length(cohort)
         step, state = jax.jit(algorithm.round), algorithm.init(params)
         rounds[number] = functools.partial(step, state, cohort)
         jax.block_until_ready(rounds[number]())
@@ -288,8 +286,8 @@ def by_length(cohort: fax.data.Cohort) -> fax.data.Cohort:
     return dataclasses.replace(rows, batches=dataclasses.replace(cohort.batches, rows=rows.batches))
 
 
-def test(name, task, data, model, params, turns) -> dict[str, Any]:
-    data = fax.data.slice(data, stop=task.evaluated)
+def test(name, task, model, params, turns) -> dict[str, Any]:
+    data = population(task, *task.evaluated)
     clients = [data.client(i) for i in data.client_ids()]
     x, y = (np.concatenate([own[feature] for own in clients]) for feature in "xy")
     count = -(-len(x) // EVALUATION_BATCH)
