@@ -106,16 +106,14 @@ def aggregate(
         return fax.mean(updates, weights=weights), None, {}
     # Random numbers of the server's, different in each round and not those of any client.
     bits = jax.random.key_data(cohort.keys)
-    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
+    total = fax.sum(bits).astype(bits.dtype)  # a sum is in 64 bits, if there are any
+    key = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
     return aggregator.aggregate(updates, weights, state, key)
 
 
 def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
-    """A state with the rows of the cohort's clients, of those of all clients.
-
-    Rows of clients that the state does not have are NaN.
-    """
-    return _map_rows(lambda x: x.at[cohort.client_ids].get(mode="fill"), state)
+    """A state with the rows of the cohort's clients, of those of all clients."""
+    return _map_rows(lambda x: x[cohort.client_ids], state)
 
 
 def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:

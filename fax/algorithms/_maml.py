@@ -147,7 +147,7 @@ def maml(
       >>> adapt = fax.algorithms.personalize(loss, optax.sgd(0.5), query="query")
       >>> cohort = next(rounds)
       >>> own = adapt(algorithm.params(state), cohort)
-      >>> print(own[jnp.argsort(cohort.client_ids)])
+      >>> print(own[jnp.argsort(cohort.client_ids)].round(2))
       [2.5 3.5]
     """
     caller = "fax.algorithms.maml"

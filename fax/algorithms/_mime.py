@@ -59,8 +59,8 @@ def mime(
 
     where V is what c at x makes of the optimizer's statistics.
 
-    U is ``base_optimizer.update(gradient, s, y)[0]``. So Adam's steps divide by a second moment that
-    has seen the step's own gradient, as FedJAX's do; in the paper it has not.
+    U is ``base_optimizer.update(gradient, s, y)[0]``: a step sees its own gradient as optax's do,
+    Adam's in the second moment, too, and so does FedJAX's.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
