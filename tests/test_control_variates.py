@@ -147,6 +147,7 @@ PAIRS = [
     (paper, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, paper in enumerate(PAPERS)
     for j, setting in enumerate(SETTINGS)
+    if paper is Scaffold or (i + j) % 2
 ]
 
 
@@ -306,6 +307,7 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, make):
     rounds = cohorts(data, epochs=1, resident=False)
     two = [next(rounds) for _ in range(2)]
 
+    @jax.jit
     def final_loss(rates):
         algorithm = make(rates)
         state = algorithm.init(Quadratic.start())
@@ -314,10 +316,10 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, make):
         return jnp.sum(algorithm.params(state)["w"] ** 2)
 
     rates = jnp.array([0.03, 0.6])
-    check_grads(jax.jit(final_loss), (rates,), order=1, modes=("fwd", "rev"), rtol=1e-4)
+    check_grads(final_loss, (rates,), order=1, modes=("fwd", "rev"), rtol=1e-4)
     sweep = jnp.array([[0.03, 0.6], [0.05, 0.2]])
     swept = jax.jit(jax.vmap(final_loss))(sweep)
-    np.testing.assert_allclose(swept, [jax.jit(final_loss)(r) for r in sweep], rtol=1e-10)
+    np.testing.assert_allclose(swept, [final_loss(r) for r in sweep], rtol=1e-10)
 
 
 @pytest.mark.parametrize("make", [mime, mime_lite])
@@ -418,7 +420,10 @@ def test_updates_go_through_the_aggregator(data, paper):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scaffold(None, 0, num_clients=3), "client_learning_rate is 0, expected a number a"),
+        (
+            lambda: scaffold(None, 0, num_clients=3),
+            "client_learning_rate is 0, expected a number a",
+        ),
         (lambda: scaffold(None, 1, num_clients=0), "num_clients is 0, expected an int of at least"),
         (lambda: scaffold(None, 1, num_clients=2.5), r"num_clients is 2.5, .*len\(data\)"),
         (lambda: scaffold(None, 1, -1, num_clients=1), "server_learning_rate is -1, expected"),

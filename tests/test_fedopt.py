@@ -16,7 +16,6 @@ from fax.algorithms import (
     fedavg,
     fedopt,
     fedprox,
-    many_rounds,
     reptile,
     server_adagrad,
     server_adam,
@@ -100,8 +99,7 @@ CASES = {
         adaptive(yogi_v, b1=0.9),
         0.0,
     ),
-    "prox": (lambda loss, **k: fedprox(loss, optax.sgd(RATE), mu=MU, **k), plain(1.0), MU),
-    "prox with a server optimizer": (
+    "prox": (
         lambda loss, **k: fedprox(loss, optax.sgd(RATE), optax.sgd(0.7), mu=MU, **k),
         plain(0.7),
         MU,
@@ -135,28 +133,35 @@ def test_rounds_are_those_of_the_paper(data, case, problem, setting):
 # Identities
 
 
-def ends(algorithm, data, rounds=3, **kwargs):
-    start = algorithm.init(Logistic.start())
-    return algorithm.params(many_rounds(algorithm, start, cohorts(data, **kwargs), rounds)[0])
+def end(algorithm, data):
+    start = algorithm.init(Quadratic.start())
+    return algorithm.params(jax.jit(algorithm.round)(start, next(cohorts(data)))[0])
 
 
 def test_what_federated_averaging_is(data):
-    average = ends(fedavg(Logistic.loss, optax.adam(RATE)), data)
+    loss, client = Quadratic.loss, optax.sgd(RATE, momentum=0.5)
+    average = end(fedavg(loss, client), data)
     for other in (
-        fedopt(Logistic.loss, optax.adam(RATE), optax.sgd(1.0)),
-        fedopt(Logistic.loss, optax.adam(RATE), server_momentum(momentum=0.0)),
-        fedprox(Logistic.loss, optax.adam(RATE), mu=0.0),
-        reptile(Logistic.loss, optax.adam(RATE), 1.0),
+        fedopt(loss, client, server_momentum(momentum=0.0)),
+        fedprox(loss, client, mu=0.0),
+        reptile(loss, client, 1.0),
     ):
-        assert_trees_close(ends(other, data), average, rtol=1e-12)
-    slower = ends(fedavg(Logistic.loss, optax.sgd(RATE), optax.sgd(0.3)), data)
-    assert_trees_close(ends(reptile(Logistic.loss, optax.sgd(RATE), 0.3), data), slower, rtol=1e-12)
+        assert_trees_close(end(other, data), average, rtol=1e-12)
 
 
-def test_with_bias_correction_adam_is_that_of_optax(data):
-    ours = fedopt(Logistic.loss, optax.sgd(RATE), server_adam(0.1, bias_correction=True))
-    theirs = fedopt(Logistic.loss, optax.sgd(RATE), optax.adam(0.1, 0.9, 0.99, eps=1e-3))
-    assert_trees_close(ends(ours, data), ends(theirs, data), rtol=1e-12)
+def test_with_bias_correction_adam_is_that_of_optax():
+    ours = server_adam(0.1, bias_correction=True)
+    theirs = optax.adam(0.1, 0.9, 0.99, eps=1e-3)
+    start = Quadratic.start()
+    found, expected = ((start, one.init(start)) for one in (ours, theirs))
+    for gradient in (start, combine(np.square, start)):
+        found, expected = one_step(ours, gradient, *found), one_step(theirs, gradient, *expected)
+        assert_trees_close(found[0], expected[0], rtol=1e-12)
+
+
+def one_step(optimizer, gradient, params, state):
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def test_an_infinite_proximal_term_holds_clients_where_they_are():
@@ -195,13 +200,13 @@ def test_a_server_optimizer_keeps_dtypes_and_takes_schedules():
         lambda r: fedprox(Quadratic.loss, optax.sgd(r[0]), mu=r[1]),
         lambda r: fedopt(Quadratic.loss, optax.sgd(0.02), server_adam(r[0], b1=r[1], tau=0.1)),
         lambda r: fedopt(Quadratic.loss, optax.sgd(r[0]), server_yogi(0.1, b2=r[1], tau=0.1)),
-        lambda r: reptile(Quadratic.loss, optax.sgd(r[0]), r[1]),
     ],
-    ids=["prox", "adam", "yogi", "reptile"],
+    ids=["prox", "adam", "yogi"],
 )
 def test_hyperparameters_can_be_differentiated_and_swept(data, make):
     two = cohorts(data, epochs=1).take(2)
 
+    @jax.jit
     def final_loss(rates):
         algorithm = make(rates)
         start = algorithm.init(Quadratic.start())
@@ -209,10 +214,10 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, make):
         return jnp.sum(algorithm.params(state)["w"] ** 2)
 
     rates = jnp.array([0.03, 0.6])
-    check_grads(jax.jit(final_loss), (rates,), order=1, modes=("fwd", "rev"), rtol=1e-4)
+    check_grads(final_loss, (rates,), order=1, modes=("fwd", "rev"), rtol=1e-4)
     sweep = jnp.array([[0.03, 0.6], [0.05, 0.2]])
     swept = jax.jit(jax.vmap(final_loss))(sweep)
-    np.testing.assert_allclose(swept, [jax.jit(final_loss)(r) for r in sweep], rtol=1e-10)
+    np.testing.assert_allclose(swept, [final_loss(r) for r in sweep], rtol=1e-10)
 
 
 def expand(cohorts):
@@ -224,7 +229,7 @@ def expand(cohorts):
 # Aggregators, and mistakes
 
 
-@pytest.mark.parametrize("make", [make for make, _, _ in CASES.values()][-3:])
+@pytest.mark.parametrize("make", [make for make, _, _ in CASES.values()][-2:])
 def test_updates_go_through_the_aggregator(data, make):
     half = fax.aggregators.Transformation(
         lambda params: 0,
