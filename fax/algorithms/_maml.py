@@ -100,6 +100,9 @@ def maml(
     The mean counts each client that has query examples once, as the papers do: a client is a task.
     A batch without support examples does not move y. `personalize` adapts x to a client.
 
+    To differentiate through the steps, a client keeps what each of them computed. With
+    ``jax.checkpoint(loss)`` in place of the loss it keeps the parameters of each step alone.
+
     Args:
       loss: see `fax.algorithms.fedavg`. It also sees the feature ``query``.
       inner_learning_rate: of the local SGD; it may be traced.
