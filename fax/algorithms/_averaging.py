@@ -40,10 +40,12 @@ def averaging(
     server_optimizer: optax.GradientTransformation | None,
     aggregator: Aggregator | None,
     clients_at_once: int | None,
+    weights: Callable[[Local, Cohort], jax.Array] = lambda sent, cohort: cohort.num_examples,
 ) -> Algorithm:
     """The algorithm whose clients do ``local(params, model_state, client)``.
 
-    The rest of the arguments are those of `fax.algorithms.fedavg`.
+    ``weights(sent, cohort)`` are those of the updates, placed. The rest of the arguments are those
+    of `fax.algorithms.fedavg`.
     """
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
@@ -65,7 +67,7 @@ def averaging(
                 batch_size=clients_at_once or cohort.clients_at_once,
             )
             update, aggregator_state, more = aggregate(
-                aggregator, sent.update, aggregator_state, cohort
+                aggregator, sent.update, aggregator_state, cohort, weights(sent, cohort)
             )
             mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
             return update, mean_state, aggregator_state, {**metrics_of(sent.tally), **more}
@@ -84,7 +86,11 @@ def averaging(
 
 
 def aggregate(
-    aggregator: Aggregator | None, updates: PyTree, state: PyTree, cohort: Cohort
+    aggregator: Aggregator | None,
+    updates: PyTree,
+    state: PyTree,
+    cohort: Cohort,
+    weights: jax.Array | None = None,
 ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
     """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
 
@@ -93,13 +99,16 @@ def aggregate(
       updates: placed.
       state: the aggregator's, with the rows of the cohort; see `rows_of`.
       cohort: whose clients these are.
+      weights: placed, [clients]. Default: the numbers of examples.
     """
+    weights = cohort.num_examples if weights is None else weights
     if aggregator is None:
-        return fax.mean(updates, weights=cohort.num_examples), None, {}
+        return fax.mean(updates, weights=weights), None, {}
     # Random numbers of the server's, different in each round and not those of any client.
     bits = jax.random.key_data(cohort.keys)
-    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
-    return aggregator.aggregate(updates, cohort.num_examples, state, key)
+    total = fax.sum(bits).astype(bits.dtype)  # a sum is in 64 bits, if there are any
+    key = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
+    return aggregator.aggregate(updates, weights, state, key)
 
 
 def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
@@ -121,6 +130,11 @@ def _map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
         return others[-1] if others else x
 
     return jax.tree.map(one, state, *new, is_leaf=lambda x: isinstance(x, PerClient))
+
+
+def moved(params: PyTree, update: PyTree, rate: Any) -> PyTree:
+    """Parameters and ``rate`` times the update."""
+    return optax.apply_updates(params, jax.tree.map(lambda u: rate * u, update))
 
 
 def strong(x: Any) -> jax.Array:

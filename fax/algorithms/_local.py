@@ -99,6 +99,52 @@ def mean_loss(
     return mean, (Tally(sums, count), model_state)
 
 
+def mean_gradient(
+    loss: Callable,
+    params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    key: jax.Array,
+) -> tuple[PyTree, tuple[Tally, PyTree]]:
+    """The gradient of `mean_loss` with respect to the parameters, and what comes with it."""
+    return jax.grad(lambda p: mean_loss(loss, p, model_state, batch, mask, key), has_aux=True)(
+        params
+    )
+
+
+def full_gradient(
+    loss: Callable,
+    params: PyTree,
+    model_state: PyTree,
+    client: Client,
+) -> tuple[PyTree, Tally]:
+    """The gradient of the mean loss over all batches of a client, at the same parameters.
+
+    Without any example it is zero.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      params: where.
+      model_state: None if the model has none. Each batch sees this one.
+      client: its batches.
+    """
+
+    def step(carry, batch, mask, key):
+        total, tally = carry
+        gradient, (new, _) = mean_gradient(loss, params, model_state, batch, mask, key)
+        total = jax.tree.map(lambda t, g: t + (new.examples * g).astype(t.dtype), total, gradient)
+        return total, jax.tree.map(jnp.add, tally, new)
+
+    def zeros(x):  # half precision is added up in float32
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+    start = jax.tree.map(zeros, params), no_tally(loss, params, model_state, client)
+    total, tally = client.scan(step, start)
+    count = jnp.maximum(tally.examples, 1)
+    return jax.tree.map(lambda t, p: (t / count).astype(p.dtype), total, params), tally
+
+
 def _parts(out: Any, *expected: str) -> Any:
     if isinstance(out, tuple) and len(out) == len(expected):
         return out
@@ -141,9 +187,7 @@ def train(
 
     def step(trained, batch, mask, key):
         params, optimizer_state, model_state, tally = trained
-        gradient, (new, model_state) = jax.grad(
-            lambda p: mean_loss(loss, p, model_state, batch, mask, key), has_aux=True
-        )(params)
+        gradient, (new, model_state) = mean_gradient(loss, params, model_state, batch, mask, key)
         gradient = correct(gradient, params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)

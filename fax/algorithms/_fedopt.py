@@ -1,0 +1,281 @@
+"""FedOpt, and the server optimizers of the papers as optax transformations.
+
+Optax has them all, but with other constants: a bias correction, another place for epsilon, another
+start of the second moment. Any of optax's can be the server's optimizer, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._arguments import check_number
+from fax.algorithms._fedavg import fedavg
+
+PyTree = Any
+Rate = Any  # a number, an array, a tracer, or optax's function of the number of the round
+
+
+def fedopt(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation,
+    *,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Federated optimization (FedOpt): FedAvg with an optimizer at the server.
+
+    In a round every client i of the cohort starts from the server's parameters x, takes a step of
+    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
+    of the updates, weighted by the numbers of examples n_i, for a gradient:
+
+        D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
+
+    | server optimizer | algorithm |
+    |---|---|
+    | ``optax.sgd(1.0)`` | FedAvg, what `fax.algorithms.fedavg` does by default |
+    | `server_momentum` | FedAvgM |
+    | `server_adagrad`, `server_adam`, `server_yogi` | FedAdagrad, FedAdam, FedYogi |
+    | any other of optax | |
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: one of the above.
+      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
+      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+
+    Returns:
+      The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
+
+    Raises:
+      ValueError: in a round, if the loss is not one number for each example.
+
+    References:
+      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithms 1 and 2.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.fedopt(
+      ...     loss, optax.sgd(0.1), fax.algorithms.server_yogi(0.1)
+      ... )
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(3)}})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=3)
+      >>> state = algorithm.init(jnp.ones(()))
+      >>> state, _ = fax.algorithms.many_rounds(algorithm, state, rounds, 100)
+      >>> print(f"{algorithm.params(state):.2f}")
+      0.50
+    """
+    return fedavg(
+        loss,
+        client_optimizer,
+        server_optimizer,
+        aggregator=aggregator,
+        clients_at_once=clients_at_once,
+    )
+
+
+def server_momentum(
+    learning_rate: Rate = 1.0, *, momentum: Any = 0.9
+) -> optax.GradientTransformation:
+    """Momentum at the server (FedAvgM), of the mean update D.
+
+        v' = momentum v + D        x' = x + learning_rate v'
+
+    Args:
+      learning_rate: a number, or optax's function of the number of the round.
+      momentum: 0.9 in Reddi et al.; Hsu et al. try 0 to 0.997.
+
+    Returns:
+      The server's optimizer, which is given the gradient -D. It is ``optax.sgd``.
+
+    Raises:
+      ValueError: if an argument is negative.
+
+    References:
+      Hsu et al., Measuring the effects of non-identical data distribution for federated visual
+      classification, arXiv:1909.06335.
+
+    Example:
+
+      >>> optimizer = fax.algorithms.server_momentum(momentum=0.5)
+      >>> state = optimizer.init(jnp.zeros(()))
+      >>> for _ in range(3):
+      ...     update, state = optimizer.update(jnp.array(-1.0), state)
+      ...     print(update)
+      1.0
+      1.5
+      1.75
+    """
+    _check("server_momentum", learning_rate, momentum=momentum)
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def server_adagrad(learning_rate: Rate, *, tau: Any = 1e-3) -> optax.GradientTransformation:
+    """Adagrad at the server (FedAdagrad), of the mean update D.
+
+        v' = v + D^2        x' = x + learning_rate D / (sqrt(v') + tau)
+
+    v starts at tau^2. There is no momentum, as in the paper's experiments.
+
+    Args:
+      learning_rate: a number, or optax's function of the number of the round.
+      tau: the degree of adaptivity; the smaller, the more adaptive.
+
+    Returns:
+      The server's optimizer, which is given the gradient -D.
+
+    Raises:
+      ValueError: if the learning rate is negative, or ``tau`` not positive.
+
+    References:
+      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2.
+
+    Example:
+
+      >>> optimizer = fax.algorithms.server_adagrad(0.1)
+      >>> update, _ = optimizer.update(jnp.array(-2.0), optimizer.init(jnp.zeros(())))
+      >>> print(f"{update:.3f}")
+      0.100
+    """
+    _check("server_adagrad", learning_rate, tau=tau)
+    return _adaptive(lambda v, square: v + square, learning_rate, None, tau)
+
+
+def server_adam(
+    learning_rate: Rate,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    tau: Any = 1e-3,
+    bias_correction: bool = False,
+) -> optax.GradientTransformation:
+    """Adam at the server (FedAdam), of the mean update D.
+
+        m' = b1 m + (1 - b1) D
+        v' = b2 v + (1 - b2) D^2
+        x' = x + learning_rate m' / (sqrt(v') + tau)
+
+    m starts at 0, and v at tau^2. The paper corrects neither of them for where it starts.
+
+    Args:
+      learning_rate: a number, or optax's function of the number of the round.
+      b1: the decay of the mean of updates.
+      b2: the decay of the mean of their squares.
+      tau: the degree of adaptivity; the smaller, the more adaptive.
+      bias_correction: if True, v starts at 0, and m' and v' are divided by 1 - b1^t and 1 - b2^t in
+        round t: ``optax.adam(learning_rate, b1, b2, eps=tau)``.
+
+    Returns:
+      The server's optimizer, which is given the gradient -D.
+
+    Raises:
+      ValueError: if an argument is negative, or ``tau`` not positive.
+
+    References:
+      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2. Kingma and Ba,
+      Adam, arXiv:1412.6980.
+
+    Example:
+
+      >>> for corrected in (False, True):
+      ...     optimizer = fax.algorithms.server_adam(0.1, bias_correction=corrected)
+      ...     update, _ = optimizer.update(jnp.array(-2.0), optimizer.init(jnp.zeros(())))
+      ...     print(f"{update:.4f}")
+      0.0995
+      0.0999
+    """
+    _check("server_adam", learning_rate, b1=b1, b2=b2, tau=tau)
+    if bias_correction:
+        return optax.adam(learning_rate, b1, b2, eps=tau)
+    return _adaptive(lambda v, square: b2 * v + (1 - b2) * square, learning_rate, b1, tau)
+
+
+def server_yogi(
+    learning_rate: Rate, *, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3
+) -> optax.GradientTransformation:
+    """Yogi at the server (FedYogi), of the mean update D.
+
+        m' = b1 m + (1 - b1) D
+        v' = v - (1 - b2) D^2 sign(v - D^2)
+        x' = x + learning_rate m' / (sqrt(v') + tau)
+
+    m starts at 0, and v at tau^2.
+
+    Args:
+      learning_rate: a number, or optax's function of the number of the round.
+      b1: the decay of the mean of updates.
+      b2: how fast v moves.
+      tau: the degree of adaptivity; the smaller, the more adaptive.
+
+    Returns:
+      The server's optimizer, which is given the gradient -D.
+
+    Raises:
+      ValueError: if an argument is negative, or ``tau`` not positive.
+
+    References:
+      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2.
+
+    Example:
+
+      >>> optimizer = fax.algorithms.server_yogi(0.1)
+      >>> update, _ = optimizer.update(jnp.array(-2.0), optimizer.init(jnp.zeros(())))
+      >>> print(f"{update:.4f}")
+      0.0995
+    """
+    _check("server_yogi", learning_rate, b1=b1, b2=b2, tau=tau)
+    return _adaptive(
+        lambda v, square: v - (1 - b2) * square * jnp.sign(v - square), learning_rate, b1, tau
+    )
+
+
+def _check(name: str, learning_rate: Rate, **others: Any) -> None:
+    caller = f"fax.algorithms.{name}"
+    if not callable(learning_rate):
+        check_number(caller, "learning_rate", learning_rate)
+    for argument, value in others.items():
+        check_number(caller, argument, value, above=0.0 if argument == "tau" else None)
+
+
+class _Moments(NamedTuple):
+    m: PyTree  # None without momentum
+    v: PyTree
+
+
+def _adaptive(
+    next_v: Callable, learning_rate: Rate, b1: Any, tau: Any
+) -> optax.GradientTransformation:
+    """Algorithm 2 of arXiv:2003.00295, on gradients -D, with ``next_v(v, D^2)``.
+
+    The paper asks for a start of v of at least tau^2. Early versions of its text square m' in place
+    of D; its authors' code and Yogi's paper square D, and so do we.
+    """
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return new.astype(old.dtype)  # hyperparameters that are arrays must not widen the state
+
+    def init(params: PyTree) -> _Moments:
+        m = None if b1 is None else jax.tree.map(jnp.zeros_like, params)
+        return _Moments(m, jax.tree.map(lambda x: keep(jnp.full_like(x, 1) * tau**2, x), params))
+
+    def update(gradient: PyTree, state: _Moments, params: PyTree = None) -> tuple:
+        m, v = gradient, jax.tree.map(lambda v, g: keep(next_v(v, g**2), v), state.v, gradient)
+        if b1 is not None:
+            m = jax.tree.map(lambda m, g: keep(b1 * m + (1 - b1) * g, m), state.m, gradient)
+        direction = jax.tree.map(lambda m, v: keep(m / (jnp.sqrt(v) + tau), m), m, v)
+        return direction, _Moments(state.m if b1 is None else m, v)
+
+    return optax.chain(
+        optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
+    )

@@ -1,0 +1,263 @@
+"""Meta-learning: parameters from which a few local steps lead far, and those steps themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._arguments import check_number
+from fax.algorithms._averaging import averaging, strong
+from fax.algorithms._fedavg import fedavg
+from fax.algorithms._local import Local, full_gradient, train
+from fax.data import Client, Cohort
+
+PyTree = Any
+
+
+def reptile(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_learning_rate: Any,
+    *,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Reptile: towards where clients' local steps lead. It is FedAvg with a server learning rate.
+
+        x' = x + server_learning_rate mean_i(y_i - x)
+
+    where y_i is what client i of the cohort has after a step of its optimizer on each of its
+    batches, and the mean is weighted by the numbers of examples. `personalize` adapts x to clients.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_learning_rate: the paper's epsilon, 0.1 to 1 in its experiments; it may be traced.
+      aggregator: from `fax.aggregators`. Default: the mean above.
+      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+
+    Returns:
+      The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
+
+    Raises:
+      ValueError: if ``server_learning_rate`` is negative.
+
+    References:
+      Nichol, Achiam and Schulman, On first-order meta-learning algorithms, arXiv:1803.02999. Jiang
+      et al., Improving federated learning personalization via model agnostic meta learning,
+      arXiv:1909.12488.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> algorithm = fax.algorithms.reptile(loss, optax.sgd(1.0), 0.25)
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=3))
+      >>> state, _ = algorithm.round(algorithm.init(jnp.zeros(())), cohort)
+      >>> print(algorithm.params(state))
+      0.25
+    """
+    check_number("fax.algorithms.reptile", "server_learning_rate", server_learning_rate)
+    return fedavg(
+        loss,
+        client_optimizer,
+        optax.sgd(server_learning_rate),
+        aggregator=aggregator,
+        clients_at_once=clients_at_once,
+    )
+
+
+def maml(
+    loss: Callable,
+    inner_learning_rate: Any,
+    server_optimizer: optax.GradientTransformation,
+    *,
+    query: str = "query",
+    first_order: bool = False,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Model-agnostic meta-learning (MAML, Per-FedAvg): parameters that adapt well to each client.
+
+    A client's examples are of two kinds: by those for support it adapts the parameters, by those
+    for queries it is judged. In a round every client i of the cohort starts from the server's
+    parameters x, takes a step of SGD on the support examples of each of its batches, and ends with
+    y_i(x). Its meta-gradient is that of the mean loss q_i of its query examples, through the steps:
+
+        y <- y - inner_learning_rate grad f_i(y; batch)
+        G_i = d q_i(y_i(x)) / dx        or, of first order,    G_i = grad q_i(y_i)
+        x' = server_optimizer(x, gradient = mean_i G_i)
+
+    The mean counts each client that has query examples once, as the papers do: a client is a task.
+    A batch without support examples does not move y. `personalize` adapts x to a client.
+
+    To differentiate through the steps, a client keeps what each of them computed. With
+    ``jax.checkpoint(loss)`` in place of the loss it keeps the parameters of each step alone.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`. It also sees the feature ``query``.
+      inner_learning_rate: of the local SGD; it may be traced.
+      server_optimizer: from optax.
+      query: the name of a feature of the examples, a bool for each: True for a query, False for
+        support.
+      first_order: whether the local steps are taken for a constant shift (FOMAML, Per-FedAvg (FO)).
+        This needs no second derivatives of the loss.
+      aggregator: from `fax.aggregators`, of the updates -G_i. Default: the mean above.
+      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+
+    Returns:
+      The algorithm, with states as of `fax.algorithms.fedavg`. Metrics are those of the query
+      examples after the local steps. The model's state is handed on through the local steps, and
+      not differentiated; the new one is the mean of the clients', weighted by examples.
+
+    Raises:
+      ValueError: if ``inner_learning_rate`` is negative; in a round, if examples have no bool
+        feature ``query``, or the loss is not one number for each example.
+
+    References:
+      Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep networks,
+      arXiv:1703.03400. Fallah, Mokhtari and Ozdaglar, Personalized federated learning: a
+      meta-learning approach, arXiv:2002.07948; theirs with one local update a round.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] - params) ** 2 / 2
+      >>> algorithm = fax.algorithms.maml(loss, 0.5, optax.sgd(1.0))
+      >>> query = jnp.array([False, False, True])
+      >>> data = fax.data.InMemory(
+      ...     {
+      ...         "ann": {"x": jnp.array([1.0, 3.0, 2.0]), "query": query},
+      ...         "bob": {"x": jnp.array([4.0, 4.0, 4.0]), "query": query},
+      ...     }
+      ... )
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=3)
+      >>> state = algorithm.init(jnp.zeros(()))
+      >>> for _ in range(100):
+      ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> print(f"{algorithm.params(state):.2f}")
+      3.00
+      >>> adapt = fax.algorithms.personalize(loss, optax.sgd(0.5), query="query")
+      >>> cohort = next(rounds)
+      >>> own = adapt(algorithm.params(state), cohort)
+      >>> print(own[jnp.argsort(cohort.client_ids)].round(2))
+      [2.5 3.5]
+    """
+    caller = "fax.algorithms.maml"
+    check_number(caller, "inner_learning_rate", inner_learning_rate)
+
+    def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
+        support, queries = _split(caller, client, query)
+        sgd = optax.sgd(inner_learning_rate)
+
+        def adapted(x: PyTree) -> tuple[PyTree, PyTree]:
+            trained = train(loss, sgd, x, model_state, support)
+            return trained.params, trained.model_state
+
+        def through(y: PyTree) -> tuple[PyTree]:
+            return (y,)
+
+        if first_order:
+            y, model_state = adapted(params)
+        else:
+            y, through, model_state = jax.vjp(adapted, params, has_aux=True)
+        gradient, tally = full_gradient(loss, y, model_state, queries)
+        (meta_gradient,) = through(gradient)
+        return Local(jax.tree.map(jnp.negative, meta_gradient), model_state, tally)
+
+    def weights(sent: Local, cohort: Cohort) -> jax.Array:
+        return (sent.tally.examples > 0).astype(sent.tally.examples.dtype)
+
+    return averaging(local, server_optimizer, aggregator, clients_at_once, weights)
+
+
+def personalize(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    *,
+    query: str | None = None,
+    clients_at_once: int | None = None,
+) -> Callable[..., PyTree]:
+    """Parameters that are adapted to each client by local steps, to be evaluated.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      client_optimizer: from optax; it takes a step on each of a client's batches. For what `maml`
+        adapts by, ``optax.sgd(inner_learning_rate)``.
+      query: the name of a bool feature of the examples; those where it is True are left out.
+        Default: all examples are used.
+      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+
+    Returns:
+      ``adapt(params, cohort, model_state=None) -> params``, a pure function. Leaves of what it
+      returns are [clients, ...], in the order of ``cohort.client_ids``, which is not that of the
+      data; see the example.
+
+    Raises:
+      ValueError: when adapting, if examples have no bool feature ``query``, or the loss is not one
+        number for each example.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
+      >>> adapt = fax.algorithms.personalize(loss, optax.sgd(0.5))
+      >>> cohort = next(fax.data.cohorts(data, clients=len(data), batch_size=3))
+      >>> own = adapt(jnp.zeros(()), cohort)[jnp.argsort(cohort.client_ids)]
+      >>> print(own)  # for evaluate_clients(..., personal=True)
+      [0.5 0. ]
+    """
+    caller = "fax.algorithms.personalize"
+
+    def local(params: PyTree, model_state: PyTree, client: Client) -> PyTree:
+        if query is not None:
+            client, _ = _split(caller, client, query)
+        return train(loss, client_optimizer, params, model_state, client).params
+
+    def adapt(params: PyTree, cohort: Cohort, model_state: PyTree = None) -> PyTree:
+        @fax.program(clients=cohort.size)
+        def adapted(params: PyTree, model_state: PyTree, cohort: Cohort) -> PyTree:
+            return fax.map(
+                local,
+                fax.broadcast(params),
+                fax.broadcast(model_state),
+                cohort.clients(),
+                batch_size=clients_at_once or cohort.clients_at_once,
+            )
+
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        return adapted(params, model_state, cohort)
+
+    return adapt
+
+
+def _split(caller: str, client: Client, query: str) -> tuple[Client, Client]:
+    """The client with its support examples only, and with its query examples only."""
+    batches = client.batches
+    if not isinstance(batches, Mapping) or query not in batches:
+        found = sorted(batches) if isinstance(batches, Mapping) else type(batches).__name__
+        raise ValueError(
+            f"{caller}: the examples have no feature {query!r}, but {found}. Expected a bool for "
+            "each example, True for a query and False for support; another name is query=."
+        )
+    asked = batches[query]
+    if asked.dtype != bool or asked.shape != client.mask.shape:
+        raise ValueError(
+            f"{caller}: feature {query!r} is {asked.dtype}{list(asked.shape[2:])} for each "
+            "example, expected bool[]: True for a query, False for support."
+        )
+    return (
+        dataclasses.replace(client, mask=client.mask & ~asked),
+        dataclasses.replace(client, mask=client.mask & asked),
+    )
