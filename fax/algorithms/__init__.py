@@ -13,3 +13,4 @@ from fax.algorithms._hyp_cluster import HypClusterState as HypClusterState
 from fax.algorithms._hyp_cluster import hyp_cluster as hyp_cluster
 from fax.algorithms._hyp_cluster import hyp_cluster_choice as hyp_cluster_choice
 from fax.algorithms._hyp_cluster import hyp_cluster_start as hyp_cluster_start
+from fax.algorithms._store import ClientStore as ClientStore

@@ -263,9 +263,10 @@ def _domain_of(batch: Mapping[str, jax.Array], domain: str, mask: jax.Array) -> 
 def _numbers(name: str, given: Any, num_domains: int, default: float) -> Any:
     if given is None:
         return np.full(num_domains, default)
-    if jnp.shape(given) != (num_domains,):
+    numbers = jnp.asarray(given)
+    if numbers.shape != (num_domains,):
         raise ValueError(
-            f"{WHERE}: {name} has shape {jnp.shape(given)}, expected ({num_domains},), a number "
+            f"{WHERE}: {name} has shape {numbers.shape}, expected ({num_domains},), a number "
             "for each of num_domains."
         )
-    return given
+    return numbers

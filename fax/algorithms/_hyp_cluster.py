@@ -131,7 +131,9 @@ def hyp_cluster(
         update = jax.tree.map(jnp.subtract, trained.params, before)
         mine = [choice == j for j in range(k)]
         updates = [_where(own, update, jax.tree.map(jnp.zeros_like, update)) for own in mine]
-        weights = [jnp.where(own, client.num_examples, 0) for own in mine]
+        # Floats, so that they are added up over devices together with the rest.
+        count = client.num_examples.astype(trained.tally.examples.dtype)
+        weights = [jnp.where(own, count, 0) for own in mine]
         return _Sent(updates, weights, trained.model_state, trained.tally, choice)
 
     def round(
@@ -302,8 +304,8 @@ def hyp_cluster_start(
             return lax.cond(number == chosen, make, lambda _: nothing, None)
 
         def mean(params, model_state, client):
-            alone = jax.tree.map(lambda x: x[None], (params, model_state))
-            return _mean_losses(loss, *alone, client)[0]
+            params, model_state = jax.tree.map(lambda x: x[None], (params, model_state))
+            return _mean_losses(loss, params, model_state, client)[0]
 
         def step(carry, _):
             chosen, best, taken = carry
@@ -323,7 +325,8 @@ def hyp_cluster_start(
         return lax.scan(step, carry, length=k)[1]
 
     first = jax.random.randint(key, (), 0, cohort.size, jnp.int32)
-    return start(*jax.tree.map(strong, (params, model_state)), cohort, first)
+    params, model_state = jax.tree.map(strong, (params, model_state))
+    return start(params, model_state, cohort, first)
 
 
 def _mean_losses(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> jax.Array:
@@ -331,13 +334,15 @@ def _mean_losses(loss: Callable, params: PyTree, model_state: PyTree, client: Cl
 
     def step(totals, batch, mask, key):
         def one(model):
-            return mean_loss(loss, *model, batch, mask, key)[1][0]
+            params, model_state = model
+            return mean_loss(loss, params, model_state, batch, mask, key)[1][0]
 
         # One after the other, for a client has memory for one model's activations.
         found = lax.map(one, lax.stop_gradient((params, model_state)))
         return totals[0] + found.sums["loss"], totals[1] + found.examples
 
-    dtype = no_tally(loss, *_model((params, model_state), 0), client).examples.dtype
+    first = _model(params, 0), _model(model_state, 0)
+    dtype = no_tally(loss, first[0], first[1], client).examples.dtype
     nothing = jnp.zeros(len(jax.tree.leaves(params)[0]), dtype)
     totals, examples = client.scan(step, (nothing, nothing))
     return totals / jnp.maximum(examples, 1)
