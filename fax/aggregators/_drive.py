@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fax.aggregators._aggregator import Transformation
 from fax.aggregators._leaves import bits_of, leafwise, straight_through
-from fax.aggregators._rotation import random_signs, rotate, unrotate
+from fax.aggregators._rotation import padded_size, random_signs, rotate, unrotate
 
 
 def drive() -> Transformation:
@@ -47,8 +47,8 @@ def drive() -> Transformation:
       {'clients/bits': Array([1056., 1056.], dtype=float32)}
     """
 
-    def encode(x: jax.Array, key: jax.Array) -> tuple[jax.Array, float]:
-        signs = random_signs(key, x.size)
+    def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
+        signs = random_signs(random)
         rotated = rotate(x, signs)
         length = jnp.sum(jnp.abs(rotated))
         scale = jnp.sum(x**2) / jnp.where(length > 0, length, 1)
@@ -56,4 +56,4 @@ def drive() -> Transformation:
         decoded = unrotate(one_bit, signs, x.size)
         return straight_through(x, decoded), rotated.size + bits_of(x.dtype)
 
-    return leafwise("drive", encode)
+    return leafwise("drive", encode, padded_size)

@@ -55,12 +55,12 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
     """
     check_int("uniform_quantization", "levels", levels, 2, 65536)
 
-    def encode(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+    def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         low, high = jnp.min(x), jnp.max(x)
         step = (high - low) / (levels - 1)
         scaled = (x - low) / jnp.where(step > 0, step, 1)
         below = jnp.clip(jnp.floor(scaled), 0, levels - 2)
-        level = below + (jax.random.uniform(key, x.shape, x.dtype) < scaled - below)
+        level = below + (random < scaled - below)
         fixed = x.size * math.ceil(math.log2(levels))
         bits = _arithmetic_code(level, levels) if entropy_coded else fixed
         return straight_through(x, low + level * step), bits + 2 * bits_of(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fax.aggregators._aggregator import Metrics, Transformation
-from fax.aggregators._leaves import check_floats, each, wide
+from fax.aggregators._leaves import check_floats, each, uniform, wide
 
 PyTree = Any
 
@@ -67,17 +68,15 @@ def hadamard(transformation: Transformation) -> Transformation:
         check_floats("hadamard", updates)
         leaves, treedef = jax.tree.flatten(updates)
         sign_key, inner_key = jax.random.split(key)
-        signs = [
-            random_signs(own_key, x[0].size)
-            for x, own_key in zip(leaves, jax.random.split(sign_key, len(leaves)))
-        ]
+        sizes = [padded_size(math.prod(x.shape[1:])) for x in leaves]
+        signs = [random_signs(random) for random in uniform(sign_key, sizes)]
 
         def there(*leaves: jax.Array) -> list[jax.Array]:
             return [rotate(x.reshape(-1), s) for x, s in zip(leaves, signs)]
 
         def back(rotated: list[jax.Array]) -> list[jax.Array]:
             return [
-                unrotate(y, s, x[0].size).astype(x.dtype).reshape(x.shape[1:])
+                unrotate(y, s, math.prod(x.shape[1:])).astype(x.dtype).reshape(x.shape[1:])
                 for y, s, x in zip(rotated, signs, leaves)
             ]
 
@@ -89,9 +88,9 @@ def hadamard(transformation: Transformation) -> Transformation:
     return Transformation(init, update)
 
 
-def random_signs(key: jax.Array, size: int) -> jax.Array:
-    """Random signs, int8, for the coordinates of a padded vector."""
-    return jax.random.rademacher(key, (_padded_size(size),), jnp.int8)
+def random_signs(random: jax.Array) -> jax.Array:
+    """Signs, int8, for the coordinates of a padded vector, from random numbers from 0 to 1."""
+    return jnp.where(random < 0.5, 1, -1).astype(jnp.int8)
 
 
 def rotate(x: jax.Array, signs: jax.Array) -> jax.Array:
@@ -107,15 +106,17 @@ def unrotate(y: jax.Array, signs: jax.Array, size: int) -> jax.Array:
 
 def padded(x: jax.Array) -> jax.Array:
     """A vector, in at least float32, with zeros up to a power of two."""
-    return jnp.pad(x.astype(wide(x.dtype)), (0, _padded_size(x.size) - x.size))
+    return jnp.pad(x.astype(wide(x.dtype)), (0, padded_size(x.size) - x.size))
 
 
-def _padded_size(size: int) -> int:
+def padded_size(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def _transform(x: jax.Array) -> jax.Array:
     """H x. As H is a Kronecker product, it is one along each axis of the vector as a block."""
+    if not x.size:
+        return x
     shape, rest = [], x.size
     while rest > 1:
         shape.append(min(rest, _BLOCK))

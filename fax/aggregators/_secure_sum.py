@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,15 @@ import fax._operators as operators
 import fax._reductions as reductions
 from fax._placement import resolve
 from fax.aggregators._aggregator import Aggregator, Metrics
-from fax.aggregators._leaves import check_floats, check_int, check_positive, each, wide
+from fax.aggregators._leaves import (
+    check_floats,
+    check_int,
+    check_positive,
+    each,
+    split,
+    uniform,
+    wide,
+)
 
 PyTree = Any
 
@@ -106,25 +115,25 @@ def secure_sum(
         check_floats("secure_sum", params)
         return ()
 
-    def encode(update: PyTree, weight: jax.Array, key: jax.Array) -> tuple[PyTree, jax.Array]:
+    def encode(update: PyTree, weight: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A client's integers, and which part of its update is clipped."""
         leaves = jax.tree.leaves(update)
+        sizes = [x.size for x in leaves]
         share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1)
         whole = _integer(jnp.round(share * limit), limit)
         integers, outside = [], jnp.zeros((), jnp.float32)
-        for x, own_key in zip(leaves, jax.random.split(key, len(leaves))):
-            x = x.astype(wide(x.dtype))
+        for x, random in zip(leaves, uniform(key, sizes)):
+            x = x.reshape(-1).astype(wide(x.dtype))
             exact = jnp.clip(x / clip, -1, 1).astype(x.dtype) * whole
             if rounding == "stochastic":
-                up = jax.random.uniform(own_key, x.shape, x.dtype) < exact - jnp.floor(exact)
-                rounded = jnp.floor(exact) + up
+                rounded = jnp.floor(exact) + (random < exact - jnp.floor(exact))
             else:
                 rounded = jnp.round(exact)
             integers.append(_integer(rounded, limit))
             outside += jnp.sum(jnp.abs(x) > clip)
         lost = jnp.stack([jnp.any(jnp.isnan(x)) for x in [*leaves, share]]).any()
-        words = [x.astype(jnp.uint32) for x in (*integers, whole, lost)]
-        return words, outside / max(1, sum(x.size for x in leaves))
+        words = [x.reshape(-1).astype(jnp.uint32) for x in (*integers, whole, lost)]
+        return jnp.concatenate(words), outside / max(1, sum(sizes))
 
     def aggregate(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
@@ -140,16 +149,15 @@ def secure_sum(
         words, outside = each(encode, updates, weights, operators.keys(rounding_key))
         sent = masked(words, mask_key, neighbors)
         # Half of the residues stand for negative numbers.
-        totals = [x.astype(jnp.uint32).astype(jnp.int32) for x in reductions.sum(sent)]
-        *sums, weight, lost = totals
+        total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
         leaves, treedef = jax.tree.flatten(updates)
+        *sums, weight, lost = split(total, [*(math.prod(x.shape[1:]) for x in leaves), 1, 1])
         update = [
-            _quotient(x, weight, clip, lost, wide(u.dtype)).astype(u.dtype)
+            _quotient(x, weight, clip, lost, u.dtype).reshape(u.shape[1:])
             for x, u in zip(sums, leaves)
         ]
-        count = sum(x.size for x in totals)
         metrics = {
-            "clients/bits": jnp.full(weights.shape, 32 * count, jnp.float32),
+            "clients/bits": jnp.full(weights.shape, 32 * total.size, jnp.float32),
             "clipped": reductions.mean(outside),
         }
         return jax.tree.unflatten(treedef, update), state, metrics
@@ -157,27 +165,24 @@ def secure_sum(
     return Aggregator(init, aggregate, encodes=True)
 
 
-def masked(words: list[jax.Array], key: jax.Array, neighbors: int | None) -> list[jax.Array]:
+def masked(words: jax.Array, key: jax.Array, neighbors: int | None) -> jax.Array:
     """What clients send: placed uint32 plus masks, which add up to zero over all clients."""
     size = resolve(None, "fax.aggregators.secure_sum").size
     offsets = size // 2 if neighbors is None else min(neighbors, size) // 2
 
-    def client(words: list[jax.Array], number: jax.Array) -> list[jax.Array]:
+    def client(words: jax.Array, number: jax.Array) -> jax.Array:
+        def stream(number, offset):
+            """Uniform integers that a client shares with the one ``offset`` places further."""
+            pair = jax.random.fold_in(jax.random.fold_in(key, number), offset)
+            return jax.random.bits(pair, words.shape, jnp.uint32)
+
         def add(words, offset):
-            ours = _stream(key, number, offset, words)
-            theirs = _stream(key, (number - offset) % size, offset, words)
-            return [x + a - b for x, a, b in zip(words, ours, theirs)], None
+            ours, theirs = stream(number, offset), stream((number - offset) % size, offset)
+            return words + ours - theirs, None
 
         return lax.scan(add, words, jnp.arange(1, offsets + 1, dtype=jnp.int32))[0]
 
     return each(client, words, operators.index())
-
-
-def _stream(key: jax.Array, number: jax.Array, offset: jax.Array, words: list) -> list[jax.Array]:
-    """Uniform integers that are known to a client and the one ``offset`` places further."""
-    pair = jax.random.fold_in(jax.random.fold_in(key, number), offset)
-    keys = jax.random.split(pair, len(words))
-    return [jax.random.bits(k, x.shape, jnp.uint32) for k, x in zip(keys, words)]
 
 
 def _integer(x: jax.Array, limit: int) -> jax.Array:
@@ -188,5 +193,5 @@ def _integer(x: jax.Array, limit: int) -> jax.Array:
 def _quotient(
     x: jax.Array, weight: jax.Array, clip: float, lost: jax.Array, dtype: Any
 ) -> jax.Array:
-    mean = clip * x.astype(dtype) / jnp.maximum(weight, 1).astype(dtype)
+    mean = clip * x.astype(wide(dtype)) / jnp.maximum(weight, 1).astype(wide(dtype))
     return jnp.where(lost > 0, jnp.nan, mean).astype(dtype)

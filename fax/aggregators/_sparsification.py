@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from fax.aggregators._aggregator import Metrics, PerClient, Transformation, all_bits
-from fax.aggregators._leaves import bits_of, check_floats, check_int, each, wide
+from fax.aggregators._leaves import bits_of, check_floats, check_int, each, split, wide
 
 PyTree = Any
 
@@ -125,5 +125,5 @@ def _largest(leaves: list[jax.Array], k: int) -> list[jax.Array]:
     dtype = jnp.result_type(*leaves)
     size = jnp.concatenate([lax.stop_gradient(jnp.abs(x)).ravel().astype(dtype) for x in leaves])
     chosen = jnp.zeros(size.shape, bool).at[lax.top_k(size, k)[1]].set(True)
-    parts = jnp.split(chosen, np.cumsum([x.size for x in leaves])[:-1])
+    parts = split(chosen, [x.size for x in leaves])
     return [part.reshape(x.shape) for part, x in zip(parts, leaves)]

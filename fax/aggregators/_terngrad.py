@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fax.aggregators._aggregator import Transformation
 from fax.aggregators._leaves import bits_of, check_positive, leafwise, straight_through
 
 
-def terngrad(clip: float = 2.5) -> Transformation:
+def terngrad(clip: float | None = 2.5) -> Transformation:
     """TernGrad: clips each leaf, and rounds its numbers at random to -s, 0 or s.
 
         g_j = max(-c sigma, min(c sigma, x_j)),    s = max_j |g_j|
@@ -25,7 +24,7 @@ def terngrad(clip: float = 2.5) -> Transformation:
     A client sends for each leaf with d numbers 2 d bits, and s, in float32 for shorter floats.
 
     Args:
-      clip: c, a positive number. With ``jnp.inf`` nothing is clipped, and x' is unbiased.
+      clip: c, a positive number. None: nothing is clipped, and x' is unbiased.
 
     Returns:
       The transformation. Its metric ``"clients/bits"`` is what each client sends.
@@ -47,19 +46,18 @@ def terngrad(clip: float = 2.5) -> Transformation:
       >>> average(jnp.array([[1.0, -1.0], [0.0, 0.0]]), jnp.ones(2), jax.random.key(0))
       (Array([ 0.5, -0.5], dtype=float32), {'clients/bits': Array([36., 36.], dtype=float32)})
     """
-    check_positive("terngrad", "clip", clip)
+    if clip is not None:
+        check_positive("terngrad", "clip", clip)
 
-    def encode(x: jax.Array, key: jax.Array) -> tuple[jax.Array, float]:
-        square = jnp.mean(x**2)
-        some = square > 0
-        # The inner selection keeps the square root's derivative finite.
-        sigma = jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0)
-        bound = jnp.where(some, jnp.asarray(clip, x.dtype) * sigma, 0)
-        clipped = jnp.clip(x, -bound, bound)
-        size = lax.stop_gradient(jnp.abs(clipped))
+    def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
+        if clip is not None:
+            square = jnp.mean(x**2)
+            # The selection keeps the square root's derivative finite; zeros are not clipped.
+            sigma = jnp.sqrt(jnp.where(square > 0, square, 1))
+            x = jnp.clip(x, -(clip * sigma).astype(x.dtype), (clip * sigma).astype(x.dtype))
+        size = jnp.abs(x)
         scale = jnp.max(size)
-        sent = jax.random.uniform(key, x.shape, x.dtype) * scale < size
-        ternary = jnp.where(sent, scale * jnp.sign(clipped), 0)
-        return straight_through(clipped, ternary), 2 * x.size + bits_of(x.dtype)
+        ternary = jnp.where(random * scale < size, scale * jnp.sign(x), 0)
+        return straight_through(x, ternary), 2 * x.size + bits_of(x.dtype)
 
     return leafwise("terngrad", encode)

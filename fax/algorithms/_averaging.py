@@ -98,7 +98,8 @@ def aggregate(
         return fax.mean(updates, weights=cohort.num_examples), None, {}
     # Random numbers of the server's, different in each round and not those of any client.
     bits = jax.random.key_data(cohort.keys)
-    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
+    total = fax.sum(bits).astype(bits.dtype)  # with 64 bits, sums are longer
+    key = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
     return aggregator.aggregate(updates, cohort.num_examples, state, key)
 
 
