@@ -177,7 +177,8 @@ def masked(words: jax.Array, key: jax.Array, neighbors: int | None) -> jax.Array
             return jax.random.bits(pair, words.shape, jnp.uint32)
 
         def add(words, offset):
-            ours, theirs = stream(number, offset), stream((number - offset) % size, offset)
+            first = jnp.stack([number, (number - offset) % size])
+            ours, theirs = jax.vmap(stream, (0, None))(first, offset)
             return words + ours - theirs, None
 
         return lax.scan(add, words, jnp.arange(1, offsets + 1, dtype=jnp.int32))[0]
