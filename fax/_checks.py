@@ -16,6 +16,7 @@ from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax._placement import Placement, PlacementError
 from fax.primitives._convolutions import SETTINGS
+from fax.sharding._schedule import ALL_AT_ONCE
 from fax.sharding._types import as_placed
 
 
@@ -112,10 +113,10 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
     )
 
 
-def batch_size(value: Any, here: Placement) -> int | None:
+def batch_size(value: Any, here: Placement) -> int | str | None:
     """Checks how many participants to work on at once."""
-    if value is None:
-        return None
+    if value is None or value is ALL_AT_ONCE:  # the second is not for users
+        return value
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -164,7 +164,7 @@ def map(
     _checks.function("fax.map", fn)
     leaves, treedef = tree_flatten_with_path(args)
     rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
-    batch_size = _checks.batch_size(batch_size, here)
+    at_once = _checks.batch_size(batch_size, here)
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
 
@@ -198,7 +198,7 @@ def map(
         consts = [as_server(x, here) for x in consts]
     inputs = (SERVER,) * len(consts) + inputs
     outputs = (Out("placed"),) * len(jaxpr.out_avals)
-    this = Round(here, batch_size, inputs, outputs, jaxpr, convolutions)
+    this = Round(here, at_once, inputs, outputs, jaxpr, convolutions)
     return tree_unflatten(out_tree, this.bind(*consts, *rows))
 
 

@@ -26,10 +26,13 @@ class Aggregator(NamedTuple):
         called in a program. ``updates`` are placed, leaves [clients, ...], and so are ``weights``
         [clients]. ``key`` is a random key of the server's. The update is a server value. Among the
         metrics is ``"clients/bits"``, float [clients], what each client sends.
+      encodes: whether clients send an encoding that the aggregator makes of their updates, so that
+        ``"clients/bits"`` is what it says, whatever transformations before it say.
     """
 
     init: Callable[[PyTree], PyTree]
     aggregate: Callable[..., tuple[PyTree, PyTree, Metrics]]
+    encodes: bool = False
 
 
 class Transformation(NamedTuple):
@@ -66,6 +69,12 @@ def mean() -> Aggregator:
     """The mean weighted by ``weights``: sum_i w_i u_i / sum_i w_i.
 
     A client sends all bits of its update.
+
+    Returns:
+      The aggregator, without state.
+
+    Raises:
+      PlacementError: when used, if updates or weights are not placed, or outside a program.
 
     Example:
 
@@ -138,6 +147,7 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
             states.append(own)
             metrics |= more
         update, own, more = aggregator.aggregate(updates, weights, state[-1], keys[-1])
-        return update, (*states, own), {**more, **metrics}
+        metrics = {**metrics, **more} if aggregator.encodes else {**more, **metrics}
+        return update, (*states, own), metrics
 
     return Aggregator(init, aggregate)

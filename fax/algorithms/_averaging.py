@@ -104,11 +104,14 @@ def aggregate(
     weights = cohort.num_examples if weights is None else weights
     if aggregator is None:
         return fax.mean(updates, weights=weights), None, {}
-    # Random numbers of the server's, different in each round and not those of any client.
+    return aggregator.aggregate(updates, weights, state, server_key(cohort))
+
+
+def server_key(cohort: Cohort) -> jax.Array:
+    """A random key of the server's, different in each round and not that of any client."""
     bits = jax.random.key_data(cohort.keys)
-    total = fax.sum(bits).astype(bits.dtype)  # a sum is in 64 bits, if there are any
-    key = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
-    return aggregator.aggregate(updates, weights, state, key)
+    total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
+    return jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
 
 
 def server_step(

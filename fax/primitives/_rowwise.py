@@ -141,7 +141,7 @@ def may_be_rowwise(eqn: JaxprEqn) -> bool:
     if eqn.primitive is p.jit_p:
         inner = eqn.params["jaxpr"]
         return not inner.consts and all(map(may_be_rowwise, inner.jaxpr.eqns))
-    return _rule(eqn) is not None
+    return bool(eqn.outvars) and _rule(eqn) is not None  # an array of no rows unstacks to nothing
 
 
 def as_map(eqn: Equation, like: JaxprEqn, masked: Callable[[Atom], bool]) -> JaxprEqn | None:

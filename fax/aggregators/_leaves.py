@@ -1,0 +1,124 @@
+"""What encodings of updates share: clients' functions that fuse, and encodings of single leaves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import fax._operators as operators
+from fax.aggregators._aggregator import Metrics, Transformation
+from fax.sharding._schedule import ALL_AT_ONCE
+
+PyTree = Any
+
+# Of a leaf's numbers [size] and random ones from 0 to 1: what the server decodes, and the bits.
+Encoding = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | float]]
+
+
+def each(fn: Callable, *args: PyTree) -> Any:
+    """`fax.map` at the batch size of the map that makes the arguments, so that the two fuse.
+
+    So updates are encoded as clients finish, and where a mean follows they never exist together.
+    In gradients they are made again if the clients' function is under `jax.checkpoint`.
+    """
+    batch_size: Any = ALL_AT_ONCE
+    return operators.map(fn, *args, batch_size=batch_size)
+
+
+def leafwise(
+    caller: str, encode: Encoding, draws: Callable[[int], int] = lambda size: size
+) -> Transformation:
+    """A transformation without state that encodes each leaf of each client's update by itself.
+
+    Args:
+      caller: the name of the transformation, for messages.
+      encode: of floats of at least 32 bits; leaves without numbers are left out.
+      draws: how many random numbers a leaf takes.
+    """
+
+    def init(params: PyTree) -> tuple:
+        check_floats(caller, params)
+        return ()
+
+    def client(update: PyTree, key: jax.Array) -> tuple[PyTree, jax.Array]:
+        leaves, treedef = jax.tree.flatten(update)
+        bits, decoded = jnp.zeros((), jnp.float32), []
+        for x, random in zip(leaves, uniform(key, [draws(x.size) for x in leaves])):
+            if x.size:
+                values, own = encode(x.reshape(-1).astype(wide(x.dtype)), random)
+                x, bits = values.astype(x.dtype).reshape(x.shape), bits + own
+            decoded.append(x)
+        return jax.tree.unflatten(treedef, decoded), bits.astype(jnp.float32)
+
+    def update(
+        updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
+    ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
+        check_floats(caller, updates)
+        updates, bits = each(client, updates, operators.keys(key))
+        return updates, weights, state, {"clients/bits": bits}
+
+    return Transformation(init, update)
+
+
+def uniform(key: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Random float32 from 0 to 1 in arrays of these sizes, of one call, which compiles quicker."""
+    return split(jax.random.uniform(key, (sum(sizes),), jnp.float32), sizes)
+
+
+def split(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """A vector in parts of these sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [x[end - size : end] for end, size in zip(ends, sizes)]
+
+
+def straight_through(x: jax.Array, decoded: jax.Array) -> jax.Array:
+    """``decoded``, with the derivatives of x.
+
+    Those of an encoding are zero almost everywhere, but those of its expectation, which is x if
+    it is unbiased, are these.
+    """
+    return lax.stop_gradient(decoded) + (x - lax.stop_gradient(x))
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to compute in: float32 for shorter floats, else the same."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def bits_of(dtype: Any) -> int:
+    return jnp.dtype(dtype).itemsize * 8
+
+
+def check_floats(caller: str, tree: PyTree) -> None:
+    """Checks that updates are real floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"fax.aggregators.{caller}: updates{jax.tree_util.keystr(path)} is an array of "
+                f"{dtype}, expected real floats. What is counted, and not trained, belongs into "
+                "the model_state."
+            )
+
+
+def check_int(caller: str, name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Checks a setting that is a whole number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(
+            f"fax.aggregators.{caller}: {name} is {value!r}, expected an int {wanted}."
+        )
+
+
+def check_positive(caller: str, name: str, value: Any) -> None:
+    """Checks a setting that is a positive number, unless it is traced."""
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
+        raise ValueError(
+            f"fax.aggregators.{caller}: {name} is {value!r}, expected a positive number."
+        )

@@ -1,0 +1,63 @@
+"""TernGrad: each number becomes -s, 0 or s."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from fax.aggregators._aggregator import Transformation
+from fax.aggregators._leaves import bits_of, check_positive, leafwise, straight_through
+
+
+def terngrad(clip: float | None = 2.5) -> Transformation:
+    """TernGrad: clips each leaf, and rounds its numbers at random to -s, 0 or s.
+
+        g_j = max(-c sigma, min(c sigma, x_j)),    s = max_j |g_j|
+        x'_j = s sign(g_j) b_j,    b_j = 1 with probability |g_j| / s, else 0
+
+    x' is g on average, with variance s |g_j| - g_j^2: clipping trades a bias for a smaller s.
+    sigma is the deviation from zero, sqrt(mean_j x_j^2): in the paper's model of gradients, whose
+    mean is zero, it is the standard deviation, and a leaf of a single number or of equal
+    numbers is not clipped away. Each leaf has a scale of its own, as in the paper, for layers
+    differ in scale; so has each client. Derivatives are those of the expectation, g.
+
+    A client sends for each leaf with d numbers 2 d bits, and s, in float32 for shorter floats.
+
+    Args:
+      clip: c, a positive number. None: nothing is clipped, and x' is unbiased.
+
+    Returns:
+      The transformation. Its metric ``"clients/bits"`` is what each client sends.
+
+    Raises:
+      ValueError: if ``clip`` is not positive; when used, if a leaf does not hold floats.
+
+    References:
+      Wen et al., TernGrad: Ternary gradients to reduce communication in distributed deep learning,
+      arXiv:1705.07878.
+
+    Example:
+
+      >>> aggregator = fax.aggregators.chain(fax.aggregators.terngrad())
+      >>> @fax.program(clients=2)
+      ... def average(updates, weights, key):
+      ...     update, _, metrics = aggregator.aggregate(updates, weights, ((), ()), key)
+      ...     return update, metrics
+      >>> average(jnp.array([[1.0, -1.0], [0.0, 0.0]]), jnp.ones(2), jax.random.key(0))
+      (Array([ 0.5, -0.5], dtype=float32), {'clients/bits': Array([36., 36.], dtype=float32)})
+    """
+    if clip is not None:
+        check_positive("terngrad", "clip", clip)
+
+    def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
+        if clip is not None:
+            square = jnp.mean(x**2)
+            # The selection keeps the square root's derivative finite; zeros are not clipped.
+            sigma = jnp.sqrt(jnp.where(square > 0, square, 1))
+            x = jnp.clip(x, -(clip * sigma).astype(x.dtype), (clip * sigma).astype(x.dtype))
+        size = jnp.abs(x)
+        scale = jnp.max(size)
+        ternary = jnp.where(random * scale < size, scale * jnp.sign(x), 0)
+        return straight_through(x, ternary), 2 * x.size + bits_of(x.dtype)
+
+    return leafwise("terngrad", encode)
