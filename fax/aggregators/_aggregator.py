@@ -65,7 +65,13 @@ class PerClient:
 def mean() -> Aggregator:
     """The mean weighted by ``weights``: sum_i w_i u_i / sum_i w_i.
 
-    A client sends all bits of its update.
+    A client sends all bits of its update. One of weight zero is left out, whatever it holds.
+
+    Returns:
+      The aggregator. It has no state.
+
+    Raises:
+      PlacementError: when it is used outside of a program.
 
     Example:
 
@@ -82,7 +88,8 @@ def mean() -> Aggregator:
     def aggregate(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
-        return reductions.mean(updates, weights=weights), state, {"clients/bits": all_bits(updates)}
+        update = reductions.mean(updates, weights=weights, where=weights != 0)
+        return update, state, {"clients/bits": all_bits(updates)}
 
     return Aggregator(lambda params: (), aggregate)
 

@@ -97,8 +97,8 @@ def aggregate(
     if aggregator is None:
         return fax.mean(updates, weights=cohort.num_examples), None, {}
     # Random numbers of the server's, different in each round and not those of any client.
-    bits = jax.random.key_data(cohort.keys)
-    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
+    bits = fax.sum(jax.random.key_data(cohort.keys)).astype(jnp.uint32)  # wider under x64
+    key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(cohort.keys))
     return aggregator.aggregate(updates, cohort.num_examples, state, key)
 
 
