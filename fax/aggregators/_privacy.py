@@ -61,7 +61,7 @@ def gaussian(
       noise_multiplier: z, at least 0. It may be traced, as all numbers here.
       quantile: γ, between 0 and 1. None: C stays what it is.
       rate: η, positive.
-      count_noise: σ_b, above z / 2. Default: m / 20.
+      count_noise: σ_b, above z / 2. Default: m / 20, which is for hundreds of clients.
       expected_clients: m. Default: the number of clients of a round, if it is the same in all
         rounds; with Poisson sampling and rows of weight zero, how many are expected.
 
@@ -111,8 +111,13 @@ def gaussian(
             metrics = {"clients/bits": bits, "clip_norm": jnp.asarray(clip)}
             return divided(total, m, updates), state, metrics
         sigma = m / 20 if count_noise is None else count_noise
-        if not isinstance(noise_multiplier, jax.core.Tracer):
-            _arguments.number(caller, "count_noise", sigma, above=float(noise_multiplier) / 2)
+        concrete = not any(isinstance(x, jax.core.Tracer) for x in (noise_multiplier, sigma))
+        if concrete and sigma <= noise_multiplier / 2:
+            raise ValueError(
+                f"{caller}: count_noise is {sigma:g}, by default a twentieth of the clients, "
+                f"expected more than noise_multiplier / 2 = {noise_multiplier / 2:g}, or the count "
+                "alone would cost more than both may. Give count_noise, or take more clients."
+            )
         z = noise_multiplier / jnp.sqrt(1 - (noise_multiplier / (2 * sigma)) ** 2)
         of_updates, of_count = jax.random.split(key)
         total, excess = clipped_sum(updates, weights, l2_norm, state)
