@@ -184,6 +184,19 @@ def min(
     return _extremum("min", min_p, jnp.minimum, x, where, initial, placement)
 
 
+def masked(x: PyTree, where: jax.Array) -> PyTree:
+    """The rows for which ``where`` is true, and zero elsewhere, as a placed value.
+
+    As in a reduction, neither values nor gradients can be reached by what is left out, though it
+    is not reduced here. ``jnp.where`` would send zeros back into singular client functions.
+    """
+    here = resolve(None, "fax.aggregators")
+    leaves, treedef = _checks.rows("fax.aggregators", x, here)
+    mask = _mask("fax.aggregators", where, here)
+    rows = _reduce("placed", lambda *rows: list(rows), len(leaves), leaves, mask, here)
+    return tree_unflatten(treedef, rows)
+
+
 def _extremum(
     mode: str,
     primitive: Primitive,

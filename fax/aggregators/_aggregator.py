@@ -68,7 +68,8 @@ class PerClient:
 def mean() -> Aggregator:
     """The mean weighted by ``weights``: sum_i w_i u_i / sum_i w_i.
 
-    A client sends all bits of its update.
+    A client sends all bits of its update. A weight of zero does not hide what is not finite; see
+    `non_finite`.
 
     Returns:
       The aggregator, without state.
