@@ -1,0 +1,282 @@
+"""What algorithms and aggregators cost beyond federated averaging, and DiLoCo beside JAX by hand.
+
+    python benchmarks/algorithms.py [--only overhead|outer|memory] [--json PATH]
+
+*Overhead*: a jitted round of every algorithm over that of `fedavg`, with the same clients, batches
+and model, a dense network 784-200-200-62. *Outer*: a round of DiLoCo with one inner step of a loss
+that costs next to nothing, against the same written by hand. *Memory*: temporary memory of
+rounds of 8 and of 64 clients. Programs take turns, in an order that is reversed every time; a ratio
+is the median of those of the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from core import machine
+from tables import Table, show, verdict
+
+import fax
+from fax import aggregators, algorithms
+
+PyTree = Any
+CLIENTS, BATCH, STEPS, POPULATION, RATE = 20, 20, 4, 40, 0.05
+TURNS, REPEATS = 7, 5
+SGD = optax.sgd(RATE)
+MODEL = fax.models.create("emnist_dense")
+LOSS = MODEL.loss
+SAME = "at most 1.3"
+
+# What is made, and why it costs more than fedavg if it does.
+ALGORITHMS: dict[str, tuple[Callable[[], algorithms.Algorithm], str]] = {
+    "fedopt, server_adam": (
+        lambda: algorithms.fedopt(LOSS, SGD, algorithms.server_adam(0.01)),
+        SAME,
+    ),
+    "fedprox": (lambda: algorithms.fedprox(LOSS, SGD, mu=0.01), SAME),
+    "scaffold": (
+        lambda: algorithms.scaffold(LOSS, RATE, num_clients=POPULATION),
+        "reads and writes a state for each client",
+    ),
+    "mime": (
+        lambda: algorithms.mime(LOSS, optax.sgd(RATE, momentum=0.9)),
+        "three gradients a batch instead of one",
+    ),
+    "mime_lite": (
+        lambda: algorithms.mime_lite(LOSS, optax.sgd(RATE, momentum=0.9)),
+        "two gradients a batch instead of one",
+    ),
+    "agnostic_fedavg": (
+        lambda: algorithms.agnostic_fedavg(LOSS, SGD, num_domains=3, domain_learning_rate=0.1),
+        "first evaluates the domains' losses",
+    ),
+    "apfl": (
+        lambda: algorithms.apfl(LOSS, SGD, num_clients=POPULATION),
+        "trains two models, one of them a mixture",
+    ),
+    "hyp_cluster, 2 clusters": (
+        lambda: algorithms.hyp_cluster(LOSS, SGD, num_clusters=2),
+        "first evaluates every model",
+    ),
+    "reptile": (lambda: algorithms.reptile(LOSS, SGD, 0.5), SAME),
+    "maml": (
+        lambda: algorithms.maml(LOSS, RATE, optax.sgd(0.1)),
+        "differentiates through the steps",
+    ),
+    "local_sgd": (lambda: algorithms.local_sgd(LOSS, SGD, replicas=CLIENTS), "keeps replicas"),
+    "diloco": (lambda: algorithms.diloco(LOSS, SGD, replicas=CLIENTS), "keeps replicas"),
+    "streaming_diloco": (
+        lambda: algorithms.streaming_diloco(LOSS, SGD, replicas=CLIENTS, steps=4, fragments=2),
+        "keeps replicas and what is on its way",
+    ),
+    "papa": (
+        lambda: algorithms.papa(LOSS, SGD, replicas=CLIENTS, every=2),
+        "keeps replicas, which come together several times a round",
+    ),
+}
+AGGREGATORS: dict[str, tuple[Callable[[], aggregators.Aggregator], str]] = {
+    "mean": (aggregators.mean, SAME),
+    "clip_by_norm": (lambda: aggregators.chain(aggregators.clip_by_norm(1.0)), SAME),
+    "uniform_quantization": (
+        lambda: aggregators.chain(aggregators.uniform_quantization(16)),
+        "a random number for each parameter and client",
+    ),
+    "drive": (lambda: aggregators.chain(aggregators.drive()), "two rotations for each client"),
+    "top_k": (
+        lambda: aggregators.chain(aggregators.top_k(0.1, num_clients=POPULATION)),
+        "a selection, and a memory for each client",
+    ),
+    "secure_sum": (
+        lambda: aggregators.secure_sum(1.0, 1000.0),
+        "masks of all pairs of clients",
+    ),
+    "gaussian": (lambda: aggregators.gaussian(1.0, 1.0, expected_clients=CLIENTS), SAME),
+    "median": (aggregators.median, "collects and sorts all rows"),
+    "krum": (lambda: aggregators.krum(2), "collects all rows, distances of all pairs"),
+    "geometric_median": (aggregators.geometric_median, "several passes over the updates"),
+}
+
+
+def population(clients: int) -> fax.data.InMemory:
+    rng = np.random.default_rng(0)
+
+    def client() -> dict[str, np.ndarray]:
+        n = int(rng.integers(80, 160))
+        return {
+            "x": rng.random((n, 28, 28, 1), dtype=np.float32),
+            "y": rng.integers(0, 62, n).astype(np.int32),
+            "domain": rng.integers(0, 3, n).astype(np.int32),
+            "query": rng.random(n) < 0.3,
+        }
+
+    return fax.data.InMemory({i: client() for i in range(clients)})
+
+
+def cohort_of(clients: int) -> fax.data.Cohort:
+    data = population(max(clients, POPULATION))
+    rounds = fax.data.cohorts(data, clients, BATCH, max_steps=STEPS, resident=True)
+    with rounds:
+        return next(rounds)
+
+
+def overhead() -> list[Table]:
+    params = MODEL.init(jax.random.key(0))
+    cohort = cohort_of(CLIENTS)
+
+    def compiled(algorithm: algorithms.Algorithm) -> Callable[[], Any]:
+        run = functools.partial(jax.jit(algorithm.round), algorithm.init(params), cohort)
+        jax.block_until_ready(run())
+        return run
+
+    base = compiled(algorithms.fedavg(LOSS, SGD))
+    tables = []
+    for title, made in (
+        ("A round of algorithms over that of fedavg", ALGORITHMS),
+        (
+            "A round of fedavg with aggregators over that without",
+            {
+                name: (lambda make=make: algorithms.fedavg(LOSS, SGD, aggregator=make()), why)
+                for name, (make, why) in AGGREGATORS.items()
+            },
+        ),
+    ):
+        rows = []
+        for name, (make, why) in made.items():
+            ratio, seconds = versus(compiled(make()), base)
+            target = verdict(SAME, ratio <= 1.3) if ratio <= 1.3 or why == SAME else why
+            rows.append({"": name, "ms a round": 1e3 * seconds, "ratio": ratio})
+            rows[-1]["target or reason"] = target
+        columns = ["", "ms a round", "ratio", "target or reason"]
+        tables.append(dict(title=title, columns=columns, rows=rows))
+    return tables
+
+
+def versus(one: Callable[[], Any], other: Callable[[], Any]) -> tuple[float, float]:
+    """The median ratio of the times of both, and the median time of the first."""
+    times: list[list[float]] = [[], []]
+    for turn in range(TURNS):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                jax.block_until_ready((one, other)[which]())
+            times[which].append((time.perf_counter() - start) / REPEATS)
+    return float(np.median(np.divide(*times))), float(np.median(times[0]))
+
+
+# DiLoCo's outer step
+
+REPLICAS, UNITS, LAYERS = 4, 512, 16  # 4,194,304 parameters
+
+
+def cheap(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+    """A loss whose gradient takes one pass over the parameters."""
+    return batch["x"] * sum(jnp.sum(x * x) for x in jax.tree.leaves(params))
+
+
+def outer() -> list[Table]:
+    inner = optax.adamw(1e-3)
+    nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    params = [jnp.ones((UNITS, UNITS)) / UNITS for _ in range(LAYERS)]
+    data = fax.data.InMemory({i: {"x": np.ones(1, np.float32)} for i in range(REPLICAS)})
+    with fax.data.cohorts(
+        data, REPLICAS, 1, sampler="stream", max_steps=1, placement="replicas"
+    ) as rounds:
+        cohort = next(rounds)
+
+    algorithm = algorithms.diloco(cheap, inner, nesterov, replicas=REPLICAS)
+    ours = functools.partial(jax.jit(algorithm.round), algorithm.init(params), cohort)
+
+    @jax.jit
+    def by_hand(theta, outer_state, replicas, states, x):
+        def step(_, own):
+            params, state, x = own
+            loss, gradient = jax.value_and_grad(lambda p: cheap(p, {"x": x}, None))(params)
+            updates, state = inner.update(gradient, state, params)
+            return None, (optax.apply_updates(params, updates), state, loss)
+
+        _, (replicas, states, losses) = jax.lax.scan(step, None, (replicas, states, x))
+        delta = jax.tree.map(lambda t, r: t - r.mean(0), theta, replicas)
+        updates, outer_state = nesterov.update(delta, outer_state, theta)
+        theta = optax.apply_updates(theta, updates)
+        replicas = jax.tree.map(lambda t: jnp.broadcast_to(t, (REPLICAS, *t.shape)), theta)
+        return theta, outer_state, replicas, states, losses
+
+    def copies(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.stack([x] * REPLICAS), tree)
+
+    arguments = params, nesterov.init(params), copies(params), copies(inner.init(params))
+    hand = functools.partial(by_hand, *arguments, jnp.ones(REPLICAS))
+    first, second = ours()[0].params[0], hand()[0][0]
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    ratio, seconds = versus(ours, hand)
+    row = {
+        "": f"{REPLICAS} replicas of {LAYERS * UNITS * UNITS:,} parameters",
+        "ms a round": 1e3 * seconds,
+        "ratio": ratio,
+        "target": verdict("at most 1.1", ratio <= 1.1),
+    }
+    return [dict(title="DiLoCo's outer step over JAX by hand", columns=list(row), rows=[row])]
+
+
+# Memory
+
+SUMS = ("fedopt, server_adam", "fedprox", "mime", "mime_lite", "agnostic_fedavg", "reptile", "maml")
+SUMMED = ("mean", "clip_by_norm", "uniform_quantization", "drive", "gaussian")
+
+
+def memory() -> list[Table]:
+    params = MODEL.init(jax.random.key(0))
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    made = {"fedavg": lambda: algorithms.fedavg(LOSS, SGD)}
+    made |= {name: ALGORITHMS[name][0] for name in SUMS}
+    made |= {
+        f"fedavg, {name}": lambda name=name: algorithms.fedavg(
+            LOSS, SGD, aggregator=AGGREGATORS[name][0]()
+        )
+        for name in SUMMED
+    }
+
+    def temporary(algorithm: algorithms.Algorithm, clients: int) -> float:
+        arguments = algorithm.init(params), cohort_of(clients)
+        compiled = jax.jit(algorithm.round).lower(*arguments).compile()
+        return float(compiled.memory_analysis().temp_size_in_bytes / size)
+
+    rows = []
+    for name, make in made.items():
+        few, many = (temporary(make(), clients) for clients in (8, 64))
+        met = verdict("independent of clients", many <= few + 0.3)
+        rows.append({"": name, "8 clients": few, "64 clients": many, "target": met})
+    title = "Temporary memory of a round, in models"
+    return [dict(title=title, columns=list(rows[0]), rows=rows)]
+
+
+PARTS = {"overhead": overhead, "outer": outer, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--json", metavar="PATH", help="write the figures to a file")
+    options = parser.parse_args()
+    tables = []
+    for part in options.only:
+        for table in PARTS[part]():
+            show(table)
+            tables.append(table)
+    print("\n" + ", ".join(f"{key} {value}" for key, value in machine().items()))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(dict(machine=machine(), tables=tables), file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
