@@ -1,5 +1,6 @@
 """Private means: their noise, against the papers in NumPy, and what they cost."""
 
+import functools
 import itertools
 import math
 import sys
@@ -47,6 +48,7 @@ def vector(tree):
     return np.concatenate([np.ravel(tree[k]) for k in ("w", "b")])
 
 
+@functools.cache
 def one_round(aggregator, clients=CLIENTS):
     @fax.program(clients=clients)
     def round(updates, weights, state, key):
@@ -416,7 +418,7 @@ def test_epsilon_in_closed_form():
     def phi(x):
         return math.erfc(-x / 2**0.5) / 2
 
-    for z, rounds in ((1.0, 1), (5.0, 40), (0.15, 1)):
+    for z, rounds in ((1.0, 1), (5.0, 40), (0.3, 1)):
         found, mu = epsilon(z, rounds, 1e-4), rounds**0.5 / z
         log_tail = math.log(phi(-mu / 2 - found / mu))
         delta = phi(mu / 2 - found / mu) - math.exp(found + log_tail)
@@ -461,7 +463,9 @@ def test_losses_that_are_no_privacy_take_no_minutes():
 def test_calibrated_noise_costs_what_was_asked_for():
     setting = {"clients": 50, "population": 1000}
     z = calibrate(3.0, 20, 1e-4, **setting)
-    assert 2.98 < epsilon(z, 20, 1e-4, **setting) <= 3.0
+    assert 0.998 * 3 <= epsilon(z, 20, 1e-4, **setting) <= 3
+    # With noise above some amount this delta alone is enough.
+    assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
 
 
 def test_a_budget_is_spent_round_by_round():

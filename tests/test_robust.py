@@ -1,5 +1,6 @@
 """Clipping and robust aggregators against NumPy, in all settings, and against attackers."""
 
+import functools
 import itertools
 
 import jax
@@ -47,19 +48,23 @@ def vector(tree):
     return np.concatenate([np.ravel(tree[k]) for k in ("w", "b")])
 
 
+@functools.cache
+def compiled(aggregator, clients):
+    @jax.jit
+    @fax.program(clients=clients)
+    def round(updates, weights, state):
+        return aggregator.aggregate(updates, weights, state, KEY)
+
+    return round
+
+
 def run(aggregator, updates, weights=None, state=None):
     """One compiled round of the aggregator alone: the update, its state, and metrics."""
     clients = len(jax.tree.leaves(updates)[0])
     weights = np.ones(clients) if weights is None else weights
     if state is None:
         state = aggregator.init(jax.tree.map(lambda x: x[0], updates))
-
-    @jax.jit
-    @fax.program(clients=clients)
-    def round(updates, weights, state):
-        return aggregator.aggregate(updates, weights, state, KEY)
-
-    return round(updates, weights, state)
+    return compiled(aggregator, clients)(updates, weights, state)
 
 
 # The papers, in NumPy, on updates as rows
@@ -163,9 +168,9 @@ def test_median_of_few_clients(clients):
 
 
 def test_no_client_that_counts_gives_zero():
-    for name, (aggregator, _) in AGGREGATORS.items():
-        found, _, _ = run(aggregator, updates(), np.zeros(CLIENTS))
-        assert not vector(found).any(), name
+    found, _, _ = run(all_of_them(), updates(), np.zeros(CLIENTS))
+    for name in AGGREGATORS:
+        assert not vector(found[name]).any(), name
 
 
 def test_trimming_adapts_to_who_is_left():
@@ -476,7 +481,7 @@ def test_memory_of_what_sums_does_not_grow_with_the_cohort():
 def test_bits():
     u = {"w": np.ones((5, 10), np.float32), "b": np.ones((5, 3), np.float64)}
     everything = 10 * 32 + 3 * 64
-    for aggregator in (median(), trimmed_mean(0.1), krum(1), multi_krum(1, 2), chain(non_finite())):
+    for aggregator in (median(), krum(1), chain(non_finite())):
         np.testing.assert_array_equal(run(aggregator, u)[2]["clients/bits"], everything)
     bits = run(geometric_median(3), u)[2]["clients/bits"]
     np.testing.assert_array_equal(bits, 3 * (everything + 32))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from typing import Any
 
 from fax.aggregators import _arguments
@@ -101,7 +102,7 @@ def calibrate(
       rounds, delta, clients, population, sampling, mechanism: see `epsilon`.
 
     Returns:
-      The noise multiplier, at most 0.1 % above the least one that will do, and not below it.
+      The noise multiplier. It costs no more than ``epsilon``, and at least 99.8 % of it.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -116,7 +117,6 @@ def calibrate(
     _arguments.number(caller, "epsilon", epsilon, above=0)
     _arguments.number(caller, "delta", delta, above=0, below=1)
     rounds = _arguments.count(caller, "rounds", rounds, least=1)
-    low, high = 0.0, 1.0
     setting = functools.partial(
         _setting,
         caller,
@@ -125,12 +125,27 @@ def calibrate(
         sampling=sampling,
         mechanism=mechanism,
     )
-    while _epsilon(*setting(high), rounds, float(delta)) > epsilon:
-        low, high = high, 2 * high
-    while high - low > 1e-3 * high and high > 0.05:
-        middle = (low + high) / 2
-        enough = _epsilon(*setting(middle), rounds, float(delta)) <= epsilon
-        low, high = (low, middle) if enough else (middle, high)
+
+    def cost(z: float) -> float:
+        return _epsilon(*setting(z), rounds, float(delta))
+
+    # About enough without sampling: from above, as small epsilons are quicker to compute.
+    high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon
+    while (least := cost(high)) > epsilon:
+        high *= 2
+    low = high / 2
+    while (most := cost(low)) <= epsilon:
+        low, high, least = low / 2, low, most
+    while least < 0.998 * epsilon:
+        at = 0.5
+        if least > epsilon / 10:  # between them the curve is close to a power of z
+            at = math.log(0.999 * epsilon / most) / math.log(least / most)
+        middle = low * (high / low) ** at
+        found = cost(middle)
+        if found <= epsilon:
+            high, least = middle, found
+        else:
+            low, most = middle, found
     return high
 
 
