@@ -96,10 +96,14 @@ def aggregate(
     """
     if aggregator is None:
         return fax.mean(updates, weights=cohort.num_examples), None, {}
-    # Random numbers of the server's, different in each round and not those of any client.
+    return aggregator.aggregate(updates, cohort.num_examples, state, server_key(cohort))
+
+
+def server_key(cohort: Cohort) -> jax.Array:
+    """A random key of the server's, different in each round and not that of any client."""
     bits = jax.random.key_data(cohort.keys)
-    key = jax.random.wrap_key_data(fax.sum(bits), impl=jax.random.key_impl(cohort.keys))
-    return aggregator.aggregate(updates, cohort.num_examples, state, key)
+    total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
+    return jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
 
 
 def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
