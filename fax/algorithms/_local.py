@@ -34,6 +34,7 @@ class Trained(NamedTuple):
     params: PyTree
     model_state: PyTree
     tally: Tally
+    optimizer: PyTree
 
 
 class Local(NamedTuple):
@@ -102,7 +103,7 @@ def per_example(
         raise ValueError(
             f"loss returned {type(metrics).__name__} {metrics!r:.80} for metrics, expected a "
             "mapping to arrays, one number for each example, from names other than 'loss' that do "
-            "not begin with 'clients/'."
+            "not begin with 'clients/' or 'replicas/'."
         )
     named = {"loss": losses, **metrics}
     for name, values in named.items():
@@ -175,7 +176,7 @@ def _parts(out: Any, *expected: str) -> Any:
 
 def _taken(name: Any) -> bool:
     """Whether fax has a metric of this name."""
-    return not isinstance(name, str) or name == "loss" or name.startswith("clients/")
+    return not isinstance(name, str) or name == "loss" or name.startswith(("clients/", "replicas/"))
 
 
 def _total(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -192,8 +193,10 @@ def train(
     client: Client,
     correct: Callable[[PyTree, PyTree], PyTree] = lambda gradient, params: gradient,
     factors: Callable[[PyTree], jax.Array | None] = lambda batch: None,
+    optimizer_state: PyTree = None,
+    **scan: Any,
 ) -> Trained:
-    """Runs a client's local steps, from a fresh state of the optimizer.
+    """Runs a client's local steps.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
@@ -203,6 +206,8 @@ def train(
       client: its batches.
       correct: ``correct(gradient, params)``, the gradient that the optimizer gets at ``params``.
       factors: ``factors(batch)``, [batch]; see `mean_loss`.
+      optimizer_state: to start from. Default: a fresh one.
+      **scan: arguments of `Client.scan`.
     """
 
     def step(trained, batch, mask, key):
@@ -217,12 +222,12 @@ def train(
 
     start = (
         params,
-        optimizer.init(params),
+        optimizer.init(params) if optimizer_state is None else optimizer_state,
         model_state,
         no_tally(loss, params, model_state, client),
     )
-    params, _, model_state, tally = client.scan(step, start)
-    return Trained(params, model_state, tally)
+    params, optimizer_state, model_state, tally = client.scan(step, start, **scan)
+    return Trained(params, model_state, tally, optimizer_state)
 
 
 def no_tally(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> Tally:
@@ -234,16 +239,20 @@ def no_tally(loss: Callable, params: PyTree, model_state: PyTree, client: Client
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tally)
 
 
-def metrics_of(tally: Tally) -> dict[str, jax.Array]:
+def metrics_of(
+    tally: Tally, total: Tally | None = None, each: str = "clients"
+) -> dict[str, jax.Array]:
     """Means over all examples, and ``clients/...``, over those of each client.
 
     Args:
       tally: placed; to be called in a program.
+      total: its sum, if that is known.
+      each: what participants are called.
     """
-    total = reductions.sum(tally)
+    total = reductions.sum(tally) if total is None else total
     metrics = {name: value / jnp.maximum(total.examples, 1) for name, value in total.sums.items()}
     own = {
-        f"clients/{name}": value / jnp.maximum(tally.examples, 1)
+        f"{each}/{name}": value / jnp.maximum(tally.examples, 1)
         for name, value in tally.sums.items()
     }
     return {**metrics, **own}

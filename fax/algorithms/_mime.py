@@ -24,8 +24,6 @@ from fax.algorithms._averaging import (
 )
 from fax.algorithms._local import (
     Local,
-    Trained,
-    difference,
     full_gradient,
     mean_gradient,
     metrics_of,
@@ -173,7 +171,7 @@ def _mimicking(
         return full_gradient(loss, x, model_state, client)[0]
 
     def local(x: PyTree, s: PyTree, c: PyTree, model_state: PyTree, client: Client) -> Local:
-        def one(carry: Trained, batch: PyTree, mask: jax.Array, key: jax.Array) -> Trained:
+        def one(carry: tuple, batch: PyTree, mask: jax.Array, key: jax.Array) -> tuple:
             y, own_state, tally = carry
             gradient, (new, own_state) = mean_gradient(loss, y, own_state, batch, mask, key)
             if not lite:
@@ -181,10 +179,11 @@ def _mimicking(
                 gradient = jax.tree.map(lambda g, h, c: g - h + c, gradient, at_x, c)
             updates, _ = base_optimizer.update(gradient, s, y)
             y = optax.apply_updates(y, updates)
-            return Trained(y, own_state, jax.tree.map(jnp.add, tally, new))
+            return y, own_state, jax.tree.map(jnp.add, tally, new)
 
-        start = Trained(x, model_state, no_tally(loss, x, model_state, client))
-        return difference(client.scan(one, start), x)
+        start = (x, model_state, no_tally(loss, x, model_state, client))
+        y, own_state, tally = client.scan(one, start)
+        return Local(jax.tree.map(jnp.subtract, y, x), own_state, tally)
 
     def local_lite(x: PyTree, s: PyTree, model_state: PyTree, client: Client) -> tuple:
         return local(x, s, None, model_state, client), gradient_of(x, model_state, client)

@@ -98,7 +98,12 @@ class Client:
         return x
 
     def scan(
-        self, step: Callable[[Carry, PyTree, jax.Array, jax.Array], Carry], carry: Carry
+        self,
+        step: Callable[[Carry, PyTree, jax.Array, jax.Array], Carry],
+        carry: Carry,
+        *,
+        first: Any = 0,
+        branch: bool = True,
     ) -> Carry:
         """Goes through the client's batches in order.
 
@@ -109,6 +114,9 @@ class Client:
           step: ``step(carry, batch, mask, key) -> carry``, of a batch with leaves [batch, ...],
             its mask [batch] and a key of its own.
           carry: a pytree of arrays, to start with.
+          first: the number of the first step, from which steps get their keys.
+          branch: whether a step without any example is not run. Else it is run and forgotten, for
+            where clients are sharded, devices have to agree on a branch.
 
         Returns:
           What the last step returned.
@@ -130,20 +138,23 @@ class Client:
 
         def at(carry, numbered):
             number, x, mask = numbered
-            someone, mine = in_step(jnp.any(mask))
+            active = jnp.any(mask)
+            someone, mine = in_step(active) if branch else (None, active)
 
             def run(carry):
                 # Whoever only keeps others company repeats a step on real examples, so that
                 # nothing singular comes from padding, and forgets it.
-                own, own_mask = _select(mine, (x, mask), (first, self.mask[0]))
+                own, own_mask = _select(mine, (x, mask), (real, self.mask[0]))
                 own_key = jax.random.fold_in(self.key, number)
                 new = step(carry, self._fetch(own), own_mask, own_key)
                 _check_carry(new, carry)
                 return _select(mine, new, carry)
 
+            if not branch:
+                return run(carry), None
             return lax.cond(someone, run, lambda carry: carry, carry), None
 
-        first = jax.tree.map(lambda x: x[0], self._of_steps)
+        real = jax.tree.map(lambda x: x[0], self._of_steps)
         carry = jax.tree.map(jnp.asarray, carry)
         if any(jax.typeof(x).weak_type for x in jax.tree.leaves(carry)):
             # Python scalars have no dtype of their own; they take that of what follows.
@@ -151,7 +162,7 @@ class Client:
             new = jax.eval_shape(step, carry, *sample)
             if _same_structure(new, carry):
                 carry = jax.tree.map(_strong, carry, new)
-        steps = jnp.arange(self.mask.shape[0], dtype=jnp.int32)
+        steps = first + jnp.arange(self.mask.shape[0], dtype=jnp.int32)
         return lax.scan(at, carry, (steps, self._of_steps, self.mask))[0]
 
 

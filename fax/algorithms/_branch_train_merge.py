@@ -1,0 +1,221 @@
+"""Branch-Train-Merge: experts that train on domains of their own, and are then merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax.aggregators import PerClient
+from fax.algorithms._averaging import next_model_state
+from fax.algorithms._local import metrics_of
+from fax.algorithms._replicas import (
+    Parts,
+    Replica,
+    inner_steps,
+    population,
+    positive,
+    soup,
+)
+from fax.data import Cohort
+
+PyTree = Any
+_WHERE = "fax.algorithms.branch_train_merge"
+
+
+class BranchTrainMergeState(NamedTuple):
+    """The experts.
+
+    Attributes:
+      replicas: a `PerClient` of what the experts keep, leaves [replicas, ...].
+      prior: p(D = j), how likely each expert's domain is, [replicas]. They start equal. Put others
+        there with ``state._replace(prior=...)``.
+    """
+
+    replicas: PerClient
+    prior: jax.Array
+
+
+class BranchTrainMerge(NamedTuple):
+    """Branch-Train-Merge as pure functions, an `Algorithm` and more.
+
+    Attributes:
+      init: ``init(params, model_state=None) -> state``. All experts branch from ``params``, or
+        each from a row of ``fax.aggregators.PerClient(rows)``.
+      round: ``round(state, cohort) -> (state, metrics)``. Expert i trains on row i, and sends
+        nothing.
+      params: ``params(state)``, the merged model: the experts' mean, weighted by the prior.
+      branch: ``branch(state, weights) -> state``. With weights [replicas] all experts start anew
+        from that mixture of experts; with weights [replicas, replicas] expert i from the mixture of
+        row i. Weights are divided by their sums. Optimizers start anew.
+      posterior: ``posterior(state, batch, key) -> p(D = j | example)``, [batch, replicas]. The
+        losses are taken for the negative log-likelihoods, in nats, of examples that are known,
+        such as the text so far.
+      ensemble: ``ensemble(state, apply, inputs, weights=None) -> log-probabilities``, those of
+        the mixture of the experts' predictions. ``apply(params, inputs)``, for models with state
+        ``apply(params, model_state, inputs)``, gives scores [batch, ..., classes]. Weights are
+        [replicas] or [batch, replicas], such as posteriors. Default: the prior.
+    """
+
+    init: Callable[..., BranchTrainMergeState]
+    round: Callable[..., tuple[BranchTrainMergeState, dict[str, jax.Array]]]
+    params: Callable[[BranchTrainMergeState], PyTree]
+    branch: Callable[..., BranchTrainMergeState]
+    posterior: Callable[..., jax.Array]
+    ensemble: Callable[..., jax.Array]
+
+
+def branch_train_merge(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    replicas: int,
+    clients_at_once: int | None = None,
+) -> BranchTrainMerge:
+    """Branch-Train-Merge: experts that branch, train without a word, and are merged.
+
+    Experts j branch from a model, or a mixture of experts, and train each on a domain D_j of its
+    own. Then either their parameters are averaged, θ = sum_j w_j θ_j, or their predictions are:
+
+        p(y | x) = sum_j p(y | x, θ_j) p(D = j | x),
+        p(D = j | x) = p(x | D = j) p(D = j) / sum_k p(x | D = k) p(D = k)
+
+    where p(x | D = j) is what expert j gives to the text x so far, and p(D = j) a prior: equal, or
+    the mean of the posteriors of texts that were seen.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      optimizer: the experts', from optax.
+      replicas: how many experts there are. Expert i is row i of the cohort; see `diloco`.
+      clients_at_once: how many experts one device works on at once; see `diloco`.
+
+    Returns:
+      The algorithm, a `BranchTrainMerge`. Metrics are those of `diloco`, with zero bits.
+
+    Raises:
+      ValueError: if ``replicas`` is not a positive int, the cohort has another number of them, or
+        weights have another shape than said.
+
+    References:
+      Li et al., Branch-Train-Merge: Embarrassingly parallel training of expert language models,
+      arXiv:2208.03306. Gururangan et al., DEMix layers, arXiv:2108.05036, for the posterior.
+
+    Example:
+
+      >>> import optax
+      >>> def apply(params, x):
+      ...     return x[:, None] * params
+      >>> def loss(params, batch, key):
+      ...     logits = apply(params, batch["x"])
+      ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+      >>> forest = fax.algorithms.branch_train_merge(loss, optax.sgd(1.0), replicas=2)
+      >>> one, zero = jnp.ones(9, int), jnp.zeros(9, int)
+      >>> domains = {"a": {"x": jnp.ones(9), "y": one}, "b": {"x": jnp.ones(9), "y": zero}}
+      >>> rounds = fax.data.cohorts(
+      ...     fax.data.InMemory(domains), 2, batch_size=3, sampler="stream", max_steps=4,
+      ...     placement="replicas",
+      ... )
+      >>> state, metrics = forest.round(forest.init(jnp.zeros(2)), next(rounds))
+      >>> bool(jnp.abs(forest.params(state)).max() < 1e-6)  # they have learned the opposite
+      True
+      >>> seen = {"x": jnp.ones(1), "y": jnp.ones(1, int)}
+      >>> weights = forest.posterior(state, seen, jax.random.key(0))
+      >>> bool(weights[0, 0] > 0.8)
+      True
+      >>> jnp.exp(forest.ensemble(state, apply, seen["x"], weights)).argmax()
+      Array(1, dtype=int32)
+    """
+    replicas = positive(_WHERE, "replicas", replicas)
+    program = fax.program(replicas=replicas)
+
+    def init(params: PyTree, model_state: PyTree = None) -> BranchTrainMergeState:
+        rows = population(_WHERE, params, optimizer, model_state, replicas)
+        return BranchTrainMergeState(rows, jnp.full(replicas, 1 / replicas))
+
+    def round(
+        state: BranchTrainMergeState, cohort: Cohort
+    ) -> tuple[BranchTrainMergeState, dict[str, jax.Array]]:
+        @program
+        def work(rows: Replica, cohort: Cohort) -> tuple:
+            Parts(_WHERE, cohort, replicas, None)
+            rows, tally = inner_steps(loss, optimizer, rows, cohort, 0, clients_at_once)
+            bits = {"replicas/bits": jnp.zeros(replicas, jnp.float32)}
+            return rows, {**metrics_of(tally, each="replicas"), **bits}
+
+        rows, metrics = work(state.replicas.rows, cohort)
+        return state._replace(replicas=PerClient(rows)), metrics
+
+    def branch(state: BranchTrainMergeState, weights: jax.Array) -> BranchTrainMergeState:
+        weights = jnp.asarray(weights)
+        if weights.shape not in ((replicas,), (replicas, replicas)):
+            raise _weights_error("branch", weights, f"({replicas},) or ({replicas}, {replicas})")
+        shares = weights / weights.sum(-1, keepdims=True)
+
+        def one(params: PyTree, model_state: PyTree, own: PyTree) -> Replica:
+            return Replica(params, optimizer.init(params), next_model_state(model_state, own))
+
+        @program
+        def start(rows: Replica, shares: jax.Array) -> Replica:
+            models = rows.params, rows.model_state
+            if shares.ndim == 1:
+                sent = fax.broadcast(fax.mean(models, weights=shares))
+            else:  # each from another mixture, for which the server needs every expert
+                sent = fax.distribute(
+                    jax.tree.map(
+                        lambda x: jnp.tensordot(shares, x, 1).astype(x.dtype), fax.collect(models)
+                    )
+                )
+            return fax.map(one, *sent, rows.model_state)
+
+        return state._replace(replicas=PerClient(start(state.replicas.rows, shares)))
+
+    def posterior(state: BranchTrainMergeState, batch: PyTree, key: jax.Array) -> jax.Array:
+        @program
+        def likelihoods(rows: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
+            def own(expert: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
+                inputs = () if expert.model_state is None else (expert.model_state,)
+                out = loss(expert.params, *inputs, batch, key)
+                return -(out[0] if isinstance(out, tuple) else out)
+
+            return fax.collect(fax.map(own, rows, fax.broadcast(batch), fax.broadcast(key)))
+
+        logs = likelihoods(state.replicas.rows, batch, key).T
+        return jax.nn.softmax(logs + jnp.log(state.prior), axis=-1)
+
+    def ensemble(
+        state: BranchTrainMergeState,
+        apply: Callable,
+        inputs: PyTree,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        weights = state.prior if weights is None else jnp.asarray(weights)
+        if weights.ndim not in (1, 2) or weights.shape[-1] != replicas:
+            raise _weights_error("ensemble", weights, f"({replicas},) or (batch, {replicas})")
+
+        @program
+        def mixture(rows: Replica, inputs: PyTree, weights: jax.Array) -> jax.Array:
+            def own(expert: Replica, inputs: PyTree, weights: jax.Array) -> jax.Array:
+                state = () if expert.model_state is None else (expert.model_state,)
+                chances = jax.nn.softmax(apply(expert.params, *state, inputs))
+                return chances * weights.reshape(-1, *[1] * (chances.ndim - 1))
+
+            shares = fax.distribute(weights / weights.sum(0))
+            return fax.sum(fax.map(own, rows, fax.broadcast(inputs), shares))
+
+        return jnp.log(mixture(state.replicas.rows, inputs, weights.T))
+
+    def params(state: BranchTrainMergeState) -> PyTree:
+        return soup(state.replicas.rows.params, replicas, state.prior)
+
+    return BranchTrainMerge(init, round, params, branch, posterior, ensemble)
+
+
+def _weights_error(name: str, weights: jax.Array, expected: str) -> ValueError:
+    return ValueError(
+        f"{_WHERE}: {name} got weights of shape {weights.shape}, expected {expected}: a number for "
+        "each expert."
+    )

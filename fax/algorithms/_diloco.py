@@ -1,0 +1,244 @@
+"""DiLoCo: replicas take many steps on their own, then an outer optimizer takes one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import fax
+from fax.aggregators import Aggregator, PerClient
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._replicas import (
+    Parts,
+    Replica,
+    choose,
+    difference,
+    identical,
+    inner_steps,
+    mean_state,
+    mean_update,
+    positive,
+    round_metrics,
+    taking_part,
+)
+from fax.data import Cohort
+
+PyTree = Any
+
+
+class Clock(NamedTuple):
+    """Where a schedule of outer steps is.
+
+    Attributes:
+      since: inner steps since the last outer step, int32.
+      outer_steps: outer steps so far, int32.
+    """
+
+    since: jax.Array
+    outer_steps: jax.Array
+
+
+class DiLoCoState(NamedTuple):
+    """The state of DiLoCo. All of it belongs into a checkpoint.
+
+    Attributes:
+      params: the outer parameters, which one evaluates.
+      optimizer: the state of the outer optimizer.
+      replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
+      model_state: what the model has besides parameters, such as batch statistics, or None.
+      aggregator: the state of the aggregator, or None.
+      clock: where the schedule is, if ``steps`` is one, else None.
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    replicas: PerClient
+    model_state: PyTree
+    aggregator: PyTree = None
+    clock: Clock | None = None
+
+
+def diloco(
+    loss: Callable,
+    inner_optimizer: optax.GradientTransformation,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    *,
+    replicas: int,
+    steps: int | Callable[[jax.Array], jax.Array] | None = None,
+    weighted: bool = False,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """DiLoCo, distributed low-communication training.
+
+    Every replica i takes H steps of the inner optimizer on its own shard of the data, from the
+    outer parameters θ to θ_i. Then one outer step is taken for all:
+
+        Δ = mean_i (θ - θ_i)        θ' = outer_optimizer(θ, gradient = Δ)        θ_i' = θ'
+
+    The replicas' optimizers keep their states from one outer step to the next. With SGD of rate 1
+    for outer optimizer this is `local_sgd`, with one replica it is Lookahead.
+
+    A replica is row i of the cohort: ``fax.data.cohorts(..., sampler="stream", max_steps=...,
+    placement="replicas")`` gives it the same shard in every round. One that has no example in the
+    batches of an outer step, or whose ``num_examples`` is 0, does not count in the mean, and goes
+    on from its own θ_i. In the second case it has trained and was not heard.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      inner_optimizer: from optax. Its schedules count the inner steps of all rounds.
+      outer_optimizer: from optax; its schedules count outer steps. Default: Nesterov's,
+        ``optax.sgd(0.7, momentum=0.9, nesterov=True)``.
+      replicas: how many there are. All start from the same parameters.
+      steps: H, a divisor of the number of batches that a cohort has, so that a round takes one or
+        more outer steps. Default: all batches of the round. Or a schedule, a function from the
+        number of outer steps so far to H, which may be any and go across rounds; whether an
+        outer step is due is decided after each batch then, and who takes part, once in a round.
+      weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
+      aggregator: from `fax.aggregators`, what makes -Δ of the updates θ_i - θ. Default: the mean.
+      clients_at_once: how many replicas one device works on at once; see ``batch_size`` of
+        `fax.map`. Default: what the cohort says, or 1 on CPU.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`, and ``params`` are
+      θ. A round's metrics are those of `fedavg`, with ``"replicas/..."`` for what each replica has;
+      ``"replicas/bits"``, what each sends in the round; and ``"outer_steps"``, the number of outer
+      steps. Other metrics of the aggregator are means over these.
+
+    Raises:
+      ValueError: if ``replicas`` or ``steps`` is not a positive int; when a round is traced, if the
+        cohort has another number of replicas or no multiple of ``steps`` batches.
+
+    References:
+      Douillard et al., DiLoCo: Distributed low-communication training of language models,
+      arXiv:2311.08105.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.diloco(loss, optax.adamw(0.01), replicas=2, steps=5)
+      >>> data = fax.data.InMemory({"shard 0": {"x": jnp.ones(9)}, "shard 1": {"x": jnp.zeros(9)}})
+      >>> rounds = fax.data.cohorts(
+      ...     data, 2, batch_size=3, sampler="stream", max_steps=20, placement="replicas"
+      ... )
+      >>> state = algorithm.init(jnp.zeros(()))
+      >>> state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> metrics["outer_steps"], metrics["replicas/bits"]
+      (Array(4., dtype=float32), Array([128., 128.], dtype=float32))
+    """
+    if outer_optimizer is None:
+        outer_optimizer = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    where = "fax.algorithms.diloco"
+    return outer_steps(
+        where,
+        loss,
+        inner_optimizer,
+        outer_optimizer,
+        replicas,
+        steps,
+        weighted,
+        aggregator,
+        clients_at_once,
+    )
+
+
+def outer_steps(
+    where: str,
+    loss: Callable,
+    inner_optimizer: optax.GradientTransformation,
+    outer_optimizer: optax.GradientTransformation,
+    replicas: int,
+    steps: int | Callable[[jax.Array], jax.Array] | None,
+    weighted: bool,
+    aggregator: Aggregator | None,
+    clients_at_once: int | None,
+) -> Algorithm:
+    """The algorithm of `diloco`, for ``where``."""
+    replicas = positive(where, "replicas", replicas)
+    if steps is not None and not callable(steps):
+        steps = positive(where, "steps", steps)
+
+    def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        start = identical(params, inner_optimizer.init(params), model_state, replicas)
+        own = None if aggregator is None else aggregator.init(params)
+        clock = Clock(jnp.int32(0), jnp.int32(0)) if callable(steps) else None
+        optimizer = jax.tree.map(strong, outer_optimizer.init(params))
+        return DiLoCoState(params, optimizer, start, model_state, own, clock)
+
+    def outer_step(
+        state: DiLoCoState, here: jax.Array, n: jax.Array, key: jax.Array | None
+    ) -> tuple[DiLoCoState, dict[str, jax.Array]]:
+        """Brings the replicas together that are here."""
+        rows, weights = state.replicas.rows, n if weighted else None
+        updates = fax.map(difference, rows.params, fax.broadcast(state.params))
+        mean, heard, aggregator_state, metrics = mean_update(
+            aggregator, updates, here, weights, state.aggregator, key
+        )
+        delta = jax.tree.map(jnp.negative, mean)
+        moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)
+        new = optax.apply_updates(state.params, moves), optimizer
+        params, optimizer = choose(heard, new, (state.params, state.optimizer))
+        model_state = mean_state(rows.model_state, here, weights, heard, state.model_state)
+
+        def adopt(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
+            new = params, next_model_state(model_state, own.model_state)
+            params, model_state = choose(here, new, (own.params, own.model_state))
+            return Replica(params, own.optimizer, model_state)
+
+        rows = fax.map(adopt, here, rows, fax.broadcast(params), fax.broadcast(model_state))
+        clock = state.clock and Clock(jnp.int32(0), state.clock.outer_steps + 1)
+        rows = PerClient(rows)
+        state = DiLoCoState(params, optimizer, rows, model_state, aggregator_state, clock)
+        return state, metrics
+
+    def round(state: DiLoCoState, cohort: Cohort) -> tuple[DiLoCoState, dict[str, jax.Array]]:
+        @fax.program(replicas=replicas)
+        def work(state: DiLoCoState, cohort: Cohort) -> tuple:
+            parts = Parts(where, cohort, replicas, 1 if callable(steps) else steps)
+            key = None if aggregator is None else server_key(cohort)
+
+            def part(state: DiLoCoState, own: tuple) -> tuple:
+                number, rows, mask = own
+                batches = parts.cohort_of(rows, mask)
+                first = number * parts.steps
+                rows, tally = inner_steps(
+                    loss, inner_optimizer, state.replicas.rows, batches, first, clients_at_once
+                )
+                state = state._replace(replicas=PerClient(rows))
+                own_key = None if key is None else jax.random.fold_in(key, number)
+                if callable(steps):
+                    state, sent = when_due(state, steps, own_key)
+                    return state, (tally, None, sent)
+                here = taking_part(batches)
+                state, sent = outer_step(state, here, cohort.num_examples, own_key)
+                return state, (tally, fax.sum(tally), sent)
+
+            def when_due(state: DiLoCoState, steps: Callable, key: jax.Array | None) -> tuple:
+                here = taking_part(cohort)
+                assert state.clock is not None
+                clock = Clock(state.clock.since + 1, state.clock.outer_steps)
+
+                def due(state: DiLoCoState) -> tuple:
+                    return outer_step(state, here, cohort.num_examples, key)
+
+                def wait(state: DiLoCoState) -> tuple:
+                    _, metrics = jax.eval_shape(due, state)
+                    return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+                state = state._replace(clock=clock)
+                return lax.cond(clock.since >= steps(clock.outer_steps), due, wait, state)
+
+            state, metrics = parts.scan(part, state)
+            return state, round_metrics(*metrics)
+
+        return work(state, cohort)
+
+    return Algorithm(init, round, lambda state: state.params)

@@ -1,0 +1,290 @@
+"""PAPA: a population of models that are pushed towards their average, and end as one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax.aggregators import Aggregator, PerClient
+from fax.aggregators._aggregator import all_bits
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._replicas import (
+    Parts,
+    Replica,
+    choose,
+    inner_steps,
+    mean_state,
+    mean_update,
+    mixed,
+    population,
+    positive,
+    round_metrics,
+    sent_metrics,
+    soup,
+    taking_part,
+)
+from fax.data import Cohort
+
+PyTree = Any
+
+
+class PAPAState(NamedTuple):
+    """The state of PAPA.
+
+    Attributes:
+      replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
+      model_state: the mean of what the models have besides parameters, for the soup, or None.
+      aggregator: the state of the aggregator, or None.
+      averages: how often the models were averaged, int32.
+    """
+
+    replicas: PerClient
+    model_state: PyTree
+    aggregator: PyTree
+    averages: jax.Array
+
+
+def papa(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    replicas: int,
+    alpha: Any = 0.99,
+    every: int | None = 10,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """PAPA, population parameter averaging: models are slowly pushed towards their average.
+
+    Every model i of a population trains on its own, and after every ``every`` steps
+
+        w_i' = α w_i + (1 - α) mean_j w_j
+
+    In the end their average, a soup, is the one model that is kept. The push is slow enough for the
+    models to stay diverse, and keeps them close enough for their average to be good.
+
+    A model is row i of the cohort; see `diloco`. In the paper all models see the same data, in an
+    order and with an augmentation of their own: let all rows have the same examples. One that has
+    no example between two averages, or whose ``num_examples`` is 0, does not count in the mean and
+    is not pushed.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      optimizer: the models', from optax. Its states are never averaged.
+      replicas: how many models there are.
+      alpha: α, from 0 to 1, or a schedule, a function from the number of averages so far. The
+        paper's .99 is for training from scratch; .9995 is for fine-tuning.
+      every: a divisor of the number of batches that a cohort has. None: all of them.
+      aggregator: from `fax.aggregators`, what makes the mean of the w_i. Default: the plain mean.
+      clients_at_once: how many models one device works on at once; see `diloco`.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `PAPAState`, of models that start
+      equal, or, given ``fax.aggregators.PerClient(rows)`` of leaves [replicas, ...], each from its
+      own row, as in the paper. ``params`` is the soup mean_i w_i. Metrics are those of `diloco`.
+
+    Raises:
+      ValueError: if an argument is out of range, or when a round is traced, if the cohort has
+        another number of replicas or no multiple of ``every`` batches.
+
+    References:
+      Jolicoeur-Martineau et al., PopulAtion Parameter Averaging (PAPA), arXiv:2304.03094.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.papa(loss, optax.adam(0.01), replicas=2)
+      >>> data = fax.data.InMemory({"model 0": {"x": jnp.ones(9)}, "model 1": {"x": jnp.zeros(9)}})
+      >>> rounds = fax.data.cohorts(
+      ...     data, 2, batch_size=3, sampler="stream", max_steps=20, placement="replicas"
+      ... )
+      >>> state = algorithm.init(fax.aggregators.PerClient(jnp.array([0.3, 0.7])))
+      >>> state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> algorithm.params(state).shape, state.averages
+      ((), Array(2, dtype=int32))
+    """
+    where = "fax.algorithms.papa"
+    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
+        raise ValueError(f"{where}: alpha is {alpha!r}, expected a number from 0 to 1.")
+
+    def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array | None) -> tuple:
+        mean, heard, own, metrics = mean_update(
+            aggregator, rows.params, here, None, state.aggregator, key
+        )
+        model_state = mean_state(rows.model_state, here, None, heard, state.model_state)
+        share = alpha(state.averages) if callable(alpha) else alpha
+
+        def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
+            before = own.params, own.model_state
+            new = choose(here, mixed(before, (params, model_state), share), before)
+            return Replica(new[0], own.optimizer, new[1])
+
+        rows = fax.map(mix, here, rows, fax.broadcast(mean), fax.broadcast(model_state))
+        return PAPAState(PerClient(rows), model_state, own, state.averages + 1), metrics
+
+    return _population(where, loss, optimizer, replicas, every, aggregator, clients_at_once, push)
+
+
+def papa_all(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    replicas: int,
+    every: int | None = None,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """PAPA-all: rarely, all models of a population are replaced by their average.
+
+        w_i' = mean_j w_j
+
+    Args:
+      loss, optimizer, replicas, aggregator, clients_at_once: see `papa`.
+      every: steps from one average to the next. Default: a round. The paper's 5 epochs are a round
+        of ``fax.data.cohorts(..., epochs=5)``.
+
+    Returns:
+      The algorithm, as of `papa` with ``alpha=0``.
+
+    Raises:
+      ValueError: as `papa`.
+
+    References:
+      Jolicoeur-Martineau et al., PopulAtion Parameter Averaging (PAPA), arXiv:2304.03094.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.papa_all(loss, optax.adam(0.01), replicas=2)
+    """
+    return papa(
+        loss,
+        optimizer,
+        replicas=replicas,
+        alpha=0,
+        every=every,
+        aggregator=aggregator,
+        clients_at_once=clients_at_once,
+    )
+
+
+def papa_2(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    replicas: int,
+    every: int | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """PAPA-2: rarely, every model of a population is replaced by the average of a random pair.
+
+        w_i' = (w_a + w_b) / 2,   with a pair a ≠ b drawn anew for each i
+
+    All models are collected for this, which costs as many times the model in communication and
+    memory. Pairs are drawn among those who take part; if there is one only, nothing happens.
+
+    Args:
+      loss, optimizer, replicas, clients_at_once: see `papa`.
+      every: steps from one average to the next. Default: a round.
+
+    Returns:
+      The algorithm; see `papa`.
+
+    Raises:
+      ValueError: as `papa`.
+
+    References:
+      Jolicoeur-Martineau et al., PopulAtion Parameter Averaging (PAPA), arXiv:2304.03094.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.papa_2(loss, optax.adam(0.01), replicas=5)
+    """
+    where = "fax.algorithms.papa_2"
+    if positive(where, "replicas", replicas) < 2:
+        raise ValueError(f"{where}: replicas is {replicas}, expected at least 2, for pairs.")
+
+    def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array) -> tuple:
+        present, *everyone = fax.collect((here, rows.params, rows.model_state))
+        enough = jnp.sum(present) > 1
+        keys = jax.random.split(key, replicas)
+        a, b = jax.vmap(functools.partial(pair, present))(keys)
+        one, other = (jax.tree.map(lambda x, of=of: x[of], everyone) for of in (a, b))
+        pairs = fax.distribute(mixed(one, other, 0.5))
+
+        def mix(here: jax.Array, own: Replica, of_pair: list) -> Replica:
+            # Who is not here keeps its own model, whoever is drawn.
+            params, model_state = choose(here & enough, of_pair, [own.params, own.model_state])
+            return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
+
+        rows = fax.map(mix, here, rows, pairs)
+        model_state = mean_state(rows.model_state, here, None, enough, state.model_state)
+        metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
+        return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
+
+    return _population(where, loss, optimizer, replicas, every, None, clients_at_once, push, True)
+
+
+def pair(here: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two different numbers of those who are here, any pair as likely as any other."""
+    draws = jnp.where(here, jax.random.uniform(key, here.shape), -1)
+    _, (a, b) = jax.lax.top_k(draws, 2)
+    return a, b
+
+
+def _population(
+    where: str,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    replicas: int,
+    every: int | None,
+    aggregator: Aggregator | None,
+    clients_at_once: int | None,
+    push: Callable,
+    draws: bool = False,
+) -> Algorithm:
+    """Models that train on their own, and after every ``every`` steps do ``push``."""
+    replicas = positive(where, "replicas", replicas)
+    every = None if every is None else positive(where, "every", every)
+
+    def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
+        rows = population(where, params, optimizer, model_state, replicas)
+        own = None
+        if aggregator is not None:
+            own = aggregator.init(jax.tree.map(lambda x: x[0], rows.rows.params))
+        return PAPAState(rows, jax.tree.map(strong, model_state), own, jnp.int32(0))
+
+    def round(state: PAPAState, cohort: Cohort) -> tuple[PAPAState, dict[str, jax.Array]]:
+        @fax.program(replicas=replicas)
+        def work(state: PAPAState, cohort: Cohort) -> tuple:
+            parts = Parts(where, cohort, replicas, every, "every")
+            key = server_key(cohort) if draws or aggregator is not None else None
+
+            def part(state: PAPAState, own: tuple) -> tuple:
+                number, rows, mask = own
+                batches = parts.cohort_of(rows, mask)
+                first = number * parts.steps
+                rows, tally = inner_steps(
+                    loss, optimizer, state.replicas.rows, batches, first, clients_at_once
+                )
+                own_key = None if key is None else jax.random.fold_in(key, number)
+                state, sent = push(rows, taking_part(batches), state, own_key)
+                return state, (tally, fax.sum(tally), sent)
+
+            state, metrics = parts.scan(part, state)
+            return state, round_metrics(*metrics)
+
+        return work(state, cohort)
+
+    return Algorithm(init, round, lambda state: soup(state.replicas.rows.params, replicas))

@@ -1,0 +1,311 @@
+"""Streaming DiLoCo: DiLoCo a fragment of the parameters at a time, late and in four bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax.aggregators import Aggregator, PerClient, chain, e3m0
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import server_key, strong
+from fax.algorithms._fragments import cut, paste, pick
+from fax.algorithms._replicas import (
+    Parts,
+    Replica,
+    choose,
+    difference,
+    identical,
+    inner_steps,
+    mean_state,
+    mean_update,
+    mixed,
+    positive,
+    round_metrics,
+    taking_part,
+)
+from fax.data import Cohort
+
+PyTree = Any
+_WHERE = "fax.algorithms.streaming_diloco"
+
+
+class InFlight(NamedTuple):
+    """What was sent and has not landed yet.
+
+    Attributes:
+      update: -Δ, of the leaves of a fragment by their paths.
+      model_state: the replicas' mean, with the first fragment; else None.
+      heard: whether there is something on its way, bool.
+    """
+
+    update: dict[str, jax.Array]
+    model_state: PyTree
+    heard: jax.Array
+
+
+class StreamingDiLoCoState(NamedTuple):
+    """The state of Streaming DiLoCo. All of it belongs into a checkpoint.
+
+    Attributes:
+      params: the outer parameters, which one evaluates.
+      optimizers: for each fragment, the state of the outer optimizer.
+      replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
+      model_state: what the model has besides parameters, such as batch statistics, or None.
+      aggregators: for each fragment, the state of the aggregator.
+      in_flight: for each fragment, what lands in the next period of H steps, or None if what is
+        sent in a period also lands there.
+    """
+
+    params: PyTree
+    optimizers: tuple[PyTree, ...]
+    replicas: PerClient
+    model_state: PyTree
+    aggregators: tuple[PyTree, ...]
+    in_flight: tuple[InFlight | None, ...]
+
+
+class Event(NamedTuple):
+    """After ``step`` of a period's steps, fragments are sent, and then others land."""
+
+    step: int
+    sent: list[int]
+    landing: list[int]
+
+
+def _sent_at(p: int, steps: int, fragments: int) -> int:
+    """When in a period of H steps a fragment is sent: t_p, or H if that is 0."""
+    return p * steps // fragments or steps
+
+
+def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
+    """What happens in a period of ``steps`` steps, in order. The last is at its end."""
+    sent = [_sent_at(p, steps, fragments) for p in range(fragments)]
+    landing = [(step + tau - 1) % steps + 1 for step in sent]
+    return [
+        Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
+        for step in sorted({*sent, *landing})
+    ]
+
+
+def streaming_diloco(
+    loss: Callable,
+    inner_optimizer: optax.GradientTransformation,
+    outer_optimizer: optax.GradientTransformation | None = None,
+    *,
+    replicas: int,
+    steps: int,
+    fragments: int | Callable[[str], int] | Sequence[Sequence[str]],
+    tau: int = 1,
+    alpha: Any = 0.5,
+    weighted: bool = False,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Streaming DiLoCo: fragments of the parameters are brought together one after the other.
+
+    The parameters are cut into fragments p = 0, ..., P - 1. Replica i takes steps t = 1, 2, ... of
+    the inner optimizer, and fragment p is sent every H steps, at (t - t_p) mod H = 0 with
+    t_p = floor(p H / P). The result lands τ steps later, and replicas mix it with what they have:
+
+        sent at t:          Δ_p = mean_i (θ_p - θ_ip)
+        landing at t + τ:   θ_p = outer_optimizer(θ_p, gradient = Δ_p)
+                            θ_ip = α θ_ip + (1 - α) θ_p
+
+    In between nothing waits for the sum over replicas, so that a compiler can let it overlap with
+    the steps. With one fragment, τ = 0 and α = 0 this is `diloco`, but for the rounding.
+
+    As in `diloco`, a replica is row i of the cohort. One that has no example in a period of H
+    steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and goes on from its own
+    parameters.
+    What the model has besides parameters goes along with the first fragment.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      inner_optimizer: from optax. Its schedules count the inner steps of all rounds.
+      outer_optimizer: from optax, with a state for each fragment. Default: Nesterov's,
+        ``optax.sgd(0.4, momentum=0.9, nesterov=True)``.
+      replicas: how many there are. All start from the same parameters.
+      steps: H, a divisor of the number of batches that a cohort has. It need not be a multiple of
+        the number of fragments.
+      fragments: their number P: layer number l is in fragment l mod P, the paper's strided
+        pattern. What a leaf's path has up to its first number is a layer, such as
+        ``blocks/3``; without a number, all but its last name. Or a function from the path of a
+        leaf, such as ``"blocks/3/kernel"``, to p. Or for each fragment the paths of leaves or of
+        folders of leaves.
+      tau: τ, steps from sending to landing, less than ``steps``.
+      alpha: α, the share of its own parameters that a replica keeps, from 0 to 1.
+      weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
+      aggregator: from `fax.aggregators`, what makes -Δ_p of the updates θ_ip - θ_p. Default:
+        ``chain(e3m0())``, which rounds them to four bits and adds them up in float32. Without
+        rounding: ``mean()``.
+      clients_at_once: how many replicas one device works on at once; see `diloco`.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`, and
+      ``params`` are the outer parameters θ. Metrics are those of `diloco`; ``"outer_steps"`` counts
+      each fragment.
+
+    Raises:
+      ValueError: if an argument is out of range; in ``init``, if fragments do not cover the
+        parameters, overlap or are empty; and when a round is traced, if the cohort has another
+        number of replicas or no multiple of ``steps`` batches.
+
+    References:
+      Douillard et al., Streaming DiLoCo with overlapping communication, arXiv:2501.18512.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] * params["scale"].sum() - params["shift"]) ** 2
+      >>> algorithm = fax.algorithms.streaming_diloco(
+      ...     loss, optax.adamw(0.01), replicas=2, steps=5, fragments=2
+      ... )
+      >>> data = fax.data.InMemory({"shard 0": {"x": jnp.ones(9)}, "shard 1": {"x": jnp.zeros(9)}})
+      >>> rounds = fax.data.cohorts(
+      ...     data, 2, batch_size=3, sampler="stream", max_steps=10, placement="replicas"
+      ... )
+      >>> state = algorithm.init({"scale": jnp.ones(4), "shift": jnp.zeros(())})
+      >>> state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> metrics["outer_steps"], metrics["replicas/bits"]  # 2 (4 * 4 + 32) + 2 (4 + 32)
+      (Array(4., dtype=float32), Array([168., 168.], dtype=float32))
+    """
+    replicas, steps = positive(_WHERE, "replicas", replicas), positive(_WHERE, "steps", steps)
+    if isinstance(tau, bool) or not isinstance(tau, int) or not 0 <= tau < steps:
+        raise ValueError(f"{_WHERE}: tau is {tau!r:.80}, expected an int from 0 to steps - 1.")
+    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
+        raise ValueError(f"{_WHERE}: alpha is {alpha!r}, expected a number from 0 to 1.")
+    if outer_optimizer is None:
+        outer_optimizer = optax.sgd(0.4, momentum=0.9, nesterov=True)
+    mean = chain(e3m0()) if aggregator is None else aggregator
+    cut_up = functools.partial(cut, _WHERE, fragments)
+
+    def init(params: PyTree, model_state: PyTree = None) -> StreamingDiLoCoState:
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        parts = [pick(params, names) for names in cut_up(params)]
+
+        def nothing(p: int) -> InFlight | None:
+            if _sent_at(p, steps, len(parts)) + tau <= steps:
+                return None
+            own = jax.tree.map(jnp.zeros_like, parts[p])
+            return InFlight(own, model_state if p == 0 else None, jnp.bool_(False))
+
+        return StreamingDiLoCoState(
+            params,
+            tuple(jax.tree.map(strong, outer_optimizer.init(part)) for part in parts),
+            identical(params, inner_optimizer.init(params), model_state, replicas),
+            model_state,
+            tuple(mean.init(part) for part in parts),
+            tuple(nothing(p) for p in range(len(parts))),
+        )
+
+    def send(
+        p: int,
+        names: list[str],
+        state: StreamingDiLoCoState,
+        here: jax.Array,
+        n: jax.Array,
+        key: jax.Array,
+    ) -> tuple[StreamingDiLoCoState, InFlight, dict[str, jax.Array]]:
+        rows, weights = state.replicas.rows, n if weighted else None
+        outer = fax.broadcast(pick(state.params, names))
+        updates = fax.map(difference, pick(rows.params, names), outer)
+        own = state.aggregators[p]
+        update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key)
+        model_state = None
+        if p == 0:
+            model_state = mean_state(rows.model_state, here, weights, heard, state.model_state)
+        state = state._replace(aggregators=_with(state.aggregators, p, own))
+        return state, InFlight(update, model_state, heard), metrics
+
+    def land(
+        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
+    ) -> StreamingDiLoCoState:
+        before = pick(state.params, names), state.optimizers[p]
+        delta = jax.tree.map(jnp.negative, landing.update)
+        moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
+        new = optax.apply_updates(before[0], moves), optimizer
+        outer, optimizer = choose(landing.heard, new, before)
+        model_state = state.model_state
+        if p == 0:
+            model_state = choose(landing.heard, landing.model_state, model_state)
+
+        def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
+            new = mixed(pick(own.params, names), outer, alpha), own.model_state
+            if p == 0:
+                new = new[0], mixed(own.model_state, model_state, alpha)
+            before = pick(own.params, names), own.model_state
+            params, model_state = choose(here & landing.heard, new, before)
+            return Replica(paste(own.params, params), own.optimizer, model_state)
+
+        sent = fax.broadcast(outer), fax.broadcast(model_state)
+        rows = fax.map(mix, here, state.replicas.rows, *sent)
+        return state._replace(
+            params=paste(state.params, outer),
+            optimizers=_with(state.optimizers, p, optimizer),
+            replicas=PerClient(rows),
+            model_state=model_state,
+        )
+
+    def round(
+        state: StreamingDiLoCoState, cohort: Cohort
+    ) -> tuple[StreamingDiLoCoState, dict[str, jax.Array]]:
+        names = cut_up(state.params)
+        events = events_of(steps, len(names), tau)
+
+        @fax.program(replicas=replicas)
+        def work(state: StreamingDiLoCoState, cohort: Cohort) -> tuple:
+            parts = Parts(_WHERE, cohort, replicas, steps)
+            key = server_key(cohort)
+
+            def period(state: StreamingDiLoCoState, own: tuple) -> tuple:
+                number, batches, mask = own
+                here = taking_part(parts.cohort_of(batches, mask))
+                keys = jax.random.split(jax.random.fold_in(key, number), len(names))
+                in_flight = list(state.in_flight)
+                begin, tallies, sent = 0, [], []
+                for event in events:
+                    rows, tally = inner_steps(
+                        loss,
+                        inner_optimizer,
+                        state.replicas.rows,
+                        parts.cohort_of(batches, mask, begin, event.step),
+                        number * steps + begin,
+                        clients_at_once,
+                    )
+                    begin, state = event.step, state._replace(replicas=PerClient(rows))
+                    tallies.append(tally)
+                    for p in event.sent:
+                        state, in_flight[p], metrics = send(
+                            p, names[p], state, here, cohort.num_examples, keys[p]
+                        )
+                        sent.append(metrics)
+                    for p in event.landing:
+                        landing, in_flight[p] = in_flight[p], None
+                        assert landing is not None  # either from this period or from the last
+                        state = land(p, names[p], state, landing, here)
+                state = state._replace(in_flight=tuple(in_flight))
+                tally = fax.map(total, *tallies)
+                return state, (tally, fax.sum(tally), total(*sent))
+
+            state, metrics = parts.scan(period, state)
+            return state, round_metrics(*metrics)
+
+        return work(state, cohort)
+
+    return Algorithm(init, round, lambda state: state.params)
+
+
+def total(*trees: PyTree) -> PyTree:
+    """The sum of pytrees, leaf by leaf."""
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
+
+
+def _with(values: tuple, number: int, value: Any) -> tuple:
+    return (*values[:number], value, *values[number + 1 :])
