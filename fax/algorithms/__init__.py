@@ -11,6 +11,8 @@ from fax.algorithms._averaging import FedAvgState as FedAvgState
 from fax.algorithms._branch_train_merge import BranchTrainMerge as BranchTrainMerge
 from fax.algorithms._branch_train_merge import BranchTrainMergeState as BranchTrainMergeState
 from fax.algorithms._branch_train_merge import branch_train_merge as branch_train_merge
+from fax.algorithms._clusters import hyp_cluster_choice as hyp_cluster_choice
+from fax.algorithms._clusters import hyp_cluster_start as hyp_cluster_start
 from fax.algorithms._diloco import DiLoCoState as DiLoCoState
 from fax.algorithms._diloco import diloco as diloco
 from fax.algorithms._fedavg import fedavg as fedavg
@@ -22,8 +24,6 @@ from fax.algorithms._fedopt import server_yogi as server_yogi
 from fax.algorithms._fedprox import fedprox as fedprox
 from fax.algorithms._hyp_cluster import HypClusterState as HypClusterState
 from fax.algorithms._hyp_cluster import hyp_cluster as hyp_cluster
-from fax.algorithms._hyp_cluster import hyp_cluster_choice as hyp_cluster_choice
-from fax.algorithms._hyp_cluster import hyp_cluster_start as hyp_cluster_start
 from fax.algorithms._local_sgd import local_sgd as local_sgd
 from fax.algorithms._maml import maml as maml
 from fax.algorithms._maml import personalize as personalize
