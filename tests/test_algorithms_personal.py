@@ -577,16 +577,19 @@ def test_a_round_is_one_all_reduce(data, paper):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: apfl(None, None, num_clients=0), "num_clients is 0, expected a positive int"),
+        (
+            lambda: apfl(None, None, num_clients=0),
+            "num_clients is 0, expected an int of at least",
+        ),
         (
             lambda: apfl(None, None, num_clients=2, alpha=1.5),
             "alpha is 1.5, expected a number from",
         ),
         (
             lambda: hyp_cluster(None, None, num_clusters=True),
-            "num_clusters is True, expected a pos",
+            "num_clusters is True, expected an int",
         ),
-        (lambda: agnostic(window=0), "window is 0, expected a positive int"),
+        (lambda: agnostic(window=0), "window is 0, expected an int of at least 1"),
         (
             lambda: agnostic(domain_weights=[1.0]),
             r"domain_weights has shape \(1,\), expected \(3,\)",

@@ -597,7 +597,7 @@ def test_leaves_that_are_no_floats(name):
     [
         (lambda: quantization(1), "levels is 1, expected an int from 2 to 65536"),
         (lambda: quantization(2.0), "levels is 2.0, expected an int"),
-        (lambda: terngrad(0), "clip is 0, expected a positive number"),
+        (lambda: terngrad(0), "clip is 0, expected a number above 0"),
         (lambda: top_k(0), "k is 0, expected an int of at least 1"),
         (lambda: top_k(1.5), "k is 1.5, expected a fraction"),
         (lambda: top_k(True), "k is True, expected an int"),

@@ -420,7 +420,7 @@ def test_updates_go_through_the_aggregator(data, paper):
             "client_learning_rate is 0, expected a number a",
         ),
         (lambda: scaffold(None, 1, num_clients=0), "num_clients is 0, expected an int of at least"),
-        (lambda: scaffold(None, 1, num_clients=2.5), r"num_clients is 2.5, .*len\(data\)"),
+        (lambda: scaffold(None, 1, num_clients=2.5), r"num_clients is 2.5, expected an int"),
         (lambda: scaffold(None, 1, -1, num_clients=1), "server_learning_rate is -1, expected"),
         (lambda: mime(None, None, -1), "mime: server_learning_rate is -1, expected"),
         (lambda: mime_lite(None, None, "x"), "mime_lite: server_learning_rate is 'x', expected"),

@@ -433,7 +433,7 @@ class Nobody:
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
         (dict(metrics={"a": fm.ConfusionMatrix(9)}), r"num_classes=9, but there are scores of 5"),
-        (dict(batch_size=0), "batch_size is 0, expected a positive int"),
+        (dict(batch_size=0), "batch_size is 0, expected an int of at least 1"),
         (dict(data=Nobody()), "data has no clients"),
     ],
 )
@@ -474,7 +474,7 @@ def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True])
 def test_numbers_of_metrics(bad):
     for make in (fm.TopK, fm.TokenTopK, fm.ConfusionMatrix):
-        with pytest.raises(ValueError, match="expected a positive int"):
+        with pytest.raises(ValueError, match="expected an int of at least 1"):
             make(bad)
     with pytest.raises(ValueError, match="num_domains is"):
         fm.PerDomain(fm.Accuracy(), bad)

@@ -280,8 +280,8 @@ def test_too_many_clients():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: secure_sum(0, 1), "clip is 0, expected a positive number"),
-        (lambda: secure_sum(1, -2), "max_weight is -2, expected a positive number"),
+        (lambda: secure_sum(0, 1), "clip is 0, expected a number above 0"),
+        (lambda: secure_sum(1, -2), "max_weight is -2, expected a number above 0"),
         (lambda: secure_sum(1, 1, bits=32), "bits is 32, expected an int from 2 to 31"),
         (lambda: secure_sum(1, 1, rounding="up"), "rounding is 'up', expected 'stochastic' or"),
         (lambda: secure_sum(1, 1, neighbors=3), "neighbors is 3, expected an even int"),

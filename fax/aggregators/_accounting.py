@@ -13,7 +13,7 @@ import functools
 import math
 from typing import Any
 
-from fax.aggregators import _arguments
+from fax import _arguments
 
 MECHANISMS, SAMPLINGS = ("gaussian", "laplace"), ("uniform", "poisson")
 
@@ -78,7 +78,7 @@ def epsilon(
       0.86
     """
     _arguments.number("fax.aggregators.epsilon", "delta", delta, above=0, below=1)
-    rounds = _arguments.count("fax.aggregators.epsilon", "rounds", rounds)
+    rounds = _arguments.count("fax.aggregators.epsilon", "rounds", rounds, least=0)
     setting = _setting(
         "fax.aggregators.epsilon", noise_multiplier, clients, population, sampling, mechanism
     )
@@ -191,7 +191,7 @@ class Budget:
         caller = "fax.aggregators.Budget"
         self.limit = _arguments.number(caller, "epsilon", epsilon, above=0)
         self.delta = _arguments.number(caller, "delta", delta, above=0, below=1)
-        self.spent = _arguments.count(caller, "spent", spent)
+        self.spent = _arguments.count(caller, "spent", spent, least=0)
         self._setting = _setting(caller, noise_multiplier, clients, population, sampling, mechanism)
         most = 1
         while self._of(most) <= epsilon and most < 2**24:

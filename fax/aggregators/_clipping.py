@@ -10,7 +10,7 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators import _arguments
+from fax import _arguments
 from fax.aggregators._aggregator import Metrics, Transformation
 
 PyTree = Any

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 from fax.aggregators._aggregator import Metrics, PyTree, Transformation
+from fax.aggregators._leaves import check_floats
 
 BITS = 4
 _LEVELS = [2.0**e for e in range(-6, 1)]
@@ -34,7 +35,7 @@ def e3m0() -> Transformation:
       The transformation. A client sends 4 bits for each entry and 32 for each leaf.
 
     Raises:
-      TypeError: when updates have a leaf that is not of real floats.
+      ValueError: when updates have a leaf that is not of real floats.
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, arXiv:2501.18512.
@@ -56,12 +57,7 @@ def e3m0() -> Transformation:
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
         leaves = jax.tree.leaves(updates)
-        for path, x in jax.tree_util.tree_leaves_with_path(updates):
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise TypeError(
-                    f"fax.aggregators.e3m0: updates{jax.tree_util.keystr(path)} is {x.dtype}, "
-                    "expected floats, which alone are rounded to four bits."
-                )
+        check_floats("e3m0", updates)
         bits = sum(BITS * math.prod(x.shape[1:]) + 32 for x in leaves)
         sent = operators.map(lambda update: jax.tree.map(rounded, update), updates)
         return sent, weights, state, {"clients/bits": jnp.full(len(leaves[0]), bits, jnp.float32)}

@@ -10,7 +10,7 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators import _arguments
+from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
 from fax.aggregators._clipping import l2_norm
 
@@ -85,7 +85,7 @@ def multi_krum(byzantine: int, select: int) -> Aggregator:
 
 
 def _chosen(caller: str, byzantine: int, select: int) -> Aggregator:
-    f = _arguments.count(caller, "byzantine", byzantine)
+    f = _arguments.count(caller, "byzantine", byzantine, least=0)
     select = _arguments.count(caller, "select", select, least=1)
 
     def aggregate(

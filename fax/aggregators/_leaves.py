@@ -104,21 +104,3 @@ def check_floats(caller: str, tree: PyTree) -> None:
                 f"{dtype}, expected real floats. What is counted, and not trained, belongs into "
                 "the model_state."
             )
-
-
-def check_int(caller: str, name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Checks a setting that is a whole number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(
-            f"fax.aggregators.{caller}: {name} is {value!r}, expected an int {wanted}."
-        )
-
-
-def check_positive(caller: str, name: str, value: Any) -> None:
-    """Checks a setting that is a positive number, unless it is traced."""
-    if not isinstance(value, jax.core.Tracer) and not value > 0:
-        raise ValueError(
-            f"fax.aggregators.{caller}: {name} is {value!r}, expected a positive number."
-        )

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, PerClient
-from fax.aggregators._leaves import bits_of, check_floats, check_int, each, wide
+from fax.aggregators._leaves import bits_of, check_floats, each, wide
 
 PyTree = Any
 
@@ -78,9 +79,9 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
       >>> bool(jnp.allclose(update, 0.5)), metrics["clients/bits"]
       (True, Array([224., 224.], dtype=float32))
     """
-    check_int("power_sgd", "rank", rank, 1)
+    _arguments.count("fax.aggregators.power_sgd", "rank", rank)
     if num_clients is not None:
-        check_int("power_sgd", "num_clients", num_clients, 1)
+        _arguments.count("fax.aggregators.power_sgd", "num_clients", num_clients)
 
     def is_compressed(shape: tuple[int, ...]) -> bool:
         rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 0

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators import _arguments
+from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
 from fax.aggregators._clipping import l2_norm, next_norm, shrunk, start_norm, wide
 

@@ -7,8 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.aggregators._aggregator import Transformation
-from fax.aggregators._leaves import bits_of, check_int, leafwise, straight_through
+from fax.aggregators._leaves import bits_of, leafwise, straight_through
 
 
 def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transformation:
@@ -53,7 +54,7 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
       >>> average(updates, jnp.ones(2), jax.random.key(0))
       (Array([2., 4., 6.], dtype=float32), {'clients/bits': Array([70., 70.], dtype=float32)})
     """
-    check_int("uniform_quantization", "levels", levels, 2, 65536)
+    _arguments.count("fax.aggregators.uniform_quantization", "levels", levels, least=2, most=65536)
 
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         low, high = jnp.min(x), jnp.max(x)

@@ -11,7 +11,7 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators import _arguments
+from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
 from fax.aggregators._clipping import l2_norm, wide
 
@@ -104,7 +104,7 @@ def trimmed_mean(
     if count is None:
         _arguments.number(caller, "fraction", fraction, least=0, below=0.5)
     else:
-        count = _arguments.count(caller, "count", count)
+        count = _arguments.count(caller, "count", count, least=0)
 
     def check(clients: int) -> None:
         if count is not None and 2 * count >= clients:

@@ -11,12 +11,11 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax._placement import resolve
 from fax.aggregators._aggregator import Aggregator, Metrics
 from fax.aggregators._leaves import (
     check_floats,
-    check_int,
-    check_positive,
     each,
     split,
     uniform,
@@ -94,16 +93,16 @@ def secure_sum(
       >>> average(jnp.array([[1.0, 2.0], [-4.0, 2.0]]), jnp.array([3, 1]), jax.random.key(0))
       Array([-0.25,  2.  ], dtype=float32)
     """
-    check_positive("secure_sum", "clip", clip)
-    check_positive("secure_sum", "max_weight", max_weight)
-    check_int("secure_sum", "bits", bits, 2, 31)
+    _arguments.number("fax.aggregators.secure_sum", "clip", clip, above=0)
+    _arguments.number("fax.aggregators.secure_sum", "max_weight", max_weight, above=0)
+    _arguments.count("fax.aggregators.secure_sum", "bits", bits, least=2, most=31)
     if rounding not in ("stochastic", "nearest"):
         raise ValueError(
             f"fax.aggregators.secure_sum: rounding is {rounding!r}, expected 'stochastic' or "
             "'nearest'."
         )
     if neighbors is not None:
-        check_int("secure_sum", "neighbors", neighbors, 2)
+        _arguments.count("fax.aggregators.secure_sum", "neighbors", neighbors, least=2)
         if neighbors % 2:
             raise ValueError(
                 f"fax.aggregators.secure_sum: neighbors is {neighbors}, expected an even int: they "

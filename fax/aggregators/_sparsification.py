@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fax import _arguments
 from fax.aggregators._aggregator import Metrics, PerClient, Transformation, all_bits
-from fax.aggregators._leaves import bits_of, check_floats, check_int, each, split, wide
+from fax.aggregators._leaves import bits_of, check_floats, each, split, wide
 
 PyTree = Any
 
@@ -71,9 +72,9 @@ def top_k(k: int | float, num_clients: int | None = None) -> Transformation:
                 "or an int, the number of coordinates."
             )
     else:
-        check_int("top_k", "k", k, 1)
+        _arguments.count("fax.aggregators.top_k", "k", k)
     if num_clients is not None:
-        check_int("top_k", "num_clients", num_clients, 1)
+        _arguments.count("fax.aggregators.top_k", "num_clients", num_clients)
 
     def count(size: int) -> int:
         if isinstance(k, float):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.aggregators._aggregator import Transformation
-from fax.aggregators._leaves import bits_of, check_positive, leafwise, straight_through
+from fax.aggregators._leaves import bits_of, leafwise, straight_through
 
 
 def terngrad(clip: float | None = 2.5) -> Transformation:
@@ -47,7 +48,7 @@ def terngrad(clip: float | None = 2.5) -> Transformation:
       (Array([ 0.5, -0.5], dtype=float32), {'clients/bits': Array([36., 36.], dtype=float32)})
     """
     if clip is not None:
-        check_positive("terngrad", "clip", clip)
+        _arguments.number("fax.aggregators.terngrad", "clip", clip, above=0)
 
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
         if clip is not None:

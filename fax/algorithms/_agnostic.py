@@ -13,10 +13,10 @@ import optax
 from jax import lax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
-from fax.algorithms._checks import concrete, positive
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
 from fax.data import Client, Cohort
@@ -134,16 +134,16 @@ def agnostic_fedavg(
       >>> print(round(float(algorithm.params(state)), 2))  # not 8/9, the mean of all examples
       0.5
     """
-    positive(WHERE, "num_domains", num_domains)
-    positive(WHERE, "window", window)
+    _arguments.count(WHERE, "num_domains", num_domains)
+    _arguments.count(WHERE, "window", window)
     start = _numbers("domain_weights", domain_weights, num_domains, 1 / num_domains)
     counts = _numbers("domain_counts", domain_counts, num_domains, 1.0)
-    if concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):
+    if _arguments.concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):
         raise ValueError(
             f"{WHERE}: domain_weights is {domain_weights!r}, expected numbers of at least 0 that "
             "add up to 1."
         )
-    if concrete(counts) and not np.all(np.asarray(counts) > 0):
+    if _arguments.concrete(counts) and not np.all(np.asarray(counts) > 0):
         raise ValueError(
             f"{WHERE}: domain_counts is {domain_counts!r}, expected numbers above 0: they divide."
         )

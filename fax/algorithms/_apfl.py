@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
-from fax.algorithms._checks import concrete, positive
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, mean_loss, metrics_of, no_tally
 from fax.data import Client, Cohort
@@ -125,8 +125,8 @@ def apfl(
       >>> print(state.params.round(2), algorithm.params(state).round(2))
       0.5 [1. 0.]
     """
-    positive("apfl", "num_clients", num_clients)
-    if jnp.ndim(alpha) or (concrete(alpha) and not 0 <= alpha <= 1):
+    _arguments.count("apfl", "num_clients", num_clients)
+    if jnp.ndim(alpha) or (_arguments.concrete(alpha) and not 0 <= alpha <= 1):
         raise ValueError(f"apfl: alpha is {alpha!r}, expected a number from 0 to 1.")
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     alpha_optimizer = client_optimizer if alpha_optimizer is None else alpha_optimizer

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
 from fax.algorithms._local import metrics_of
@@ -18,7 +19,6 @@ from fax.algorithms._replicas import (
     Replica,
     inner_steps,
     population,
-    positive,
     soup,
 )
 from fax.data import Cohort
@@ -129,7 +129,7 @@ def branch_train_merge(
       >>> jnp.exp(forest.ensemble(state, apply, seen["x"], weights)).argmax()
       Array(1, dtype=int32)
     """
-    replicas = positive(_WHERE, "replicas", replicas)
+    replicas = _arguments.count(_WHERE, "replicas", replicas)
     program = fax.program(replicas=replicas)
 
     def init(params: PyTree, model_state: PyTree = None) -> BranchTrainMergeState:

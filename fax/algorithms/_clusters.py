@@ -13,8 +13,8 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax
+from fax import _arguments
 from fax.algorithms._averaging import strong
-from fax.algorithms._checks import concrete, positive
 from fax.algorithms._local import mean_loss, no_tally, train
 from fax.data import Client, Cohort
 
@@ -121,7 +121,7 @@ def hyp_cluster_start(
       >>> jnp.sort(params).round(2)
       Array([0., 1.], dtype=float32)
     """
-    k = positive("hyp_cluster_start", "num_clusters", num_clusters)
+    k = _arguments.count("hyp_cluster_start", "num_clusters", num_clusters)
     if k > cohort.size:
         raise ValueError(
             f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "
@@ -209,7 +209,7 @@ def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
     if (
         k
         and k > 1
-        and concrete(leaves)
+        and _arguments.concrete(leaves)
         and all(np.all(x == x[:1]) for x in map(np.asarray, leaves))
     ):
         raise ValueError(

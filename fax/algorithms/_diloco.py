@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, server_key, strong
@@ -23,7 +24,6 @@ from fax.algorithms._replicas import (
     inner_steps,
     mean_state,
     mean_update,
-    positive,
     round_metrics,
     taking_part,
 )
@@ -161,9 +161,9 @@ def outer_steps(
     clients_at_once: int | None,
 ) -> Algorithm:
     """The algorithm of `diloco`, for ``where``."""
-    replicas = positive(where, "replicas", replicas)
+    replicas = _arguments.count(where, "replicas", replicas)
     if steps is not None and not callable(steps):
-        steps = positive(where, "steps", steps)
+        steps = _arguments.count(where, "steps", steps)
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
         params, model_state = jax.tree.map(strong, (params, model_state))

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._arguments import check_number
 from fax.algorithms._fedavg import fedavg
 
 PyTree = Any
@@ -243,9 +243,11 @@ def server_yogi(
 def _check(name: str, learning_rate: Rate, **others: Any) -> None:
     caller = f"fax.algorithms.{name}"
     if not callable(learning_rate):
-        check_number(caller, "learning_rate", learning_rate)
+        _arguments.number(caller, "learning_rate", learning_rate, least=0)
     for argument, value in others.items():
-        check_number(caller, argument, value, above=0.0 if argument == "tau" else None)
+        _arguments.number(
+            caller, argument, value, **({"above": 0} if argument == "tau" else {"least": 0})
+        )
 
 
 class _Moments(NamedTuple):

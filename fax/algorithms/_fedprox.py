@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._arguments import check_number
 from fax.algorithms._averaging import averaging
 from fax.algorithms._local import Local, difference, train
 from fax.data import Client
@@ -69,7 +69,7 @@ def fedprox(
       1.00
       0.50
     """
-    check_number("fax.algorithms.fedprox", "mu", mu)
+    _arguments.number("fax.algorithms.fedprox", "mu", mu, least=0)
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         def proximal(gradient: PyTree, own: PyTree) -> PyTree:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
-from fax.algorithms._checks import positive
 from fax.algorithms._clients import is_per_client, rows_of, with_rows
 from fax.algorithms._clusters import best_model, check_models, one_model
 from fax.algorithms._local import Tally, metrics_of, train
@@ -111,7 +111,7 @@ def hyp_cluster(
       >>> algorithm.params(state).round(2)
       Array([-1.,  1.], dtype=float32)
     """
-    k = positive("hyp_cluster", "num_clusters", num_clusters)
+    k = _arguments.count("hyp_cluster", "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def init(params: PyTree, model_state: PyTree = None) -> HypClusterState:

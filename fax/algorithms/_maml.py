@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._arguments import check_number
 from fax.algorithms._averaging import averaging, strong
 from fax.algorithms._fedavg import fedavg
 from fax.algorithms._local import Local, full_gradient, train
@@ -66,7 +66,9 @@ def reptile(
       >>> print(algorithm.params(state))
       0.25
     """
-    check_number("fax.algorithms.reptile", "server_learning_rate", server_learning_rate)
+    _arguments.number(
+        "fax.algorithms.reptile", "server_learning_rate", server_learning_rate, least=0
+    )
     return fedavg(
         loss,
         client_optimizer,
@@ -154,7 +156,7 @@ def maml(
       [2.5 3.5]
     """
     caller = "fax.algorithms.maml"
-    check_number(caller, "inner_learning_rate", inner_learning_rate)
+    _arguments.number(caller, "inner_learning_rate", inner_learning_rate, least=0)
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         support, queries = _split(caller, client, query)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._arguments import check_number
 from fax.algorithms._averaging import (
     FedAvgState,
     aggregate,
@@ -94,7 +94,7 @@ def mime(
       >>> print(f"{algorithm.params(state):.2f}")
       0.50
     """
-    check_number("fax.algorithms.mime", "server_learning_rate", server_learning_rate)
+    _arguments.number("fax.algorithms.mime", "server_learning_rate", server_learning_rate, least=0)
     return _mimicking(
         loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=False
     )
@@ -148,7 +148,9 @@ def mime_lite(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
-    check_number("fax.algorithms.mime_lite", "server_learning_rate", server_learning_rate)
+    _arguments.number(
+        "fax.algorithms.mime_lite", "server_learning_rate", server_learning_rate, least=0
+    )
     return _mimicking(
         loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=True
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
@@ -24,7 +25,6 @@ from fax.algorithms._replicas import (
     mean_update,
     mixed,
     population,
-    positive,
     round_metrics,
     sent_metrics,
     soup,
@@ -212,7 +212,7 @@ def papa_2(
       >>> algorithm = fax.algorithms.papa_2(loss, optax.adam(0.01), replicas=5)
     """
     where = "fax.algorithms.papa_2"
-    if positive(where, "replicas", replicas) < 2:
+    if _arguments.count(where, "replicas", replicas) < 2:
         raise ValueError(f"{where}: replicas is {replicas}, expected at least 2, for pairs.")
 
     def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array) -> tuple:
@@ -255,8 +255,8 @@ def _population(
     draws: bool = False,
 ) -> Algorithm:
     """Models that train on their own, and after every ``every`` steps do ``push``."""
-    replicas = positive(where, "replicas", replicas)
-    every = None if every is None else positive(where, "every", every)
+    replicas = _arguments.count(where, "replicas", replicas)
+    every = None if every is None else _arguments.count(where, "every", every)
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
         rows = population(where, params, optimizer, model_state, replicas)

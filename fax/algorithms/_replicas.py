@@ -8,7 +8,6 @@ a cohort is what replica i trains on.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,17 +39,6 @@ class Replica(NamedTuple):
     params: PyTree
     optimizer: PyTree
     model_state: PyTree
-
-
-def positive(where: str, name: str, value: Any) -> int:
-    """``value`` if it is a positive int."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{where}: {name} is {value!r:.80}, expected an int of at least 1.")
-    return number
 
 
 def identical(params: PyTree, optimizer: PyTree, model_state: PyTree, replicas: int) -> PerClient:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._arguments import check_count, check_number
 from fax.algorithms._averaging import aggregate, moved, next_model_state, rows_of, strong, with_rows
 from fax.algorithms._local import Local, difference, metrics_of, train
 from fax.data import Client, Cohort
@@ -111,11 +111,9 @@ def scaffold(
       0.80
     """
     caller = "fax.algorithms.scaffold"
-    check_number(caller, "client_learning_rate", client_learning_rate, above=0.0)
-    check_number(caller, "server_learning_rate", server_learning_rate)
-    num_clients = check_count(
-        caller, "num_clients", num_clients, "the clients of the whole population, len(data)"
-    )
+    _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
+    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
+    num_clients = _arguments.count(caller, "num_clients", num_clients)
 
     def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
         params, model_state = jax.tree.map(strong, (params, model_state))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import fax
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import server_key, strong
@@ -25,7 +26,6 @@ from fax.algorithms._replicas import (
     mean_state,
     mean_update,
     mixed,
-    positive,
     round_metrics,
     taking_part,
 )
@@ -176,7 +176,10 @@ def streaming_diloco(
       >>> metrics["outer_steps"], metrics["replicas/bits"]  # 2 (4 * 4 + 32) + 2 (4 + 32)
       (Array(4., dtype=float32), Array([168., 168.], dtype=float32))
     """
-    replicas, steps = positive(_WHERE, "replicas", replicas), positive(_WHERE, "steps", steps)
+    replicas, steps = (
+        _arguments.count(_WHERE, "replicas", replicas),
+        _arguments.count(_WHERE, "steps", steps),
+    )
     if isinstance(tau, bool) or not isinstance(tau, int) or not 0 <= tau < steps:
         raise ValueError(f"{_WHERE}: tau is {tau!r:.80}, expected an int from 0 to steps - 1.")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:

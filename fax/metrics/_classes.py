@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.metrics import _scores
 from fax.metrics._statistics import Mean, Statistic, Sum
 
@@ -68,7 +68,7 @@ class TopK:
     target: str = "y"
 
     def __post_init__(self) -> None:
-        positive("TopK", "k", self.k)
+        _arguments.count("TopK", "k", self.k)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         hits = _scores.ranks(scores, batch[self.target]) < self.k
@@ -91,7 +91,7 @@ class ConfusionMatrix:
     target: str = "y"
 
     def __post_init__(self) -> None:
-        positive("ConfusionMatrix", "num_classes", self.num_classes)
+        _arguments.count("ConfusionMatrix", "num_classes", self.num_classes)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
         labels = batch[self.target]
@@ -127,7 +127,7 @@ class PerDomain:
     domain: str = "domain"
 
     def __post_init__(self) -> None:
-        positive("PerDomain", "num_domains", self.num_domains)
+        _arguments.count("PerDomain", "num_domains", self.num_domains)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Statistic:
         own = batch[self.domain][:, None] == jnp.arange(self.num_domains)
@@ -145,14 +145,3 @@ class PerDomain:
 def limits_of(metric: Any, num_classes: int) -> dict[str, int]:
     """Features that a metric takes for numbers of classes or the like, and how many there are."""
     return metric.limits(num_classes) if hasattr(metric, "limits") else {}
-
-
-def positive(where: str, name: str, value: Any) -> int:
-    """Checks an argument that counts something."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{where}: {name} is {value!r}, expected a positive int.")
-    return number

@@ -15,9 +15,9 @@ from fax.data._cohorts import cohorts
 from fax.data._features import Reader
 from fax.data._protocol import DataError, FederatedData
 from fax.data._views import map as map_clients
-from fax.metrics._classes import Metric, limits_of, positive
+from fax.metrics._classes import Metric, limits_of
 from fax.metrics._programs import scores_of, stats_of_clients, stats_of_rows
-from fax.metrics._rows import BATCH_SIZE, Check, Layout, Prepared, Rows
+from fax.metrics._rows import Check, Layout, Prepared, Rows, batch_size_of
 from fax.sharding._spread import spread_in_scope
 
 PyTree = Any
@@ -273,7 +273,7 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
             f"{where}: personal=True takes clients one by one, and not what fax.metrics.prepare "
             "made of them. Pass the data themselves."
         )
-    batch_size = positive(where, "batch_size", BATCH_SIZE if batch_size is None else batch_size)
+    batch_size = batch_size_of(where, batch_size)
     clients = len(data)
     params = jax.tree.map(jnp.asarray, params)
     for path, leaf in tree_leaves_with_path(params):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fax import _arguments
 from fax.data._features import Reader
 from fax.data._host import aligned_zeros
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 from fax.data._resident import fits
-from fax.metrics._classes import positive
 from fax.sharding._spread import Spread, spread_in_scope
 
 BATCH_SIZE = 256
@@ -53,7 +53,7 @@ class Layout:
     """
 
     def __init__(self, where: str, data: FederatedData, batch_size: int | None, spread: Spread):
-        batch_size = positive(where, "batch_size", BATCH_SIZE if batch_size is None else batch_size)
+        batch_size = batch_size_of(where, batch_size)
         self.ids = data.client_ids()
         if not len(self.ids):
             raise DataError(f"{where}: data has no clients.")
@@ -170,6 +170,11 @@ class Prepared:
                 f"{where}: the data were prepared under another mesh or placement. Call "
                 "fax.metrics.prepare under the mesh that they are evaluated under."
             )
+
+
+def batch_size_of(where: str, batch_size: int | None) -> int:
+    """What the user says, or the default."""
+    return BATCH_SIZE if batch_size is None else _arguments.count(where, "batch_size", batch_size)
 
 
 def _number(pair: tuple[int, ClientId]) -> int:

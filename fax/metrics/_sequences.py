@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.metrics import _scores
-from fax.metrics._classes import positive
 from fax.metrics._statistics import Mean, Sum
 
 Batch = Mapping[str, jax.Array]
@@ -122,7 +122,7 @@ class TokenTopK(_Sequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("TokenTopK", "k", self.k)
+        _arguments.count("TokenTopK", "k", self.k)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         return _of_tokens(_right(self, batch, scores, self.k), self.counts(batch))
