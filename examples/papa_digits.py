@@ -117,7 +117,8 @@ def draw(runs):
     for (name, history), color in zip(runs.items(), ("tab:gray", "tab:green"), strict=True):
         rounds = np.arange(1, len(history) + 1)
         axes.plot(rounds, 100 * history[:, 0], color=color, linestyle="--", label=f"{name}, models")
-        axes.plot(rounds, 100 * history[:, 1], color=color, label=f"{name}, soup")
+        label = f"{name}, soup (ends at {history[-1, 1]:.0%})"
+        axes.plot(rounds, 100 * history[:, 1], color=color, label=label)
     low = 100 * min(history[len(history) // 2 :, 0].min() for history in runs.values())
     axes.set(xlabel="round", ylabel="test accuracy (%)", ylim=(low - 4, 100))
     axes.legend(frameon=False)
