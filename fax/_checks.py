@@ -19,6 +19,9 @@ from fax.primitives._convolutions import SETTINGS
 from fax.sharding._schedule import ALL_AT_ONCE
 from fax.sharding._types import as_placed
 
+# The batch size of fax's own maps that run at that of the map before them; not for users.
+OF_ITS_MAKER: Any = object()
+
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a Python scalar, which counts as one."""
@@ -115,8 +118,8 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
 
 def batch_size(value: Any, here: Placement) -> int | str | None:
     """Checks how many participants to work on at once."""
-    if value is None or value is ALL_AT_ONCE:  # the second is not for users
-        return value
+    if value is None or value is OF_ITS_MAKER:
+        return None if value is None else ALL_AT_ONCE
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -36,7 +36,13 @@ def aggregate(aggregator, tree, weights=None, key=KEY):
 @functools.cache
 def compiled(fn, size):
     program = fax.program(clients=size)(lambda *args: fn(*args))
-    return jax.jit(program, compiler_options=QUICKLY)
+    alone, inside = jax.jit(program, compiler_options=QUICKLY), jax.jit(program)
+
+    def run(*args):
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        return (inside if traced else alone)(*args)
+
+    return run
 
 
 def mask(words, neighbors=None, key=KEY):

@@ -181,6 +181,15 @@ def test_maps_with_different_batch_sizes_stay_apart(first, second, maps):
     assert len(operators(two, D)) == maps
 
 
+def test_iterating_over_no_rows_is_no_map():
+    @program
+    def nothing(d):
+        assert not list(jax.random.split(jax.random.key(0), 0))
+        return fax.sum(d)
+
+    np.testing.assert_allclose(nothing(D), D.sum(0), rtol=1e-12)
+
+
 def test_fusion_sees_through_pytrees_casts_and_jit():
     @jax.jit
     def helper(params, data):

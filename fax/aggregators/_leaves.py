@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import fax._operators as operators
+from fax._checks import OF_ITS_MAKER
 from fax.aggregators._aggregator import Metrics, Transformation
-from fax.sharding._schedule import ALL_AT_ONCE
 
 PyTree = Any
 
@@ -26,8 +26,7 @@ def each(fn: Callable, *args: PyTree) -> Any:
     So updates are encoded as clients finish, and where a mean follows they never exist together.
     In gradients they are made again if the clients' function is under `jax.checkpoint`.
     """
-    batch_size: Any = ALL_AT_ONCE
-    return operators.map(fn, *args, batch_size=batch_size)
+    return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
 
 
 def leafwise(
