@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+import fax._operators as operators
 import fax._reductions as reductions
+from fax._checks import OF_ITS_MAKER
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -95,6 +97,15 @@ def mean() -> Aggregator:
         return reductions.mean(updates, weights=weights), state, {"clients/bits": all_bits(updates)}
 
     return Aggregator(lambda params: (), aggregate)
+
+
+def each(fn: Callable, *args: PyTree) -> Any:
+    """`fax.map` at the batch size of the map that makes the arguments, so that the two fuse.
+
+    So updates are encoded as clients finish, and where a mean follows they never exist together.
+    In gradients they are made again if the clients' function is under `jax.checkpoint`.
+    """
+    return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
 
 
 def all_bits(updates: PyTree) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Metrics, Transformation
+from fax.aggregators._aggregator import Metrics, Transformation, each
 
 PyTree = Any
 
@@ -135,7 +135,7 @@ def clip_all(updates: PyTree, limit: Any) -> tuple[PyTree, jax.Array]:
         norm = l2_norm(update)
         return shrunk(update, norm, limit), norm <= limit
 
-    return operators.map(own, updates, operators.broadcast(limit))
+    return each(own, updates, operators.broadcast(limit))
 
 
 def _share(inside: jax.Array, weights: jax.Array) -> jax.Array:

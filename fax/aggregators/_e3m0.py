@@ -7,8 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-import fax._operators as operators
-from fax.aggregators._aggregator import Metrics, PyTree, Transformation
+from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each
 from fax.aggregators._leaves import check_floats
 
 BITS = 4
@@ -59,7 +58,7 @@ def e3m0() -> Transformation:
         leaves = jax.tree.leaves(updates)
         check_floats("e3m0", updates)
         bits = sum(BITS * math.prod(x.shape[1:]) + 32 for x in leaves)
-        sent = operators.map(lambda update: jax.tree.map(rounded, update), updates)
+        sent = each(lambda update: jax.tree.map(rounded, update), updates)
         return sent, weights, state, {"clients/bits": jnp.full(len(leaves[0]), bits, jnp.float32)}
 
     return Transformation(lambda params: (), update)

@@ -10,7 +10,7 @@ import numpy as np
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators._aggregator import Metrics, Transformation
+from fax.aggregators._aggregator import Metrics, Transformation, each
 
 PyTree = Any
 
@@ -56,12 +56,12 @@ def non_finite(policy: str = "drop") -> Transformation:
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        finite = operators.map(_is_finite, updates, weights)
+        finite = each(_is_finite, updates, weights)
         metrics = {"non_finite": reductions.sum(~finite)}
         if policy == "raise":
             jax.debug.callback(_refuse, operators.collect(finite))
             return updates, weights, state, metrics
-        updates, weights = operators.map(_or_zero, finite, (updates, weights))
+        updates, weights = each(_or_zero, finite, (updates, weights))
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)

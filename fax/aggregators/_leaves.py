@@ -11,22 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 import fax._operators as operators
-from fax._checks import OF_ITS_MAKER
-from fax.aggregators._aggregator import Metrics, Transformation
+from fax.aggregators._aggregator import Metrics, Transformation, each
 
 PyTree = Any
 
 # Of a leaf's numbers [size] and random ones from 0 to 1: what the server decodes, and the bits.
 Encoding = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | float]]
-
-
-def each(fn: Callable, *args: PyTree) -> Any:
-    """`fax.map` at the batch size of the map that makes the arguments, so that the two fuse.
-
-    So updates are encoded as clients finish, and where a mean follows they never exist together.
-    In gradients they are made again if the clients' function is under `jax.checkpoint`.
-    """
-    return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
 
 
 def leafwise(

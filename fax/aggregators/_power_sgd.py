@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, PerClient
-from fax.aggregators._leaves import bits_of, check_floats, each, wide
+from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, each
+from fax.aggregators._leaves import bits_of, check_floats, wide
 
 PyTree = Any
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
+from fax.aggregators._aggregator import Aggregator, Metrics, all_bits, each
 from fax.aggregators._clipping import l2_norm, next_norm, shrunk, start_norm, wide
 
 PyTree = Any
@@ -203,7 +203,7 @@ def clipped_sum(
         excess = jnp.where(weight != 0, jnp.where(size <= limit, 0.5, -0.5), 0)
         return small, excess, (weight != 0) & jnp.isfinite(size)
 
-    small, excess, counts = operators.map(own, updates, weights, operators.broadcast(limit))
+    small, excess, counts = each(own, updates, weights, operators.broadcast(limit))
     return reductions.sum(small, where=counts), reductions.sum(excess)
 
 

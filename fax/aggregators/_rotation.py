@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fax.aggregators._aggregator import Metrics, Transformation
-from fax.aggregators._leaves import check_floats, each, uniform, wide
+from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._leaves import check_floats, uniform, wide
 
 PyTree = Any
 

@@ -13,10 +13,9 @@ import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
 from fax._placement import resolve
-from fax.aggregators._aggregator import Aggregator, Metrics
+from fax.aggregators._aggregator import Aggregator, Metrics, each
 from fax.aggregators._leaves import (
     check_floats,
-    each,
     split,
     uniform,
     wide,

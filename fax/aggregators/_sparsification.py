@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 
 from fax import _arguments
-from fax.aggregators._aggregator import Metrics, PerClient, Transformation, all_bits
-from fax.aggregators._leaves import bits_of, check_floats, each, split, wide
+from fax.aggregators._aggregator import Metrics, PerClient, Transformation, all_bits, each
+from fax.aggregators._leaves import bits_of, check_floats, split, wide
 
 PyTree = Any
 
