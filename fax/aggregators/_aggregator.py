@@ -70,8 +70,8 @@ class PerClient:
 def mean() -> Aggregator:
     """The mean weighted by ``weights``: sum_i w_i u_i / sum_i w_i.
 
-    A client sends all bits of its update. A weight of zero does not hide what is not finite; see
-    `non_finite`.
+    A client sends all bits of its update. One of weight zero is left out, whatever it holds, as if
+    it were masked; so `non_finite` can drop clients.
 
     Returns:
       The aggregator, without state.
@@ -94,7 +94,8 @@ def mean() -> Aggregator:
     def aggregate(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
-        return reductions.mean(updates, weights=weights), state, {"clients/bits": all_bits(updates)}
+        update = reductions.mean(updates, weights=weights, where=weights != 0)
+        return update, state, {"clients/bits": all_bits(updates)}
 
     return Aggregator(lambda params: (), aggregate)
 
