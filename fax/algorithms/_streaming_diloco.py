@@ -176,10 +176,8 @@ def streaming_diloco(
       >>> metrics["outer_steps"], metrics["replicas/bits"]  # 2 (4 * 4 + 32) + 2 (4 + 32)
       (Array(4., dtype=float32), Array([168., 168.], dtype=float32))
     """
-    replicas, steps = (
-        _arguments.count(_WHERE, "replicas", replicas),
-        _arguments.count(_WHERE, "steps", steps),
-    )
+    replicas = _arguments.count(_WHERE, "replicas", replicas)
+    steps = _arguments.count(_WHERE, "steps", steps)
     if isinstance(tau, bool) or not isinstance(tau, int) or not 0 <= tau < steps:
         raise ValueError(f"{_WHERE}: tau is {tau!r:.80}, expected an int from 0 to steps - 1.")
     if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
