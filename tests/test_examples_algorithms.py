@@ -1,0 +1,29 @@
+"""The examples of algorithms, run as a reader runs them, keep what they promise."""
+
+from test_examples import EXAMPLES, is_figure, numbers, run  # noqa: F401  (a fixture)
+
+
+def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):  # noqa: F811
+    printed = run(EXAMPLES / "learned_hyperparameters.py", "--steps=12")
+    (apart,) = numbers(r"by 23 hyperparameters: largest relative difference (\S+)", printed)
+    assert apart < 1e-10
+    clean, corrupted = numbers(r"mean weight (\S+) of clean and (\S+) of corrupted", printed)
+    assert clean > 0.06  # about 0.05 at the start
+    assert corrupted < 0.03
+    learned = r"test accuracy (\S+)%, loss (\S+) as learned \((\S+)%, \S+ with weights"
+    accuracy, loss, without_weights = numbers(learned, printed)
+    fixed = r", (\S+)%, (\S+) by the best of 36 fixed settings \((\S+)% if test"
+    best, best_loss, best_of_test = numbers(fixed, printed)
+    assert accuracy > best_of_test >= best
+    assert accuracy > without_weights
+    assert loss < best_loss
+    assert is_figure(tmp_path / "runs" / "learned_hyperparameters.png")
+
+
+def test_maml_digits_keeps_its_promise(run, tmp_path):  # noqa: F811
+    printed = run(EXAMPLES / "maml_digits.py", "--rounds=60")
+    line = r"MAML (\S+)%, FedAvg (\S+)% with the best rate, \S+, untrained (\S+)%, see"
+    maml, fedavg, untrained = numbers(line, printed)
+    assert maml > 85
+    assert maml > max(fedavg, untrained) + 3
+    assert is_figure(tmp_path / "runs" / "maml_digits.png")
