@@ -1,8 +1,15 @@
 """Federated algorithms: pure functions of a server's state and a cohort."""
 
+from fax.algorithms._agnostic import AgnosticState as AgnosticState
+from fax.algorithms._agnostic import agnostic_fedavg as agnostic_fedavg
 from fax.algorithms._algorithm import Algorithm as Algorithm
 from fax.algorithms._algorithm import many_rounds as many_rounds
+from fax.algorithms._apfl import APFLState as APFLState
+from fax.algorithms._apfl import Personal as Personal
+from fax.algorithms._apfl import apfl as apfl
 from fax.algorithms._averaging import FedAvgState as FedAvgState
+from fax.algorithms._clusters import hyp_cluster_choice as hyp_cluster_choice
+from fax.algorithms._clusters import hyp_cluster_start as hyp_cluster_start
 from fax.algorithms._fedavg import fedavg as fedavg
 from fax.algorithms._fedopt import fedopt as fedopt
 from fax.algorithms._fedopt import server_adagrad as server_adagrad
@@ -10,6 +17,8 @@ from fax.algorithms._fedopt import server_adam as server_adam
 from fax.algorithms._fedopt import server_momentum as server_momentum
 from fax.algorithms._fedopt import server_yogi as server_yogi
 from fax.algorithms._fedprox import fedprox as fedprox
+from fax.algorithms._hyp_cluster import HypClusterState as HypClusterState
+from fax.algorithms._hyp_cluster import hyp_cluster as hyp_cluster
 from fax.algorithms._maml import maml as maml
 from fax.algorithms._maml import personalize as personalize
 from fax.algorithms._maml import reptile as reptile
@@ -17,3 +26,4 @@ from fax.algorithms._mime import mime as mime
 from fax.algorithms._mime import mime_lite as mime_lite
 from fax.algorithms._scaffold import ScaffoldState as ScaffoldState
 from fax.algorithms._scaffold import scaffold as scaffold
+from fax.algorithms._store import ClientStore as ClientStore

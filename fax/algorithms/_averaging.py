@@ -11,8 +11,10 @@ import optax
 from jax import lax
 
 import fax
-from fax.aggregators import Aggregator, PerClient
+from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._clients import rows_of as rows_of
+from fax.algorithms._clients import with_rows as with_rows
 from fax.algorithms._local import Local, metrics_of
 from fax.data import Client, Cohort
 
@@ -75,9 +77,7 @@ def averaging(
         update, mean_state, aggregator_state, metrics = mean_update(
             state.params, state.model_state, rows_of(state.aggregator, cohort), cohort
         )
-        gradient = jax.tree.map(jnp.negative, update)
-        updates, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, optimizer = server_step(server_optimizer, update, state.optimizer, state.params)
         model_state = next_model_state(mean_state, state.model_state)
         aggregator_state = with_rows(state.aggregator, aggregator_state, cohort)
         return FedAvgState(params, optimizer, model_state, aggregator_state), metrics
@@ -111,25 +111,13 @@ def aggregate(
     return aggregator.aggregate(updates, weights, state, key)
 
 
-def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
-    """A state with the rows of the cohort's clients, of those of all clients."""
-    return _map_rows(lambda x: x[cohort.client_ids], state)
-
-
-def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
-    """A state of all clients, with new rows for those of the cohort."""
-    return _map_rows(lambda x, rows: x.at[cohort.client_ids].set(rows), state, new)
-
-
-def _map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
-    """``fn`` on the leaves of what is `PerClient`; the newest state's leaves elsewhere."""
-
-    def one(x: PyTree, *others: PyTree) -> PyTree:
-        if isinstance(x, PerClient):
-            return jax.tree.map(fn, x, *others)
-        return others[-1] if others else x
-
-    return jax.tree.map(one, state, *new, is_leaf=lambda x: isinstance(x, PerClient))
+def server_step(
+    optimizer: optax.GradientTransformation, update: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The server's parameters and optimizer's state after a step along the clients' update."""
+    gradient = jax.tree.map(jnp.negative, update)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def moved(params: PyTree, update: PyTree, rate: Any) -> PyTree:

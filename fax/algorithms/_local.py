@@ -63,6 +63,7 @@ def mean_loss(
     batch: PyTree,
     mask: jax.Array,
     key: jax.Array,
+    factors: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Tally, PyTree]]:
     """The mean loss of a batch's real examples; their tally, and the model's next state.
 
@@ -73,7 +74,24 @@ def mean_loss(
       batch: leaves [batch, ...].
       mask: bool [batch].
       key: for the loss.
+      factors: [batch], what each example's loss counts in the mean, not in the tally. Default: 1.
     """
+    values, model_state = per_example(loss, params, model_state, batch, mask, key)
+    sums = {name: _total(own, mask) for name, own in values.items()}
+    count = jnp.sum(mask, dtype=sums["loss"].dtype)
+    objective = sums["loss"] if factors is None else _total(values["loss"] * factors, mask)
+    return objective / jnp.maximum(count, 1), (Tally(sums, count), model_state)
+
+
+def per_example(
+    loss: Callable,
+    params: PyTree,
+    model_state: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    key: jax.Array,
+) -> tuple[dict[str, jax.Array], PyTree]:
+    """``"loss"`` and the loss function's metrics of each example, and the model's next state."""
     if model_state is None:
         out = loss(params, batch, key)
         losses, metrics = _parts(out, "losses", "metrics") if isinstance(out, tuple) else (out, {})
@@ -86,17 +104,14 @@ def mean_loss(
             "mapping to arrays, one number for each example, from names other than 'loss' that do "
             "not begin with 'clients/'."
         )
-    per_example = {"loss": losses, **metrics}
-    for name, values in per_example.items():
+    named = {"loss": losses, **metrics}
+    for name, values in named.items():
         if jnp.shape(values) != mask.shape:
             raise ValueError(
                 f"loss returned {name!r} of shape {jnp.shape(values)}, expected {mask.shape}: one "
                 "number for each example of the batch. fax takes the mean, without padding."
             )
-    sums = {name: _total(values, mask) for name, values in per_example.items()}
-    count = jnp.sum(mask, dtype=sums["loss"].dtype)
-    mean = sums["loss"] / jnp.maximum(count, 1)
-    return mean, (Tally(sums, count), model_state)
+    return named, model_state
 
 
 def mean_gradient(
@@ -173,6 +188,7 @@ def train(
     model_state: PyTree,
     client: Client,
     correct: Callable[[PyTree, PyTree], PyTree] = lambda gradient, params: gradient,
+    factors: Callable[[PyTree], jax.Array | None] = lambda batch: None,
 ) -> Trained:
     """Runs a client's local steps, from a fresh state of the optimizer.
 
@@ -183,11 +199,15 @@ def train(
       model_state: None if the model has none.
       client: its batches.
       correct: ``correct(gradient, params)``, the gradient that the optimizer gets at ``params``.
+      factors: ``factors(batch)``, [batch]; see `mean_loss`.
     """
 
     def step(trained, batch, mask, key):
         params, optimizer_state, model_state, tally = trained
-        gradient, (new, model_state) = mean_gradient(loss, params, model_state, batch, mask, key)
+        gradient, (new, model_state) = jax.grad(
+            lambda p: mean_loss(loss, p, model_state, batch, mask, key, factors(batch)),
+            has_aux=True,
+        )(params)
         gradient = correct(gradient, params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)

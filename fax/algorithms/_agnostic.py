@@ -1,0 +1,272 @@
+"""Agnostic federated averaging: domains that fall behind count for more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import fax
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._checks import concrete, positive
+from fax.algorithms._clients import rows_of, with_rows
+from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
+from fax.data import Client, Cohort
+
+PyTree = Any
+WHERE = "agnostic_fedavg"
+
+
+class AgnosticState(NamedTuple):
+    """The server's state.
+
+    Attributes:
+      params: the server's model.
+      optimizer: the state of the server's optimizer.
+      model_state: what the model has besides parameters, or None.
+      aggregator: the state of the aggregator, or None.
+      domain_weights: lambda, [num_domains].
+      domain_window: numbers of examples in the last rounds, [window, num_domains].
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    model_state: PyTree
+    aggregator: PyTree
+    domain_weights: jax.Array
+    domain_window: jax.Array
+
+
+class _Sent(NamedTuple):
+    update: PyTree
+    model_state: PyTree
+    tally: Tally
+    beta: jax.Array
+    domain_losses: jax.Array
+    domain_counts: jax.Array
+
+
+def agnostic_fedavg(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    num_domains: int,
+    domain_learning_rate: float,
+    domain: str = "domain",
+    domain_weights: Sequence[float] | None = None,
+    domain_counts: Sequence[float] | None = None,
+    window: int = 1,
+    aggregator: Aggregator | None = None,
+    clients_at_once: int | None = None,
+) -> Algorithm:
+    """Agnostic federated averaging (AFL, AgnosticFedAvg): good for the worst mixture of domains.
+
+    Examples belong to domains, such as languages, in shares that may be others when the model is
+    used. So it minimises, over x, the maximum over mixtures lambda of sum_i lambda_i F_i(x), where
+    F_i is the mean loss of domain i. In a round every client k counts its examples N_i^k of each
+    domain and adds up their losses L_i^k at the server's parameters x. It trains on examples
+    weighted by their domain, and is itself weighted by beta^k:
+
+        alpha_i = lambda_i / (mean of N_i over the last ``window`` rounds)
+        beta^k = sum_i alpha_i N_i^k
+        objective of a batch b of client k:  n_k / beta^k  mean_{j in b} alpha_{d_j} loss_j(y)
+        D = sum_k beta^k (y^k - x) / sum_k beta^k        x' = server_optimizer(x, gradient = -D)
+
+    Then weights move by exponentiated gradient ascent on the domains' mean losses:
+
+        F_i = sum_k L_i^k / sum_k N_i^k        lambda_i' ~ lambda_i exp(domain_learning_rate F_i)
+
+    With one domain it is `fedavg`. The paper divides the sum over a batch by beta^k, which makes
+    a step smaller the more batches a client has; times n_k and with the mean it does not. A domain
+    without an example in a round keeps its weight, and its counts if its window would be empty.
+
+    Args:
+      loss: see `fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
+      num_domains: how many domains there are.
+      domain_learning_rate: of the exponentiated gradient. With 0 weights stay what they are.
+      domain: the feature with the numbers of examples' domains, ints [batch] from 0 to
+        ``num_domains - 1``. An example of another domain makes the model NaN.
+      domain_weights: lambda at the start, numbers that add up to 1. Default: all the same.
+      domain_counts: what to take for the numbers of examples of each domain in a round, before
+        there was one. Only their ratios matter in the first round. Default: 1 each.
+      window: over how many rounds numbers of examples are averaged.
+      aggregator: as for `fedavg`; its weights are beta^k.
+      clients_at_once: as for `fedavg`.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `AgnosticState`. Metrics are those
+      of `fedavg`, unweighted, and ``"domains/loss"``, F [num_domains], NaN for a domain without an
+      example, and ``"domains/weight"``, the lambda of the round.
+
+    Raises:
+      ValueError: if an argument is out of range, and in a round if the feature is missing or no
+        ints [batch].
+
+    References:
+      Mohri et al., Agnostic federated learning, arXiv:1902.00146. Ro et al.,
+      Communication-efficient agnostic federated averaging, arXiv:2104.02748.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.agnostic_fedavg(
+      ...     loss, optax.sgd(0.1), num_domains=2, domain_learning_rate=0.5
+      ... )
+      >>> common = {"x": jnp.ones(8), "domain": jnp.zeros(8, int)}
+      >>> rare = {"x": jnp.zeros(1), "domain": jnp.ones(1, int)}
+      >>> data = fax.data.InMemory({"ann": common, "bob": rare})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=8)
+      >>> state = algorithm.init(jnp.zeros(()))
+      >>> for _ in range(100):
+      ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))
+      >>> print(round(float(algorithm.params(state)), 2))  # not 8/9, the mean of all examples
+      0.5
+    """
+    positive(WHERE, "num_domains", num_domains)
+    positive(WHERE, "window", window)
+    start = _numbers("domain_weights", domain_weights, num_domains, 1 / num_domains)
+    counts = _numbers("domain_counts", domain_counts, num_domains, 1.0)
+    if concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):
+        raise ValueError(
+            f"{WHERE}: domain_weights is {domain_weights!r}, expected numbers of at least 0 that "
+            "add up to 1."
+        )
+    if concrete(counts) and not np.all(np.asarray(counts) > 0):
+        raise ValueError(
+            f"{WHERE}: domain_counts is {domain_counts!r}, expected numbers above 0: they divide."
+        )
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+
+    def init(params: PyTree, model_state: PyTree = None) -> AgnosticState:
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        own = None if aggregator is None else aggregator.init(params)
+        dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
+        seen = jnp.tile(jnp.asarray(counts, dtype), (window, 1))
+        weights = jnp.asarray(start, dtype)
+        return AgnosticState(params, server_optimizer.init(params), model_state, own, weights, seen)
+
+    def local(params: PyTree, model_state: PyTree, alpha: jax.Array, client: Client) -> _Sent:
+        def measure(totals, batch, mask, key):
+            values, _ = per_example(loss, params, model_state, batch, mask, key)
+            number = _domain_of(batch, domain, mask)
+            mine = mask[:, None] & (number[:, None] == jnp.arange(num_domains))
+            strange = jnp.any(mask & ((number < 0) | (number >= num_domains)))
+            losses = jnp.sum(jnp.where(mine, values["loss"][:, None], 0), 0, dtype)
+            found = jnp.where(strange, jnp.nan, jnp.sum(mine, 0, dtype))
+            return totals[0] + losses, totals[1] + found
+
+        dtype = no_tally(loss, params, model_state, client).examples.dtype
+        nothing = jnp.zeros(num_domains, dtype)
+        losses, found = client.scan(measure, (nothing, nothing))
+        # Batches may hold each example several times, or only some of them.
+        share = client.num_examples / jnp.maximum(jnp.sum(found), 1)
+        losses, found = losses * share, found * share
+        beta = jnp.sum(alpha.astype(dtype) * found)
+        scale = jnp.where(beta == 0, 0, client.num_examples / jnp.where(beta == 0, 1, beta))
+
+        def factors(batch):
+            return (alpha * scale)[batch[domain]]
+
+        trained = train(loss, client_optimizer, params, model_state, client, factors=factors)
+        return _Sent(*difference(trained, params), beta, losses, found)
+
+    def round(state: AgnosticState, cohort: Cohort) -> tuple[AgnosticState, dict[str, jax.Array]]:
+        alpha = state.domain_weights / jnp.mean(state.domain_window, 0)
+
+        @fax.program(clients=cohort.size)
+        def work(
+            params: PyTree, model_state: PyTree, alpha: jax.Array, own: PyTree, cohort: Cohort
+        ) -> tuple:
+            sent = fax.map(
+                jax.checkpoint(local),
+                fax.broadcast(params),
+                fax.broadcast(model_state),
+                fax.broadcast(alpha),
+                cohort.clients(),
+                batch_size=clients_at_once or cohort.clients_at_once,
+            )
+            weighted = dataclasses.replace(cohort, num_examples=sent.beta)
+            update, own, more = aggregate(aggregator, sent.update, own, weighted)
+            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
+            domains = fax.sum((sent.domain_losses, sent.domain_counts))
+            return update, mean_state, own, domains, {**metrics_of(sent.tally), **more}
+
+        update, mean_state, own, (losses, counts), metrics = work(
+            state.params, state.model_state, alpha, rows_of(state.aggregator, cohort), cohort
+        )
+        params, optimizer = server_step(server_optimizer, update, state.optimizer, state.params)
+        seen = counts != 0
+        losses = losses / jnp.where(seen, counts, 1)
+        weights = _ascend(state.domain_weights, losses, seen, domain_learning_rate)
+        next_window = jnp.concatenate([state.domain_window[1:], counts[None]])
+        next_window = jnp.where(jnp.any(next_window != 0, 0), next_window, state.domain_window)
+        metrics = {
+            **metrics,
+            "domains/loss": jnp.where(seen, losses, jnp.nan),
+            "domains/weight": state.domain_weights,
+        }
+        model_state = next_model_state(mean_state, state.model_state)
+        own = with_rows(state.aggregator, own, cohort)
+        new = AgnosticState(
+            params,
+            optimizer,
+            model_state,
+            own,
+            weights,
+            next_window.astype(state.domain_window.dtype),
+        )
+        return new, metrics
+
+    return Algorithm(init, round, lambda state: state.params)
+
+
+def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:
+    """Exponentiated gradient ascent among the domains that there is a loss of."""
+    exponents = rate * losses
+    # The largest becomes 1, so that nothing overflows; quotients do not change.
+    largest = lax.stop_gradient(jnp.max(jnp.where(seen & (weights > 0), exponents, -jnp.inf)))
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    moved = jnp.where(seen, weights * jnp.exp(jnp.where(seen, exponents - largest, 0)), 0)
+    total, before = jnp.sum(moved), jnp.sum(jnp.where(seen, weights, 0))
+    moved = moved * jnp.where(total == 0, 0, before / jnp.where(total == 0, 1, total))
+    return jnp.where(seen, moved, weights).astype(weights.dtype)
+
+
+def _domain_of(batch: Mapping[str, jax.Array], domain: str, mask: jax.Array) -> jax.Array:
+    found = batch.get(domain) if isinstance(batch, Mapping) else None
+    if found is None:
+        features = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch)
+        raise ValueError(
+            f"{WHERE}: domain={domain!r} is not among the features of a batch, {features}. Add the "
+            "numbers of examples' domains by fax.data.map, or pass the feature's name."
+        )
+    if found.shape != mask.shape or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(
+            f"{WHERE}: feature {domain!r} is {found.dtype}{list(found.shape)} in a batch, expected "
+            f"ints of shape {list(mask.shape)}: the number of each example's domain."
+        )
+    return found
+
+
+def _numbers(name: str, given: Any, num_domains: int, default: float) -> Any:
+    if given is None:
+        return np.full(num_domains, default)
+    numbers = jnp.asarray(given)
+    if numbers.shape != (num_domains,):
+        raise ValueError(
+            f"{WHERE}: {name} has shape {numbers.shape}, expected ({num_domains},), a number "
+            "for each of num_domains."
+        )
+    return numbers

@@ -1,0 +1,218 @@
+"""Several models: which of them fits a client best, and which to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.tree_util import keystr, tree_leaves_with_path
+
+import fax
+from fax.algorithms._averaging import strong
+from fax.algorithms._checks import concrete, positive
+from fax.algorithms._local import mean_loss, no_tally, train
+from fax.data import Client, Cohort
+
+PyTree = Any
+
+
+def hyp_cluster_choice(
+    loss: Callable,
+    params: PyTree,
+    cohort: Cohort,
+    model_state: PyTree = None,
+    *,
+    clients_at_once: int | None = None,
+) -> jax.Array:
+    """Which cluster's model fits each client best, by the mean loss over its batches.
+
+    To evaluate each client's choice, take a cohort of all clients, and evaluate
+    ``jax.tree.map(lambda x: x[choice], params)``, with the choices in the order of the data, by
+    `fax.metrics.evaluate_clients` with ``personal=True``. The examples that decide can be others
+    than those that are evaluated.
+
+    Args:
+      loss: see `fedavg`.
+      params: of `hyp_cluster`, leaves [num_clusters, ...].
+      cohort: the clients.
+      model_state: of the models, leaves [num_clusters, ...], if they have one.
+      clients_at_once: as for `fedavg`.
+
+    Returns:
+      The numbers of clusters, int32 [clients], in the order of the cohort. A model whose loss is
+      NaN is not chosen.
+
+    Raises:
+      ValueError: if a leaf has no leading axis of clusters.
+
+    Example:
+
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(3)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=3))
+      >>> params = jnp.array([0.1, 0.8])
+      >>> chosen = fax.algorithms.hyp_cluster_choice(loss, params, cohort)
+      >>> in_order = jnp.zeros(2, int).at[cohort.client_ids].set(chosen)
+      >>> params[in_order]  # one model for each client, in the order of the data
+      Array([0.8, 0.1], dtype=float32)
+    """
+    check_models(params, model_state, None)
+
+    @fax.program(clients=cohort.size)
+    def choose(params: PyTree, model_state: PyTree, cohort: Cohort) -> jax.Array:
+        return fax.map(
+            lambda *args: best_model(loss, *args),
+            fax.broadcast(params),
+            fax.broadcast(model_state),
+            cohort.clients(),
+            batch_size=clients_at_once or cohort.clients_at_once,
+        )
+
+    return choose(params, model_state, cohort)
+
+
+def hyp_cluster_start(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    params: PyTree,
+    cohort: Cohort,
+    key: jax.Array,
+    model_state: PyTree = None,
+    *,
+    num_clusters: int,
+    clients_at_once: int | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Models for `hyp_cluster` to start from, far from each other: k-means++ on clients' models.
+
+    The first is what a random client of the cohort makes of ``params``; each further one what that
+    client makes of them whose loss is largest under the best of the models so far. No client is
+    taken twice.
+
+    Args:
+      loss: see `fedavg`.
+      client_optimizer: from optax.
+      params: of one model, which all clients start from.
+      cohort: the clients to choose from.
+      key: a random key.
+      model_state: of one model, if it has one.
+      num_clusters: how many models to make.
+      clients_at_once: as for `fedavg`.
+
+    Returns:
+      The parameters and the model state, or None, with leaves [num_clusters, ...], for ``init``.
+
+    Raises:
+      ValueError: if the cohort has fewer clients than there are to be clusters.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
+      >>> data = fax.data.InMemory({str(i): {"x": jnp.full(3, i % 2)} for i in range(6)})
+      >>> cohort = next(fax.data.cohorts(data, clients=6, batch_size=3, epochs=50))
+      >>> params, _ = fax.algorithms.hyp_cluster_start(
+      ...     loss, optax.sgd(0.1), jnp.array(0.5), cohort, jax.random.key(0), num_clusters=2
+      ... )
+      >>> jnp.sort(params).round(2)
+      Array([0., 1.], dtype=float32)
+    """
+    k = positive("hyp_cluster_start", "num_clusters", num_clusters)
+    if k > cohort.size:
+        raise ValueError(
+            f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "
+            "and each makes one model. Take a larger cohort."
+        )
+
+    @fax.program(clients=cohort.size)
+    def start(params: PyTree, model_state: PyTree, cohort: Cohort, first: jax.Array) -> PyTree:
+        def of_chosen(params, model_state, chosen, client, number):
+            def make(_):
+                trained = train(loss, client_optimizer, params, model_state, client)
+                return trained.params, trained.model_state
+
+            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, None))
+            return lax.cond(number == chosen, make, lambda _: nothing, None)
+
+        def mean(params, model_state, client):
+            params, model_state = jax.tree.map(lambda x: x[None], (params, model_state))
+            return _mean_losses(loss, params, model_state, client)[0]
+
+        def step(carry, _):
+            chosen, best, taken = carry
+            at_once = clients_at_once or cohort.clients_at_once
+            sent = fax.broadcast((params, model_state, chosen))
+            made = fax.map(of_chosen, *sent, cohort.clients(), fax.index(), batch_size=at_once)
+            one = jax.tree.map(
+                lambda x, like: x.astype(like.dtype), fax.sum(made), (params, model_state)
+            )
+            losses = fax.map(mean, *fax.broadcast(one), cohort.clients(), batch_size=at_once)
+            best = jnp.minimum(best, fax.collect(losses).astype(best.dtype))
+            taken = taken.at[chosen].set(True)
+            worst = jnp.argmax(jnp.where(taken | jnp.isnan(best), -jnp.inf, best))
+            return (worst.astype(chosen.dtype), best, taken), one
+
+        carry = (first, jnp.full(cohort.size, jnp.inf), jnp.zeros(cohort.size, bool))
+        return lax.scan(step, carry, length=k)[1]
+
+    first = jax.random.randint(key, (), 0, cohort.size, jnp.int32)
+    params, model_state = jax.tree.map(strong, (params, model_state))
+    return start(params, model_state, cohort, first)
+
+
+def _mean_losses(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> jax.Array:
+    """The mean loss of each cluster's model over all batches of a client, [num_clusters]."""
+
+    def step(totals, batch, mask, key):
+        def one(model):
+            params, model_state = model
+            return mean_loss(loss, params, model_state, batch, mask, key)[1][0]
+
+        # One after the other, for a client has memory for one model's activations.
+        found = lax.map(one, lax.stop_gradient((params, model_state)))
+        return totals[0] + found.sums["loss"], totals[1] + found.examples
+
+    first = one_model(params, 0), one_model(model_state, 0)
+    dtype = no_tally(loss, first[0], first[1], client).examples.dtype
+    nothing = jnp.zeros(len(jax.tree.leaves(params)[0]), dtype)
+    totals, examples = client.scan(step, (nothing, nothing))
+    return totals / jnp.maximum(examples, 1)
+
+
+def best_model(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> jax.Array:
+    losses = _mean_losses(loss, params, model_state, client)
+    return jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses)).astype(jnp.int32)
+
+
+def one_model(models: PyTree, j: Any) -> PyTree:
+    """One of several models."""
+    return jax.tree.map(lambda x: x[j], models)
+
+
+def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
+    """That there is a model for each cluster, and not the same one for all."""
+    for name, tree in (("params", params), ("model_state", model_state)):
+        for path, leaf in tree_leaves_with_path(tree):
+            shape = jnp.shape(leaf)
+            k = shape[0] if k is None and shape else k
+            if not shape or shape[0] != k:
+                raise ValueError(
+                    f"hyp_cluster: {name}{keystr(path)} has shape {shape}, expected a leading axis "
+                    f"of {k or 'the'} clusters. fax.algorithms.hyp_cluster_start makes different "
+                    "models of one."
+                )
+    leaves = jax.tree.leaves(params)
+    if (
+        k
+        and k > 1
+        and concrete(leaves)
+        and all(np.all(x == x[:1]) for x in map(np.asarray, leaves))
+    ):
+        raise ValueError(
+            f"hyp_cluster: all {k} clusters have the same params, so that every client would "
+            "choose the first. fax.algorithms.hyp_cluster_start makes different models of one."
+        )
