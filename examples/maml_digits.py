@@ -103,9 +103,10 @@ def main():
     model = fax.models.create("dense", sizes=(64, 64, 2))
     start = model.init(jax.random.key(options.seed))
     new_clients = NewClients(model, new)
+    adam = optax.adam(optax.cosine_decay_schedule(0.01, options.rounds))
     algorithms = {
         "FedAvg": (fax.algorithms.fedavg(model.loss, optax.sgd(0.1)), {"epochs": 5}),
-        "MAML": (fax.algorithms.maml(model.loss, RATE, optax.adam(3e-3)), {}),
+        "MAML": (fax.algorithms.maml(model.loss, RATE, adam), {}),
     }
     untrained = new_clients.accuracies(start)
     results = {}

@@ -24,6 +24,6 @@ def test_maml_digits_keeps_its_promise(run, tmp_path):  # noqa: F811
     printed = run(EXAMPLES / "maml_digits.py", "--rounds=60")
     line = r"MAML (\S+)%, FedAvg (\S+)% with the best rate, \S+, untrained (\S+)%, see"
     maml, fedavg, untrained = numbers(line, printed)
-    assert maml > 85
+    assert maml > 88
     assert maml > max(fedavg, untrained) + 3
     assert is_figure(tmp_path / "runs" / "maml_digits.png")
