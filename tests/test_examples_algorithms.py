@@ -27,3 +27,20 @@ def test_maml_digits_keeps_its_promise(run, tmp_path):  # noqa: F811
     assert maml > 88
     assert maml > max(fedavg, untrained) + 3
     assert is_figure(tmp_path / "runs" / "maml_digits.png")
+
+
+def test_compare_algorithms_keeps_its_promise(run, tmp_path):  # noqa: F811
+    names = ["fedavg", "apfl", "reptile", "hyp_cluster"]
+    printed = run(EXAMPLES / "compare_algorithms.py", "--rounds=40", "--algorithms", *names)
+    rows = {name: next(x for x in printed.splitlines() if x.startswith(name)) for name in names}
+    own = {name: numbers(r"(\S+)%(?:  \*)?$", row)[0] for name, row in rows.items()}
+    assert min(own.values()) > 80
+    assert own["reptile"] > own["fedavg"]  # for it adapts to each client
+    central = {name: numbers(r"(\S+)% +\S+%", rows[name])[0] for name in names[:3]}
+    assert min(central.values()) > 75
+    # The server's model is that of FedAvg.
+    assert rows["apfl"].split()[1:3] == rows["fedavg"].split()[1:3]
+    assert rows["hyp_cluster"].split()[1:3] == ["-", "-"]
+    best = max(central, key=central.__getitem__)
+    assert f"best on the central test: {best} with {central[best]}%" in printed
+    assert is_figure(tmp_path / "runs" / "compare_algorithms.png")
