@@ -7,6 +7,7 @@
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
+#   make bench-tasks  measure training and evaluation of the benchmark models
 #   make clean        remove the environments and what was built
 #
 # PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
@@ -18,7 +19,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test check docs bench bench-core bench-scaling clean
+.PHONY: quickstart test check docs bench bench-core bench-scaling bench-tasks clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -43,6 +44,9 @@ bench-core: $(VENV)/bench.$(WITH)
 
 bench-scaling: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/scaling.py
+
+bench-tasks: $(VENV)/bench.$(WITH)
+	$(BIN)/python benchmarks/tasks.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -158,7 +158,7 @@ def _pystdlib(cache: Any, *, length: int = 80) -> Task:
         *_offline.pystdlib(length),
         fax.models.create("char_lstm", num_tokens=tokens),
         _tokens(tokens - 1),
-        Settings(8, 8, 1, 32, 400, optax.adam(3e-3), optax.sgd(0.7, momentum=0.9, nesterov=True)),
+        Settings(16, 8, 1, 32, 300, optax.adam(2e-3), optax.sgd(1.0)),
     )
 
 
