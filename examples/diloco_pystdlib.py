@@ -185,13 +185,28 @@ def ways(loss, steps, inner_steps):
     }
 
 
+def train(algorithm, cohorts, params, rounds, evaluate, progress):
+    """The steps, the bytes that a replica sent and the held-out loss, each time it is measured."""
+    train_round, state = jax.jit(algorithm.round), jax.jit(algorithm.init)(params)
+    curve, steps, sent = [], 0, 0.0
+    for number in range(1, rounds + 1):
+        cohort = next(cohorts)
+        state, metrics = train_round(state, cohort)
+        steps += cohort.mask.shape[1]
+        sent += float(metrics["replicas/bits"][0]) / 8
+        if number == rounds or number % -(-rounds // EVALUATIONS) == 0:
+            curve.append((steps, sent, evaluate(algorithm.params(state))))
+            progress.set_postfix(held_out=f"{curve[-1][-1]:.3f}", refresh=False)
+        progress.update()
+    return np.array(curve)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60, help="outer steps")
+    parser.add_argument("--rounds", type=int, default=200, help="outer steps")
     parser.add_argument("--inner-steps", type=int, default=50, help="H, between two outer steps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    steps = options.rounds * options.inner_steps
 
     mesh = fax.sharding.use_cpu_devices(axis="replicas")
     if jax.default_backend() == "cpu":
@@ -200,14 +215,23 @@ def main():
     task = fax.tasks.load("pystdlib", length=LENGTH)
     model, shards = make_model(task), deal(task.train)
     held_out = fax.metrics.prepare(task.test, placement="replicas")
-    params = model.init(jax.random.key(options.seed))
+    metrics = {"loss": task.metrics["loss"]}
 
-    curves, start = {}, time.perf_counter()
-    all_ways = ways(model.loss, steps, options.inner_steps)
-    with tqdm(total=len(all_ways) * options.rounds, unit="round") as progress:
-        for name, (algorithm, batch_size) in all_ways.items():
+    def evaluate(params):
+        found = fax.metrics.evaluate(model.apply, params, held_out, metrics, placement="replicas")
+        return float(found["loss"])
+
+    params = model.init(jax.random.key(options.seed))
+    size, steps = sum(map(jnp.size, jax.tree.leaves(params))), options.rounds * options.inner_steps
+    print(
+        f"{size:,} parameters, {REPLICAS} replicas, {steps:,} steps, H = {options.inner_steps}, "
+        f"held-out loss {evaluate(params):.4f} at the start"
+    )
+    todo, curves, start = ways(model.loss, steps, options.inner_steps), {}, time.perf_counter()
+    with tqdm(total=len(todo) * options.rounds, unit="round") as progress:
+        for name, (algorithm, batch_size) in todo.items():
             progress.set_description(name)
-            cohorts = fax.data.cohorts(
+            with fax.data.cohorts(
                 shards,
                 REPLICAS,
                 batch_size,
@@ -215,43 +239,17 @@ def main():
                 max_steps=options.inner_steps,
                 seed=options.seed,
                 placement="replicas",
-            )
-            train, state = jax.jit(algorithm.round), jax.jit(algorithm.init)(params)
-            curve, sent = [], 0.0
-            for number in range(1, options.rounds + 1):
-                state, metrics = train(state, next(cohorts))
-                sent += float(metrics["replicas/bits"][0]) / 8
-                if number == options.rounds or number % -(-options.rounds // EVALUATIONS) == 0:
-                    result = fax.metrics.evaluate(
-                        model.apply,
-                        algorithm.params(state),
-                        held_out,
-                        {"loss": task.metrics["loss"]},
-                        placement="replicas",
-                    )
-                    curve.append((number * options.inner_steps, sent, float(result["loss"])))
-                progress.set_postfix(
-                    train=f"{metrics['loss']:.3f}",
-                    held_out=f"{curve[-1][2]:.3f}" if curve else "",
-                    refresh=False,
-                )
-                progress.update()
-            cohorts.close()
-            curves[name] = np.array(curve)
+            ) as cohorts:
+                curves[name] = train(algorithm, cohorts, params, options.rounds, evaluate, progress)
     minutes = (time.perf_counter() - start) / 60
 
-    size = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{size:,} parameters, {REPLICAS} replicas, {steps} steps, H = {options.inner_steps}")
-    print(f"{'':<26}{'held-out loss':>18}{'against 4 x':>13}{'bytes sent':>15}{'share':>8}")
     _, most, reference = curves[REFERENCE][-1]
+    print(f"{'':<26}{'held-out loss':>13}{'against 4 x':>13}{'bytes sent':>15}{'share':>8}")
     for name, curve in curves.items():
         _, sent, loss = curve[-1]
-        print(
-            f"{name:<26}{curve[0, 2]:>8.4f} -> {loss:.4f}{loss / reference - 1:>+12.1%} "
-            f"{sent:>15,.0f}{f'1/{most / sent:.0f}':>8}"
-        )
-    path = draw(curves)
-    print(f"{minutes:.1f} minutes, see {path}")
+        share = f"1/{most / sent:.0f}"
+        print(f"{name:<26}{loss:>13.4f}{loss / reference - 1:>+13.1%}{sent:>15,.0f}{share:>8}")
+    print(f"{minutes:.1f} minutes, see {draw(curves)}")
 
 
 def draw(curves):
