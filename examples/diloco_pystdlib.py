@@ -38,8 +38,8 @@ import fax
 
 REPLICAS = 4
 BATCH_SIZE = 8  # of a replica
-LENGTH, WIDTH, HEADS, BLOCKS = 64, 64, 4, 2
-PEAK = 3e-3  # the learning rate of AdamW after its warm-up
+LENGTH, WIDTH, HEADS, BLOCKS = 64, 32, 2, 2
+PEAK = 6e-3  # the learning rate of AdamW after its warm-up
 EVALUATIONS = 10
 REFERENCE = "data-parallel, 4 x batch"
 
@@ -162,24 +162,22 @@ class Way(NamedTuple):
 def ways(loss, steps, inner_steps):
     """By name, the ways to train for so many steps, with learning rates that suit each."""
 
-    def replicas(peak, rate):
+    inner = adamw(PEAK, steps)
+
+    def outer(rate, momentum):
         return {
-            "inner_optimizer": adamw(peak, steps),
-            "outer_optimizer": optax.sgd(rate, momentum=0.9, nesterov=True),
+            "inner_optimizer": inner,
+            "outer_optimizer": optax.sgd(rate, momentum, nesterov=True),
             "replicas": REPLICAS,
             "steps": inner_steps,
         }
 
     return {
-        "data-parallel, 1 x batch": Way(
-            data_parallel(loss, adamw(PEAK, steps)), BATCH_SIZE // REPLICAS
-        ),
-        REFERENCE: Way(data_parallel(loss, adamw(PEAK, steps)), BATCH_SIZE),
-        "DiLoCo": Way(fax.algorithms.diloco(loss, **replicas(PEAK, 0.7)), BATCH_SIZE),
+        "data-parallel, 1 x batch": Way(data_parallel(loss, inner), BATCH_SIZE // REPLICAS),
+        REFERENCE: Way(data_parallel(loss, inner), BATCH_SIZE),
+        "DiLoCo": Way(fax.algorithms.diloco(loss, **outer(0.7, 0.8)), BATCH_SIZE),
         "Streaming DiLoCo": Way(
-            fax.algorithms.streaming_diloco(
-                loss, **replicas(PEAK, 0.4), fragments=3, tau=1, alpha=0.5
-            ),
+            fax.algorithms.streaming_diloco(loss, **outer(0.4, 0.9), fragments=3, tau=1, alpha=0.5),
             BATCH_SIZE,
         ),
     }

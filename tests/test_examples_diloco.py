@@ -13,13 +13,14 @@ from test_examples import run as run  # a fixture
 
 import fax
 
-WIDTH, BLOCKS, LENGTH, CHARACTERS = 16, 1, 64, 101
+WIDTH, BLOCKS, LENGTH, CHARACTERS = 16, 1, 16, 101
 ROUNDS, H = 3, 3
 # A small model, and little time for the compiler, which would take longer than all else.
 SMALL = f"""
 import jax, diloco_pystdlib as example
 jax.config.update("jax_disable_most_optimizations", True)
-example.WIDTH, example.BLOCKS, example.EVALUATIONS = {WIDTH}, {BLOCKS}, 1
+example.WIDTH, example.BLOCKS, example.LENGTH = {WIDTH}, {BLOCKS}, {LENGTH}
+example.EVALUATIONS = 1
 example.main()
 """
 
