@@ -32,6 +32,34 @@ def collectives(compiled, mesh):
     return found
 
 
+def loop_depths(compiled):
+    """For each collective of a compiled function, in how many loops it is."""
+    bodies, name = {}, None
+    for line in compiled.as_text().splitlines():
+        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = start[1]
+            bodies[name] = []
+            if line.startswith("ENTRY"):
+                entry = name
+        elif name:
+            bodies[name].append(line)
+    found = []
+
+    def visit(name, depth):
+        for line in bodies[name]:
+            if _LINE.search(line):
+                found.append(depth)
+            loop = " while(" in line
+            for called in re.findall(r"(?:body|to_apply|calls|\w+_computation)=%?([\w.\-]+)", line):
+                visit(called, depth + loop)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                for called in branches.split(","):
+                    visit(called.strip().lstrip("%"), depth + loop)
+
+    visit(entry, 0)
+    return found
+
+
 def over(found, axis):
     return [c for c in found if axis in c.axes]
 

@@ -23,11 +23,12 @@ SETTINGS = {
 }
 
 
-def setting(name):
+def setting(name, placement="clients"):
     """A context to run in, and ``clients_at_once``."""
     axes, kind, at_once = SETTINGS[name]
     if axes is None:
         return contextlib.nullcontext(), at_once
+    axes = {placement if axis == "clients" else axis: size for axis, size in axes.items()}
     return jax.set_mesh(meshes.mesh(kind, **axes)), at_once
 
 
@@ -96,6 +97,38 @@ class Quadratic:
 
 
 PROBLEMS = [Logistic, Quadratic]
+
+
+class AdamW:
+    """optax.adamw(rate) in NumPy, for dicts of arrays."""
+
+    def __init__(self, rate, decay=1e-4):
+        self.rate, self.decay, self.m, self.v, self.t = rate, decay, {}, {}, 0
+
+    def __call__(self, params, gradient):
+        self.t += 1
+        new = {}
+        for name, g in gradient.items():
+            self.m[name] = 0.9 * self.m.get(name, 0) + 0.1 * g
+            self.v[name] = 0.999 * self.v.get(name, 0) + 0.001 * g**2
+            m, v = self.m[name] / (1 - 0.9**self.t), self.v[name] / (1 - 0.999**self.t)
+            move = m / (np.sqrt(v) + 1e-8) + self.decay * params[name]
+            new[name] = params[name] - self.rate * move
+        return new
+
+
+class Nesterov:
+    """As DiLoCo has it: v = D + momentum v, and a step of D + momentum v. For dicts of arrays."""
+
+    def __init__(self, rate, momentum):
+        self.rate, self.momentum, self.v = rate, momentum, {}
+
+    def __call__(self, params, delta):
+        new = {}
+        for name, d in delta.items():
+            self.v[name] = d + self.momentum * self.v.get(name, 0)
+            new[name] = params[name] - self.rate * (d + self.momentum * self.v[name])
+        return new
 
 
 def combine(fn, *trees):

@@ -142,6 +142,17 @@ def test_tasks_trains_on_the_standard_library(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "tasks_pystdlib.png")
 
 
+def test_papa_digits_keeps_its_promise(run, tmp_path):
+    printed = run(EXAMPLES / "papa_digits.py")
+    line = r"soup ([\d.]+)%, its models [\d.]+%; alone, models ([\d.]+)%, their soup ([\d.]+)%"
+    soup, alone, soup_alone = numbers(line, printed)
+    assert soup > alone > 90
+    assert soup_alone < 50
+    (gain,) = numbers(r"gains (-?[\d.]+) points", printed)
+    assert gain == pytest.approx(soup - alone, abs=0.02)
+    assert is_figure(tmp_path / "runs" / "papa_digits.png")
+
+
 def test_the_trigram_model_backs_off(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from _trigram import Trigram

@@ -85,7 +85,7 @@ def mean_loss(
         raise ValueError(
             f"loss returned {type(metrics).__name__} {metrics!r:.80} for metrics, expected a "
             "mapping to arrays, one number for each example, from names other than 'loss' that do "
-            "not begin with 'clients/'."
+            "not begin with 'clients/' or 'replicas/'."
         )
     per_example = {"loss": losses, **metrics}
     for name, values in per_example.items():

@@ -1,0 +1,459 @@
+"""Streaming DiLoCo against the paper in NumPy: fragments, delays, mixing, and four bits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import meshes
+import numpy as np
+import optax
+import problems
+import pytest
+from collectives import collectives, loop_depths
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+from problems import SIZES, AdamW, Logistic, Nesterov, combine, numpy_batches
+
+import fax
+from fax.algorithms import diloco, streaming_diloco
+from fax.algorithms._fragments import cut
+from fax.algorithms._streaming_diloco import events_of
+
+REPLICAS = len(SIZES)
+INNER = 0.05
+MEAN = fax.aggregators.mean()
+
+
+def loss(params, batch, key):
+    return Logistic.loss(params, batch, key)[0]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return problems.data()
+
+
+def cohorts(data, steps, count=1, start=0):
+    rounds = fax.data.cohorts(
+        data,
+        REPLICAS,
+        2,
+        sampler="stream",
+        max_steps=steps,
+        placement="replicas",
+        start=start,
+    )
+    return [cohort for _, cohort in zip(range(count), rounds)]
+
+
+def run(algorithm, rounds, state=None):
+    state = algorithm.init(Logistic.start()) if state is None else state
+    step = jax.jit(algorithm.round)
+    for cohort in rounds:
+        state, metrics = step(state, cohort)
+    return state, metrics
+
+
+# The paper, in NumPy
+
+
+def numpy_e3m0(x):
+    """The nearest of ±s {0, 2^-6, ..., 1}, by looking at all of them."""
+    scale = np.float32(np.abs(x).max()).astype(x.dtype)
+    levels = np.array([0, *2.0 ** np.arange(-6, 1)]) * scale
+    distance = np.abs(np.abs(x)[..., None] - levels)
+    nearest = levels.size - 1 - distance[..., ::-1].argmin(-1)  # of two, the larger
+    return np.sign(x) * levels[nearest]
+
+
+def numpy_streaming(rounds, fragments, steps, tau, alpha, sent=lambda x: x, heard=None):
+    """Algorithm 2 of arXiv:2501.18512, step by step. ``heard[step, i]``: who is reached."""
+    theta, k = Logistic.start(), REPLICAS
+    thetas, inner = [dict(theta) for _ in range(k)], [AdamW(INNER) for _ in range(k)]
+    outer = [Nesterov(0.4, 0.9) for _ in fragments]
+    offsets = [p * steps // len(fragments) for p in range(len(fragments))]
+    under_way, t = {}, 0
+    for cohort in rounds:
+        batches = numpy_batches(cohort)
+        for s in range(len(batches[0])):
+            t += 1
+            for i in range(k):
+                _, gradient = Logistic.losses_and_gradient(thetas[i], *batches[i][s])
+                thetas[i] = inner[i](thetas[i], gradient)
+            here = [i for i in range(k) if heard is None or heard[t - 1, i]]
+            for p, names in enumerate(fragments):
+                if (t - offsets[p]) % steps == 0:
+                    under_way[p, t] = {
+                        name: np.mean([sent(theta[name] - thetas[i][name]) for i in here], 0)
+                        for name in names
+                    }
+            for p, names in enumerate(fragments):
+                if (p, t - tau) in under_way:
+                    own = {name: theta[name] for name in names}
+                    new = outer[p](own, under_way.pop((p, t - tau)))
+                    theta = {**theta, **new}
+                    for i in here:
+                        mixed = {n: alpha * thetas[i][n] + (1 - alpha) * new[n] for n in names}
+                        thetas[i] = {**thetas[i], **mixed}
+    return theta, combine(lambda *x: np.stack(x), *thetas)
+
+
+@pytest.mark.parametrize(
+    ("fragments", "steps", "tau", "alpha", "rounded"),
+    [
+        ([["w", "b"]], 3, 0, 0.0, False),
+        ([["w"], ["b"]], 3, 1, 0.5, False),  # 3 is no multiple of 2 fragments
+        ([["b"], ["w"]], 3, 2, 0.8, True),  # the second lands when the first is sent
+        ([["w"], ["b"]], 1, 0, 0.3, False),  # both at once
+    ],
+)
+def test_rounds_are_those_of_the_paper(data, fragments, steps, tau, alpha, rounded):
+    rounds = cohorts(data, 2 * steps, 3)
+    algorithm = streaming_diloco(
+        loss,
+        optax.adamw(INNER),
+        replicas=REPLICAS,
+        steps=steps,
+        fragments=fragments,
+        tau=tau,
+        alpha=alpha,
+        aggregator=None if rounded else MEAN,
+    )
+    state, metrics = run(algorithm, rounds)
+    sent = numpy_e3m0 if rounded else (lambda x: x)
+    theta, thetas = numpy_streaming(rounds, fragments, steps, tau, alpha, sent)
+    problems.assert_trees_close(algorithm.params(state), theta)
+    problems.assert_trees_close(state.replicas.rows.params, thetas)
+    assert metrics["outer_steps"] == 2 * len(fragments)
+    bits = 4 * 15 + 2 * 32 if rounded else 64 * 15
+    np.testing.assert_array_equal(metrics["replicas/bits"], [2 * bits] * REPLICAS)
+
+
+def test_a_replica_that_drops_out_is_neither_sent_nor_mixed(data):
+    rounds, fragments = cohorts(data, 3, 3), [["w"], ["b"]]
+    lost = np.isin(np.arange(REPLICAS), [1, 3])
+    n = jnp.where(lost, 0, rounds[1].num_examples)
+    rounds[1] = dataclasses.replace(rounds[1], num_examples=n)
+    heard = np.ones((9, REPLICAS), bool)
+    heard[3:6, lost] = False
+    algorithm = streaming_diloco(
+        loss, optax.adamw(INNER), replicas=REPLICAS, steps=3, fragments=fragments, aggregator=MEAN
+    )
+    state, _ = run(algorithm, rounds)
+    theta, thetas = numpy_streaming(rounds, fragments, 3, 1, 0.5, heard=heard)
+    problems.assert_trees_close(algorithm.params(state), theta)
+    problems.assert_trees_close(state.replicas.rows.params, thetas)
+
+
+def test_one_fragment_without_delay_is_diloco(data):
+    rounds, outer = cohorts(data, 4, 2), optax.sgd(0.7, momentum=0.9, nesterov=True)
+    kwargs = {"replicas": REPLICAS, "steps": 2, "weighted": True}
+    one = streaming_diloco(
+        loss,
+        optax.adamw(INNER),
+        outer,
+        fragments=1,
+        tau=0,
+        alpha=0.0,
+        aggregator=MEAN,
+        **kwargs,
+    )
+    state, metrics = run(one, rounds)
+    expected, others = run(diloco(loss, optax.adamw(INNER), outer, **kwargs), rounds)
+    problems.assert_trees_close(state.params, expected.params)
+    problems.assert_trees_close(state.replicas, expected.replicas)
+    problems.assert_trees_close(metrics, others)
+
+
+def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
+    """With 1 replicas never hear of each other, with 0 they take over what lands."""
+    rounds = cohorts(data, 2)
+
+    def rows(alpha):
+        algorithm = streaming_diloco(
+            loss,
+            optax.sgd(INNER),
+            replicas=REPLICAS,
+            steps=2,
+            fragments=[["w", "b"]],
+            tau=0,
+            alpha=alpha,
+        )
+        state, _ = run(algorithm, rounds)
+        return state.replicas.rows.params, state.params
+
+    own, outer = rows(1.0)
+    alone = []
+    for batches in numpy_batches(rounds[0]):
+        params = Logistic.start()
+        for x, y in batches:
+            _, gradient = Logistic.losses_and_gradient(params, x, y)
+            params = combine(lambda p, g: p - INNER * g, params, gradient)
+        alone.append(params)
+    problems.assert_trees_close(own, combine(lambda *x: np.stack(x), *alone))
+    taken, same = rows(0.0)
+    problems.assert_trees_close(same, outer)
+    problems.assert_trees_close(taken, combine(lambda x: np.stack([x] * REPLICAS), same))
+
+
+def test_a_state_can_be_restored_while_fragments_are_under_way(data):
+    algorithm = streaming_diloco(
+        loss, optax.adamw(INNER), replicas=REPLICAS, steps=2, fragments=[["w"], ["b"]]
+    )
+    expected, _ = run(algorithm, cohorts(data, 2, 4))
+    state, _ = run(algorithm, cohorts(data, 2, 2))
+    assert [x is not None for x in state.in_flight] == [True, False]
+    assert state.in_flight[0].heard
+    leaves, structure = jax.tree.flatten(state)
+    restored = jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
+    again, _ = run(algorithm, cohorts(data, 2, 2, start=2), restored)
+    problems.assert_trees_close(again, expected)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_every_fragment_is_sent_once_in_exactly_h_steps(steps, fragments, draw):
+    tau = draw.draw(st.integers(0, steps - 1))
+    events = events_of(steps, fragments, tau)
+    assert events[-1].step == steps
+    sent = {p: event.step for event in events for p in event.sent}
+    landing = {p: event.step for event in events for p in event.landing}
+    assert sorted(sent) == sorted(landing) == list(range(fragments))
+    assert sum(len(event.sent) + len(event.landing) for event in events) == 2 * fragments
+    for p in range(fragments):
+        assert (sent[p] - p * steps // fragments) % steps == 0
+        assert (landing[p] - tau - p * steps // fragments) % steps == 0
+
+
+# Four bits
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(-8, 8, allow_subnormal=False), min_size=5, max_size=5))
+def test_e3m0_takes_the_nearest_of_its_numbers(values):
+    x = np.array(values)
+    part = fax.aggregators.e3m0()
+
+    @fax.program(clients=1)
+    def sent(x):
+        return part.update(x, jnp.ones(1), (), jax.random.key(0))[0]
+
+    expected = numpy_e3m0(x)
+    np.testing.assert_allclose(sent(x[None])[0], expected, rtol=1e-12, atol=0)
+    assert len(np.unique(np.abs(expected))) <= 8
+
+
+def test_low_bits_are_added_up_in_float32():
+    """256 and a thousandth of it, many times: bfloat16 could not count that far."""
+    aggregator = fax.aggregators.chain(fax.aggregators.e3m0())
+    updates = jnp.full((64, 2), 4, jnp.bfloat16).at[0].set(256).at[:, 1].set(256)
+
+    @fax.program(clients=64)
+    def mean(updates):
+        update, _, metrics = aggregator.aggregate(
+            updates, jnp.ones(64), aggregator.init(None), jax.random.key(0)
+        )
+        return update, metrics
+
+    update, metrics = mean(updates)
+    assert update.dtype == jnp.float32
+    np.testing.assert_array_equal(update, [(256 + 63 * 4) / 64, 256])
+    np.testing.assert_array_equal(metrics["clients/bits"], [2 * 4 + 32] * 64)
+    counts = {"n": jnp.ones((64, 2), jnp.int32)}
+    with pytest.raises(TypeError, match=r"e3m0: updates\['n'\] is int32, expected floats"):
+        mean(counts)
+
+
+def test_parameters_of_half_precision_stay_so(data):
+    start = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), Logistic.start())
+    algorithm = streaming_diloco(
+        lambda params, batch, key: loss(params, {**batch, "x": batch["x"].astype("bfloat16")}, key),
+        optax.sgd(INNER),
+        replicas=REPLICAS,
+        steps=2,
+        fragments=[["w"], ["b"]],
+    )
+    before = algorithm.init(start)
+    after, _ = jax.jit(algorithm.round)(before, cohorts(data, 4)[0])
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, before)
+
+
+# Fragments
+
+TRANSFORMER = {
+    "blocks": [{"attend": {"kernel": 0}, "norm": 0} for _ in range(12)],
+    "embed": {"kernel": 0, "scale": 0},
+    "out": 0,
+}
+
+
+def test_a_number_of_fragments_strides_over_layers():
+    parts = cut("here", 3, TRANSFORMER)
+    for p, part in enumerate(parts):
+        blocks = {int(name.split("/")[1]) for name in part if name.startswith("blocks")}
+        assert blocks == {p, p + 3, p + 6, p + 9}
+    assert {"blocks/3/attend/kernel", "blocks/3/norm", "embed/kernel", "embed/scale"} <= {*parts[0]}
+    assert "out" in parts[1]
+    numbered = {f"layer_{i}": {"w": 0} for i in range(11)}  # sorted as text, 10 comes before 2
+    assert cut("here", 2, numbered)[1] == [f"layer_{i}/w" for i in (1, 3, 5, 7, 9)]
+    assert cut("here", 2, {"w": 0, "b": 0}) == [["b"], ["w"]]
+
+
+def test_a_function_or_lists_say_which_leaf_is_where():
+    inside = [name for part in cut("here", 1, TRANSFORMER) for name in part if "blocks" in name]
+    expected = [inside, ["embed/kernel", "embed/scale", "out"]]
+    assert cut("here", lambda name: int("blocks" not in name), TRANSFORMER) == expected
+    assert cut("here", [["blocks"], ["embed", "out"]], TRANSFORMER) == expected
+
+
+@pytest.mark.parametrize(
+    ("fragments", "message"),
+    [
+        (0, "fragments is 0, expected 1 to 14, the number of layers"),
+        (15, "fragments is 15, expected 1 to 14"),
+        (2.0, r"fragments is 2\.0, expected a number of fragments, a function"),
+        (lambda name: None, r"fragments\('blocks/0/attend/kernel'\) returned None, expected"),
+        (lambda name: 2 * (name == "out"), "fragment 1 of 3 has no leaf"),
+        ([["blocks"], ["embed"]], "no fragment has 'out'. Fragments have to cover"),
+        ([["blocks", "embed"], ["out", "embed/scale"]], "fragments 0 and 1 overlap: both have"),
+        ([["blocks", "embed"], ["out", "head"]], "fragment 1 has the path 'head', but"),
+    ],
+)
+def test_fragments_have_to_cover_the_parameters_once(fragments, message):
+    algorithm = streaming_diloco(loss, optax.sgd(INNER), replicas=2, steps=2, fragments=fragments)
+    with pytest.raises(ValueError, match=message):
+        algorithm.init(jax.tree.map(float, TRANSFORMER))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "streaming_diloco: steps is 0, expected an int of at least 1"),
+        ({"tau": 4}, "tau is 4, expected an int from 0 to steps - 1"),
+        ({"tau": -1}, "tau is -1, expected"),
+        ({"alpha": 1.5}, r"alpha is 1\.5, expected a number from 0 to 1"),
+    ],
+)
+def test_mistakes(arguments, message):
+    kwargs = {"replicas": 2, "steps": 4, "fragments": 1, **arguments}
+    with pytest.raises(ValueError, match=message):
+        streaming_diloco(loss, optax.sgd(INNER), **kwargs)
+
+
+def test_a_period_is_never_cut_short(data):
+    algorithm = streaming_diloco(loss, optax.sgd(INNER), replicas=REPLICAS, steps=4, fragments=2)
+    with pytest.raises(ValueError, match="has 6 batches for each replica, expected a multiple of"):
+        algorithm.round(algorithm.init(Logistic.start()), cohorts(data, 6)[0])
+
+
+# Settings
+
+
+def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one_sum(data):
+    results = []
+    for name in ("jitted", "vectorised", "a mesh of 2"):
+        context, at_once = problems.setting(name, "replicas")
+        with context:
+            algorithm = streaming_diloco(
+                loss,
+                optax.sgd(INNER, momentum=0.9),
+                replicas=REPLICAS,
+                steps=3,
+                fragments=[["w"], ["b"]],
+                tau=1,
+                clients_at_once=at_once,
+            )
+            results.append(run(algorithm, cohorts(data, 3)))
+            if "mesh" in name:
+                state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 3)
+                compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
+                found = collectives(compiled, jax.sharding.get_mesh())
+    assert [c.op for c in found] == ["all-reduce"] * 2
+    assert loop_depths(compiled) == [0, 0]  # and inner steps are in loops
+    # The leaves of the fragment, and a few numbers.
+    small, large = sorted(c.bytes for c in found)
+    assert 8 * 3 < small <= 8 * 3 + 40
+    assert 8 * 12 < large <= 8 * 12 + 40
+    for found in results[1:]:
+        problems.assert_trees_close(found, results[0], rtol=1e-9)
+
+
+def test_rates_can_be_differentiated(data):
+    (cohort,) = cohorts(data, 2)
+
+    def after(rates):
+        algorithm = streaming_diloco(
+            loss,
+            optax.sgd(rates[0]),
+            optax.sgd(rates[1], momentum=0.9, nesterov=True),
+            replicas=REPLICAS,
+            steps=2,
+            fragments=[["w"], ["b"]],
+            tau=0,
+            alpha=rates[2],
+            aggregator=MEAN,
+        )
+        state, metrics = algorithm.round(algorithm.init(Logistic.start()), cohort)
+        return metrics["loss"] + jnp.sum(algorithm.params(state)["w"] ** 2)
+
+    rates = jnp.array([0.05, 0.4, 0.5])
+    check_grads(jax.jit(after), (rates,), order=1, modes=("rev",), eps=1e-5, rtol=1e-6)
+
+
+def test_model_state_goes_with_the_first_fragment(data):
+    def with_state(params, model_state, batch, key):
+        mean = 0.5 * model_state["mean"] + 0.5 * batch["x"].mean(0)
+        return loss(params, batch, key), {}, {"mean": mean, "n": model_state["n"] + 1}
+
+    algorithm = streaming_diloco(
+        with_state,
+        optax.sgd(INNER),
+        replicas=REPLICAS,
+        steps=2,
+        fragments=[["w"], ["b"]],
+        tau=0,
+        alpha=0.25,
+    )
+    (cohort,) = cohorts(data, 2)
+    state = algorithm.init(Logistic.start(), {"mean": np.zeros(4), "n": 0})
+    state, _ = jax.jit(algorithm.round)(state, cohort)
+    own = []
+    for batches in numpy_batches(cohort):
+        mean = np.zeros(4)
+        for x, _ in batches:
+            mean = 0.5 * mean + 0.5 * x.mean(0)
+        own.append(mean)
+    mean = np.mean(own, 0)
+    np.testing.assert_allclose(state.model_state["mean"], mean, rtol=1e-10)
+    rows = state.replicas.rows.model_state
+    np.testing.assert_allclose(rows["mean"], 0.25 * np.array(own) + 0.75 * mean, rtol=1e-10)
+    np.testing.assert_array_equal(rows["n"], [2] * REPLICAS)
+
+
+def test_a_mesh_with_a_model_axis_keeps_fragments_sharded():
+    mesh = meshes.mesh(replicas=2, model=2)
+    start = {"in": np.ones((4, 6)), "out": np.ones(6)}
+    shards = {str(i): {"x": np.random.default_rng(i).normal(size=(8, 4))} for i in range(2)}
+    algorithm = streaming_diloco(
+        lambda p, batch, key: (jnp.tanh(batch["x"] @ p["in"]) @ p["out"]) ** 2,
+        optax.adamw(INNER),
+        replicas=2,
+        steps=2,
+        fragments=2,
+    )
+
+    def one(params):
+        rounds = fax.data.cohorts(
+            fax.data.InMemory(shards), 2, 4, sampler="stream", max_steps=2, placement="replicas"
+        )
+        return jax.jit(algorithm.round)(algorithm.init(params), next(rounds))
+
+    expected = one(start)
+    with jax.set_mesh(mesh):
+        params = {
+            "in": meshes.put(start["in"], None, "model"),
+            "out": meshes.put(start["out"], "model"),
+        }
+        found = one(params)
+    problems.assert_trees_close(found, expected, rtol=1e-9)
+    assert found[0].params["in"].sharding.shard_shape((4, 6)) == (4, 3)
