@@ -1,50 +1,15 @@
 """The examples, run as a reader runs them, keep what they promise."""
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import EXAMPLES, is_figure, numbers
 
 import fax
-
-PACKAGE = Path(fax.__file__).parents[1]
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Runs Python in a new folder, where warnings are errors, and returns what it printed."""
-
-    def call(*args):
-        path = os.pathsep.join([str(PACKAGE), str(EXAMPLES)])
-        done = subprocess.run(
-            [sys.executable, "-W", "error", *map(str, args)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return call
-
-
-def numbers(pattern, text):
-    """The groups of the one place where the pattern is found, as floats."""
-    (found,) = re.finditer(pattern, text)
-    return [float(x) for x in found.groups()]
-
-
-def is_figure(path):
-    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
 def test_thermometers_prints_the_share_and_one_round(capsys):

@@ -1,9 +1,9 @@
 """The examples of algorithms, run as a reader runs them, keep what they promise."""
 
-from test_examples import EXAMPLES, is_figure, numbers, run  # noqa: F401  (a fixture)
+from scripts import EXAMPLES, is_figure, numbers
 
 
-def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):  # noqa: F811
+def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "learned_hyperparameters.py", "--steps=12")
     (apart,) = numbers(r"by 23 hyperparameters: largest relative difference (\S+)", printed)
     assert apart < 1e-10
@@ -20,7 +20,7 @@ def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):  # noqa: F811
     assert is_figure(tmp_path / "runs" / "learned_hyperparameters.png")
 
 
-def test_maml_digits_keeps_its_promise(run, tmp_path):  # noqa: F811
+def test_maml_digits_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "maml_digits.py", "--rounds=60")
     line = r"MAML (\S+)%, FedAvg (\S+)% with the best rate, \S+, untrained (\S+)%, see"
     maml, fedavg, untrained = numbers(line, printed)
@@ -29,7 +29,7 @@ def test_maml_digits_keeps_its_promise(run, tmp_path):  # noqa: F811
     assert is_figure(tmp_path / "runs" / "maml_digits.png")
 
 
-def test_compare_algorithms_keeps_its_promise(run, tmp_path):  # noqa: F811
+def test_compare_algorithms_keeps_its_promise(run, tmp_path):
     names = ["fedavg", "apfl", "reptile", "hyp_cluster"]
     printed = run(EXAMPLES / "compare_algorithms.py", "--rounds=40", "--algorithms", *names)
     rows = {name: next(x for x in printed.splitlines() if x.startswith(name)) for name in names}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_examples import EXAMPLES, is_figure, numbers
-from test_examples import run as run  # a fixture
+from scripts import EXAMPLES, is_figure, numbers
 
 import fax
 
