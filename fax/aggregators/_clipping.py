@@ -17,9 +17,9 @@ PyTree = Any
 
 
 def clip_by_norm(norm: float | jax.Array) -> Transformation:
-    """Scales down each client's update whose norm is above C: u_i min(1, C / |u_i|).
+    """Scales down each client's update whose norm is above C: u_i min(1, C / ‖u_i‖).
 
-    |u| is the L2 norm of all leaves together. Weights are left as they are. An update that is not
+    ‖u‖ is the L2 norm of all leaves together. Weights are left as they are. An update that is not
     finite stays so; put `non_finite` before.
 
     Args:

@@ -16,10 +16,10 @@ def drive() -> Transformation:
     With the random rotation R of `hadamard`, of a leaf x padded to d = 2^m numbers, the server
     decodes
 
-        x' = S R^T sign(R x),    S = |x|_2^2 / |R x|_1
+        x' = S R^T sign(R x),    S = ‖x‖_2^2 / ‖R x‖_1
 
     This scale makes x' unbiased under a uniformly random rotation, and the expected squared error
-    (pi / 2 - 1) |x|^2 for large d. The rotation here is the structured one of the paper's section
+    (pi / 2 - 1) ‖x‖^2 for large d. The rotation here is the structured one of the paper's section
     6: quick, and close to this for updates with many coordinates that matter; it is not unbiased
     for all x, as for the few numbers of a tiny leaf. Each client rotates by signs of its
     own, which the server draws again from the client's key, since with common ones the errors of

@@ -19,8 +19,8 @@ _STEPS = [((low + high) / 2, high - low) for low, high in zip([0.0, *_LEVELS], _
 def e3m0() -> Transformation:
     """Rounds updates to four bits, E3M0: a sign, three bits of exponent and none of mantissa.
 
-    Each leaf u of a client's update is sent as a scale s = max |u|, in float32, and for every entry
-    the nearest of
+    Each leaf u of a client's update is sent as a scale s = max abs(u), in float32, and for every
+    entry the nearest of
 
         ±s {0, 2^-6, 2^-5, ..., 1/2, 1}
 

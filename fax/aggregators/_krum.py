@@ -20,7 +20,7 @@ PyTree = Any
 def krum(byzantine: int) -> Aggregator:
     """The one update that is closest to most others, of n clients with f attackers.
 
-    The score of client i is the sum of the squared distances |u_i - u_j|^2 to the n - f - 2 others
+    The score of client i is the sum of the squared distances ‖u_i - u_j‖^2 to the n - f - 2 others
     that are nearest. The update of the lowest score is taken, the first of several.
 
     Weights only tell who takes part: clients of weight zero are neither chosen nor anyone's

@@ -39,13 +39,13 @@ def gaussian(
 ) -> Aggregator:
     """The private mean of DP-FedAvg: updates clipped by their L2 norm, and Gaussian noise.
 
-        (sum_i u_i min(1, C / |u_i|) + N(0, (z C)^2)) / m
+        (sum_i u_i min(1, C / ‖u_i‖) + N(0, (z C)^2)) / m
 
     One such round is an event of the Gaussian mechanism with noise multiplier z, for neighbours
     that differ in one client; see `epsilon`.
 
     With ``quantile`` γ the norm C adapts. A noised share of clients below it,
-    b = (sum_i (1[|u_i| <= C] - 1/2) + N(0, σ_b^2)) / m + 1/2, moves it to C exp(-η (b - γ)), and
+    b = (sum_i (1[‖u_i‖ <= C] - 1/2) + N(0, σ_b^2)) / m + 1/2, moves it to C exp(-η (b - γ)), and
     the updates get the noise z_u C with
 
         z_u = (z^-2 - (2 σ_b)^-2)^(-1/2),
@@ -134,7 +134,7 @@ def laplace(
 ) -> Aggregator:
     """A private mean: updates clipped by their L1 norm, and Laplace noise.
 
-        (sum_i u_i min(1, C / |u_i|_1) + Laplace(z C)) / m
+        (sum_i u_i min(1, C / ‖u_i‖_1) + Laplace(z C)) / m
 
     The noise has the standard deviation sqrt(2) z C in each coordinate. One such round is an event
     of the Laplace mechanism, of privacy loss at most 1 / z, for neighbours that differ in one

@@ -21,7 +21,7 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
 
     A number between two of them becomes the upper one with probability
     (x_j - B_r) / (B_{r+1} - B_r), so that it is right on average. Its variance is at most
-    ((b - a) / (k - 1))^2 / 4, so that E |x' - x|^2 <= d |x|^2 / (2 (k - 1)^2). Each leaf has levels
+    ((b - a) / (k - 1))^2 / 4, so that E ‖x' - x‖^2 <= d ‖x‖^2 / (2 (k - 1)^2). Each leaf has levels
     of its own, for layers differ in scale; and each client has random numbers of its own, so that
     errors of n clients average out as 1 / n. Derivatives are those of the expectation, x: the
     quantiser is the identity to them. Behind `hadamard`, b - a is smaller.

@@ -160,13 +160,13 @@ def _of_coordinates(
 def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6) -> Aggregator:
     """The point whose distances to clients' updates have the least weighted sum (RFA).
 
-        argmin_v sum_i w_i |v - u_i|
+        argmin_v sum_i w_i ‖v - u_i‖
 
     As long as attackers have less than half of the weight it stays near the honest clients'
     updates, whatever they send. It is computed by iterations of the smoothed Weiszfeld algorithm,
     from v = 0, where the server's model is:
 
-        β_i = w_i / max(ν, |v - u_i|),        v' = sum_i β_i u_i / sum_i β_i
+        β_i = w_i / max(ν, ‖v - u_i‖),        v' = sum_i β_i u_i / sum_i β_i
 
     Each iteration is a mean, so that no client's update is seen at the server. Clients are sent v
     again each time, and keep their updates. An update that is not finite spoils the mean;

@@ -27,9 +27,9 @@ def hadamard(transformation: Transformation) -> Transformation:
 
     with Walsh and Hadamard's orthonormal matrix H, made of those of half the size, and a diagonal D
     of random signs, which the server draws anew in each round and which is the same for all
-    clients. All coordinates of R x are about |x| / sqrt(d), where x may have a few large ones; a
-    quantiser then has a range of O(sqrt(log d / d)) |x| to cover, and its error is
-    O(log d / (k - 1)^2) |x|^2 instead of O(d / (k - 1)^2) |x|^2. The rotation is undone at the
+    clients. All coordinates of R x are about ‖x‖ / sqrt(d), where x may have a few large ones; a
+    quantiser then has a range of O(sqrt(log d / d)) ‖x‖ to cover, and its error is
+    O(log d / (k - 1)^2) ‖x‖^2 instead of O(d / (k - 1)^2) ‖x‖^2. The rotation is undone at the
     end, exactly but for rounding, and differentiable. It takes d log d time.
 
     Args:

@@ -27,7 +27,7 @@ def top_k(k: int | float, num_clients: int | None = None) -> Transformation:
     so that what is not sent now is sent later: over all rounds of a client, what was sent and its
     memory add up to its updates. Without a memory the update is biased, and what is never among
     the largest is never learned. The k are of the whole update, for which they are the best
-    approximation: |sent - u|^2 <= (1 - k / d) |u|^2; layers get what their magnitudes deserve. Of
+    approximation: ‖sent - u‖^2 <= (1 - k / d) ‖u‖^2; layers get what their magnitudes deserve. Of
     equal magnitudes the first ones are sent. Derivatives pass through what is sent.
 
     A client sends the values, and for each its position in ceil(log2 d) bits, or the whole update

@@ -13,10 +13,10 @@ from fax.aggregators._leaves import bits_of, leafwise, straight_through
 def terngrad(clip: float | None = 2.5) -> Transformation:
     """TernGrad: clips each leaf, and rounds its numbers at random to -s, 0 or s.
 
-        g_j = max(-c sigma, min(c sigma, x_j)),    s = max_j |g_j|
-        x'_j = s sign(g_j) b_j,    b_j = 1 with probability |g_j| / s, else 0
+        g_j = max(-c sigma, min(c sigma, x_j)),    s = max_j abs(g_j)
+        x'_j = s sign(g_j) b_j,    b_j = 1 with probability abs(g_j) / s, else 0
 
-    x' is g on average, with variance s |g_j| - g_j^2: clipping trades a bias for a smaller s.
+    x' is g on average, with variance s abs(g_j) - g_j^2: clipping trades a bias for a smaller s.
     sigma is the deviation from zero, sqrt(mean_j x_j^2): in the paper's model of gradients, whose
     mean is zero, it is the standard deviation, and a leaf of a single number or of equal
     numbers is not clipped away. Each leaf has a scale of its own, as in the paper, for layers

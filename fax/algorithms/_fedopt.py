@@ -38,12 +38,9 @@ def fedopt(
 
         D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
 
-    | server optimizer | algorithm |
-    |---|---|
-    | ``optax.sgd(1.0)`` | FedAvg, what `fax.algorithms.fedavg` does by default |
-    | `server_momentum` | FedAvgM |
-    | `server_adagrad`, `server_adam`, `server_yogi` | FedAdagrad, FedAdam, FedYogi |
-    | any other of optax | |
+    ``optax.sgd(1.0)`` is FedAvg, what `fax.algorithms.fedavg` does by default; `server_momentum` is
+    FedAvgM; `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi.
+    Any other of optax will do, too.
 
     Args:
       loss: see `fax.algorithms.fedavg`.

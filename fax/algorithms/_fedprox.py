@@ -32,7 +32,7 @@ def fedprox(
     In a round every client i of the cohort starts from the server's parameters x, and takes a step
     of its optimizer on each of its batches, to minimise
 
-        h_i(y; x) = f_i(y) + mu/2 |y - x|^2,    of gradient    grad f_i(y) + mu (y - x),
+        h_i(y; x) = f_i(y) + mu/2 ‖y - x‖^2,    of gradient    grad f_i(y) + mu (y - x),
 
     where f_i is its mean loss. The server does what it does in `fax.algorithms.fedavg`. With mu = 0
     it is federated averaging.

@@ -50,14 +50,14 @@ def scaffold(
     """SCAFFOLD: local SGD corrected by the difference of a client's gradient from everyone's.
 
     Client i of a population of N keeps a control variate c_i between rounds, an estimate of its own
-    gradient, and the server keeps their mean c. In a round every client of the cohort S starts
-    from the server's parameters x, takes K_i steps of SGD, one on each of its batches, and ends
-    with y_i. g_i(y) is the gradient of the batch's mean loss:
+    gradient, and the server keeps their mean c. In a round every client of the cohort S, of n
+    clients, starts from the server's parameters x, takes K_i steps of SGD, one on each of its
+    batches, and ends with y_i. g_i(y) is the gradient of the batch's mean loss:
 
         y_i <- y_i - client_learning_rate (g_i(y_i) - c_i + c)
         c_i' = c_i - c + (x - y_i) / (K_i client_learning_rate)        (option II)
         x' = x + server_learning_rate mean_S(y_i - x)
-        c' = c + |S|/N mean_S(c_i' - c_i)
+        c' = c + n/N mean_S(c_i' - c_i)
 
     Both means count each client once, as the paper's do: what is minimised is the mean over clients
     of their losses f_i, whereas FedAvg's weighs them by their examples. K_i is the number of the

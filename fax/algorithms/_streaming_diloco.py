@@ -115,7 +115,7 @@ def streaming_diloco(
 
         sent at t:          Δ_p = mean_i (θ_p - θ_ip)
         landing at t + τ:   θ_p = outer_optimizer(θ_p, gradient = Δ_p)
-                            θ_ip = α θ_ip + (1 - α) θ_p
+        and then:           θ_ip = α θ_ip + (1 - α) θ_p
 
     In between nothing waits for the sum over replicas, so that a compiler can let it overlap with
     the steps. With one fragment, τ = 0 and α = 0 this is `diloco`, but for the rounding.
