@@ -1,23 +1,26 @@
 """DiLoCo and Streaming DiLoCo against data-parallel training: the same loss for far fewer bytes.
 
 Four replicas of a small transformer read the source of Python's standard library, each a fourth of
-its modules, and predict the next character. Four ways to train them, all for the same number of
-steps of AdamW:
+its modules, and predict the next character. They are trained in four ways, from the same random
+parameters, for the same number of steps of AdamW and with the same learning rate:
 
-    data-parallel, 1 x batch   the batch of one replica, of which each has a fourth
-    data-parallel, 4 x batch   each replica has a batch of its own
-    DiLoCo                     likewise, but replicas take H = 50 steps on their own, and then an
-                               outer step together (Douillard et al., arXiv:2311.08105)
-    Streaming DiLoCo           a third of the layers at a time, rounded to four bits, one step late
-                               (Douillard et al., arXiv:2501.18512)
+    data-parallel, 1 x batch  the batch of one replica, of which each has a fourth
+    data-parallel, 4 x batch  each replica has a batch of its own
+    DiLoCo                    likewise, but replicas take H = 50 steps on their own, and then an
+                              outer step together (Douillard et al., arXiv:2311.08105)
+    Streaming DiLoCo          a third of the layers at a time, in four bits and a step late
+                              (Douillard et al., arXiv:2501.18512)
 
     python examples/diloco_pystdlib.py
 
-prints the loss on text that was held out, and how many bytes a replica sends, and draws both to
-runs/diloco_pystdlib.png. What is counted is what a replica puts into the sum over replicas: in
-data-parallel training its gradient after every step, else its outer gradient after H steps.
-(A ring would carry 2 (k - 1) / k times as much, in all four alike. Four bits are what the rounding
-leaves; on this mesh they travel in float32.) All replicas start from the same random parameters.
+prints the loss on text that was held out, and the bytes that a replica sends; it draws both to
+runs/diloco_pystdlib.png. What is counted is what a replica puts into the sums over replicas: its
+gradient after every step, or its outer gradient after H steps. A ring that adds them up carries
+2 (k - 1) / k times as much, whatever is sent. The four bits are those of the rounding, which is
+simulated: on this mesh the numbers travel in float32.
+
+No replica is trained in advance, as those of the paper are: a data-parallel step sends as much as
+50 of DiLoCo's, and half a percent of all steps would use up a fortieth of the bytes.
 """
 
 import argparse
@@ -160,8 +163,7 @@ class Way(NamedTuple):
 
 
 def ways(loss, steps, inner_steps):
-    """By name, the ways to train for so many steps, with learning rates that suit each."""
-
+    """By name, the ways to train for so many steps."""
     inner = adamw(PEAK, steps)
 
     def outer(rate, momentum):
