@@ -8,6 +8,7 @@
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
 #   make bench-tasks  measure training and evaluation of the benchmark models
+#   make bench-algorithms  measure what algorithms and aggregators cost
 #   make clean        remove the environments and what was built
 #
 # PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
@@ -19,7 +20,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test check docs bench bench-core bench-scaling bench-tasks clean
+.PHONY: quickstart test check docs bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -47,6 +48,9 @@ bench-scaling: $(VENV)/bench.$(WITH)
 
 bench-tasks: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/tasks.py
+
+bench-algorithms: $(VENV)/bench.$(WITH)
+	$(BIN)/python benchmarks/algorithms.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
