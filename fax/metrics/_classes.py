@@ -41,6 +41,8 @@ class CrossEntropy:
 class Accuracy:
     """The share of labels that have the best score. Of equal scores the first is the best.
 
+    An example with a score that is NaN counts as a mistake.
+
     Attributes:
       target: the feature with the labels, int [batch].
     """
@@ -82,6 +84,9 @@ class TopK:
 class ConfusionMatrix:
     """How many examples of each class (rows) are taken for each class (columns).
 
+    An example with a score that is NaN is taken for no class, and is in no column. Evaluation
+    counts such examples as ``"non_finite"``.
+
     Attributes:
       num_classes: how many classes there are.
       target: the feature with the labels, int [batch].
@@ -104,6 +109,7 @@ class ConfusionMatrix:
         classes = jnp.arange(self.num_classes)
         row = labels[:, None] == classes
         column = jnp.argmax(scores, axis=-1)[:, None] == classes
+        column &= ~jnp.isnan(scores).any(axis=-1, keepdims=True)
         return Sum(row[:, :, None] & column[:, None, :])
 
     def limits(self, num_classes: int) -> dict[str, int]:

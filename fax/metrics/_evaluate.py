@@ -16,7 +16,13 @@ from fax.data._features import Reader
 from fax.data._protocol import DataError, FederatedData
 from fax.data._views import map as map_clients
 from fax.metrics._classes import Metric, limits_of
-from fax.metrics._programs import scores_of, stats_of_clients, stats_of_rows
+from fax.metrics._programs import (
+    NON_FINITE,
+    scores_of,
+    stats_of_clients,
+    stats_of_rows,
+    values,
+)
 from fax.metrics._rows import Check, Layout, Prepared, Rows, batch_size_of
 from fax.sharding._spread import spread_in_scope
 
@@ -44,7 +50,10 @@ def evaluate(
 
     The examples come in batches that cross the borders of clients, one for each device along the
     mesh axes of ``placement`` at a time, so that small clients cost no more than large ones, and
-    there is one shape to compile. Statistics are added up in 64 bits.
+    there is one shape to compile.
+
+    Counts and other integers are exact, up to 63 bits. Floats are added up to the precision of
+    float32 or better, those of half precision too.
 
     Args:
       apply: ``apply(params, batch) -> scores``, such as that of a `fax.models.Model`. The same
@@ -58,11 +67,12 @@ def evaluate(
       placement: the placement whose mesh axes batches are spread over.
 
     Returns:
-      The metrics' results, by name: NumPy numbers, or arrays.
+      The metrics' results, by name: NumPy numbers, or arrays; and ``"non_finite"``, the number of
+      examples that have a score which is NaN or +inf (-inf is the score of what is impossible).
 
     Raises:
-      ValueError: if there is no metric, one returns something else, or ``batch_size`` is not a
-        positive int.
+      ValueError: if there is no metric, one is named ``"non_finite"`` or returns something else,
+        or ``batch_size`` is not a positive int.
       DataError: if a client has no or other examples than the rest, or labels out of range (the
         message names client and feature).
 
@@ -116,7 +126,7 @@ def evaluate_clients(
 
     Returns:
       The metrics' results, by name: NumPy arrays [clients, ...], in the order of
-      ``data.client_ids()``.
+      ``data.client_ids()``; and ``"non_finite"``, see `fax.metrics.evaluate`.
 
     Raises:
       ValueError: as `fax.metrics.evaluate`, and if a leaf of ``params`` has no row for each client.
@@ -153,8 +163,7 @@ class _Totals:
         self.clients, self.stats = clients, None
 
     def add(self, stats: PyTree, positions: np.ndarray | None = None) -> None:
-        """Adds statistics: of everybody, or with a leading axis, of clients by position."""
-        stats = jax.tree.map(_wide, stats)
+        """Adds statistics of 64 bits: of everybody, or with a leading axis, of clients."""
         if self.clients is None:
             self.stats = stats if self.stats is None else jax.tree.map(np.add, self.stats, stats)
             return
@@ -165,12 +174,7 @@ class _Totals:
 
     def results(self, metrics: Metrics) -> dict[str, Any]:
         assert self.stats is not None
-        return {name: self.stats[name].result() for name in metrics}
-
-
-def _wide(x: jax.Array) -> np.ndarray:
-    array = np.asarray(x)
-    return array.astype(np.int64 if array.dtype.kind in "biu" else np.float64)
+        return {name: self.stats[name].result() for name in (*metrics, NON_FINITE)}
 
 
 def _run(where, apply, params, data, metrics, batch_size, placement, each):
@@ -191,11 +195,12 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
     slots = layout.slots if each else None
 
     def fetched(stats, first):
+        stats = values(stats)
         if not each:
             return stats, None
         # A row's last slots may be nobody's: they are zeros then, which the last client gets.
         positions = np.minimum(first[:, None] + np.arange(layout.slots), len(layout.ids) - 1)
-        flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), stats)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stats)
         return flat, positions.reshape(-1)
 
     under_way: deque = deque()
@@ -218,6 +223,11 @@ def _named(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Name
         raise ValueError(
             f"{where}: metrics is {metrics!r:.80}, expected a mapping from names to metrics, such "
             "as {'accuracy': fax.metrics.Accuracy()}."
+        )
+    if NON_FINITE in metrics:
+        raise ValueError(
+            f"{where}: metrics has the name {NON_FINITE!r}, which is that of the number of "
+            "examples whose scores are NaN or infinite. Choose another."
         )
     for name, metric in metrics.items():
         if not callable(metric) or isinstance(metric, type):
@@ -307,8 +317,8 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
     with batches:
         for _ in groups:
             cohort = next(batches)
-            stats = stats_of_clients(apply, named, placement, params, cohort)
+            stats = values(stats_of_clients(apply, named, placement, params, cohort))
             positions = np.asarray(cohort.client_ids)
             new = ~seen[positions]
             seen[positions] = True
-            yield jax.tree.map(lambda x, new=new: np.asarray(x)[new], stats), positions[new]
+            yield jax.tree.map(lambda x, new=new: x[new], stats), positions[new]

@@ -15,11 +15,15 @@ import fax._reductions as reductions
 from fax._program import program
 from fax.data._cohort import Client, Cohort
 from fax.metrics._classes import Metric
-from fax.metrics._statistics import Statistic
+from fax.metrics._exact import Parts, divide
+from fax.metrics._statistics import Statistic, Sum
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
 Named = tuple[tuple[str, Metric], ...]
+
+# The statistic that counts the examples whose scores are no numbers.
+NON_FINITE = "non_finite"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -30,13 +34,13 @@ def scores_of(apply, params, batch):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def stats_of_rows(apply, metrics, slots, placement, params, rows):
-    """Statistics of rows together, or if there are slots, of each slot of each row."""
+    """Statistics of rows together, or if there are slots, of each slot of each row, in parts."""
 
     def of_row(params, batch, mask, owners):
-        stats = _of_batch(apply, metrics, params, batch)
+        parts = _of_batch(apply, metrics, params, batch, mask, rows.mask.size)
         if slots is None:
-            return {name: stat.sum(mask) for name, stat in stats.items()}
-        return jax.tree.map(lambda x: _by_owner(x, mask, owners, slots), stats)
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        return jax.tree.map(lambda x: jax.ops.segment_sum(x, owners, slots), parts)
 
     @program(**{placement: len(rows.mask)})
     def of_rows(params, *rows):
@@ -46,17 +50,16 @@ def stats_of_rows(apply, metrics, slots, placement, params, rows):
     return of_rows(params, *rows)
 
 
-def _by_owner(x: jax.Array, mask: jax.Array, owners: jax.Array, slots: int) -> jax.Array:
-    x = jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-    x = x.astype(jnp.int32) if x.dtype == bool else x
-    return jax.ops.segment_sum(x, owners, slots)
+def _of_batch(
+    apply: Apply, metrics: Named, params: PyTree, batch: Any, mask: jax.Array, most: int
+) -> dict[str, Statistic]:
+    """Every example's statistics, zero where they do not count.
 
-
-def _of_batch(apply: Apply, metrics: Named, params: PyTree, batch: Any) -> dict[str, Statistic]:
-    """Every example's statistics."""
+    Their leaves are in `Parts`, of which the devices add up at most ``most``.
+    """
     scores = apply(params, batch)
-    count = len(next(iter(batch.values())))
-    stats = {}
+    count = len(mask)
+    stats: dict[str, Statistic] = {NON_FINITE: Sum(_non_finite(scores, count))}
     for name, metric in metrics:
         stats[name] = stat = metric(batch, scores)
         if not isinstance(stat, Statistic):
@@ -71,20 +74,34 @@ def _of_batch(apply: Apply, metrics: Named, params: PyTree, batch: Any) -> dict[
                     f"({count}, ...): a statistic of each example of the batch. fax adds them up, "
                     "without padding."
                 )
-    return stats
+
+    def parts(x: Any) -> Parts:
+        x = jnp.asarray(x)
+        return divide(jnp.where(mask.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), most)
+
+    return jax.tree.map(parts, stats)
+
+
+def _non_finite(scores: PyTree, count: int) -> jax.Array:
+    """Which examples have scores that are NaN or infinite. Minus infinity says "never"."""
+    bad = jnp.zeros(count, bool)
+    for x in jax.tree.leaves(scores):
+        if jnp.shape(x)[:1] == (count,) and jnp.issubdtype(x.dtype, jnp.inexact):
+            bad |= (jnp.isnan(x) | (x == jnp.inf)).reshape(count, -1).any(axis=1)
+    return bad
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def stats_of_clients(apply, metrics, placement, params, cohort):
-    """Statistics of a cohort's clients, each of its own row of params."""
+    """Statistics of a cohort's clients, each of its own row of params, in parts."""
 
     def of_client(params: PyTree, client: Client) -> dict[str, Statistic]:
         def of_step(batch, mask):
-            stats = _of_batch(apply, metrics, params, batch)
-            return {name: stat.sum(mask) for name, stat in stats.items()}
+            parts = _of_batch(apply, metrics, params, batch, mask, client.mask.size)
+            return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
 
         def step(totals, batch, mask, key):
-            return jax.tree.map(jnp.add, totals, of_step(batch, mask))
+            return jax.tree.map(Parts.plus, totals, of_step(batch, mask), is_leaf=_is_parts)
 
         shapes = jax.eval_shape(of_step, client.batch(0), client.mask[0])
         return client.scan(step, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
@@ -97,3 +114,12 @@ def stats_of_clients(apply, metrics, placement, params, cohort):
         return operators.collect(placed)
 
     return of_cohort(jax.tree.map(lambda x: x[cohort.client_ids], params), cohort)
+
+
+def _is_parts(x: Any) -> bool:
+    return isinstance(x, Parts)
+
+
+def values(stats: dict[str, Statistic]) -> dict[str, Statistic]:
+    """Statistics whose leaves are in parts, with leaves of 64 bits, on the host."""
+    return jax.tree.map(Parts.value, stats, is_leaf=_is_parts)

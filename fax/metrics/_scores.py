@@ -34,9 +34,12 @@ def losses_of(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def hits(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether labels have the best score. Of equal ones the first is the best."""
+    """Whether labels have the best score. Of equal ones the first is the best.
+
+    Where a score is NaN there is no best one.
+    """
     check(scores, labels)
-    return jnp.argmax(scores, axis=-1) == labels
+    return (jnp.argmax(scores, axis=-1) == labels) & ~jnp.isnan(scores).any(-1)
 
 
 def ranks(scores: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,0 +1,102 @@
+"""Sums on the devices that round as little as 64 bits would, where JAX has only 32.
+
+An array of terms is divided into parts whose sums are exact or nearly so. An integer is divided
+into groups of bits that cannot overflow; a float into multiples of powers of two, so few of them
+that sums are exact, and a small rest. The host puts the sums together in 64 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# A float32 holds integers up to 2**24.
+_MANTISSA = 24
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Terms, or sums of them, in parts; whatever adds up pytrees adds them up.
+
+    Attributes:
+      arrays: the parts, of one shape.
+      bits: how many bits apart the parts of integers are. None: parts of floats.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    bits: int | None = dataclasses.field(metadata={"static": True})
+
+    def plus(self, other: Parts) -> Parts:
+        """The sum of both. The last part of a float gets what the others lose."""
+        if self.bits is not None or len(self.arrays) == 1:
+            return jax.tree.map(jnp.add, self, other)
+        *totals, rest = (_add(a, b) for a, b in zip(self.arrays, other.arrays, strict=True))
+        last = rest[0] + sum(lost for _, lost in totals)
+        return Parts((*(total for total, _ in totals), last), None)
+
+    def value(self) -> np.ndarray:
+        """The number that the parts stand for, in 64 bits, on the host."""
+        arrays = [np.asarray(x) for x in self.arrays]
+        if self.bits is not None:
+            return sum((x.astype(np.int64) << self.bits * k for k, x in enumerate(arrays)), 0)
+        wide = np.complex128 if arrays[0].dtype.kind == "c" else np.float64
+        return sum((x.astype(wide) for x in arrays), 0)
+
+
+def divide(x: jax.Array, most: int) -> Parts:
+    """Divides terms [terms, ...] into parts, to be added up.
+
+    Args:
+      x: bools, integers or floats.
+      most: the largest number of terms that are added up on the devices.
+    """
+    if jnp.issubdtype(x.dtype, jnp.bool_):
+        return Parts((x.astype(jnp.int32),), 0)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return _divide_integers(x, most)
+    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits <= 32:
+        return _divide_floats(x.astype(jnp.float32), most)
+    return Parts((x,), None)
+
+
+def _divide_integers(x: jax.Array, most: int) -> Parts:
+    width = jnp.iinfo(x.dtype).bits
+    if width == 64:  # there are 64 bits on the device
+        return Parts((x,), 0)
+    bits = 31 - most.bit_length()
+    if width <= bits:
+        return Parts((x.astype(jnp.int32),), 0)
+    low = np.asarray((1 << bits) - 1, x.dtype)
+    starts = range(0, width, bits)
+    # A shift to the right keeps the sign, so that the last part has it.
+    groups = [(x >> np.asarray(start, x.dtype)) for start in starts]
+    groups = [*(group & low for group in groups[:-1]), groups[-1]]
+    return Parts(tuple(group.astype(jnp.int32) for group in groups), bits)
+
+
+def _divide_floats(x: jax.Array, most: int) -> Parts:
+    # Sums of so many multiples of a unit are exact if each has no more bits than this.
+    bits = max(_MANTISSA - most.bit_length(), 2)
+    rest, finite = jnp.where(jnp.isfinite(x), x, 0), jnp.isfinite(x)
+    exponent = jnp.frexp(jnp.max(jnp.abs(rest), axis=0, initial=0))[1]
+    parts = []
+    for number in range(1, -(-_MANTISSA // bits)):
+        # A power of two, made of its bits, as others round it.
+        power = jnp.clip(exponent - number * bits, -100, 126)
+        unit = lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
+        parts.append(jnp.trunc(rest / unit) * unit)
+        rest = rest - parts[-1]
+    return Parts((*parts, jnp.where(finite, rest, x)), None)
+
+
+def _add(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum of two floats, and what rounding it has lost."""
+    total = one + other
+    added = total - one
+    lost = (one - (total - added)) + (other - added)
+    return total, jnp.where(jnp.isfinite(total), lost, 0)
