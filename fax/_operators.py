@@ -131,10 +131,11 @@ def map(
         loops, `jax.grad`, `jax.checkpoint`, randomness, and maps over other placements.
       *args: placed pytrees of arrays of shape [n, ...]. Leaves that are not arrays reach
         ``fn`` as they are.
-      batch_size: how many participants a device works on at once; it does not change what is
-        computed. Batches are vectorised with `jax.vmap` and follow one another in a loop.
-        With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it is a real branch. Default:
-        1 on CPU, 16 elsewhere.
+      batch_size: how many participants a device works on at once. It changes results by rounding
+        only, but for what `jax.vmap` itself changes: keys of ``impl="rbg"`` or ``"unsafe_rbg"``
+        draw other numbers when they are vectorised. Batches are vectorised with `jax.vmap` and
+        follow one another in a loop. With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it
+        is a real branch. Default: 1 on CPU, 16 elsewhere.
       convolutions: how those in ``fn`` and in its derivatives are computed; values change by
         rounding only. ``"auto"`` takes what measurements prefer. On CPU that is XLA's own fast
         convolution, rearranged to be fast in loops as well, or slices and matrix products.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
-from fax.data import _batching, _resident
+from fax.data import _batching, _resident, _samplers
 from fax.data._batching import Batching
 
 SIZES = [1, 2, 3, 5, 8, 13, 21, 34, 7, 7, 7, 40]
@@ -199,6 +199,13 @@ def test_shapes_are_few():
         }
 
 
+def test_buckets_by_hand():
+    expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 12, 12: 12, 13: 16, 17: 24}
+    assert {steps: _batching.bucket(steps, None) for steps in expected} == expected
+    # Up to twice the bucket, it is the most that any client has.
+    assert [_batching.bucket(3, most) for most in (3, 6, 7)] == [3, 6, 3]
+
+
 @given(st.integers(0, 10**6), st.none() | st.integers(1, 10**6))
 def test_buckets_hold_what_they_are_for(steps, most):
     if most is not None:
@@ -250,12 +257,72 @@ def chosen(rounds, count):
     return [next(rounds).client_ids.tolist() for _ in range(count)]
 
 
+# The clients of rounds 11 and 12, some of them with the first of their examples, in order.
+GOLDEN = {
+    "uniform": [
+        {0: [0], 3: [2, 1, 3, 0, 4], 9: [1, 0, 4, 2, 3]},
+        {1: [1, 0], 2: [2, 1, 0], 4: [0, 7, 6, 1, 3]},
+    ],
+    "weighted": [
+        {5: [8, 1, 2, 9, 3], 8: [5, 1, 4, 3, 2], 10: [2, 0, 5, 1, 6]},
+        {8: [0, 5, 2, 1, 4], 10: [0, 2, 6, 1, 3], 11: [23, 25, 0, 26, 6]},
+    ],
+    "shuffled": [
+        {7: [9, 14, 30, 10, 27], 10: [0, 6, 2, 5, 4], 11: [8, 10, 7, 11, 6]},
+        {3: [0, 2, 3, 1, 4], 7: [30, 19, 22, 14, 18], 8: [0, 5, 2, 1, 4]},
+    ],
+    "minimum_reuse": [
+        {1: [1, 0], 6: [10, 1, 17, 16, 9], 9: [1, 0, 4, 2, 3]},
+        {2: [2, 1, 0], 4: [0, 5, 2, 1, 4], 5: [1, 6, 0, 4, 11]},
+    ],
+    "stream": [
+        {9: [6, 4, 5, 5, 6], 10: [3, 4, 2, 4, 0], 11: [33, 3, 17, 32, 25]},
+        {9: [3, 2, 2, 3, 6], 10: [1, 2, 1, 6, 2], 11: [34, 29, 12, 6, 26]},
+    ],
+}
+# The key of the last client of round 12.
+KEYS = {4: [785354596, 3685174264], 5: [448667714, 3803533000], 8: [3172684023, 3226431861]}
+KEYS[11] = [544982937, 2605413152]
+
+
+@pytest.mark.parametrize("sampler", GOLDEN)
+def test_draws_are_what_they_have_always_been(sampler):
+    """Whoever resumes a training with a later version has to meet the same clients."""
+    weights = np.arange(12.0) if sampler == "weighted" else None
+    steps = 2 if sampler == "stream" else None
+    rounds = fax.data.cohorts(
+        population(),
+        12 if sampler == "stream" else 3,
+        4,
+        sampler=sampler,
+        weights=weights,
+        max_steps=steps,
+        seed=7,
+        start=11,
+    )
+    found = []
+    for cohort in (next(rounds), next(rounds)):
+        order = examples(cohort)
+        found.append({client: sum(order[client], [])[:5] for client in sorted(order)[-3:]})
+    assert found == GOLDEN[sampler]
+    words = jax.random.key_data(cohort.keys)[np.argmax(cohort.client_ids)]
+    assert words.tolist() == KEYS[int(max(cohort.client_ids))]
+
+
 def test_uniform_takes_everybody_equally_often():
     rounds = fax.data.cohorts(population(), clients=3, batch_size=64, seed=1)
     counts = np.bincount(np.ravel(chosen(rounds, 400)), minlength=12)
     assert counts.sum() == 1200
     # 100 expected of each, with a standard deviation of sqrt(400 * 1/4 * 3/4) = 8.7.
     assert np.abs(counts - 100).max() < 4 * 8.7
+
+
+def test_weighted_clients_are_in_the_order_of_the_pool():
+    """A partition has them in an order that depends on the processor."""
+    sample = _samplers.weighted(np.arange(1.0, 201.0))
+    for number in range(20):
+        positions = sample(np.arange(200), 40, number, (0,))
+        assert (np.diff(positions) > 0).all()
 
 
 def test_weighted_follows_the_weights():
@@ -367,16 +434,24 @@ def test_little_of_what_is_computed_is_padding():
         assert at_once >= 8 or clients / ways <= 64
 
 
-def test_how_many_at_once_is_measured_where_rounds_begin():
-    asked = []
+@pytest.mark.parametrize("sampler", ["uniform", "shuffled", "function"])
+def test_how_many_at_once_does_not_depend_on_where_rounds_begin(sampler):
+    def function(number):
+        return {5: [0, 1], 40: [2, 11]}[number]  # a function may have as few rounds as are wanted
 
-    def sampler(number):
-        asked.append(number)
-        return {5: [0, 1], 6: [2, 3]}[number]
-
-    rounds = fax.data.cohorts(population(), 2, 4, sampler=sampler, start=5)
-    assert rounds._make._at_once(5) == 16  # both have one step
-    assert asked == [5]  # a function may have as few rounds as are wanted
+    found = set()
+    for start in (0, 5, 40):
+        rounds = fax.data.cohorts(
+            population(),
+            2,
+            4,
+            sampler=function if sampler == "function" else sampler,
+            start=start,
+            prefetch=1,
+        )
+        found.add(rounds._make._at_once())
+    assert len(found) == 1
+    assert found != {16}  # which is what clients of equal length have
 
 
 def test_computed_steps_by_hand():

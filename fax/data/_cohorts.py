@@ -128,7 +128,7 @@ def cohorts(
     at_home = population.bring(spread, resident, clients, sampler)
     pools = [np.arange(count)] if at_home is None else at_home.pools
     choose = chooser(sampler, weights, clients, seed, pools)
-    make = Maker(population, sampler, choose, clients, seed, start, spread, at_home)
+    make = Maker(population, sampler, choose, clients, seed, spread, at_home)
     return Cohorts(make, start, prefetch)
 
 

@@ -16,7 +16,7 @@ from fax.data._cohort import Cohort, Gathered
 from fax.data._host import aligned_zeros
 from fax.data._population import WHERE, Population
 from fax.data._resident import Resident
-from fax.data._samplers import STREAM
+from fax.data._samplers import STREAM, uniform
 from fax.sharding._spread import Spread
 
 
@@ -30,7 +30,6 @@ class Maker:
         choose: Callable[[int], np.ndarray],
         clients: int,
         seed: int,
-        start: int,
         spread: Spread,
         home: Resident | None,
     ):
@@ -50,15 +49,23 @@ class Maker:
             jax.vmap(_keys, (None, 0, 0)), out_shardings=self.shardings
         )
         device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
-        self.at_once = None if device.platform == "cpu" else self._at_once(start)
+        self.at_once = None if device.platform == "cpu" else self._at_once()
 
-    def _at_once(self, start: int) -> int:
-        """How many clients to work on at once, from the first rounds.
+    def _at_once(self) -> int:
+        """How many clients to work on at once, from the same rounds wherever one begins.
 
-        A sampler that is a function may have one round only.
+        How many are vectorised decides in which order sums are formed. A sampler that is a
+        function may not have these rounds, and is not asked.
         """
-        rounds = [self.plan(start + r) for r in range(1 if self.given else 8)]
-        return _batching.clients_at_once([plan.steps for plan in rounds], self.spread.ways)
+        rounds = [self._typical_steps(r) if self.given else self.plan(r).steps for r in range(8)]
+        return _batching.clients_at_once(rounds, self.spread.ways)
+
+    def _typical_steps(self, number: int) -> np.ndarray:
+        """The steps of a cohort in which any client is as likely as any other."""
+        everybody = np.arange(len(self.population.ids))
+        positions = uniform(everybody, self.clients, number, (self.seed,))
+        steps = self.population.batching.steps(self.population.count(positions))
+        return steps[_batching.balanced(steps, self.spread.ways)]
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
