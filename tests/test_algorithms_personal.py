@@ -370,6 +370,23 @@ def test_the_start_takes_those_who_fit_worst():
     np.testing.assert_allclose(found, models[chosen], rtol=1e-12)
 
 
+def test_a_model_whose_loss_is_nan_is_not_chosen():
+    def loss(params, batch, key):  # NaN for models below zero, and for data above 100
+        return jnp.where(batch["x"] > 100, jnp.nan, (batch["x"] - params) ** 2 + jnp.sqrt(params))
+
+    clients = {str(i): {"x": np.full(2, x)} for i, x in enumerate([1.0, 3.0, 200.0, 2.0])}
+    cohort = next(fax.data.cohorts(fax.data.InMemory(clients), 4, 2))
+    by_client = np.argsort(cohort.client_ids)
+    chosen = hyp_cluster_choice(loss, jnp.array([-1.0, 9.0, 3.0]), cohort)
+    np.testing.assert_array_equal(chosen[by_client], [2, 2, 0, 2])
+    # The start takes those who fit worst, but not the one of whom that is unknown.
+    for seed in range(3):
+        found, _ = hyp_cluster_start(
+            loss, optax.sgd(0.0), np.float64(2), cohort, jax.random.key(seed), num_clusters=2
+        )
+        np.testing.assert_array_equal(found, [2, 2])
+
+
 # Parts
 
 

@@ -303,7 +303,7 @@ def test_draws_are_what_they_have_always_been(sampler):
     found = []
     for cohort in (next(rounds), next(rounds)):
         order = examples(cohort)
-        found.append({client: sum(order[client], [])[:5] for client in sorted(order)[-3:]})
+        found.append({client: flat(order[client])[:5] for client in sorted(order)[-3:]})
     assert found == GOLDEN[sampler]
     words = jax.random.key_data(cohort.keys)[np.argmax(cohort.client_ids)]
     assert words.tolist() == KEYS[int(max(cohort.client_ids))]

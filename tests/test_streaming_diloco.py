@@ -68,7 +68,10 @@ def numpy_e3m0(x):
 
 
 def numpy_streaming(rounds, fragments, steps, tau, alpha, sent=lambda x: x, heard=None):
-    """Algorithm 2 of arXiv:2501.18512, step by step. ``heard[step, i]``: who is reached."""
+    """Algorithm 2 of arXiv:2501.18512, step by step. ``heard[step, i]``: who is reached.
+
+    Returns the outer parameters, those with what is under way, and the replicas' own.
+    """
     theta, k = Logistic.start(), REPLICAS
     thetas, inner = [dict(theta) for _ in range(k)], [AdamW(INNER) for _ in range(k)]
     outer = [Nesterov(0.4, 0.9) for _ in fragments]
@@ -96,7 +99,10 @@ def numpy_streaming(rounds, fragments, steps, tau, alpha, sent=lambda x: x, hear
                     for i in here:
                         mixed = {n: alpha * thetas[i][n] + (1 - alpha) * new[n] for n in names}
                         thetas[i] = {**thetas[i], **mixed}
-    return theta, combine(lambda *x: np.stack(x), *thetas)
+    landed = theta
+    for (p, _), update in under_way.items():
+        landed = {**landed, **outer[p]({name: theta[name] for name in fragments[p]}, update)}
+    return theta, landed, combine(lambda *x: np.stack(x), *thetas)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +128,9 @@ def test_rounds_are_those_of_the_paper(data, fragments, steps, tau, alpha, round
     )
     state, metrics = run(algorithm, rounds)
     sent = numpy_e3m0 if rounded else (lambda x: x)
-    theta, thetas = numpy_streaming(rounds, fragments, steps, tau, alpha, sent)
-    problems.assert_trees_close(algorithm.params(state), theta)
+    theta, landed, thetas = numpy_streaming(rounds, fragments, steps, tau, alpha, sent)
+    problems.assert_trees_close(state.params, theta)
+    problems.assert_trees_close(algorithm.params(state), landed)
     problems.assert_trees_close(state.replicas.rows.params, thetas)
     assert metrics["outer_steps"] == 2 * len(fragments)
     bits = 4 * 15 + 2 * 32 if rounded else 64 * 15
@@ -141,8 +148,9 @@ def test_a_replica_that_drops_out_is_neither_sent_nor_mixed(data):
         loss, optax.adamw(INNER), replicas=REPLICAS, steps=3, fragments=fragments, aggregator=MEAN
     )
     state, _ = run(algorithm, rounds)
-    theta, thetas = numpy_streaming(rounds, fragments, 3, 1, 0.5, heard=heard)
-    problems.assert_trees_close(algorithm.params(state), theta)
+    theta, landed, thetas = numpy_streaming(rounds, fragments, 3, 1, 0.5, heard=heard)
+    problems.assert_trees_close(state.params, theta)
+    problems.assert_trees_close(algorithm.params(state), landed)
     problems.assert_trees_close(state.replicas.rows.params, thetas)
 
 
@@ -164,6 +172,29 @@ def test_one_fragment_without_delay_is_diloco(data):
     problems.assert_trees_close(state.params, expected.params)
     problems.assert_trees_close(state.replicas, expected.replicas)
     problems.assert_trees_close(metrics, others)
+
+
+def test_parameters_have_what_is_in_flight(data):
+    """One replica that sends all of its parameters: the outer ones are its own, not late."""
+    (cohort,) = cohorts(data, 2)
+    one = dataclasses.replace(cohort, clients_at_once=None)
+    one = jax.tree.map(lambda x: x[:1], dataclasses.replace(one, batches=dict(one.batches)))
+    algorithm = streaming_diloco(
+        loss,
+        optax.sgd(INNER),
+        optax.sgd(1.0),
+        replicas=1,
+        steps=2,
+        fragments=[["w", "b"]],
+        aggregator=MEAN,
+    )
+    start = algorithm.init(Logistic.start())
+    problems.assert_trees_close(algorithm.params(start), Logistic.start())
+    state, metrics = jax.jit(algorithm.round)(start, one)
+    assert metrics["outer_steps"] == 1
+    problems.assert_trees_close(state.params, Logistic.start())  # nothing has landed
+    own = jax.tree.map(lambda x: x[0], state.replicas.rows.params)
+    problems.assert_trees_close(algorithm.params(state), own)
 
 
 def test_alpha_is_the_share_of_a_replicas_own_parameters(data):

@@ -13,7 +13,7 @@ import fax
 from fax import _arguments
 from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
-from fax.algorithms._local import metrics_of
+from fax.algorithms._local import metrics_of, told_of_padding
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -178,7 +178,8 @@ def branch_train_merge(
         def likelihoods(rows: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
             def own(expert: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
                 inputs = () if expert.model_state is None else (expert.model_state,)
-                out = loss(expert.params, *inputs, batch, key)
+                real = jnp.ones(len(jax.tree.leaves(batch)[0]), bool)
+                out = told_of_padding(loss, real)(expert.params, *inputs, batch, key)
                 return -(out[0] if isinstance(out, tuple) else out)
 
             return fax.collect(fax.map(own, rows, fax.broadcast(batch), fax.broadcast(key)))

@@ -38,7 +38,10 @@ def fedavg(
     Args:
       loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these
         and a dict of per-example metrics of the same shape. It sees padded batches; the mask is
-        applied to what it returns. For a model with state that is not trained:
+        applied to what it returns. A loss that looks at several examples together, such as batch
+        statistics or a contrastive loss, has to leave out padding itself: if it has a parameter
+        ``mask``, it is called with ``mask=``, bool [batch], False for padding. For a model with
+        state that is not trained:
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
       client_optimizer: from optax; its state starts anew at each client and round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -93,6 +95,7 @@ def per_example(
     key: jax.Array,
 ) -> tuple[dict[str, jax.Array], PyTree]:
     """``"loss"`` and the loss function's metrics of each example, and the model's next state."""
+    loss = told_of_padding(loss, mask)
     if model_state is None:
         out = loss(params, batch, key)
         losses, metrics = _parts(out, "losses", "metrics") if isinstance(out, tuple) else (out, {})
@@ -113,6 +116,15 @@ def per_example(
                 "number for each example of the batch. fax takes the mean, without padding."
             )
     return named, model_state
+
+
+def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
+    """The loss, with the batch's mask if it has a parameter of that name."""
+    try:
+        asks = "mask" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # something built in, which has no signature
+        asks = False
+    return functools.partial(loss, mask=mask) if asks else loss
 
 
 def mean_gradient(

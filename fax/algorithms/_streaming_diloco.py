@@ -40,12 +40,10 @@ class InFlight(NamedTuple):
 
     Attributes:
       update: -Δ, of the leaves of a fragment by their paths.
-      model_state: the replicas' mean, with the first fragment; else None.
       heard: whether there is something on its way, bool.
     """
 
     update: dict[str, jax.Array]
-    model_state: PyTree
     heard: jax.Array
 
 
@@ -53,10 +51,12 @@ class StreamingDiLoCoState(NamedTuple):
     """The state of Streaming DiLoCo. All of it belongs into a checkpoint.
 
     Attributes:
-      params: the outer parameters, which one evaluates.
+      params: the outer parameters as they have landed. What one evaluates has what is in flight,
+        too, and is ``params(state)`` of the algorithm.
       optimizers: for each fragment, the state of the outer optimizer.
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
-      model_state: what the model has besides parameters, such as batch statistics, or None.
+      model_state: what the model has besides parameters, such as batch statistics, or None: the
+        replicas' mean when the first fragment was last sent.
       aggregators: for each fragment, the state of the aggregator.
       in_flight: for each fragment, what lands in the next period of H steps, or None if what is
         sent in a period also lands there.
@@ -147,9 +147,11 @@ def streaming_diloco(
       clients_at_once: how many replicas one device works on at once; see `diloco`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`, and
-      ``params`` are the outer parameters θ. Metrics are those of `diloco`; ``"outer_steps"`` counts
-      each fragment.
+      The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. The first
+      fragment is sent at the end of a period, and lands in the next one unless τ = 0, as do others
+      that are sent in the last τ steps. ``params`` are the outer parameters θ with all that has
+      been sent, whether it has landed or not, so that nothing is lost at the end of training.
+      Metrics are those of `diloco`; ``"outer_steps"`` counts each fragment that was sent.
 
     Raises:
       ValueError: if an argument is out of range; in ``init``, if fragments do not cover the
@@ -194,8 +196,7 @@ def streaming_diloco(
         def nothing(p: int) -> InFlight | None:
             if _sent_at(p, steps, len(parts)) + tau <= steps:
                 return None
-            own = jax.tree.map(jnp.zeros_like, parts[p])
-            return InFlight(own, model_state if p == 0 else None, jnp.bool_(False))
+            return InFlight(jax.tree.map(jnp.zeros_like, parts[p]), jnp.bool_(False))
 
         return StreamingDiLoCoState(
             params,
@@ -219,23 +220,25 @@ def streaming_diloco(
         updates = fax.map(difference, pick(rows.params, names), outer)
         own = state.aggregators[p]
         update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key)
-        model_state = None
-        if p == 0:
-            model_state = mean_state(rows.model_state, here, weights, heard, state.model_state)
         state = state._replace(aggregators=_with(state.aggregators, p, own))
-        return state, InFlight(update, model_state, heard), metrics
+        if p == 0:
+            own = mean_state(rows.model_state, here, weights, heard, state.model_state)
+            state = state._replace(model_state=own)
+        return state, InFlight(update, heard), metrics
 
-    def land(
-        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
-    ) -> StreamingDiLoCoState:
+    def outer_step(
+        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight
+    ) -> tuple[dict[str, jax.Array], PyTree]:
         before = pick(state.params, names), state.optimizers[p]
         delta = jax.tree.map(jnp.negative, landing.update)
         moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
         new = optax.apply_updates(before[0], moves), optimizer
-        outer, optimizer = choose(landing.heard, new, before)
-        model_state = state.model_state
-        if p == 0:
-            model_state = choose(landing.heard, landing.model_state, model_state)
+        return choose(landing.heard, new, before)
+
+    def land(
+        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
+    ) -> StreamingDiLoCoState:
+        outer, optimizer = outer_step(p, names, state, landing)
 
         def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
             new = mixed(pick(own.params, names), outer, alpha), own.model_state
@@ -245,13 +248,12 @@ def streaming_diloco(
             params, model_state = choose(here & landing.heard, new, before)
             return Replica(paste(own.params, params), own.optimizer, model_state)
 
-        sent = fax.broadcast(outer), fax.broadcast(model_state)
+        sent = fax.broadcast(outer), fax.broadcast(state.model_state)
         rows = fax.map(mix, here, state.replicas.rows, *sent)
         return state._replace(
             params=paste(state.params, outer),
             optimizers=_with(state.optimizers, p, optimizer),
             replicas=PerClient(rows),
-            model_state=model_state,
         )
 
     def round(
@@ -300,7 +302,14 @@ def streaming_diloco(
 
         return work(state, cohort)
 
-    return Algorithm(init, round, lambda state: state.params)
+    def params(state: StreamingDiLoCoState) -> PyTree:
+        found = state.params
+        for p, (names, landing) in enumerate(zip(cut_up(state.params), state.in_flight)):
+            if landing is not None:
+                found = paste(found, outer_step(p, names, state, landing)[0])
+        return found
+
+    return Algorithm(init, round, params)
 
 
 def total(*trees: PyTree) -> PyTree:

@@ -8,6 +8,7 @@ that sums are exact, and a small rest. The host puts the sums together in 64 bit
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,11 @@ class Parts:
         """The number that the parts stand for, in 64 bits, on the host."""
         arrays = [np.asarray(x) for x in self.arrays]
         if self.bits is not None:
-            return sum((x.astype(np.int64) << self.bits * k for k, x in enumerate(arrays)), 0)
-        wide = np.complex128 if arrays[0].dtype.kind == "c" else np.float64
-        return sum((x.astype(wide) for x in arrays), 0)
+            arrays = [x.astype(np.int64) << self.bits * k for k, x in enumerate(arrays)]
+        else:
+            complex_ = np.iscomplexobj(arrays[0])
+            arrays = [x.astype(np.complex128 if complex_ else np.float64) for x in arrays]
+        return functools.reduce(np.add, arrays)
 
 
 def divide(x: jax.Array, most: int) -> Parts:
