@@ -91,7 +91,7 @@ def test_ones_are_counted_beyond_the_integers_of_float32(batch_size):
     def program(x):
         return fax.sum(fax.map(lambda x: x, x, batch_size=batch_size)), fax.sum(x)
 
-    mapped, plain = jax.jit(program)(jnp.ones(n))
+    mapped, plain = jax.jit(program)(jnp.ones(n, jnp.float32))
     assert mapped == n
     assert plain == n
 
@@ -209,7 +209,9 @@ def test_a_short_sum_has_one_accumulator():
             sent = fax.broadcast(p)
             return fax.sum(fax.map(lambda p, x: p * x, sent, x, batch_size=batch_size))
 
-        text = jax.jit(program).lower(jnp.ones(size, jnp.float32), jnp.ones(n)).as_text()
+        text = (
+            jax.jit(program).lower(jnp.ones(size, jnp.float32), jnp.ones(n, jnp.float32)).as_text()
+        )
         return text.count("is_finite")
 
     assert carried(16, 1, 3) == 0
