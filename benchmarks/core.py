@@ -1,6 +1,6 @@
 """The core benchmark: fax against DrJAX and against `jax.vmap` by hand.
 
-    python benchmarks/core.py [--only trace|compute|rounds|memory] [--json PATH]
+    python benchmarks/core.py [--only trace|compute|sums|rounds|memory] [--json PATH]
 
 Runs of the three take turns, so that a machine that is busy for a while slows all of them.
 Times are medians; a ratio is the median of the ratios of runs in the same turn.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import os
 import platform
@@ -23,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import workloads
 from peers.workloads import cohort, examples
+from sums import sums
 from tables import Table, show, verdict
+from timing import Times, clock, compare, take_turns
 from workloads import NAMES, WAYS, Batches, Fax
 
 import fax
-
-Times = dict[str, float]  # seconds by quantity
 
 TRACED_ROUNDS, TRACED_CLIENTS = 200, 10
 COMPUTE = dict(clients=16, steps=4, batch=64, widths=(784, 512, 512, 62))
@@ -40,37 +39,6 @@ WARM_UP_ROUNDS, TIMED_ROUNDS = 2, 11
 LAYERS, UNITS, EXAMPLES = 16, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
 MEMORY_CLIENTS = {"fax": (8, 64, 256, 4096), "DrJAX": (8, 64, 256), "vmap": (8, 64, 256)}
-
-
-# Measuring
-
-
-def take_turns(runs: dict[str, Callable[[int], Times]], turns: int) -> dict[str, list[Times]]:
-    """Runs one after the other, ``turns`` times, every other time backwards."""
-    times: dict[str, list[Times]] = {name: [] for name in runs}
-    for turn in range(turns):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            gc.collect()
-            times[name].append(runs[name](turn))
-    return times
-
-
-def compare(
-    times: dict[str, list[Times]], quantity: str, baseline: str = "fax", per: int = 1
-) -> dict[str, float]:
-    """Medians in milliseconds, and medians of the others' ratios to the baseline."""
-    of = {name: np.array([t[quantity] for t in own]) for name, own in times.items()}
-    medians = {name: float(1e3 * np.median(t) / per) for name, t in of.items()}
-    others = [name for name in of if name != baseline]
-    ratios = {name: float(np.median(of[name] / of[baseline])) for name in others}
-    return medians | {f"{name} / {baseline}": ratio for name, ratio in ratios.items()}
-
-
-def clock(fn: Callable, *args: Any) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(fn(*args))
-    return time.perf_counter() - start, result
 
 
 # Tracing
@@ -328,7 +296,7 @@ def without_drjax(table: Table) -> Table:
     return table | {"rows": [blank | row for row in table["rows"]]}
 
 
-PARTS = dict(trace=trace, compute=compute, rounds=rounds, memory=memory)
+PARTS = dict(trace=trace, compute=compute, sums=sums, rounds=rounds, memory=memory)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ reference, taken in forward mode alone, and from the chain rule in NumPy. So no 
 and no reverse mode, is on both sides of a comparison.
 
 The newest JAX gets the full product; an older one gets a subset in which every pair of case,
-transformation and batch size comes up.
+transformation and batch size comes up. Users compute in float32 mostly, so every case also goes
+through a few transformations without float64.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ from cases import BATCH_SIZES, CASES, Case
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-RTOL = 1e-10  # of the largest element: float64 leaves six digits for sums in another order
+# Of the largest element. Each leaves some digits for sums in another order.
+RTOL = {"float64": 1e-10, "float32": 1e-5}
 
 
 # What is expected
@@ -47,7 +49,9 @@ class Derivatives:
             lambda theta: (floats_at(theta), first(theta), jax.jacfwd(first)(theta))
         )
         self._outputs_at = jax.jit(lambda theta: case.reference(*case.merge(unravel(theta))))
-        self._at = functools.cache(lambda key: jax.device_get(everything(np.frombuffer(key))))
+        self._at = functools.cache(
+            lambda key: jax.device_get(everything(np.frombuffer(key, self.theta.dtype)))
+        )
         self.shapes = jax.eval_shape(case.reference, *case.args)
 
     def outputs(self, theta: np.ndarray) -> Any:
@@ -174,12 +178,17 @@ def join_rows(tree: Any) -> np.ndarray:
 
 
 def assert_close(got: Any, expected: Any) -> None:
-    """Same structure, shapes and dtypes, and the same numbers up to rounding."""
+    """Same structure, shapes and dtypes, and the same numbers up to rounding.
+
+    What NumPy computes for the float32 leg is in float64.
+    """
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert (jnp.shape(x), jnp.result_type(x)) == (np.shape(y), y.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(y.dtype)
+        assert (jnp.shape(x), jnp.result_type(x)) == (np.shape(y), dtype)
         size = np.max(np.abs(y), initial=0, where=np.isfinite(y))
-        np.testing.assert_allclose(x, y, rtol=RTOL, atol=RTOL * size)
+        rtol = RTOL.get(dtype.name, 0)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * size)
 
 
 # The transformations
@@ -437,18 +446,19 @@ def test_pairwise_subset_covers_every_pair():
         assert {(choice[left], choice[right]) for choice in pairwise()} == pairs
 
 
-@pytest.mark.parametrize(
-    ("case", "mode", "check", "batch_size"),
-    [
+def parameters(chosen: list[Choice]) -> list[Any]:
+    return [
         pytest.param(
             CASES[c],
             *TRANSFORMATIONS[t][1:],
             BATCH_SIZES[b],
             id=f"{CASES[c].name}-{TRANSFORMATIONS[t][0]}-{BATCH_SIZES[b]}",
         )
-        for c, t, b in CHOSEN
-    ],
-)
+        for c, t, b in chosen
+    ]
+
+
+@pytest.mark.parametrize(("case", "mode", "check", "batch_size"), parameters(CHOSEN))
 def test_transformation(case, mode, check, batch_size):
     """A transformed program gives what the transformed reference means, or JAX's refusal."""
     subject = Subject(case, batch_size, case.program(batch_size))
@@ -458,3 +468,23 @@ def test_transformation(case, mode, check, batch_size):
             check(subject)
     else:
         check(subject)
+
+
+SHORT = ("eager", "grad", "jvp", "vmap")
+
+
+@functools.cache
+def in_float32(case: Case) -> Case:
+    def short(x):
+        return np.float32(x) if getattr(x, "dtype", None) == np.float64 else x
+
+    return dataclasses.replace(case, args=jax.tree.map(short, case.args))
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "check", "batch_size"),
+    parameters([choice for choice in pairwise() if TRANSFORMATIONS[choice[1]][0] in SHORT]),
+)
+def test_in_float32(case, mode, check, batch_size):
+    with jax.enable_x64(False):
+        test_transformation(in_float32(case), mode, check, batch_size)

@@ -253,7 +253,7 @@ def reduce_late(
 
     operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
     total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, group)
-    return best, (total / jnp.maximum(count, 1)).astype(tangents.dtype)
+    return best, (total / jnp.maximum(count, 1)).astype(best.dtype)
 
 
 def _is_zero(tangent: Any) -> bool:
