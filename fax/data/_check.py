@@ -55,7 +55,7 @@ def _array(where: str, value: Any) -> np.ndarray:
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever somebody's __array__ raises
         raise DataError(f"{where} is no array: {error}") from error
     if array.ndim == 0:
         raise DataError(
@@ -65,6 +65,17 @@ def _array(where: str, value: Any) -> np.ndarray:
         raise DataError(
             f"{where} has dtype object, expected numbers, bools or strings. If its rows differ in "
             "length, pad them."
+        )
+    # NumPy makes text of bytes that come with text, so that these have to be found before.
+    text = array if array.dtype.hasobject else np.array(0)
+    if array.dtype.kind == "U" and not isinstance(value, np.ndarray):
+        text = np.asarray(value, object)
+    if len({isinstance(v, bytes) for v in text.flat}) > 1:
+        raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
+    if array.dtype == bool and array.size and array.view(np.uint8).max() > 1:
+        raise DataError(
+            f"{where} has bools with the byte {array.view(np.uint8).max()}, expected 0 or 1. What "
+            "they come from is damaged."
         )
     if not (is_numeric(array.dtype) or array.dtype.kind in "OSUMm"):
         raise DataError(
