@@ -44,6 +44,29 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read(data: FederatedData, client_id: ClientId) -> dict[str, np.ndarray]:
+    """One client's features, checked."""
+    try:
+        examples = data.client(client_id)
+    except StopIteration as error:  # it would end whatever loop this is called from
+        raise DataError(
+            f"client {client_id!r}: {type(data).__name__.lstrip('_')}.client raised StopIteration. "
+            "If it calls next, pass a default or catch the exception."
+        ) from error
+    return checked(client_id, examples)
+
+
+def encoded(text: str) -> bytes:
+    """The UTF-8 of a client's id. Bytes that are no UTF-8 come back as they were."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"its id has {text[error.start]!r} at position {error.start}, half of a pair of "
+            "surrogates, which is no character. Rename the client"
+        ) from error
+
+
 def _array(where: str, value: Any) -> np.ndarray:
     """One feature as a read-only array."""
     if isinstance(value, Mapping):
