@@ -95,10 +95,10 @@ def _array(where: str, value: Any) -> np.ndarray:
         text = np.asarray(value, object)
     if len({isinstance(v, bytes) for v in text.flat}) > 1:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
-    if array.dtype == bool and array.size and array.view(np.uint8).max() > 1:
+    if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:
         raise DataError(
-            f"{where} has bools with the byte {array.view(np.uint8).max()}, expected 0 or 1. What "
-            "they come from is damaged."
+            f"{where} has bools with the byte {highest}, expected 0 or 1. What they come from is "
+            "damaged."
         )
     if not (is_numeric(array.dtype) or array.dtype.kind in "OSUMm"):
         raise DataError(

@@ -6,6 +6,7 @@ steps than the file has bytes.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Connection(sqlite3.Connection):
                     raise sqlite3.DatabaseError(f"{table}.{column} is a generated column")
 
     def __del__(self) -> None:
-        self.close()
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it has never been opened
+            self.close()
 
 
 def in_words(error: Exception) -> str:

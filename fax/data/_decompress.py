@@ -70,7 +70,7 @@ class LZMA:
         self._stream = self._new()
         self._file = path.open("rb")
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = _CHUNK) -> bytes:
         """Up to ``size`` bytes; none at the end."""
         while True:
             data = b""

@@ -215,8 +215,8 @@ def _file(client_id: ClientId, sharded: bool) -> str:
     name = quote(raw, safe=_READABLE) + ".npz"
     if len(name) > _LONGEST_NAME:
         raise DataError(
-            f"client {client_id!r:.80} has {len(client_id)} characters in its id, of which a file "
-            f"name of {len(name)} bytes is made, but {_LONGEST_NAME} is the most. Shorten ids, for "
+            f"client {client_id!r:.80} has {len(client_id)} characters in its id, which make a "
+            f"file name of {len(name)} bytes, but {_LONGEST_NAME} are the most. Shorten ids, for "
             "example to their checksums, or use fax.data.SQLite.write."
         )
     return f"{hashlib.sha256(raw).hexdigest()[:2]}/{name}" if sharded else name

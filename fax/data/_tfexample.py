@@ -194,8 +194,8 @@ def describe(message: Any) -> str:
         raise ValueError(f"the first example is a {type(message).__name__} and no bytes")
     shown = []
     for name, values in sorted(parse(message).items())[:20]:
-        dtype = {INTS: "np.int64", FLOATS: "np.float32"}.get(values.kind, "bytes")
-        count = values.count()
+        names: dict[int | None, str] = {INTS: "np.int64", FLOATS: "np.float32"}
+        dtype, count = names.get(values.kind, "bytes"), values.count()
         shown.append(f"{name!r:.80}: ({dtype}, {'()' if count == 1 else f'({count},)'})")
     return "{" + ", ".join(shown) + "}"
 
