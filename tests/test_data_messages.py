@@ -18,14 +18,7 @@ from formats import (
     varint,
 )
 
-from fax.data import (
-    DataError,
-    Files,
-    InMemory,
-    SQLite,
-    _msgpack,
-    _tfexample,
-)
+from fax.data import DataError, Files, InMemory, SQLite, _msgpack, _tfexample
 
 MIB = 1 << 20
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
@@ -53,10 +46,14 @@ def test_numbers_that_do_not_end():
     for raw in (b"\x80", b"\x01\xff"):
         with pytest.raises(ValueError, match="damaged"):
             read(raw, True)
-    # and nor has the tag of a field, or its length
-    for raw in (b"\x8a" + b"\x80" * 12 + b"\x00\x00", b"\x0a" + b"\x80" * 12 + b"\x00"):
-        with pytest.raises(ValueError, match="a number does not end"):
-            _tfexample.parse(raw)
+    # and so has the tag of a field, or its length
+    for more in (9, 12):
+        for raw in (
+            b"\x8a" + b"\x80" * more + b"\x00\x00",
+            b"\x0a" + b"\x80" * (more + 1) + b"\x00",
+        ):
+            with pytest.raises(ValueError, match="a number does not end"):
+                _tfexample.parse(raw)
 
 
 def test_lists_within_lists():
@@ -86,6 +83,7 @@ def test_lists_within_lists():
         ([mp_list([b"\xcf" + b"\xff" * 8, b"\0"]), mp_str("int8"), mp_bin(b"")], "has the shape"),
         ([mp_list([b"\xff"]), mp_str("int8"), mp_bin(b"\x00")], r"has the shape \[-1\]"),
         ([b"\xdd\xff\xff\xff\xff", mp_str("int8"), mp_bin(b"\x00")], "4294967295 values begin"),
+        ([mp_list([b"\x01"]), mp_str("int8"), b"\x95\x00"], "5 values begin where 1 bytes are"),
         ([mp_list([b"\x01"]), mp_str("int8"), b"\xc6\xff\xff\xff\xff"], "bytes are missing"),
         ([b"\xdf\xff\xff\xff\xff", mp_str("int8"), mp_bin(b"\x00")], "8589934590 values begin"),
     ],

@@ -9,12 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
-from fax.data import (
-    DataError,
-    Files,
-    InMemory,
-    SQLite,
-)
+from fax.data import DataError, Files, InMemory, SQLite, _tables
 
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
@@ -104,6 +99,16 @@ def test_the_longest_names(tmp_path):
 def test_ids_of_the_same_bytes(tmp_path):
     data = InMemory({"a": {"x": [1]}, b"a": {"x": [2]}})
     with pytest.raises(DataError, match="client b'a' cannot be written: the id of another client"):
+        SQLite.write(tmp_path / "a.sqlite", data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_that_sqlite_cannot_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tables, "_LONGEST", 100)
+    data = InMemory({"ada": {"x": np.random.default_rng(0).normal(size=20)}})
+    with pytest.raises(
+        DataError, match=r"client 'ada' cannot be written: .* 100 that SQLite holds"
+    ):
         SQLite.write(tmp_path / "a.sqlite", data)
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,4 @@
-"""Files that are made to do harm, and what else may happen to files: nothing grows without a limit,
-nothing is read that was not verified, and whatever goes wrong is an error that says what to do.
-"""
+"""Files that are made to fill the memory or the disk, or never to end: they are refused."""
 
 import contextlib
 import lzma
@@ -12,25 +10,9 @@ import zlib
 
 import numpy as np
 import pytest
-from formats import (
-    fedjax_file,
-    mp_ext,
-    mp_list,
-    mp_str,
-    npy,
-    npz,
-    tff_file,
-)
+from formats import fedjax_file, mp_ext, mp_list, mp_str, npy, npz, tff_file
 
-from fax.data import (
-    DataError,
-    Files,
-    InMemory,
-    SQLite,
-    _connection,
-    _decompress,
-    _msgpack,
-)
+from fax.data import DataError, Files, InMemory, SQLite, _connection, _decompress, _msgpack
 
 MIB = 1 << 20
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
@@ -99,7 +81,9 @@ def test_a_header_that_asks_for_all_memory(tmp_path):
     packed = lzma.compress(content, lzma.FORMAT_ALONE)
     path = tmp_path / "a.sqlite.lzma"
     path.write_bytes(packed[:1] + b"\xff\xff\xff\xff" + packed[5:])  # a dictionary of 4 GiB
-    with pytest.raises(DataError, match="cannot be decompressed: Memory usage limit exceeded"):
+    with pytest.raises(
+        DataError, match=r"cannot be decompressed: .* limit exceeded.*larger max_bytes"
+    ):
         SQLite(path)
     assert list(tmp_path.iterdir()) == [path]
 

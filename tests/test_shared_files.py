@@ -11,19 +11,9 @@ import threading
 
 import numpy as np
 import pytest
-from formats import (
-    fedjax_file,
-)
+from formats import fedjax_file
 
-from fax.data import (
-    DataError,
-    Files,
-    InMemory,
-    SQLite,
-    _connection,
-    _decompress,
-    _sqlite,
-)
+from fax.data import DataError, Files, InMemory, SQLite, _connection, _decompress, _sqlite
 
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
@@ -149,10 +139,13 @@ def test_what_an_interrupted_process_left(tmp_path):
 
 def test_a_file_that_is_gone(tmp_path):
     path = fedjax_file(tmp_path / "a.sqlite", CLIENTS)
-    data = pickle.loads(pickle.dumps(SQLite(path)))
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    plain, verified = (pickle.loads(pickle.dumps(SQLite(path, sha256=c))) for c in (None, checksum))
     path.unlink()
     with pytest.raises(DataError, match=r"cannot be opened. See whether it is still there"):
-        data.client("ada")
+        plain.client("ada")
+    with pytest.raises(DataError, match=r"cannot read the clients' ids: .*No such file"):
+        verified.client("ada")
 
 
 class Meanwhile:

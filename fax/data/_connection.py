@@ -83,6 +83,8 @@ class Connection(sqlite3.Connection):
 
 def in_words(error: Exception) -> str:
     """What went wrong, and how to fix it."""
+    if isinstance(error, OSError):
+        return f"{error}."
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says more than is needed
     if code in _WORDS:
         return f"{_WORDS[code]} ({error})."

@@ -31,8 +31,8 @@ class SQLite:
     features are. TensorFlow Federated's has a row for each example, a ``tf.train.Example``, in
     several splits: ``split`` chooses one, and ``features`` which features to read and what they
     are. Neither package is needed. A file that is compressed, ``.lzma`` or ``.xz``, is
-    decompressed once, to the path without that suffix. What is there already is taken as it is, or,
-    with ``sha256``, if the compressed file has the same content.
+    decompressed once, to the path without that suffix. A file that is there already is used; with
+    ``sha256`` it has to be what the compressed file decompresses to.
 
     Client ids are strings; bytes, as FedJAX has them, are decoded as UTF-8 (with
     ``surrogateescape``, so that none is lost). The order of clients is that of the rows in
@@ -47,12 +47,11 @@ class SQLite:
       features: maps the names of features to pairs of a dtype and the shape in one example. The
         dtype ``bytes`` stands for byte strings; they become an array of dtype object.
       sha256: the checksum in hexadecimal of the file at ``path``. It is compared when the file is
-        opened, and again if the file changes. Then nothing but that file is read, no journal that a
-        process may have left beside it either. A compressed file is decompressed for it each time;
-        to save that, open the decompressed file with a checksum of its own.
-      max_bytes: the most bytes that what is compressed may become: the file, and the examples of a
-        client in FedJAX's format. Default: 256 MiB, or 100 times the compressed size if that is
-        more.
+        opened, and again if the file changes, and a journal beside the file is not read. A
+        compressed file is decompressed each time, to compare the result with what is there. To save
+        that, open the decompressed file with a checksum of its own.
+      max_bytes: the most bytes that a compressed file may decompress to, and a client's examples in
+        FedJAX's format. Default: 256 MiB, or 100 times the compressed size if that is more.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -228,7 +227,7 @@ class SQLite:
                 mine.version = version
             mine.connection.start()
             yield mine.connection
-        except (sqlite3.Error, MemoryError, OverflowError, ValueError) as error:
+        except (sqlite3.Error, OSError, MemoryError, OverflowError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self._path}: cannot read {what}: {in_words(error)}") from error
@@ -295,7 +294,10 @@ class SQLite:
             with LZMA(self._given, self._max_bytes) as source:
                 yield source
         except (lzma.LZMAError, EOFError) as error:
-            raise DataError(f"{self._given} cannot be decompressed: {error}. {DAMAGED}") from error
+            fix = DAMAGED
+            if "limit" in str(error):  # LZMA has no other sign of it
+                fix = "If the data can be trusted, pass a larger max_bytes."
+            raise DataError(f"{self._given} cannot be decompressed: {error}. {fix}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_connections", "_lock", "_clients", "_verified")

@@ -16,6 +16,8 @@ from fax.data._connection import DAMAGED, Connection
 from fax.data._decompress import inflated, limit
 from fax.data._protocol import DataError, FederatedData
 
+_LONGEST = 1_000_000_000  # bytes of a value, as SQLite is usually built
+
 
 class FedJAX:
     """A table with a row for each client: its id, its examples, and how many they are."""
@@ -152,6 +154,11 @@ def rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
         schema.check(client_id, examples)
         try:
             packed = zlib.compress(_msgpack.pack(examples))
+            if len(packed) > _LONGEST:
+                raise ValueError(
+                    f"its compressed examples have {len(packed)} bytes, more than the {_LONGEST} "
+                    "that SQLite holds. Divide it into several clients"
+                )
             raw = client_id if isinstance(client_id, bytes) else encoded(client_id)
         except ValueError as error:
             raise DataError(f"client {client_id!r:.80} cannot be written: {error}.") from error
