@@ -94,6 +94,10 @@ def test_the_longest_names(tmp_path):
     (tmp_path / "files" / hashlib.sha256(b"eve").hexdigest()[:2]).touch()
     with pytest.raises(DataError, match="no client 'eve'"):
         files.client("eve")
+    assert same(Files(tmp_path / "files"), data)
+    (tmp_path / "files" / "bob.npz").mkdir()
+    with pytest.raises(DataError, match=r"client 'bob' cannot be read: .*directory"):
+        files.client("bob")
 
 
 def test_ids_of_the_same_bytes(tmp_path):
@@ -144,6 +148,7 @@ def test_functions_that_raise_stop_iteration(tmp_path):
     with pytest.raises(DataError, match=r"client 'ada': fn of fax.data.map raised StopIteration"):
         list(map(view.client, view.client_ids()))
     for use in (
+        lambda data: fax.data.map(data, lambda i, x: x).client("ada"),
         lambda data: SQLite.write(tmp_path / "a.sqlite", data),
         lambda data: Files.write(tmp_path / "a", data),
         fax.data.validate,

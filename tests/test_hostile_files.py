@@ -168,6 +168,7 @@ def test_no_value_is_longer_than_its_file(tmp_path):
         connection.execute("SELECT zeroblob(50000000)").fetchone()
     big = {"ada": {"label": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
     assert same(SQLite.write(tmp_path / "big.sqlite", InMemory(big)), big)
+    opened = SQLite(path)
     with contextlib.closing(sqlite3.connect(path)) as writer:  # in a journal of its own
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("DELETE FROM federated_data")
@@ -175,6 +176,7 @@ def test_no_value_is_longer_than_its_file(tmp_path):
         writer.execute("INSERT INTO federated_data VALUES (?, ?, ?)", row)
         writer.commit()
         assert same(SQLite(path), big)
+        assert same(opened, big)  # although the file was small then
 
 
 def cyclic(path, table, depth):

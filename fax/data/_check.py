@@ -46,14 +46,18 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
 
 def read(data: FederatedData, client_id: ClientId) -> dict[str, np.ndarray]:
     """One client's features, checked."""
+    return checked(client_id, fetch(data, client_id))
+
+
+def fetch(data: FederatedData, client_id: ClientId) -> Examples:
+    """One client's features as the data give them, which may be a user's own."""
     try:
-        examples = data.client(client_id)
+        return data.client(client_id)
     except StopIteration as error:  # it would end whatever loop this is called from
         raise DataError(
             f"client {client_id!r}: {type(data).__name__.lstrip('_')}.client raised StopIteration. "
             "If it calls next, pass a default or catch the exception."
         ) from error
-    return checked(client_id, examples)
 
 
 def encoded(text: str) -> bytes:

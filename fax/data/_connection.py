@@ -47,18 +47,17 @@ class Connection(sqlite3.Connection):
     def __init__(self, path: Path, alone: bool) -> None:
         uri = f"{path.as_uri()}?mode=ro" + ("&immutable=1" if alone else "")
         super().__init__(uri, uri=True, timeout=_PATIENCE, check_same_thread=False)
-        journal = path.with_name(path.name + "-wal")
-        self.size = path.stat().st_size
-        self.size += journal.stat().st_size if journal.exists() and not alone else 0
-        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(self.size, 1 << 20))
-        self.set_progress_handler(self._too_long, _STEPS)
+        self._paths = [path] if alone else [path, path.with_name(path.name + "-wal")]
         self.start()
+        self.set_progress_handler(self._too_long, _STEPS)
         self.execute("PRAGMA cell_size_check = ON")  # find damage early
         self.execute("PRAGMA trusted_schema = OFF")
 
     def start(self) -> None:
-        """Begins to count steps."""
+        """Begins to count steps, for a file that may have grown since."""
         self._looks = 0
+        self.size = sum(path.stat().st_size for path in self._paths if path.exists())
+        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(self.size, 1 << 20))
 
     def _too_long(self) -> bool:
         self._looks += 1

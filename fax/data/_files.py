@@ -155,8 +155,12 @@ class Files:
 
     def _open(self, client_id: ClientId) -> IO[bytes]:
         for sharded in (True, False):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 return (self._folder / _file(client_id, sharded)).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise DataError(f"client {client_id!r} cannot be read: {error}.") from error
         raise DataError(
             f"no client {client_id!r} in {self._folder}: there is neither "
             f"{_file(client_id, True)} nor {_file(client_id, False)}."
@@ -182,7 +186,7 @@ class Files:
             for entry in entries:
                 if entry.name.endswith(".npz"):
                     ids.append(_id(entry.name))
-                elif re.fullmatch("[0-9a-f]{2}", entry.name):
+                elif re.fullmatch("[0-9a-f]{2}", entry.name) and entry.is_dir():
                     with os.scandir(entry.path) as shard:
                         names = [inner.name for inner in shard if inner.name.endswith(".npz")]
                     ids += [_id(f"{entry.name}/{name}") for name in names]

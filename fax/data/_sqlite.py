@@ -225,7 +225,8 @@ class SQLite:
             if getattr(mine, "version", None) != version:
                 mine.connection = Connection(self._path, alone=self._sha256 is not None)
                 mine.version = version
-            mine.connection.start()
+            else:
+                mine.connection.start()
             yield mine.connection
         except (sqlite3.Error, OSError, MemoryError, OverflowError, ValueError) as error:
             if isinstance(error, DataError):

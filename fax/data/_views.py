@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, check_finite, checked, listed, read, sift, unknown
+from fax.data._check import Schema, check_finite, checked, fetch, listed, read, sift, unknown
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
@@ -272,7 +272,7 @@ class _Map:
         return self._lengths[client_id]
 
     def client(self, client_id: ClientId) -> Examples:
-        before = self._data.client(client_id)
+        before = fetch(self._data, client_id)
         length = _length(before)  # now, because fn may empty the mapping
         try:
             after = self._fn(client_id, before)
