@@ -56,6 +56,19 @@ def test_numbers_that_do_not_end():
                 _tfexample.parse(raw)
 
 
+def test_names_that_come_twice():
+    array = mp_ext(1, mp_list([mp_list([b"\x01"]), mp_str("int8"), mp_bin(b"\x00")]))
+    one, other = mp_str("x") + array, mp_str("y") + array
+    assert list(_msgpack.unpack(b"\x82" + one + other, MIB)) == ["x", "y"]
+    with pytest.raises(ValueError, match="the name b'x' is no string, or comes twice"):
+        _msgpack.unpack(b"\x82" + one + one, MIB)
+    entry = field(1, field(1, b"x") + field(2, field(3, field(1, b"\x05"))))
+    assert list(_tfexample.parse(field(1, entry))) == ["x"]
+    for twice in (field(1, entry + entry), field(1, entry) + field(1, entry)):
+        with pytest.raises(ValueError, match="feature 'x' comes twice"):
+            _tfexample.parse(twice)
+
+
 def test_lists_within_lists():
     deepest = mp_list([])
     for _ in range(4):

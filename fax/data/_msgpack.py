@@ -73,7 +73,7 @@ def _array(name: str, value: Any, most: int) -> np.ndarray:
         raise ValueError(f"{where} has {flat.size} values for the shape {shape!r:.80}")
     try:
         return flat.reshape(shape)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(f"{where} has the shape {shape!r:.80}: {error}") from error
 
 
