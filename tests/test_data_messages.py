@@ -149,6 +149,40 @@ def test_floats_that_do_not_fit(tmp_path):
     np.testing.assert_array_equal(found, np.array([1, np.inf], np.float16))
 
 
+def test_floats_that_are_cut():
+    def message(*parts):
+        floats = b"".join(field(1, part) for part in parts)
+        return field(1, field(1, field(1, b"x") + field(2, field(2, floats))))
+
+    raw = np.float32([1, 2]).tobytes()
+    assert _tfexample.parse(message(raw[:4], raw[4:]))["x"].array().tolist() == [1, 2]
+    with pytest.raises(ValueError, match="feature 'x' is damaged"):
+        _tfexample.parse(message(raw[:3], raw[3:]))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "fits"),
+    [
+        ([0, 255], np.uint8, True),
+        ([0, 256], np.uint8, False),
+        ([-1, 255], np.uint8, False),
+        ([-128, 127], np.int8, True),
+        ([-129, 127], np.int8, False),
+        ([0, 1], bool, True),
+        ([0, 2], bool, False),
+        ([-1, 1], bool, False),
+    ],
+)
+def test_ints_that_do_not_fit(values, dtype, fits):
+    messages = [tf_example({"x": np.array(value)}) for value in values]
+    types = _tfexample.feature_types({"x": (dtype, ())})
+    if fits:
+        assert _tfexample.stack("ada", messages, types)["x"].tolist() == values
+    else:
+        with pytest.raises(DataError, match=f"'ada', feature 'x' has values from {values[0]} to"):
+            _tfexample.stack("ada", messages, types)
+
+
 @pytest.mark.parametrize(
     "value",
     [("i4,(", ()), ("(", ()), (np.int32, ("3",)), (np.int32, "33"), (np.int32, (2.5,)), 3, None],
