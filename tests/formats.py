@@ -1,7 +1,9 @@
-"""Files of FedJAX's and TensorFlow Federated's formats, byte by byte as these are published."""
+"""Files of FedJAX's, TensorFlow Federated's and NumPy's formats, as these are published."""
 
+import io
 import sqlite3
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -133,3 +135,19 @@ def tff_file(path, splits, message=tf_example, extra=0):
     connection.commit()
     connection.close()
     return path
+
+
+# NumPy's format, in zip archives
+
+
+def npz(path, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in members.items():
+            archive.writestr(f"{name}.npy", raw)
+    return path
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array)
+    return file.getvalue()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
-from fax.data import _batching, _resident, _samplers
+from fax.data import _batching, _prefetch, _resident, _samplers
 from fax.data._batching import Batching
 
 SIZES = [1, 2, 3, 5, 8, 13, 21, 34, 7, 7, 7, 40]
@@ -699,6 +699,52 @@ def test_the_thread_ends_with_its_iterator():
     assert until(lambda: not new())
 
 
+class Gate:
+    """A function for `fax.data.map` that stops at some client until it is let through."""
+
+    def __init__(self, stop_at):
+        self.stop_at, self.calls = stop_at, []
+        self.here, self.open = threading.Event(), threading.Event()
+
+    def preprocess(self, client_id, examples):
+        self.calls.append(client_id)
+        if client_id == self.stop_at:
+            self.here.set()
+            assert self.open.wait(60)
+        return examples
+
+
+def test_closing_does_not_wait_for_a_function_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(_prefetch, "_FAREWELL", 0.01)
+    before, gate = set(threads()), Gate("client 3")
+    data = fax.data.map(population(), gate.preprocess)
+    order = [[0, 1], [2, 3], [4, 5]]
+    rounds = fax.data.cohorts(data, 2, 4, sampler=order.__getitem__, resident=False)
+    next(rounds)
+    assert gate.here.wait(60)
+    message = r"still in preprocess \(.*test_cohorts.py, line \d+\), for client 'client 3'\."
+    with pytest.warns(UserWarning, match=message) as caught:
+        rounds.close()
+    assert caught[0].filename == __file__
+    with pytest.raises(StopIteration):
+        next(rounds)
+    assert set(threads()) - before
+    gate.open.set()
+    assert until(lambda: not set(threads()) - before)
+
+
+def test_closing_ends_a_round_between_two_clients():
+    gate = Gate("client 3")
+    data = fax.data.map(population(), gate.preprocess)
+    rounds = fax.data.cohorts(data, 8, 4, sampler=lambda r: range(2, 10), resident=False)
+    rounds._items = _prefetch.Prefetch(rounds._make, 0, 1)
+    assert gate.here.wait(60)
+    rounds._items._stop.set()  # as close does first
+    gate.open.set()
+    rounds.close()
+    assert gate.calls[-1] == "client 3"
+
+
 def test_a_closed_iterator_has_no_more_rounds():
     with fax.data.cohorts(population(), 2, 4) as rounds:
         rounds.take(2)
@@ -802,6 +848,28 @@ del dropped
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_the_interpreter_does_not_wait_for_a_function_that_is_stuck():
+    code = """
+import threading, numpy as np, fax
+from fax.data import _prefetch
+_prefetch._FAREWELL = 0.1
+here = threading.Event()
+def stuck(client_id, examples):
+    if client_id == "b":
+        here.set()
+        threading.Event().wait()
+    return examples
+data = fax.data.map(fax.data.InMemory({i: {"x": np.ones(3)} for i in "ab"}), stuck)
+rounds = fax.data.cohorts(data, 1, 1, sampler=lambda r: [r], resident=False)
+next(rounds)
+here.wait()
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0
+    assert "is still in stuck (<string>, line 9), for client 'b'." in ended.stderr
 
 
 def test_the_thread_has_the_settings_of_whoever_made_the_iterator():

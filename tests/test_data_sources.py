@@ -397,7 +397,7 @@ def test_damaged_messages_and_blobs():
     rng = np.random.default_rng(0)
     (row, *_) = rows_of(CLIENTS["ada"])
     for content, parse in [
-        (zlib.decompress(fedjax_blob(CLIENTS["ada"])), _msgpack.unpack),
+        (zlib.decompress(fedjax_blob(CLIENTS["ada"])), lambda raw: _msgpack.unpack(raw, 1 << 20)),
         (tf_example(row), _tfexample.parse),
     ]:
         parse(content)
@@ -539,7 +539,8 @@ def test_an_interruption_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, 
 
     for name in ("rename", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, interrupted)
+            for same in ("rename", "link") if name == "rename" else (name,):
+                patch.setattr(os, same, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 write(tmp_path / "people", InMemory(NUMERIC))
         assert not list(tmp_path.iterdir())
@@ -547,6 +548,7 @@ def test_an_interruption_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, 
     # A process that is killed before the renaming cannot tidy up.
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", interrupted)
+        patch.setattr(os, "link", interrupted)
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / "people", InMemory(NUMERIC))

@@ -1,11 +1,15 @@
 """Partitions of central arrays: every example has one client, and mixes are what they should be."""
 
+import fractions
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fax.data import DataError, partition
+from fax.data._owners import by_owner
 
 N, LABELS = 1200, 10
 RNG = np.random.default_rng(0)
@@ -159,6 +163,55 @@ def test_dirichlet_gives_the_poor_from_the_rich():
         partition.dirichlet(ARRAYS, 100, alpha=0.01, min_examples=13)
 
 
+def one_by_one(owner, clients, least, rng):
+    """The reference: one example after the other moves from whoever has most."""
+    parts = [list(np.flatnonzero(owner == i)) for i in range(clients)]
+    for poor in [part for part in parts if len(part) < least]:
+        while len(poor) < least:
+            rich = max(parts, key=len)
+            poor.append(rich.pop(rng.integers(len(rich))))
+    return parts
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([np.random.PCG64, np.random.MT19937, np.random.Philox]),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(0, 60),
+    st.floats(0.1, 3),
+    st.integers(0, 1000),
+)
+def test_gifts_are_those_of_one_after_the_other(generator, clients, least, extra, skew, seed):
+    n = clients * least + extra
+    shares = np.random.default_rng(seed).dirichlet(np.full(clients, skew))
+    owner = np.random.default_rng(seed).choice(clients, n, p=shares)
+    rngs = [np.random.Generator(generator(seed)) for _ in range(2)]
+    found = by_owner(owner, clients, least, rngs[0])
+    expected = one_by_one(owner, clients, least, rngs[1])
+    assert [part.tolist() for part in found] == expected
+    assert rngs[0].random() == rngs[1].random()  # as many draws
+
+
+def test_thousands_of_gifts():
+    """Everybody needs many, and a few have nearly everything."""
+    owner = np.random.default_rng(0).integers(0, 3, 8000)
+    found = by_owner(owner, 1000, 8, np.random.default_rng(1))
+    expected = one_by_one(owner, 1000, 8, np.random.default_rng(1))
+    assert [part.tolist() for part in found] == expected
+
+
+def test_draws_stay_as_they_were():
+    arrays = {"x": np.arange(12), "label": np.arange(12) % 3}
+    uneven = partition.by_quantity(arrays, 4, alpha=0.1, min_examples=2, seed=5)
+    mixed = partition.dirichlet(arrays, 4, alpha=0.1, balanced=True, seed=5)
+    found = [[data.client(i)["x"].tolist() for i in data.client_ids()] for data in (uneven, mixed)]
+    assert found == [
+        [[0, 2, 3, 5, 7, 11], [10, 8], [9, 1], [4, 6]],
+        [[5, 2, 8], [10, 1, 4], [6, 0, 11], [9, 3, 7]],
+    ]
+
+
 def test_shards():
     counts = mixes(partition.shards(ARRAYS, 60))
     assert (counts.sum(axis=1) == 20).all()
@@ -197,6 +250,17 @@ def test_by_quantity():
     assert abs(mixes(even) - 12).max() < 17  # labels are mixed
 
 
+def test_an_alpha_of_any_kind_of_scalar():
+    for alpha in (jnp.float32(0.5), np.float16(0.5), np.array(0.5), fractions.Fraction(1, 2)):
+        for make in (partition.dirichlet, partition.by_quantity):
+            found, expected = make(ARRAYS, 9, alpha=alpha), make(ARRAYS, 9, alpha=0.5)
+            assert sizes(found).tolist() == sizes(expected).tolist()
+    for alpha in (1e-100, 1e100):
+        for options in ({}, {"balanced": True}):
+            assert_each_example_once(partition.dirichlet(ARRAYS, 9, alpha=alpha, **options))
+        assert_each_example_once(partition.by_quantity(ARRAYS, 9, alpha=alpha))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -213,6 +277,25 @@ def test_by_quantity():
         (lambda: partition.dirichlet(ARRAYS, 3, alpha=0), "dirichlet: alpha is 0, expected"),
         (lambda: partition.dirichlet(ARRAYS, 3, alpha=np.inf), "alpha is inf.*partition.iid"),
         (lambda: partition.dirichlet(ARRAYS, 3, alpha="1"), "alpha is '1'"),
+        (lambda: partition.dirichlet(ARRAYS, 3, alpha=True), "alpha is True"),
+        (lambda: partition.dirichlet(ARRAYS, 3, alpha=[0.5]), r"alpha is \[0.5\]"),
+        (lambda: partition.by_quantity(ARRAYS, 3, alpha=1e-320), "alpha is 1e-320, .* 1e-100 to"),
+        (lambda: partition.by_quantity(ARRAYS, 3, alpha=1e308), "1e.308, expected"),
+        (lambda: partition.by_quantity(ARRAYS, 3, alpha=np.nan), "alpha is nan"),
+        (lambda: partition.iid(ARRAYS, 3, seed=-1), "iid: seed is -1, expected an int of at least"),
+        (lambda: partition.dirichlet(ARRAYS, 3, alpha=1, seed=0.5), "dirichlet: seed is 0.5"),
+        (lambda: partition.shards(ARRAYS, 3, seed="a"), "shards: seed is 'a'"),
+        (lambda: partition.by_quantity(ARRAYS, 3, alpha=1, seed=[-1]), r"seed is \[-1\]"),
+        (lambda: partition.shards(ARRAYS, 3, label=["label"]), "no feature .*'label'.* to go by"),
+        *(
+            (make, "arrays: feature 'label' mixes str and bytes")
+            for labels in (["a", b"a", "b"], np.array(["a", b"a", "b"], object))
+            for make in (
+                lambda labels=labels: partition.by_column({"label": labels}, "label"),
+                lambda labels=labels: partition.shards({"label": labels}, 1),
+                lambda labels=labels: partition.dirichlet({"label": labels}, 1, alpha=1),
+            )
+        ),
         (lambda: partition.dirichlet(ARRAYS, 3, alpha=1, min_examples=0), "min_examples is 0"),
         (lambda: partition.dirichlet(ARRAYS, 3, alpha=1, label="y"), "no feature 'y' to go by"),
         (

@@ -5,11 +5,13 @@ and of the preparation was worked out by hand from what FedJAX and TensorFlow pu
 """
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import io
 import lzma
 import pickle
+import sqlite3
 import string
 import sys
 import tarfile
@@ -215,6 +217,24 @@ def test_emnist_of_another_version(tmp_path, monkeypatch):
     task = load(all_test=writers(rng, 62, f2100_00=[62]))
     with pytest.raises(DataError, match="has the label 62"):
         task.test.client("f2100_00")
+
+
+def test_what_was_decompressed_is_checked_ever_after(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    publish(monkeypatch, cache, "EMNIST", emnist_file(tmp_path)[1])
+    plain, record = (cache / f"emnist_all.sqlite{suffix}" for suffix in ("", ".sha256"))
+    fax.tasks.load("emnist", cache, model="logistic")
+    content, checksum = plain.read_bytes(), record.read_text()
+    assert hashlib.sha256(content).hexdigest() in checksum
+    # The file of another edition, which is as good as any to look at
+    with contextlib.closing(sqlite3.connect(plain)) as connection, connection:
+        connection.execute("DELETE FROM client_metadata WHERE rowid = 1")
+    with pytest.raises(DownloadError, match=r"all\.sqlite has the .*Remove it, and load again: it"):
+        fax.tasks.load("emnist", cache, model="logistic")
+    plain.unlink()
+    record.write_text("of another edition")
+    fax.tasks.load("emnist", cache, model="logistic")
+    assert (plain.read_bytes(), record.read_text()) == (content, checksum)
 
 
 def test_files_that_are_not_the_published_ones(tmp_path, monkeypatch):

@@ -44,6 +44,33 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read(data: FederatedData, client_id: ClientId) -> dict[str, np.ndarray]:
+    """One client's features, checked."""
+    return checked(client_id, fetch(data, client_id))
+
+
+def fetch(data: FederatedData, client_id: ClientId) -> Examples:
+    """One client's features as the data give them, which may be a user's own."""
+    try:
+        return data.client(client_id)
+    except StopIteration as error:  # it would end whatever loop this is called from
+        raise DataError(
+            f"client {client_id!r}: {type(data).__name__.lstrip('_')}.client raised StopIteration. "
+            "If it calls next, pass a default or catch the exception."
+        ) from error
+
+
+def encoded(text: str) -> bytes:
+    """The UTF-8 of a client's id. Bytes that are no UTF-8 come back as they were."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"its id has {text[error.start]!r} at position {error.start}, half of a pair of "
+            "surrogates, which is no character. Rename the client"
+        ) from error
+
+
 def _array(where: str, value: Any) -> np.ndarray:
     """One feature as a read-only array."""
     if isinstance(value, Mapping):
@@ -55,7 +82,7 @@ def _array(where: str, value: Any) -> np.ndarray:
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever somebody's __array__ raises
         raise DataError(f"{where} is no array: {error}") from error
     if array.ndim == 0:
         raise DataError(
@@ -65,6 +92,17 @@ def _array(where: str, value: Any) -> np.ndarray:
         raise DataError(
             f"{where} has dtype object, expected numbers, bools or strings. If its rows differ in "
             "length, pad them."
+        )
+    # NumPy makes text of bytes that come with text, so that these have to be found before.
+    text = array if array.dtype.hasobject else np.array(0)
+    if array.dtype.kind == "U" and not isinstance(value, np.ndarray):
+        text = np.asarray(value, object)
+    if len({isinstance(v, bytes) for v in text.flat}) > 1:
+        raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
+    if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:
+        raise DataError(
+            f"{where} has bools with the byte {highest}, expected 0 or 1. What they come from is "
+            "damaged."
         )
     if not (is_numeric(array.dtype) or array.dtype.kind in "OSUMm"):
         raise DataError(

@@ -210,7 +210,11 @@ class Cohorts(Iterator[Cohort]):
         return 1 - self._needed / self._computed if self._computed else 0.0
 
     def close(self) -> None:
-        """Ends the thread that works ahead. The iterator has no more cohorts then."""
+        """Ends the thread that works ahead. The iterator has no more cohorts then.
+
+        It waits for a client that is being read, but for a few seconds at most. If a function that
+        prepares examples is stuck, a warning names it, and the thread ends when it returns.
+        """
         self._closed = True
         if self._items is not None:
             self._items.close()

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fax.data._check import Schema, check_finite, check_numeric, checked
+from fax.data._check import Schema, check_finite, check_numeric, read
+from fax.data._prefetch import reading
 from fax.data._protocol import ClientId, DataError, FederatedData
 
 
@@ -36,7 +37,8 @@ class Reader:
 
     def client(self, client_id: ClientId, num_examples: int | None = None) -> dict[str, np.ndarray]:
         """A client's examples, in the dtypes of the device. ``num_examples``, if that is said."""
-        examples = checked(client_id, self.data.client(client_id))
+        with reading(client_id):
+            examples = read(self.data, client_id)
         check_numeric(client_id, examples)
         self._schema.check(client_id, examples)
         for name, array in examples.items():

@@ -18,11 +18,16 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from fax.data._check import Schema, checked, is_numeric
+from fax.data._check import Schema, checked, encoded, is_numeric, read
+from fax.data._decompress import check_max_bytes, check_size
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._write import synchronize, whole
 
 _READABLE = " +,=@()"  # left as they are in file names, besides letters, digits and _.-~
+_LONGEST_NAME = 255  # bytes, on nearly all disks
+_LONGEST_FEATURE = 10_000  # characters; a zip archive holds 65,535 bytes
+_LONGEST_HEADER = 1 << 16  # bytes; NumPy's own are some hundred
+_CHUNK = 1 << 20
 
 
 class Files:
@@ -35,17 +40,19 @@ class Files:
     A client's file is ``<id>.npz``, either in the folder itself or, as `Files.write` puts it, in
     one of 256 subfolders, by the first two hexadecimal digits of the id's SHA-256 checksum. In
     file names, characters other than letters, digits, space and ``_.-~+,=@()`` are percent-encoded.
-    Files may be compressed. Their arrays are read without pickle, so they are of numbers, bools or
-    strings of fixed width.
+    A file name has 255 bytes at most, which bounds the length of ids. Files may be compressed.
+    Their arrays are read without pickle, so they are of numbers, bools or strings of fixed width.
 
     Args:
       folder: the folder.
+      max_bytes: the most bytes that a client's arrays may have. Default: 256 MiB, or 100 times the
+        size of the client's file if that is more.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      DataError: when a client is read, if there is none of that id, or its file is damaged or
-        differs from the others; when the folder is listed, if it has no clients, or files whose
-        names are not those of clients.
+      DataError: when a client is read, if there is none of that id, or its file is damaged, becomes
+        too large or differs from the others; when the folder is listed, if it has no clients, or
+        files whose names are not those of clients.
 
     Example:
 
@@ -57,7 +64,8 @@ class Files:
       {'age': array([36], dtype=int32)}
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike, *, max_bytes: int | None = None) -> None:
+        self._max_bytes = check_max_bytes("fax.data.Files", max_bytes)
         self._folder = Path(folder).absolute()
         if not self._folder.is_dir():
             raise FileNotFoundError(f"fax.data.Files: there is no folder {self._folder}")
@@ -88,7 +96,7 @@ class Files:
             temporary.mkdir()
             for client_id in data.client_ids():
                 path = temporary / _file(client_id, sharded=True)
-                examples = checked(client_id, data.client(client_id))
+                examples = read(data, client_id)
                 schema.check(client_id, examples)
                 for name, array in examples.items():
                     if not is_numeric(array.dtype) or array.dtype.kind == "V":
@@ -97,10 +105,21 @@ class Files:
                             "the files hold NumPy's numbers and bools. Convert it by fax.data.map, "
                             "or use fax.data.SQLite.write, which can write byte strings."
                         )
+                    if "\0" in name or len(name) > _LONGEST_FEATURE:
+                        raise DataError(
+                            f"client {client_id!r}, feature {name!r:.80}: the files can hold names "
+                            f"of {_LONGEST_FEATURE} characters without null characters. Rename it "
+                            "by fax.data.map."
+                        )
                 path.parent.mkdir(exist_ok=True)
                 if path.exists():  # where upper and lower case are the same
                     raise DataError(f"client {client_id!r} has the file name of another client.")
-                _save(path, examples)
+                try:
+                    _save(path, examples)
+                except UnicodeEncodeError as error:
+                    raise DataError(
+                        f"client {client_id!r} has a feature whose name is no text: {error}."
+                    ) from error
             for shard in (*temporary.iterdir(), temporary):
                 synchronize(shard)
         return Files(folder)
@@ -115,13 +134,18 @@ class Files:
     def num_examples(self, client_id: ClientId) -> int:
         with self._open(client_id) as file, self._reading(client_id):
             # The header of the first array tells, and is all that is decompressed.
-            with zipfile.ZipFile(file) as archive, archive.open(archive.infolist()[0]) as member:
+            with (
+                zipfile.ZipFile(file) as archive,
+                _opened(archive, archive.infolist()[0]) as member,
+            ):
                 shape, _, _ = _header(member)
+            if not shape:
+                raise ValueError("its first array is a scalar")
             return shape[0]
 
     def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
         with self._open(client_id) as file, self._reading(client_id):
-            arrays = _load(file)
+            arrays = _load(file, f"client {client_id!r}", self._max_bytes)
             examples = checked(client_id, arrays)
             self._schema.check(client_id, examples)
             return examples
@@ -131,8 +155,12 @@ class Files:
 
     def _open(self, client_id: ClientId) -> IO[bytes]:
         for sharded in (True, False):
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 return (self._folder / _file(client_id, sharded)).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise DataError(f"client {client_id!r} cannot be read: {error}.") from error
         raise DataError(
             f"no client {client_id!r} in {self._folder}: there is neither "
             f"{_file(client_id, True)} nor {_file(client_id, False)}."
@@ -158,7 +186,7 @@ class Files:
             for entry in entries:
                 if entry.name.endswith(".npz"):
                     ids.append(_id(entry.name))
-                elif re.fullmatch("[0-9a-f]{2}", entry.name):
+                elif re.fullmatch("[0-9a-f]{2}", entry.name) and entry.is_dir():
                     with os.scandir(entry.path) as shard:
                         names = [inner.name for inner in shard if inner.name.endswith(".npz")]
                     ids += [_id(f"{entry.name}/{name}") for name in names]
@@ -181,14 +209,21 @@ def _file(client_id: ClientId, sharded: bool) -> str:
     """Where a client's file is in the folder."""
     if not isinstance(client_id, str):
         raise DataError(
-            f"client {client_id!r} is named by a {type(client_id).__name__}, but files are named "
-            "by strings."
+            f"client {client_id!r:.80} is named by a {type(client_id).__name__}, but files are "
+            "named by strings."
         )
-    name = quote(client_id, safe=_READABLE, errors="surrogateescape") + ".npz"
-    if not sharded:
-        return name
-    digest = hashlib.sha256(client_id.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{digest[:2]}/{name}"
+    try:
+        raw = encoded(client_id)
+    except ValueError as error:
+        raise DataError(f"client {client_id!r:.80} has no file name: {error}.") from error
+    name = quote(raw, safe=_READABLE) + ".npz"
+    if len(name) > _LONGEST_NAME:
+        raise DataError(
+            f"client {client_id!r:.80} has {len(client_id)} characters in its id, which make a "
+            f"file name of {len(name)} bytes, but {_LONGEST_NAME} are the most. Shorten ids, for "
+            "example to their checksums, or use fax.data.SQLite.write."
+        )
+    return f"{hashlib.sha256(raw).hexdigest()[:2]}/{name}" if sharded else name
 
 
 def _id(path: str) -> str:
@@ -197,7 +232,7 @@ def _id(path: str) -> str:
     client_id = unquote(name, errors="surrogateescape")
     if path != _file(client_id, sharded="/" in path):
         raise DataError(
-            f"{path} is not named as a client's file. That of client {client_id!r} is "
+            f"{path!r} is not named as a client's file. That of client {client_id!r} is "
             f"{_file(client_id, False)} or {_file(client_id, True)}."
         )
     return client_id
@@ -214,37 +249,66 @@ def _save(path: Path, examples: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def _load(file: IO[bytes]) -> dict[str, np.ndarray]:
+def _load(file: IO[bytes], where: str, max_bytes: int | None) -> dict[str, np.ndarray]:
     """All arrays of a file. Members are read to their end, where their checksum is compared."""
-    content, arrays = file.read(), {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    arrays: dict[str, np.ndarray] = {}
+    stored = file.seek(0, os.SEEK_END)
+    file.seek(max(0, stored - (1 << 16) - 22))
+    content = file.read()
+    with zipfile.ZipFile(file) as archive:
         # zipfile does not compare the number of members with the one that the file ends with.
         end = content.rfind(b"PK\5\6")
         if len(archive.infolist()) & 0xFFFF != int.from_bytes(
             content[end + 10 : end + 12], "little"
         ):
             raise ValueError("the list of its arrays is damaged")
+        # What the list says is all that is read.
+        size = sum(info.file_size for info in archive.infolist())
+        check_size(where, size, max_bytes, stored)
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename or name in arrays:
-                raise ValueError(f"{info.filename} is no array, or comes twice")
-            member = io.BytesIO(archive.read(info))
-            shape, fortran, dtype = _header(member)
-            values = member.read()
-            if dtype.hasobject or len(values) != math.prod(shape) * dtype.itemsize:
-                raise ValueError(
-                    f"feature {name!r} has {len(values)} bytes for {dtype} of shape {shape}"
-                )
-            array = np.frombuffer(values, dtype)
-            arrays[name] = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+                raise ValueError(f"{info.filename!r:.80} is no array, or comes twice")
+            with _opened(archive, info) as member:
+                arrays[name] = _array(name, member)
     return arrays
+
+
+def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    # The others decompress without a limit.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{info.filename!r:.80} is compressed by method {info.compress_type}")
+    return archive.open(info)
+
+
+def _array(name: str, member: IO[bytes]) -> np.ndarray:
+    shape, fortran, dtype = _header(member)
+    values = bytearray()
+    while chunk := member.read(_CHUNK):
+        values += chunk
+    if dtype.hasobject or len(values) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"feature {name!r:.80} has {len(values)} bytes for {dtype} of shape {shape}"
+        )
+    array = np.frombuffer(values, dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """The shape, the order and the dtype of an array in NumPy's format."""
     version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(member)
-    raise ValueError(f"version {version} of NumPy's format is not for plain arrays")
+    readers = {
+        (1, 0): (2, np.lib.format.read_array_header_1_0),
+        (2, 0): (4, np.lib.format.read_array_header_2_0),
+    }
+    if version not in readers:
+        raise ValueError(f"version {version} of NumPy's format is not for plain arrays")
+    size, reader = readers[version]
+    length = member.read(size)
+    if int.from_bytes(length, "little") > _LONGEST_HEADER:
+        raise ValueError("the header of an array is too long")
+    header = member.read(int.from_bytes(length, "little"))
+    shape, fortran, dtype = reader(io.BytesIO(length + header))
+    if any(n < 0 for n in shape):
+        raise ValueError(f"an array has the shape {shape}")
+    return shape, fortran, dtype

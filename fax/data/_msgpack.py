@@ -18,6 +18,10 @@ from fax.data._check import is_numeric
 
 ARRAY, BYTES_ARRAY = 1, 4
 
+_DEEPEST = 4  # lists and maps within each other; an array has two
+_MOST_AXES = 64  # as in NumPy
+_BYTES_OF_A_VALUE = 64  # of memory, as a Python object and its place in a list
+
 # What follows the first byte of a value: the number it is, or the length of what comes after it.
 _NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i"}
 _NUMBERS |= {0xD3: ">q", 0xCA: ">f", 0xCB: ">d"}
@@ -31,53 +35,58 @@ class _Extension(NamedTuple):
     data: bytes
 
 
-def unpack(data: bytes) -> dict[str, np.ndarray]:
-    """A client's features. Raises `ValueError` for anything that is not exactly that."""
-    features = _unpacked(data)
+def unpack(data: bytes, most: int) -> dict[str, np.ndarray]:
+    """A client's features, if they take about ``most`` bytes of memory or less.
+
+    Raises `ValueError` for anything that is not exactly that.
+    """
+    features = _unpacked(data, most)
     if not isinstance(features, dict):
         raise ValueError("expected a map from names to arrays")
-    return {name.decode(): _array(name.decode(), value) for name, value in features.items()}
+    return {name.decode(): _array(name.decode(), value, most) for name, value in features.items()}
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: Any, most: int) -> np.ndarray:
+    where = f"feature {name!r:.80}"
     if not isinstance(value, _Extension) or value.kind not in (ARRAY, BYTES_ARRAY):
-        raise ValueError(f"feature {name!r} is no array")
-    parts = _unpacked(value.data)
+        raise ValueError(f"{where} is no array")
+    parts = _unpacked(value.data, most)
     if not isinstance(parts, list) or len(parts) != (3 if value.kind == ARRAY else 2):
-        raise ValueError(f"feature {name!r} is no array")
+        raise ValueError(f"{where} is no array")
     shape, *dtype, content = parts
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"feature {name!r} has the shape {shape!r}")
+        raise ValueError(f"{where} has the shape {shape!r:.80}")
     if value.kind == BYTES_ARRAY:
         if not isinstance(content, list) or not all(isinstance(v, bytes) for v in content):
-            raise ValueError(f"feature {name!r} does not consist of byte strings")
+            raise ValueError(f"{where} does not consist of byte strings")
         flat = np.empty(len(content), object)
         flat[:] = content
     else:
         if not isinstance(dtype[0], bytes) or not isinstance(content, bytes):
-            raise ValueError(f"feature {name!r} is no array")
-        try:
-            kind = np.dtype(dtype[0].decode())
-        except TypeError:
-            raise ValueError(f"feature {name!r} has dtype {dtype[0]!r}") from None
+            raise ValueError(f"{where} is no array")
+        # A name, and not any text that NumPy would make a dtype of.
+        kind = np.dtype(np.sctypeDict.get(dtype[0].decode(), np.void))
         if not is_numeric(kind):
-            raise ValueError(f"feature {name!r} has dtype {kind}")
+            raise ValueError(f"{where} has dtype {dtype[0]!r:.80}")
         flat = np.frombuffer(content, kind)
-    if flat.size != math.prod(shape):
-        raise ValueError(f"feature {name!r} has {flat.size} values for the shape {shape}")
-    return flat.reshape(shape)
+    if len(shape) > _MOST_AXES or flat.size != math.prod(shape):
+        raise ValueError(f"{where} has {flat.size} values for the shape {shape!r:.80}")
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{where} has the shape {shape!r:.80}: {error}") from error
 
 
-def _unpacked(data: bytes) -> Any:
-    value, end = _value(data, 0, 0)
+def _unpacked(data: bytes, most: int) -> Any:
+    value, end = _value(data, 0, 0, most)
     if end != len(data):
         raise ValueError(f"{len(data) - end} bytes too many")
     return value
 
 
-def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+def _value(data: bytes, at: int, depth: int, most: int) -> tuple[Any, int]:
     """The value that begins at a byte, and where it ends. All strings are bytes."""
-    if depth > 4:
+    if depth > _DEEPEST:
         raise ValueError("too deep")
     code = _take(data, at, 1)[0]
     at += 1
@@ -86,9 +95,9 @@ def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
     if code >= 0xE0:
         return code - 0x100, at
     if code < 0x90:
-        return _map(data, at, code & 0x0F, depth)
+        return _map(data, at, code & 0x0F, depth, most)
     if code < 0xA0:
-        return _list(data, at, code & 0x0F, depth)
+        return _list(data, at, code & 0x0F, depth, most)
     if code < 0xC0:
         return _take(data, at, code & 0x1F), at + (code & 0x1F)
     if code in _NUMBERS:
@@ -98,10 +107,10 @@ def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
         return _take(data, at, length), at + length
     if code in _ARRAYS:
         length, at = _number(data, at, _ARRAYS[code])
-        return _list(data, at, length, depth)
+        return _list(data, at, length, depth, most)
     if code in _MAPS:
         length, at = _number(data, at, _MAPS[code])
-        return _map(data, at, length, depth)
+        return _map(data, at, length, depth, most)
     if code in _EXTENSIONS:
         length, at = _number(data, at, _EXTENSIONS[code])
     elif 0xD4 <= code <= 0xD8:
@@ -123,22 +132,35 @@ def _number(data: bytes, at: int, form: str) -> tuple[Any, int]:
     return struct.unpack(form, _take(data, at, size))[0], at + size
 
 
-def _list(data: bytes, at: int, length: int, depth: int) -> tuple[list[Any], int]:
+def _list(data: bytes, at: int, length: int, depth: int, most: int) -> tuple[list[Any], int]:
+    _check_length(data, at, length, most)
     values = []
     for _ in range(length):
-        value, at = _value(data, at, depth + 1)
+        value, at = _value(data, at, depth + 1, most)
         values.append(value)
     return values, at
 
 
-def _map(data: bytes, at: int, length: int, depth: int) -> tuple[dict[bytes, Any], int]:
+def _map(data: bytes, at: int, length: int, depth: int, most: int) -> tuple[dict[bytes, Any], int]:
+    _check_length(data, at, 2 * length, most)
     values: dict[bytes, Any] = {}
     for _ in range(length):
-        key, at = _value(data, at, depth + 1)
+        key, at = _value(data, at, depth + 1, most)
         if not isinstance(key, bytes) or key in values:
-            raise ValueError(f"the name {key!r} is no string, or comes twice")
-        values[key], at = _value(data, at, depth + 1)
+            raise ValueError(f"the name {key!r:.80} is no string, or comes twice")
+        values[key], at = _value(data, at, depth + 1, most)
     return values, at
+
+
+def _check_length(data: bytes, at: int, length: int, most: int) -> None:
+    """Checks that there can be so many values, of a byte or more, and room for them."""
+    if length > len(data) - at:
+        raise ValueError(f"{length} values begin where {len(data) - at} bytes are left")
+    if length > most // _BYTES_OF_A_VALUE:
+        raise ValueError(
+            f"a list of {length} values takes about {length * _BYTES_OF_A_VALUE} bytes of memory, "
+            f"and the limit is {most}. If the data can be trusted, pass a larger max_bytes"
+        )
 
 
 def pack(features: Mapping[str, np.ndarray]) -> bytes:
@@ -152,8 +174,8 @@ def pack(features: Mapping[str, np.ndarray]) -> bytes:
             kind, rest = BYTES_ARRAY, [_packed_list([_bytes(v) for v in array.flat])]
         else:
             raise ValueError(
-                f"feature {name!r} has dtype {array.dtype}; the file can hold numbers, bools, and "
-                "arrays of dtype object of byte strings. Convert it by fax.data.map"
+                f"feature {name!r:.80} has dtype {array.dtype}; the file can hold numbers, bools, "
+                "and arrays of dtype object of byte strings. Convert it by fax.data.map"
             )
         data = _packed_list([shape, *rest])
         parts += [_string(name), _head(0xC9, len(data)), struct.pack(">b", kind), data]

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, checked, unknown
+from fax.data._check import Schema, checked, listed, unknown
+from fax.data._connection import DAMAGED, Connection, in_words
+from fax.data._decompress import LZMA, check_max_bytes
 from fax.data._protocol import ClientId, DataError, FederatedData
-from fax.data._tables import MEND, TFF, FedJAX, rows
+from fax.data._tables import TFF, FedJAX, rows
 from fax.data._write import whole
 
 _MAGIC = b"SQLite format 3\0"
@@ -29,7 +31,8 @@ class SQLite:
     features are. TensorFlow Federated's has a row for each example, a ``tf.train.Example``, in
     several splits: ``split`` chooses one, and ``features`` which features to read and what they
     are. Neither package is needed. A file that is compressed, ``.lzma`` or ``.xz``, is
-    decompressed once, to the path without that suffix.
+    decompressed once, to the path without that suffix. A file that is there already is used; with
+    ``sha256`` it has to be what the compressed file decompresses to.
 
     Client ids are strings; bytes, as FedJAX has them, are decoded as UTF-8 (with
     ``surrogateescape``, so that none is lost). The order of clients is that of the rows in
@@ -43,12 +46,18 @@ class SQLite:
       split: the name of the split, for example ``"train"``.
       features: maps the names of features to pairs of a dtype and the shape in one example. The
         dtype ``bytes`` stands for byte strings; they become an array of dtype object.
-      sha256: the file's checksum in hexadecimal, compared once when it is opened.
+      sha256: the checksum in hexadecimal of the file at ``path``. It is compared when the file is
+        opened, and again if the file changes, and a journal beside the file is not read. A
+        compressed file is decompressed each time, to compare the result with what is there. To save
+        that, open the decompressed file with a checksum of its own.
+      max_bytes: the most bytes that a compressed file may decompress to, and a client's examples in
+        FedJAX's format. Default: 256 MiB, or 100 times the compressed size if that is more.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      DataError: if the file is damaged, or does not have the checksum or the split; when a client
-        is read, if its row is damaged.
+      DataError: if the file is damaged or locked, or does not have the checksum or the split, or
+        would become larger than ``max_bytes``; when a client is read, if its row is damaged or
+        becomes too large.
 
     Example:
 
@@ -75,34 +84,52 @@ class SQLite:
         features: Mapping[str, tuple[Any, tuple[int, ...]]] | None = None,
         *,
         sha256: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
-        self._path = _decompressed(Path(path).absolute(), sha256)
+        where = "fax.data.SQLite"
+        if sha256 is not None and not isinstance(sha256, str):
+            raise DataError(f"{where}: sha256 is {sha256!r:.80}, expected hexadecimal digits.")
+        self._given, self._sha256 = Path(path).absolute(), sha256
+        self._max_bytes = check_max_bytes(where, max_bytes)
+        if not self._given.is_file():
+            raise FileNotFoundError(f"{where}: there is no file {self._given}")
+        compressed = self._given.suffix in (".lzma", ".xz")
+        self._path = self._given.with_suffix("") if compressed else self._given
+        self._reset()
+        if compressed and not self._path.exists():
+            self._check_sum()
+            self._decompress()
+        if compressed and self._path.stat().st_mtime < self._given.stat().st_mtime:
+            raise DataError(
+                f"{self._path} is older than {self._given}, from which it should come. Remove it, "
+                "and it is decompressed anew; or open it without the suffix."
+            )
+        self._verify()
         _check_header(self._path)
         self._schema = Schema()
-        self._reset()
-        with self._reading("the names of its tables") as connection:
-            names = "SELECT name FROM sqlite_master WHERE type = 'table'"
-            tables = {name for (name,) in connection.execute(names)}
-        self._format: FedJAX | TFF
-        if "federated_data" in tables:
-            if split is not None or features is not None:
-                raise DataError(
-                    f"fax.data.SQLite: {self._path} has FedJAX's format, which has neither splits "
-                    "nor a choice of features. Leave out split and features."
-                )
-            self._format = FedJAX()
-        elif {"examples", "client_metadata"} <= tables:
-            with self._reading("its splits") as connection:
+        with self._reading("its tables") as connection:
+            tables = connection.tables()
+            self._format: FedJAX | TFF
+            if "federated_data" in tables:
+                self._format = FedJAX(connection, self._max_bytes)
+            elif {"examples", "client_metadata"} <= set(tables):
                 self._format = TFF(self._path, connection, split, features)
-        else:
+            else:
+                raise DataError(
+                    f"{where}: {self._path} has the tables [{listed(tables, 20)}], expected "
+                    "federated_data (FedJAX) or examples and client_metadata (TensorFlow "
+                    "Federated)."
+                )
+        if isinstance(self._format, FedJAX) and (split is not None or features is not None):
             raise DataError(
-                f"fax.data.SQLite: {self._path} has the tables {sorted(tables)}, expected "
-                "federated_data (FedJAX) or examples and client_metadata (TensorFlow Federated)."
+                f"{where}: {self._path} has FedJAX's format, which has neither splits nor a choice "
+                "of features. Leave out split and features."
             )
 
     def _reset(self) -> None:
         self._connections = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._verified: Any = None
         self._clients: tuple[tuple[str, ...], Mapping[str, tuple[Any, int]]] | None = None
 
     @staticmethod
@@ -159,7 +186,8 @@ class SQLite:
             length = len(next(iter(examples.values())))
             if length != count:
                 raise DataError(
-                    f"client {client_id!r} has {length} examples, but should have {count}. {MEND}"
+                    f"client {client_id!r} has {length} examples, but should have {count}. "
+                    f"{DAMAGED}"
                 )
             self._schema.check(client_id, examples)
         except DataError as error:
@@ -188,39 +216,97 @@ class SQLite:
         return self._clients
 
     @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[sqlite3.Connection]:
+    def _reading(self, what: str) -> Iterator[Connection]:
         """This thread's connection. What SQLite complains about is put into words."""
+        mine = self._connections
         try:
-            mine = self._connections
             # A connection must not be taken along to another process by a fork.
-            if getattr(mine, "process", None) != os.getpid():
-                mine.connection, mine.process = _Connection(self._path), os.getpid()
-            yield mine.connection.connection
-        except (sqlite3.Error, MemoryError, OverflowError, ValueError) as error:
+            version = os.getpid(), self._verify()
+            if getattr(mine, "version", None) != version:
+                mine.connection = Connection(self._path, alone=self._sha256 is not None)
+                mine.version = version
+            else:
+                mine.connection.start()
+            yield mine.connection
+        except (sqlite3.Error, OSError, MemoryError, OverflowError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{self._path}: cannot read {what}: {error}. {MEND}") from error
+            raise DataError(f"{self._path}: cannot read {what}: {in_words(error)}") from error
+
+    def _verify(self) -> Any:
+        """Compares what is read with the checksum, if there is one, whenever it has changed."""
+        if self._sha256 is None:
+            return None
+        with self._lock:
+            version = self._version()
+            if version != self._verified:
+                self._check_sum()
+                if self._path != self._given:
+                    self._compare()
+                self._verified = version
+            return version
+
+    def _version(self) -> tuple[int, ...]:
+        state = self._path.stat()
+        return state.st_ino, state.st_size, state.st_mtime_ns
+
+    def _check_sum(self) -> None:
+        if self._sha256 is None:
+            return
+        with self._given.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self._sha256.lower():
+            raise DataError(
+                f"{self._given} has the SHA-256 checksum {found}, expected {self._sha256}. "
+                f"{DAMAGED}"
+            )
+
+    def _decompress(self) -> None:
+        try:
+            with (
+                whole("fax.data.SQLite", self._path) as temporary,
+                self._decompressed() as source,
+                temporary.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+            self._verified = self._version()
+        except DataError as error:
+            # Another process may have decompressed it meanwhile.
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+
+    def _compare(self) -> None:
+        """Checks that what has been decompressed is what the compressed file has."""
+        with self._decompressed() as source, self._path.open("rb") as file:
+            while content := source.read(1 << 20):
+                if file.read(len(content)) != content:
+                    break
+            if content or file.read(1):
+                raise DataError(
+                    f"{self._path} is not what {self._given} decompresses to, which has the right "
+                    "checksum. Remove it, and it is decompressed anew."
+                )
+
+    @contextlib.contextmanager
+    def _decompressed(self) -> Iterator[LZMA]:
+        import lzma  # some Pythons are built without it
+
+        try:
+            with LZMA(self._given, self._max_bytes) as source:
+                yield source
+        except (lzma.LZMAError, EOFError) as error:
+            fix = DAMAGED
+            if "limit" in str(error):  # LZMA has no other sign of it
+                fix = "If the data can be trusted, pass a larger max_bytes."
+            raise DataError(f"{self._given} cannot be decompressed: {error}. {fix}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_format": self._format, "_schema": self._schema}
+        left_out = ("_connections", "_lock", "_clients", "_verified")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
-
-
-class _Connection:
-    """A connection for reading, closed when its thread ends or the source is gone."""
-
-    def __init__(self, path: Path) -> None:
-        uri = f"{path.as_uri()}?mode=ro"
-        self.connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
-        self.connection.execute("PRAGMA cell_size_check = ON")  # find damage early
-        self.connection.execute("PRAGMA trusted_schema = OFF")
-
-    def __del__(self) -> None:
-        if hasattr(self, "connection"):
-            self.connection.close()
 
 
 def _check_header(path: Path) -> None:
@@ -228,45 +314,12 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(_MAGIC):
-        raise DataError(f"fax.data.SQLite: {path} is no SQLite file. {MEND}")
+        raise DataError(f"fax.data.SQLite: {path} is no SQLite file. {DAMAGED}")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
     pages = int.from_bytes(header[28:32], "big")
     # Bytes 24 and 92 are equal if the number of pages is up to date.
     if header[24:28] == header[92:96] and path.stat().st_size < page * pages:
         raise DataError(
-            f"fax.data.SQLite: {path} has {path.stat().st_size} bytes of {page * pages}. {MEND}"
+            f"fax.data.SQLite: {path} has {path.stat().st_size} bytes of {page * pages}. {DAMAGED}"
         )
-
-
-def _decompressed(path: Path, sha256: str | None) -> Path:
-    """The path of an SQLite file, once its checksum is right and it is decompressed."""
-    if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise DataError(f"{path} has the SHA-256 checksum {found}, expected {sha256}. {MEND}")
-    elif not path.is_file():
-        raise FileNotFoundError(f"fax.data.SQLite: there is no file {path}")
-    if path.suffix not in (".lzma", ".xz"):
-        return path
-    plain = path.with_suffix("")
-    if plain.exists():
-        if plain.stat().st_mtime < path.stat().st_mtime:
-            raise DataError(
-                f"{plain} is older than {path}, from which it should come. Remove it, and it is "
-                "decompressed anew; or open it without the suffix."
-            )
-        return plain
-    import lzma  # some Pythons are built without it
-
-    try:
-        with (
-            whole("fax.data.SQLite", plain) as temporary,
-            lzma.open(path) as source,
-            temporary.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target, 1 << 20)
-    except (lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path} cannot be decompressed: {error}. {MEND}") from error
-    return plain

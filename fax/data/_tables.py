@@ -11,16 +11,22 @@ from typing import Any
 import numpy as np
 
 from fax.data import _msgpack, _tfexample
-from fax.data._check import Schema, checked
+from fax.data._check import Schema, encoded, listed, read
+from fax.data._connection import DAMAGED, Connection
+from fax.data._decompress import inflated, limit
 from fax.data._protocol import DataError, FederatedData
 
-MEND = "The file is damaged or incomplete: get it once more."
+_LONGEST = 1_000_000_000  # bytes of a value, as SQLite is usually built
 
 
 class FedJAX:
     """A table with a row for each client: its id, its examples, and how many they are."""
 
-    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    def __init__(self, connection: Connection, max_bytes: int | None) -> None:
+        connection.check_stored("federated_data")
+        self._max_bytes = max_bytes
+
+    def index(self, connection: Connection) -> dict[str, tuple[int, int]]:
         # Without ORDER BY, so that an index over the sizes spares going through the examples.
         query = "SELECT rowid, client_id, num_examples FROM federated_data"
         found: dict[str, tuple[int, int]] = {}
@@ -30,7 +36,7 @@ class FedJAX:
             found[name] = row, count
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def read(self, connection: sqlite3.Connection, client_id: str, key: int, count: int) -> bytes:
+    def read(self, connection: Connection, client_id: str, key: int, count: int) -> bytes:
         query = "SELECT client_id, data FROM federated_data WHERE rowid = ?"
         rows = connection.execute(query, [key]).fetchall()
         if len(rows) != 1 or _text(rows[0][0]) != client_id:
@@ -38,22 +44,32 @@ class FedJAX:
         return rows[0][1]
 
     def parse(self, client_id: str, data: Any) -> dict[str, np.ndarray]:
+        where = f"client {client_id!r}"
         try:
-            return _msgpack.unpack(zlib.decompress(data))
-        except (zlib.error, ValueError, TypeError, MemoryError) as error:
-            raise DataError(f"client {client_id!r} cannot be read: {error}. {MEND}") from error
+            if not isinstance(data, bytes):
+                raise ValueError(f"its examples are a {type(data).__name__} and no bytes")
+            most = limit(self._max_bytes, len(data))
+            return _msgpack.unpack(inflated(where, data, self._max_bytes), most)
+        except DataError:
+            raise
+        except (zlib.error, ValueError, MemoryError) as error:
+            raise DataError(f"{where} cannot be read: {error}. {DAMAGED}") from error
 
 
 class TFF:
     """A table with a row for each example, and one with the number of examples of each client."""
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, split: str | None, features: Any
+        self, path: Path, connection: Connection, split: str | None, features: Any
     ) -> None:
+        connection.check_stored("examples", "client_metadata")
         where = f"fax.data.SQLite: {path} has TensorFlow Federated's format"
         splits = sorted({str(split) for split, _ in _metadata(connection)})
         if split not in splits:
-            raise DataError(f"{where} and the splits {splits}, but split is {split!r}. Choose one.")
+            raise DataError(
+                f"{where} and the splits [{listed(splits, 20)}], but split is {split!r:.80}. "
+                "Choose one."
+            )
         if features is None:
             query = "SELECT serialized_example_proto FROM examples WHERE split_name = ? LIMIT 1"
             for (message,) in connection.execute(query, [split]):
@@ -63,7 +79,7 @@ class TFF:
                 )
         self._split, self._features = split, _tfexample.feature_types(features)
 
-    def index(self, connection: sqlite3.Connection) -> dict[str, tuple[None, int]]:
+    def index(self, connection: Connection) -> dict[str, tuple[None, int]]:
         found = {
             client_id: (None, count)
             for (split, client_id), count in _metadata(connection).items()
@@ -71,20 +87,26 @@ class TFF:
         }
         return dict(sorted(found.items()))
 
-    def read(
-        self, connection: sqlite3.Connection, client_id: str, key: None, count: int
-    ) -> list[bytes]:
+    def read(self, connection: Connection, client_id: str, key: None, count: int) -> list[bytes]:
         query = (
             "SELECT serialized_example_proto FROM examples WHERE split_name = ? AND client_id = ? "
             "ORDER BY rowid"
         )
-        cursor = connection.execute(query, [self._split, client_id])
-        rows = cursor.fetchmany(count + 1)  # a damaged file may give rows for ever
-        cursor.close()
-        if len(rows) != count:
-            found = len(rows) if len(rows) < count else "more"
+        messages: list[bytes] = []
+        size = 0
+        for (message,) in connection.execute(query, [self._split, client_id]):
+            if not isinstance(message, bytes):
+                kind = type(message).__name__
+                raise sqlite3.DatabaseError(f"example {len(messages)} is a {kind} and no bytes")
+            messages.append(message)
+            size += len(message) + 1
+            # A damaged file may give the same rows for ever.
+            if len(messages) > count or size > connection.size:
+                break
+        if len(messages) != count:
+            found = len(messages) if len(messages) < count else "more"
             raise sqlite3.DatabaseError(f"it should have {count} examples, but has {found}")
-        return [message for (message,) in rows]
+        return messages
 
     def parse(self, client_id: str, messages: Any) -> dict[str, np.ndarray]:
         if not messages:
@@ -92,7 +114,7 @@ class TFF:
         return _tfexample.stack(client_id, messages, self._features)
 
 
-def _metadata(connection: sqlite3.Connection) -> dict[tuple[str, str], int]:
+def _metadata(connection: Connection) -> dict[tuple[str, str], int]:
     """The number of examples by split and client."""
     counts: dict[tuple[str, str], int] = {}
     query = "SELECT split_name, client_id, num_examples FROM client_metadata"
@@ -121,19 +143,29 @@ def _text(client_id: Any) -> str:
 
 def rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
     """The rows of a table of FedJAX's format."""
-    schema = Schema()
+    schema, seen = Schema(), set[bytes]()
     for client_id in data.client_ids():
         if not isinstance(client_id, (str, bytes)):
             raise DataError(
-                f"client {client_id!r} is named by a {type(client_id).__name__}, but ids in files "
-                "are strings or bytes."
+                f"client {client_id!r:.80} is named by a {type(client_id).__name__}, but ids in "
+                "files are strings or bytes."
             )
-        examples = checked(client_id, data.client(client_id))
+        examples = read(data, client_id)
         schema.check(client_id, examples)
         try:
             packed = zlib.compress(_msgpack.pack(examples))
+            if len(packed) > _LONGEST:
+                raise ValueError(
+                    f"its compressed examples have {len(packed)} bytes, more than the {_LONGEST} "
+                    "that SQLite holds. Divide it into several clients"
+                )
+            raw = client_id if isinstance(client_id, bytes) else encoded(client_id)
         except ValueError as error:
-            raise DataError(f"client {client_id!r} cannot be written: {error}.") from error
-        if isinstance(client_id, str):
-            client_id = client_id.encode("utf-8", "surrogateescape")
-        yield client_id, packed, len(next(iter(examples.values())))
+            raise DataError(f"client {client_id!r:.80} cannot be written: {error}.") from error
+        if raw in seen:
+            raise DataError(
+                f"client {client_id!r:.80} cannot be written: the id of another client has the "
+                "same bytes, one as str and one as bytes. Rename one of them."
+            )
+        seen.add(raw)
+        yield raw, packed, len(next(iter(examples.values())))

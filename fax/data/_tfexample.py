@@ -13,8 +13,11 @@ number and its wire type. Anything else is an error, for it means that the bytes
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,44 +27,85 @@ from fax.data._protocol import DataError
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
-Values = Any  # list[bytes] or np.ndarray
+BYTES, FLOATS, INTS = 1, 2, 3
+
 Features = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
-def parse(message: bytes) -> dict[str, Values]:
-    """The features of an example: byte strings, or an array of float32 or int64, each flat.
+@dataclass(frozen=True)
+class Values:
+    """The values of a feature, which are only read if there are as many as there should be.
+
+    Attributes:
+      kind: of what. None if there are none.
+      packed: the message of a list of byte strings, or all numbers, one after the other.
+    """
+
+    kind: int | None
+    packed: bytes
+
+    def count(self) -> int:
+        if self.kind == BYTES:
+            return sum(1 for _ in _only(self.packed, 1))
+        if self.kind == INTS:
+            return int(np.count_nonzero(np.frombuffer(self.packed, np.uint8) < 0x80))
+        return len(self.packed) // 4
+
+    def array(self) -> np.ndarray:
+        """All values, flat: float32, int64, or byte strings as objects."""
+        if self.kind == INTS:
+            return _varints(self.packed)
+        if self.kind == FLOATS:
+            return np.frombuffer(self.packed, "<f4").astype(np.float32, copy=False)
+        values = list(_only(self.packed, 1))
+        array = np.empty(len(values), object)
+        array[:] = values
+        return array
+
+
+def parse(message: bytes, wanted: Container[str] | None = None) -> dict[str, Values]:
+    """The features of an example, or those that are wanted.
 
     Raises `ValueError` for anything that is not such a message.
     """
     features: dict[str, Values] = {}
+    for name, feature in _entries(message):
+        if wanted is not None and name not in wanted:
+            continue
+        if name in features:
+            raise ValueError(f"feature {name!r:.80} comes twice")
+        features[name] = _values(name, feature)
+    return features
+
+
+def _entries(message: bytes) -> Iterator[tuple[str, bytes]]:
     for body in _only(message, 1):
         for entry in _only(body, 1):
-            fields = list(_fields(entry))
+            fields = list(itertools.islice(_fields(entry), 3))
             if [field[:2] for field in fields] != [(1, LENGTH), (2, LENGTH)]:
                 raise ValueError("an entry of the map of features is no pair of a name and values")
-            name = fields[0][2].decode()
-            if name in features:
-                raise ValueError(f"feature {name!r} comes twice")
-            features[name] = _values(name, fields[1][2])
-    return features
+            yield fields[0][2].decode(), fields[1][2]
 
 
 def _values(name: str, feature: bytes) -> Values:
     """The one list of a feature. One that has none is like an empty list."""
-    fields = list(_fields(feature))
+    fields = list(itertools.islice(_fields(feature), 2))
     if not fields:
-        return []
+        return Values(None, b"")
     (kind, wire, body), *more = fields
-    if more or wire != LENGTH or kind not in (1, 2, 3):
-        raise ValueError(f"feature {name!r} is no list of bytes, floats or ints")
-    if kind == 1:
-        return list(_only(body, 1))
-    parts = []
+    if more or wire != LENGTH or kind not in (BYTES, FLOATS, INTS):
+        raise ValueError(f"feature {name!r:.80} is no list of bytes, floats or ints")
+    if kind == BYTES:
+        for _ in _only(body, 1):
+            pass
+        return Values(kind, body)
+    packed = bytearray()
     for number, wire, value in _fields(body):
-        if number != 1 or wire not in (LENGTH, FIXED32 if kind == 2 else VARINT):
-            raise ValueError(f"feature {name!r} is damaged")
-        parts.append(np.frombuffer(value, "<f4") if kind == 2 else _varints(value))
-    return np.concatenate(parts) if parts else np.empty(0, np.float32 if kind == 2 else np.int64)
+        ends = len(value) % 4 == 0 if kind == FLOATS else not value or value[-1] < 0x80
+        if number != 1 or wire not in (LENGTH, FIXED32 if kind == FLOATS else VARINT) or not ends:
+            raise ValueError(f"feature {name!r:.80} is damaged")
+        packed += value
+    return Values(kind, bytes(packed))
 
 
 def _only(message: bytes, number: int) -> Iterator[bytes]:
@@ -121,31 +165,38 @@ def feature_types(features: Any) -> Features:
     """Checks which features to read: names to pairs of a dtype and the shape in one example."""
     where = "fax.data.SQLite: features"
     if not isinstance(features, Mapping) or not features:
-        raise DataError(f"{where} is {features!r}, expected such as {{'x': (float, (28, 28))}}.")
+        raise DataError(
+            f"{where} is {features!r:.80}, expected such as {{'x': (float, (28, 28))}}."
+        )
     types = {}
     for name, value in features.items():
         try:
             dtype, shape = value
             dtype = np.dtype(object if dtype in (bytes, "bytes") else dtype)
-            shape = tuple(int(n) for n in shape)
-        except (TypeError, ValueError):
+            shape = tuple(operator.index(n) for n in shape)
+        # NumPy evaluates the text of a dtype as Python, with whatever error comes of that.
+        except Exception:
             raise DataError(
-                f"{where}[{name!r}] is {value!r}, expected a pair of a dtype, bytes for byte "
-                "strings, and the shape in one example, as (np.int32, ())."
+                f"{where}[{name!r:.80}] is {value!r:.80}, expected a pair of a dtype, bytes for "
+                "byte strings, and the shape in one example, as (np.int32, ())."
             ) from None
-        if not (dtype.hasobject or is_numeric(dtype)) or any(n < 0 for n in shape):
-            raise DataError(f"{where}[{name!r}] is {dtype}{shape}, expected numbers or bytes.")
+        if not (dtype.kind == "O" or is_numeric(dtype)) or any(n < 0 for n in shape):
+            raise DataError(f"{where}[{name!r:.80}] is {dtype}{shape}, expected numbers or bytes.")
+        if math.prod(n or 1 for n in shape) * dtype.itemsize >= 1 << 31 or len(shape) > 32:
+            raise DataError(f"{where}[{name!r:.80}] is {dtype}{shape}, more than 2 GiB an example.")
         types[name] = dtype, shape
     return types
 
 
-def describe(message: bytes) -> str:
+def describe(message: Any) -> str:
     """What could be passed as features for a file that has such examples."""
+    if not isinstance(message, bytes):
+        raise ValueError(f"the first example is a {type(message).__name__} and no bytes")
     shown = []
-    for name, values in sorted(parse(message).items()):
-        dtype = f"np.{values.dtype}" if isinstance(values, np.ndarray) else "bytes"
-        shape = "()" if len(values) == 1 else f"({len(values)},)"
-        shown.append(f"{name!r}: ({dtype}, {shape})")
+    for name, values in sorted(parse(message).items())[:20]:
+        names: dict[int | None, str] = {INTS: "np.int64", FLOATS: "np.float32"}
+        dtype, count = names.get(values.kind, "bytes"), values.count()
+        shown.append(f"{name!r:.80}: ({dtype}, {'()' if count == 1 else f'({count},)'})")
     return "{" + ", ".join(shown) + "}"
 
 
@@ -154,9 +205,7 @@ def stack(client_id: str, messages: list[bytes], features: Features) -> dict[str
     examples = []
     for i, message in enumerate(messages):
         try:
-            if not isinstance(message, bytes):
-                raise ValueError(f"it is a {type(message).__name__}")
-            examples.append(parse(message))
+            examples.append(parse(message, features))
         except ValueError as error:
             raise DataError(
                 f"client {client_id!r}, example {i} is no tf.train.Example: {error}. "
@@ -164,44 +213,59 @@ def stack(client_id: str, messages: list[bytes], features: Features) -> dict[str
             ) from error
     arrays = {}
     for name, (dtype, shape) in features.items():
-        where = f"client {client_id!r}, feature {name!r}"
+        where, size = f"client {client_id!r}, feature {name!r}", math.prod(shape)
         rows = []
         for i, example in enumerate(examples):
             if name not in example:
-                raise DataError(f"{where}: example {i} lacks it, and has {sorted(example)}.")
-            rows.append(_row(f"{where}, example {i}", example[name], dtype, math.prod(shape)))
-        array = np.empty((len(rows), math.prod(shape)), dtype if dtype.hasobject else rows[0].dtype)
+                has = sorted(parse(messages[i]))[:20]
+                raise DataError(f"{where}: example {i} lacks it, and has {has}.")
+            rows.append(_row(f"{where}, example {i}", example[name], dtype, size))
+        if len({row.dtype for row in rows}) > 1:  # some examples have ints, some the bytes of them
+            rows = [_cast(where, row, dtype) for row in rows]
+        array = np.empty((len(rows), size), rows[0].dtype)
         for i, row in enumerate(rows):
             array[i] = row
         arrays[name] = _cast(where, array, dtype).reshape(len(rows), *shape)
     return arrays
 
 
-def _row(where: str, values: Values, dtype: np.dtype, size: int) -> Values:
+def _row(where: str, values: Values, dtype: np.dtype, size: int) -> np.ndarray:
     """The values of one example, of the kind of the dtype, and as many as there should be."""
-    if isinstance(values, list) and values and not dtype.hasobject:  # the bytes of an array
-        if len(values) != 1 or len(values[0]) != size * dtype.itemsize:
+    count = values.count()
+    if values.kind == BYTES and count and not dtype.hasobject:  # the bytes of an array
+        lengths = [len(value) for value in itertools.islice(_only(values.packed, 1), 2)]
+        if lengths != [size * dtype.itemsize]:
             raise DataError(
-                f"{where} has {sum(map(len, values))} bytes, expected {size} values of {dtype}. "
-                "For byte strings say bytes."
+                f"{where} has {count} byte strings, the first of {lengths[0]} bytes, expected "
+                f"{size} values of {dtype}. For byte strings say bytes."
             )
-        return np.frombuffer(values[0], dtype.newbyteorder("<"))
-    if len(values) != size:
-        raise DataError(f"{where} has {len(values)} values, expected {size}.")
-    if isinstance(values, np.ndarray):
-        integers = dtype.kind in "biu"
-        if dtype.hasobject or integers != (values.dtype == np.int64) or dtype.kind == "c":
-            wanted = "byte strings" if dtype.hasobject else str(dtype)
-            raise DataError(f"{where} is {values.dtype}, expected {wanted}. Change it in features.")
-        return values
-    return values if dtype.hasobject else np.empty(0, dtype)
+        return np.frombuffer(values.array()[0], dtype.newbyteorder("<"))
+    if count != size:
+        raise DataError(f"{where} has {count} values, expected {size}.")
+    if not count and values.kind not in (FLOATS, INTS):
+        return np.empty(0, dtype)
+    try:
+        array = values.array()
+    except ValueError as error:
+        raise DataError(f"{where}: {error}. The file is damaged.") from error
+    kinds: dict[int | None, str] = {BYTES: "O", FLOATS: "fV", INTS: "biu"}
+    if dtype.kind not in kinds[values.kind]:
+        wanted = "byte strings" if dtype.hasobject else str(dtype)
+        raise DataError(f"{where} is {array.dtype}, expected {wanted}. Change it in features.")
+    return array
 
 
 def _cast(where: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Casts, unless ints do not fit."""
+    """Casts, unless numbers do not fit."""
     if array.dtype == np.int64 and dtype != np.int64 and array.size:
         low, high = array.min(), array.max()
         limits = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         if low < limits[0] or high > limits[1]:
             raise DataError(f"{where} has values from {low} to {high}, which {dtype} cannot hold.")
-    return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if array.dtype == np.float32 and dtype != np.float32:
+        lost = np.isfinite(array) & ~np.isfinite(cast)
+        if lost.any():
+            raise DataError(f"{where} has the value {array[lost][0]}, which {dtype} cannot hold.")
+    return cast

@@ -7,12 +7,12 @@ be combined at will.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, check_finite, checked, listed, sift, unknown
+from fax.data._check import Schema, check_finite, checked, fetch, listed, read, sift, unknown
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
@@ -200,7 +200,7 @@ def validate(data: FederatedData, on_bad: str = "raise") -> FederatedData:
     where, schema = "fax.data.validate", Schema()
 
     def check(client_id: ClientId) -> None:
-        examples = checked(client_id, data.client(client_id))
+        examples = read(data, client_id)
         check_finite(client_id, examples)
         found, announced = _length(examples), data.num_examples(client_id)
         if found != announced:
@@ -216,6 +216,13 @@ def validate(data: FederatedData, on_bad: str = "raise") -> FederatedData:
 
 def _length(examples: Examples) -> int:
     return len(next(iter(examples.values())))
+
+
+def _has(ids: Container[ClientId], client_id: ClientId) -> bool:
+    try:
+        return client_id in ids
+    except TypeError:  # it is not hashable
+        return False
 
 
 class _Subset:
@@ -240,7 +247,7 @@ class _Subset:
         return self._data.client(self._own(client_id))
 
     def _own(self, client_id: ClientId) -> ClientId:
-        if client_id not in self._known:
+        if not _has(self._known, client_id):
             raise unknown(client_id, self)
         return client_id
 
@@ -260,15 +267,20 @@ class _Map:
     def num_examples(self, client_id: ClientId) -> int:
         if self._keeps_length:
             return self._data.num_examples(client_id)
-        if client_id not in self._lengths:
+        if not _has(self._lengths, client_id):
             self.client(client_id)
         return self._lengths[client_id]
 
     def client(self, client_id: ClientId) -> Examples:
-        before = self._data.client(client_id)
+        before = fetch(self._data, client_id)
         length = _length(before)  # now, because fn may empty the mapping
         try:
             after = self._fn(client_id, before)
+        except StopIteration as error:  # it would end whatever loop this is called from
+            raise DataError(
+                f"client {client_id!r}: fn of fax.data.map raised StopIteration. If it calls next, "
+                "pass a default or catch the exception."
+            ) from error
         except Exception as error:
             error.add_note(f"This came from fn of fax.data.map, for client {client_id!r}.")
             raise
@@ -320,7 +332,7 @@ class _Concatenation:
         return examples
 
     def _part(self, client_id: ClientId) -> FederatedData:
-        if client_id not in self._owner:
+        if not _has(self._owner, client_id):
             raise unknown(client_id, self)
         return self._owner[client_id]
 

@@ -19,19 +19,24 @@ def whole(where: str, path: Path) -> Iterator[Path]:
     """Gives a temporary path, for a file or folder that takes its own name when all went well.
 
     The temporary path is in a hidden folder beside, and so on the same disk. It is removed if
-    anything goes wrong; a process that is killed leaves it behind, but nothing reads it.
+    anything goes wrong; a process that is killed leaves it behind, but nothing reads it. Of several
+    that write to one path the first to finish wins, and the others get a `DataError`.
     """
+    taken = (
+        f"{where}: {path} exists already. Remove it, or choose another path: nothing is "
+        "overwritten."
+    )
     if path.exists():
-        raise DataError(
-            f"{where}: {path} exists already. Remove it, or choose another path: nothing is "
-            "overwritten."
-        )
+        raise DataError(taken)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield folder / path.name
         if (folder / path.name).is_file():
             synchronize(folder / path.name)
-        os.rename(folder / path.name, path)
+        try:
+            _name(folder / path.name, path)
+        except FileExistsError as error:
+            raise DataError(f"{taken} Another process or thread wrote it meanwhile.") from error
         with contextlib.suppress(OSError):  # it is whole, whenever its name gets to the disk
             synchronize(path.parent)
     except (OSError, sqlite3.Error) as error:
@@ -46,6 +51,25 @@ def whole(where: str, path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Gives a file or folder its name, or raises `FileExistsError` if that is taken."""
+    if temporary.is_file():
+        try:
+            os.link(temporary, path)  # renaming would overwrite
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # on a disk without hard links a moment remains
+            if path.exists():
+                raise FileExistsError(path) from None
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if path.exists():  # a folder is not overwritten, but the error has many names
+            raise FileExistsError(path) from error
+        raise
 
 
 def synchronize(path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fax.data._check import checked
 from fax.data._memory import InMemory
+from fax.data._owners import by_owner, by_proportions, grouped, within
 from fax.data._protocol import DataError
 
 Seed = int | np.random.Generator
@@ -41,8 +42,9 @@ def iid(arrays: Mapping[str, Any], clients: int, *, seed: Seed = 0) -> InMemory:
       >>> [data.num_examples(i) for i in data.client_ids()]
       [3, 3, 2, 2]
     """
-    arrays, n, clients = _arguments("iid", arrays, clients)
-    order = np.random.default_rng(seed).permutation(n)
+    where = "iid"
+    arrays, n, clients = _arguments(where, arrays, clients)
+    order = _generator(where, seed).permutation(n)
     return _dealt(arrays, np.array_split(order, clients))
 
 
@@ -96,16 +98,16 @@ def dirichlet(
     """
     where = "dirichlet"
     arrays, n, clients = _arguments(where, arrays, clients, min_examples)
-    _positive(where, "alpha", alpha)
-    rng = np.random.default_rng(seed)
+    alpha = _positive(where, "alpha", alpha)
+    rng = _generator(where, seed)
     labels, inverse = np.unique(_column(where, arrays, label), return_inverse=True)
-    pools = [rng.permutation(np.flatnonzero(inverse == k)) for k in range(len(labels))]
+    pools = [rng.permutation(pool) for pool in grouped(inverse, len(labels))]
     if balanced:
         return _dealt(arrays, _balanced(pools, clients, alpha, rng))
     owner = np.empty(n, int)
     for pool in pools:
-        owner[pool] = _by_proportions(len(pool), rng.dirichlet(np.full(clients, alpha)))
-    return _dealt(arrays, _by_owner(owner, clients, min_examples, rng))
+        owner[pool] = by_proportions(len(pool), rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, by_owner(owner, clients, min_examples, rng))
 
 
 def _balanced(
@@ -113,6 +115,7 @@ def _balanced(
 ) -> list[np.ndarray]:
     """Lets one client after the other draw from the pools of the labels, without replacement."""
     left = np.array([len(pool) for pool in pools])
+    examples, ends = np.concatenate(pools), np.cumsum(left)
     sizes = [len(part) for part in np.array_split(np.arange(left.sum()), clients)]
     concentration = alpha * left / left.sum()
     parts = []
@@ -129,8 +132,9 @@ def _balanced(
             wanted = np.where(rest, proportions, 0)
             draw = rng.multinomial(int(lacking), wanted / wanted.sum())
             taken += np.minimum(draw, left - taken)
-        parts.append(np.concatenate([p[n - k : n] for p, n, k in zip(pools, left, taken)]))
+        ends -= taken
         left -= taken
+        parts.append(examples[np.repeat(ends, taken) + within(taken)])
     return parts
 
 
@@ -170,7 +174,7 @@ def shards(
     arrays, _, clients = _arguments(where, arrays, clients, each)
     order = np.argsort(_column(where, arrays, label), kind="stable")
     pieces = np.array_split(order, clients * each)
-    deal = np.random.default_rng(seed).permutation(len(pieces)).reshape(clients, each)
+    deal = _generator(where, seed).permutation(len(pieces)).reshape(clients, each)
     return _dealt(arrays, [np.concatenate([pieces[i] for i in hand]) for hand in deal])
 
 
@@ -204,7 +208,7 @@ def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
         )
     found, inverse = np.unique(values, return_inverse=True)
     ids = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in found]
-    return _dealt(arrays, _by_owner(inverse, len(found)), ids)
+    return _dealt(arrays, by_owner(inverse, len(found)), ids)
 
 
 def by_quantity(
@@ -240,36 +244,13 @@ def by_quantity(
       >>> [data.num_examples(i) for i in data.client_ids()]
       [24, 1, 54, 21]
     """
-    arrays, n, clients = _arguments("by_quantity", arrays, clients, min_examples)
-    _positive("by_quantity", "alpha", alpha)
-    rng = np.random.default_rng(seed)
+    where = "by_quantity"
+    arrays, n, clients = _arguments(where, arrays, clients, min_examples)
+    alpha = _positive(where, "alpha", alpha)
+    rng = _generator(where, seed)
     owner = np.empty(n, int)
-    owner[rng.permutation(n)] = _by_proportions(n, rng.dirichlet(np.full(clients, alpha)))
-    return _dealt(arrays, _by_owner(owner, clients, min_examples, rng))
-
-
-def _by_proportions(n: int, proportions: np.ndarray) -> np.ndarray:
-    """Divides ``0, ..., n - 1`` into runs of these proportions: the run of each, ``[n]``."""
-    ends = n * np.cumsum(proportions / proportions.sum())
-    return np.searchsorted(ends[:-1], np.arange(n) + 0.5)
-
-
-def _by_owner(
-    owner: np.ndarray, clients: int, min_examples: int = 1, rng: Any = None
-) -> list[np.ndarray]:
-    """Each client's examples, after those with too few got more from whoever has most."""
-    ends = np.cumsum(np.bincount(owner, minlength=clients))[:-1]
-    parts = np.split(np.argsort(owner, kind="stable"), ends)
-    sizes = np.array([len(part) for part in parts])
-    for poor in np.flatnonzero(sizes < min_examples):
-        while sizes[poor] < min_examples:
-            rich = int(np.argmax(sizes))
-            one = rng.integers(sizes[rich])
-            parts[poor] = np.append(parts[poor], parts[rich][one])
-            parts[rich] = np.delete(parts[rich], one)
-            sizes[poor] += 1
-            sizes[rich] -= 1
-    return parts
+    owner[rng.permutation(n)] = by_proportions(n, rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, by_owner(owner, clients, min_examples, rng))
 
 
 def _dealt(
@@ -312,10 +293,10 @@ def _arguments(
 
 
 def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in arrays:
+    if not isinstance(name, str) or name not in arrays:
         raise DataError(
-            f"fax.data.partition.{where}: there is no feature {name!r} to go by. The arrays are "
-            f"{sorted(arrays)}."
+            f"fax.data.partition.{where}: there is no feature {name!r:.80} to go by. The "
+            f"arrays are {sorted(arrays)}."
         )
     if arrays[name].ndim != 1:
         raise DataError(
@@ -337,9 +318,24 @@ def _count(where: str, name: str, value: Any) -> int:
     return count
 
 
-def _positive(where: str, name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float, np.number)) and 0 < value < np.inf):
+def _positive(where: str, name: str, value: Any) -> float:
+    try:
+        number = 0.0 if isinstance(value, (bool, str, bytes)) or np.ndim(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0.0
+    if not 1e-100 <= number <= 1e100:  # beyond, NumPy's Dirichlet distribution breaks down
         raise DataError(
-            f"fax.data.partition.{where}: {name} is {value!r}, expected a positive number. For "
-            "clients that are alike use fax.data.partition.iid."
+            f"fax.data.partition.{where}: {name} is {value!r:.80}, expected a positive number from "
+            "1e-100 to 1e100. For clients that are alike use fax.data.partition.iid."
         )
+    return number
+
+
+def _generator(where: str, seed: Seed) -> np.random.Generator:
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"fax.data.partition.{where}: seed is {seed!r:.80}, expected an int of at least 0 or a "
+            "NumPy generator."
+        ) from error

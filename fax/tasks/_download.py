@@ -3,7 +3,8 @@
 A file gets its name when all of it is on the disk and its checksum is right. Until then it is a
 ``.part``, and beside it stands from which version of the server's file it comes: a download goes
 on only from that version. Where no checksum is published, that of the first download is written
-down beside the file, and is what the file has to have from then on.
+down beside the file, and is what the file has to have from then on. The same holds for what a file
+is decompressed to.
 """
 
 from __future__ import annotations
@@ -76,15 +77,19 @@ def files(folder: Path, *sources: Source) -> list[Path]:
         if not path.exists():
             missing = [s for s in sources[number:] if not (folder / s.name).exists()]
             _download(source, path, missing)
-        _check(source, path)
+        fix = (
+            "Remove it and what was decompressed from it, and load again, or put there what "
+            f"{source.url} has."
+        )
+        check(path, source.sha256, fix)
         paths.append(path)
     return paths
 
 
-def _check(source: Source, path: Path) -> None:
+def check(path: Path, published: str | None, fix: str) -> None:
     """Compares a file with the checksum that is published, else with the one written down."""
-    record = path.with_name(path.name + ".sha256")
-    expected, known = source.sha256, "published"
+    record = record_of(path)
+    expected, known = published, "published"
     if expected is None and record.exists():
         expected, known = (record.read_text().split() or [""])[0], f"in {record}"
     found = _sha256(path)
@@ -96,9 +101,13 @@ def _check(source: Source, path: Path) -> None:
     elif found != expected:
         raise DownloadError(
             f"{path} has the SHA-256 checksum {found}, but {expected} is {known}: it is damaged or "
-            "of another version. Remove it and what was decompressed from it, and load again, or "
-            f"put there what {source.url} has."
+            f"of another version. {fix}"
         )
+
+
+def record_of(path: Path) -> Path:
+    """Where a file's checksum is written down."""
+    return path.with_name(path.name + ".sha256")
 
 
 def _download(source: Source, path: Path, missing: list[Source]) -> None:
@@ -194,7 +203,7 @@ class _Part:
     def finish(self) -> None:
         """Gives the file its name."""
         synchronize(self.path)
-        self.target.with_name(self.target.name + ".sha256").unlink(missing_ok=True)
+        record_of(self.target).unlink(missing_ok=True)
         self.path.replace(self.target)
         self._origin.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import numpy as np
 
 import fax.data
 from fax.data import DataError, FederatedData
-from fax.tasks._download import DownloadError, Source, cache_folder, files
+from fax.tasks._download import DownloadError, Source, cache_folder, check, files, record_of
 from fax.tasks._tokens import Characters, Words
 
 _FOLDER = "https://storage.googleapis.com/tff-datasets-public/"
@@ -41,6 +41,8 @@ STACKOVERFLOW_WORDS = Source(
 SHAKESPEARE_CHARACTERS = Characters(
     b"dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?bfjnrvzBFJNRVZ\"&*.26:\naeimquyAEIMQUY]!%)-159\r"
 )
+
+_LONGEST_LINE = 1000  # bytes of a word and its count
 
 Cache = str | os.PathLike | None
 Split = tuple[FederatedData, FederatedData]
@@ -127,7 +129,8 @@ def _most_frequent(archive: Path, size: int) -> list[str]:
         with tarfile.open(archive, "r:bz2") as tar:
             file = tar.extractfile("stackoverflow.word_count")
             assert file is not None
-            lines = [line.decode().split() for line in itertools.islice(file, size)]
+            parts = iter(lambda: file.readline(_LONGEST_LINE), b"")
+            lines = [line.decode().split() for line in itertools.islice(parts, size)]
     except (tarfile.TarError, KeyError, OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(
             f"{archive} is not Stack Overflow's list of words, stackoverflow.word_count in a "
@@ -136,8 +139,8 @@ def _most_frequent(archive: Path, size: int) -> list[str]:
     for number, line in enumerate(lines, 1):
         if len(line) != 2 or not line[1].isdigit():
             raise DataError(
-                f"{archive}: line {number} is {' '.join(line)!r}, expected a word and its count. "
-                "It is another vocabulary; remove it, and load again."
+                f"{archive}: line {number} is {' '.join(line)!r:.80}, expected a word and its "
+                "count. It is another vocabulary; remove it, and load again."
             )
     counts = [int(count) for _, count in lines]
     if len(lines) < size or counts != sorted(counts, reverse=True):
@@ -162,8 +165,12 @@ def _opened(
     keeps_length: bool = True,
 ) -> Split:
     """The splits of a file, prepared when a client is read."""
+    plain = path.with_suffix("")
+    if not plain.exists():
+        record_of(plain).unlink(missing_ok=True)
     with _published(path, source):
         sources = [fax.data.SQLite(path, split, features) for split in splits]
+    check(plain, None, "Remove it, and load again: it is decompressed anew.")
     train, test = (fax.data.map(d, prepare, keeps_length=keeps_length) for d in sources)
     with _published(path, source):
         first = train.client_ids()[0]
