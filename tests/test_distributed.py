@@ -232,9 +232,12 @@ def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, m
 
 def test_when_a_process_stands_still_the_others_end_and_say_which():
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    with running(ROUNDS.format(victim=1, how=stop), 2) as processes:
-        _, err = processes[0].communicate(timeout=60)
-    assert re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", err)
+    with running(ROUNDS.format(victim=1, how=stop), 3) as processes:
+        errs = [processes[i].communicate(timeout=60)[1] for i in (0, 2)]
+    assert any(re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", err) for err in errs)
+    for err in errs:
+        assert re.search(r"fax: process 1 on \S+ (has sent no heartbeat|stands still)", err)
+        assert not re.search(r"process [02]( on \S+)? died", err)
 
 
 # The start

@@ -10,7 +10,7 @@ import socket
 from fax.sharding._connection import Connection
 
 _WHERE = "fax.sharding.initialize"
-_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # which JAX knows, too
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # which JAX knows, too
 
 
 def listen(address: str) -> list[socket.socket]:
@@ -22,13 +22,13 @@ def listen(address: str) -> list[socket.socket]:
     Raises:
       RuntimeError: if the port is taken, or this machine has no such address.
     """
-    host, _, port = (os.environ.get(_BIND) or address).rpartition(":")
+    host, _, port = (os.environ.get(BIND) or address).rpartition(":")
     host = host.strip("[]")
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise RuntimeError(
-            f"{_WHERE}: process 0 cannot find the address of {host!r}: {error.strerror}. Pass a "
+            f"{_WHERE}: process 0 cannot find the address of {host!r}: {error}. Pass a "
             "coordinator_address that all processes can find."
         ) from error
     places = list(dict.fromkeys((family, place) for family, *_, place in found))
@@ -55,7 +55,7 @@ def listen(address: str) -> list[socket.socket]:
         raise RuntimeError(
             f"{_WHERE}: process 0 cannot listen at {address}, because {host} is no address of its "
             "machine. Pass its own address as coordinator_address. If the others reach it by "
-            f"another one, as behind a service of Kubernetes, set {_BIND} to the host and port "
+            f"another one, as behind a service of Kubernetes, set {BIND} to the host and port "
             "where it should listen."
         )
     return listeners
@@ -66,7 +66,7 @@ def bind_address(listeners: list[socket.socket], peers: list[Connection]) -> str
     ends = [peer.socket for peer in peers] or listeners[:1]
     host_and_port = {end.getsockname()[:2] for end in ends}
     hosts = sorted({host.removeprefix("::ffff:") for host, _ in host_and_port})
-    if os.environ.get(_BIND) or (len(hosts) > 1 and not all(map(is_loopback, hosts))):
+    if os.environ.get(BIND) or (len(hosts) > 1 and not all(map(is_loopback, hosts))):
         return None
     host, port = hosts[0], ends[0].getsockname()[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

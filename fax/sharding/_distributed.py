@@ -16,6 +16,7 @@ import jax
 
 from fax._arguments import number
 from fax.sharding import _peers
+from fax.sharding._address import BIND
 
 
 def initialize(
@@ -103,9 +104,10 @@ def initialize(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
         "local_device_ids": local_device_ids,
-        "initialization_timeout": initialization_timeout,
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "shutdown_timeout_seconds": shutdown_timeout,
+        "initialization_timeout": math.ceil(initialization_timeout),
+        # JAX looks once a second, and should have ended this process by then.
+        "heartbeat_timeout_seconds": max(math.ceil(heartbeat_timeout) - 1, 1),
+        "shutdown_timeout_seconds": math.ceil(shutdown_timeout),
     }
     if address is None or count is None or me is None:
         if token is not None:
@@ -165,15 +167,16 @@ def _check_unused() -> None:
 def _check(address: str | None, count: int | None, me: int | None) -> None:
     """Refuses what cannot be right. None is what is not known."""
     where = "fax.sharding.initialize"
-    if address is not None and not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", str(address)):
-        raise ValueError(
-            f"{where}: coordinator_address is {address!r}, expected the host and port of process "
-            "0, as in '10.0.0.1:1234'."
-        )
-    if address is not None and not 0 < int(address.rsplit(":", 1)[1]) < 1 << 16:
-        raise ValueError(
-            f"{where}: coordinator_address is {address!r}, expected a port from 1 to 65535."
-        )
+    for name, value in (("coordinator_address", address), (BIND, os.environ.get(BIND))):
+        if value is None:
+            continue
+        if not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", str(value)):
+            raise ValueError(
+                f"{where}: {name} is {value!r}, expected the host and port of process 0, as in "
+                "'10.0.0.1:1234'."
+            )
+        if not 0 < int(value.rsplit(":", 1)[1]) < 1 << 16:
+            raise ValueError(f"{where}: {name} is {value!r}, expected a port from 1 to 65535.")
     if count is not None and count < 1:
         raise ValueError(f"{where}: num_processes is {count}, expected at least 1.")
     if me is not None and (me < 0 or (count is not None and me >= count)):

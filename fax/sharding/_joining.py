@@ -26,8 +26,8 @@ def join(
     while (left := min(deadline, comes_back) - time.monotonic()) > 0:
         try:
             peer = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5))
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             time.sleep(min(0.1, left))
             continue
         connection = Connection(peer)

@@ -56,8 +56,8 @@ class Host:
         self._lost: dict[int, tuple[str, float]] = {}
         self._turned_away, self._last_stranger = 0, ""
 
-    def meet(self) -> dict[int, Connection]:
-        """Waits until all are there.
+    def gather(self) -> dict[int, Connection]:
+        """Waits until all are there, and returns them. They wait in turn for `let_go`.
 
         Raises:
           RuntimeError: if they do not come in time, die, or disagree who is expected.
@@ -91,9 +91,12 @@ class Host:
                 self._check_time(now)
             for connection in self._strangers:
                 connection.socket.close()
+        return self._present
+
+    def let_go(self) -> None:
+        """Tells all that they have met."""
         for number, connection in self._present.items():
             connection.send(go=number)
-        return self._present
 
     def _complete(self) -> bool:
         if len(self._present) < self._count - 1 or self._rivals:

@@ -74,11 +74,14 @@ def meet(
                 "processes, a new one for each run, or pass token=.",
                 stacklevel=3,
             )
-        peers = Host(address, listeners, count, key, timeout, heartbeat).meet()
-        return Watch(me, peers, heartbeat, bind_address(listeners, [*peers.values()]))
+        host = Host(address, listeners, count, key, timeout, heartbeat)
+        peers = host.gather()
+        bind = bind_address(listeners, [*peers.values()])
     finally:
-        for listener in listeners:
+        for listener in listeners:  # JAX needs the port, as soon as the others look for it there
             listener.close()
+    host.let_go()
+    return Watch(me, peers, heartbeat, bind)
 
 
 class Watch:
@@ -117,6 +120,9 @@ class Watch:
         sys.excepthook = excepthook
         # This runs before JAX's own handler, which waits for the other processes.
         atexit.register(self._leave)
+        if hasattr(os, "register_at_fork"):
+            # A worker that outlives this process must not hold its connections open.
+            os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=self._watch, name="fax-watch", daemon=True).start()
 
     def _watch(self) -> None:
@@ -151,6 +157,8 @@ class Watch:
                 self._end(printable(message["gone"], 1000))
             if "silent" in message:
                 self._told_silent = [printable(name) for name in message["silent"]]
+                for line in message.get("news", []):
+                    _print(f"fax: {printable(line)}.")
             peer.finished = peer.finished or "finished" in message
         if not peer.closed or peer.finished or self._leaving:
             return peer.closed
@@ -165,7 +173,7 @@ class Watch:
 
     def _look_for_silent_ones(self, now: float) -> None:
         """Names those who stand still before JAX ends this process without a clear word."""
-        before = set(self._silent)
+        news = []
         for number, peer in self._peers.items():
             silence = 0.0 if peer.finished or peer.closed else now - peer.heard
             name = f"process {number}{self._on(peer)}"
@@ -173,17 +181,19 @@ class Watch:
                 self._end(f"{name} stands still: it has sent no heartbeat for {silence:.0f} s")
             if silence <= self._heartbeat / 3:
                 if self._silent.pop(number, None):
-                    _print(f"fax: {name} goes on.")
+                    news.append(f"{name} goes on")
             elif number not in self._silent:
                 self._silent[number] = name
-                _print(
-                    f"fax: {name} has sent no heartbeat for {silence:.1f} s. If it stands still, "
-                    f"the run ends after {self._heartbeat:g} s."
+                news.append(
+                    f"{name} has sent no heartbeat for {silence:.1f} s. If it stands still, the "
+                    f"run ends after {self._heartbeat:g} s"
                 )
-        if self._me == 0 and before != set(self._silent):
+        for line in news:
+            _print(f"fax: {line}.")
+        if self._me == 0 and news:
             for number, peer in self._peers.items():
                 if number not in self._silent:
-                    peer.send(silent=list(self._silent.values()))
+                    peer.send(silent=list(self._silent.values()), news=news)
 
     def _on(self, peer: Connection) -> str:
         return f" on {peer.host}" if self._me == 0 else ""
@@ -199,6 +209,10 @@ class Watch:
             flush.start()
             flush.join(timeout=1)
         os._exit(BEREFT)
+
+    def _close(self) -> None:
+        for peer in self._peers.values():
+            peer.socket.close()
 
     def _leave(self) -> None:
         if os.getpid() != self._pid:
