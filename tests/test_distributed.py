@@ -97,7 +97,12 @@ def together():
         full = place(np.ones((4, 2)) + jnp.zeros(2), n=8)  # computed under the mesh
     with jax.set_mesh(Mesh(devices[:2], "clients")):
         errors["mesh"] = refused(rows, 8)
-    report(dict(results=results, errors=errors, full=full.shape))
+    import socket
+    try:  # another address of this machine
+        elsewhere = str(socket.create_connection(("127.0.0.2", port), timeout=5))
+    except OSError:
+        elsewhere = None
+    report(dict(results=results, errors=errors, full=full.shape, elsewhere=elsewhere))
     """
     return reports(script, 2)
 
@@ -186,6 +191,11 @@ def test_rows_that_do_not_fit_are_refused(together, case):
 
 def test_what_was_computed_under_a_mesh_can_be_placed(together):
     assert [process["full"] for process in together] == [[8, 2], [8, 2]]
+
+
+def test_nothing_listens_but_at_the_coordinators_address(together):
+    """Not JAX either."""
+    assert [process["elsewhere"] for process in together] == [None, None]
 
 
 # One dies

@@ -82,7 +82,8 @@ PROCESSES = """
             yield "all met"
             return
         ends = {i: process.end() for i, process in processes.items()}
-        hit.kill()
+        hit.send(signal.SIGCONT if number == STOP else KILL)
+        ends["victim"] = hit.end()
         yield ends
 
     def at_once(*steps):
@@ -153,6 +154,10 @@ def test_processes_that_die_or_stand_still_are_named_and_may_come_back():
     *found, one, another = happened(f"at_once({', '.join(f'three({text})' for text in texts)})")
     assert one == another == "all met"
     for (case, message), ends in zip(cases, found, strict=True):
+        status, said = ends.pop("victim")
+        if case["number"] == "STOP":  # and went on in the end
+            assert status == (_peers.BEREFT if case["met"] else 1)
+            assert "stood still" in said or "stands still" in said, (case, said)
         assert len(ends) == 1 + case["met"]
         for status, said in ends.values():
             assert status == (_peers.BEREFT if case["met"] else 1)

@@ -55,6 +55,7 @@ class Host:
         self._rivals: dict[int, tuple[Connection, int, float]] = {}
         self._lost: dict[int, tuple[str, float]] = {}
         self._turned_away, self._last_stranger = 0, ""
+        self._stood_still = 0.0  # seconds that this process did itself
 
     def gather(self) -> dict[int, Connection]:
         """Waits until all are there, and returns them. They wait in turn for `let_go`.
@@ -76,7 +77,8 @@ class Host:
                     elif not ready.data.closed:
                         self._hear(ready.data)
                 now = time.monotonic()
-                if now - awake > self._heartbeat / 3:  # it is this process that stood still
+                if now - awake > self._heartbeat / 3:
+                    self._stood_still = now - awake
                     for connection in self._present.values():
                         connection.heard = now
                 awake = now
@@ -252,6 +254,8 @@ class Host:
         self._refuse(f"{one}. {_NUMBERS}", new)
 
     def _refuse(self, reason: str, *new: Connection) -> NoReturn:
+        if self._stood_still:
+            reason += f". Process 0 itself had stood still for {self._stood_still:.0f} s"
         reason += "."
         everybody = [*self._present.values(), *(rival for rival, *_ in self._rivals.values()), *new]
         for connection in everybody:
