@@ -122,6 +122,8 @@ class RowFile:
     def _damaged(self, what: str) -> Iterator[None]:
         try:
             yield
+        except sqlite3.ProgrammingError:  # as from another thread: nothing is wrong with the file
+            raise
         except sqlite3.DatabaseError as error:
             raise ValueError(
                 f"{WHERE}: {what} in {self._path!r} cannot be read ({error}). Go on with a copy of "
@@ -199,6 +201,8 @@ def _written(path: str | None, what: str, consequence: str) -> Iterator[None]:
     """Says what could not be written, and what follows from it."""
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise
     except sqlite3.Error as error:
         number = errno.ENOSPC if _is(error, sqlite3.SQLITE_FULL) else errno.EIO
         raise OSError(

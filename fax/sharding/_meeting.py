@@ -164,7 +164,8 @@ class Host:
             self._turn_away(connection, "claimed a number that is in dispute")
         elif number in self._present:
             self._ask(self._present[number])
-            deadline = time.monotonic() + _ANSWER
+            # Before the new one takes the silence for that of a process 0 that stands still.
+            deadline = time.monotonic() + min(_ANSWER, self._heartbeat / 2)
             self._rivals[number] = (connection, self._question, deadline)
         else:
             self._admit(number, connection)
