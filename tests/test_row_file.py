@@ -1,5 +1,6 @@
 """Rows of clients when disks are full, processes are killed, and calls are interrupted."""
 
+import concurrent.futures
 import errno
 import resource
 import sqlite3
@@ -132,6 +133,16 @@ def test_an_interrupted_write_leaves_the_rows_of_the_round_before(tmp_path, in_f
     rows.write([(1, b"new")])
     rows.flush()
     assert [rows.read(i) for i in (0, 1)] == [b"old", b"new"]
+    rows.close()
+
+
+def test_a_call_from_another_thread_says_so_and_changes_nothing():
+    rows = RowFile(None, {}, b"start")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for call in (lambda: rows.read(0), lambda: rows.write([(0, b"new")])):
+            with pytest.raises(sqlite3.ProgrammingError, match="thread"):
+                pool.submit(call).result()
+    assert (rows.read(0), rows.rounds) == (b"start", 0)
     rows.close()
 
 
