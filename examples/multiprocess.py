@@ -9,9 +9,9 @@ prints the test accuracy and how far the result is from that of a single process
 """
 
 import argparse
-import contextlib
 import functools
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -30,6 +30,7 @@ from jax import lax
 import fax
 
 ALPHA, BATCH_SIZE, HIDDEN = 0.5, 5, 64
+ENDING = 10  # seconds that processes have to end when one of them has died
 
 
 def load_clients(options, rows):
@@ -105,7 +106,11 @@ def work(options):
     """One of the processes."""
     jax.config.update("jax_num_cpu_devices", options.devices_per_process)
     fax.sharding.initialize(
-        f"localhost:{options.port}", options.processes, options.process, initialization_timeout=60
+        f"localhost:{options.port}",
+        options.processes,
+        options.process,
+        initialization_timeout=60,
+        heartbeat_timeout=options.heartbeat_timeout,
     )
     start = time.perf_counter()
     params, accuracy = train(options)
@@ -120,29 +125,66 @@ def work(options):
 
 def launch(options, result):
     """Starts all processes and waits for them. Says which one died, if one does."""
-    with socket.create_server(("", 0)) as free:
+    with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, *sys.argv, f"--port={port}", f"--result={result}"]
-    processes = [subprocess.Popen([*command, f"--process={i}"]) for i in range(options.processes)]
+    # A secret of this run, so that no other process on this machine is taken for one of its own.
+    environment = os.environ | {"FAX_TOKEN": secrets.token_hex(16)}
+    processes = [
+        subprocess.Popen([*command, f"--process={i}"], env=environment)
+        for i in range(options.processes)
+    ]
     try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-            if any(process.poll() for process in processes):
-                break
-        failed = {i: p.poll() for i, p in enumerate(processes) if p.poll()}
-        if failed:
-            # Where another one was the cause, a process ends with status 3, or JAX aborts it.
-            causes = [i for i in failed if failed[i] not in (3, -signal.SIGABRT)] or [*failed]
-            status = failed[causes[0]]
-            how = f"signal {-status}" if status < 0 else f"an error, exit status {status}"
-            print(f"process {causes[0]} died of {how}", flush=True)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                for process in processes:
-                    process.wait(timeout=60)
+        if not ended(processes, options.heartbeat_timeout):
+            # The others say why they end, and do so by themselves if they have met.
+            deadline = time.monotonic() + ENDING
+            while time.monotonic() < deadline and any(
+                process.poll() is None and not stands_still(process) for process in processes
+            ):
+                time.sleep(0.1)
+            print(cause(processes), flush=True)
             sys.exit(1)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
+
+
+def ended(processes, patience):
+    """Waits until all have ended. False, if one has died or stands still for too long."""
+    stopped = {}
+    while any(process.poll() is None for process in processes):
+        now = time.monotonic()
+        stopped = {p: stopped.get(p, now) for p in processes if stands_still(p)}
+        # Those who have met notice it themselves, after `patience` seconds.
+        long = any(now - since > patience + ENDING for since in stopped.values())
+        if long or any(process.poll() for process in processes):
+            return False
+        time.sleep(0.1)
+    return not any(process.poll() for process in processes)
+
+
+def cause(processes):
+    """Which process died, so that the others ended."""
+    stopped = [i for i, process in enumerate(processes) if stands_still(process)]
+    failed = {i: p.poll() for i, p in enumerate(processes) if p.poll()}
+    # Where another one was the cause, a process ends with status 3, or JAX aborts it.
+    killed = [i for i, status in failed.items() if status < 0 and status != -signal.SIGABRT]
+    raised = [i for i, status in failed.items() if status > 0 and status != 3]
+    first = [*killed, *stopped, *raised, *failed][0]
+    if first in stopped:
+        return f"process {first} stood still, and was killed"
+    status = failed[first]
+    how = f"signal {-status}" if status < 0 else f"an error, exit status {status}"
+    return f"process {first} died of {how}"
+
+
+def stands_still(process):
+    """Whether a signal has stopped a process, where the system tells."""
+    if process.poll() is not None or not hasattr(os, "waitid"):
+        return False
+    options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, process.pid, options) is not None
 
 
 def check(options, result):
@@ -164,6 +206,7 @@ def main():
     number("--rounds", default=30)
     number("--clients", default=48, help="a multiple of the number of all devices")
     number("--seed", default=0)
+    number("--heartbeat-timeout", default=30, help="seconds of silence that mean death")
     parser.add_argument("--check", action="store_true", help="compare with a single process")
     number("--process", help=argparse.SUPPRESS)
     number("--port", help=argparse.SUPPRESS)

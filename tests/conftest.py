@@ -28,7 +28,7 @@ def run(tmp_path):
 ABOVE_THE_CORE = (
     *("algorithms_personal", "client_store", "cohorts", "compression", "control_variates"),
     *("diloco", "fedavg", "fedopt", "maml", "metrics", "models", "papa", "privacy", "robust"),
-    *("secure_sum", "streaming_diloco"),
+    *("row_file", "secure_sum", "streaming_diloco"),
 )
 ON_THE_NEWEST = ("docs", "examples_algorithms", "examples_diloco", "examples_privacy")
 

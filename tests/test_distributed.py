@@ -97,7 +97,12 @@ def together():
         full = place(np.ones((4, 2)) + jnp.zeros(2), n=8)  # computed under the mesh
     with jax.set_mesh(Mesh(devices[:2], "clients")):
         errors["mesh"] = refused(rows, 8)
-    report(dict(results=results, errors=errors, full=full.shape))
+    import socket
+    try:  # another address of this machine
+        elsewhere = str(socket.create_connection(("127.0.0.2", port), timeout=5))
+    except OSError:
+        elsewhere = None
+    report(dict(results=results, errors=errors, full=full.shape, elsewhere=elsewhere))
     """
     return reports(script, 2)
 
@@ -188,6 +193,11 @@ def test_what_was_computed_under_a_mesh_can_be_placed(together):
     assert [process["full"] for process in together] == [[8, 2], [8, 2]]
 
 
+def test_nothing_listens_but_at_the_coordinators_address(together):
+    """Not JAX either."""
+    assert [process["elsewhere"] for process in together] == [None, None]
+
+
 # One dies
 
 ROUNDS = """
@@ -232,9 +242,12 @@ def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, m
 
 def test_when_a_process_stands_still_the_others_end_and_say_which():
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    with running(ROUNDS.format(victim=1, how=stop), 2) as processes:
-        _, err = processes[0].communicate(timeout=60)
-    assert re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", err)
+    with running(ROUNDS.format(victim=1, how=stop), 3) as processes:
+        errs = [processes[i].communicate(timeout=60)[1] for i in (0, 2)]
+    assert any(re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", err) for err in errs)
+    for err in errs:
+        assert re.search(r"fax: process 1 on \S+ (has sent no heartbeat|stands still)", err)
+        assert not re.search(r"process [02]( on \S+)? died", err)
 
 
 # The start

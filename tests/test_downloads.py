@@ -136,6 +136,24 @@ def test_the_first_checksum_is_written_down_where_none_is_published(server, tmp_
     assert record.read_text().startswith(hashlib.sha256(b"a new edition").hexdigest())
 
 
+def test_a_checksum_that_cannot_be_written_down_leaves_nothing_behind(
+    server, tmp_path, monkeypatch
+):
+    path = tmp_path / "some.sqlite.lzma"
+    path.write_bytes(CONTENT)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "no space is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_download, "synchronize", full)
+        with pytest.raises(OSError, match="no space"):
+            files(tmp_path, Source(server.url))
+    assert left(tmp_path) == [path.name]
+    assert_whole(tmp_path, server, None)
+    assert left(tmp_path) == [path.name, f"{path.name}.sha256"]
+
+
 def test_a_file_put_there_by_hand_is_checked(server, tmp_path):
     path = tmp_path / "some.sqlite.lzma"
     path.write_bytes(b"something else")

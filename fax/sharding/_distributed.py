@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import re
+import time
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from fax._arguments import number
 from fax.sharding import _peers
+from fax.sharding._address import BIND
 
 
 def initialize(
@@ -20,6 +25,7 @@ def initialize(
     process_id: int | None = None,
     *,
     local_device_ids: int | Sequence[int] | None = None,
+    token: str | None = None,
     initialization_timeout: int = 300,
     heartbeat_timeout: int = 30,
     shutdown_timeout: int = 300,
@@ -43,24 +49,38 @@ def initialize(
     says otherwise.
 
     When a process dies or an exception ends it, all others print which one it was and end at once,
-    with exit status 3. One that stands still without dying, and any one on a TPU pod or Kubernetes,
-    is noticed by JAX's heartbeats instead, which abort the others after ``heartbeat_timeout``. A
-    process that leaves by `sys.exit` counts as finished.
+    with exit status 3. One that stands still is named by all others after a third of
+    ``heartbeat_timeout``; while JAX is being set up they end after that time, later JAX's own
+    heartbeats abort them, within about that time. On a TPU pod or Kubernetes there are these
+    alone. A process that leaves by `sys.exit` counts as finished.
+
+    Until all have met, a process that dies may be started again within ``heartbeat_timeout``. If it
+    is not, or stands still for as long, all others raise an error that names it.
+
+    Process 0 listens at the coordinator's address only, first for the others and then for JAX.
+    Whoever comes without the token is turned away and changes nothing. The token guards the
+    meeting; what JAX sends afterwards is neither authenticated nor encrypted, so run on a network
+    that you trust.
 
     Args:
-      coordinator_address: host and port of process 0, as in ``"10.0.0.1:1234"``. The port must be
-        free.
+      coordinator_address: host and port of process 0, as in ``"10.0.0.1:1234"``,
+        ``"[fd00::1]:1234"`` or ``"node7:1234"``. The port must be free. If process 0 does not
+        have this address itself, ``JAX_COORDINATOR_BIND_ADDRESS`` says where it listens.
       num_processes: how many processes there are.
       process_id: the number of this one, from 0.
       local_device_ids: which of the host's GPUs are this process's own.
+      token: a secret of at least 16 characters that the processes of this run share. Default: the
+        environment variable ``FAX_TOKEN``. Make a new one for each run. Without it, the job's
+        number that Slurm or Open MPI gives keeps other runs apart, but is no secret; if process 0
+        can be reached from other machines, it warns.
       initialization_timeout: how many seconds to wait for the other processes to start.
       heartbeat_timeout: after how many seconds of silence a process counts as dead.
       shutdown_timeout: how many seconds a process that has finished waits for the others to finish.
 
     Raises:
       ValueError: if something is neither passed nor found in the environment, or does not fit.
-      RuntimeError: if JAX is in use already, this was called before, or the processes do not all
-        meet in time.
+      RuntimeError: if JAX is in use already, this was called before, the processes do not all
+        meet in time, or process 0 cannot listen.
 
     Example:
 
@@ -73,21 +93,56 @@ def initialize(
     count = found.processes if num_processes is None else _int("num_processes", num_processes)
     me = found.number if process_id is None else _int("process_id", process_id)
     _check(address, count, me)
+    token = _token(token)
+    for name, value in (
+        ("initialization_timeout", initialization_timeout),
+        ("heartbeat_timeout", heartbeat_timeout),
+        ("shutdown_timeout", shutdown_timeout),
+    ):
+        number("fax.sharding.initialize", name, value, above=0)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
         "local_device_ids": local_device_ids,
-        "initialization_timeout": initialization_timeout,
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-        "shutdown_timeout_seconds": shutdown_timeout,
+        "initialization_timeout": math.ceil(initialization_timeout),
+        # JAX looks once a second, and should have ended this process by then.
+        "heartbeat_timeout_seconds": max(math.ceil(heartbeat_timeout) - 1, 1),
+        "shutdown_timeout_seconds": math.ceil(shutdown_timeout),
     }
     if address is None or count is None or me is None:
+        if token is not None:
+            warnings.warn(
+                "fax.sharding.initialize: the token is not used, because the processes find each "
+                "other by JAX alone here. Pass coordinator_address, num_processes and process_id.",
+                stacklevel=2,
+            )
         _detect(address, count, me, options)
         return
     if local_device_ids is None and process_id is None:
         options["local_device_ids"] = found.local
-    _peers.meet(address, count, me, initialization_timeout).start()
-    jax.distributed.initialize(address, count, me, cluster_detection_method="deactivate", **options)
+    started = time.monotonic()
+    job = job_of(os.environ) if num_processes is None and process_id is None else ""
+    watch = _peers.meet(
+        address,
+        count,
+        me,
+        initialization_timeout,
+        heartbeat=heartbeat_timeout,
+        token=token,
+        job=job,
+    )
+    watch.start()
+    left = initialization_timeout - (time.monotonic() - started)
+    options["initialization_timeout"] = math.ceil(max(left, heartbeat_timeout))
+    jax.distributed.initialize(
+        address,
+        count,
+        me,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=watch.bind,
+        **options,
+    )
+    watch.starting = False
 
 
 def _check_unused() -> None:
@@ -112,11 +167,16 @@ def _check_unused() -> None:
 def _check(address: str | None, count: int | None, me: int | None) -> None:
     """Refuses what cannot be right. None is what is not known."""
     where = "fax.sharding.initialize"
-    if address is not None and not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", str(address)):
-        raise ValueError(
-            f"{where}: coordinator_address is {address!r}, expected the host and port of process "
-            "0, as in '10.0.0.1:1234'."
-        )
+    for name, value in (("coordinator_address", address), (BIND, os.environ.get(BIND))):
+        if value is None:
+            continue
+        if not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", str(value)):
+            raise ValueError(
+                f"{where}: {name} is {value!r}, expected the host and port of process 0, as in "
+                "'10.0.0.1:1234'."
+            )
+        if not 0 < int(value.rsplit(":", 1)[1]) < 1 << 16:
+            raise ValueError(f"{where}: {name} is {value!r}, expected a port from 1 to 65535.")
     if count is not None and count < 1:
         raise ValueError(f"{where}: num_processes is {count}, expected at least 1.")
     if me is not None and (me < 0 or (count is not None and me >= count)):
@@ -124,6 +184,19 @@ def _check(address: str | None, count: int | None, me: int | None) -> None:
             f"{where}: process_id is {me}, expected a number from 0 up to num_processes, which is "
             f"{'not given' if count is None else count}."
         )
+
+
+def _token(token: str | None) -> str | None:
+    """The token that is passed or in the environment, if it is one that cannot be guessed."""
+    name = "token" if token is not None else "the environment variable FAX_TOKEN"
+    found = os.environ.get("FAX_TOKEN") if token is None else token
+    if found is not None and (not isinstance(found, str) or len(found) < 16):
+        what = f"has {len(found)} characters" if isinstance(found, str) else "is no str"
+        raise ValueError(
+            f"fax.sharding.initialize: {name} {what}, expected at least 16 characters of a str "
+            "that nobody can guess, as `openssl rand -hex 16` makes it."
+        )
+    return found
 
 
 def _int(name: str, value: Any) -> int:
@@ -191,24 +264,42 @@ _FIRST_PORT, _PORTS = 61440, 4096  # where a port is not given, one from the end
 
 def find(env: Mapping[str, str]) -> Found:
     """What a launcher says about this process in the environment ``env``."""
+    launcher = _launcher(env)
+    if launcher is None:
+        return Found(
+            env.get("JAX_COORDINATOR_ADDRESS"),
+            _number(env, "JAX_NUM_PROCESSES"),
+            _number(env, "JAX_PROCESS_ID"),
+        )
+    processes = _number(env, launcher.processes)
+    on_one_host = processes == _number(env, launcher.local_processes)
+    return Found(
+        env.get("JAX_COORDINATOR_ADDRESS") or _coordinator(env, launcher, on_one_host),
+        processes,
+        _number(env, launcher.number),
+        _number(env, launcher.local),
+    )
+
+
+def job_of(env: Mapping[str, str]) -> str:
+    """What a launcher calls the run, alike in all of its processes, or nothing."""
+    launcher = _launcher(env)
+    if launcher is None:
+        return ""
+    names = {"OMPI_COMM_WORLD_SIZE": "PMIX_NAMESPACE", "SLURM_NTASKS": "SLURM_JOB_ID"}
+    job = env.get(names.get(launcher.processes, ""), "")
+    step = env.get("SLURM_STEP_ID", "") if launcher.processes == "SLURM_NTASKS" else ""
+    return f"{launcher.processes} {job} {step}" if job else ""
+
+
+def _launcher(env: Mapping[str, str]) -> _Launcher | None:
     for launcher in _LAUNCHERS:
         # The script of a job of Slurm is no step of it, and runs but once.
         if launcher.processes == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" not in env:
             continue
         if launcher.processes in env and launcher.number in env:
-            processes = _number(env, launcher.processes)
-            on_one_host = processes == _number(env, launcher.local_processes)
-            return Found(
-                env.get("JAX_COORDINATOR_ADDRESS") or _coordinator(env, launcher, on_one_host),
-                processes,
-                _number(env, launcher.number),
-                _number(env, launcher.local),
-            )
-    return Found(
-        env.get("JAX_COORDINATOR_ADDRESS"),
-        _number(env, "JAX_NUM_PROCESSES"),
-        _number(env, "JAX_PROCESS_ID"),
-    )
+            return launcher
+    return None
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:

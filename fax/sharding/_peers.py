@@ -4,31 +4,46 @@ JAX's coordination service ends a process whose peers are unreachable or gone by
 a timeout, with a message that cannot be changed. So the processes first meet here, with errors
 that can be read. They meet at the coordinator's port, which is given to JAX afterwards: process 0
 listens, the others connect. The connections stay open; when one closes, or brings the news of an
-exception, its process is gone and all others are told. A process that stands still without closing
-its connection is left to the heartbeats of JAX.
+exception, its process is gone and all others are told.
+
+A process that stands still keeps its connection. So each sends heartbeats here as well. While JAX
+is being set up, one that sends none for too long ends the run. Afterwards it is named, and JAX's
+own heartbeats decide, because they go on while Python is busy in one long call, and these do not.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import selectors
-import socket
 import sys
 import threading
 import time
+import warnings
 from typing import Any, NoReturn
 
 import jax
 
-Message = dict[str, Any]
+from fax.sharding._address import bind_address, is_loopback, listen
+from fax.sharding._connection import Connection, printable
+from fax.sharding._handshake import key_of
+from fax.sharding._joining import join
+from fax.sharding._meeting import Host
 
 BEREFT = 3  # the exit status of a process that ends because another one is gone
 
 
-def meet(address: str, count: int, me: int, timeout: float) -> Watch:
+def meet(
+    address: str,
+    count: int,
+    me: int,
+    timeout: float,
+    *,
+    heartbeat: float = 30.0,
+    token: str | None = None,
+    job: str = "",
+) -> Watch:
     """Waits for all processes.
 
     Args:
@@ -36,155 +51,62 @@ def meet(address: str, count: int, me: int, timeout: float) -> Watch:
       count: the number of processes.
       me: the number of this one.
       timeout: how many seconds to wait.
+      heartbeat: after how many seconds of silence one of them counts as dead.
+      token: what processes of this run know, and nobody else.
+      job: what a launcher calls this run. Processes of another one are strangers.
 
     Returns:
       A watch over them, which has yet to be started.
 
     Raises:
-      RuntimeError: if not all of them come in time, or they disagree who is expected.
+      RuntimeError: if not all of them come in time, one dies and does not come back, or they
+        disagree who is expected.
     """
-    deadline = time.monotonic() + timeout
-    if me == 0:
-        return Watch(me, _receive_all(address, count, deadline, timeout))
-    return Watch(me, {0: _join(address, count, me, deadline, timeout)})
-
-
-class Connection:
-    """Messages, a line of JSON each, over a socket."""
-
-    def __init__(self, peer: socket.socket):
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that is cut off says nothing. This notices it after half a minute.
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, option):
-                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.socket = peer
-        self.host = "?"
-        self.finished = False
-        self._received = b""
-
-    def send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # who is gone is noticed when reading
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, deadline: float | None = None) -> Message | None:
-        """The next message, or None when the connection is closed or time is up."""
-        try:
-            while b"\n" not in self._received:
-                left = None if deadline is None else max(deadline - time.monotonic(), 0.01)
-                self.socket.settimeout(left)
-                data = self.socket.recv(4096)
-                if not data or len(self._received) > 1 << 16:
-                    return None
-                self._received += data
-            self.socket.settimeout(None)
-            line, self._received = self._received.split(b"\n", 1)
-            message = json.loads(line)
-            return message if isinstance(message, dict) else None
-        except (OSError, ValueError):
-            return None
-
-
-def _receive_all(
-    address: str, count: int, deadline: float, timeout: float
-) -> dict[int, Connection]:
-    """Process 0: a connection to each of the others."""
-    port = int(address.rsplit(":", 1)[1])
-    both = socket.has_dualstack_ipv6()
+    key = key_of(token, job)
+    if me > 0:
+        return Watch(me, {0: join(address, count, me, key, timeout, heartbeat)}, heartbeat)
+    listeners = listen(address)
     try:
-        listener = socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        )
-    except OSError as error:
-        raise RuntimeError(
-            f"fax.sharding.initialize: process 0 cannot listen at port {port} of {address}: "
-            f"{error.strerror}. Choose a free port."
-        ) from error
-    present: dict[int, Connection] = {}
-    with listener:
-        while len(present) < count - 1:
-            listener.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                new = Connection(listener.accept()[0])
-            except OSError:
-                absent = [i for i in range(1, count) if i not in present]
-                _refuse(
-                    present,
-                    f"process 0 waited {timeout:g} s at {address} for {count - 1} others, and "
-                    f"{_names(absent)} did not come. Start all processes with the same "
-                    "coordinator_address, and look for errors in the output of those.",
-                )
-            # Whoever does not say who it is within seconds is none of ours.
-            hello = new.receive(min(deadline, time.monotonic() + 5)) or {}
-            number, of = hello.get("process"), hello.get("of")
-            if not isinstance(number, int) or not isinstance(of, int):
-                new.socket.close()
-                continue
-            new.host = str(hello.get("host"))
-            if of != count or not 0 < number < count or number in present:
-                mistake = (
-                    f"on {new.host} there is one of {of} processes, but process 0 was started as "
-                    f"one of {count}"
-                    if of != count
-                    else f"two processes are number {number}: one on "
-                    f"{present[number].host if number in present else 'the coordinator'}, one on "
-                    f"{new.host}"
-                )
-                mend = "Give every process the same num_processes and its own process_id."
-                _refuse({**present, -1: new}, f"{mistake}. {mend}")
-            present[number] = new
-            new.send(welcome=number)
-    for number, connection in present.items():
-        connection.send(go=number)
-    return present
-
-
-def _refuse(present: dict[int, Connection], reason: str) -> NoReturn:
-    for connection in present.values():
-        connection.send(refused=reason)
-        connection.socket.close()
-    raise RuntimeError(f"fax.sharding.initialize: {reason}")
-
-
-def _join(address: str, count: int, me: int, deadline: float, timeout: float) -> Connection:
-    """Any other process: a connection to process 0, which may not have started yet."""
-    host, port = address.rsplit(":", 1)
-    reason = "nobody answered"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            peer = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            time.sleep(min(0.1, left))
-            continue
-        connection = Connection(peer)
-        connection.send(process=me, of=count, host=socket.gethostname())
-        answer = connection.receive(min(deadline, time.monotonic() + 5)) or {}
-        reason = "whoever is there did not answer as process 0 of this run"
-        if "welcome" in answer:
-            # Process 0 may have started later, and says who is missing when its time is up.
-            answer = connection.receive(deadline + 5) or {}
-            reason = "process 0 is there, but not all of the others are"
-        if answer.get("go") == me:
-            return connection
-        peer.close()
-        if "refused" in answer:
-            raise RuntimeError(f"fax.sharding.initialize: {answer['refused']}")
-        time.sleep(min(0.1, left))
-    raise RuntimeError(
-        f"fax.sharding.initialize: process {me} did not meet process 0 at {address} within "
-        f"{timeout:g} s ({reason}). Check that process 0 runs, that coordinator_address is its "
-        "address, and that no firewall is in between."
-    )
+        if token is None and not all(is_loopback(x.getsockname()[0]) for x in listeners):
+            warnings.warn(
+                f"fax.sharding.initialize: whoever reaches {address} can take the place of a "
+                "process, because there is no token. Set FAX_TOKEN to the same secret in all "
+                "processes, a new one for each run, or pass token=.",
+                stacklevel=3,
+            )
+        host = Host(address, listeners, count, key, timeout, heartbeat)
+        peers = host.gather()
+        bind = bind_address(listeners, [*peers.values()])
+    finally:
+        for listener in listeners:  # JAX needs the port, as soon as the others look for it there
+            listener.close()
+    host.let_go()
+    return Watch(me, peers, heartbeat, bind)
 
 
 class Watch:
-    """Ends this process when another one is gone, and tells the others when it goes itself."""
+    """Ends this process when another one is gone, and tells the others when it goes itself.
 
-    def __init__(self, me: int, peers: dict[int, Connection]):
+    Attributes:
+      bind: where JAX should listen at process 0; None: wherever it likes.
+      starting: whether JAX has no heartbeats of its own yet, so that these decide.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        peers: dict[int, Connection],
+        heartbeat: float = 30.0,
+        bind: str | None = None,
+    ):
         self._me, self._peers, self._pid = me, peers, os.getpid()
+        self._heartbeat, self.bind = heartbeat, bind
+        self.starting = True
         self._failure: str | None = None
         self._leaving = False
+        self._silent: dict[int, str] = {}
+        self._told_silent: list[str] = []
+        self._stood_still = (0.0, 0.0)  # how long this process did itself, and until when
 
     def start(self) -> None:
         previous = sys.excepthook
@@ -198,25 +120,80 @@ class Watch:
         sys.excepthook = excepthook
         # This runs before JAX's own handler, which waits for the other processes.
         atexit.register(self._leave)
+        if hasattr(os, "register_at_fork"):
+            # A worker that outlives this process must not hold its connections open.
+            os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=self._watch, name="fax-watch", daemon=True).start()
 
     def _watch(self) -> None:
+        beat = min(1.0, self._heartbeat / 10)
         with selectors.DefaultSelector() as selector:
             for number, connection in self._peers.items():
+                connection.heard = time.monotonic()
                 selector.register(connection.socket, selectors.EVENT_READ, number)
+            awake = next_beat = time.monotonic()
             while selector.get_map():
-                for key, _ in selector.select():
-                    number = key.data
-                    peer = self._peers[number]
-                    message = peer.receive()
-                    if message is None and (peer.finished or self._leaving):
-                        selector.unregister(peer.socket)
-                    elif message is None:
-                        self._end(f"process {number}{self._on(peer)} died")
-                    elif "gone" in message:
-                        self._end(str(message["gone"]))
-                    elif "finished" in message:
-                        peer.finished = True
+                ready = selector.select(max(next_beat - time.monotonic(), 0))
+                now = time.monotonic()
+                if now - awake > self._heartbeat / 3:
+                    self._stood_still = (now - awake, now + self._heartbeat)
+                    for connection in self._peers.values():
+                        connection.heard = now  # what they sent meanwhile has not been read yet
+                awake = now
+                for key, _ in ready:
+                    if self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                if now >= next_beat:
+                    next_beat = now + beat
+                    for peer in self._peers.values():
+                        peer.send(beat=True)
+                    self._look_for_silent_ones(now)
+
+    def _hear(self, number: int) -> bool:
+        """Reads what a process says. Returns whether it has ended as it should."""
+        peer = self._peers[number]
+        for message in peer.take():
+            if "gone" in message:
+                self._end(printable(message["gone"], 1000))
+            if "silent" in message:
+                self._told_silent = [printable(name) for name in message["silent"]]
+                for line in message.get("news", []):
+                    _print(f"fax: {printable(line)}.")
+            peer.finished = peer.finished or "finished" in message
+        if not peer.closed or peer.finished or self._leaving:
+            return peer.closed
+        name = f"process {number}{self._on(peer)}"
+        still = [*(x for i, x in self._silent.items() if i != number), *self._told_silent]
+        duration, until = self._stood_still
+        if time.monotonic() < until:
+            self._end(f"process {self._me} stood still for {duration:.0f} s, and {name} has ended")
+        if still:
+            self._end(f"{' and '.join(still)} stands still, and {name} has ended")
+        self._end(f"{name} died")
+
+    def _look_for_silent_ones(self, now: float) -> None:
+        """Names those who stand still before JAX ends this process without a clear word."""
+        news = []
+        for number, peer in self._peers.items():
+            silence = 0.0 if peer.finished or peer.closed else now - peer.heard
+            name = f"process {number}{self._on(peer)}"
+            if self.starting and silence > self._heartbeat:
+                self._end(f"{name} stands still: it has sent no heartbeat for {silence:.0f} s")
+            if silence <= self._heartbeat / 3:
+                if self._silent.pop(number, None):
+                    news.append(f"{name} goes on")
+            elif number not in self._silent:
+                self._silent[number] = name
+                news.append(
+                    f"{name} has sent no heartbeat for {silence:.1f} s. If it stands still, the "
+                    f"run ends after {self._heartbeat:g} s"
+                )
+        for line in news:
+            _print(f"fax: {line}.")
+        if self._me == 0 and news:
+            for number, peer in self._peers.items():
+                if number not in self._silent:
+                    peer.send(silent=list(self._silent.values()), news=news)
 
     def _on(self, peer: Connection) -> str:
         return f" on {peer.host}" if self._me == 0 else ""
@@ -232,6 +209,10 @@ class Watch:
             flush.start()
             flush.join(timeout=1)
         os._exit(BEREFT)
+
+    def _close(self) -> None:
+        for peer in self._peers.values():
+            peer.socket.close()
 
     def _leave(self) -> None:
         if os.getpid() != self._pid:
@@ -254,9 +235,4 @@ class Watch:
 
 
 def _print(message: str) -> None:
-    os.write(2, f"{message}\n".encode())  # which no other thread can hold up
-
-
-def _names(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"process{'es' if len(numbers) > 1 else ''} {shown}"
+    os.write(2, f"{message}\n".encode(errors="replace"))  # which no other thread can hold up

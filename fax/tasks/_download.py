@@ -96,8 +96,12 @@ def check(path: Path, published: str | None, fix: str) -> None:
     if expected is None:
         # In one go, for another process may be reading it.
         new = record.with_name(f"{record.name}.{os.getpid()}.{threading.get_ident()}")
-        new.write_text(f"{found}  {path.name}\n")
-        new.replace(record)
+        try:
+            new.write_text(f"{found}  {path.name}\n")
+            synchronize(new)
+            new.replace(record)
+        finally:
+            new.unlink(missing_ok=True)
     elif found != expected:
         raise DownloadError(
             f"{path} has the SHA-256 checksum {found}, but {expected} is {known}: it is damaged or "
