@@ -10,7 +10,7 @@ import numpy as np
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._aggregator import Metrics, Transformation, each, present_rows
 
 PyTree = Any
 
@@ -19,6 +19,8 @@ _WHERE = "fax.aggregators.non_finite"
 
 def non_finite(policy: str = "drop") -> Transformation:
     """Looks for NaN and infinities in clients' updates and weights.
+
+    Those of clients whose weight is zero are not looked at, for they are left out anyway.
 
     With ``"drop"`` such a client's update and weight become zero: it counts nowhere, and no
     derivative reaches what it sent. All aggregators of fax leave out clients of weight zero, so
@@ -56,12 +58,12 @@ def non_finite(policy: str = "drop") -> Transformation:
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        finite = each(_is_finite, updates, weights)
+        finite = each(_is_finite, present_rows(updates, weights), weights)
         metrics = {"non_finite": reductions.sum(~finite)}
         if policy == "raise":
             jax.debug.callback(_refuse, operators.collect(finite))
             return updates, weights, state, metrics
-        updates, weights = each(_or_zero, finite, (updates, weights))
+        updates, weights = each(_or_zero, finite, (present_rows(updates, weights), weights))
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)

@@ -57,8 +57,9 @@ def secure_sum(
 
     This is the arithmetic, not the protocol: the streams' seeds, on which pairs would agree by
     exchanging keys, are drawn from the server's key, and nobody drops out. Weights below zero count
-    as zero. If a client's update or weight is NaN so is the result, for an integer cannot say
-    so. With a total weight of zero it is zero. What is differentiated are integers: derivatives are
+    as zero, and a client of weight zero sends zeros, whatever it holds. If another client's update
+    or weight is NaN so is the result, for an integer cannot say so. With a total weight of zero it
+    is zero. What is differentiated are integers: derivatives are
     zero.
 
     Args:
@@ -144,6 +145,8 @@ def secure_sum(
                 f"than 2^32. Expected bits of at most {(_MODULUS // size).bit_length() - 1}."
             )
         mask_key, rounding_key = jax.random.split(key)
+        counted = ~(weights <= 0)  # one of NaN is, and makes the result NaN
+        updates = reductions.masked(updates, counted)
         words, outside = each(encode, updates, weights, operators.keys(rounding_key))
         sent = masked(words, mask_key, neighbors)
         # Half of the residues stand for negative numbers.
@@ -156,7 +159,7 @@ def secure_sum(
         ]
         metrics = {
             "clients/bits": jnp.full(weights.shape, 32 * total.size, jnp.float32),
-            "clipped": reductions.mean(outside),
+            "clipped": reductions.mean(outside, where=counted),
         }
         return jax.tree.unflatten(treedef, update), state, metrics
 
