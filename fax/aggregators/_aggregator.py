@@ -114,10 +114,28 @@ def each(fn: Callable, *args: PyTree) -> Any:
     return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
 
 
+def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:
+    """`each`, where ``fn(update, *args)`` sees zeros in place of updates whose weight is zero.
+
+    What makes updates is differentiated all the same, until a reduction leaves these clients out.
+    """
+
+    def own(update: PyTree, weight: jax.Array, *args: PyTree) -> Any:
+        return fn(where(weight != 0, update), *args)
+
+    return each(own, updates, weights, *args)
+
+
+def where(flag: jax.Array, values: PyTree) -> PyTree:
+    """The values, or zeros."""
+    return jax.tree.map(lambda x: jnp.where(flag, x, jnp.zeros_like(x)), values)
+
+
 def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
     """The rows of clients whose weight is not zero, and zeros for the others.
 
-    Neither what those hold nor its derivatives, be they NaN, get any further.
+    Neither what those hold nor its derivatives, be they NaN, get any further. Gradients keep what
+    makes these rows, however.
     """
     return reductions.masked(rows, weights != 0)
 

@@ -11,7 +11,7 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Metrics, Transformation, each, present_rows
+from fax.aggregators._aggregator import Metrics, Transformation, each_present
 from fax.aggregators._norms import l2_norm, shrunk, toward_zero, wide
 
 PyTree = Any
@@ -145,4 +145,4 @@ def clip_all(updates: PyTree, weights: jax.Array, limit: Any) -> tuple[PyTree, j
         small = jax.tree.map(lambda x, like: toward_zero(x, jnp.result_type(like)), small, update)
         return small, ~(norm.size <= limit * norm.unit.inverse)
 
-    return each(own, present_rows(updates, weights), operators.broadcast(limit))
+    return each_present(own, updates, weights, operators.broadcast(limit))

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each, present_rows
+from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each_present
 from fax.aggregators._leaves import check_floats
 from fax.aggregators._norms import largest_of, unit_of, wide
 
@@ -59,8 +59,7 @@ def e3m0() -> Transformation:
         leaves = jax.tree.leaves(updates)
         check_floats("e3m0", updates)
         bits = sum(BITS * math.prod(x.shape[1:]) + 32 for x in leaves)
-        updates = present_rows(updates, weights)
-        sent = each(lambda update: jax.tree.map(rounded, update), updates)
+        sent = each_present(lambda update: jax.tree.map(rounded, update), updates, weights)
         return sent, weights, state, {"clients/bits": jnp.full(len(leaves[0]), bits, jnp.float32)}
 
     return Transformation(lambda params: (), update)

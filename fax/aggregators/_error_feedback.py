@@ -16,7 +16,7 @@ from fax.aggregators._aggregator import (
     Transformation,
     as_transformation,
     each,
-    present_rows,
+    each_present,
     rows_after,
 )
 from fax.aggregators._leaves import check_floats, saturated
@@ -54,11 +54,11 @@ def error_feedback(
     fade, which helps where memories are out of date when they are sent.
 
     The memory knows what T sends, and nothing of what follows in a chain. So all that compresses
-    belongs inside, as in ``error_feedback(chain(top_k(0.01), e3m0()), num_clients=n)``, and what may
-    leave clients out, such as `non_finite`, before it or inside.
+    belongs inside, as in ``error_feedback(chain(top_k(0.01), e3m0()), num_clients=n)``, and what
+    may leave clients out, such as `non_finite`, before it or inside.
 
-    A client of weight zero keeps its memory as it is, to the bit. So does one whose memory would not
-    be finite any more: such an update is sent, but not remembered.
+    A client of weight zero keeps its memory as it is, to the bit. So does one whose memory would
+    not be finite any more: such an update is sent, but not remembered.
 
     Args:
       transformation: T. Or a `chain` of transformations alone.
@@ -117,8 +117,7 @@ def error_feedback(
             total = jax.tree.map(lambda x, m: x.astype(m.dtype), total, memory)
             return total, jax.tree.map(told, total, update)
 
-        updates = present_rows(updates, weights)
-        total, asked = each(wanted, updates, memory, operators.broadcast(decay))
+        total, asked = each_present(wanted, updates, weights, memory, operators.broadcast(decay))
         sent, weights, inner, metrics = transformation.update(asked, weights, state.inner, key)
         left = each(lambda *rows: jax.tree.map(difference, *rows), total, sent)
         rows = remembered(weights, left, memory)

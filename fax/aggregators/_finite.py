@@ -10,7 +10,7 @@ import numpy as np
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators._aggregator import Metrics, Transformation, each, present_rows
+from fax.aggregators._aggregator import Metrics, Transformation, each, each_present, where
 
 PyTree = Any
 
@@ -58,12 +58,14 @@ def non_finite(policy: str = "drop") -> Transformation:
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        finite = each(_is_finite, present_rows(updates, weights), weights)
+        finite = each_present(_is_finite, updates, weights, weights)
         metrics = {"non_finite": reductions.sum(~finite)}
         if policy == "raise":
             jax.debug.callback(_refuse, operators.collect(finite))
             return updates, weights, state, metrics
-        updates, weights = each(_or_zero, finite, (present_rows(updates, weights), weights))
+        updates, weights = each(
+            lambda good, x, w: where(good, (where(w != 0, x), w)), finite, updates, weights
+        )
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)
@@ -71,10 +73,6 @@ def non_finite(policy: str = "drop") -> Transformation:
 
 def _is_finite(*values: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(values)]))
-
-
-def _or_zero(finite: jax.Array, values: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), values)
 
 
 def _refuse(finite: jax.Array) -> None:

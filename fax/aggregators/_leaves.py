@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import fax._operators as operators
-from fax.aggregators._aggregator import Metrics, Transformation, each, present_rows
+from fax.aggregators._aggregator import Metrics, Transformation, each_present
 from fax.aggregators._norms import largest_of, unit_of, wide
 
 PyTree = Any
@@ -55,7 +55,7 @@ def leafwise(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
         check_floats(caller, updates)
-        updates, bits = each(client, present_rows(updates, weights), operators.keys(key))
+        updates, bits = each_present(client, updates, weights, operators.keys(key))
         return updates, weights, state, {"clients/bits": bits}
 
     return Transformation(init, update)

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, each, present_rows
+from fax.aggregators._aggregator import (
+    Aggregator,
+    Metrics,
+    PerClient,
+    each,
+    each_present,
+    present_rows,
+)
 from fax.aggregators._error_feedback import memory_of, remembered
 from fax.aggregators._leaves import bits_of, check_floats
 from fax.aggregators._norms import unit_of, wide
@@ -104,7 +111,7 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         updates: PyTree, weights: jax.Array, state: PowerSGDState, key: jax.Array
     ) -> tuple[PyTree, PowerSGDState, Metrics]:
         check_floats("power_sgd", updates)
-        leaves, treedef = jax.tree.flatten(present_rows(updates, weights))
+        leaves, treedef = jax.tree.flatten(updates)
         which = [is_compressed(x.shape[1:]) for x in leaves]
         small = [x for x, chosen in zip(leaves, which) if chosen]
         as_they_are = [x for x, chosen in zip(leaves, which) if not chosen]
@@ -112,12 +119,13 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         keys = jax.random.split(key, len(small))
         start = [_scaled(_restarted(q, own_key)) for q, own_key in zip(state.q, keys)]
         memory = None if state.memory is None else state.memory.rows
-        matrices, factors = each(_first, small, memory, operators.broadcast(start))
+        matrices, factors = each_present(_first, small, weights, memory, operators.broadcast(start))
         matrices = present_rows(matrices, weights)
         mean = functools.partial(reductions.mean, weights=weights, where=weights != 0)
-        p = [jnp.linalg.qr(_scaled(x))[0] for x in mean(factors)]
+        p, plain = mean((factors, as_they_are))
+        p = [jnp.linalg.qr(_scaled(x))[0] for x in p]
         factors, left = each(_second, matrices, operators.broadcast(p))
-        q, plain = mean((factors, as_they_are))
+        q = mean(factors)
 
         products = [_product(a, b.T) for a, b in zip(p, q)]
         low_rank = iter(x.astype(u.dtype).reshape(u.shape[1:]) for x, u in zip(products, small))

@@ -16,7 +16,7 @@ from fax.aggregators._aggregator import (
     Transformation,
     as_transformation,
     each,
-    present_rows,
+    each_present,
 )
 from fax.aggregators._leaves import check_floats, uniform
 from fax.aggregators._norms import wide
@@ -76,7 +76,7 @@ def hadamard(transformation: Transformation | Aggregator) -> Transformation:
         sizes = [padded_size(math.prod(x.shape[1:])) for x in leaves]
         signs = [random_signs(random) for random in uniform(sign_key, sizes)]
 
-        def there(*leaves: jax.Array) -> list[jax.Array]:
+        def there(leaves: list[jax.Array]) -> list[jax.Array]:
             return [rotate(x.reshape(-1), s) for x, s in zip(leaves, signs)]
 
         def back(rotated: list[jax.Array]) -> list[jax.Array]:
@@ -85,7 +85,7 @@ def hadamard(transformation: Transformation | Aggregator) -> Transformation:
                 for y, s, x in zip(rotated, signs, leaves)
             ]
 
-        rotated = jax.tree.unflatten(treedef, each(there, *present_rows(leaves, weights)))
+        rotated = jax.tree.unflatten(treedef, each_present(there, leaves, weights))
         rotated, weights, state, metrics = transformation.update(rotated, weights, state, inner_key)
         updates = jax.tree.unflatten(treedef, each(back, jax.tree.leaves(rotated)))
         return updates, weights, state, metrics

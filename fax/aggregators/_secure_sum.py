@@ -13,7 +13,7 @@ import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
 from fax._placement import resolve
-from fax.aggregators._aggregator import Aggregator, Metrics, each
+from fax.aggregators._aggregator import Aggregator, Metrics, each, where
 from fax.aggregators._leaves import (
     check_floats,
     split,
@@ -114,9 +114,11 @@ def secure_sum(
         check_floats("secure_sum", params)
         return ()
 
-    def encode(update: PyTree, weight: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(
+        update: PyTree, weight: jax.Array, counted: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """A client's integers, and which part of its update is clipped."""
-        leaves = jax.tree.leaves(update)
+        leaves = jax.tree.leaves(where(counted, update))
         sizes = [x.size for x in leaves]
         share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1)
         whole = _integer(jnp.round(share * limit), limit)
@@ -146,8 +148,8 @@ def secure_sum(
             )
         mask_key, rounding_key = jax.random.split(key)
         counted = ~(weights <= 0)  # one of NaN is, and makes the result NaN
-        updates = reductions.masked(updates, counted)
-        words, outside = each(encode, updates, weights, operators.keys(rounding_key))
+        keys = operators.keys(rounding_key)
+        words, outside = each(encode, updates, weights, counted, keys)
         sent = masked(words, mask_key, neighbors)
         # Half of the residues stand for negative numbers.
         total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)

@@ -18,7 +18,7 @@ from fax.aggregators._aggregator import (
     all_bits,
     as_transformation,
     each,
-    present_rows,
+    each_present,
 )
 from fax.aggregators._leaves import bits_of, check_floats, split
 
@@ -54,7 +54,7 @@ def top_k(
       per: of what: ``"update"``, ``"leaf"``, or an int, the size of chunks.
       values: how the values are sent: a transformation, such as `e3m0`, or a `chain` of
         transformations alone. It sees nothing but the values: an array [chunks, k] for each leaf,
-        or a single one [1, k] with ``per="update"``. Its ``"clients/bits"`` are those of the values.
+        or one [1, k] with ``per="update"``. Its ``"clients/bits"`` are those of the values.
 
     Returns:
       The transformation. Its metric ``"clients/bits"`` is what each client sends.
@@ -157,7 +157,7 @@ def top_k(
                 sent.append(part.reshape(x.shape).astype(dtype))
             return sent
 
-        values, positions, bits = each(choose, present_rows(leaves, weights))
+        values, positions, bits = each_present(choose, leaves, weights)
         metrics: Metrics = {}
         if inner is not None:
             values, weights, state, metrics = inner.update(values, weights, state, key)
