@@ -17,7 +17,6 @@ import fax
 from fax.aggregators import (
     chain,
     drive,
-    e3m0,
     error_feedback,
     hadamard,
     mean,
