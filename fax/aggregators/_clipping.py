@@ -43,8 +43,8 @@ def clip_by_norm(norm: float | jax.Array) -> Transformation:
       ...     aggregator = fax.aggregators.chain(clip)
       ...     state = aggregator.init(jnp.zeros(2))
       ...     return aggregator.aggregate(updates, jnp.ones(2), state, jax.random.key(0))[0]
-      >>> average(jnp.array([[0.0, 40.0], [0.5, 0.5]])).round(3)
-      Array([0.25, 0.75], dtype=float32)
+      >>> [f"{x:.3f}" for x in average(jnp.array([[0.0, 40.0], [0.5, 0.5]]))]
+      ['0.250', '0.750']
     """
     _arguments.number("fax.aggregators.clip_by_norm", "norm", norm, above=0)
 

@@ -163,8 +163,8 @@ def laplace(
       ... def average(updates, key):
       ...     private = fax.aggregators.laplace(clip=1.0, noise_multiplier=0.0)
       ...     return private.aggregate(updates, jnp.ones(4), (), key)[0]
-      >>> average(jnp.full((4, 2), 100.0), jax.random.key(0))
-      Array([0.5, 0.5], dtype=float32)
+      >>> [f"{x:.3f}" for x in average(jnp.full((4, 2), 100.0), jax.random.key(0))]
+      ['0.500', '0.500']
     """
     caller = "fax.aggregators.laplace"
     _arguments.number(caller, "clip", clip, above=0)

@@ -222,8 +222,12 @@ class _Group(NamedTuple):
         return rows.reshape(-1)[: self.size]
 
 
-def _value_bits(leaves: list, positions: jax.Array) -> jax.Array:
+def _value_bits(leaves: list, positions: jax.Array) -> Any:
     """The bits of the numbers at positions in all leaves together, in their own dtypes."""
     ends = np.cumsum([math.prod(x.shape) for x in leaves])
-    bits = jnp.asarray([bits_of(x.dtype) for x in leaves])
-    return jnp.sum(bits[jnp.searchsorted(ends, positions, side="right")])
+    bits = [bits_of(x.dtype) for x in leaves]
+    total: Any = positions.size * bits[0]
+    for end, more in zip(ends, np.diff(bits)):
+        if more:
+            total += int(more) * jnp.sum(positions >= end)
+    return total
