@@ -92,7 +92,9 @@ AGGREGATORS: dict[str, tuple[Callable[[], aggregators.Aggregator], str]] = {
     ),
     "drive": (lambda: aggregators.chain(aggregators.drive()), "two rotations for each client"),
     "top_k": (
-        lambda: aggregators.chain(aggregators.top_k(0.1, num_clients=POPULATION)),
+        lambda: aggregators.chain(
+            aggregators.error_feedback(aggregators.top_k(0.1), num_clients=POPULATION)
+        ),
         "a selection, and a memory for each client",
     ),
     "secure_sum": (

@@ -14,7 +14,16 @@ from jax.test_util import check_grads
 from problems import Quadratic, assert_trees_close
 
 import fax
-from fax.aggregators import chain, drive, hadamard, mean, power_sgd, terngrad, top_k
+from fax.aggregators import (
+    chain,
+    drive,
+    error_feedback,
+    hadamard,
+    mean,
+    power_sgd,
+    terngrad,
+    top_k,
+)
 from fax.aggregators import uniform_quantization as quantization
 
 KEY = jax.random.key(7)
@@ -234,10 +243,10 @@ def with_rows(ids, x, new):
 
 def test_what_is_not_sent_is_remembered():
     """Algorithm 1 of arXiv:1809.07599, of cohorts that are a part of the population."""
-    part, population = top_k(5, num_clients=6), 6
+    part, population = error_feedback(top_k(5), num_clients=6), 6
     memory = jax.tree.map(lambda x: np.zeros((population, *x.shape[1:])), updates())
     state = part.init(rows(updates()))
-    assert_trees_close(state.rows, memory)
+    assert_trees_close(state.memory.rows, memory)
     sent_so_far = jax.tree.map(np.zeros_like, memory)
     made_so_far = jax.tree.map(np.zeros_like, memory)
     for round in range(5):
@@ -253,9 +262,9 @@ def test_what_is_not_sent_is_remembered():
                 memory[name][client] = wanted[name] - expected[name]
                 sent_so_far[name][client] += found[name][i]
                 made_so_far[name][client] += tree[name][i]
-    assert_trees_close(state.rows, memory)
+    assert_trees_close(state.memory.rows, memory)
     assert_trees_close(
-        jax.tree.map(lambda sent, left: sent + left, sent_so_far, state.rows), made_so_far
+        jax.tree.map(lambda sent, left: sent + left, sent_so_far, state.memory.rows), made_so_far
     )
 
 
@@ -275,17 +284,18 @@ def test_top_k_without_memory_and_the_fractions():
 
 def test_error_feedback_in_half_precision_loses_nothing():
     tree = updates(dtype=np.float16)
-    part = top_k(4, num_clients=N)
+    part = error_feedback(top_k(4), num_clients=N)
     state = part.init(rows(tree))
     for _ in range(3):
-        before = state.rows
+        before = state.memory.rows
         found, state, _ = send(part, tree, state)
         assert found["w"].dtype == np.float16
-        assert state.rows["w"].dtype == np.float32
+        assert state.memory.rows["w"].dtype == np.float32
         for name in tree:
             total = np.asarray(before[name], np.float64) + np.asarray(tree[name], np.float64)
             np.testing.assert_allclose(
-                np.asarray(found[name], np.float64) + np.asarray(state.rows[name], np.float64),
+                np.asarray(found[name], np.float64)
+                + np.asarray(state.memory.rows[name], np.float64),
                 total,
                 rtol=1e-6,
                 atol=1e-7,
@@ -317,7 +327,8 @@ def test_power_sgd_is_that_of_the_paper():
         found, state, metrics = aggregate(aggregator, tree, weights, state)
         for number, name in enumerate(q):
             matrices = tree[name].reshape(memory[name].shape) + memory[name]
-            expected, q[name], memory[name] = numpy_power_sgd(matrices, weights, q[name])
+            expected, q[name], left = numpy_power_sgd(matrices, weights, q[name])
+            memory[name] = np.where(weights[:, None, None] != 0, left, memory[name])
             np.testing.assert_allclose(found[name], expected.reshape(shapes[name]), rtol=1e-9)
             left = state.memory.rows[number]
             np.testing.assert_allclose(left, memory[name].reshape(left.shape), atol=1e-12)
@@ -419,8 +430,8 @@ EVERY = {
     "drive": lambda: chain(drive()),
     "terngrad": lambda: chain(terngrad()),
     "top_k": lambda: chain(top_k(3)),
-    "memory": lambda: chain(top_k(3, num_clients=N)),
-    "both": lambda: chain(top_k(5, num_clients=N), quantization(4)),
+    "memory": lambda: chain(error_feedback(top_k(3), num_clients=N)),
+    "both": lambda: chain(error_feedback(top_k(5), num_clients=N), quantization(4)),
     "power_sgd": lambda: power_sgd(1, num_clients=N),
 }
 
@@ -533,9 +544,11 @@ def trained(name, rounds=60):
     data = problems.data()
     aggregator = {
         "mean": lambda: None,
-        "memory": lambda: chain(top_k(1, num_clients=len(data))),
+        "memory": lambda: chain(error_feedback(top_k(1), num_clients=len(data))),
         "power_sgd": lambda: power_sgd(1, num_clients=len(data)),
-        "both": lambda: chain(hadamard(top_k(3, num_clients=len(data))), quantization(16)),
+        "both": lambda: chain(
+            hadamard(error_feedback(top_k(3), num_clients=len(data))), quantization(16)
+        ),
         "quantization": lambda: chain(quantization(32)),
     }.get(name, EVERY.get(name))()
     algorithm = fax.algorithms.fedavg(Quadratic.loss, optax.sgd(0.02), aggregator=aggregator)
@@ -607,7 +620,14 @@ def test_leaves_that_are_no_floats(name):
         (lambda: top_k(0), "k is 0, expected an int of at least 1"),
         (lambda: top_k(1.5), "k is 1.5, expected a fraction"),
         (lambda: top_k(True), "k is True, expected an int"),
-        (lambda: top_k(3, num_clients=0), "num_clients is 0, expected an int of at least 1"),
+        (lambda: top_k(3, per=2), "k is 3, but a chunk has per=2 coordinates"),
+        (lambda: top_k(3, per="layer"), "per is 'layer', expected 'update', 'leaf', or an int"),
+        (lambda: top_k(3, per=0), "per is 0, expected an int of at least 1"),
+        (lambda: error_feedback(top_k(3), num_clients=0), "num_clients is 0, expected an int of"),
+        (
+            lambda: error_feedback(top_k(3), num_clients=2, decay=1.5),
+            "error_feedback: decay is 1.5, expected a number from 0 to 1",
+        ),
         (lambda: top_k(9).init(np.zeros(4)), "k is 9, but an update has 4 coordinates"),
         (lambda: power_sgd(0), "rank is 0, expected an int of at least 1"),
         (lambda: power_sgd(1, 2.5), "num_clients is 2.5, expected an int"),

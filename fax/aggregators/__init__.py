@@ -15,6 +15,8 @@ from fax.aggregators._dp_ftrl import DPFTRLState as DPFTRLState
 from fax.aggregators._dp_ftrl import dp_ftrl as dp_ftrl
 from fax.aggregators._drive import drive as drive
 from fax.aggregators._e3m0 import e3m0 as e3m0
+from fax.aggregators._error_feedback import ErrorFeedbackState as ErrorFeedbackState
+from fax.aggregators._error_feedback import error_feedback as error_feedback
 from fax.aggregators._finite import non_finite as non_finite
 from fax.aggregators._krum import krum as krum
 from fax.aggregators._krum import multi_krum as multi_krum

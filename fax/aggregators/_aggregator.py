@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
@@ -30,11 +31,14 @@ class Aggregator(NamedTuple):
         metrics is ``"clients/bits"``, float [clients], what each client sends.
       encodes: whether clients send an encoding that the aggregator makes of their updates, so that
         ``"clients/bits"`` is what it says, whatever transformations before it say.
+      transformation: of a `chain` of transformations alone, what it is without the mean at its end;
+        so it can be a part of something else. Else None.
     """
 
     init: Callable[[PyTree], PyTree]
     aggregate: Callable[..., tuple[PyTree, PyTree, Metrics]]
     encodes: bool = False
+    transformation: Transformation | None = None
 
 
 class Transformation(NamedTuple):
@@ -44,7 +48,8 @@ class Transformation(NamedTuple):
       init: ``init(params) -> state``.
       update: ``update(updates, weights, state, key) -> (updates, weights, state, metrics)``, to be
         called in a program, of placed updates and weights. A transformation that compresses says
-        what a client sends by the metric ``"clients/bits"``.
+        what a client sends by the metric ``"clients/bits"``. Clients of weight zero are left out:
+        what they hold reaches nothing, and their rows of the state stay as they are.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -109,6 +114,32 @@ def each(fn: Callable, *args: PyTree) -> Any:
     return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
 
 
+def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:
+    """`each`, where ``fn(update, *args)`` sees zeros in place of updates whose weight is zero.
+
+    What makes updates is differentiated all the same, until a reduction leaves these clients out.
+    """
+
+    def own(update: PyTree, weight: jax.Array, *args: PyTree) -> Any:
+        return fn(where(weight != 0, update), *args)
+
+    return each(own, updates, weights, *args)
+
+
+def where(flag: jax.Array, values: PyTree) -> PyTree:
+    """The values, or zeros."""
+    return jax.tree.map(lambda x: jnp.where(flag, x, jnp.zeros_like(x)), values)
+
+
+def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
+    """The rows of clients whose weight is not zero, and zeros for the others.
+
+    Neither what those hold nor its derivatives, be they NaN, get any further. Gradients keep what
+    makes these rows, however.
+    """
+    return reductions.masked(rows, weights != 0)
+
+
 def all_bits(updates: PyTree) -> jax.Array:
     """What each client sends if it sends its row of the updates as it is, float [clients]."""
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
@@ -116,11 +147,37 @@ def all_bits(updates: PyTree) -> jax.Array:
     return jnp.full(len(leaves[0]), bits, jnp.float32)
 
 
+def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """The new rows of clients whose weight is not zero, and the old ones of others, to the bit.
+
+    Derivatives do not reach what made new rows of clients that are left out, be it singular. That
+    is as far as the map goes that makes them; what follows must not become a part of it.
+    """
+    new = lax.optimization_barrier(present_rows(new, weights))
+    return each(
+        lambda weight, new, old: jax.tree.map(lambda a, b: jnp.where(weight != 0, a, b), new, old),
+        *(weights, new, old),
+    )
+
+
+def as_transformation(caller: str, part: Any) -> Transformation:
+    """A transformation, also of a chain of transformations."""
+    if isinstance(part, Aggregator) and part.transformation is not None:
+        return part.transformation
+    if not isinstance(part, Transformation):
+        raise TypeError(
+            f"fax.aggregators.{caller}: transformation is {part!r:.80}, expected a "
+            "fax.aggregators.Transformation, or a chain of them alone."
+        )
+    return part
+
+
 def chain(*parts: Transformation | Aggregator) -> Aggregator:
     """An aggregator of updates that go through transformations first, in this order.
 
     Args:
-      *parts: transformations, and one aggregator at the end; without one, `mean`.
+      *parts: transformations, and one aggregator at the end; without one, `mean`. A chain of
+        transformations alone is a transformation, too.
 
     Returns:
       The aggregator. Its metrics are those of all parts; ``"clients/bits"`` is what the last part
@@ -133,9 +190,12 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
 
       >>> aggregator = fax.aggregators.chain(fax.aggregators.mean())
     """
-    if not parts or isinstance(parts[-1], Transformation):
+    alone = not parts or isinstance(parts[-1], Transformation)
+    if alone:
         parts = (*parts, mean())
     *before, last = parts
+    before = [getattr(part, "transformation", None) or part for part in before]
+    parts = (*before, last)
     for number, part in enumerate(parts):
         expected = Aggregator if number == len(before) else Transformation
         if not isinstance(part, expected):
@@ -149,18 +209,31 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
     def init(params: PyTree) -> tuple:
         return tuple(part.init(params) for part in parts)
 
-    def aggregate(
-        updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
-    ) -> tuple[PyTree, tuple, Metrics]:
-        keys = jax.random.split(key, len(transformations) + 1)
+    def through(
+        updates: PyTree, weights: jax.Array, state: tuple, keys: jax.Array
+    ) -> tuple[PyTree, jax.Array, tuple, Metrics]:
         states: list[PyTree] = []
         metrics: Metrics = {}
         for part, own, own_key in zip(transformations, state, keys):
             updates, weights, own, more = part.update(updates, weights, own, own_key)
             states.append(own)
             metrics |= more
+        return updates, weights, tuple(states), metrics
+
+    def aggregate(
+        updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
+    ) -> tuple[PyTree, tuple, Metrics]:
+        keys = jax.random.split(key, len(transformations) + 1)
+        updates, weights, states, metrics = through(updates, weights, state, keys)
         update, own, more = aggregator.aggregate(updates, weights, state[-1], keys[-1])
         metrics = {**metrics, **more} if aggregator.encodes else {**more, **metrics}
         return update, (*states, own), metrics
 
-    return Aggregator(init, aggregate)
+    def update(updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array) -> tuple:
+        return through(updates, weights, state, jax.random.split(key, len(transformations)))
+
+    def init_alone(params: PyTree) -> tuple:
+        return tuple(part.init(params) for part in transformations)
+
+    transformation = Transformation(init_alone, update) if alone else None
+    return Aggregator(init, aggregate, transformation=transformation)

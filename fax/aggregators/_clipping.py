@@ -11,7 +11,8 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._aggregator import Metrics, Transformation, each_present
+from fax.aggregators._norms import l2_norm, shrunk, toward_zero, wide
 
 PyTree = Any
 
@@ -19,8 +20,10 @@ PyTree = Any
 def clip_by_norm(norm: float | jax.Array) -> Transformation:
     """Scales down each client's update whose norm is above C: u_i min(1, C / ‖u_i‖).
 
-    ‖u‖ is the L2 norm of all leaves together. Weights are left as they are. An update that is not
-    finite stays so; put `non_finite` before.
+    ‖u‖ is the L2 norm of all leaves together. The clipped update's exact norm is at most C for all
+    finite updates: it is computed in at least float32 without overflow, and whatever rounding could
+    add is taken off. Numbers that are denormal in float32 count as zero. Weights are left as they
+    are. An update that is not finite stays so; put `non_finite` before.
 
     Args:
       norm: C, positive. It may be traced.
@@ -40,16 +43,17 @@ def clip_by_norm(norm: float | jax.Array) -> Transformation:
       ...     aggregator = fax.aggregators.chain(clip)
       ...     state = aggregator.init(jnp.zeros(2))
       ...     return aggregator.aggregate(updates, jnp.ones(2), state, jax.random.key(0))[0]
-      >>> average(jnp.array([[0.0, 40.0], [0.5, 0.5]]))
-      Array([0.25, 0.75], dtype=float32)
+      >>> [f"{x:.3f}" for x in average(jnp.array([[0.0, 40.0], [0.5, 0.5]]))]
+      ['0.250', '0.750']
     """
     _arguments.number("fax.aggregators.clip_by_norm", "norm", norm, above=0)
 
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        updates, inside = clip_all(updates, norm)
-        metrics = {"clipped": 1 - _share(inside, weights), "clip_norm": jnp.asarray(norm)}
+        updates, outside = clip_all(updates, weights, norm)
+        clipped = reductions.mean(outside, where=weights != 0)
+        metrics = {"clipped": clipped, "clip_norm": jnp.asarray(norm)}
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)
@@ -69,9 +73,10 @@ def adaptive_clip(
         C' = C exp(-η (b - γ)),
 
     so that C settles where a share γ of the clients is below it, be it orders of magnitude away
-    at first. Only clients whose weight is not zero are counted, each once; weights are left as
-    they are. This one sees b as it is. What is private needs noise on it: see ``quantile`` of
-    `gaussian`.
+    at first. Only clients whose weight is not zero are counted, each once, and if there is none C
+    stays what it is; weights are left as they are. C stays a normal number of its dtype, however
+    long all updates are zero, and so can grow again. This one sees b as it is. What is private
+    needs noise on it: see ``quantile`` of `gaussian`.
 
     Args:
       quantile: γ, between 0 and 1.
@@ -109,10 +114,11 @@ def adaptive_clip(
     def update(
         updates: PyTree, weights: jax.Array, state: jax.Array, key: jax.Array
     ) -> tuple[PyTree, jax.Array, jax.Array, Metrics]:
-        updates, inside = clip_all(updates, state)
-        share = _share(inside.astype(state.dtype), weights)
-        metrics = {"clipped": 1 - share, "clip_norm": state}
-        return updates, weights, next_norm(state, share, quantile, rate), metrics
+        updates, outside = clip_all(updates, weights, state)
+        clipped = reductions.mean(outside.astype(state.dtype), where=weights != 0)
+        after = next_norm(state, 1 - clipped, quantile, rate)
+        after = jnp.where(reductions.sum(weights != 0) > 0, after, state)
+        return updates, weights, after, {"clipped": clipped, "clip_norm": state}
 
     return Transformation(lambda params: start_norm(params, initial), update)
 
@@ -124,47 +130,19 @@ def start_norm(params: PyTree, initial: float | jax.Array) -> jax.Array:
 
 
 def next_norm(norm: jax.Array, share: Any, quantile: Any, rate: Any) -> jax.Array:
-    """The geometric step towards the quantile."""
-    return (norm * jnp.exp(-rate * (share - quantile))).astype(norm.dtype)
+    """The geometric step towards the quantile, to a number from which the next one can start."""
+    info = jnp.finfo(norm.dtype)
+    new = norm * jnp.exp(-rate * (share - quantile))
+    return jnp.clip(new, info.tiny, info.max).astype(norm.dtype)
 
 
-def clip_all(updates: PyTree, limit: Any) -> tuple[PyTree, jax.Array]:
-    """The clipped updates, and whether they were inside of the limit, bool [clients]."""
+def clip_all(updates: PyTree, weights: jax.Array, limit: Any) -> tuple[PyTree, jax.Array]:
+    """The clipped updates, zero for weights of zero, and whether they were outside of the limit."""
 
     def own(update, limit):
         norm = l2_norm(update)
-        return shrunk(update, norm, limit), norm <= limit
+        small = shrunk(update, norm, limit)
+        small = jax.tree.map(lambda x, like: toward_zero(x, jnp.result_type(like)), small, update)
+        return small, ~(norm.size <= limit * norm.unit.inverse)
 
-    return each(own, updates, operators.broadcast(limit))
-
-
-def _share(inside: jax.Array, weights: jax.Array) -> jax.Array:
-    return reductions.mean(inside, where=weights != 0)
-
-
-def wide(x: Any) -> Any:
-    """The dtype in which numbers like these are added up."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
-
-
-def l2_norm(update: PyTree) -> jax.Array:
-    """The L2 norm of all leaves together; NaN if one of them is not finite.
-
-    It is computed in units of the largest element, as squares of an attacker's numbers
-    overflow long before the numbers do, and then nothing would be left of a direction.
-    """
-    leaves = [jnp.asarray(x, wide(x)) for x in jax.tree.leaves(update)]
-    largest: Any = 0.0
-    for x in leaves:
-        largest = jnp.maximum(largest, lax.stop_gradient(jnp.max(jnp.abs(x), initial=0)))
-    unit = jnp.where(largest == 0, 1, largest)
-    total: Any = sum(jnp.sum((x / unit.astype(x.dtype)) ** 2) for x in leaves)
-    # The root has no derivative at zero.
-    return jnp.where(total == 0, 0, unit * jnp.sqrt(jnp.where(total == 0, 1, total)))
-
-
-def shrunk(update: PyTree, norm: jax.Array, limit: Any) -> PyTree:
-    """An update of this norm, scaled down to the limit if it is above it."""
-    over = norm > limit
-    scale = jnp.where(over, limit / jnp.where(over, norm, 1), 1)
-    return jax.tree.map(lambda x: (x * scale).astype(jnp.result_type(x)), update)
+    return each_present(own, updates, weights, operators.broadcast(limit))

@@ -17,7 +17,7 @@ import numpy as np
 import fax._reductions as reductions
 from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, all_bits
-from fax.aggregators._clipping import l2_norm, wide
+from fax.aggregators._norms import l2_norm, wide
 from fax.aggregators._privacy import Number, clipped_sum, divided, noised
 
 PyTree = Any

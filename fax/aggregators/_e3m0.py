@@ -7,8 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each
+from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each_present
 from fax.aggregators._leaves import check_floats
+from fax.aggregators._norms import largest_of, unit_of, wide
 
 BITS = 4
 _LEVELS = [2.0**e for e in range(-6, 1)]
@@ -19,8 +20,8 @@ _STEPS = [((low + high) / 2, high - low) for low, high in zip([0.0, *_LEVELS], _
 def e3m0() -> Transformation:
     """Rounds updates to four bits, E3M0: a sign, three bits of exponent and none of mantissa.
 
-    Each leaf u of a client's update is sent as a scale s = max abs(u), in float32, and for every
-    entry the nearest of
+    Each leaf u of a client's update is sent as a scale s = max abs(u), to the precision of float32,
+    and for every entry the nearest of
 
         ±s {0, 2^-6, 2^-5, ..., 1/2, 1}
 
@@ -58,7 +59,7 @@ def e3m0() -> Transformation:
         leaves = jax.tree.leaves(updates)
         check_floats("e3m0", updates)
         bits = sum(BITS * math.prod(x.shape[1:]) + 32 for x in leaves)
-        sent = each(lambda update: jax.tree.map(rounded, update), updates)
+        sent = each_present(lambda update: jax.tree.map(rounded, update), updates, weights)
         return sent, weights, state, {"clients/bits": jnp.full(len(leaves[0]), bits, jnp.float32)}
 
     return Transformation(lambda params: (), update)
@@ -66,9 +67,11 @@ def e3m0() -> Transformation:
 
 def rounded(x: jax.Array) -> jax.Array:
     """One leaf, as it arrives."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(wide(x))
+    unit = unit_of(largest_of([x], x.dtype))
+    x = x * unit.inverse
     scale = jnp.max(jnp.abs(x), initial=0)
     scale = scale.astype(jnp.float32).astype(x.dtype)
     size = jnp.abs(x) / jnp.where(scale > 0, scale, 1)
     level = sum((jnp.where(size >= middle, step, 0) for middle, step in _STEPS), jnp.zeros_like(x))
-    return jnp.sign(x) * level * scale
+    return jnp.sign(x) * level * scale * unit.value

@@ -10,7 +10,7 @@ import numpy as np
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._aggregator import Metrics, Transformation, each, each_present, where
 
 PyTree = Any
 
@@ -19,6 +19,8 @@ _WHERE = "fax.aggregators.non_finite"
 
 def non_finite(policy: str = "drop") -> Transformation:
     """Looks for NaN and infinities in clients' updates and weights.
+
+    Those of clients whose weight is zero are not looked at, for they are left out anyway.
 
     With ``"drop"`` such a client's update and weight become zero: it counts nowhere, and no
     derivative reaches what it sent. All aggregators of fax leave out clients of weight zero, so
@@ -56,12 +58,14 @@ def non_finite(policy: str = "drop") -> Transformation:
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        finite = each(_is_finite, updates, weights)
+        finite = each_present(_is_finite, updates, weights, weights)
         metrics = {"non_finite": reductions.sum(~finite)}
         if policy == "raise":
             jax.debug.callback(_refuse, operators.collect(finite))
             return updates, weights, state, metrics
-        updates, weights = each(_or_zero, finite, (updates, weights))
+        updates, weights = each(
+            lambda good, x, w: where(good, (where(w != 0, x), w)), finite, updates, weights
+        )
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)
@@ -69,10 +73,6 @@ def non_finite(policy: str = "drop") -> Transformation:
 
 def _is_finite(*values: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(values)]))
-
-
-def _or_zero(finite: jax.Array, values: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), values)
 
 
 def _refuse(finite: jax.Array) -> None:

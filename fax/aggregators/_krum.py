@@ -11,8 +11,8 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
-from fax.aggregators._clipping import l2_norm
+from fax.aggregators._aggregator import Aggregator, Metrics, all_bits, present_rows
+from fax.aggregators._norms import difference, l2_norm
 
 PyTree = Any
 
@@ -103,20 +103,21 @@ def _chosen(caller: str, byzantine: int, select: int) -> Aggregator:
                 f"{caller}: select={select} of n={n} clients with byzantine={f}, expected at most "
                 f"n - f = {n - f}, for the rest may be attackers."
             )
-        updates = reductions.masked(updates, weights != 0)
+        updates = present_rows(updates, weights)
         present = operators.collect(weights != 0)
         neighbours = jnp.maximum(jnp.sum(present) - f - 2, 1)
         rows = lax.stop_gradient(operators.collect(updates))
 
         def score(own, number, rows, present, neighbours):
-            def square(other):
-                return l2_norm(jax.tree.map(jnp.subtract, own, other)) ** 2
+            def distance(other):
+                return l2_norm(jax.tree.map(difference, own, other)).value
 
-            squares = lax.map(square, rows)
+            distances = lax.map(distance, rows)
             others = present & (jnp.arange(n) != number)
-            near = jnp.sort(jnp.where(others & ~jnp.isnan(squares), squares, jnp.inf))
-            own_score = jnp.sum(jnp.where(jnp.arange(n) < neighbours, near, 0))
-            return jnp.where(present[number], own_score, jnp.inf)
+            near = jnp.sort(jnp.where(others & ~jnp.isnan(distances), distances, jnp.inf))
+            # The root of the sum of squares has the same order, and squares would overflow.
+            own_score = l2_norm(jnp.where(jnp.arange(n) < neighbours, near, 0)).value
+            return jnp.where(present[number] & ~jnp.isnan(own_score), own_score, jnp.inf)
 
         scores = operators.map(
             score,

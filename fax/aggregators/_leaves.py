@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import fax._operators as operators
-from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._aggregator import Metrics, Transformation, each_present
+from fax.aggregators._norms import largest_of, unit_of, wide
 
 PyTree = Any
 
@@ -26,7 +27,9 @@ def leafwise(
 
     Args:
       caller: the name of the transformation, for messages.
-      encode: of floats of at least 32 bits; leaves without numbers are left out.
+      encode: of floats of at least 32 bits, in units of a power of two in which the largest of a
+        leaf is about 1, so that squares neither overflow nor vanish. To scale is all that these
+        units do. Leaves without numbers are left out, and those with NaN or infinity become NaN.
       draws: how many random numbers a leaf takes.
     """
 
@@ -34,24 +37,54 @@ def leafwise(
         check_floats(caller, params)
         return ()
 
+    scaled = _in_units(encode)
+
     def client(update: PyTree, key: jax.Array) -> tuple[PyTree, jax.Array]:
         leaves, treedef = jax.tree.flatten(update)
         bits, decoded = jnp.zeros((), jnp.float32), []
         for x, random in zip(leaves, uniform(key, [draws(x.size) for x in leaves])):
             if x.size:
-                values, own = encode(x.reshape(-1).astype(wide(x.dtype)), random)
-                x, bits = values.astype(x.dtype).reshape(x.shape), bits + own
+                values, own = scaled(x.reshape(-1).astype(wide(x.dtype)), random)
+                finite = jnp.isfinite(x).all()
+                values = jnp.where(finite, saturated(values, x.dtype), jnp.nan)
+                x, bits = values.reshape(x.shape), bits + own
             decoded.append(x)
-        return jax.tree.unflatten(treedef, decoded), bits.astype(jnp.float32)
+        return jax.tree.unflatten(treedef, decoded), bits
 
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
         check_floats(caller, updates)
-        updates, bits = each(client, updates, operators.keys(key))
+        updates, bits = each_present(client, updates, weights, operators.keys(key))
         return updates, weights, state, {"clients/bits": bits}
 
     return Transformation(init, update)
+
+
+def _in_units(encode: Encoding) -> Encoding:
+    """An encoding of numbers in units of their size: s encode(x / s), whose derivative has no s."""
+
+    def parts(x: jax.Array, random: jax.Array) -> tuple[Callable, jax.Array, jax.Array]:
+        def own(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values, bits = encode(x, random)
+            return values, jnp.asarray(bits, jnp.float32)
+
+        unit = unit_of(largest_of([x], x.dtype))
+        return own, x * unit.inverse, unit.value
+
+    @jax.custom_jvp
+    def scaled(x: jax.Array, random: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own, x, unit = parts(x, random)
+        values, bits = own(x)
+        return values * unit, bits
+
+    @scaled.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple:
+        own, x, unit = parts(*primals)
+        (values, bits), moved = jax.jvp(own, (x,), tangents[:1])
+        return (values * unit, bits), moved
+
+    return scaled
 
 
 def uniform(key: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
@@ -74,9 +107,10 @@ def straight_through(x: jax.Array, decoded: jax.Array) -> jax.Array:
     return lax.stop_gradient(decoded) + (x - lax.stop_gradient(x))
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype to compute in: float32 for shorter floats, else the same."""
-    return jnp.promote_types(dtype, jnp.float32)
+def saturated(x: jax.Array, dtype: Any) -> jax.Array:
+    """Floats in another dtype, of which those that are too large become the largest."""
+    most = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.clip(x, -most, most).astype(dtype)
 
 
 def bits_of(dtype: Any) -> int:

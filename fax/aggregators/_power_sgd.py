@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +12,17 @@ import jax.numpy as jnp
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, each
-from fax.aggregators._leaves import bits_of, check_floats, wide
+from fax.aggregators._aggregator import (
+    Aggregator,
+    Metrics,
+    PerClient,
+    each,
+    each_present,
+    present_rows,
+)
+from fax.aggregators._error_feedback import memory_of, remembered
+from fax.aggregators._leaves import bits_of, check_floats
+from fax.aggregators._norms import unit_of, wide
 
 PyTree = Any
 
@@ -45,8 +55,9 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
     with means weighted by ``weights``; the update is P Q^T. As all clients share P, what is sent
     adds up, and costs two all-reduces. It is exact where the mean of the M_i has at most
     this rank. Warm starts, Q of the round before, make successive rounds one power iteration.
-    Columns of Q that vanish start anew, at random.
-    Derivatives are those of this arithmetic; where P has less than full rank, as for an update of
+    Columns of Q that vanish, or are not finite, start anew, at random.
+    Clients of weight zero are left out, and keep their memory. Derivatives are those of this
+    arithmetic; where P has less than full rank, as for an update of
     zeros, they are not defined, and NaN.
 
     A client sends rank (n + m) numbers for each leaf; leaves of fewer than two dimensions, and
@@ -93,9 +104,7 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         types = [(jnp.shape(x), wide(jnp.result_type(x))) for x in leaves]
         keys = jax.random.split(jax.random.key(0), len(leaves))
         start = (_start(k, (shape[-1], rank), dtype) for k, (shape, dtype) in zip(keys, types))
-        memory = None
-        if num_clients is not None:
-            memory = PerClient(tuple(jnp.zeros((num_clients, *s), dtype) for s, dtype in types))
+        memory = None if num_clients is None else memory_of(num_clients, tuple(leaves))
         return PowerSGDState(tuple(start), memory)
 
     def aggregate(
@@ -108,12 +117,15 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         as_they_are = [x for x, chosen in zip(leaves, which) if not chosen]
 
         keys = jax.random.split(key, len(small))
-        start = [_without_zeros(q, own_key) for q, own_key in zip(state.q, keys)]
+        start = [_scaled(_restarted(q, own_key)) for q, own_key in zip(state.q, keys)]
         memory = None if state.memory is None else state.memory.rows
-        matrices, factors = each(_first, small, memory, operators.broadcast(start))
-        p = [jnp.linalg.qr(x)[0] for x in reductions.mean(factors, weights=weights)]
+        matrices, factors = each_present(_first, small, weights, memory, operators.broadcast(start))
+        matrices = present_rows(matrices, weights)
+        mean = functools.partial(reductions.mean, weights=weights, where=weights != 0)
+        p, plain = mean((factors, as_they_are))
+        p = [jnp.linalg.qr(_scaled(x))[0] for x in p]
         factors, left = each(_second, matrices, operators.broadcast(p))
-        q, plain = reductions.mean((factors, as_they_are), weights=weights)
+        q = mean(factors)
 
         products = [_product(a, b.T) for a, b in zip(p, q)]
         low_rank = iter(x.astype(u.dtype).reshape(u.shape[1:]) for x, u in zip(products, small))
@@ -121,7 +133,8 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         update = [next(low_rank if chosen else rest) for chosen in which]
         bits = sum(x.size * bits_of(x.dtype) for x in (*p, *q, *plain))
         if memory is not None:
-            memory = PerClient(tuple(x.reshape(m.shape) for x, m in zip(left, memory)))
+            left = tuple(x.reshape(m.shape) for x, m in zip(left, memory))
+            memory = PerClient(remembered(weights, left, memory))
         return (
             jax.tree.unflatten(treedef, update),
             PowerSGDState(tuple(q), memory),
@@ -152,6 +165,13 @@ def _start(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(key, shape, dtype)
 
 
-def _without_zeros(q: jax.Array, key: jax.Array) -> jax.Array:
-    """Q with random columns for those that are zero, which would stay so for ever."""
-    return jnp.where(jnp.any(q != 0, axis=0), q, _start(key, q.shape, q.dtype))
+def _restarted(q: jax.Array, key: jax.Array) -> jax.Array:
+    """Q with random columns for those that are zero or not finite, which would stay so for ever."""
+    usable = jnp.any(q != 0, axis=0) & jnp.all(jnp.isfinite(q), axis=0)
+    return jnp.where(usable, q, _start(key, q.shape, q.dtype))
+
+
+def _scaled(x: jax.Array) -> jax.Array:
+    """Columns in units of their own. P does not depend on them, and products do not overflow."""
+    largest = jnp.max(jnp.abs(x), axis=0)
+    return x * unit_of(largest).inverse

@@ -22,7 +22,8 @@ import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
 from fax.aggregators._aggregator import Aggregator, Metrics, all_bits, each
-from fax.aggregators._clipping import l2_norm, next_norm, shrunk, start_norm, wide
+from fax.aggregators._clipping import next_norm, start_norm
+from fax.aggregators._norms import Norm, l1_norm, l2_norm, shrunk
 
 PyTree = Any
 Number = float | jax.Array
@@ -162,8 +163,8 @@ def laplace(
       ... def average(updates, key):
       ...     private = fax.aggregators.laplace(clip=1.0, noise_multiplier=0.0)
       ...     return private.aggregate(updates, jnp.ones(4), (), key)[0]
-      >>> average(jnp.full((4, 2), 100.0), jax.random.key(0))
-      Array([0.5, 0.5], dtype=float32)
+      >>> [f"{x:.3f}" for x in average(jnp.full((4, 2), 100.0), jax.random.key(0))]
+      ['0.500', '0.500']
     """
     caller = "fax.aggregators.laplace"
     _arguments.number(caller, "clip", clip, above=0)
@@ -174,7 +175,7 @@ def laplace(
     def aggregate(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
-        total, _ = clipped_sum(updates, weights, _l1_norm, clip)
+        total, _ = clipped_sum(updates, weights, l1_norm, clip)
         total = noised(total, jax.random.laplace, key, noise_multiplier * clip)
         metrics = {"clients/bits": all_bits(updates), "clip_norm": jnp.asarray(clip)}
         return divided(total, expected_clients or len(weights), updates), state, metrics
@@ -182,26 +183,20 @@ def laplace(
     return Aggregator(lambda params: (), aggregate)
 
 
-def _l1_norm(update: PyTree) -> jax.Array:
-    return sum(
-        (jnp.sum(jnp.abs(x), dtype=wide(x)) for x in jax.tree.leaves(update)), start=jnp.zeros(())
-    )
-
-
 def clipped_sum(
-    updates: PyTree, weights: jax.Array, norm: Callable[[PyTree], jax.Array], limit: Any
+    updates: PyTree, weights: jax.Array, norm: Callable[[PyTree], Norm], limit: Any
 ) -> tuple[PyTree, jax.Array]:
     """The sum of the clipped updates, in `wide` dtypes, and that of (1/2 or -1/2: below or above).
 
-    Clients of weight zero count in neither.
+    Clients of weight zero count in neither, and so do those whose update is not finite.
     """
 
     def own(update, weight, limit):
-        size = norm(update)
-        small = shrunk(update, size, limit)
-        small = jax.tree.map(lambda x: x.astype(wide(x)), small)
-        excess = jnp.where(weight != 0, jnp.where(size <= limit, 0.5, -0.5), 0)
-        return small, excess, (weight != 0) & jnp.isfinite(size)
+        found = norm(update)
+        counts = (weight != 0) & jnp.isfinite(found.size)
+        below = found.size <= limit * found.unit.inverse
+        excess = jnp.where(counts, jnp.where(below, 0.5, -0.5), 0)
+        return shrunk(update, found, limit), excess, counts
 
     small, excess, counts = each(own, updates, weights, operators.broadcast(limit))
     return reductions.sum(small, where=counts), reductions.sum(excess)

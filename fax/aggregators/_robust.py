@@ -12,10 +12,12 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, all_bits
-from fax.aggregators._clipping import l2_norm, wide
+from fax.aggregators._aggregator import Aggregator, Metrics, all_bits, each, present_rows
+from fax.aggregators._norms import difference, l2_norm, wide
 
 PyTree = Any
+
+_GAIN = 2.0**24  # of all β_i, so that those of the largest updates are not denormal
 
 
 def median() -> Aggregator:
@@ -141,7 +143,7 @@ def _of_coordinates(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
         check(len(weights))
-        rows = operators.collect(reductions.masked(updates, weights != 0))
+        rows = operators.collect(present_rows(updates, weights))
         present = operators.collect(weights != 0)
         count = jnp.sum(present, dtype=jnp.int32)
 
@@ -166,7 +168,7 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
     updates, whatever they send. It is computed by iterations of the smoothed Weiszfeld algorithm,
     from v = 0, where the server's model is:
 
-        β_i = w_i / max(ν, ‖v - u_i‖),        v' = sum_i β_i u_i / sum_i β_i
+        β_i = w_i / max(ν, ‖v - u_i‖),        v' = v + sum_i β_i (u_i - v) / sum_i β_i
 
     Each iteration is a mean, so that no client's update is seen at the server. Clients are sent v
     again each time, and keep their updates. An update that is not finite spoils the mean;
@@ -183,8 +185,7 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
       Pillutla et al., Robust aggregation for federated learning, arXiv:1912.13445.
 
     Returns:
-      The aggregator. It has no state. A client sends its update in each iteration, times β_i, and
-      β_i.
+      The aggregator. It has no state. A client sends β_i (u_i - v) and β_i in each iteration.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -205,18 +206,25 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
     def aggregate(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
-        updates = reductions.masked(updates, weights != 0)
+        updates = present_rows(updates, weights)
 
-        def closeness(update, weight, v):
-            distance = l2_norm(jax.tree.map(jnp.subtract, update, v))
-            return weight / jnp.maximum(smoothing, distance)
+        def step(update, weight, v):
+            """β_i (u_i - v), which is of the size of w_i wherever the two are, and β_i."""
+            away = jax.tree.map(difference, update, v)
+            norm = l2_norm(away)
+            share = _GAIN * weight / jnp.maximum(smoothing * norm.unit.inverse, norm.size)
+            moves = jax.tree.map(lambda x: (x * norm.unit.inverse * share).astype(x.dtype), away)
+            return moves, share * norm.unit.inverse
 
         def iterate(v, _):
-            beta = operators.map(closeness, updates, weights, operators.broadcast(v))
-            return reductions.mean(updates, weights=beta, where=weights != 0), None
+            moves, beta = each(step, updates, weights, operators.broadcast(v))
+            move, total = reductions.sum((moves, beta), where=weights != 0)
+            total = jnp.where(total == 0, 1, total)
+            return jax.tree.map(lambda x, m: x + m / total.astype(x.dtype), v, move), None
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), updates)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], wide(x)), updates)
         v, _ = lax.scan(iterate, start, length=iterations)
+        v = jax.tree.map(lambda x, u: x.astype(u.dtype), v, updates)
         bits = all_bits(updates)
         return v, state, {"clients/bits": iterations * (bits + 32)}
 

@@ -10,15 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fax.aggregators._aggregator import Metrics, Transformation, each
-from fax.aggregators._leaves import check_floats, uniform, wide
+from fax.aggregators._aggregator import (
+    Aggregator,
+    Metrics,
+    Transformation,
+    as_transformation,
+    each,
+    each_present,
+)
+from fax.aggregators._leaves import check_floats, uniform
+from fax.aggregators._norms import wide
 
 PyTree = Any
 
 _BLOCK = 64  # Coordinates that one product with a matrix transforms.
 
 
-def hadamard(transformation: Transformation) -> Transformation:
+def hadamard(transformation: Transformation | Aggregator) -> Transformation:
     """Lets a transformation work on randomly rotated leaves, and turns them back.
 
     A leaf x, padded with zeros to d = 2^m numbers, becomes
@@ -33,7 +41,8 @@ def hadamard(transformation: Transformation) -> Transformation:
     end, exactly but for rounding, and differentiable. It takes d log d time.
 
     Args:
-      transformation: what happens to the rotated leaves, each a vector of d floats.
+      transformation: what happens to the rotated leaves, each a vector of d floats. Or a `chain` of
+        transformations alone.
 
     Returns:
       The transformation, with the state and the metrics of the one inside. What the padding takes
@@ -52,11 +61,7 @@ def hadamard(transformation: Transformation) -> Transformation:
       >>> quantizer = fax.aggregators.uniform_quantization(levels=16)
       >>> aggregator = fax.aggregators.chain(fax.aggregators.hadamard(quantizer))
     """
-    if not isinstance(transformation, Transformation):
-        raise TypeError(
-            f"fax.aggregators.hadamard: transformation is {transformation!r:.80}, expected a "
-            "fax.aggregators.Transformation."
-        )
+    transformation = as_transformation("hadamard", transformation)
 
     def init(params: PyTree) -> PyTree:
         check_floats("hadamard", params)
@@ -71,7 +76,7 @@ def hadamard(transformation: Transformation) -> Transformation:
         sizes = [padded_size(math.prod(x.shape[1:])) for x in leaves]
         signs = [random_signs(random) for random in uniform(sign_key, sizes)]
 
-        def there(*leaves: jax.Array) -> list[jax.Array]:
+        def there(leaves: list[jax.Array]) -> list[jax.Array]:
             return [rotate(x.reshape(-1), s) for x, s in zip(leaves, signs)]
 
         def back(rotated: list[jax.Array]) -> list[jax.Array]:
@@ -80,7 +85,7 @@ def hadamard(transformation: Transformation) -> Transformation:
                 for y, s, x in zip(rotated, signs, leaves)
             ]
 
-        rotated = jax.tree.unflatten(treedef, each(there, *leaves))
+        rotated = jax.tree.unflatten(treedef, each_present(there, leaves, weights))
         rotated, weights, state, metrics = transformation.update(rotated, weights, state, inner_key)
         updates = jax.tree.unflatten(treedef, each(back, jax.tree.leaves(rotated)))
         return updates, weights, state, metrics
@@ -106,7 +111,7 @@ def unrotate(y: jax.Array, signs: jax.Array, size: int) -> jax.Array:
 
 def padded(x: jax.Array) -> jax.Array:
     """A vector, in at least float32, with zeros up to a power of two."""
-    return jnp.pad(x.astype(wide(x.dtype)), (0, padded_size(x.size) - x.size))
+    return jnp.pad(x.astype(wide(x)), (0, padded_size(x.size) - x.size))
 
 
 def padded_size(size: int) -> int:
