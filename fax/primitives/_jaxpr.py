@@ -114,6 +114,13 @@ def splice(
     return eqns, list(map(read, inner.outvars)), consts
 
 
+def renamed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """The same jaxpr in variables of its own."""
+    invars = [Var(var.aval) for var in jaxpr.jaxpr.invars]
+    eqns, outvars, _ = splice(jaxpr, invars)
+    return rebuild(jaxpr, invars, outvars, eqns)
+
+
 def inline_jit(
     jaxpr: ClosedJaxpr, wanted: Callable[[JaxprEqn], bool]
 ) -> tuple[ClosedJaxpr, list[Any]]:
