@@ -123,13 +123,22 @@ class MapBuilder:
             self._checkpoints.update(other._checkpoints)
         else:
 
-            def inside(atom: Atom) -> Atom:
-                atom = other._read(atom)
-                ours = isinstance(atom, Var) and atom in theirs
-                return host.within(self._read(same.get(atom, atom))) if ours else atom
+            def given(atom: Atom) -> bool:
+                return isinstance(atom, Var) and atom in theirs
 
-            host.eqns += [_on(eqn, inside) for eqn in other.eqns]
-            parts = {var: _on_part(p, lambda x: host.outside(inside(x))) for var, p in parts.items()}
+            def outer(atom: Atom) -> Atom:
+                return self._read(same.get(atom, atom))
+
+            def inner(atom: Atom) -> Atom:
+                atom = other._read(atom)
+                return host.within(outer(atom)) if given(atom) else atom
+
+            def result(atom: Atom) -> Atom:
+                atom = other._read(atom)
+                return outer(atom) if given(atom) else host.outside(atom)
+
+            host.eqns += [_on(eqn, inner) for eqn in other.eqns]
+            parts = {var: _on_part(part, result) for var, part in parts.items()}
             made = [p.value for p in parts.values() if isinstance(p.value, Var)]
             self._checkpoints.update((var, host) for var in made if var in host.results)
         if silent is not None:
@@ -262,7 +271,7 @@ class _Checkpoint:
     def on(self, read: Callable[[Atom], Atom]) -> JaxprEqn:
         """The checkpoint as an equation, on the atoms that its operands are."""
         inner = ClosedJaxpr(self._eqn.params["jaxpr"], [])
-        if len(self.results) == len(inner.jaxpr.outvars) and len(self.eqns) == len(inner.jaxpr.eqns):
+        if self.eqns == inner.jaxpr.eqns and len(self.results) == len(inner.jaxpr.outvars):
             return self._eqn.replace(invars=list(map(read, self._operands)))
         extended = _jaxpr.rebuild(inner, self._invars, self.results.values(), self.eqns)
         params = dict(self._eqn.params, jaxpr=extended.jaxpr)

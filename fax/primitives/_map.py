@@ -224,12 +224,13 @@ def _jvp(primals, tangents, **params):
 
     primals_out = [next(outs) for _ in primal_parts]
     tangents_out = [None if part is None else next(outs) for part in tangent_parts]
-    for k, out in enumerate(this.outputs):
-        if late[k]:
-            mask = () if out.mask is None else (next(outs),)
-            primals_out[k], tangents_out[k] = reduce_late(
-                out.mode, primals_out[k], tangents_out[k], mask, this.group
-            )
+    if any(late):
+        masks = [None if mask is None else next(outs) for mask in late_masks]
+        modes = [out.mode for out in pick(late, this.outputs)]
+        rows, row_tangents = pick(late, primals_out), pick(late, tangents_out)
+        found = iter(reduce_late(modes, rows, row_tangents, masks, this.group))
+        for k in (k for k, is_late in enumerate(late) if is_late):
+            primals_out[k], tangents_out[k] = next(found)
     return primals_out, [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
         for x, t in zip(primals_out, tangents_out, strict=True)
@@ -237,24 +238,38 @@ def _jvp(primals, tangents, **params):
 
 
 def reduce_late(
-    mode: str, rows: Any, tangents: Any, mask: Sequence[Any], group: Placement
-) -> tuple[Any, Any]:
-    """The max or min of placed rows, and its tangent: the mean over those that attain it."""
-    out = Out(mode, 0 if mask else None)
-    inputs = [PLACED] * (1 + len(mask))
-    (best,) = rowwise(lambda *xs: xs, (rows, *mask), inputs, [out], group)
+    modes: Sequence[str],
+    rows: Sequence[Any],
+    tangents: Sequence[Any],
+    masks: Sequence[Any | None],
+    group: Placement,
+) -> list[tuple[Any, Any]]:
+    """The maxima or minima of placed rows, with their tangents: the mean over who attains them."""
+    given = [mask for mask in masks if mask is not None]
+    numbers = scatter((mask is not None for mask in masks), range(len(given)))
+    outs = [Out(mode, number) for mode, number in zip(modes, numbers, strict=True)]
+    placed = [PLACED] * (len(rows) + len(given))
+    best = rowwise(lambda *xs: xs, [*rows, *given], placed, outs, group)
 
-    def winners(best, row, tangent, *mask):
-        wins = functools.reduce(jnp.logical_and, mask, row == best)
-        wide = _schedule.accumulator_dtype(tangent.dtype)
-        return [
-            lax.select(wins, tangent, lax.full_like(tangent, 0)).astype(wide),
-            wins.astype(wide),
-        ]
+    def winners(*seen):
+        own = iter(seen)
+        best, values, tangents = ([next(own) for _ in rows] for _ in range(3))
+        counts = scatter((mask is not None for mask in masks), own)
+        sums = []
+        for top, value, tangent, mask in zip(best, values, tangents, counts, strict=True):
+            wins = value == top if mask is None else mask & (value == top)
+            wide = _schedule.accumulator_dtype(tangent.dtype)
+            chosen = lax.select(wins, tangent, lax.full_like(tangent, 0))
+            sums += [chosen.astype(wide), wins.astype(wide)]
+        return sums
 
-    operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
-    total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, group)
-    return best, (total / jnp.maximum(count, 1)).astype(tangents.dtype)
+    inputs = [*[SERVER] * len(rows), *[PLACED] * len(rows), *placed]
+    operands = [*best, *rows, *tangents, *given]
+    sums = rowwise(winners, operands, inputs, [Out("sum")] * (2 * len(rows)), group)
+    return [
+        (top, (total / jnp.maximum(count, 1)).astype(tangent.dtype))
+        for top, tangent, total, count in zip(best, tangents, sums[::2], sums[1::2], strict=True)
+    ]
 
 
 def _is_zero(tangent: Any) -> bool:
