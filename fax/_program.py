@@ -40,6 +40,13 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     outside of any transformation, it is compiled as a whole, once for arguments alike. Python
     scalars are constants then, and each value compiles anew: pass what varies as an array.
 
+    Such a call does not trace the body again if an earlier call was alike, and if the body still
+    reads the same: the numbers, strings, arrays, containers and functions that it closes over
+    or names as globals. After a change of these the next call sees it. If the body reads something
+    else, such as a module or an object of a class of yours, this cannot be told, and every call
+    traces. As with `jax.jit`, the body should have no side effects: what it prints, draws from
+    `numpy.random`, or reads from a clock or a file belongs to the trace, not to the call.
+
     Args:
       **placements: the number of participants, a positive int, by the name of the placement.
         Several placements can be nested by maps inside maps.
@@ -154,7 +161,7 @@ class _Traces(Reader):
     def __init__(self, fn: Callable, declared: Scope):
         self.fn = fn
         self.declared = declared
-        self._last: dict[Hashable, tuple[Hashable, _Trace]] = {}  # by the types of arguments
+        self._known: tuple[Hashable, dict[Hashable, _Trace]] = None, {}  # what it read, by call
 
     def reads(self) -> tuple[Any, ...]:
         return self.fn, [(p.name, p.size) for p in self.declared]
@@ -162,28 +169,33 @@ class _Traces(Reader):
     def remembered(
         self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
     ) -> _Trace:
-        """The last trace for arguments alike, or a new one if it may be another one now."""
-        reads, key = self._keys(declared, treedef, leaves, avals)
-        before, trace = self._last.get(key, (None, None))
-        if trace is None or before != reads:
-            trace = _trace(self.fn, declared, treedef, leaves, avals)
-            if key is not None and snapshot(_constants(trace.results)) is not None:
-                self._last[key] = reads, trace
-                for old in list(self._last)[:-_TRACES_KEPT]:
-                    self._last.pop(old, None)
+        """The trace of a call alike, or a new one if there is none that still holds."""
+        key = self._key(declared, treedef, leaves, avals)
+        reads, traces = self._known
+        if reads is None or reads != snapshot(self.fn):
+            traces = {}
+        if key in traces:
+            return traces[key]
+        trace = _trace(self.fn, declared, treedef, leaves, avals)
+        if key is not None and snapshot(_constants(trace.results)) is not None:
+            # What the function itself changes when it is traced is no reason to trace it again.
+            recent = list(traces.items())[1 - _TRACES_KEPT :]
+            self._known = snapshot(self.fn), dict([*recent, (key, trace)])
         return trace
 
-    def _keys(self, *call: Any) -> tuple[Hashable, Hashable]:
-        """What the function reads, and how it is called; None if that cannot be compared."""
-        declared, treedef, leaves, avals = call
-        reads, others = snapshot(self.fn), snapshot(_constants(leaves))
+    def _key(
+        self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
+    ) -> Hashable | None:
+        """How the function is called, or None where calls cannot be compared."""
+        others = snapshot(_constants(leaves))
+        if others is None or jax.config.jax_disable_jit:
+            return None
         key = (_context(_NOTHING), declared, treedef, others, avals)
         try:
             hash(key)
-        except TypeError:  # there are unhashable objects in the tree's structure
-            return None, None
-        known = reads is not None and others is not None and not jax.config.jax_disable_jit
-        return (reads, key) if known else (None, None)
+        except TypeError:  # the tree's structure holds something unhashable
+            return None
+        return key
 
 
 def _constants(leaves: Sequence[Any]) -> list[Any]:

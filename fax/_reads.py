@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-_LIMIT = 10_000  # a longer look takes as long as a trace
+# A longer look would take as long as a trace.
+_MOST_OBJECTS, _MOST_BYTES = 10_000, 2**20
 _INSTALLED = (
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.dirname(__file__),
@@ -38,7 +39,7 @@ def snapshot(*values: Any) -> Hashable | None:
     """
     try:
         return _Snapshot().of(values)
-    except _UnknownError:
+    except (_UnknownError, RecursionError):
         return None
 
 
@@ -86,13 +87,15 @@ class _Snapshot:
         number = self._seen.setdefault(id(value), len(self._seen))
         if number < len(self._alive):
             return "seen", number
-        if number == _LIMIT:
+        if number == _MOST_OBJECTS:
             raise _UnknownError
         self._alive.append(value)
         return kind, *self._parts(value)
 
     def _parts(self, value: Any) -> Iterator[Hashable]:
-        if type(value) is np.ndarray and not value.dtype.hasobject:
+        if type(value) is np.ndarray:
+            if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
+                raise _UnknownError
             yield from (value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest())
         elif type(value) in (tuple, list) or _is_namedtuple(value):
             yield from map(self.of, value)
@@ -102,6 +105,8 @@ class _Snapshot:
             yield from map(self.of, (value.func, value.args, value.keywords))
         elif isinstance(value, MethodType):
             yield from map(self.of, (value.__func__, value.__self__))
+        elif isinstance(value, BuiltinFunctionType):
+            yield from map(self.of, (value.__name__, value.__self__))
         elif isinstance(value, FunctionType):
             yield from self._of_function(value)
         elif isinstance(value, Reader):
@@ -135,8 +140,9 @@ def _never_changes(value: Any) -> bool:
         return _is_installed(value.__module__)
     if isinstance(value, jax.Array):
         return not isinstance(value, jax.core.Tracer)
-    # What JAX has jitted it traces once, whatever it reads.
-    return isinstance(value, BuiltinFunctionType | np.ufunc | _JITTED)
+    if isinstance(value, np.ufunc):
+        return getattr(np, value.__name__, None) is value
+    return isinstance(value, _JITTED)  # JAX traces these once, whatever they read
 
 
 _JITTED = type(jax.jit(lambda: None))

@@ -115,32 +115,14 @@ class MapBuilder:
         self.inputs.update(other.inputs)
         self._seen.update(other._seen)
 
-        parts = other.outputs
         if host is None:
+            parts = other.outputs
             self.eqns += other.eqns
             self._same.update(other._same)
             self._same.update(same)
             self._checkpoints.update(other._checkpoints)
         else:
-
-            def given(atom: Atom) -> bool:
-                return isinstance(atom, Var) and atom in theirs
-
-            def outer(atom: Atom) -> Atom:
-                return self._read(same.get(atom, atom))
-
-            def inner(atom: Atom) -> Atom:
-                atom = other._read(atom)
-                return host.within(outer(atom)) if given(atom) else atom
-
-            def result(atom: Atom) -> Atom:
-                atom = other._read(atom)
-                return outer(atom) if given(atom) else host.outside(atom)
-
-            host.eqns += [_on(eqn, inner) for eqn in other.eqns]
-            parts = {var: _on_part(part, result) for var, part in parts.items()}
-            made = [p.value for p in parts.values() if isinstance(p.value, Var)]
-            self._checkpoints.update((var, host) for var in made if var in host.results)
+            parts = self._within(host, other, {var: same.get(var, var) for var in theirs})
         if silent is not None:
             parts = {
                 var: p._replace(mask=silent) if p.mask is None else p for var, p in parts.items()
@@ -164,6 +146,27 @@ class MapBuilder:
             effects=this.jaxpr.effects,
         )
 
+    def _within(
+        self, host: _Checkpoint, other: MapBuilder, seen: Mapping[Var, Atom]
+    ) -> dict[Var, Contribution]:
+        """Lets a checkpoint do another map's work, on what the map's variables are here."""
+
+        def inner(atom: Atom) -> Atom:
+            atom = other._read(atom)
+            given = isinstance(atom, Var) and atom in seen
+            return host.within(self._read(seen[atom])) if given else atom
+
+        def result(atom: Atom) -> Atom:
+            atom = other._read(atom)
+            given = isinstance(atom, Var) and atom in seen
+            return self._read(seen[atom]) if given else host.outside(atom)
+
+        host.eqns += [_on(eqn, inner) for eqn in other.eqns]
+        parts = {var: _on_part(part, result) for var, part in other.outputs.items()}
+        made = [part.value for part in parts.values() if isinstance(part.value, Var)]
+        self._checkpoints.update((var, host) for var in made if var in host.results)
+        return parts
+
     def _read(self, atom: Atom) -> Atom:
         while isinstance(atom, Var) and atom in self._same:
             atom = self._same[atom]
@@ -186,7 +189,7 @@ class MapBuilder:
         """The variables of another map that are rows of this one, and whose."""
         seen: Iterable[Var] = other.inputs
         if len(self.outputs) < len(other.inputs):
-            keys = ((id(result), In("placed", t)) for result in self.outputs for t in (0, 1))
+            keys = ((id(result), In("placed", t)) for result in self.outputs for t in (False, True))
             seen = [other._seen[key] for key in keys if key in other._seen]
         fed = ((var, *other.inputs[var]) for var in seen)
         return {var: self.outputs[atom] for var, atom, mode in fed if self.feeds(atom, mode)}

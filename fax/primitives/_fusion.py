@@ -89,22 +89,20 @@ def has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
 
 
 class _Step:
-    """An equation, or a map under construction, and its place in the order of evaluation.
+    """An equation and its place in the order of evaluation.
 
     Places are numbered like sections of a book, so that there is always room before a step.
 
     Attributes:
-      eqn: the equation, unless the step is a map.
-      map: the map, unless the step is another equation.
+      eqn: the equation.
       needs: tokens of effects that come first.
       makes: tokens of effects that the step has.
       place: where it is.
       followers: steps that are known to wait for this one.
     """
 
-    def __init__(self, eqn: JaxprEqn | None = None, map: MapBuilder | None = None):
+    def __init__(self, eqn: JaxprEqn):
         self.eqn = eqn
-        self.map = map
         self.needs: list[object] = []
         self.makes: list[object] = []
         self.place: tuple[int, ...] = ()
@@ -113,14 +111,30 @@ class _Step:
 
     def operands(self) -> list[Any]:
         """The variables and tokens that have to be there first."""
-        if self.map is None:
-            return [*_jaxpr.variables(self.eqn.invars), *self.needs]
-        return [*_jaxpr.variables(atom for atom, _ in self.map.inputs.values()), *self.needs]
+        return [*_jaxpr.variables(self.eqn.invars), *self.needs]
+
+    def finished(self) -> JaxprEqn:
+        return self.eqn
 
     def let_before(self, other: _Step) -> None:
         """Moves a step right before this one, behind what was moved there earlier."""
         self._before += 1
         other.place = (*self.place[:-1], self._before - sys.maxsize, 0)
+
+
+class _Map(_Step):
+    """A map under construction and its place."""
+
+    def __init__(self, builder: MapBuilder):
+        super().__init__(builder.eqn)
+        self.builder = builder
+
+    def operands(self) -> list[Any]:
+        atoms = (atom for atom, _ in self.builder.inputs.values())
+        return [*_jaxpr.variables(atoms), *self.needs]
+
+    def finished(self) -> JaxprEqn:
+        return self.builder.equation()
 
 
 class _Program:
@@ -136,7 +150,7 @@ class _Program:
     def equations(self) -> list[JaxprEqn]:
         """The equations, in an order in which they can be evaluated."""
         steps = sorted(self._steps, key=lambda step: step.place)
-        return [step.eqn if step.map is None else step.map.equation() for step in steps]
+        return [step.finished() for step in steps]
 
     def add(self, eqn: JaxprEqn) -> None:
         """Adds an equation as it is."""
@@ -150,7 +164,7 @@ class _Program:
         if id(jaxpr.jaxpr) in self._client_functions:  # traced once, mapped twice
             eqn = eqn.replace(params=dict(eqn.params, jaxpr=_jaxpr.renamed(jaxpr)))
         self._client_functions.add(id(jaxpr.jaxpr))
-        step = _Step(map=MapBuilder.of(eqn, self._sender(Placement.of(eqn.params))))
+        step = _Map(MapBuilder.of(eqn, self._sender(Placement.of(eqn.params))))
         self._order_effects(step, eqn)
         if not self._merge(step):
             self._put(step, eqn.outvars)
@@ -160,18 +174,18 @@ class _Program:
         rows: Any = eqn.invars[0]
         result: Any = eqn.outvars[0]
         maker = self._maker_of_rows(rows)
-        if maker is None or maker.map is None or maker.map.like.group != Placement.of(eqn.params):
+        if not isinstance(maker, _Map) or maker.builder.like.group != Placement.of(eqn.params):
             return self.add(eqn)
-        masked = maker.map.outputs[rows].mask is not None
+        masked = maker.builder.outputs[rows].mask is not None
         if masked and eqn.primitive not in (sum_p, mean_p):
             return self.add(eqn)
         if eqn.primitive is not mean_p:
-            maker.map.reduce(rows, eqn.primitive.name, result)
+            maker.builder.reduce(rows, eqn.primitive.name, result)
             self._maker[result] = maker
             return None
         aval = result.aval
         total = Var(aval.update(dtype=accumulator_dtype(aval.dtype)))
-        maker.map.reduce(rows, "sum", total)
+        maker.builder.reduce(rows, "sum", total)
         self._maker[total] = maker
         division = _division(total.aval, eqn.params["size"], aval.dtype)
         eqns, (quotient,), _ = _jaxpr.splice(division, [total])
@@ -187,11 +201,11 @@ class _Program:
         makers = list(map(self._maker_of_rows, _jaxpr.variables(eqn.invars)))
         if self._stays_broadcast(eqn, makers):
             return
-        maps = [maker.map for maker in makers if maker is not None and maker.map is not None]
+        maps = [maker.builder for maker in makers if isinstance(maker, _Map)]
         if maps:
             find = self._sender(maps[0].like.group)
             mapped = as_map(eqn, maps[0], find, self._is_masked)
-            if mapped is not None and self._merge(_Step(map=mapped)):
+            if mapped is not None and self._merge(_Map(mapped)):
                 return
         self.add(eqn)
 
@@ -215,15 +229,14 @@ class _Program:
     def _is_masked(self, var: Var) -> bool:
         """Whether a placed value is zero for the participants that a mask leaves out."""
         maker = self._maker_of_rows(var)
-        outputs = {} if maker is None or maker.map is None else maker.map.outputs
-        return var in outputs and outputs[var].mask is not None
+        return isinstance(maker, _Map) and maker.builder.outputs[var].mask is not None
 
     def _maker_of_rows(self, atom: Atom) -> _Step | None:
         """The broadcast or map whose result a placed value is."""
         maker = self._maker.get(atom) if isinstance(atom, Var) else None
-        if maker is None or maker.map is None:
+        if not isinstance(maker, _Map):
             return None if _broadcast(maker) is None else maker
-        return maker if maker.map.outputs[atom].mode == "placed" else None
+        return maker if maker.builder.outputs[atom].mode == "placed" else None
 
     def _sender(self, group: Placement) -> Find:
         """Lets a map see what is broadcast to it as the server's value."""
@@ -236,17 +249,16 @@ class _Program:
 
         return find
 
-    def _merge(self, step: _Step) -> bool:
+    def _merge(self, step: _Map) -> bool:
         """Merges a new map with those that feed it. Returns whether there were any."""
-        new = step
-        rows = [atom for atom, mode in new.map.inputs.values() if mode.mode == "placed"]
-        makers = {self._maker_of_rows(atom) for atom in rows}
-        feeding = [maker for maker in makers if maker is not None and maker.map is not None]
+        new, inputs = step, step.builder.inputs.values()
+        makers = {self._maker_of_rows(atom) for atom, mode in inputs if mode.mode == "placed"}
+        feeding = [maker for maker in makers if isinstance(maker, _Map)]
         for maker in sorted(feeding, key=lambda maker: maker.place, reverse=True):
-            if not maker.map.fits(step.map) or self._waits(step, maker):
+            if not maker.builder.fits(step.builder) or self._waits(step, maker):
                 continue
-            made = [*step.map.outputs, *step.makes]
-            maker.map.absorb(step.map)
+            made = [*step.builder.outputs, *step.makes]
+            maker.builder.absorb(step.builder)
             maker.needs += step.needs
             maker.makes += step.makes
             maker.followers |= step.followers
@@ -255,14 +267,14 @@ class _Program:
             step = maker
         return step is not new
 
-    def _waits(self, step: _Step, maker: _Step) -> bool:
+    def _waits(self, step: _Map, maker: _Map) -> bool:
         """Whether a map has to wait for a result of another one, other than by the rows it is fed.
 
         Takes each step between the two once: those that have to stay behind the other map are
         remembered, and the rest moves before it.
         """
-        fed = maker.map.feeds
-        others = [atom for atom, mode in step.map.inputs.values() if not fed(atom, mode)]
+        fed = maker.builder.feeds
+        others = [atom for atom, mode in step.builder.inputs.values() if not fed(atom, mode)]
         needed = self._makers([*_jaxpr.variables(others), *step.needs])
         if maker in needed:
             return True
@@ -300,8 +312,7 @@ class _Program:
 
 def _broadcast(maker: _Step | None) -> JaxprEqn | None:
     """The broadcast that a step is, if it is one."""
-    eqn = None if maker is None else maker.eqn
-    return eqn if eqn is not None and eqn.primitive is broadcast_p else None
+    return maker.eqn if maker is not None and maker.eqn.primitive is broadcast_p else None
 
 
 def _shape(var: Any) -> tuple[int, ...]:
