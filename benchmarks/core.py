@@ -29,7 +29,7 @@ from workloads import NAMES, WAYS, Batches, Fax
 
 import fax
 
-TRACED_ROUNDS, TRACED_CLIENTS = 200, 10
+TRACED_ROUNDS, TRACED_CLIENTS, TRACED_LEAVES = 200, 10, (100, 400, 1600)
 COMPUTE = dict(clients=16, steps=4, batch=64, widths=(784, 512, 512, 62))
 ROUNDS = {
     "logistic regression": dict(clients=100, widths=workloads.LOGISTIC),
@@ -44,21 +44,28 @@ MEMORY_CLIENTS = {"fax": (8, 64, 256, 4096), "DrJAX": (8, 64, 256), "vmap": (8, 
 # Tracing
 
 
-def trace() -> Table:
-    """Time to trace and lower a program of many small rounds, and its gradient."""
-    x = jnp.ones(8)
+def trace() -> list[Table]:
+    """Time to trace and lower programs of many rounds or leaves, and their gradients."""
+    return [trace_rounds(), trace_leaves()]
 
-    def lowering(fn: Callable) -> float:
-        start = time.perf_counter()
-        jax.jit(fn).trace(x).lower()
-        return time.perf_counter() - start
+
+def lowering(fn: Callable, *args: Any) -> float:
+    """Seconds to trace and lower a function."""
+    start = time.perf_counter()
+    jax.jit(fn).trace(*args).lower()
+    return time.perf_counter() - start
+
+
+def trace_rounds() -> Table:
+    """A program of many small rounds."""
+    x = jnp.ones(8)
 
     def of(way: Any, turn: int) -> Times:
         del turn
         many_rounds, for_gradient = (many_small_rounds(way(TRACED_CLIENTS)) for _ in range(2))
         return {
-            "program": lowering(many_rounds),
-            "gradient": lowering(jax.grad(lambda x: jnp.sum(for_gradient(x)))),
+            "program": lowering(many_rounds, x),
+            "gradient": lowering(jax.grad(lambda x: jnp.sum(for_gradient(x))), x),
         }
 
     runs = {way.name: functools.partial(of, way) for way in WAYS}
@@ -81,6 +88,51 @@ def many_small_rounds(way: Any) -> Callable:
         for _ in range(TRACED_ROUNDS):
             x = way.mean(lambda z, _: z * 2 + 1, x, ())
         return x
+
+    return program
+
+
+def trace_leaves() -> Table:
+    """A round of a model of many leaves, with operations on each of them after the map."""
+    data = jnp.ones((TRACED_CLIENTS, 3))
+
+    def of(way: Any, leaves: int, turn: int) -> Times:
+        del turn
+        params = [jnp.ones(3)] * leaves
+        one_round, for_gradient = (round_of_leaves(way(TRACED_CLIENTS)) for _ in range(2))
+
+        def total(params, data):
+            return sum(map(jnp.sum, for_gradient(params, data)))
+
+        return {
+            "program": lowering(one_round, params, data),
+            "gradient": lowering(jax.grad(total), params, data),
+        }
+
+    rows = []
+    for leaves in TRACED_LEAVES:
+        times = take_turns({way.name: functools.partial(of, way, leaves) for way in WAYS}, 3)
+        for quantity in ("program", "gradient"):
+            row = {"": f"{quantity}, {leaves} leaves"} | compare(times, quantity)
+            row["target"] = verdict("at most 3 times vmap", row["vmap / fax"] >= 1 / 3)
+            rows.append(row)
+    return timing_table("Trace and lower a round of many leaves, ms", rows)
+
+
+def round_of_leaves(way: Any) -> Callable:
+    """A program never traced before."""
+
+    @way.program
+    def program(params, data):
+        def between(updates):
+            for _ in range(2):
+                updates = jax.tree.map(jnp.subtract, updates, way.broadcast(params))
+            return updates
+
+        def work(params, data):
+            return [leaf * data for leaf in params]
+
+        return way.mean(work, params, data, between=between)
 
     return program
 

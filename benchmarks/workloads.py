@@ -213,8 +213,12 @@ class Fax:
     def program(self, fn: Callable) -> Callable:
         return fax.program(clients=self.clients)(fn)
 
-    def mean(self, work, server, data, weights=None, where=None):
+    def broadcast(self, server):
+        return fax.broadcast(server)
+
+    def mean(self, work, server, data, weights=None, where=None, between=lambda rows: rows):
         updates = fax.map(work, fax.broadcast(server), data, batch_size=self.batch_size)
+        updates = between(updates)
         return fax.mean(updates, weights=weights, where=where)
 
 
@@ -229,8 +233,11 @@ class DrJax:
     def program(self, fn: Callable) -> Callable:
         return drjax.program(placements={"clients": self.clients})(fn)
 
-    def mean(self, work, server, data, weights=None, where=None):
-        updates = drjax.map_fn(work, (drjax.broadcast(server), data))
+    def broadcast(self, server):
+        return drjax.broadcast(server)
+
+    def mean(self, work, server, data, weights=None, where=None, between=lambda rows: rows):
+        updates = between(drjax.map_fn(work, (drjax.broadcast(server), data)))
         if where is not None:
             updates = drjax.map_fn(keep, (updates, where))
             weights = where.astype(jnp.float32)
@@ -250,8 +257,12 @@ class Vmap:
     def program(self, fn: Callable) -> Callable:
         return fn
 
-    def mean(self, work, server, data, weights=None, where=None):
+    def broadcast(self, server):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.clients, *x.shape)), server)
+
+    def mean(self, work, server, data, weights=None, where=None, between=lambda rows: rows):
         updates = jax.vmap(work, in_axes=(None, 0), axis_size=self.clients)(server, data)
+        updates = between(updates)
         if where is not None:
             updates = jax.vmap(keep)(updates, where)
             weights = where.astype(jnp.float32)

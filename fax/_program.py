@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.api_util import debug_info
 from jax.core import eval_context
-from jax.extend.core import take_current_trace
+from jax.extend import linear_util as lu
+from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
-from jax.tree_util import tree_flatten, tree_unflatten
+from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
 from fax._placement import PlacementError, Scope, declare, scope
+from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
 from fax.primitives._structure import Structure, execute
@@ -35,6 +39,13 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     rounds of communication, and evaluates those where it was called. Called with arrays and
     outside of any transformation, it is compiled as a whole, once for arguments alike. Python
     scalars are constants then, and each value compiles anew: pass what varies as an array.
+
+    Such a call does not trace the body again if an earlier call was alike, and if the body still
+    reads the same: the numbers, strings, arrays, containers and functions that it closes over
+    or names as globals. After a change of these the next call sees it. If the body reads something
+    else, such as a module or an object of a class of yours, this cannot be told, and every call
+    traces. As with `jax.jit`, the body should have no side effects: what it prints, draws from
+    `numpy.random`, or reads from a clock or a file belongs to the trace, not to the call.
 
     Args:
       **placements: the number of participants, a positive int, by the name of the placement.
@@ -69,10 +80,11 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
 
     def decorate(fn: F) -> F:
         function("fax.program", fn)
+        traces = _Traces(fn, declared)
 
         @functools.wraps(fn)
         def wrapped(*args, **kwargs):
-            return _call(fn, declared, args, kwargs)
+            return _call(traces, args, kwargs)
 
         return wrapped  # type: ignore[return-value]
 
@@ -82,18 +94,55 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
 _TRACED = object()
 
 
-def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
+def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     leaves, treedef = tree_flatten((args, kwargs))
-    declared = laid_out(declared)
+    declared = laid_out(traces.declared)
     operands = [leaf for leaf in leaves if _is_traced(leaf)]
     _warn_of_missing_mesh(declared, operands)
+    avals = tuple(map(jax.typeof, operands))
+    others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
+    if _evaluates_now():
+        traced = traces.remembered(declared, treedef, others, avals)
+        outs = iter(execute(traced.structure, *traced.captured, *operands))
+    else:
+        traced = _trace(traces.fn, declared, treedef, others, avals)
+        outs = iter(_jaxpr.evaluate(traced.jaxpr, *traced.captured, *operands))
+    results = [next(outs) if leaf is _TRACED else leaf for leaf in traced.results]
+    return tree_unflatten(traced.out_tree, results)
+
+
+@dataclasses.dataclass
+class _Trace:
+    """A traced program.
+
+    Attributes:
+      jaxpr: the program, fused.
+      captured: the arrays or tracers that it closes over, its leading operands.
+      results: what it returned, with a mark for each of the jaxpr's results.
+      out_tree: the structure of that.
+    """
+
+    jaxpr: ClosedJaxpr
+    captured: list[Any]
+    results: list[Any]
+    out_tree: PyTreeDef
+
+    @functools.cached_property
+    def structure(self) -> Structure:
+        return Structure(self.jaxpr)
+
+
+def _trace(
+    fn: Callable, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
+) -> _Trace:
+    """Traces and fuses a program, called with the leaves and, where they are marked, arrays."""
     results: list[Any] = []
     out_tree: Any = None
 
     def body(*tracers):
         nonlocal results, out_tree
         own = iter(tracers)
-        seen = [next(own) if _is_traced(leaf) else leaf for leaf in leaves]
+        seen = [next(own) if leaf is _TRACED else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(treedef, seen)
         with scope(declared):
             outs, out_tree = tree_flatten(fn(*args, **kwargs))
@@ -101,14 +150,70 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         results = [_TRACED if _is_traced(leaf) else leaf for leaf in outs]
         return [leaf for leaf in outs if _is_traced(leaf)]
 
-    jaxpr, captured = _jaxpr.trace(body, [jax.typeof(x) for x in operands], about=fn)
+    jaxpr, captured = _jaxpr.trace(body, avals, about=fn)
     jaxpr, constants = _fusion.fuse(bind_scope(jaxpr, declared))
-    operands = [*constants, *captured, *operands]
-    if _evaluates_now():
-        outs = iter(execute(Structure(jaxpr), *operands))
-    else:
-        outs = iter(_jaxpr.evaluate(jaxpr, *operands))
-    return tree_unflatten(out_tree, [next(outs) if x is _TRACED else x for x in results])
+    return _Trace(jaxpr, [*constants, *captured], results, out_tree)
+
+
+class _Traces(Reader):
+    """The traces of a program, which hold as long as the function reads what it did before."""
+
+    def __init__(self, fn: Callable, declared: Scope):
+        self.fn = fn
+        self.declared = declared
+        self._known: tuple[Hashable, dict[Hashable, _Trace]] = None, {}  # what it read, by call
+
+    def reads(self) -> tuple[Any, ...]:
+        return self.fn, [(p.name, p.size) for p in self.declared]
+
+    def remembered(
+        self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
+    ) -> _Trace:
+        """The trace of a call alike, or a new one if there is none that still holds."""
+        key = self._key(declared, treedef, leaves, avals)
+        reads, traces = self._known
+        if reads is None or reads != snapshot(self.fn):
+            traces = {}
+        if key in traces:
+            return traces[key]
+        trace = _trace(self.fn, declared, treedef, leaves, avals)
+        if key is not None and snapshot(_constants(trace.results)) is not None:
+            # What the function itself changes when it is traced is no reason to trace it again.
+            recent = list(traces.items())[1 - _TRACES_KEPT :]
+            self._known = snapshot(self.fn), dict([*recent, (key, trace)])
+        return trace
+
+    def _key(
+        self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
+    ) -> Hashable | None:
+        """How the function is called, or None where calls cannot be compared."""
+        others = snapshot(_constants(leaves))
+        if others is None or jax.config.jax_disable_jit:
+            return None
+        key = (_context(_NOTHING), declared, treedef, others, avals)
+        try:
+            hash(key)
+        except TypeError:  # the tree's structure holds something unhashable
+            return None
+        return key
+
+
+def _constants(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves that are not arrays, at their places."""
+    return [None if leaf is _TRACED else leaf for leaf in leaves]
+
+
+_TRACES_KEPT = 64
+
+
+@lu.cache
+def _context(nothing: lu.WrappedFun) -> object:
+    """An object for each context that JAX traces in: a mesh, settings, and the like."""
+    del nothing
+    return object()
+
+
+_NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
 
 
 def _is_traced(leaf: Any) -> bool:

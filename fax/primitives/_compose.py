@@ -1,8 +1,14 @@
-"""One map that does the work of two, the second fed by the first."""
+"""One map that does the work of several: a map under construction.
+
+What a map feeds is taken into it, one map or reduction after the other. Equations are only
+collected, and the client function's jaxpr is put together once, at the end, so that the time
+to fuse a program is proportional to the number of its equations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
@@ -12,138 +18,288 @@ from fax.primitives import _jaxpr
 from fax.primitives._convolutions import has_convolutions
 from fax.primitives._cut import depends, either
 from fax.primitives._jaxpr import Atom
-from fax.primitives._round import Contribution, Round, select
+from fax.primitives._round import Contribution, In, Round, select
 from fax.sharding._schedule import ALL_AT_ONCE
 
+# Finds the operand of a map, and its mode, for one of an equation.
+Find = Callable[[Atom, In], tuple[Atom, In]]
 
-def compose(first: JaxprEqn, second: JaxprEqn) -> JaxprEqn | None:
-    """Composes two maps, the results of both kept, or returns None if they do not fit.
 
-    They have to be over the same placement, with the same batch size and the same setting for
-    convolutions, if both have any, and the second one must take the first one's results as
-    rows, not all of them at once as a server value.
+class MapBuilder:
+    """A map under construction.
+
+    Attributes:
+      like: the placement, the batch size and the setting for convolutions.
+      eqn: where in the user's code the map comes from.
+      inputs: for each variable that a participant sees, the operand and its mode.
+      outputs: for each result, what a participant contributes to it.
+      eqns: what a participant computes, in the variables of the equations as they came.
     """
-    a, b = Round.of(first.params), Round.of(second.params)
-    batch_sizes = {a.batch_size, b.batch_size} - {ALL_AT_ONCE}
-    convolutions = _setting(a, b)
-    if a.group != b.group or len(batch_sizes) > 1 or convolutions is None:
-        return None
 
-    invars, operands, inputs = list(a.jaxpr.jaxpr.invars), list(first.invars), list(a.inputs)
-    eqns, parts = list(a.jaxpr.jaxpr.eqns), a.contributions()
-    made = dict(zip(first.outvars, parts, strict=True))
-    seen = dict(zip(zip(map(id, operands), inputs, strict=True), invars, strict=True))
-    args: list[Atom] = []
-    for atom, mine, aval in zip(second.invars, b.inputs, b.jaxpr.in_avals, strict=True):
-        part = made.get(atom) if isinstance(atom, Var) else None
-        if part is not None:
-            if mine.mode != "placed" or part.mode != "placed":
-                return None
-            extra, value = _rows_of(part)
-            eqns += extra
-            args.append(value)
-            continue
-        if (id(atom), mine) not in seen:
-            seen[id(atom), mine] = Var(aval)
-            invars.append(seen[id(atom), mine])
-            operands.append(atom)
-            inputs.append(mine)
-        args.append(seen[id(atom), mine])
+    def __init__(self, like: Round, eqn: JaxprEqn):
+        self.like = like
+        self.eqn = eqn
+        self.inputs: dict[Var, tuple[Atom, In]] = {}
+        self.outputs: dict[Var, Contribution] = {}
+        self.eqns: list[JaxprEqn | _Checkpoint] = []
+        self._seen: dict[tuple[int, In], Var] = {}  # by identity, for literals have no hash
+        self._same: dict[Var, Atom] = {}  # variables that turned out to be another atom
+        self._checkpoints: dict[Var, _Checkpoint] = {}  # by what they make
 
-    host = _host(eqns, args, invars) if b.batch_size == ALL_AT_ONCE else None
-    if host is None:
-        extra, results, _ = _jaxpr.splice(b.jaxpr, args)
-        eqns += extra
-    else:
-        eqns[host], results = _inside(eqns[host], b.jaxpr, args)
+    @classmethod
+    def of(cls, eqn: JaxprEqn, find: Find) -> MapBuilder:
+        """Starts from a map, on the operands that ``find`` has for its own."""
+        this = Round.of(eqn.params)
+        builder, inner = cls(this, eqn), this.jaxpr.jaxpr
+        for atom, mode, var in zip(eqn.invars, this.inputs, inner.invars, strict=True):
+            seen = builder.see(*find(atom, mode), var)
+            if seen is not var:
+                builder._same[var] = seen
+        for part in inner.eqns:
+            if part.primitive is remat_p:
+                checkpoint = _Checkpoint(part)
+                builder.eqns.append(checkpoint)
+                builder._checkpoints.update(dict.fromkeys(checkpoint.results, checkpoint))
+            else:
+                builder.eqns.append(part)
+        builder.outputs.update(zip(eqn.outvars, this.contributions(), strict=True))
+        return builder
 
-    batch_size = batch_sizes.pop() if batch_sizes else ALL_AT_ONCE
-    mask, extra = _silent(b, [made.get(x) if isinstance(x, Var) else None for x in second.invars])
-    eqns += extra
-    parts += [
-        part._replace(mask=mask) if mask is not None and part.mask is None else part
-        for part in b.contributions(results)
-    ]
-    like = a.replace(batch_size=batch_size, convolutions=convolutions)
-    both = like.assemble(inputs, invars, parts, eqns)
-    return second.replace(
-        invars=operands,
-        outvars=[*first.outvars, *second.outvars],
-        params=both.params,
-        effects=both.jaxpr.effects,
-    )
+    def see(self, atom: Atom, mode: In, var: Var) -> Var:
+        """The variable of an operand: ``var``, unless the operand has one already."""
+        seen = self._seen.setdefault((id(atom), mode), var)
+        self.inputs.setdefault(seen, (atom, mode))
+        return seen
+
+    def reduce(self, rows: Var, mode: str, total: Var) -> None:
+        """Adds a result: another one's contributions, reduced in the dtype of the total."""
+        value, _, mask = self.outputs[rows]
+        dtype = total.aval.dtype  # type: ignore[attr-defined]
+        if value.aval.dtype != dtype:
+            value = self._splice(_cast(value.aval, dtype), value)
+        self.outputs[total] = Contribution(value, mode, mask)
+
+    def fits(self, other: MapBuilder) -> bool:
+        """Whether both are over the same placement and run in the same way.
+
+        That is with the same batch size, and with the same setting for convolutions if both
+        have any.
+        """
+        batch_sizes = {self.like.batch_size, other.like.batch_size} - {ALL_AT_ONCE}
+        alike = self.like.group == other.like.group and len(batch_sizes) <= 1
+        return alike and self._convolutions_with(other) is not None
+
+    def feeds(self, atom: Atom, mode: In) -> bool:
+        """Whether an operand in a mode is a placed result of this map, row by row."""
+        part = self.outputs.get(atom) if isinstance(atom, Var) else None
+        return part is not None and part.mode == mode.mode == "placed"
+
+    def absorb(self, other: MapBuilder) -> None:
+        """Takes in a map that fits, and that follows from this one by the rows it is fed alone."""
+        elementwise = other.like.batch_size == ALL_AT_ONCE
+        batch_size = (self if elementwise else other).like.batch_size
+        convolutions = self._convolutions_with(other) or self.like.convolutions
+        self.like = self.like.replace(batch_size=batch_size, convolutions=convolutions)
+        self.eqn = other.eqn
+
+        fed = self._fed(other)
+        silent = self._silent(other, fed)
+        same: dict[Var, Atom] = {var: self._row(part) for var, part in fed.items()}
+        host = self._host(same.values()) if elementwise else None
+        common = self._seen.keys() & other._seen.keys()
+        same.update((other._seen[key], self._seen[key]) for key in common)
+        theirs = set(other.inputs)
+        for var in same:
+            atom, mode = other.inputs.pop(var)
+            del other._seen[id(atom), mode]
+        self.inputs.update(other.inputs)
+        self._seen.update(other._seen)
+
+        if host is None:
+            parts = other.outputs
+            self.eqns += other.eqns
+            self._same.update(other._same)
+            self._same.update(same)
+            self._checkpoints.update(other._checkpoints)
+        else:
+            parts = self._within(host, other, {var: same.get(var, var) for var in theirs})
+        if silent is not None:
+            parts = {
+                var: p._replace(mask=silent) if p.mask is None else p for var, p in parts.items()
+            }
+        self.outputs.update(parts)
+
+    def round(self) -> Round:
+        """The parameters of the map."""
+        modes = [mode for _, mode in self.inputs.values()]
+        parts = [_on_part(part, self._read) for part in self.outputs.values()]
+        eqns = [_on(eqn, self._read) for eqn in self.eqns]
+        return self.like.assemble(modes, self.inputs, parts, eqns)
+
+    def equation(self) -> JaxprEqn:
+        """The map as an equation."""
+        this = self.round()
+        return self.eqn.replace(
+            invars=[atom for atom, _ in self.inputs.values()],
+            outvars=list(self.outputs),
+            params=this.params,
+            effects=this.jaxpr.effects,
+        )
+
+    def _within(
+        self, host: _Checkpoint, other: MapBuilder, seen: Mapping[Var, Atom]
+    ) -> dict[Var, Contribution]:
+        """Lets a checkpoint do another map's work, on what the map's variables are here."""
+
+        def inner(atom: Atom) -> Atom:
+            atom = other._read(atom)
+            given = isinstance(atom, Var) and atom in seen
+            return host.within(self._read(seen[atom])) if given else atom
+
+        def result(atom: Atom) -> Atom:
+            atom = other._read(atom)
+            given = isinstance(atom, Var) and atom in seen
+            return self._read(seen[atom]) if given else host.outside(atom)
+
+        host.eqns += [_on(eqn, inner) for eqn in other.eqns]
+        parts = {var: _on_part(part, result) for var, part in other.outputs.items()}
+        made = [part.value for part in parts.values() if isinstance(part.value, Var)]
+        self._checkpoints.update((var, host) for var in made if var in host.results)
+        return parts
+
+    def _read(self, atom: Atom) -> Atom:
+        while isinstance(atom, Var) and atom in self._same:
+            atom = self._same[atom]
+        return atom
+
+    def _splice(self, jaxpr: ClosedJaxpr, *operands: Atom) -> Atom:
+        """Adds the equations of a jaxpr, and returns what they make."""
+        eqns, (value,), _ = _jaxpr.splice(jaxpr, operands)
+        self.eqns += eqns
+        return value
+
+    def _convolutions_with(self, other: MapBuilder) -> str | None:
+        """How both compute their convolutions, or None if they differ in it."""
+        one, two = self.like.convolutions, other.like.convolutions
+        if one == two or not has_convolutions(other.round().jaxpr):
+            return one
+        return None if has_convolutions(self.round().jaxpr) else two
+
+    def _fed(self, other: MapBuilder) -> dict[Var, Contribution]:
+        """The variables of another map that are rows of this one, and whose."""
+        seen: Iterable[Var] = other.inputs
+        if len(self.outputs) < len(other.inputs):
+            keys = ((id(result), In("placed", t)) for result in self.outputs for t in (False, True))
+            seen = [other._seen[key] for key in keys if key in other._seen]
+        fed = ((var, *other.inputs[var]) for var in seen)
+        return {var: self.outputs[atom] for var, atom, mode in fed if self.feeds(atom, mode)}
+
+    def _row(self, part: Contribution) -> Atom:
+        """A participant's row of a placed result."""
+        if part.mask is None:
+            return part.value
+        return self._splice(_masked(part.mask.aval, part.value.aval), part.mask, part.value)
+
+    def _silent(self, other: MapBuilder, fed: Mapping[Var, Contribution]) -> Atom | None:
+        """A mask for the results of a map that is linear in tangents which are all masked.
+
+        Where these are zero so are its results, be its derivatives infinite.
+        """
+        if all(part.mask is None for part in fed.values()):
+            return None
+        tangents = [var for var, (_, mode) in other.inputs.items() if mode.tangent]
+        masks = [fed[var].mask if var in fed else None for var in tangents]
+        if not masks or None in masks:
+            return None
+        this = other.round()
+        reached = depends(this.jaxpr, [mode.tangent for mode in this.inputs])
+        if not all(reached[: len(this.outputs)]):
+            return None
+        mask, eqns = either(list(map(self._read, masks)))
+        self.eqns += eqns
+        return mask
+
+    def _host(self, rows: Iterable[Atom]) -> _Checkpoint | None:
+        """The one `jax.checkpoint` that makes all the rows which are not inputs, if there is one.
+
+        The product of a weighted mean belongs inside: outside, the gradient with respect to the
+        weights would have to store every participant's update.
+        """
+        made = set(_jaxpr.variables(map(self._read, rows))).difference(self.inputs)
+        hosts = {self._checkpoints.get(var) for var in made}
+        return hosts.pop() if len(hosts) == 1 else None
 
 
-def _setting(a: Round, b: Round) -> str | None:
-    """How two maps compute their convolutions, or None if they differ in it."""
-    if a.convolutions == b.convolutions or not has_convolutions(b.jaxpr):
-        return a.convolutions
-    return None if has_convolutions(a.jaxpr) else b.convolutions
+class _Checkpoint:
+    """A `jax.checkpoint` in a map under construction, which can take in what uses its results.
 
-
-def _silent(
-    this: Round, sources: Sequence[Contribution | None]
-) -> tuple[Atom | None, list[JaxprEqn]]:
-    """A mask for the results of a map that is linear in tangents which are all masked.
-
-    Where these are zero so are its results, be its derivatives infinite.
+    Attributes:
+      eqns: what is computed in it.
+      results: for each variable that it makes, the atom in it.
     """
-    tangents = [i.tangent for i in this.inputs]
-    masks = [
-        None if source is None else source.mask
-        for source, tangent in zip(sources, tangents, strict=True)
-        if tangent
-    ]
-    outputs = len(this.outputs)
-    if not masks or None in masks or not all(depends(this.jaxpr, tangents)[:outputs]):
-        return None, []
-    return either(masks)
+
+    def __init__(self, eqn: JaxprEqn):
+        inner = eqn.params["jaxpr"]
+        self._eqn = eqn
+        self._operands: list[Atom] = list(eqn.invars)
+        self._invars: list[Var] = list(inner.invars)
+        self.eqns: list[JaxprEqn] = list(inner.eqns)
+        self.results: dict[Var, Atom] = dict(zip(eqn.outvars, inner.outvars, strict=True))
+        pairs = list(zip(self._operands, self._invars, strict=True))
+        self._inner = {var: own for var, own in pairs if isinstance(var, Var)} | self.results
+        self._outer = {own: var for var, own in self.results.items() if isinstance(own, Var)}
+        self._outer.update((own, atom) for atom, own in pairs)
+
+    def within(self, atom: Atom) -> Atom:
+        """An atom outside as it is seen within."""
+        if not isinstance(atom, Var):
+            return atom
+        if atom not in self._inner:
+            own = Var(atom.aval)
+            self._inner[atom], self._outer[own] = own, atom
+            self._operands.append(atom)
+            self._invars.append(own)
+        return self._inner[atom]
+
+    def outside(self, atom: Atom) -> Atom:
+        """An atom within as it is seen outside."""
+        if not isinstance(atom, Var):
+            return atom
+        if atom not in self._outer:
+            result = Var(atom.aval)
+            self._inner[result], self._outer[atom] = atom, result
+            self.results[result] = atom
+        return self._outer[atom]
+
+    def on(self, read: Callable[[Atom], Atom]) -> JaxprEqn:
+        """The checkpoint as an equation, on the atoms that its operands are."""
+        inner = ClosedJaxpr(self._eqn.params["jaxpr"], [])
+        if self.eqns == inner.jaxpr.eqns and len(self.results) == len(inner.jaxpr.outvars):
+            return self._eqn.replace(invars=list(map(read, self._operands)))
+        extended = _jaxpr.rebuild(inner, self._invars, self.results.values(), self.eqns)
+        params = dict(self._eqn.params, jaxpr=extended.jaxpr)
+        if isinstance(params["prevent_cse"], tuple):
+            params["prevent_cse"] += (True,) * (len(self._operands) - len(self._eqn.invars))
+        return self._eqn.replace(
+            invars=list(map(read, self._operands)), outvars=list(self.results), params=params
+        )
 
 
-def _rows_of(part: Contribution) -> tuple[list[JaxprEqn], Atom]:
-    """A participant's row of a placed output, with the equations that make it."""
-    if part.mask is None:
-        return [], part.value
-    masked = _masked(part.mask.aval, part.value.aval)
-    eqns, (value,), _ = _jaxpr.splice(masked, [part.mask, part.value])
-    return eqns, value
+def _on(eqn: JaxprEqn | _Checkpoint, read: Callable[[Atom], Atom]) -> JaxprEqn:
+    """An equation on the atoms that its operands are."""
+    if isinstance(eqn, _Checkpoint):
+        return eqn.on(read)
+    return eqn.replace(invars=list(map(read, eqn.invars)))
 
 
-def _host(eqns: Sequence[JaxprEqn], args: Sequence[Atom], invars: Sequence[Var]) -> int | None:
-    """The one `jax.checkpoint` that makes all the args which are not inputs, if there is one.
-
-    The product of a weighted mean belongs inside: outside, the gradient with respect to the
-    weights would have to store every participant's update.
-    """
-    made = set(_jaxpr.variables(args)).difference(invars)
-    for i, eqn in enumerate(eqns):
-        if eqn.primitive is remat_p and made and made.issubset(eqn.outvars):
-            return i
-    return None
+def _on_part(part: Contribution, read: Callable[[Atom], Atom]) -> Contribution:
+    mask = None if part.mask is None else read(part.mask)
+    return part._replace(value=read(part.value), mask=mask)
 
 
-def _inside(host: JaxprEqn, tail: ClosedJaxpr, args: Sequence[Atom]) -> tuple[JaxprEqn, list[Atom]]:
-    """Extends a checkpoint by a jaxpr that works on its results. Returns that jaxpr's results."""
-    inner = host.params["jaxpr"]
-    pairs = [
-        *zip(host.invars, inner.invars, strict=True),
-        *zip(host.outvars, inner.outvars, strict=True),
-    ]
-    env: dict[Var, Atom] = {there: here for there, here in pairs if isinstance(there, Var)}
-    new = [var for var in dict.fromkeys(_jaxpr.variables(args)) if var not in env]
-    env.update((var, Var(var.aval)) for var in new)
-    operands = [env[atom] if isinstance(atom, Var) else atom for atom in args]
-    eqns, outs, _ = _jaxpr.splice(tail, operands)
-    invars = [*inner.invars, *(env[var] for var in new)]
-    outvars, eqns = [*inner.outvars, *outs], [*inner.eqns, *eqns]
-    extended = _jaxpr.rebuild(ClosedJaxpr(inner, []), invars, outvars, eqns)
-    results: list[Atom] = [Var(out.aval) for out in outs]
-    params = dict(host.params, jaxpr=extended.jaxpr)
-    if isinstance(params["prevent_cse"], tuple):
-        params["prevent_cse"] += (True,) * len(new)
-    return host.replace(
-        invars=[*host.invars, *new], outvars=[*host.outvars, *results], params=params
-    ), results
+@_jaxpr.cached
+def _cast(aval: ShapedArray, dtype: Any) -> ClosedJaxpr:
+    return _jaxpr.trace(lambda x: [x.astype(dtype)], [aval])[0]
 
 
 @_jaxpr.cached

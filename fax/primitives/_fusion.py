@@ -13,6 +13,9 @@ every equation is still there once, and effects keep their order.
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.core import ShapedArray
@@ -22,9 +25,10 @@ from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._compose import compose
+from fax.primitives._compose import Find, MapBuilder
+from fax.primitives._jaxpr import Atom
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
-from fax.primitives._round import Contribution, Round, federated_map_p
+from fax.primitives._round import In, federated_map_p
 from fax.primitives._rowwise import as_map, is_elementwise, may_be_rowwise
 from fax.sharding._schedule import accumulator_dtype
 from fax.sharding._types import row_aval
@@ -54,7 +58,7 @@ def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
             program.add_rowwise(eqn)
         else:
             program.add(eqn)
-    fused = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars, program.eqns)
+    fused = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars, program.equations())
     return _jaxpr.prune(fused, [True] * len(fused.out_avals), keep_inputs=True)[0]
 
 
@@ -84,45 +88,105 @@ def has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
     )
 
 
+class _Step:
+    """An equation and its place in the order of evaluation.
+
+    Places are numbered like sections of a book, so that there is always room before a step.
+
+    Attributes:
+      eqn: the equation.
+      needs: tokens of effects that come first.
+      makes: tokens of effects that the step has.
+      place: where it is.
+      followers: steps that are known to wait for this one.
+    """
+
+    def __init__(self, eqn: JaxprEqn):
+        self.eqn = eqn
+        self.needs: list[object] = []
+        self.makes: list[object] = []
+        self.place: tuple[int, ...] = ()
+        self.followers: set[_Step] = set()
+        self._before = 0
+
+    def operands(self) -> list[Any]:
+        """The variables and tokens that have to be there first."""
+        return [*_jaxpr.variables(self.eqn.invars), *self.needs]
+
+    def finished(self) -> JaxprEqn:
+        return self.eqn
+
+    def let_before(self, other: _Step) -> None:
+        """Moves a step right before this one, behind what was moved there earlier."""
+        self._before += 1
+        other.place = (*self.place[:-1], self._before - sys.maxsize, 0)
+
+
+class _Map(_Step):
+    """A map under construction and its place."""
+
+    def __init__(self, builder: MapBuilder):
+        super().__init__(builder.eqn)
+        self.builder = builder
+
+    def operands(self) -> list[Any]:
+        atoms = (atom for atom, _ in self.builder.inputs.values())
+        return [*_jaxpr.variables(atoms), *self.needs]
+
+    def finished(self) -> JaxprEqn:
+        return self.builder.equation()
+
+
 class _Program:
-    """The equations fused so far, in an order in which they can be evaluated."""
+    """The equations fused so far."""
 
     def __init__(self) -> None:
-        self.eqns: list[JaxprEqn] = []
-        self._maker: dict[Var, JaxprEqn] = {}
+        self._steps: dict[_Step, None] = {}
+        self._maker: dict[Any, _Step] = {}  # by variable or token
+        self._places = itertools.count()
+        self._token: object | None = None  # of the last effect
+        self._client_functions: set[int] = set()
+
+    def equations(self) -> list[JaxprEqn]:
+        """The equations, in an order in which they can be evaluated."""
+        steps = sorted(self._steps, key=lambda step: step.place)
+        return [step.finished() for step in steps]
 
     def add(self, eqn: JaxprEqn) -> None:
-        self._put(len(self.eqns), len(self.eqns), [eqn])
+        """Adds an equation as it is."""
+        step = _Step(eqn)
+        self._order_effects(step, eqn)
+        self._put(step, eqn.outvars)
 
-    def add_map(self, eqn: JaxprEqn) -> bool:
-        """Adds a map, merged with those that feed it. Returns whether there were any."""
-        eqn = self._take_broadcasts(eqn)
-        self.add(eqn)
-        merged = False
-        for var in _jaxpr.variables(eqn.invars):
-            producer = self._maker.get(var)
-            if producer is None or producer is eqn or producer.primitive is not federated_map_p:
-                continue
-            both = self._merge(producer, eqn)
-            eqn, merged = both or eqn, merged or both is not None
-        return merged
+    def add_map(self, eqn: JaxprEqn) -> None:
+        """Adds a map, merged with those that feed it."""
+        jaxpr = eqn.params["jaxpr"]
+        if id(jaxpr.jaxpr) in self._client_functions:  # traced once, mapped twice
+            eqn = eqn.replace(params=dict(eqn.params, jaxpr=_jaxpr.renamed(jaxpr)))
+        self._client_functions.add(id(jaxpr.jaxpr))
+        step = _Map(MapBuilder.of(eqn, self._sender(Placement.of(eqn.params))))
+        self._order_effects(step, eqn)
+        if not self._merge(step):
+            self._put(step, eqn.outvars)
 
     def add_reduction(self, eqn: JaxprEqn) -> None:
         """Adds a reduction, as one more output of the map whose rows it reduces."""
         rows: Any = eqn.invars[0]
         result: Any = eqn.outvars[0]
-        maker = self._maker.get(rows) if isinstance(rows, Var) else None
-        if maker is None or maker.primitive is not federated_map_p or not _same_group(maker, eqn):
+        maker = self._maker_of_rows(rows)
+        if not isinstance(maker, _Map) or maker.builder.like.group != Placement.of(eqn.params):
             return self.add(eqn)
-        mode, mask = maker.params["out"][maker.outvars.index(rows)]
-        additive = eqn.primitive in (sum_p, mean_p)
-        if mode != "placed" or (mask is not None and not additive):
+        masked = maker.builder.outputs[rows].mask is not None
+        if masked and eqn.primitive not in (sum_p, mean_p):
             return self.add(eqn)
         if eqn.primitive is not mean_p:
-            return self._replace(maker, _with_output(maker, rows, eqn.primitive.name, result))
+            maker.builder.reduce(rows, eqn.primitive.name, result)
+            self._maker[result] = maker
+            return None
         aval = result.aval
         total = Var(aval.update(dtype=accumulator_dtype(aval.dtype)))
-        self._replace(maker, _with_output(maker, rows, "sum", total))
+        maker.builder.reduce(rows, "sum", total)
+        self._maker[total] = maker
         division = _division(total.aval, eqn.params["size"], aval.dtype)
         eqns, (quotient,), _ = _jaxpr.splice(division, [total])
         eqns[-1] = eqns[-1].replace(
@@ -134,27 +198,28 @@ class _Program:
 
     def add_rowwise(self, eqn: JaxprEqn) -> None:
         """Adds an equation that may treat all rows alike, which is a map on placed values."""
-        makers = [self._maker_of_rows(v) for v in _jaxpr.variables(eqn.invars)]
+        makers = list(map(self._maker_of_rows, _jaxpr.variables(eqn.invars)))
         if self._stays_broadcast(eqn, makers):
             return
-        maps = [m for m in makers if m is not None and m.primitive is federated_map_p]
-        mapped = as_map(eqn, maps[0], self._is_masked) if maps else None
-        if mapped is None:
-            self.add(eqn)
-        elif not self.add_map(mapped):
-            self._replace(self.eqns[-1], eqn)
+        maps = [maker.builder for maker in makers if isinstance(maker, _Map)]
+        if maps:
+            find = self._sender(maps[0].like.group)
+            mapped = as_map(eqn, maps[0], find, self._is_masked)
+            if mapped is not None and self._merge(_Map(mapped)):
+                return
+        self.add(eqn)
 
-    def _stays_broadcast(self, eqn: JaxprEqn, makers: list[JaxprEqn | None]) -> bool:
+    def _stays_broadcast(self, eqn: JaxprEqn, makers: list[_Step | None]) -> bool:
         """Adds an element-wise operation on broadcast values as one before the broadcast."""
         operands, result = _jaxpr.variables(eqn.invars), eqn.outvars[0]
         result_aval: Any = result.aval
-        sent = [maker for maker in makers if maker is not None and maker.primitive is broadcast_p]
+        sent = [own for own in map(_broadcast, makers) if own is not None]
         alike = all(_shape(v) == _shape(result) for v in operands)
         if not makers or len(sent) < len(makers) or not alike or not is_elementwise(eqn):
             return False
-        if not all(_same_group(maker, sent[0]) for maker in sent):
+        if not all(Placement.of(own.params) == Placement.of(sent[0].params) for own in sent):
             return False
-        values = iter(maker.invars[0] for maker in sent)
+        values = iter(own.invars[0] for own in sent)
         row: Any = Var(row_aval(result_aval))
         invars = [next(values) if isinstance(v, Var) else v for v in eqn.invars]
         self.add(eqn.replace(invars=invars, outvars=[row]))
@@ -164,93 +229,94 @@ class _Program:
     def _is_masked(self, var: Var) -> bool:
         """Whether a placed value is zero for the participants that a mask leaves out."""
         maker = self._maker_of_rows(var)
-        if maker is None or maker.primitive is not federated_map_p:
-            return False
-        return maker.params["out"][maker.outvars.index(var)].mask is not None
+        return isinstance(maker, _Map) and maker.builder.outputs[var].mask is not None
 
-    def _maker_of_rows(self, var: Var) -> JaxprEqn | None:
+    def _maker_of_rows(self, atom: Atom) -> _Step | None:
         """The broadcast or map whose result a placed value is."""
-        maker = self._maker.get(var)
-        if maker is None or maker.primitive is broadcast_p:
-            return maker
-        if maker.primitive is not federated_map_p:
-            return None
-        return maker if maker.params["out"][maker.outvars.index(var)].mode == "placed" else None
+        maker = self._maker.get(atom) if isinstance(atom, Var) else None
+        if not isinstance(maker, _Map):
+            return None if _broadcast(maker) is None else maker
+        return maker if maker.builder.outputs[atom].mode == "placed" else None
 
-    def _take_broadcasts(self, eqn: JaxprEqn) -> JaxprEqn:
+    def _sender(self, group: Placement) -> Find:
         """Lets a map see what is broadcast to it as the server's value."""
-        operands, inputs = [], []
-        for atom, mine in zip(eqn.invars, eqn.params["in"], strict=True):
-            maker = self._maker.get(atom) if isinstance(atom, Var) else None
-            sent = maker is not None and maker.primitive is broadcast_p and _same_group(maker, eqn)
-            if maker is not None and sent and mine.mode == "placed":
-                (atom,), mine = maker.invars, mine._replace(mode="server")
-            operands.append(atom)
-            inputs.append(mine)
-        params = Round.of(eqn.params).replace(inputs=tuple(inputs)).params
-        return eqn.replace(invars=operands, params=params)
 
-    def _merge(self, producer: JaxprEqn, consumer: JaxprEqn) -> JaxprEqn | None:
-        """Merges two maps, unless the second waits for something that follows from the first."""
-        start, end = self._index(producer), self._index(consumer)
-        between = self.eqns[start + 1 : end]
-        reached, follows = set(producer.outvars), []
-        for eqn in between:
-            follows.append(any(v in reached for v in eqn.invars if isinstance(v, Var)))
-            if follows[-1]:
-                reached.update(eqn.outvars)
-        waits = reached.difference(producer.outvars)
-        if any(v in waits for v in consumer.invars if isinstance(v, Var)):
-            return None
-        effectful = [eqn for eqn in (producer, *between, consumer) if eqn.effects]
-        if len(effectful) > 1:
-            return None
-        both = compose(producer, consumer)
-        if both is None:
-            return None
-        before = [eqn for eqn, f in zip(between, follows, strict=True) if not f]
-        after = [eqn for eqn, f in zip(between, follows, strict=True) if f]
-        self._put(start, end + 1, [*before, both, *after])
-        return both
+        def find(atom: Atom, mode: In) -> tuple[Atom, In]:
+            sent = _broadcast(self._maker_of_rows(atom)) if mode.mode == "placed" else None
+            if sent is None or Placement.of(sent.params) != group:
+                return atom, mode
+            return sent.invars[0], mode._replace(mode="server")
 
-    def _replace(self, old: JaxprEqn, new: JaxprEqn) -> None:
-        at = self._index(old)
-        self._put(at, at + 1, [new])
+        return find
 
-    def _put(self, start: int, end: int, eqns: list[JaxprEqn]) -> None:
-        self.eqns[start:end] = eqns
-        self._maker.update((var, eqn) for eqn in eqns for var in eqn.outvars)
+    def _merge(self, step: _Map) -> bool:
+        """Merges a new map with those that feed it. Returns whether there were any."""
+        new, inputs = step, step.builder.inputs.values()
+        makers = {self._maker_of_rows(atom) for atom, mode in inputs if mode.mode == "placed"}
+        feeding = [maker for maker in makers if isinstance(maker, _Map)]
+        for maker in sorted(feeding, key=lambda maker: maker.place, reverse=True):
+            if not maker.builder.fits(step.builder) or self._waits(step, maker):
+                continue
+            made = [*step.builder.outputs, *step.makes]
+            maker.builder.absorb(step.builder)
+            maker.needs += step.needs
+            maker.makes += step.makes
+            maker.followers |= step.followers
+            self._maker.update(dict.fromkeys(made, maker))
+            self._steps.pop(step, None)
+            step = maker
+        return step is not new
 
-    def _index(self, eqn: JaxprEqn) -> int:
-        """Where an equation is, looked for from the end, where it mostly is."""
-        return next(i for i in range(len(self.eqns) - 1, -1, -1) if self.eqns[i] is eqn)
+    def _waits(self, step: _Map, maker: _Map) -> bool:
+        """Whether a map has to wait for a result of another one, other than by the rows it is fed.
+
+        Takes each step between the two once: those that have to stay behind the other map are
+        remembered, and the rest moves before it.
+        """
+        fed = maker.builder.feeds
+        others = [atom for atom, mode in step.builder.inputs.values() if not fed(atom, mode)]
+        needed = self._makers([*_jaxpr.variables(others), *step.needs])
+        if maker in needed:
+            return True
+        between: set[_Step] = set()
+        found = needed
+        while found:
+            found = {s for s in found - between - maker.followers if s.place > maker.place}
+            between |= found
+            found = self._makers([x for s in found for x in s.operands()])
+        for other in sorted(between, key=lambda other: other.place):
+            before = self._makers(other.operands())
+            if maker in before or not before.isdisjoint(maker.followers):
+                maker.followers.add(other)
+            else:
+                maker.let_before(other)
+        return not needed.isdisjoint(maker.followers)
+
+    def _makers(self, keys: Iterable[Any]) -> set[_Step]:
+        return {self._maker[key] for key in keys if key in self._maker}
+
+    def _order_effects(self, step: _Step, eqn: JaxprEqn) -> None:
+        """Effects keep their order: each one waits for the one before."""
+        if not eqn.effects:
+            return
+        if self._token is not None:
+            step.needs.append(self._token)
+        self._token = object()
+        step.makes.append(self._token)
+
+    def _put(self, step: _Step, results: Sequence[Var]) -> None:
+        step.place = (next(self._places), 0)
+        self._steps[step] = None
+        self._maker.update(dict.fromkeys([*results, *step.makes], step))
 
 
-def _same_group(one: JaxprEqn, other: JaxprEqn) -> bool:
-    return Placement.of(one.params) == Placement.of(other.params)
+def _broadcast(maker: _Step | None) -> JaxprEqn | None:
+    """The broadcast that a step is, if it is one."""
+    return maker.eqn if maker is not None and maker.eqn.primitive is broadcast_p else None
 
 
 def _shape(var: Any) -> tuple[int, ...]:
     return var.aval.shape
-
-
-def _with_output(maker: JaxprEqn, rows: Any, mode: str, total: Any) -> JaxprEqn:
-    """A map that also reduces the contributions to one of its outputs."""
-    this = Round.of(maker.params)
-    parts, inner = this.contributions(), this.jaxpr.jaxpr
-    value, _, mask = parts[maker.outvars.index(rows)]
-    eqns, dtype = inner.eqns, total.aval.dtype
-    if value.aval.dtype != dtype:
-        extra, (value,), _ = _jaxpr.splice(_cast(value.aval, dtype), [value])
-        eqns = [*eqns, *extra]
-    parts.append(Contribution(value, mode, mask))
-    this = this.assemble(this.inputs, inner.invars, parts, eqns)
-    return maker.replace(outvars=[*maker.outvars, total], params=this.params)
-
-
-@_jaxpr.cached
-def _cast(aval: ShapedArray, dtype: Any) -> ClosedJaxpr:
-    return _jaxpr.trace(lambda x: [x.astype(dtype)], [aval])[0]
 
 
 @_jaxpr.cached

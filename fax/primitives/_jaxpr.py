@@ -85,6 +85,37 @@ def prune(
     return close(pruned), used
 
 
+def parts(
+    jaxpr: ClosedJaxpr, groups: Iterable[Sequence[int]]
+) -> list[tuple[ClosedJaxpr, list[int]]]:
+    """For each group of outputs, the jaxpr that computes them and the inputs that it takes.
+
+    It takes no longer than to go through the equations of all parts. Effects are in the first.
+    """
+    inner = jaxpr.jaxpr
+    makers = {var: i for i, eqn in enumerate(inner.eqns) for var in eqn.outvars}
+    inputs = {var: i for i, var in enumerate(inner.invars)}
+    first = [i for i, eqn in enumerate(inner.eqns) if eqn.effects]
+    found = []
+    for outputs in groups:
+        outvars = [inner.outvars[k] for k in outputs]
+        chosen, used = set(first), set()
+        wanted = variables([*outvars, *(atom for i in first for atom in inner.eqns[i].invars)])
+        while wanted:
+            var = wanted.pop()
+            if var in inputs:
+                used.add(inputs[var])
+            elif makers[var] not in chosen:
+                chosen.add(makers[var])
+                wanted += variables(inner.eqns[makers[var]].invars)
+        invars = [inner.invars[i] for i in sorted(used)]
+        part = rebuild(jaxpr, invars, outvars, [inner.eqns[i] for i in sorted(chosen)])
+        part, needed = prune(part, [True] * len(outvars))
+        found.append((part, [i for i, need in zip(sorted(used), needed, strict=True) if need]))
+        first = []
+    return found
+
+
 def variables(atoms: Iterable[Atom]) -> list[Var]:
     """The atoms that are not literals."""
     return [atom for atom in atoms if isinstance(atom, Var)]
@@ -112,6 +143,13 @@ def splice(
             eqn.replace(invars=list(map(read, eqn.invars)), outvars=list(map(read, eqn.outvars)))
         )
     return eqns, list(map(read, inner.outvars)), consts
+
+
+def renamed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """The same jaxpr in variables of its own."""
+    invars = [Var(var.aval) for var in jaxpr.jaxpr.invars]
+    eqns, outvars, _ = splice(jaxpr, invars)
+    return rebuild(jaxpr, invars, outvars, eqns)
 
 
 def inline_jit(

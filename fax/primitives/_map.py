@@ -52,6 +52,7 @@ from fax.primitives._round import (
     federated_map_p,
     pick,
     rowwise,
+    scatter,
     seen_avals,
 )
 from fax.primitives._structure import Structure, execute
@@ -223,12 +224,13 @@ def _jvp(primals, tangents, **params):
 
     primals_out = [next(outs) for _ in primal_parts]
     tangents_out = [None if part is None else next(outs) for part in tangent_parts]
-    for k, out in enumerate(this.outputs):
-        if late[k]:
-            mask = () if out.mask is None else (next(outs),)
-            primals_out[k], tangents_out[k] = reduce_late(
-                out.mode, primals_out[k], tangents_out[k], mask, this.group
-            )
+    if any(late):
+        masks = [None if mask is None else next(outs) for mask in late_masks]
+        modes = [out.mode for out in pick(late, this.outputs)]
+        rows, row_tangents = pick(late, primals_out), pick(late, tangents_out)
+        found = iter(reduce_late(modes, rows, row_tangents, masks, this.group))
+        for k in (k for k, is_late in enumerate(late) if is_late):
+            primals_out[k], tangents_out[k] = next(found)
     return primals_out, [
         ad.Zero(jax.typeof(x).to_tangent_aval()) if t is None else t
         for x, t in zip(primals_out, tangents_out, strict=True)
@@ -236,24 +238,38 @@ def _jvp(primals, tangents, **params):
 
 
 def reduce_late(
-    mode: str, rows: Any, tangents: Any, mask: Sequence[Any], group: Placement
-) -> tuple[Any, Any]:
-    """The max or min of placed rows, and its tangent: the mean over those that attain it."""
-    out = Out(mode, 0 if mask else None)
-    inputs = [PLACED] * (1 + len(mask))
-    (best,) = rowwise(lambda *xs: xs, (rows, *mask), inputs, [out], group)
+    modes: Sequence[str],
+    rows: Sequence[Any],
+    tangents: Sequence[Any],
+    masks: Sequence[Any | None],
+    group: Placement,
+) -> list[tuple[Any, Any]]:
+    """The maxima or minima of placed rows, with their tangents: the mean over who attains them."""
+    given = [mask for mask in masks if mask is not None]
+    numbers = scatter((mask is not None for mask in masks), range(len(given)))
+    outs = [Out(mode, number) for mode, number in zip(modes, numbers, strict=True)]
+    placed = [PLACED] * (len(rows) + len(given))
+    best = rowwise(lambda *xs: xs, [*rows, *given], placed, outs, group)
 
-    def winners(best, row, tangent, *mask):
-        wins = functools.reduce(jnp.logical_and, mask, row == best)
-        wide = _schedule.accumulator_dtype(tangent.dtype)
-        return [
-            lax.select(wins, tangent, lax.full_like(tangent, 0)).astype(wide),
-            wins.astype(wide),
-        ]
+    def winners(*seen):
+        own = iter(seen)
+        best, values, tangents = ([next(own) for _ in rows] for _ in range(3))
+        counts = scatter((mask is not None for mask in masks), own)
+        sums = []
+        for top, value, tangent, mask in zip(best, values, tangents, counts, strict=True):
+            wins = value == top if mask is None else mask & (value == top)
+            wide = _schedule.accumulator_dtype(tangent.dtype)
+            chosen = lax.select(wins, tangent, lax.full_like(tangent, 0))
+            sums += [chosen.astype(wide), wins.astype(wide)]
+        return sums
 
-    operands, sums = (best, rows, tangents, *mask), [Out("sum"), Out("sum")]
-    total, count = rowwise(winners, operands, [SERVER, PLACED, *inputs], sums, group)
-    return best, (total / jnp.maximum(count, 1)).astype(best.dtype)
+    inputs = [*[SERVER] * len(rows), *[PLACED] * len(rows), *placed]
+    operands = [*best, *rows, *tangents, *given]
+    sums = rowwise(winners, operands, inputs, [Out("sum")] * (2 * len(rows)), group)
+    return [
+        (top, (total / jnp.maximum(count, 1)).astype(top.dtype))
+        for top, total, count in zip(best, sums[::2], sums[1::2], strict=True)
+    ]
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -275,50 +291,45 @@ def _transpose(cotangents, *operands, **params):
     is_linear = pick(used, linear)
     is_fixed = [not is_lin for is_lin in is_linear]
     groups = by_mask(this)
-    reached = {
-        mask: pick(is_linear, this.keep([k in own for k in range(len(this.outputs))])[1])
-        for mask, own in groups.items()
-    }
+    parts = _jaxpr.parts(this.jaxpr, groups.values())
+    reached = [[i for i in needed if is_linear[i]] for _, needed in parts]
 
     def transposed(*rows):
-        def seen(linear_rows):
-            own, fixed = iter(linear_rows), iter(rows)
-            return [next(own if is_lin else fixed) for is_lin in is_linear]
-
+        fixed, cotangents = rows[: sum(is_fixed)], rows[sum(is_fixed) :]
+        seen = scatter(is_fixed, fixed)
         results = []
-        for mask, members in groups.items():
+        for members, (jaxpr, needed), own in zip(groups.values(), parts, reached, strict=True):
 
-            def of_linear(*linear_rows, members=members):
-                outs = _jaxpr.evaluate(this.jaxpr, *seen(linear_rows))
-                return [outs[k] for k in members]
+            def of_linear(*linear_rows, jaxpr=jaxpr, needed=needed):
+                own = iter(linear_rows)
+                return _jaxpr.evaluate(
+                    jaxpr, *(next(own) if is_linear[i] else seen[i] for i in needed)
+                )
 
-            own = [rows[sum(is_fixed) + k] for k in members]
-            avals = pick(is_linear, this.jaxpr.in_avals)
-            results += pick(reached[mask], jax.linear_transpose(of_linear, *avals)(own))
-        masks = this.masks(seen([None] * sum(is_linear))) if set(groups) != {None} else []
-        return [*results, *masks]
+            avals = [this.jaxpr.in_avals[i] for i in own]
+            results += jax.linear_transpose(of_linear, *avals)([cotangents[k] for k in members])
+        return [*results, *(this.masks(seen) if set(groups) != {None} else [])]
 
     if not any(is_linear):
         return [None if not is_lin else ad.Zero(x.aval) for x, is_lin in zip(operands, linear)]
-    linear_modes = [i.mode for i in pick(is_linear, this.inputs)]
     cotangent_modes = ["placed" if o.mode == "placed" else "server" for o in this.outputs]
     sums = {"server": "sum", "placed": "placed"}
     like = this.replace(
         inputs=(*pick(is_fixed, this.inputs), *(In(mode, True) for mode in cotangent_modes)),
         outputs=tuple(
-            Out(sums[mode], mask) for mask in groups for mode in pick(reached[mask], linear_modes)
+            Out(sums[this.inputs[i].mode], mask)
+            for mask, own in zip(groups, reached, strict=True)
+            for i in own
         ),
     )
     fixed = pick(is_fixed, pick(used, operands))
     outs = iter(bind_traced(transposed, [*fixed, *cotangents], like))
-    totals: list[Any] = [None] * sum(is_linear)
-    for mask in groups:
-        for k, reaches in enumerate(reached[mask]):
-            if reaches:
-                result = next(outs)
-                totals[k] = result if totals[k] is None else lax.add(totals[k], result)
+    totals: list[Any] = [None] * len(is_linear)
+    for i in (i for own in reached for i in own):
+        result = next(outs)
+        totals[i] = result if totals[i] is None else lax.add(totals[i], result)
     found = iter(totals)
-    results = [next(found) if use and is_lin else None for use, is_lin in zip(used, linear)]
+    results = [next(found) if use else None for use in used]
     return [
         None if not is_lin else ad.Zero(x.aval) if result is None else result
         for x, is_lin, result in zip(operands, linear, results, strict=True)

@@ -48,7 +48,7 @@ def _batch(primitive, operands, dims, **params):
 
 def _jvp(mode, primals, tangents, **params):
     (x,), (dx,) = primals, tangents
-    return reduce_late(mode, x, dx, (), Placement.of(params))
+    return reduce_late([mode], [x], [dx], [None], Placement.of(params))[0]
 
 
 def _transpose_sum(cotangent, x, **params):

@@ -138,17 +138,13 @@ class Round:
         eqns: Iterable[JaxprEqn],
     ) -> Round:
         """This round with another client function."""
-        values: list[Atom] = []
-        outputs: list[Out] = []
-        masks: list[Atom] = []
-        for value, mode, mask in contributions:
-            if mask is not None and not any(mask is other for other in masks):
-                masks.append(mask)
-            number = next((i for i, other in enumerate(masks) if other is mask), None)
-            values.append(value)
-            outputs.append(Out(mode, number))
-        jaxpr = _jaxpr.rebuild(self.jaxpr, invars, [*values, *masks], eqns)
-        return self.replace(inputs=tuple(inputs), outputs=tuple(outputs), jaxpr=jaxpr)
+        parts = list(contributions)
+        masks = {id(part.mask): part.mask for part in parts if part.mask is not None}
+        numbers = {key: number for number, key in enumerate(masks)}
+        outputs = tuple(Out(part.mode, numbers.get(id(part.mask))) for part in parts)
+        outvars = [*(part.value for part in parts), *masks.values()]
+        jaxpr = _jaxpr.rebuild(self.jaxpr, invars, outvars, eqns)
+        return self.replace(inputs=tuple(inputs), outputs=outputs, jaxpr=jaxpr)
 
     def masks(self, rows: Sequence[Any]) -> list[Any]:
         """One participant's masks. Rows that they do not depend on can be anything."""

@@ -18,7 +18,8 @@ from jax.extend.core import primitives as p
 from jax.sharding import NamedSharding
 
 from fax.primitives import _jaxpr
-from fax.primitives._round import SERVER, Contribution, In, Round
+from fax.primitives._compose import Find, MapBuilder
+from fax.primitives._round import SERVER, Contribution, In
 from fax.sharding._schedule import ALL_AT_ONCE
 from fax.sharding._types import row_aval
 
@@ -144,23 +145,24 @@ def may_be_rowwise(eqn: JaxprEqn) -> bool:
     return bool(eqn.outvars) and _rule(eqn) is not None  # an array of no rows unstacks to nothing
 
 
-def as_map(eqn: Equation, like: JaxprEqn, masked: Callable[[Atom], bool]) -> JaxprEqn | None:
+def as_map(
+    eqn: Equation, like: MapBuilder, find: Find, masked: Callable[[Atom], bool]
+) -> MapBuilder | None:
     """An equation on placed values as a map, or None if it is none.
 
     Args:
       eqn: the equation, of which some operand is a placed value.
       like: a map over the same participants.
+      find: finds the map's operand, and its mode, for one of the equation.
       masked: tells whether an operand is zero for the participants that a mask leaves out.
     """
-    this = Round.of(like.params)
-    size, rule = this.group.size, _rule(eqn)
+    size, rule = like.like.group.size, _rule(eqn)
     of_rows = all(result.aval.shape[:1] == (size,) for result in eqn.outvars)
     params = rule(eqn, size) if rule and of_rows else None
     if params is None or any(isinstance(x, NamedSharding) for x in params.values()):
         return None
     vanishing = _vanishing(eqn, masked)
-    operands: dict[Var, tuple[In, Var]] = {}
-    prelude: list[JaxprEqn] = []
+    this = MapBuilder(like.like.replace(batch_size=ALL_AT_ONCE), like.eqn)
     invars: list[Atom] = []
     for atom in eqn.invars:
         if not isinstance(atom, Var):
@@ -170,19 +172,16 @@ def as_map(eqn: Equation, like: JaxprEqn, masked: Callable[[Atom], bool]) -> Jax
         placed = aval.shape[:1] == (size,)
         aval = row_aval(aval) if placed else aval
         mode = In("placed", atom in vanishing) if placed else SERVER
-        _, row = operands.setdefault(atom, (mode, Var(aval)))
+        row = this.see(*find(atom, mode), Var(aval))
         if not placed and aval.shape:
             extra, (row,), _ = _jaxpr.splice(_without_leading_axis(aval), [row])
-            prelude += extra
+            this.eqns += extra
         invars.append(row)
     outvars = [Var(row_aval(result.aval)) for result in eqn.outvars]
-    eqns = [*prelude, eqn.replace(invars=invars, outvars=outvars, params=params)]
-    inputs, rows = zip(*operands.values(), strict=True)
-    this = this.replace(batch_size=ALL_AT_ONCE)
-    this = this.assemble(inputs, rows, [Contribution(var, "placed") for var in outvars], eqns)
-    return like.replace(
-        invars=list(operands), outvars=eqn.outvars, params=this.params, effects=eqn.effects
-    )
+    this.eqns.append(eqn.replace(invars=invars, outvars=outvars, params=params))
+    rows = [Contribution(var, "placed") for var in outvars]
+    this.outputs.update(zip(eqn.outvars, rows, strict=True))
+    return this
 
 
 def _vanishing(eqn: JaxprEqn, masked: Callable[[Atom], bool]) -> set[Atom]:

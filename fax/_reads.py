@@ -1,0 +1,169 @@
+"""What a function reads besides its arguments, to tell whether a trace of it still holds.
+
+A function of Python reads what it closes over and the globals that it names. Of numbers, strings,
+arrays, containers and functions of those it can be told whether they are the same as before. Of
+other objects it cannot, and then the answer is None: such a function has to be traced anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Hashable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+# A longer look would take as long as a trace.
+_MOST_OBJECTS, _MOST_BYTES = 10_000, 2**20
+_INSTALLED = (
+    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+    os.path.dirname(__file__),
+)
+
+
+def snapshot(*values: Any) -> Hashable | None:
+    """A key that is equal to another one if the values are the same in all that they read.
+
+    Numbers, strings and containers are compared by what they are, NumPy's arrays by their
+    elements and those of JAX, which do not change, by identity. Functions are compared by their
+    code, and by what they close over and name. Modules and classes that are installed, and
+    functions in them, are taken not to change.
+
+    Returns None if there is something that cannot be compared.
+    """
+    try:
+        return _Snapshot().of(values)
+    except (_UnknownError, RecursionError):
+        return None
+
+
+class Reader:
+    """An object of which it is known what it reads."""
+
+    def reads(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+
+class _UnknownError(Exception):
+    pass
+
+
+class _Same:
+    """Stands in a key for an object that is equal to itself alone, and keeps it alive."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+class _Snapshot:
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}  # by identity, for it may go round in circles
+        self._alive: list[Any] = []
+
+    def of(self, value: Any) -> Hashable:
+        kind = type(value)
+        if value is None or kind in (bool, int, str, bytes):
+            return kind, value
+        if kind in (float, complex):
+            return kind, repr(value)  # tells zeros apart, and NaN is equal to itself
+        if isinstance(value, np.dtype):
+            return np.dtype, value
+        if isinstance(value, np.generic):
+            return kind, value.dtype, value.tobytes()
+        if _never_changes(value):
+            return _Same(value)
+        number = self._seen.setdefault(id(value), len(self._seen))
+        if number < len(self._alive):
+            return "seen", number
+        if number == _MOST_OBJECTS:
+            raise _UnknownError
+        self._alive.append(value)
+        return kind, *self._parts(value)
+
+    def _parts(self, value: Any) -> Iterator[Hashable]:
+        if type(value) is np.ndarray:
+            if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
+                raise _UnknownError
+            yield from (value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest())
+        elif type(value) in (tuple, list) or _is_namedtuple(value):
+            yield from map(self.of, value)
+        elif type(value) is dict:
+            yield from map(self.of, value.items())
+        elif type(value) is functools.partial:
+            yield from map(self.of, (value.func, value.args, value.keywords))
+        elif isinstance(value, MethodType):
+            yield from map(self.of, (value.__func__, value.__self__))
+        elif isinstance(value, BuiltinFunctionType):
+            yield from map(self.of, (value.__name__, value.__self__))
+        elif isinstance(value, FunctionType):
+            yield from self._of_function(value)
+        elif isinstance(value, Reader):
+            yield from map(self.of, value.reads())
+        elif callable(value) and type(value).__module__.startswith("jax."):
+            yield self.of(vars(value))  # a function with a rule, as jax.custom_jvp makes it
+        else:
+            raise _UnknownError
+
+    def _of_function(self, function: FunctionType) -> Iterator[Hashable]:
+        yield function.__code__
+        yield self.of((function.__defaults__, function.__kwdefaults__))
+        for cell in function.__closure__ or ():
+            try:
+                contents = cell.cell_contents
+            except ValueError:  # nothing has been assigned yet
+                yield None
+            else:
+                yield self.of(contents)
+        if not _is_installed(function.__module__):
+            yield self.of(vars(function))
+            for name in _names(function.__code__):
+                if name in function.__globals__:
+                    yield name, self.of(function.__globals__[name])
+
+
+def _never_changes(value: Any) -> bool:
+    if isinstance(value, ModuleType):
+        return _is_installed(value.__name__)
+    if isinstance(value, type):
+        return _is_installed(value.__module__)
+    if isinstance(value, jax.Array):
+        return not isinstance(value, jax.core.Tracer)
+    if isinstance(value, np.ufunc):
+        return getattr(np, value.__name__, None) is value
+    return isinstance(value, _JITTED)  # JAX traces these once, whatever they read
+
+
+_JITTED = type(jax.jit(lambda: None))
+
+
+def _is_namedtuple(value: Any) -> bool:
+    """Whether a value is a tuple with names, of a class that is installed."""
+    kind = type(value)
+    named = issubclass(kind, tuple) and hasattr(kind, "_fields")
+    return named and _is_installed(kind.__module__)
+
+
+@functools.cache
+def _is_installed(name: str | None) -> bool:
+    """Whether a module is one of Python's, of fax's or of an installed package."""
+    file = getattr(sys.modules.get(name or ""), "__file__", None)
+    return name in sys.builtin_module_names if file is None else file.startswith(_INSTALLED)
+
+
+@functools.lru_cache
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names of globals, attributes and imports in a function and in those it defines."""
+    inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
+    return tuple(sorted({*code.co_names, *(name for names in inner for name in names)}))
