@@ -18,6 +18,7 @@ from fax._checks import function, is_array
 from fax._placement import PlacementError, Scope, declare, scope
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
+from fax.primitives._invalid import watch_program
 from fax.primitives._structure import Structure, execute
 from fax.sharding._mesh import laid_out
 
@@ -105,9 +106,10 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
     jaxpr, constants = _fusion.fuse(bind_scope(jaxpr, declared))
     operands = [*constants, *captured, *operands]
     if _evaluates_now():
-        outs = iter(execute(Structure(jaxpr), *operands))
+        run = functools.partial(execute, Structure(jaxpr))
     else:
-        outs = iter(_jaxpr.evaluate(jaxpr, *operands))
+        run = functools.partial(_jaxpr.evaluate, jaxpr)
+    outs = iter(watch_program(run, jaxpr, operands))
     return tree_unflatten(out_tree, [next(outs) if x is _TRACED else x for x in results])
 
 
