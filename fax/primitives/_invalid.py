@@ -94,7 +94,7 @@ def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]
             "participants contribute to it is valid."
         )
     try:
-        _jaxpr.evaluate(kept.jaxpr, *rows)
+        _jaxpr.evaluate_in_steps(kept.jaxpr, *rows, plain=True)
     except FloatingPointError as error:
         error.add_note(f"It was encountered in the function mapped over {name}, for row {who}.")
         raise

@@ -84,6 +84,15 @@ def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
     except Exception as error:
         if not _compat.is_invalid_result_of_jit(error):
             raise
+    return evaluate_in_steps(jaxpr, *operands)
+
+
+def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -> list[Any]:
+    """The outputs of a jaxpr, one equation after the other, for errors of `jax.debug_nans`.
+
+    ``plain`` says that nothing is differentiated, and so rules for that need not be kept, inside of
+    which JAX does not look for NaN.
+    """
     env: dict[Atom, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
 
@@ -91,15 +100,17 @@ def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
         return env[atom] if isinstance(atom, Var) else atom.val
 
     for eqn in jaxpr.jaxpr.eqns:
-        values, called = list(map(read, eqn.invars)), None
-        try:
-            outs = bind(eqn, values)
-        except Exception as error:
-            called = _called(eqn)
-            if called is None or not _compat.is_invalid_result_of_jit(error):
-                raise
-        if called is not None:
-            outs = evaluate(called, *values)
+        values, called = list(map(read, eqn.invars)), _called(eqn)
+        outs = None
+        if called is None or eqn.primitive is jit_p or not plain:
+            try:
+                outs = bind(eqn, values)
+            except Exception as error:
+                if called is None or not _compat.is_invalid_result_of_jit(error):
+                    raise
+        if outs is None:
+            assert called is not None
+            outs = evaluate_in_steps(called, *values, plain=plain)
         env.update(zip(eqn.outvars, outs, strict=True))
     return list(map(read, jaxpr.jaxpr.outvars))
 
