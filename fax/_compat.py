@@ -119,6 +119,11 @@ def register_key_reuse(
     return True
 
 
+def is_jet(trace: Any) -> bool:
+    """Whether a transformation under way is `jax.experimental.jet`."""
+    return type(trace).__name__ == "JetTrace"
+
+
 def register_jet(primitive: Primitive, rule: Callable[..., Any]) -> bool:
     """Lets `jax.experimental.jet` differentiate a primitive.
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
+from fax._compat import is_jet
 from fax._placement import PlacementError, Scope, declare, scope
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
@@ -109,6 +110,9 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         run = functools.partial(execute, Structure(jaxpr))
     else:
         run = functools.partial(_jaxpr.evaluate, jaxpr)
+        with take_current_trace() as current:
+            if is_jet(current):  # which fails in rules of custom derivatives, as means have them
+                run = functools.partial(_jaxpr.evaluate_in_steps, jaxpr, plain=True)
     outs = iter(watch_program(run, jaxpr, operands))
     return tree_unflatten(out_tree, [next(outs) if x is _TRACED else x for x in results])
 

@@ -19,8 +19,8 @@ _LEFT_TO_THE_COMPILER = (
 )
 _ORDERED_ON_DEVICES = (
     "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
-    "it runs on {} devices at once, which JAX does not put in order. Use ordered=False, or a mesh "
-    "of one device."
+    "the mesh in scope has {} devices, whose effects JAX does not put in order. Use ordered=False, "
+    "or a mesh of one device."
 )
 _ORDERED_AT_ONCE = (
     "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
@@ -37,12 +37,14 @@ def is_ordered(this: Round) -> bool:
     return any(map(_compat.is_ordered, this.jaxpr.effects))
 
 
+def check_order(this: Round, mesh: AbstractMesh) -> None:
+    """Refuses ordered effects on several devices, which JAX refuses before it lowers anything."""
+    if is_ordered(this) and not mesh.empty and mesh.size > 1:
+        raise PlacementError(_ORDERED_ON_DEVICES.format(this.group.name, mesh.size))
+
+
 def check(
-    this: Round,
-    along: Sequence[str],
-    others: Sequence[str],
-    mesh: AbstractMesh,
-    at_once: Callable[[int], int],
+    this: Round, along: Sequence[str], others: Sequence[str], at_once: Callable[[int], int]
 ) -> None:
     """Refuses effects that JAX cannot carry out.
 
@@ -50,17 +52,12 @@ def check(
       this: the round.
       along: the mesh axes that are manual.
       others: the axes of several devices that are not.
-      mesh: the mesh in scope.
       at_once: how many of so many participants a device works on at once.
     """
     name = this.group.name
     if along and others and (has_effects(this) or _calls_back(this.jaxpr)):
         raise PlacementError(_LEFT_TO_THE_COMPILER.format(name, ", ".join(others)))
-    if not is_ordered(this):
-        return
-    if not mesh.empty and mesh.size > 1:
-        raise PlacementError(_ORDERED_ON_DEVICES.format(name, mesh.size))
-    if at_once(this.group.size) > 1:
+    if is_ordered(this) and at_once(this.group.size) > 1:
         raise PlacementError(_ORDERED_AT_ONCE.format(name, this.batch_size))
 
 

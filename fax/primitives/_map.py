@@ -76,6 +76,7 @@ def _run(*operands, **params):
 
 def _abstract_eval(*_, **params):
     this = Round.of(params)
+    _effects.check_order(this, jax.sharding.get_abstract_mesh())
     avals = [
         placed_aval(aval, this.group) if out.mode == "placed" else aval
         for out, aval in zip(this.outputs, this.value_avals, strict=True)
@@ -97,7 +98,7 @@ def _work(*operands, platform, this):
     if this.batch_size is None and _effects.is_ordered(this):
         this = this.replace(batch_size=1)
     at_once = functools.partial(_schedule.batch_size_for, platform, this.batch_size)
-    _effects.check(this, along, others, mesh, at_once)
+    _effects.check(this, along, others, at_once)
     # JAX allows for effects where all axes are manual, those of one device as well.
     manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes
     kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)

@@ -121,12 +121,13 @@ def _jet(operands: Sequence[Any], terms: Sequence[Any], **params: Any) -> tuple[
         def of_moving(*values):
             given = iter(values)
             seen = [next(given) if m else x for x, m in zip(rows[:count], moving, strict=True)]
-            return _jaxpr.evaluate(this.jaxpr, *seen)
+            # In rules of `jax.custom_jvp` and `jax.custom_vjp` JAX's own jet fails.
+            return _jaxpr.evaluate_in_steps(this.jaxpr, *seen, plain=True)
 
         outs, out_terms = jet(
             of_moving, tuple(pick(moving, rows[:count])), series, factorial_scaled=False
         )
-        return [*outs, *(t for own in pick(inexact, out_terms) for t in own)]
+        return [*outs, *(t for own in pick(inexact, out_terms[: len(inexact)]) for t in own)]
 
     modes = pick(moving, this.inputs)
     inputs = (*this.inputs, *(mode for mode in modes for _ in range(order)))
