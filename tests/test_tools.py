@@ -20,7 +20,7 @@ from fax import _compat
 
 X = np.array([1.0, -2.0, 3.0, 0.5])  # the second one is the bad one
 
-ON_MESHES = pytest.mark.parametrize("kind", [None, "auto", "explicit"])
+ON_MESHES = pytest.mark.parametrize("kind", [None, "explicit"])
 
 
 def averaged(client, n=4, **kwargs):
