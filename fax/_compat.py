@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,12 +111,16 @@ def register_key_reuse(
         return False
     signatures, signature, sink, source, forward, dynamic, of_jaxpr = found
 
-    def of_equation(eqn: JaxprEqn) -> Any:
-        inner = of_jaxpr(eqn.params[parameter].jaxpr)
+    if parameter is None or widen is None:
+        signatures[primitive] = signature(forward(0, 0))
+        return True
+
+    def of_equation(name: str, widen: Callable[..., Any], eqn: JaxprEqn) -> Any:
+        inner = of_jaxpr(eqn.params[name].jaxpr)
         used = (sink(s.idx, widen(eqn, s.idx, s.mask)) for s in inner.sinks)
         return signature(*used, *(source(s.idx) for s in inner.sources), *inner.forwards)
 
-    signatures[primitive] = dynamic(of_equation) if parameter else signature(forward(0, 0))
+    signatures[primitive] = dynamic(functools.partial(of_equation, parameter, widen))
     return True
 
 

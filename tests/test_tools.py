@@ -125,6 +125,10 @@ def test_debug_nans_and_vmap():
 
 
 def test_debug_infs():
+    @fax.program(clients=4)
+    def nobody(x):
+        return fax.max(fax.map(jnp.exp, x), where=x > 9)
+
     total = averaged(jnp.sqrt)
     with jax.debug_infs(True):
         assert total(0 * X) == 0
@@ -135,6 +139,8 @@ def test_debug_infs():
             FloatingPointError, match=r"\(inf\) encountered in the sum over clients"
         ):
             averaged(lambda x: x)(np.full(4, 1e308))
+        with pytest.raises(FloatingPointError, match=r"\(-?inf\) encountered in the max over"):
+            nobody(X)
         with pytest.raises(FloatingPointError, match=r"row 2 of clients returns.* the arguments"):
             averaged(lambda x: x)(np.array([1, 2, np.inf, 3]))
 
@@ -330,7 +336,9 @@ def series(p, x, w):
     a, b = fax.map(polynomial, fax.broadcast(p), x)
     extremes = fax.max(b), fax.min(b, where=x > -1), fax.max(x)
     sums = fax.mean(a, weights=w), fax.sum(a, where=x > 0), fax.mean(x), fax.sum(fax.index())
-    return extremes, sums, b, fax.collect(b), fax.distribute(w) * x
+    signs = fax.map(lambda a: jnp.sum(a > 0), a, batch_size=1)
+    count = fax.max(fax.map(lambda i: i + 1, signs, batch_size=2))  # of integers alone
+    return extremes, sums, count, b, fax.collect(b), fax.distribute(w) * x
 
 
 def series_by_hand(p, x, w):
@@ -340,7 +348,7 @@ def series_by_hand(p, x, w):
     extremes = jnp.max(b), jnp.min(jnp.where(x > -1, b, jnp.inf)), jnp.max(x)
     kept = jnp.where((x > 0)[:, None], a, 0)
     sums = w @ a / jnp.sum(w), jnp.sum(kept, 0), jnp.mean(x), jnp.sum(jnp.arange(4))
-    return extremes, sums, b, b, w * x
+    return extremes, sums, jnp.max(jnp.sum(a > 0, 1) + 1), b, b, w * x
 
 
 @ON_MESHES

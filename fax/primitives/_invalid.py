@@ -18,8 +18,7 @@ from jax.extend.core import ClosedJaxpr
 from jax.extend.core.primitives import copy_p
 
 from fax.primitives import _jaxpr
-from fax.primitives._mask import masked
-from fax.primitives._round import Out, Round
+from fax.primitives._round import Out, Round, pick, select
 from fax.sharding._types import gather_rows
 
 Run = Callable[..., Sequence[Any]]
@@ -81,7 +80,7 @@ def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]
         if k is None:
             return outs
         kept, used = this.keep([k == i for i in range(len(outs))])
-        operands = [x for x, use in zip(operands, used, strict=True) if use]
+        operands = pick(used, operands)
         who = _first(kept, operands, wanted[kind])
         rows = [
             gather_rows(x, this.group)[who] if i.mode == "placed" else x
@@ -110,8 +109,8 @@ def _first(kept: Round, operands: Sequence[Any], test: Test) -> int | None:
     """The first participant whose contribution to the only output is invalid."""
 
     def contribution(*rows):
-        (value,) = masked(kept, _jaxpr.evaluate(kept.jaxpr, *rows))
-        return [jnp.any(test(value))]
+        ((value, _, mask),) = kept.contributions(_jaxpr.evaluate(kept.jaxpr, *rows))
+        return [jnp.any(test(value if mask is None else select(mask, value)))]
 
     jaxpr, _ = _jaxpr.trace(contribution, kept.jaxpr.in_avals)
     (invalid,) = kept.replace(outputs=(Out("placed"),), jaxpr=jaxpr).bind(*operands)

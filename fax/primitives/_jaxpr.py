@@ -90,8 +90,8 @@ def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
 def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -> list[Any]:
     """The outputs of a jaxpr, one equation after the other, for errors of `jax.debug_nans`.
 
-    ``plain`` says that nothing is differentiated, and so rules for that need not be kept, inside of
-    which JAX does not look for NaN.
+    ``plain`` leaves out rules for differentiation, where JAX does not look for NaN and jet fails.
+    That is right where nothing is left to be differentiated by them.
     """
     env: dict[Atom, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))

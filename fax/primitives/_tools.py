@@ -110,6 +110,9 @@ def _jet(operands: Sequence[Any], terms: Sequence[Any], **params: Any) -> tuple[
     this = Round.of(params)
     order = len(terms[0])
     moving = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
+    if not any(moving):
+        results = this.bind(*operands)
+        return results, [[jnp.zeros_like(x)] * order for x in results]
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.value_avals]
     late = [i and out.mode in ("max", "min") for i, out in zip(inexact, this.outputs, strict=True)]
     count = len(operands)
