@@ -1,11 +1,14 @@
-"""Differences between versions of JAX."""
+"""Differences between versions of JAX, and what it does not export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Primitive
+import jax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive
 from jax.interpreters import partial_eval as pe
 
 
@@ -29,3 +32,116 @@ def register_lowering_of_jaxprs(
         return bind_with(*operands, **dict(params, **{parameter: lower(params[parameter])}))
 
     vars(primitive)["to_lojax"] = to_lojax
+
+
+def _names(module: str, *names: str) -> list[Any] | None:
+    """What JAX has under names that it does not export, or None if some are not there."""
+    try:
+        return [getattr(importlib.import_module(module), name) for name in names]
+    except (ImportError, AttributeError):
+        return None
+
+
+def is_invalid_result_of_jit(error: Exception) -> bool:
+    """Whether JAX says that a jitted call, and not which operation in it, gave NaN or inf.
+
+    Under `jax.debug_nans` it raises this, to catch it where the function is at hand.
+    """
+    return type(error).__name__ == "InternalFloatingPointError"
+
+
+def is_ordered(effect: Any) -> bool:
+    """Whether an effect happens in the order in which it is written, as ``ordered=True`` asks."""
+    found = _names("jax._src.effects", "ordered_effects")
+    return found is not None and found[0].contains(effect)
+
+
+def register_error_check(
+    primitive: Primitive, rule: Callable[..., tuple[Any, Sequence[Any]]]
+) -> bool:
+    """Lets `checkify` see errors inside a primitive.
+
+    Args:
+      primitive: the primitive.
+      rule: takes the kinds of errors to look for and the operands, and the parameters by name,
+        and returns an error and the results.
+
+    Returns:
+      Whether this version of JAX has a place for the rule.
+    """
+    found = _names("jax._src.checkify", "error_checks", "check_p", "Error")
+    if found is None:
+        return False
+    rules, check_p, kind = found
+
+    def functionalized(*args: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
+        # Newer versions have a context before the error so far.
+        at = next(i for i, x in enumerate(args) if isinstance(x, kind))
+        context, (so_far, kinds, *operands) = args[:at], args[at:]
+        error, outs = rule(kinds, *operands, **params)
+        leaves, tree = jax.tree.flatten(error)
+        # What a check adds to the errors so far, so does this one.
+        merged, _ = rules[check_p](*context, so_far, kinds, *leaves, err_tree=tree, debug=False)
+        return merged, outs
+
+    rules[primitive] = functionalized
+    return True
+
+
+def register_key_reuse(
+    primitive: Primitive, parameter: str | None = None, widen: Callable[..., Any] | None = None
+) -> bool:
+    """Lets `jax.debug_key_reuse` see what a primitive does with random keys.
+
+    Args:
+      primitive: the primitive.
+      parameter: the one that is a jaxpr, or None for a primitive that passes its operand on.
+      widen: takes an equation, the number of an operand, and which of its keys the jaxpr uses
+        up, and returns which ones the equation does.
+
+    Returns:
+      Whether this version of JAX has a place for the rule.
+    """
+    found = _names(
+        "jax.experimental.key_reuse._core",
+        *("key_reuse_signatures", "KeyReuseSignature", "Sink", "Source", "Forward"),
+        *("dynamic_key_reuse_signature", "jaxpr_type_signature"),
+    )
+    if found is None:
+        return False
+    signatures, signature, sink, source, forward, dynamic, of_jaxpr = found
+
+    if parameter is None or widen is None:
+        signatures[primitive] = signature(forward(0, 0))
+        return True
+
+    def of_equation(name: str, widen: Callable[..., Any], eqn: JaxprEqn) -> Any:
+        inner = of_jaxpr(eqn.params[name].jaxpr)
+        used = (sink(s.idx, widen(eqn, s.idx, s.mask)) for s in inner.sinks)
+        return signature(*used, *(source(s.idx) for s in inner.sources), *inner.forwards)
+
+    signatures[primitive] = dynamic(functools.partial(of_equation, parameter, widen))
+    return True
+
+
+def is_jet(trace: Any) -> bool:
+    """Whether a transformation under way is `jax.experimental.jet`."""
+    return type(trace).__name__ == "JetTrace"
+
+
+def register_jet(primitive: Primitive, rule: Callable[..., Any]) -> bool:
+    """Lets `jax.experimental.jet` differentiate a primitive.
+
+    Args:
+      primitive: the primitive.
+      rule: takes the operands and, for each of them, its terms, and the parameters by name, and
+        returns the same of the results.
+
+    Returns:
+      Whether this version of JAX has a place for the rule.
+    """
+    found = _names("jax.experimental.jet", "jet_rules")
+    if found is None:
+        return False
+    found[0][primitive] = rule
+    return True

@@ -18,10 +18,12 @@ from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
+from fax._compat import is_jet
 from fax._placement import PlacementError, Scope, declare, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
+from fax.primitives._invalid import watch_program
 from fax.primitives._structure import Structure, execute
 from fax.sharding._mesh import laid_out
 
@@ -103,10 +105,14 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
     if _evaluates_now():
         traced = traces.remembered(declared, treedef, others, avals)
-        outs = iter(execute(traced.structure, *traced.captured, *operands))
+        run = functools.partial(execute, traced.structure)
     else:
         traced = _trace(traces.fn, declared, treedef, others, avals)
-        outs = iter(_jaxpr.evaluate(traced.jaxpr, *traced.captured, *operands))
+        run = functools.partial(_jaxpr.evaluate, traced.jaxpr)
+        with take_current_trace() as current:
+            if is_jet(current):  # which fails in rules of custom derivatives, as means have them
+                run = functools.partial(_jaxpr.evaluate_in_steps, traced.jaxpr, plain=True)
+    outs = iter(watch_program(run, traced.jaxpr, [*traced.captured, *operands]))
     results = [next(outs) if leaf is _TRACED else leaf for leaf in traced.results]
     return tree_unflatten(traced.out_tree, results)
 

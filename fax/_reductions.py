@@ -110,7 +110,7 @@ def mean(
 
     wide = [accumulator_dtype(dtype) for dtype in dtypes]
     real = [jnp.finfo(dtype).dtype for dtype in wide]
-    widest = jnp.result_type(np.float32, *real)
+    widest = np.result_type(np.float32, *real)
     weighted = weights is not None
     if weighted:
         leaves = [*leaves, _checks.vector("fax.mean", "weights", weights, here, bool_only=False)]

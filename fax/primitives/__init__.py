@@ -1,0 +1,3 @@
+"""The primitives with all of their rules, and the fusion pass."""
+
+from fax.primitives import _tools as _tools

@@ -21,23 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from jax.extend.core.primitives import (
-    cond_p,
-    custom_jvp_call_p,
-    custom_vjp_call_p,
-    jit_p,
-    remat_p,
-    scan_p,
-    while_p,
-)
+from jax.extend.core.primitives import cond_p, remat_p, scan_p, while_p
 
 from fax.primitives import _jaxpr
 from fax.primitives._cut import depends
 
 Axes = tuple[str, ...]
-
-# What only calls a jaxpr, once there is nothing to differentiate any more.
-_CALLS = {jit_p: "jaxpr", custom_jvp_call_p: "call_jaxpr", custom_vjp_call_p: "call_jaxpr"}
 
 
 def agree(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr:
@@ -92,7 +81,7 @@ def _evaluate(
             if rule is not None:
                 outs, out_flags = rule(eqn, flags, axes, values, wanted)
             else:
-                outs = _bind(eqn, values)
+                outs = _jaxpr.bind(eqn, values)
                 out_flags = [any(flags)] * len(outs)
         env.update(zip(eqn.outvars, outs, strict=True))
         varying.update(var for var, flag in zip(eqn.outvars, out_flags, strict=True) if flag)
@@ -101,12 +90,6 @@ def _evaluate(
 
 def _branches_in(eqn: JaxprEqn) -> bool:
     return eqn.primitive in (cond_p, while_p) or any(map(_branches, _jaxpr.inner(eqn)))
-
-
-def _bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    own = {a: x for a, x in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
-    nothing, _ = _jaxpr.trace(list, [])
-    return _jaxpr.evaluate(_jaxpr.rebuild(nothing, own, eqn.outvars, [eqn]), *own.values())
 
 
 def _somewhere(predicate: jax.Array, axes: Axes) -> jax.Array:
@@ -162,7 +145,7 @@ def _while(eqn, flags, axes, values, wanted):
 
     if wanted is None and not depends(condition, cond_flags)[0]:
         body = agree(body, body_flags, axes)
-        return _bind(eqn.replace(params=dict(params, body_jaxpr=body)), values), carried
+        return _jaxpr.bind(eqn.replace(params=dict(params, body_jaxpr=body)), values), carried
 
     def step(state):
         mine, _, carry = state
@@ -225,13 +208,13 @@ def _checkpoint(eqn, flags, axes, values, wanted):
     if isinstance(params["prevent_cse"], tuple):
         params["prevent_cse"] += (True,) * len(extra)
     eqn = eqn.replace(invars=[*eqn.invars, *map(Var, avals)], params=params)
-    outs = _bind(eqn, [*values, *extra])
+    outs = _jaxpr.bind(eqn, [*values, *extra])
     return outs, [True] * len(outs)
 
 
 def _call(eqn, flags, axes, values, wanted):
-    return _evaluate(eqn.params[_CALLS[eqn.primitive]], flags, axes, values, wanted)
+    return _evaluate(eqn.params[_jaxpr.CALLS[eqn.primitive]], flags, axes, values, wanted)
 
 
 _RULES = {cond_p: _cond, while_p: _while, scan_p: _scan, remat_p: _checkpoint}
-_RULES.update(dict.fromkeys(_CALLS, _call))
+_RULES.update(dict.fromkeys(_jaxpr.CALLS, _call))

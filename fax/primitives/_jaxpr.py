@@ -15,10 +15,15 @@ from jax.api_util import debug_info
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
-from jax.extend.core.primitives import jit_p
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 from jax.interpreters import partial_eval as pe
 
+from fax import _compat
+
 Atom: TypeAlias = Any  # a Var or a Literal
+
+# What only calls a jaxpr where nothing is differentiated, and the parameter that it is in.
+CALLS = {jit_p: "jaxpr", custom_jvp_call_p: "call_jaxpr", custom_vjp_call_p: "call_jaxpr"}
 
 
 def trace(
@@ -69,7 +74,59 @@ def rebuild(
 
 
 def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
-    return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *operands)
+    """The outputs of a jaxpr.
+
+    Under `jax.debug_nans` a call of `jax.jit` that gives NaN is looked into, so that the error
+    names an operation.
+    """
+    try:
+        return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *operands)
+    except Exception as error:
+        if not _compat.is_invalid_result_of_jit(error):
+            raise
+    return evaluate_in_steps(jaxpr, *operands)
+
+
+def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -> list[Any]:
+    """The outputs of a jaxpr, one equation after the other, for errors of `jax.debug_nans`.
+
+    ``plain`` leaves out rules for differentiation, where JAX does not look for NaN and jet fails.
+    That is right where nothing is left to be differentiated by them.
+    """
+    env: dict[Atom, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return env[atom] if isinstance(atom, Var) else atom.val
+
+    for eqn in jaxpr.jaxpr.eqns:
+        values, called = list(map(read, eqn.invars)), _called(eqn)
+        outs = None
+        if called is None or eqn.primitive is jit_p or not plain:
+            try:
+                outs = bind(eqn, values)
+            except Exception as error:
+                if called is None or not _compat.is_invalid_result_of_jit(error):
+                    raise
+        if outs is None:
+            assert called is not None
+            outs = evaluate_in_steps(called, *values, plain=plain)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return list(map(read, jaxpr.jaxpr.outvars))
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates an equation, in its context, on other values."""
+    own = {a: x for a, x in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
+    nothing, _ = trace(list, [])
+    return eval_jaxpr(rebuild(nothing, own, eqn.outvars, [eqn]).jaxpr, [], *own.values())
+
+
+def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """What an equation calls, if it does nothing else."""
+    if eqn.primitive is remat_p:
+        return ClosedJaxpr(eqn.params["jaxpr"], [])
+    return eqn.params[CALLS[eqn.primitive]] if eqn.primitive in CALLS else None
 
 
 def inner(eqn: JaxprEqn) -> list[Jaxpr]:

@@ -34,11 +34,12 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import AxisType
 
 from fax._compat import register_lowering_of_jaxprs
-from fax._placement import Placement, PlacementError
-from fax.primitives import _jaxpr
+from fax._placement import Placement
+from fax.primitives import _effects, _jaxpr
 from fax.primitives._agree import agree
 from fax.primitives._convolutions import rewrite
 from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
+from fax.primitives._invalid import watch_round
 from fax.primitives._mask import by_mask, mask_within, masked
 from fax.primitives._retype import Retyping
 from fax.primitives._round import (
@@ -62,14 +63,12 @@ from fax.sharding._types import placed_aval, unchecked, without_explicit_axes
 
 # Evaluation
 
-_EFFECTS = (
-    "The function mapped over {} has effects, such as jax.debug.print, which JAX does not support "
-    "where the mesh has axes that are left to the compiler ({}). Return the value instead, or "
-    "use a mesh without these axes."
-)
-
 
 def _impl(*operands, **params):
+    return watch_round(functools.partial(_run, **params), Round.of(params), operands)
+
+
+def _run(*operands, **params):
     if jax.config.jax_disable_jit:
         return _compute(*operands, platform=jax.default_backend(), **params)
     jaxpr, _ = _jaxpr.trace(lambda *xs: Round.of(params).bind(*xs), map(jax.typeof, operands))
@@ -78,6 +77,7 @@ def _impl(*operands, **params):
 
 def _abstract_eval(*_, **params):
     this = Round.of(params)
+    _effects.check_order(this, jax.sharding.get_abstract_mesh())
     avals = [
         placed_aval(aval, this.group) if out.mode == "placed" else aval
         for out, aval in zip(this.outputs, this.value_avals, strict=True)
@@ -96,14 +96,14 @@ def _work(*operands, platform, this):
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if jax.config.jax_disable_jit else split_axes(this.group)
     along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
-    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in this.jaxpr.effects)
-    if along and others and effects:
-        raise PlacementError(_EFFECTS.format(this.group.name, ", ".join(others)))
+    if this.batch_size is None and _effects.is_ordered(this):
+        this = this.replace(batch_size=1)
+    at_once = functools.partial(_schedule.batch_size_for, platform, this.batch_size)
+    _effects.check(this, along, others, at_once)
     # JAX allows for effects where all axes are manual, those of one device as well.
-    manual = tuple(mesh.axis_names) if axes and effects else axes
+    manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes
     kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
     typed = this if mesh.empty else this.replace(jaxpr=Retyping(kinds, along)(this.jaxpr))
-    at_once = functools.partial(_schedule.batch_size_for, platform, this.batch_size)
     vectorised = at_once(this.group.size) > 1
     typed = typed.replace(
         jaxpr=rewrite(
@@ -136,7 +136,10 @@ def _lowering(platform):
     rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
 
     def lower(ctx, *operands, **params):
-        return rule(ctx.replace(avals_in=list(map(unchecked, ctx.avals_in))), *operands, **params)
+        own = ctx.replace(avals_in=list(map(unchecked, ctx.avals_in)))
+        outs = rule(own, *operands, **params)
+        ctx.set_tokens_out(own.tokens_out)  # what ordered effects wait for
+        return outs
 
     return lower
 

@@ -1,0 +1,70 @@
+"""Effects and callbacks in client functions: what JAX can do of them, and what to say if not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import AbstractMesh
+
+from fax import _compat
+from fax._placement import PlacementError
+from fax.primitives import _jaxpr
+from fax.primitives._round import Round
+
+_LEFT_TO_THE_COMPILER = (
+    "The function mapped over {} has effects, such as jax.debug.print, or calls back into Python, "
+    "as jax.pure_callback does, which JAX does not support where the mesh has axes that are left "
+    "to the compiler ({}). Return the value instead, or use a mesh without these axes."
+)
+_ORDERED_ON_DEVICES = (
+    "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
+    "the mesh in scope has {} devices, whose effects JAX does not put in order. Use ordered=False, "
+    "or a mesh of one device."
+)
+_ORDERED_AT_ONCE = (
+    "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
+    "batch_size={} participants are worked on at once, in no order. Use batch_size=1, or "
+    "ordered=False."
+)
+
+
+def has_effects(this: Round) -> bool:
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in this.jaxpr.effects)
+
+
+def is_ordered(this: Round) -> bool:
+    return any(map(_compat.is_ordered, this.jaxpr.effects))
+
+
+def check_order(this: Round, mesh: AbstractMesh) -> None:
+    """Refuses ordered effects on several devices, which JAX refuses before it lowers anything."""
+    if is_ordered(this) and not mesh.empty and mesh.size > 1:
+        raise PlacementError(_ORDERED_ON_DEVICES.format(this.group.name, mesh.size))
+
+
+def check(
+    this: Round, along: Sequence[str], others: Sequence[str], at_once: Callable[[int], int]
+) -> None:
+    """Refuses effects that JAX cannot carry out.
+
+    Args:
+      this: the round.
+      along: the mesh axes that are manual.
+      others: the axes of several devices that are not.
+      at_once: how many of so many participants a device works on at once.
+    """
+    name = this.group.name
+    if along and others and (has_effects(this) or _calls_back(this.jaxpr)):
+        raise PlacementError(_LEFT_TO_THE_COMPILER.format(name, ", ".join(others)))
+    if is_ordered(this) and at_once(this.group.size) > 1:
+        raise PlacementError(_ORDERED_AT_ONCE.format(name, this.batch_size))
+
+
+def _calls_back(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether Python is called without an effect."""
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return any(
+        eqn.primitive.name == "pure_callback" or any(map(_calls_back, _jaxpr.inner(eqn)))
+        for eqn in inner.eqns
+    )
