@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _keys
 from fax._checks import OF_ITS_MAKER
 
 PyTree = Any
@@ -30,11 +31,15 @@ class Aggregator(NamedTuple):
         metrics is ``"clients/bits"``, float [clients], what each client sends.
       encodes: whether clients send an encoding that the aggregator makes of their updates, so that
         ``"clients/bits"`` is what it says, whatever transformations before it say.
+      private: whether the update is differentially private for clients. Algorithms that send more
+        than updates refuse such an aggregator, and all others let it work in every round, even if
+        nobody takes part.
     """
 
     init: Callable[[PyTree], PyTree]
     aggregate: Callable[..., tuple[PyTree, PyTree, Metrics]]
     encodes: bool = False
+    private: bool = False
 
 
 class Transformation(NamedTuple):
@@ -128,6 +133,8 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
 
     Raises:
       TypeError: if a part is neither, or an aggregator stands before the end.
+      ValueError: in ``init``, if a transformation before a private aggregator has a state other
+        than the rows of single clients, `PerClient`.
 
     Example:
 
@@ -147,12 +154,16 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
     aggregator = cast(Aggregator, last)
 
     def init(params: PyTree) -> tuple:
-        return tuple(part.init(params) for part in parts)
+        states = tuple(part.init(params) for part in parts)
+        if aggregator.private:
+            for number, state in enumerate(states[:-1]):
+                _check_own(number, state)
+        return states
 
     def aggregate(
         updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
     ) -> tuple[PyTree, tuple, Metrics]:
-        keys = jax.random.split(key, len(transformations) + 1)
+        keys = [_keys.derive(key, _keys.Use.LINK, number) for number in range(len(parts))]
         states: list[PyTree] = []
         metrics: Metrics = {}
         for part, own, own_key in zip(transformations, state, keys):
@@ -163,4 +174,16 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
         metrics = {**metrics, **more} if aggregator.encodes else {**more, **metrics}
         return update, (*states, own), metrics
 
-    return Aggregator(init, aggregate)
+    return Aggregator(init, aggregate, private=aggregator.private)
+
+
+def _check_own(number: int, state: PyTree) -> None:
+    """That what a client sent does not change, through a state, what others send later."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PerClient))
+    if any(not isinstance(leaf, PerClient) for leaf in leaves):
+        raise ValueError(
+            f"fax.aggregators.chain: part {number} has a state that all clients share, but the "
+            "aggregator is private. One client could change, through this state, what others send, "
+            "and noise is only for what it sends itself. In place of adaptive_clip use "
+            "gaussian(..., quantile=), which has noise for it."
+        )

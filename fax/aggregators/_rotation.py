@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fax._keys import Use, derive
 from fax.aggregators._aggregator import Metrics, Transformation, each
 from fax.aggregators._leaves import check_floats, uniform, wide
 
@@ -67,7 +68,7 @@ def hadamard(transformation: Transformation) -> Transformation:
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
         check_floats("hadamard", updates)
         leaves, treedef = jax.tree.flatten(updates)
-        sign_key, inner_key = jax.random.split(key)
+        sign_key, inner_key = (derive(key, use) for use in (Use.SIGNS, Use.INSIDE))
         sizes = [padded_size(math.prod(x.shape[1:])) for x in leaves]
         signs = [random_signs(random) for random in uniform(sign_key, sizes)]
 
