@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
+from fax._keys import Use, derive
 from fax.data import _batching, _resident
 from fax.data._batching import Batching
 
