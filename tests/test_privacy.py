@@ -573,7 +573,7 @@ def test_accounting_says_what_to_install(monkeypatch):
         (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "no aggregator in the state counts releases"),
         (
             lambda: Budget(1.0, 1e-5, 1.0).spend(jax.tree.map(lambda x: x[None], counted(1))),
-            r"the state is of \(1,\) trainings, expected one",
+            r"the state is of \(1,\) trainings, expected that of one",
         ),
         (
             lambda: fax.aggregators.gaussian(1.0, 1.0, key=7).init(()),

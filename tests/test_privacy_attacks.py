@@ -424,7 +424,7 @@ def test_no_algorithm_sends_more_than_a_private_aggregator_sees():
     for make in REFUSED.values():
         make(aggregators.mean())
         for private in (PRIVATE, chain(aggregators.clip_by_norm(1.0), ftrl())):
-            with pytest.raises(ValueError, match="aggregator is private, but .* without it, so"):
+            with pytest.raises(ValueError, match=r"aggregator is private, but .* without it, so"):
                 make(private)
     for name, make in TAKEN.items():
         start = MODELS if name == "hyp_cluster" else PARAMS

@@ -131,7 +131,8 @@ class Budget:
           ValueError: if no aggregator in the state counts releases, or if it is of several
             trainings.
         """
-        caller, found = "fax.aggregators.Budget.spend", noise_states(state)
+        caller = "fax.aggregators.Budget.spend"
+        found = noise_states(caller, state)
         if not found:
             raise ValueError(
                 f"{caller}: no aggregator in the state counts releases, as gaussian and laplace do."
@@ -139,11 +140,6 @@ class Budget:
             )
         counts: dict[str, int] = {}
         for own in found:
-            if jnp.ndim(own.releases):
-                raise ValueError(
-                    f"{caller}: the state is of {np.shape(own.releases)} trainings, expected one. "
-                    "Each needs a budget of its own."
-                )
             name = hashlib.sha256(np.asarray(own.key).tobytes()).hexdigest()[:32]
             counts[name] = counts.get(name, 0) + int(own.releases)
         record = dict(self.record)
@@ -180,6 +176,9 @@ def renewed(state: PyTree, key: jax.Array | None = None) -> PyTree:
     Returns:
       The state, whose aggregators have counted no release yet. The state of `dp_ftrl` is left as it
       is, for its noise goes on where it was: resume from the last state that was published.
+
+    Raises:
+      ValueError: as `gaussian` for its key.
 
     Example:
 

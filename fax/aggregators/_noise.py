@@ -228,6 +228,9 @@ def releases(state: PyTree) -> int:
       The number of releases of `gaussian` and `laplace`. All of a training by `dp_ftrl` are one
       event, and are not counted.
 
+    Raises:
+      ValueError: if the state is of several trainings, with leading axes.
+
     Example:
 
       >>> import optax
@@ -240,12 +243,20 @@ def releases(state: PyTree) -> int:
       >>> fax.aggregators.releases(state)
       10
     """
-    return sum(int(own.releases) for own in noise_states(state))
+    return sum(int(own.releases) for own in noise_states("fax.aggregators.releases", state))
 
 
-def noise_states(state: PyTree) -> list[NoiseState]:
+def noise_states(caller: str, state: PyTree) -> list[NoiseState]:
+    """All of them in a state of one training."""
     leaves = jax.tree.leaves(state, is_leaf=_is_noise_state)
-    return [leaf for leaf in leaves if _is_noise_state(leaf)]
+    found = [leaf for leaf in leaves if _is_noise_state(leaf)]
+    for own in found:
+        if jnp.ndim(own.releases):
+            raise ValueError(
+                f"{caller}: the state is of {jnp.shape(own.releases)} trainings, expected that of "
+                "one. Take one after the other."
+            )
+    return found
 
 
 def _is_noise_state(x: Any) -> bool:
