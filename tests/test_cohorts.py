@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
+from fax._keys import Use, derive
 from fax.data import _batching, _prefetch, _resident, _samplers
 from fax.data._batching import Batching
 
@@ -140,7 +141,9 @@ def test_keys_belong_to_seed_round_and_client():
 
     first = keys(start=5)
     assert len(set(map(tuple, first.values()))) == 12
-    round_key = jax.random.fold_in(jax.random.key(0), 5)
+    # Of a branch of its own: a user's jax.random.key(0) is split into others.
+    seed_key = derive(jax.random.key(0), Use.COHORTS)
+    round_key = jax.random.fold_in(seed_key, 5)
     for client, key in first.items():
         assert jax.random.key_data(jax.random.fold_in(round_key, client)).tolist() == key
     for other in (keys(start=6), keys(start=5, seed=1)):

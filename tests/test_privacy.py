@@ -18,14 +18,14 @@ from problems import SETTINGS, Logistic
 import fax
 from fax.aggregators import (
     Budget,
+    NoiseState,
     PrivacyBudgetError,
     calibrate,
     chain,
-    dp_ftrl,
     epsilon,
-    gaussian,
-    laplace,
     non_finite,
+    releases,
+    renewed,
 )
 from fax.algorithms import fedavg, many_rounds
 
@@ -33,6 +33,12 @@ CLIENTS = 5
 WEIGHTS = np.array([3, 1, 0, 12, 5])  # the third client is left out
 KEY = jax.random.key(5)
 DRAWS = 10_000
+
+# Every test has the same noise in each run.
+gaussian, laplace, dp_ftrl = (
+    functools.partial(private, key=jax.random.key(7))
+    for private in (fax.aggregators.gaussian, fax.aggregators.laplace, fax.aggregators.dp_ftrl)
+)
 
 
 def updates(seed=0):
@@ -142,7 +148,7 @@ def test_noise_has_the_promised_variance_and_shape(aggregator, deviation, kurtos
     correlations = np.corrcoef(noise.T) - np.eye(8)
     assert np.abs(correlations).max() < 5 / np.sqrt(DRAWS)  # leaves are independent, too
     quiet = rows(updates())[WEIGHTS != 0]
-    if aggregator.init(()) == () and kurtosis == 3:
+    if hasattr(aggregator.init(()), "norm"):  # of gaussian
         m = 2.0 * 1.5 / deviation
         expected = clipped(quiet, 2.0).sum(0) / m
         assert np.abs(found.mean(0) - expected).max() < 5 * deviation / np.sqrt(DRAWS)
@@ -172,11 +178,12 @@ def test_no_client_moves_the_sum_by_more_than_the_norm():
     """Sensitivity: of what a client can send, with any weight, in the units of the noise."""
     for aggregator, order in ((gaussian(2.0, 0.0), 2), (laplace(2.0, 0.0), 1)):
         u, round = updates(), jax.jit(one_round(aggregator))
-        without = vector(round(u, np.array([1, 1, 1, 1, 0]), (), KEY)[0]) * CLIENTS
+        state = aggregator.init(first(u))
+        without = vector(round(u, np.array([1, 1, 1, 1, 0]), state, KEY)[0]) * CLIENTS
         for sent, weight in itertools.product([1e-3, 1.0, 1e30, 1e300, np.nan], [1, 1000]):
             attack = jax.tree.map(np.copy, u)
             attack["w"][4], attack["b"][4] = sent, -sent
-            found, _, _ = round(attack, np.array([1, 1, 1, 1, weight]), (), KEY)
+            found, _, _ = round(attack, np.array([1, 1, 1, 1, weight]), state, KEY)
             found = vector(found) * CLIENTS
             assert np.linalg.norm(found - without, order) <= 2.0 * (1 + 1e-12)
 
@@ -199,7 +206,8 @@ def test_the_norm_adapts_as_in_the_paper():
 
 def test_noise_is_split_between_updates_and_the_count():
     z, sigma = 1.5, 2.0
-    found, norm, _ = draws(gaussian(2.0, z, quantile=0.5, rate=0.2, count_noise=sigma), updates())
+    private = gaussian(2.0, z, quantile=0.5, rate=0.2, count_noise=sigma)
+    found, (_, norm), _ = draws(private, updates())
     on_updates = np.concatenate([np.ravel(x - x.mean(0)) for x in found.values()]).std()
     on_updates *= CLIENTS / 2.0
     on_count = np.log(norm).std() / 0.2 * CLIENTS
@@ -218,7 +226,7 @@ def test_the_private_norm_converges_to_the_quantile():
         def round(state, key):
             size = fax.map(lambda k: jnp.exp(jax.random.normal(k)), fax.keys(key))
             _, state, _ = private.aggregate(size, fax.broadcast(1.0), state, key)
-            return state, state
+            return state, state.norm
 
         return jax.lax.scan(round, state, jax.random.split(key, 300))[1]
 
@@ -351,9 +359,10 @@ def test_what_is_private_in_a_round_of_fedavg():
 
 def test_noise_and_norm_can_be_swept_and_differentiated():
     u = updates()
+    state = gaussian(1.0, 1.0).init(first(u))
 
     def mean(clip, z):
-        return vector_sum(one_round(gaussian(clip, z))(u, WEIGHTS, (), KEY)[0])
+        return vector_sum(one_round(gaussian(clip, z))(u, WEIGHTS, state, KEY)[0])
 
     def vector_sum(tree):
         return sum(jnp.sum(x) for x in jax.tree.leaves(tree))
@@ -468,31 +477,48 @@ def test_calibrated_noise_costs_what_was_asked_for():
     assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
 
 
-def test_a_budget_is_spent_round_by_round():
+def counted(count, key=0):
+    """A state after so many releases."""
+    return {"own": NoiseState(jnp.array([key, 1], jnp.uint32), jnp.int32(count))}
+
+
+def test_a_budget_is_spent_release_by_release():
     setting = dict(delta=1e-4, noise_multiplier=3.0, clients=20, population=100)
     budget = Budget(2.5, **setting)
     assert epsilon(rounds=budget.rounds, **setting) <= 2.5
     assert epsilon(rounds=budget.rounds + 1, **setting) > 2.5
-    for _ in range(budget.rounds):
-        budget.spend()
-    assert budget.spent == budget.rounds
+    budget.spend(counted(0))
+    assert not budget.record
+    for _ in range(2):  # it is the state that counts, not the calls
+        budget.spend(counted(budget.rounds - 2))
+        assert budget.spent == budget.rounds - 2
+    resumed = Budget(2.5, **setting, record=budget.record)
+    budget.spend(counted(budget.rounds))
     assert budget.epsilon == epsilon(rounds=budget.rounds, **setting)
     message = (
-        rf"1 more would be {budget.rounds + 1} rounds, but epsilon=2.5 at delta=0.0001 is enough "
-        rf"for {budget.rounds} only, of which {budget.rounds} are spent"
+        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 at delta=0.0001 "
+        rf"is enough for {budget.rounds} only, of which {budget.rounds} are spent"
     )
     with pytest.raises(PrivacyBudgetError, match=message):
-        budget.spend()
-    resumed = Budget(2.5, **setting, spent=budget.rounds - 2)
-    with pytest.raises(PrivacyBudgetError, match="3 more would be"):
-        resumed.spend(3)
+        budget.spend(counted(budget.rounds + 1))
+    assert budget.spent == budget.rounds
+    # Nobody knows how far the old key was used, so a new one has to go on.
+    with pytest.raises(PrivacyBudgetError, match=r"noise was used twice.*renewed\(state\)"):
+        resumed.spend(counted(budget.rounds - 1))
+    state = renewed(counted(budget.rounds - 2))
+    assert releases(state) == 0
+    assert (state["own"].key != counted(0)["own"].key).any()
+    with pytest.raises(PrivacyBudgetError, match="enough for"):
+        resumed.spend(counted(3, key=1))
     assert resumed.spent == budget.rounds - 2
-    resumed.spend(2)
-    with pytest.raises(ValueError, match=r"spent=100000, expected at most \d+, for which epsilon="):
-        Budget(2.5, **setting, spent=100_000)
+    resumed.spend(counted(2, key=1))
+    with pytest.raises(PrivacyBudgetError, match="noise was used twice"):
+        resumed.spend(counted(1, key=1))
+    with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, for"):
+        Budget(2.5, **setting, record={"key": 99_999})
     nothing = Budget(1e-3, 1e-4, 0.5)
     with pytest.raises(PrivacyBudgetError, match="is enough for 0 only"):
-        nothing.spend()
+        nothing.spend(counted(1))
 
 
 def test_accounting_says_what_to_install(monkeypatch):
@@ -542,7 +568,21 @@ def test_accounting_says_what_to_install(monkeypatch):
         (lambda: epsilon(1, 1, 1e-5, mechanism="cauchy"), "mechanism is 'cauchy', expected one"),
         (lambda: calibrate(0, 1, 1e-5), "calibrate: epsilon is 0, expected a number above 0"),
         (lambda: Budget(1.0, 2.0, 1.0), "Budget: delta is 2.0"),
-        (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "rounds is 0, expected an int of at least 1"),
+        (lambda: Budget(1.0, 1e-5, 1.0, record=3), "record is 3, expected the record of the bud"),
+        (lambda: Budget(1.0, 1e-5, 1.0, record={"a": -1}), r"record\['a'\] is -1, expected an int"),
+        (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "no aggregator in the state counts releases"),
+        (
+            lambda: Budget(1.0, 1e-5, 1.0).spend(jax.tree.map(lambda x: x[None], counted(1))),
+            r"the state is of \(1,\) trainings, expected that of one",
+        ),
+        (
+            lambda: fax.aggregators.gaussian(1.0, 1.0, key=7).init(()),
+            "gaussian: key is 7, expected one random key, as made by jax.random.key",
+        ),
+        (
+            lambda: jax.jit(fax.aggregators.laplace(1.0, 1.0).init)(jnp.ones(2)),
+            "laplace: init draws a fresh secret key, but is called where JAX traces",
+        ),
     ],
 )
 def test_arguments_out_of_range(make, message):

@@ -1,7 +1,5 @@
 """Aggregators: what happens to clients' updates on their way to the server."""
 
-from fax.aggregators._accounting import Budget as Budget
-from fax.aggregators._accounting import PrivacyBudgetError as PrivacyBudgetError
 from fax.aggregators._accounting import calibrate as calibrate
 from fax.aggregators._accounting import epsilon as epsilon
 from fax.aggregators._aggregator import Aggregator as Aggregator
@@ -9,6 +7,9 @@ from fax.aggregators._aggregator import PerClient as PerClient
 from fax.aggregators._aggregator import Transformation as Transformation
 from fax.aggregators._aggregator import chain as chain
 from fax.aggregators._aggregator import mean as mean
+from fax.aggregators._budget import Budget as Budget
+from fax.aggregators._budget import PrivacyBudgetError as PrivacyBudgetError
+from fax.aggregators._budget import renewed as renewed
 from fax.aggregators._clipping import adaptive_clip as adaptive_clip
 from fax.aggregators._clipping import clip_by_norm as clip_by_norm
 from fax.aggregators._dp_ftrl import DPFTRLState as DPFTRLState
@@ -20,8 +21,11 @@ from fax.aggregators._error_feedback import error_feedback as error_feedback
 from fax.aggregators._finite import non_finite as non_finite
 from fax.aggregators._krum import krum as krum
 from fax.aggregators._krum import multi_krum as multi_krum
+from fax.aggregators._noise import NoiseState as NoiseState
+from fax.aggregators._noise import releases as releases
 from fax.aggregators._power_sgd import PowerSGDState as PowerSGDState
 from fax.aggregators._power_sgd import power_sgd as power_sgd
+from fax.aggregators._privacy import GaussianState as GaussianState
 from fax.aggregators._privacy import gaussian as gaussian
 from fax.aggregators._privacy import laplace as laplace
 from fax.aggregators._quantization import uniform_quantization as uniform_quantization

@@ -8,7 +8,6 @@ if updates are added up by someone who tells nobody: the server itself, or secur
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from typing import Any
@@ -16,10 +15,6 @@ from typing import Any
 from fax import _arguments
 
 MECHANISMS, SAMPLINGS = ("gaussian", "laplace"), ("uniform", "poisson")
-
-
-class PrivacyBudgetError(RuntimeError):
-    """A round would cost more privacy than is left."""
 
 
 def epsilon(
@@ -51,7 +46,8 @@ def epsilon(
 
     Args:
       noise_multiplier: z, of the noise with which the rounds were run.
-      rounds: how many.
+      rounds: how many releases: one a round with `fax.algorithms.fedavg`, with others more;
+        `fax.aggregators.releases` counts them.
       delta: above 0 and below 1; below 1 / population to mean much.
       clients: how many take part in a round, with Poisson sampling on average.
       population: how many there are.
@@ -79,10 +75,10 @@ def epsilon(
     """
     _arguments.number("fax.aggregators.epsilon", "delta", delta, above=0, below=1)
     rounds = _arguments.count("fax.aggregators.epsilon", "rounds", rounds, least=0)
-    setting = _setting(
+    setting = setting_of(
         "fax.aggregators.epsilon", noise_multiplier, clients, population, sampling, mechanism
     )
-    return _epsilon(*setting, rounds, float(delta))
+    return epsilon_of(*setting, rounds, float(delta))
 
 
 def calibrate(
@@ -118,7 +114,7 @@ def calibrate(
     _arguments.number(caller, "delta", delta, above=0, below=1)
     rounds = _arguments.count(caller, "rounds", rounds, least=1)
     setting = functools.partial(
-        _setting,
+        setting_of,
         caller,
         clients=clients,
         population=population,
@@ -127,7 +123,7 @@ def calibrate(
     )
 
     def cost(z: float) -> float:
-        return _epsilon(*setting(z), rounds, float(delta))
+        return epsilon_of(*setting(z), rounds, float(delta))
 
     # About enough without sampling: from above, as small epsilons are quicker to compute.
     high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon
@@ -149,88 +145,7 @@ def calibrate(
     return high
 
 
-class Budget:
-    """A limit on epsilon that rounds are taken from, one before each.
-
-    Attributes:
-      rounds: how many rounds the budget is for in all.
-      spent: how many were spent.
-
-    Args:
-      epsilon: the limit.
-      delta, noise_multiplier, clients, population, sampling, mechanism: see
-        `fax.aggregators.epsilon`.
-      spent: rounds that were run before, when training is resumed.
-
-    Raises:
-      ValueError: if an argument is out of range, or more rounds were spent than the limit allows.
-      ImportError: if `dp-accounting` is not installed.
-
-    Example:
-
-      >>> budget = fax.aggregators.Budget(epsilon=1.0, delta=1e-5, noise_multiplier=20.0)
-      >>> budget.rounds
-      28
-      >>> budget.spend()
-      >>> round(budget.epsilon, 2)
-      0.16
-    """
-
-    def __init__(
-        self,
-        epsilon: float,
-        delta: float,
-        noise_multiplier: float,
-        *,
-        clients: float | None = None,
-        population: int | None = None,
-        sampling: str = "uniform",
-        mechanism: str = "gaussian",
-        spent: int = 0,
-    ):
-        caller = "fax.aggregators.Budget"
-        self.limit = _arguments.number(caller, "epsilon", epsilon, above=0)
-        self.delta = _arguments.number(caller, "delta", delta, above=0, below=1)
-        self.spent = _arguments.count(caller, "spent", spent, least=0)
-        self._setting = _setting(caller, noise_multiplier, clients, population, sampling, mechanism)
-        most = 1
-        while self._of(most) <= epsilon and most < 2**24:
-            most *= 2
-        self.rounds = bisect.bisect_right(range(1, most + 1), epsilon, key=self._of)
-        if self.spent > self.rounds:
-            raise ValueError(
-                f"{caller}: spent={spent}, expected at most {self.rounds}, for which "
-                f"epsilon={epsilon:g} is enough. Start anew with more noise."
-            )
-
-    def _of(self, rounds: int) -> float:
-        return _epsilon(*self._setting, rounds, self.delta)
-
-    @property
-    def epsilon(self) -> float:
-        """What was spent so far."""
-        return self._of(self.spent)
-
-    def spend(self, rounds: int = 1) -> None:
-        """Takes rounds from the budget; to be called before they are run.
-
-        Args:
-          rounds: how many.
-
-        Raises:
-          PrivacyBudgetError: if the budget is not enough for them. Then nothing is spent.
-        """
-        rounds = _arguments.count("fax.aggregators.Budget.spend", "rounds", rounds, least=1)
-        if self.spent + rounds > self.rounds:
-            raise PrivacyBudgetError(
-                f"fax.aggregators.Budget: {rounds} more would be {self.spent + rounds} rounds, but "
-                f"epsilon={self.limit:g} at delta={self.delta:g} is enough for {self.rounds} only, "
-                f"of which {self.spent} are spent. Stop here, or start anew with more noise."
-            )
-        self.spent += rounds
-
-
-def _setting(
+def setting_of(
     caller: str,
     noise_multiplier: float,
     clients: float | None,
@@ -266,7 +181,7 @@ def _setting(
 
 
 @functools.lru_cache(maxsize=256)
-def _epsilon(
+def epsilon_of(
     noise_multiplier: float,
     rate: float | None,
     sampling: str,

@@ -13,6 +13,7 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _keys
 from fax._checks import OF_ITS_MAKER
 
 PyTree = Any
@@ -33,12 +34,16 @@ class Aggregator(NamedTuple):
         ``"clients/bits"`` is what it says, whatever transformations before it say.
       transformation: of a `chain` of transformations alone, what it is without the mean at its end;
         so it can be a part of something else. Else None.
+      private: whether the update is differentially private for clients. Algorithms that send more
+        than updates refuse such an aggregator, and all others let it work in every round, even if
+        nobody takes part.
     """
 
     init: Callable[[PyTree], PyTree]
     aggregate: Callable[..., tuple[PyTree, PyTree, Metrics]]
     encodes: bool = False
     transformation: Transformation | None = None
+    private: bool = False
 
 
 class Transformation(NamedTuple):
@@ -185,6 +190,8 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
 
     Raises:
       TypeError: if a part is neither, or an aggregator stands before the end.
+      ValueError: in ``init``, if a transformation before a private aggregator has a state other
+        than the rows of single clients, `PerClient`.
 
     Example:
 
@@ -207,14 +214,19 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
     aggregator = cast(Aggregator, last)
 
     def init(params: PyTree) -> tuple:
-        return tuple(part.init(params) for part in parts)
+        states = tuple(part.init(params) for part in parts)
+        if aggregator.private:
+            for number, state in enumerate(states[:-1]):
+                _check_own(number, state)
+        return states
 
     def through(
-        updates: PyTree, weights: jax.Array, state: tuple, keys: jax.Array
+        updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
     ) -> tuple[PyTree, jax.Array, tuple, Metrics]:
         states: list[PyTree] = []
         metrics: Metrics = {}
-        for part, own, own_key in zip(transformations, state, keys):
+        for number, (part, own) in enumerate(zip(transformations, state)):
+            own_key = _keys.derive(key, _keys.Use.LINK, number)
             updates, weights, own, more = part.update(updates, weights, own, own_key)
             states.append(own)
             metrics |= more
@@ -223,17 +235,29 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
     def aggregate(
         updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
     ) -> tuple[PyTree, tuple, Metrics]:
-        keys = jax.random.split(key, len(transformations) + 1)
-        updates, weights, states, metrics = through(updates, weights, state, keys)
-        update, own, more = aggregator.aggregate(updates, weights, state[-1], keys[-1])
+        updates, weights, states, metrics = through(updates, weights, state, key)
+        own_key = _keys.derive(key, _keys.Use.LINK, len(transformations))
+        update, own, more = aggregator.aggregate(updates, weights, state[-1], own_key)
         metrics = {**metrics, **more} if aggregator.encodes else {**more, **metrics}
         return update, (*states, own), metrics
 
     def update(updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array) -> tuple:
-        return through(updates, weights, state, jax.random.split(key, len(transformations)))
+        return through(updates, weights, state, key)
 
     def init_alone(params: PyTree) -> tuple:
         return tuple(part.init(params) for part in transformations)
 
     transformation = Transformation(init_alone, update) if alone else None
-    return Aggregator(init, aggregate, transformation=transformation)
+    return Aggregator(init, aggregate, private=aggregator.private, transformation=transformation)
+
+
+def _check_own(number: int, state: PyTree) -> None:
+    """That what a client sent does not change, through a state, what others send later."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PerClient))
+    if any(not isinstance(leaf, PerClient) for leaf in leaves):
+        raise ValueError(
+            f"fax.aggregators.chain: part {number} has a state that all clients share, but the "
+            "aggregator is private. One client could change, through this state, what others send, "
+            "and noise is only for what it sends itself. In place of adaptive_clip use "
+            "gaussian(..., quantile=), which has noise for it."
+        )

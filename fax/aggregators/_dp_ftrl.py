@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fax._reductions as reductions
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, all_bits
+from fax.aggregators._noise import drawn, grid_of, normal, release_key, secret, snapped
 from fax.aggregators._norms import l2_norm, wide
-from fax.aggregators._privacy import Number, clipped_sum, divided, noised
+from fax.aggregators._privacy import Number, clipped_sum, divided
 
 PyTree = Any
 
@@ -31,11 +32,13 @@ class DPFTRLState(NamedTuple):
       round: the number of rounds so far, an int32 scalar.
       members: of each client of the population, int32 [population], the ``"last"`` round that it
         took part in, and how many ``"times"`` it did.
+      key: uint32 [2], which all noise follows from, with the number of the round. It is secret.
     """
 
     noise: PyTree
     round: jax.Array
     members: PerClient
+    key: jax.Array
 
 
 def dp_ftrl(
@@ -47,6 +50,7 @@ def dp_ftrl(
     participations: int,
     bands: int | None = None,
     expected_clients: float | None = None,
+    key: jax.Array | None = None,
 ) -> Aggregator:
     """A private mean whose noise is correlated over rounds, by banded matrix factorisation.
 
@@ -69,7 +73,7 @@ def dp_ftrl(
 
     The aggregator sees to it: a client that comes too soon or too often is left out of the
     round, and counted. Otherwise weights and updates that are not finite are treated as by
-    `gaussian`.
+    `gaussian`, and so is the noise, on a grid that all rounds share.
 
     Args:
       clip: the L2 norm of all leaves together. It stays the same, unlike that of `gaussian`.
@@ -81,6 +85,7 @@ def dp_ftrl(
       bands: up to ``separation``. The state has bands - 1 models. One band is independent noise.
         Default: ``separation``, or 16 if that is less.
       expected_clients: m. Default: the number of clients of a round.
+      key: see `gaussian`.
 
     Returns:
       The aggregator, whose state is a `DPFTRLState`. Its metrics are ``"clip_norm"`` and
@@ -88,7 +93,7 @@ def dp_ftrl(
       often.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: as `gaussian`.
 
     References:
       Kairouz et al., Practical and private (deep) learning without sampling or shuffling,
@@ -127,7 +132,8 @@ def dp_ftrl(
         noise = jax.tree.map(lambda x: jnp.zeros((bands - 1, *jnp.shape(x)), wide(x)), params)
         last = jnp.full(population, -separation, jnp.int32)
         members = PerClient({"last": last, "times": jnp.zeros(population, jnp.int32)})
-        return DPFTRLState(noise, jnp.zeros((), jnp.int32), members)
+        own_key = secret(caller, key, params, clip, noise_multiplier)
+        return DPFTRLState(noise, jnp.zeros((), jnp.int32), members, own_key)
 
     def aggregate(
         updates: PyTree, weights: jax.Array, state: DPFTRLState, key: jax.Array
@@ -138,17 +144,24 @@ def dp_ftrl(
         counts = present & in_time
         total, _ = clipped_sum(updates, counts, l2_norm, clip)
 
-        fresh = noised(
-            jax.tree.map(jnp.zeros_like, total),
-            jax.random.normal,
-            key,
-            noise_multiplier * sensitivity * clip,
+        # Where a client changes G, and for the bands after that, its rounding and that of what is
+        # subtracted change Z by up to four units in each number.
+        roundings = 16 * participations * bands
+        grid = grid_of(total, normal, noise_multiplier, sensitivity * clip, roundings)
+        own_key = release_key(state.key, state.round, key)
+        leaves: list[Any]
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(total)
+        fresh = treedef.unflatten(
+            drawn(normal, _keys.derive(own_key, _keys.Use.UPDATE, j), y.shape, y.dtype, grid)
+            for j, y in enumerate(leaves)
         )
         x = jax.tree.map(
-            lambda z, old: z - jnp.tensordot(jnp.asarray(c[1:], old.dtype), old, 1),
+            lambda z, old: z - snapped(jnp.tensordot(jnp.asarray(c[1:], old.dtype), old, 1), grid),
             fresh,
             state.noise,
         )
+        total = jax.tree.map(lambda y: snapped(y, grid), total)
         noise = jax.tree.map(
             lambda new, old: jnp.concatenate([new[None], old])[: bands - 1], x, state.noise
         )
@@ -162,9 +175,9 @@ def dp_ftrl(
             "refused": reductions.sum(present & ~in_time),
         }
         update = divided(jax.tree.map(jnp.add, total, x), expected_clients or len(weights), updates)
-        return update, DPFTRLState(noise, state.round + 1, PerClient(rows)), metrics
+        return update, DPFTRLState(noise, state.round + 1, PerClient(rows), state.key), metrics
 
-    return Aggregator(init, aggregate)
+    return Aggregator(init, aggregate, private=True)
 
 
 def coefficients(bands: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators._aggregator import (
     Aggregator,
     Metrics,
@@ -102,7 +102,8 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         check_floats("power_sgd", params)
         leaves = [x for x in jax.tree.leaves(params) if is_compressed(jnp.shape(x))]
         types = [(jnp.shape(x), wide(jnp.result_type(x))) for x in leaves]
-        keys = jax.random.split(jax.random.key(0), len(leaves))
+        public = jax.random.key(0)  # the same start in every training
+        keys = [_keys.derive(public, _keys.Use.START, number) for number in range(len(leaves))]
         start = (_start(k, (shape[-1], rank), dtype) for k, (shape, dtype) in zip(keys, types))
         memory = None if num_clients is None else memory_of(num_clients, tuple(leaves))
         return PowerSGDState(tuple(start), memory)
@@ -116,7 +117,7 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
         small = [x for x, chosen in zip(leaves, which) if chosen]
         as_they_are = [x for x, chosen in zip(leaves, which) if not chosen]
 
-        keys = jax.random.split(key, len(small))
+        keys = [_keys.derive(key, _keys.Use.COLUMNS, number) for number in range(len(small))]
         start = [_scaled(_restarted(q, own_key)) for q, own_key in zip(state.q, keys)]
         memory = None if state.memory is None else state.memory.rows
         matrices, factors = each_present(_first, small, weights, memory, operators.broadcast(start))

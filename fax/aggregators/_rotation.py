@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fax._keys import Use, derive
 from fax.aggregators._aggregator import (
     Aggregator,
     Metrics,
@@ -72,7 +73,7 @@ def hadamard(transformation: Transformation | Aggregator) -> Transformation:
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
         check_floats("hadamard", updates)
         leaves, treedef = jax.tree.flatten(updates)
-        sign_key, inner_key = jax.random.split(key)
+        sign_key, inner_key = (derive(key, use) for use in (Use.SIGNS, Use.INSIDE))
         sizes = [padded_size(math.prod(x.shape[1:])) for x in leaves]
         signs = [random_signs(random) for random in uniform(sign_key, sizes)]
 

@@ -12,6 +12,7 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
+from fax._keys import Use, derive
 from fax._placement import resolve
 from fax.aggregators._aggregator import Aggregator, Metrics, each, where
 from fax.aggregators._leaves import (
@@ -146,7 +147,7 @@ def secure_sum(
                 f"fax.aggregators.secure_sum: {size} clients of {bits} bits could add up to more "
                 f"than 2^32. Expected bits of at most {(_MODULUS // size).bit_length() - 1}."
             )
-        mask_key, rounding_key = jax.random.split(key)
+        mask_key, rounding_key = (derive(key, use) for use in (Use.MASKS, Use.ROUNDING))
         counted = ~(weights <= 0)  # one of NaN is, and makes the result NaN
         keys = operators.keys(rounding_key)
         words, outside = each(encode, updates, weights, counted, keys)

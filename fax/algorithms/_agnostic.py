@@ -16,7 +16,13 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._averaging import (
+    aggregate,
+    check_private,
+    next_model_state,
+    server_step,
+    strong,
+)
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
 from fax.data import Client, Cohort
@@ -101,7 +107,8 @@ def agnostic_fedavg(
       domain_counts: what to take for the numbers of examples of each domain in a round, before
         there was one. Only their ratios matter in the first round. Default: 1 each.
       window: over how many rounds numbers of examples are averaged.
-      aggregator: as for `fedavg`; its weights are beta^k.
+      aggregator: as for `fedavg`; its weights are beta^k. It cannot be a private one, for domains'
+        counts and losses do not go through it.
       clients_at_once: as for `fedavg`.
 
     Returns:
@@ -110,8 +117,8 @@ def agnostic_fedavg(
       example, and ``"domains/weight"``, the lambda of the round.
 
     Raises:
-      ValueError: if an argument is out of range, and in a round if the feature is missing or no
-        ints [batch].
+      ValueError: if an argument is out of range or ``aggregator`` private, and in a round if the
+        feature is missing or no ints [batch].
 
     References:
       Mohri et al., Agnostic federated learning, arXiv:1902.00146. Ro et al.,
@@ -136,6 +143,7 @@ def agnostic_fedavg(
     """
     _arguments.count(WHERE, "num_domains", num_domains)
     _arguments.count(WHERE, "window", window)
+    check_private(WHERE, aggregator, "losses and counts of domains are added up over clients")
     start = _numbers("domain_weights", domain_weights, num_domains, 1 / num_domains)
     counts = _numbers("domain_counts", domain_counts, num_domains, 1.0)
     if _arguments.concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):

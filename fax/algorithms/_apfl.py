@@ -13,7 +13,13 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._averaging import (
+    aggregate,
+    check_model_state,
+    next_model_state,
+    server_step,
+    strong,
+)
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, mean_loss, metrics_of, no_tally
 from fax.data import Client, Cohort
@@ -94,7 +100,8 @@ def apfl(
       alpha: of every client at the start, from 0 to 1.
       alpha_optimizer: from optax, of alpha_i, a scalar. Default: the client's. With
         ``optax.set_to_zero()`` alpha stays what it is.
-      aggregator: as for `fedavg`, of the updates of w.
+      aggregator: as for `fedavg`, of the updates of w. What a private one promises is about w, and
+        about what all clients but one get to see: v_i and alpha_i are a client's own.
       clients_at_once: as for `fedavg`.
 
     Returns:
@@ -132,6 +139,7 @@ def apfl(
     alpha_optimizer = client_optimizer if alpha_optimizer is None else alpha_optimizer
 
     def init(params: PyTree, model_state: PyTree = None) -> APFLState:
+        check_model_state("fax.algorithms.apfl", aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None if aggregator is None else aggregator.init(params)
         dtype = jnp.result_type(*jax.tree.leaves(params))

@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 import fax
+from fax import _keys
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._clients import rows_of as rows_of
@@ -52,6 +53,7 @@ def averaging(
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
+        check_model_state("init", aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None if aggregator is None else aggregator.init(params)
         return FedAvgState(params, server_optimizer.init(params), model_state, own)
@@ -91,6 +93,7 @@ def aggregate(
     state: PyTree,
     cohort: Cohort,
     weights: jax.Array | None = None,
+    cluster: int | None = None,
 ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
     """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
 
@@ -100,18 +103,49 @@ def aggregate(
       state: the aggregator's, with the rows of the cohort; see `rows_of`.
       cohort: whose clients these are.
       weights: placed, [clients]. Default: the numbers of examples.
+      cluster: which of several updates this is, so that each has a key of its own.
     """
     weights = cohort.num_examples if weights is None else weights
     if aggregator is None:
         return fax.mean(updates, weights=weights), None, {}
-    return aggregator.aggregate(updates, weights, state, server_key(cohort))
+    key = server_key(cohort)
+    if cluster is not None:
+        key = _keys.derive(key, _keys.Use.CLUSTER, cluster)
+    return aggregator.aggregate(updates, weights, state, key)
 
 
 def server_key(cohort: Cohort) -> jax.Array:
-    """A random key of the server's, different in each round and not that of any client."""
+    """A random key of the server's, different in each round and not that of any client.
+
+    It is derived from the sum of all clients' keys, which is a client's own if there is one only.
+    """
     bits = jax.random.key_data(cohort.keys)
     total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
-    return jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
+    total = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
+    return _keys.derive(total, _keys.Use.SERVER)
+
+
+def check_private(
+    caller: str,
+    aggregator: Any,
+    sent: str,
+    instead: str = "another algorithm, such as fax.algorithms.fedavg",
+) -> None:
+    """Refuses a private aggregator where the server gets more from clients than their updates."""
+    if getattr(aggregator, "private", False):
+        raise ValueError(
+            f"{caller}: aggregator is private, but {sent} without it, so that its epsilon would "
+            f"not hold. Use an aggregator that is not private, or {instead}."
+        )
+
+
+def check_model_state(caller: str, aggregator: Any, model_state: PyTree) -> None:
+    """Refuses a private aggregator for a model with state, which is averaged without noise."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            name = f"model_state{jax.tree_util.keystr(path)}"
+            instead = "a model without such state, with GroupNorm in place of BatchNorm"
+            check_private(caller, aggregator, f"{name} is averaged over clients", instead)
 
 
 def server_step(

@@ -13,7 +13,7 @@ from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.algorithms._averaging import strong
 from fax.algorithms._local import mean_loss, no_tally, train
 from fax.data import Client, Cohort
@@ -159,7 +159,7 @@ def hyp_cluster_start(
         carry = (first, jnp.full(cohort.size, jnp.inf), jnp.zeros(cohort.size, bool))
         return lax.scan(step, carry, length=k)[1]
 
-    first = jax.random.randint(key, (), 0, cohort.size, jnp.int32)
+    first = jax.random.randint(_keys.derive(key, _keys.Use.START), (), 0, cohort.size, jnp.int32)
     params, model_state = jax.tree.map(strong, (params, model_state))
     return start(params, model_state, cohort, first)
 

@@ -11,10 +11,10 @@ import optax
 from jax import lax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._averaging import check_model_state, next_model_state, server_key, strong
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -102,6 +102,8 @@ def diloco(
         outer step is due is decided after each batch then, and who takes part, once in a round.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`, what makes -Δ of the updates θ_i - θ. Default: the mean.
+        A private one makes a release in each outer step, also where nobody takes part; see
+        `fax.aggregators.releases`.
       clients_at_once: how many replicas one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 
@@ -166,6 +168,7 @@ def outer_steps(
         steps = _arguments.count(where, "steps", steps)
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
+        check_model_state(where, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         start = identical(params, inner_optimizer.init(params), model_state, replicas)
         own = None if aggregator is None else aggregator.init(params)
@@ -213,7 +216,7 @@ def outer_steps(
                     loss, inner_optimizer, state.replicas.rows, batches, first, clients_at_once
                 )
                 state = state._replace(replicas=PerClient(rows))
-                own_key = None if key is None else jax.random.fold_in(key, number)
+                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
                 if callable(steps):
                     state, sent = when_due(state, steps, own_key)
                     return state, (tally, None, sent)

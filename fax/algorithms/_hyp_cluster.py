@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,13 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._averaging import (
+    aggregate,
+    check_model_state,
+    next_model_state,
+    server_step,
+    strong,
+)
 from fax.algorithms._clients import is_per_client, rows_of, with_rows
 from fax.algorithms._clusters import best_model, check_models, one_model
 from fax.algorithms._local import Tally, metrics_of, train
@@ -30,7 +35,8 @@ class HypClusterState(NamedTuple):
       params: the clusters' models, leaves [num_clusters, ...].
       optimizer: the states of the server's optimizer, leaves [num_clusters, ...].
       model_state: what the models have besides parameters, leaves [num_clusters, ...], or None.
-      aggregator: the state of the aggregator for each cluster, a tuple, or None.
+      aggregator: the state of the aggregator for each cluster, a tuple; of a private one there is
+        one state for all; or None.
     """
 
     params: PyTree
@@ -68,9 +74,9 @@ def hyp_cluster(
         D_j = sum_{i: c_i = j} n_i (y_i - x_j) / sum_{i: c_i = j} n_i
         x_j' = server_optimizer(x_j, gradient = -D_j)
 
-    A model that nobody picks stays as it is, and so does its optimizer. With one cluster it is
-    `fedavg`. Models that are alike at the start stay alike, for all clients pick the first: see
-    `hyp_cluster_start` for a good start.
+    A model that nobody picks stays as it is, and so does its optimizer, unless the aggregator is
+    private. With one cluster it is `fedavg`. Models that are alike at the start stay alike, for all
+    clients pick the first: see `hyp_cluster_start` for a good start.
 
     Args:
       loss: see `fedavg`.
@@ -79,7 +85,11 @@ def hyp_cluster(
       num_clusters: k, how many models there are.
       aggregator: as for `fedavg`. It works for one cluster after the other, and is given updates
         and weights that are zero for the clients of other clusters: one that does not go by
-        weights, such as a plain median, would count them.
+        weights, such as a plain median, would count them. A private one is given the updates of
+        all clusters as one, that of a client in its own cluster's place: a client changes it by no
+        more than its norm, so that a round is one release, whatever clusters clients choose.
+        Models that nobody picks move by the noise alone. All divide by the same m, the size of the
+        cohort or ``expected_clients``, which makes the step of a cluster as small as its share.
       clients_at_once: as for `fedavg`.
 
     Returns:
@@ -87,7 +97,9 @@ def hyp_cluster(
       a `HypClusterState`; ``params(state)`` has the same leaves, of which `hyp_cluster_choice` says
       which is whose. Metrics are those of `fedavg`, and ``"clients/cluster"``, int32 [clients], and
       ``"clusters/examples"`` [num_clusters]. Those of an aggregator that are not ``"clients/..."``
-      have a leading axis [num_clusters].
+      have a leading axis [num_clusters], but for a private one, of which ``"clients/bits"`` counts
+      the places of all clusters. How many clients picked which is a metric, and as all metrics not
+      private.
 
     Raises:
       ValueError: if ``num_clusters`` is not a positive int, and in ``init`` if a leaf has no row
@@ -113,13 +125,16 @@ def hyp_cluster(
     """
     k = _arguments.count("hyp_cluster", "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    private = aggregator is not None and aggregator.private
 
     def init(params: PyTree, model_state: PyTree = None) -> HypClusterState:
         check_models(params, model_state, k)
+        check_model_state("hyp_cluster", aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None
         if aggregator is not None:
-            own = tuple(aggregator.init(one_model(params, j)) for j in range(k))
+            models = [one_model(params, j) for j in range(k)]
+            own = aggregator.init(models) if private else tuple(map(aggregator.init, models))
         return HypClusterState(params, jax.vmap(server_optimizer.init)(params), model_state, own)
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> _Sent:
@@ -146,18 +161,22 @@ def hyp_cluster(
                 cohort.clients(),
                 batch_size=clients_at_once or cohort.clients_at_once,
             )
-            update, mean_state, after, more = [], [], [], []
-            for j in range(k):
-                mine = dataclasses.replace(cohort, num_examples=sent.weights[j])
-                one, state_of_one, metrics = aggregate(
-                    aggregator, sent.updates[j], own and own[j], mine
+            if private:
+                update, after, more = aggregate(aggregator, sent.updates, own, cohort)
+            else:
+                update, after, each = zip(
+                    *(
+                        aggregate(aggregator, updates, own and own[j], cohort, weights, j)
+                        for j, (updates, weights) in enumerate(zip(sent.updates, sent.weights))
+                    )
                 )
-                update.append(one)
-                after.append(state_of_one)
-                more.append(metrics)
-                mean_state.append(fax.mean(sent.model_state, sent.weights[j], sent.choice == j))
+                more = _of_clusters(each, sent.choice)
+            mean_state = [
+                fax.mean(sent.model_state, weights, sent.choice == j)
+                for j, weights in enumerate(sent.weights)
+            ]
             examples = jnp.stack(fax.sum(sent.weights))
-            metrics = {**metrics_of(sent.tally), **_of_clusters(more, sent.choice)}
+            metrics = {**metrics_of(sent.tally), **more}
             return _stack(update), _stack(mean_state), after, examples, sent.choice, metrics
 
         before = rows_of(state.aggregator, cohort)
@@ -168,14 +187,17 @@ def hyp_cluster(
             update, state.optimizer, state.params
         )
         found = examples > 0
-        after = None
-        if aggregator is not None:
+        after = own if private else None
+        if aggregator is not None and not private:
             after = tuple(
                 _of_members(choice == j, found[j], *pair) for j, pair in enumerate(zip(own, before))
             )
+        if not private:
+            params = _where(found, params, state.params)
+            optimizer = _where(found, optimizer, state.optimizer)
         new = HypClusterState(
-            _where(found, params, state.params),
-            _where(found, optimizer, state.optimizer),
+            params,
+            optimizer,
             _where(found, next_model_state(mean_state, state.model_state), state.model_state),
             with_rows(state.aggregator, after, cohort),
         )
@@ -184,7 +206,7 @@ def hyp_cluster(
     return Algorithm(init, round, lambda state: state.params)
 
 
-def _stack(models: list[PyTree]) -> PyTree:
+def _stack(models: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *x: jnp.stack(x), *models)
 
 
@@ -207,7 +229,7 @@ def _of_members(mine: jax.Array, found: jax.Array, new: PyTree, old: PyTree) -> 
     return jax.tree.map(one, old, new, is_leaf=is_per_client)
 
 
-def _of_clusters(metrics: list[dict], choice: jax.Array) -> dict[str, jax.Array]:
+def _of_clusters(metrics: Sequence[dict], choice: jax.Array) -> dict[str, jax.Array]:
     """What aggregators say, each client's from its own cluster's."""
     together = {}
     for name in metrics[0]:

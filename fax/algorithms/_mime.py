@@ -16,6 +16,7 @@ from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import (
     FedAvgState,
     aggregate,
+    check_private,
     moved,
     next_model_state,
     rows_of,
@@ -32,6 +33,7 @@ from fax.algorithms._local import (
 from fax.data import Client, Cohort
 
 PyTree = Any
+_SENT = "gradients for the optimizer's statistics are averaged over clients"
 
 
 def mime(
@@ -65,7 +67,7 @@ def mime(
       base_optimizer: from optax. With ``optax.sgd`` it has no statistics, and Mime is like SVRG.
       server_learning_rate: 1 in the paper; it may be traced.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean
-        above. Gradients are not sent through it.
+        above. Gradients are not sent through it, so that it cannot be a private one.
       clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
@@ -74,8 +76,8 @@ def mime(
       gradients, and a round goes through the batches twice, all of its epochs.
 
     Raises:
-      ValueError: if ``server_learning_rate`` is negative; in a round, if the loss is not one number
-        for each example.
+      ValueError: if ``server_learning_rate`` is negative or ``aggregator`` private; in a round, if
+        the loss is not one number for each example.
 
     References:
       Karimireddy et al., Mime: mimicking centralized stochastic algorithms in federated learning,
@@ -94,7 +96,9 @@ def mime(
       >>> print(f"{algorithm.params(state):.2f}")
       0.50
     """
-    _arguments.number("fax.algorithms.mime", "server_learning_rate", server_learning_rate, least=0)
+    caller = "fax.algorithms.mime"
+    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
+    check_private(caller, aggregator, _SENT)
     return _mimicking(
         loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=False
     )
@@ -123,7 +127,8 @@ def mime_lite(
       base_optimizer: from optax.
       server_learning_rate: 1 in the paper; it may be traced.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean,
-        weighted by the numbers of examples. Gradients are not sent through it.
+        weighted by the numbers of examples. Gradients are not sent through it, so that it cannot be
+        a private one.
       clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
@@ -148,9 +153,9 @@ def mime_lite(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
-    _arguments.number(
-        "fax.algorithms.mime_lite", "server_learning_rate", server_learning_rate, least=0
-    )
+    caller = "fax.algorithms.mime_lite"
+    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
+    check_private(caller, aggregator, _SENT)
     return _mimicking(
         loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=True
     )

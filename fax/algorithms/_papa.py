@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._averaging import check_private, next_model_state, server_key, strong
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -83,6 +83,7 @@ def papa(
         paper's .99 is for training from scratch; .9995 is for fine-tuning.
       every: a divisor of the number of batches that a cohort has. None: all of them.
       aggregator: from `fax.aggregators`, what makes the mean of the w_i. Default: the plain mean.
+        It cannot be a private one, for the soup is the plain mean in any case.
       clients_at_once: how many models one device works on at once; see `diloco`.
 
     Returns:
@@ -218,7 +219,7 @@ def papa_2(
     def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array) -> tuple:
         present, *everyone = fax.collect((here, rows.params, rows.model_state))
         enough = jnp.sum(present) > 1
-        keys = jax.random.split(key, replicas)
+        keys = jax.vmap(functools.partial(_keys.derive, key, _keys.Use.PAIR))(jnp.arange(replicas))
         a, b = jax.vmap(functools.partial(pair, present))(keys)
         one, other = (jax.tree.map(lambda x, of=of: x[of], everyone) for of in (a, b))
         pairs = fax.distribute(mixed(one, other, 0.5))
@@ -257,6 +258,7 @@ def _population(
     """Models that train on their own, and after every ``every`` steps do ``push``."""
     replicas = _arguments.count(where, "replicas", replicas)
     every = None if every is None else _arguments.count(where, "every", every)
+    check_private(where, aggregator, "the soup is the mean of the models")
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
         rows = population(where, params, optimizer, model_state, replicas)
@@ -278,7 +280,7 @@ def _population(
                 rows, tally = inner_steps(
                     loss, optimizer, state.replicas.rows, batches, first, clients_at_once
                 )
-                own_key = None if key is None else jax.random.fold_in(key, number)
+                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
                 state, sent = push(rows, taking_part(batches), state, own_key)
                 return state, (tally, fax.sum(tally), sent)
 

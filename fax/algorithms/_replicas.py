@@ -217,8 +217,9 @@ def mean_update(
       key: for the aggregator.
 
     Returns:
-      The update in the dtypes of a replica's, whether anybody took part, the aggregator's state and
-      metrics. Among these are ``"replicas/bits"`` and ``"outer_steps"``, 1 if anybody took part.
+      The update in the dtypes of a replica's, whether there is one, as anybody took part or the
+      aggregator is private, the aggregator's state and metrics. Among these are ``"replicas/bits"``
+      and ``"outer_steps"``, 1 if there is an update.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
     here = fax.map(lambda on: on.astype(dtype), taking_part)
@@ -230,7 +231,8 @@ def mean_update(
     weights = here
     if num_examples is not None:
         weights = fax.map(lambda on, n: jnp.where(on, n, 0), taking_part, num_examples)
-    heard = fax.sum(here) > 0
+    # That nobody takes part is nobody's business if there is noise to hide it.
+    heard = (fax.sum(here) > 0) | (aggregator is not None and aggregator.private)
     if aggregator is None:
         metrics = {"clients/bits": all_bits(updates)}
         mean = fax.mean(zeros, weights=weights)

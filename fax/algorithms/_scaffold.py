@@ -13,7 +13,15 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, moved, next_model_state, rows_of, strong, with_rows
+from fax.algorithms._averaging import (
+    aggregate,
+    check_private,
+    moved,
+    next_model_state,
+    rows_of,
+    strong,
+    with_rows,
+)
 from fax.algorithms._local import Local, difference, metrics_of, train
 from fax.data import Client, Cohort
 
@@ -71,7 +79,8 @@ def scaffold(
       server_learning_rate: of the server; it may be traced.
       num_clients: N, the size of the population, ``len(data)``.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x; its weights are 1.
-        Default: the mean above. Control variates are not sent through it.
+        Default: the mean above. Control variates are not sent through it, so that it cannot be a
+        private one.
       clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
@@ -79,10 +88,10 @@ def scaffold(
       size of N + 2 models. Metrics and the model's state are as of `fax.algorithms.fedavg`.
 
     Raises:
-      ValueError: if ``client_learning_rate`` is not positive, ``server_learning_rate`` negative, or
-        ``num_clients`` no int of at least 1; in a round, if its cohort is larger than the
-        population, or the loss is not one number for each example. Clients beyond ``num_clients``
-        make the parameters NaN.
+      ValueError: if ``client_learning_rate`` is not positive, ``server_learning_rate`` negative,
+        ``num_clients`` no int of at least 1, or ``aggregator`` private; in a round, if its cohort
+        is larger than the population, or the loss is not one number for each example. Clients
+        beyond ``num_clients`` make the parameters NaN.
 
     References:
       Karimireddy et al., SCAFFOLD: stochastic controlled averaging for federated learning,
@@ -114,6 +123,7 @@ def scaffold(
     _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
     num_clients = _arguments.count(caller, "num_clients", num_clients)
+    check_private(caller, aggregator, "changes of control variates are averaged over clients")
 
     def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
         params, model_state = jax.tree.map(strong, (params, model_state))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import server_key, strong
+from fax.algorithms._averaging import check_model_state, server_key, strong
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._replicas import (
     Parts,
@@ -143,7 +143,8 @@ def streaming_diloco(
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`, what makes -Δ_p of the updates θ_ip - θ_p. Default:
         ``chain(e3m0())``, which rounds them to four bits and adds them up in float32. Without
-        rounding: ``mean()``.
+        rounding: ``mean()``. A private one makes a release of each fragment in each period, also
+        where nobody takes part, and all of them count; see `fax.aggregators.releases`.
       clients_at_once: how many replicas one device works on at once; see `diloco`.
 
     Returns:
@@ -190,6 +191,7 @@ def streaming_diloco(
     cut_up = functools.partial(cut, _WHERE, fragments)
 
     def init(params: PyTree, model_state: PyTree = None) -> StreamingDiLoCoState:
+        check_model_state(_WHERE, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         parts = [pick(params, names) for names in cut_up(params)]
 
@@ -270,7 +272,8 @@ def streaming_diloco(
             def period(state: StreamingDiLoCoState, own: tuple) -> tuple:
                 number, batches, mask = own
                 here = taking_part(parts.cohort_of(batches, mask))
-                keys = jax.random.split(jax.random.fold_in(key, number), len(names))
+                own_key = _keys.derive(key, _keys.Use.PART, number)
+                keys = [_keys.derive(own_key, _keys.Use.FRAGMENT, p) for p in range(len(names))]
                 in_flight = list(state.in_flight)
                 begin, tallies, sent = 0, [], []
                 for event in events:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fax._keys import Use, derive
 from fax.data import _batching
 from fax.data._batching import Plan
 from fax.data._cohort import Cohort, Gathered
@@ -39,7 +40,7 @@ class Maker:
         self.sharding = spread.sharding(clients)
         self.own = spread.own_rows(WHERE, clients)
         self.x64, self.device = jax.config.jax_enable_x64, jax.config.jax_default_device
-        self.key = jax.random.key(seed)
+        self.key = derive(jax.random.key(seed), Use.COHORTS)
         # A leading axis of rounds is on every device.
         self.shardings = self.sharding and NamedSharding(
             self.sharding.mesh, PartitionSpec(None, *self.sharding.spec)
