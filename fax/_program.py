@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.core import eval_context
-from jax.extend.core import take_current_trace
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
-from fax._placement import PlacementError, Scope, declare, scope
+from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
 from fax.primitives._structure import Structure, execute
-from fax.sharding._mesh import laid_out
+from fax.sharding._mesh import laid_out, other_axes, split_axes
 
 F = TypeVar("F", bound=Callable)
 
@@ -102,6 +102,7 @@ def _call(fn: Callable, declared: Scope, args: Any, kwargs: Any) -> Any:
         return [leaf for leaf in outs if _is_traced(leaf)]
 
     jaxpr, captured = _jaxpr.trace(body, [jax.typeof(x) for x in operands], about=fn)
+    _warn_of_idle_mesh(declared, operands, jaxpr)
     jaxpr, constants = _fusion.fuse(bind_scope(jaxpr, declared))
     operands = [*constants, *captured, *operands]
     if _evaluates_now():
@@ -144,6 +145,52 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
                 stacklevel=4,
             )
             return
+
+
+# What programs were warned of: the axes of a mesh, and the placements of the program.
+_idle: set[Any] = set()
+
+
+def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], jaxpr: ClosedJaxpr) -> None:
+    """Without an axis for its participants, all devices of a mesh do the same work.
+
+    But for those of a client function that uses them itself, as far as that can be seen.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = other_axes((), mesh)
+    if not free or in_program() or any(p.axes is not None or split_axes(p) for p in declared):
+        return
+    names = [p.name for p in declared]
+    key = (*mesh.shape.items(), *names)
+    if key in _idle or any(map(_is_sharded, operands)) or _has_shardings(jaxpr.jaxpr):
+        return
+    _idle.add(key)
+    axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in free)
+    one = names[0]
+    warnings.warn(
+        f"A program over {' and '.join(names)} runs under a mesh of {axes}, which has no axis "
+        f"{one!r}, so that all of its devices do the same work. Name an axis {one!r}, or use "
+        f"fax.sharding.layout({one}={free[0]!r}). If the mesh is for the participants' own "
+        f"functions, say so by fax.sharding.layout({one}=()).",
+        stacklevel=4,
+    )
+
+
+def _is_sharded(x: Any) -> bool:
+    shardings = [getattr(source, "sharding", None) for source in (x, jax.typeof(x))]
+    return any(
+        isinstance(s, NamedSharding) and any(_as_tuple(entry) != (None,) for entry in s.spec)
+        for s in shardings
+    )
+
+
+def _has_shardings(jaxpr: Jaxpr) -> bool:
+    """Whether something in a jaxpr says how it is to be sharded."""
+    return any(
+        eqn.primitive.name in ("sharding_constraint", "shard_map", "reshard")
+        or any(map(_has_shardings, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _as_tuple(entry: Any) -> tuple:

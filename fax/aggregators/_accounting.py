@@ -203,6 +203,12 @@ class Budget:
                 f"epsilon={epsilon:g} is enough. Start anew with more noise."
             )
 
+    def __repr__(self) -> str:
+        return (
+            f"Budget(epsilon={self.limit:g}, delta={self.delta:g}, rounds={self.rounds}, "
+            f"spent={self.spent})"
+        )
+
     def _of(self, rounds: int) -> float:
         return _epsilon(*self._setting, rounds, self.delta)
 
@@ -304,12 +310,8 @@ def _interval(z: float, rounds: int, mechanism: str) -> float:
 
 
 def _dp_accounting() -> tuple[Any, Any]:
-    try:
-        import dp_accounting
-        from dp_accounting import pld
-    except ImportError as error:
-        raise ImportError(
-            "Accounting for privacy needs the package dp-accounting. Install it with "
-            "pip install 'fax[privacy]'."
-        ) from error
+    _arguments.extra("Accounting for privacy", "dp_accounting", "privacy")
+    import dp_accounting
+    from dp_accounting import pld
+
     return dp_accounting, pld

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax._checks import OF_ITS_MAKER
 
 PyTree = Any
@@ -36,6 +37,9 @@ class Aggregator(NamedTuple):
     aggregate: Callable[..., tuple[PyTree, PyTree, Metrics]]
     encodes: bool = False
 
+    def __repr__(self) -> str:
+        return f"Aggregator({made_by(self.aggregate)})"
+
 
 class Transformation(NamedTuple):
     """Changes clients' updates before they are aggregated, as pure functions.
@@ -49,6 +53,14 @@ class Transformation(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, jax.Array, PyTree, Metrics]]
+
+    def __repr__(self) -> str:
+        return f"Transformation({made_by(self.update)})"
+
+
+def made_by(fn: Any) -> str:
+    """The function that made a function, for a repr."""
+    return getattr(fn, "__qualname__", type(fn).__name__).partition(".<locals>")[0]
 
 
 @jax.tree_util.register_dataclass
@@ -140,8 +152,9 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
         expected = Aggregator if number == len(before) else Transformation
         if not isinstance(part, expected):
             raise TypeError(
-                f"fax.aggregators.chain: part {number} is {part!r:.80}, expected a "
+                f"fax.aggregators.chain: part {number} is {_shown(part)}, expected a "
                 "fax.aggregators.Transformation. An Aggregator stands at the end."
+                f"{_call(part)}"
             )
     transformations = cast("list[Transformation]", before)
     aggregator = cast(Aggregator, last)
@@ -164,3 +177,29 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
         return update, (*states, own), metrics
 
     return Aggregator(init, aggregate)
+
+
+def aggregator_of(caller: str, value: Any) -> Aggregator | None:
+    """The aggregator that a user passes to an algorithm, or None. A transformation is a chain."""
+    if value is None or isinstance(value, Aggregator):
+        return value
+    if isinstance(value, Transformation):
+        return chain(value)
+    fix = _call(value)
+    if isinstance(value, list | tuple):
+        fix = " For several in a row: fax.aggregators.chain(*parts)."
+    raise ValueError(
+        f"{caller}: aggregator is {_shown(value)}, expected one of fax.aggregators, such as "
+        f"fax.aggregators.mean().{fix}"
+    )
+
+
+def _shown(part: Any) -> str:
+    known = isinstance(part, Aggregator | Transformation)
+    return repr(part) if known else _arguments.shown(part)
+
+
+def _call(part: Any) -> str:
+    """How to fix it, where the function came and not what it returns."""
+    name = _arguments.shown(part).removeprefix("the function ")
+    return f" Call it: {name}(...)." if name.startswith("fax.aggregators.") else ""

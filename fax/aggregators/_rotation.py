@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fax.aggregators._aggregator import Metrics, Transformation, each
+from fax.aggregators._aggregator import Metrics, Transformation, _call, _shown, each
 from fax.aggregators._leaves import check_floats, uniform, wide
 
 PyTree = Any
@@ -54,8 +54,8 @@ def hadamard(transformation: Transformation) -> Transformation:
     """
     if not isinstance(transformation, Transformation):
         raise TypeError(
-            f"fax.aggregators.hadamard: transformation is {transformation!r:.80}, expected a "
-            "fax.aggregators.Transformation."
+            f"fax.aggregators.hadamard: transformation is {_shown(transformation)}, expected a "
+            f"fax.aggregators.Transformation.{_call(transformation)}"
         )
 
     def init(params: PyTree) -> PyTree:

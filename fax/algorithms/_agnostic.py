@@ -17,6 +17,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
 from fax.data import Client, Cohort
@@ -147,7 +148,18 @@ def agnostic_fedavg(
         raise ValueError(
             f"{WHERE}: domain_counts is {domain_counts!r}, expected numbers above 0: they divide."
         )
+    _arguments.number(WHERE, "domain_learning_rate", domain_learning_rate, least=0)
+    _arguments.text(WHERE, "domain", domain, "the name of a feature")
+    caller = "fax.algorithms.agnostic_fedavg"
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> AgnosticState:
         params, model_state = jax.tree.map(strong, (params, model_state))
@@ -229,7 +241,7 @@ def agnostic_fedavg(
         )
         return new, metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(caller, loss, AgnosticState, init, round, lambda state: state.params))
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:

@@ -15,6 +15,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -164,6 +165,15 @@ def outer_steps(
     replicas = _arguments.count(where, "replicas", replicas)
     if steps is not None and not callable(steps):
         steps = _arguments.count(where, "steps", steps)
+    _arguments.flag(where, "weighted", weighted)
+    aggregator = arguments(
+        where,
+        loss,
+        aggregator,
+        clients_at_once,
+        inner_optimizer=inner_optimizer,
+        outer_optimizer=outer_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
         params, model_state = jax.tree.map(strong, (params, model_state))
@@ -241,4 +251,4 @@ def outer_steps(
 
         return work(state, cohort)
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(where, loss, DiLoCoState, init, round, lambda state: state.params))

@@ -15,6 +15,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, next_model_state, server_step, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._clients import is_per_client, rows_of, with_rows
 from fax.algorithms._clusters import best_model, check_models, one_model
 from fax.algorithms._local import Tally, metrics_of, train
@@ -112,7 +113,16 @@ def hyp_cluster(
       Array([-1.,  1.], dtype=float32)
     """
     k = _arguments.count("hyp_cluster", "num_clusters", num_clusters)
+    caller = "fax.algorithms.hyp_cluster"
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> HypClusterState:
         check_models(params, model_state, k)
@@ -181,7 +191,9 @@ def hyp_cluster(
         )
         return new, {**metrics, "clients/cluster": choice, "clusters/examples": examples}
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(
+        *guarded(caller, loss, HypClusterState, init, round, lambda state: state.params)
+    )
 
 
 def _stack(models: list[PyTree]) -> PyTree:

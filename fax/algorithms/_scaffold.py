@@ -14,6 +14,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import aggregate, moved, next_model_state, rows_of, strong, with_rows
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._local import Local, difference, metrics_of, train
 from fax.data import Client, Cohort
 
@@ -114,6 +115,7 @@ def scaffold(
     _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
     num_clients = _arguments.count(caller, "num_clients", num_clients)
+    aggregator = arguments(caller, loss, aggregator, clients_at_once)
 
     def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
         params, model_state = jax.tree.map(strong, (params, model_state))
@@ -193,4 +195,4 @@ def scaffold(
         )
         return state, metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(caller, loss, ScaffoldState, init, round, lambda state: state.params))

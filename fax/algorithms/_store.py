@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from fax import _arguments
 from fax.aggregators import PerClient
-from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._algorithm import Algorithm, check_algorithm
 from fax.algorithms._clients import is_per_client
 from fax.data import Cohort
 
@@ -85,6 +86,9 @@ class ClientStore:
     def __init__(
         self, algorithm: Algorithm, path: str | os.PathLike | None = None, *, resume: bool = False
     ):
+        check_algorithm(WHERE, algorithm)
+        if path is not None:
+            _arguments.path(WHERE, "path", path)
         self.algorithm = algorithm
         self.rounds = 0
         self.path = None if path is None else os.fspath(path)
@@ -217,6 +221,13 @@ class ClientStore:
         if self._file is not None:
             self.flush()
             self._drop()
+
+    def __repr__(self) -> str:
+        where = "memory" if self.path is None else repr(self.path)
+        return (
+            f"ClientStore({self.algorithm!r}, clients={self.num_clients}, rounds={self.rounds}, "
+            f"in {where})"
+        )
 
     def __enter__(self) -> ClientStore:
         return self

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, checked, unknown
+from fax import _arguments
+from fax.data._check import Schema, checked, federated, unknown
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._tables import MEND, TFF, FedJAX, rows
 from fax.data._write import whole
@@ -76,6 +77,7 @@ class SQLite:
         *,
         sha256: str | None = None,
     ) -> None:
+        _arguments.path("fax.data.SQLite", "path", path, error=DataError)
         self._path = _decompressed(Path(path).absolute(), sha256)
         _check_header(self._path)
         self._schema = Schema()
@@ -123,6 +125,8 @@ class SQLite:
           DataError: if the file exists, or a client cannot be written.
           OSError: if the disk is full. Nothing is left behind then.
         """
+        federated("fax.data.SQLite.write", "data", data)
+        _arguments.path("fax.data.SQLite.write", "path", path, error=DataError)
         path = Path(path).absolute()
         with whole("fax.data.SQLite.write", path) as temporary:
             connection = sqlite3.connect(temporary)
@@ -168,6 +172,9 @@ class SQLite:
 
     def __len__(self) -> int:
         return len(self.client_ids())
+
+    def __repr__(self) -> str:
+        return f"SQLite({str(self._path)!r})"
 
     def _row(self, client_id: ClientId) -> tuple[Any, int]:
         try:

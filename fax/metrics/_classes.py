@@ -128,6 +128,8 @@ class PerDomain:
 
     def __post_init__(self) -> None:
         _arguments.count("PerDomain", "num_domains", self.num_domains)
+        form = {2: "metric(batch, scores)"}
+        _arguments.function("PerDomain", "metric", self.metric, form)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Statistic:
         own = batch[self.domain][:, None] == jnp.arange(self.num_domains)

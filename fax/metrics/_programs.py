@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax._program import program
 from fax.data._cohort import Client, Cohort
 from fax.metrics._classes import Metric
@@ -20,6 +24,46 @@ from fax.metrics._statistics import Statistic
 PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
 Named = tuple[tuple[str, Metric], ...]
+
+
+# The last function that each piece of code made, and what there was a warning about.
+_last: weakref.WeakKeyDictionary[types.CodeType, weakref.ref] = weakref.WeakKeyDictionary()
+_noticed: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
+
+
+def notice(where: str, apply: Any, metrics: Any) -> None:
+    """Warns, once, of a function that is made anew in every call, for it is compiled each time.
+
+    Two functions of the same code and the same values are not taken for one: what they look up
+    elsewhere may have changed in between.
+    """
+    named = metrics.items() if isinstance(metrics, Mapping) else ()
+    for name, fn in (("apply", apply), *((f"metric {name!r}", fn) for name, fn in named)):
+        if not isinstance(fn, types.FunctionType):
+            continue
+        code, before = fn.__code__, _last.get(fn.__code__, lambda: None)()
+        _last[code] = weakref.ref(fn)
+        if before is None or before is fn or code in _noticed or not _twins(before, fn):
+            continue
+        _noticed.add(code)
+        warnings.warn(
+            f"{where}: {name} is {_arguments.shown(fn)} that is made anew for every call, at "
+            f"{code.co_filename}:{code.co_firstlineno}, and so is compiled in every call. Define "
+            "it once, outside of the loop.",
+            stacklevel=3,
+        )
+
+
+def _twins(one: types.FunctionType, other: types.FunctionType) -> bool:
+    """Whether functions were made by the same piece of code, of the same values."""
+
+    def values(fn: types.FunctionType) -> list[Any]:
+        cells = [cell.cell_contents for cell in fn.__closure__ or ()]
+        return [fn.__code__, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values(), *cells]
+
+    pairs = zip(values(one), values(other))
+    plain = bool | int | float | str | bytes
+    return all(a is b or (isinstance(a, plain) and type(a) is type(b) and a == b) for a, b in pairs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

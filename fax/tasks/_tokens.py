@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fax import _arguments
 from fax.data import DataError
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -139,5 +140,4 @@ class Words:
 
 
 def _check_length(where: str, length: int) -> None:
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise DataError(f"{where}: length is {length!r}, expected a positive int.")
+    _arguments.count(where, "length", length, expected="a positive int", error=DataError)
