@@ -51,7 +51,8 @@ def number(
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
-        raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
+        came = shown(value) if np.ndim(value) else f"{value!r:.80}"
+        raise error(f"{caller}: {name} is {came}, expected {expected}.")
     return value
 
 
@@ -195,8 +196,8 @@ def optimizer(caller: str, name: str, value: Any) -> None:
     elif isinstance(value, int | float) or (np.ndim(value) == 0 and hasattr(value, "dtype")):
         fix = f"For steps of this learning rate pass optax.sgd({value})."
     raise ValueError(
-        f"{caller}: {name} is {shown(value)}, expected an optimizer of optax, an "
-        f"optax.GradientTransformation. {fix}"
+        f"{caller}: {name} is {shown(value)}, expected an optimizer of optax "
+        f"(optax.GradientTransformation). {fix}"
     )
 
 
@@ -249,7 +250,7 @@ def shown(value: Any) -> str:
         name = getattr(value, "__name__", "")
         return "a lambda" if name == "<lambda>" else f"the function {_public(value)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array {value.dtype}[{','.join(map(str, value.shape))}]"
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     name = type(value).__name__.lstrip("_")
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 

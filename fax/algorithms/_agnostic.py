@@ -23,7 +23,7 @@ from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_e
 from fax.data import Client, Cohort
 
 PyTree = Any
-WHERE = "agnostic_fedavg"
+WHERE = "fax.algorithms.agnostic_fedavg"
 
 
 class AgnosticState(NamedTuple):
@@ -150,10 +150,9 @@ def agnostic_fedavg(
         )
     _arguments.number(WHERE, "domain_learning_rate", domain_learning_rate, least=0)
     _arguments.text(WHERE, "domain", domain, "the name of a feature")
-    caller = "fax.algorithms.agnostic_fedavg"
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     aggregator = arguments(
-        caller,
+        WHERE,
         loss,
         aggregator,
         clients_at_once,
@@ -241,7 +240,7 @@ def agnostic_fedavg(
         )
         return new, metrics
 
-    return Algorithm(*guarded(caller, loss, AgnosticState, init, round, lambda state: state.params))
+    return Algorithm(*guarded(WHERE, loss, AgnosticState, init, round, lambda state: state.params))
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:

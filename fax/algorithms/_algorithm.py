@@ -32,7 +32,7 @@ class Algorithm(NamedTuple):
     params: Callable[[Any], PyTree]
 
     def __repr__(self) -> str:
-        """Who made it, such as ``Algorithm(fax.algorithms.fedavg)``."""
+        """Who made it, such as ``Algorithm(fedavg)``."""
         name = getattr(self.round, "__qualname__", type(self.round).__name__)
         return f"Algorithm({name.partition('.<locals>')[0].removesuffix('.round')})"
 
@@ -78,7 +78,12 @@ def many_rounds(
             f"{where}: cohorts is {_arguments.shown(cohorts)}, expected the iterator that "
             "fax.data.cohorts returns: it takes the cohorts of all rounds from it."
         )
-    return _scan(algorithm, state, cohorts.take(rounds))
+    first = cohorts.round
+    try:
+        return _scan(algorithm, state, cohorts.take(rounds))
+    except Exception:
+        cohorts.round = first  # nothing was run
+        raise
 
 
 def check_algorithm(where: str, algorithm: Any) -> None:

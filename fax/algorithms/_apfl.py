@@ -126,9 +126,9 @@ def apfl(
       >>> print(state.params.round(2), algorithm.params(state).round(2))
       0.5 [1. 0.]
     """
-    _arguments.count("apfl", "num_clients", num_clients)
-    _arguments.number("apfl", "alpha", alpha, least=0, most=1)
     caller = "fax.algorithms.apfl"
+    _arguments.count(caller, "num_clients", num_clients)
+    _arguments.number(caller, "alpha", alpha, least=0, most=1)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     alpha_optimizer = client_optimizer if alpha_optimizer is None else alpha_optimizer
     aggregator = arguments(

@@ -70,7 +70,7 @@ class BranchTrainMerge(NamedTuple):
     ensemble: Callable[..., jax.Array]
 
     def __repr__(self) -> str:
-        return "BranchTrainMerge(fax.algorithms.branch_train_merge)"
+        return "BranchTrainMerge(branch_train_merge)"
 
 
 def branch_train_merge(

@@ -81,7 +81,7 @@ def guarded(
         check_state(caller, "params", kind, state)
         return params(state)
 
-    checked_round.__qualname__ = f"{caller}.round"
+    checked_round.__qualname__ = f"{caller.rpartition('.')[2]}.round"
     return checked_init, checked_round, checked_params
 
 
@@ -90,7 +90,7 @@ def check_state(caller: str, function: str, kind: type, state: Any) -> None:
     if not isinstance(state, kind):
         raise ValueError(
             f"{caller}: {function} got {_arguments.shown(state)} for the state, expected the "
-            f"{kind.__name__} that init(params) returns, and then each round."
+            f"{kind.__name__} that init(params) or the last round returned."
         )
 
 

@@ -128,7 +128,7 @@ def hyp_cluster_start(
     arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
     check_trained(f"{caller}: params", params)
     check_cohort(caller, cohort)
-    k = _arguments.count("hyp_cluster_start", "num_clusters", num_clusters)
+    k = _arguments.count(caller, "num_clusters", num_clusters)
     if k > cohort.size:
         raise ValueError(
             f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "

@@ -112,8 +112,8 @@ def hyp_cluster(
       >>> algorithm.params(state).round(2)
       Array([-1.,  1.], dtype=float32)
     """
-    k = _arguments.count("hyp_cluster", "num_clusters", num_clusters)
     caller = "fax.algorithms.hyp_cluster"
+    k = _arguments.count(caller, "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     aggregator = arguments(
         caller,

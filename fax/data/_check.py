@@ -13,30 +13,30 @@ from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
 def federated(where: str, name: str, value: Any) -> None:
-    """Checks that an argument is federated data."""
-    if isinstance(value, FederatedData) and not isinstance(value, type):
+    """Checks that an argument is federated data, or at least says that it has clients."""
+    if callable(getattr(value, "client_ids", None)) and not isinstance(value, type):
         return
     fix = ""
     if isinstance(value, Mapping):
         fix = " Wrap a mapping from clients to their examples: fax.data.InMemory(clients)."
-    elif isinstance(value, list | tuple) and all(isinstance(x, FederatedData) for x in value):
+    elif isinstance(value, list | tuple) and all(hasattr(x, "client_ids") for x in value):
         fix = " Pass one of them, or fax.data.concatenate(*datas)."
     elif hasattr(value, "train") and hasattr(value, "test"):
         fix = " Pass its .train or .test."
     raise DataError(
         f"{where}: {name} is {_arguments.shown(value)}, expected federated data, such as "
-        f"fax.data.InMemory.{fix or of_frame(value)}"
+        f"fax.data.InMemory.{fix or of_frame(value, clients=True)}"
     )
 
 
-def of_frame(value: Any) -> str:
-    """How to fix it, where a table of pandas or polars came."""
+def of_frame(value: Any, *, clients: bool = False) -> str:
+    """How to fix it, where a table of pandas or polars came for examples or ``clients``."""
     if not type(value).__name__.endswith("DataFrame"):
         return ""
-    return (
-        " Of a table take the columns, {name: frame[name].to_numpy() for name in frame.columns}; "
-        "fax.data.partition.by_column makes a client for each value of one of them."
-    )
+    columns = "{name: frame[name].to_numpy() for name in frame.columns}"
+    if clients:
+        return f" Make clients of a table by fax.data.partition, such as by_column({columns}, ...)."
+    return f" Take the columns of a table: {columns}."
 
 
 def seed_of(where: str, value: Any) -> Any:

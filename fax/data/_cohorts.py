@@ -242,12 +242,12 @@ class Cohorts(Iterator[Cohort]):
 
 def _refuse(*_: Any) -> Any:
     raise TypeError(
-        "The iterator over all cohorts is no value that JAX computes with. Pass next(cohorts), the "
-        "cohort of one round."
+        "The iterator that fax.data.cohorts returns cannot be passed to a function of JAX. Pass "
+        "next(cohorts), the cohort of one round."
     )
 
 
-# JAX says of what it does not know that it is no array, and not what to do.
+# JAX would say that it is not an array, and not what to do.
 jax.tree_util.register_pytree_node(Cohorts, _refuse, _refuse)
 
 

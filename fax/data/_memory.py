@@ -42,9 +42,10 @@ class InMemory:
         where = "fax.data.InMemory"
         if not isinstance(clients, Mapping) or not clients:
             found = "is empty" if isinstance(clients, Mapping) else f"is {type(clients).__name__}"
+            fix = of_frame(clients, clients=True)
             raise DataError(
-                f"{where}: clients {found}, expected a mapping from client ids to their features. "
-                f"fax.data.partition makes clients of central arrays.{of_frame(clients)}"
+                f"{where}: clients {found}, expected a mapping from client ids to their features."
+                f"{fix or ' fax.data.partition makes clients of central arrays.'}"
             )
         self._clients: dict[ClientId, dict[str, np.ndarray]] = {}
         schema = Schema()

@@ -246,6 +246,7 @@ def _named(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Name
                 f"{where}: metric {name!r} is {metric!r:.80}, expected a function of a batch and "
                 "scores, such as fax.metrics.Accuracy()."
             )
+        _arguments.function(where, f"metric {name!r}", metric, {2: "metric(batch, scores)"})
     return tuple(metrics.items())
 
 

@@ -28,7 +28,7 @@ def _binary(scores: jax.Array, labels: jax.Array) -> str:
     """How to fix it, where there is one score for each label."""
     if scores.shape not in (labels.shape, (*labels.shape, 1)):
         return ""
-    return " Of logits z of class 1 make jnp.stack([jnp.zeros_like(z), z], -1)."
+    return " If z are the logits of class 1 of two, return jnp.stack([jnp.zeros_like(z), z], -1)."
 
 
 def losses_of(scores: jax.Array, labels: jax.Array) -> jax.Array:

@@ -52,7 +52,8 @@ def functional(
 
     Raises:
       ValueError: if an argument is something else, or the module has state besides parameters,
-        such as the statistics of a batch norm. Write a loss with ``model_state`` for it; see `fax.algorithms.fedavg`.
+        such as the statistics of a batch norm. Write a loss with ``model_state`` for it; see
+        `fax.algorithms.fedavg`.
 
     Example:
 
