@@ -51,7 +51,7 @@ def number(
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
-        came = shown(value) if np.ndim(value) else f"{value!r:.80}"
+        came = shown(value) if traced else f"{value!r:.80}"
         raise error(f"{caller}: {name} is {came}, expected {expected}.")
     return value
 
@@ -76,6 +76,19 @@ def count(
         expected = expected or f"an int {wanted}"
         raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
     return found
+
+
+def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
+    """Checks a sequence of real numbers, and returns them as an array."""
+    try:
+        array = values if isinstance(values, jax.Array) else np.asarray(values, float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
+        ) from None
+    if array.shape != (size,):
+        raise ValueError(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+    return array
 
 
 def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
@@ -157,13 +170,19 @@ def function(
         )
 
 
-def takes(fn: Callable, positional: int, keywords: Sequence[str] = ()) -> bool:
-    """Whether a function can be called with so many arguments, as far as that can be known."""
+def takes(
+    fn: Callable, positional: int, keywords: Sequence[str] = (), *, always: Sequence[str] = ()
+) -> bool:
+    """Whether a function can be called with so many arguments, as far as that can be known.
+
+    And with some by name: ``keywords`` if its signature has them, and ``always`` others.
+    """
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
         return True
     named = {name: None for name in keywords if name in signature.parameters}
+    named |= dict.fromkeys(always)
     try:
         signature.bind(*[None] * positional, **named)
     except TypeError:
@@ -199,6 +218,16 @@ def optimizer(caller: str, name: str, value: Any) -> None:
         f"{caller}: {name} is {shown(value)}, expected an optimizer of optax "
         f"(optax.GradientTransformation). {fix}"
     )
+
+
+def key(caller: str, name: str, value: Any) -> None:
+    """Checks that a value is one random key."""
+    dtype, shape = dtype_of(value), np.shape(value)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
+        raise ValueError(
+            f"{caller}: {name} is {shown(value)}, expected a random key, as in jax.random.key(0)."
+        )
 
 
 def arrays(name: str, tree: Any, *, keys: bool) -> None:

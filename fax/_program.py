@@ -154,11 +154,14 @@ _idle: set[Any] = set()
 def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], jaxpr: ClosedJaxpr) -> None:
     """Without an axis for its participants, all devices of a mesh do the same work.
 
-    But for those of a client function that uses them itself, as far as that can be seen.
+    Unless the participants' functions use them, as far as that can be seen, or whoever calls the
+    program in a `jax.shard_map`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = other_axes((), mesh)
-    if not free or in_program() or any(p.axes is not None or split_axes(p) for p in declared):
+    if not free or mesh.manual_axes or in_program():
+        return
+    if any(p.axes is not None or split_axes(p) for p in declared):
         return
     names = [p.name for p in declared]
     key = (*mesh.shape.items(), *names)

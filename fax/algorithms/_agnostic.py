@@ -274,10 +274,4 @@ def _domain_of(batch: Mapping[str, jax.Array], domain: str, mask: jax.Array) -> 
 def _numbers(name: str, given: Any, num_domains: int, default: float) -> Any:
     if given is None:
         return np.full(num_domains, default)
-    numbers = jnp.asarray(given)
-    if numbers.shape != (num_domains,):
-        raise ValueError(
-            f"{WHERE}: {name} has shape {numbers.shape}, expected ({num_domains},), a number "
-            "for each of num_domains."
-        )
-    return numbers
+    return _arguments.numbers(WHERE, name, given, num_domains, "a number for each of num_domains")

@@ -181,6 +181,7 @@ def branch_train_merge(
 
     def posterior(state: BranchTrainMergeState, batch: PyTree, key: jax.Array) -> jax.Array:
         check_state(_WHERE, "posterior", BranchTrainMergeState, state)
+        _arguments.key(_WHERE, "key", key)
 
         @program
         def likelihoods(rows: Replica, batch: PyTree, key: jax.Array) -> jax.Array:

@@ -128,6 +128,7 @@ def hyp_cluster_start(
     arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
     check_trained(f"{caller}: params", params)
     check_cohort(caller, cohort)
+    _arguments.key(caller, "key", key)
     k = _arguments.count(caller, "num_clusters", num_clusters)
     if k > cohort.size:
         raise ValueError(

@@ -163,7 +163,9 @@ def outer_steps(
 ) -> Algorithm:
     """The algorithm of `diloco`, for ``where``."""
     replicas = _arguments.count(where, "replicas", replicas)
-    if steps is not None and not callable(steps):
+    if callable(steps):
+        _arguments.function(where, "steps", steps, {1: "steps(outer_steps)"})
+    elif steps is not None:
         steps = _arguments.count(where, "steps", steps)
     _arguments.flag(where, "weighted", weighted)
     aggregator = arguments(

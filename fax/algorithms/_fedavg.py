@@ -43,7 +43,8 @@ def fedavg(
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
       client_optimizer: from optax; its state starts anew at each client and round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
+      aggregator: from `fax.aggregators`, what makes D of the updates. A transformation stands for
+        a chain of it. Default: the mean above.
       clients_at_once: how many clients one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 

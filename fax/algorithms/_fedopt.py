@@ -241,7 +241,10 @@ def server_yogi(
 
 def _check(name: str, learning_rate: Rate, **others: Any) -> None:
     caller = f"fax.algorithms.{name}"
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        form = {1: "learning_rate(round)"}
+        _arguments.function(caller, "learning_rate", learning_rate, form)
+    else:
         _arguments.number(caller, "learning_rate", learning_rate, least=0)
     for argument, value in others.items():
         if argument == "tau":

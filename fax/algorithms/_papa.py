@@ -113,7 +113,9 @@ def papa(
       ((), Array(2, dtype=int32))
     """
     where = "fax.algorithms.papa"
-    if not callable(alpha):
+    if callable(alpha):
+        _arguments.function(where, "alpha", alpha, {1: "alpha(averages)"})
+    else:
         _arguments.number(where, "alpha", alpha, least=0, most=1)
     aggregator = arguments(where, loss, aggregator, clients_at_once, optimizer=optimizer)
 

@@ -89,6 +89,7 @@ class ClientStore:
         check_algorithm(WHERE, algorithm)
         if path is not None:
             _arguments.path(WHERE, "path", path)
+        _arguments.flag(WHERE, "resume", resume)
         self.algorithm = algorithm
         self.rounds = 0
         self.path = None if path is None else os.fspath(path)

@@ -50,7 +50,7 @@ def subset(data: FederatedData, ids: Iterable[ClientId]) -> FederatedData:
     federated(where, "data", data)
     if isinstance(ids, (str, bytes)):
         ids = [ids]
-    if not isinstance(ids, Iterable):
+    if not isinstance(ids, Iterable) or (hasattr(ids, "ndim") and ids.ndim == 0):
         raise DataError(f"{where}: ids is {_arguments.shown(ids)}, expected a list of client ids.")
     ids, known = list(ids), set(data.client_ids())
     if strange := [i for i in ids if not isinstance(i, Hashable) or i not in known]:

@@ -315,7 +315,7 @@ def _arguments(
 
 
 def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in arrays:
+    if not isinstance(name, str) or name not in arrays:
         raise DataError(
             f"fax.data.partition.{where}: there is no feature {name!r} to go by. The arrays are "
             f"{sorted(arrays)}."

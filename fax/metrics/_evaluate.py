@@ -87,6 +87,7 @@ def evaluate(
     totals = _Totals()
     where = "fax.metrics.evaluate"
     _check_order(where, apply, params, data)
+    _arguments.text(where, "placement", placement, "the name of a placement")
     notice(where, apply, metrics)
     for stats, _ in _run(where, apply, params, data, metrics, batch_size, placement, False):
         totals.add(stats)
@@ -146,6 +147,7 @@ def evaluate_clients(
     where = "fax.metrics.evaluate_clients"
     _check_order(where, apply, params, data)
     _arguments.flag(where, "personal", personal)
+    _arguments.text(where, "placement", placement, "the name of a placement")
     notice(where, apply, metrics)
     totals = _Totals(len(data))
     run = _run_personal if personal else _run

@@ -219,6 +219,7 @@ def prepare(
     """
     where = "fax.metrics.prepare"
     federated(where, "data", data)
+    _arguments.text(where, "placement", placement, "the name of a placement")
     spread = spread_in_scope(where, placement)
     layout = Layout(where, data, batch_size, spread)
     size = layout.reader.bytes_per_example

@@ -66,7 +66,11 @@ def functional(
       (2, 3)
     """
     where = "fax.models.functional"
-    if isinstance(build, nnx.Module) or not callable(build):
+    if (
+        isinstance(build, nnx.Module)
+        or not callable(build)
+        or not _arguments.takes(build, 0, always=["rngs"])
+    ):
         raise ValueError(
             f"{where}: build is {_arguments.shown(build)}, expected a function build(rngs=rngs) "
             "that makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs)."

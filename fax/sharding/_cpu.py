@@ -45,6 +45,9 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         expected="a positive int",
         error=PlacementError,
     )
+    _arguments.text(
+        "use_cpu_devices", "axis", axis, "the name of a mesh axis", error=PlacementError
+    )
     flags = os.environ.get("XLA_FLAGS", "")
     try:
         jax.config.update("jax_num_cpu_devices", count)

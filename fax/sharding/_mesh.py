@@ -52,6 +52,11 @@ def make_mesh(
       >>> with jax.set_mesh(mesh):
       ...     pass  # call a program here
     """
+    if not isinstance(devices, Sequence | np.ndarray | None):
+        raise PlacementError(
+            f"make_mesh: devices is {_arguments.shown(devices)}, expected a list of devices, such "
+            "as jax.devices()."
+        )
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices))
     types: tuple[Any, ...] = ()
@@ -74,7 +79,7 @@ def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
     sizes = []
     for name, size in axes.items():
         expected = "a positive int, or -1 for what is left"
-        least = -1 if size == -1 else 1
+        least = -1 if isinstance(size, int) and size == -1 else 1
         sizes.append(
             _arguments.count(
                 "make_mesh", name, size, least=least, expected=expected, error=PlacementError

@@ -149,6 +149,7 @@ def _tokens(oov: int) -> dict[str, Any]:
 
 
 def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0) -> Task:
+    seed = _arguments.count("fax.tasks.load", "seed", seed, least=0, most=2**32 - 1)
     return Task(
         "digits",
         *_offline.digits(clients, alpha, seed),

@@ -100,7 +100,8 @@ class Words:
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         where = "fax.tasks.Words"
-        if isinstance(vocabulary, (str, bytes)) or not len(vocabulary):
+        text = isinstance(vocabulary, str | bytes)
+        if text or not isinstance(vocabulary, Sequence) or not vocabulary:
             raise DataError(f"{where}: vocabulary is {vocabulary!r:.80}, expected a list of words.")
         self.vocabulary = tuple(vocabulary)
         self._numbers: dict[bytes, int] = {}
