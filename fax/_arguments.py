@@ -81,7 +81,7 @@ def count(
 def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
     """Checks a sequence of real numbers, and returns them as an array."""
     try:
-        array = values if isinstance(values, jax.Array) else np.asarray(values, float)
+        array = np.asarray(values, float) if concrete(values) else jax.numpy.asarray(values)
     except (TypeError, ValueError):
         raise ValueError(
             f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
@@ -92,7 +92,7 @@ def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
 
 
 def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
-    """Checks that a switch is True or False, for whatever else is one of them, too, in an if."""
+    """Checks that a switch is True or False. In an ``if`` any other value would pass for one."""
     if not isinstance(value, bool | np.bool_):
         raise error(f"{caller}: {name} is {shown(value)}, expected True or False.")
     return bool(value)
@@ -213,7 +213,8 @@ def optimizer(caller: str, name: str, value: Any) -> None:
     elif callable(value):
         fix = "Call it with its settings, as in optax.sgd(0.1)."
     elif isinstance(value, int | float) or (np.ndim(value) == 0 and hasattr(value, "dtype")):
-        fix = f"For steps of this learning rate pass optax.sgd({value})."
+        rate = "rate" if isinstance(value, jax.core.Tracer) else value
+        fix = f"For steps of this learning rate pass optax.sgd({rate})."
     raise ValueError(
         f"{caller}: {name} is {shown(value)}, expected an optimizer of optax "
         f"(optax.GradientTransformation). {fix}"
@@ -222,7 +223,7 @@ def optimizer(caller: str, name: str, value: Any) -> None:
 
 def key(caller: str, name: str, value: Any) -> None:
     """Checks that a value is one random key."""
-    dtype, shape = dtype_of(value), np.shape(value)
+    dtype, shape = dtype_of(value), getattr(value, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
         raise ValueError(

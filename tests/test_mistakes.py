@@ -66,6 +66,10 @@ ROUNDS = cohorts()
 COHORT = next(ROUNDS)
 
 
+def agnostic(**how):
+    return algorithms.agnostic_fedavg(loss, SGD, num_domains=2, domain_learning_rate=0.1, **how)
+
+
 def one_round(loss):
     return jax.eval_shape(algorithms.fedavg(loss, SGD).round, STATE, COHORT)
 
@@ -725,6 +729,85 @@ MISTAKES = {
         fax.PlacementError,
         "fax.sharding.place: placement is 2, expected a string, the name of a placement.",
     ),
+    "a seed for a key": (
+        lambda: algorithms.hyp_cluster_start(loss, SGD, PARAMS, COHORT, 0, num_clusters=1),
+        ValueError,
+        "fax.algorithms.hyp_cluster_start: key is 0, expected a random key, as in "
+        "jax.random.key(0).",
+    ),
+    "weights that are text": (
+        lambda: agnostic(domain_weights="ab"),
+        ValueError,
+        "fax.algorithms.agnostic_fedavg: domain_weights is 'ab', expected 2 numbers, a number "
+        "for each of num_domains.",
+    ),
+    "counts for other domains": (
+        lambda: agnostic(domain_counts=[1, 1, 1]),
+        ValueError,
+        "fax.algorithms.agnostic_fedavg: domain_counts has shape (3,), expected (2,), a number "
+        "for each of num_domains.",
+    ),
+    "a schedule without an argument": (
+        lambda: algorithms.diloco(loss, SGD, replicas=2, steps=lambda: 3),
+        ValueError,
+        "fax.algorithms.diloco: steps is a lambda, which takes (), expected a function "
+        "steps(outer_steps).",
+    ),
+    "a schedule of two arguments": (
+        lambda: algorithms.server_adagrad(lambda epoch, step: 0.1),
+        ValueError,
+        "fax.algorithms.server_adagrad: learning_rate is a lambda, which takes (epoch, step), "
+        "expected a function learning_rate(round).",
+    ),
+    "fragments that know no path": (
+        lambda: algorithms.streaming_diloco(
+            loss, SGD, replicas=2, steps=2, fragments=lambda: 0
+        ).init(PARAMS),
+        ValueError,
+        "fax.algorithms.streaming_diloco: fragments is a lambda, which takes (), expected a "
+        "function fragments(path).",
+    ),
+    "a share of two": (
+        lambda: algorithms.papa(loss, SGD, replicas=2, alpha=2),
+        ValueError,
+        "fax.algorithms.papa: alpha is 2, expected a number from 0 to 1.",
+    ),
+    "noise that is negative": (
+        lambda: aggregators.gaussian(1.0, 1.0, quantile=0.5, count_noise=-1),
+        ValueError,
+        "fax.aggregators.gaussian: count_noise is -1, expected a number above 0.",
+    ),
+    "a number for a target": (
+        lambda: metrics.Accuracy(3),
+        ValueError,
+        "Accuracy: target is 3, expected a string, the name of a feature.",
+    ),
+    "None for a placement": (
+        lambda: metrics.evaluate(apply, PARAMS, DATA, ACCURACY, placement=None),
+        ValueError,
+        "fax.metrics.evaluate: placement is None, expected a string, the name of a placement.",
+    ),
+    "a module's maker without rngs": (
+        lambda: fax.models.functional(lambda: None),
+        ValueError,
+        "fax.models.functional: build is a lambda, expected a function build(rngs=rngs) that "
+        "makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs).",
+    ),
+    "half a seed": (
+        lambda: fax.tasks.load("digits", seed=0.5),
+        ValueError,
+        "fax.tasks.load: seed is 0.5, expected an int from 0 to 4294967295.",
+    ),
+    "a word for words": (
+        lambda: fax.tasks.Words("to be"),
+        data.DataError,
+        "fax.tasks.Words: vocabulary is 'to be', expected a list of words.",
+    ),
+    "a number for devices": (
+        lambda: fax.sharding.make_mesh(devices=2, clients=2),
+        fax.PlacementError,
+        "make_mesh: devices is 2, expected a list of devices, such as jax.devices().",
+    ),
 }
 
 
@@ -884,7 +967,10 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
     expected = [
         (DATA, "InMemory(clients=2, examples=5, features=x float32[], y int32[])"),
         (data.subset(DATA, ["ann"]), "Subset(clients=1)"),
-        (data.map(DATA, lambda i, examples: examples), "Map(clients=2)"),
+        (
+            data.map(DATA, lambda i, examples: examples),
+            "Map(InMemory(clients=2, examples=5, features=x float32[], y int32[]))",
+        ),
         (data.concatenate(DATA), "Concatenation(clients=2)"),
         (files, f"Files({str(tmp_path / 'people')!r})"),
         (database, f"SQLite({str(tmp_path / 'p.db')!r})"),

@@ -172,10 +172,11 @@ def _settled(state: PyTree) -> PyTree:
     def own(x: jax.Array) -> jax.Array:
         if not isinstance(x, jax.Array):
             return x
-        if devices is not None and x.sharding.device_set != devices:
-            x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
         if id(x) in seen:
             x = _copy(x)
-        return seen.setdefault(id(x), x)
+        seen[id(x)] = x
+        if devices is not None and x.sharding.device_set != devices:
+            x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        return x
 
     return jax.tree.map(own, state)

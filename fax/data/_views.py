@@ -287,11 +287,14 @@ class _Subset(_View):
         return len(self._ids)
 
 
-class _Map(_View):
+class _Map:
     def __init__(self, data: FederatedData, fn: Callable[..., Any], keeps_length: bool) -> None:
         self._data, self._fn, self._keeps_length = data, fn, keeps_length
         self._lengths: dict[ClientId, int] = {}
         self._schema = Schema()
+
+    def __repr__(self) -> str:  # without a count: to list a folder may take long
+        return f"Map({self._data!r})"
 
     def client_ids(self) -> Any:
         return self._data.client_ids()
