@@ -105,6 +105,15 @@ def test_a_round_is_compiled_once_for_params_that_are_older_than_the_mesh():
     assert not params["w"].is_deleted()
 
 
+def test_init_within_a_transformation():
+    def start(mu):
+        algorithm = algorithms.fedprox(loss, SGD, optax.adam(0.1), mu=mu)
+        return mu * algorithm.init({"w": np.ones(3), "b": 1.0}).params["w"].sum()
+
+    assert jax.grad(start)(2.0) == 3.0
+    np.testing.assert_array_equal(jax.vmap(start)(jnp.arange(3.0)), [0.0, 3.0, 6.0])
+
+
 def test_shardings_of_params_are_kept():
     with jax.set_mesh(meshes.mesh(clients=2, model=2)):
         sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("model"))

@@ -165,7 +165,10 @@ def _settled(state: PyTree) -> PyTree:
     """
     if not _arguments.concrete(state):
         return state
-    mesh = jax.sharding.get_mesh()
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # within a function that is traced, where nothing is donated
+        return state
     devices = set(mesh.devices.flat) if not mesh.empty and jax.process_count() == 1 else None
     seen: dict[int, jax.Array] = {}
 
