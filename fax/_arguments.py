@@ -9,6 +9,7 @@ import importlib
 import inspect
 import operator
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,13 +131,16 @@ def path(
     return value
 
 
-def whole_numbers(caller: str, name: str, values: Any, example: str) -> tuple[int, ...]:
-    """Checks a sequence of ints, each of at least 0."""
+def whole_numbers(
+    caller: str, name: str, values: Any, example: str, *, least: int = -sys.maxsize
+) -> tuple[int, ...]:
+    """Checks a sequence of ints."""
     try:
-        return tuple(count(caller, name, value, least=0) for value in values)
+        return tuple(count(caller, name, value, least=least) for value in values)
     except (TypeError, ValueError):
+        bound = "" if least < 0 else f" of at least {least}"
         raise ValueError(
-            f"{caller}: {name} is {values!r:.80}, expected a sequence of ints of at least 0, as in "
+            f"{caller}: {name} is {values!r:.80}, expected a sequence of ints{bound}, as in "
             f"{name}={example}."
         ) from None
 

@@ -507,7 +507,7 @@ MISTAKES = {
     "a token for tokens": (
         lambda: metrics.TokenAccuracy(ignore=0),
         ValueError,
-        "TokenAccuracy: ignore is 0, expected a sequence of ints of at least 0, as in ignore=(0,).",
+        "TokenAccuracy: ignore is 0, expected a sequence of ints, as in ignore=(0,).",
     ),
     "the metric's class for domains": (
         lambda: metrics.PerDomain(metrics.Accuracy, 2),
@@ -667,7 +667,7 @@ MISTAKES = {
     "a size for sizes": (
         lambda: fax.models.create("dense", sizes=10),
         ValueError,
-        "model 'dense': sizes is 10, expected a sequence of ints of at least 0, as in "
+        "model 'dense': sizes is 10, expected a sequence of ints of at least 1, as in "
         "sizes=(64, 512, 10).",
     ),
     "a module for what makes it": (
@@ -927,6 +927,9 @@ def test_meshes_that_are_not_idle():
 def test_a_function_that_is_made_anew_for_every_evaluation():
     ready, scale = metrics.prepare(DATA), 2.0
 
+    def scaled(params, batch, *, scale):
+        return scale * batch["x"]
+
     def total(batch, scores):
         return metrics.Sum(scores)
 
@@ -936,6 +939,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
     def three_times():
         for _ in range(3):
             assert evaluate(lambda params, batch: scale * batch["x"]) == 10
+
+    def of_parts():
+        for _ in range(2):
+            evaluate(functools.partial(scaled, scale=3.0))
 
     def twice():
         for _ in range(2):
@@ -955,6 +962,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
     assert [evaluate(made(factor)) for factor in (1.0, 3.0)] == [5, 15]  # others, each of its own
     with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is made anew"):
         twice()
+    with pytest.warns(
+        UserWarning, match=r"apply is a partial that is made anew for every call and"
+    ):
+        of_parts()
 
 
 # What things are

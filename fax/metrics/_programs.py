@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import warnings
@@ -39,31 +40,45 @@ def notice(where: str, apply: Any, metrics: Any) -> None:
     """
     named = metrics.items() if isinstance(metrics, Mapping) else ()
     for name, fn in (("apply", apply), *((f"metric {name!r}", fn) for name, fn in named)):
-        if not isinstance(fn, types.FunctionType):
+        code, values = _made_of(fn)
+        if code is None:
             continue
-        code, before = fn.__code__, _last.get(fn.__code__, lambda: None)()
+        before = _last.get(code, lambda: None)()
         _last[code] = weakref.ref(fn)
-        if before is None or before is fn or code in _noticed or not _twins(before, fn):
+        if before is None or before is fn or code in _noticed:
+            continue
+        if not _alike(values, _made_of(before)[1]):
             continue
         _noticed.add(code)
+        place = f", at {code.co_filename}:{code.co_firstlineno}," if hasattr(fn, "__code__") else ""
         warnings.warn(
-            f"{where}: {name} is {_arguments.shown(fn)} that is made anew for every call, at "
-            f"{code.co_filename}:{code.co_firstlineno}, and so is compiled in every call. Define "
-            "it once, outside of the loop.",
+            f"{where}: {name} is {_arguments.shown(fn)} that is made anew for every call{place} "
+            "and so is compiled in every call. Define it once, outside of the loop.",
             stacklevel=3,
         )
 
 
-def _twins(one: types.FunctionType, other: types.FunctionType) -> bool:
-    """Whether functions were made by the same piece of code, of the same values."""
+def _made_of(fn: Any) -> tuple[types.CodeType | None, list[Any]]:
+    """The code of a function, and the values that make it another one than the next."""
+    values: list[Any] = [type(fn)]
+    while isinstance(fn, functools.partial):
+        values += [*fn.args, *fn.keywords, *fn.keywords.values()]
+        fn = fn.func
+    if not isinstance(fn, types.FunctionType):
+        return None, values
+    values += [fn.__code__, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    with contextlib.suppress(ValueError):  # what is not defined yet
+        values += [cell.cell_contents for cell in fn.__closure__ or ()]
+    return fn.__code__, values
 
-    def values(fn: types.FunctionType) -> list[Any]:
-        cells = [cell.cell_contents for cell in fn.__closure__ or ()]
-        return [fn.__code__, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values(), *cells]
 
-    pairs = zip(values(one), values(other))
+def _alike(values: list[Any], others: list[Any]) -> bool:
+    """Whether these are the same objects, or equal numbers and strings."""
     plain = bool | int | float | str | bytes
-    return all(a is b or (isinstance(a, plain) and type(a) is type(b) and a == b) for a, b in pairs)
+    return len(values) == len(others) and all(
+        a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+        for a, b in zip(values, others)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -68,7 +68,7 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
             options[option] = _arguments.count(f"model {name!r}", option, value)
     if "sizes" in options:
         sizes = _arguments.whole_numbers(
-            f"model {name!r}", "sizes", options["sizes"], "(64, 512, 10)"
+            f"model {name!r}", "sizes", options["sizes"], "(64, 512, 10)", least=1
         )
         options["sizes"] = sizes
     if "tied" in options:
