@@ -1,8 +1,16 @@
-"""Checks of arguments that are numbers. One that is traced has no value to check."""
+"""Checks of arguments: what came, what was expected, and how to fix it.
+
+One that is traced has no value to check, only a shape and a dtype.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import operator
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,30 +25,48 @@ def number(
     above: float = -np.inf,
     least: float = -np.inf,
     below: float = np.inf,
+    most: float = np.inf,
+    error: type[ValueError] = ValueError,
 ) -> Any:
     """Checks that a scalar is finite and in a range, and returns it as it is."""
-    if isinstance(value, jax.core.Tracer):
+    traced = isinstance(value, jax.core.Tracer)
+    if traced and np.ndim(value) == 0:
         return value
-    bounds = [
-        text
-        for bound, text in (
-            (above, f"above {above:g}"),
-            (least, f"of at least {least:g}"),
-            (below, f"below {below:g}"),
+    if np.isfinite(least) and np.isfinite(most):
+        bounds = f"from {least:g} to {most:g}"
+    else:
+        bounds = " and ".join(
+            text
+            for bound, text in (
+                (above, f"above {above:g}"),
+                (least, f"of at least {least:g}"),
+                (below, f"below {below:g}"),
+                (most, f"of at most {most:g}"),
+            )
+            if np.isfinite(bound)
         )
-        if np.isfinite(bound)
-    ]
-    expected = " ".join(["a number", " and ".join(bounds)])
+    strange = traced or isinstance(value, bool | np.bool_ | str | bytes)
     try:
-        found = float(value) if np.ndim(value) == 0 else np.nan
+        found = np.nan if strange or np.ndim(value) else float(value)
     except (TypeError, ValueError):
         found = np.nan
-    if not (np.isfinite(found) and found > above and found >= least and found < below):
-        raise ValueError(f"{caller}: {name} is {value!r:.80}, expected {expected.rstrip()}.")
+    if not (np.isfinite(found) and above < found < below and least <= found <= most):
+        expected = f"a number {bounds}".rstrip()
+        came = shown(value) if traced else f"{value!r:.80}"
+        raise error(f"{caller}: {name} is {came}, expected {expected}.")
     return value
 
 
-def count(caller: str, name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+def count(
+    caller: str,
+    name: str,
+    value: Any,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    expected: str | None = None,
+    error: type[ValueError] = ValueError,
+) -> int:
     """Checks a whole number, which has to be known when a program is traced."""
     try:
         found = least - 1 if isinstance(value, bool) else operator.index(value)
@@ -48,8 +74,231 @@ def count(caller: str, name: str, value: Any, *, least: int = 1, most: int | Non
         found = least - 1
     if found < least or (most is not None and found > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{caller}: {name} is {value!r:.80}, expected an int {wanted}.")
+        expected = expected or f"an int {wanted}"
+        raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
     return found
+
+
+def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
+    """Checks a sequence of real numbers, and returns them as an array."""
+    try:
+        array = np.asarray(values, float) if concrete(values) else jax.numpy.asarray(values)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
+        ) from None
+    if array.shape != (size,):
+        raise ValueError(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+    return array
+
+
+def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
+    """Checks that a switch is True or False. In an ``if`` any other value would pass for one."""
+    if not isinstance(value, bool | np.bool_):
+        raise error(f"{caller}: {name} is {shown(value)}, expected True or False.")
+    return bool(value)
+
+
+def choice(
+    caller: str,
+    name: str,
+    value: Any,
+    known: Sequence[str],
+    *,
+    error: type[ValueError] = ValueError,
+) -> str:
+    """Checks that a word is one of those that are known."""
+    if not isinstance(value, str) or value not in known:
+        raise error(f"{caller}: {name} is {value!r:.80}, expected {either(known)}.")
+    return value
+
+
+def text(
+    caller: str, name: str, value: Any, what: str, *, error: type[ValueError] = ValueError
+) -> str:
+    """Checks that a value is a string: ``what``, such as the name of a feature."""
+    if not isinstance(value, str):
+        raise error(f"{caller}: {name} is {shown(value)}, expected a string, {what}.")
+    return value
+
+
+def path(
+    caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError
+) -> str | os.PathLike:
+    """Checks that a value names a file or a folder."""
+    if not isinstance(value, str | os.PathLike):
+        raise error(f"{caller}: {name} is {shown(value)}, expected a path.")
+    return value
+
+
+def whole_numbers(
+    caller: str, name: str, values: Any, example: str, *, least: int = -sys.maxsize
+) -> tuple[int, ...]:
+    """Checks a sequence of ints."""
+    try:
+        return tuple(count(caller, name, value, least=least) for value in values)
+    except (TypeError, ValueError):
+        bound = "" if least < 0 else f" of at least {least}"
+        raise ValueError(
+            f"{caller}: {name} is {values!r:.80}, expected a sequence of ints{bound}, as in "
+            f"{name}={example}."
+        ) from None
+
+
+def function(
+    caller: str,
+    name: str,
+    value: Any,
+    forms: dict[int, str],
+    *,
+    keywords: Sequence[str] = (),
+    error: type[ValueError] = ValueError,
+) -> None:
+    """Checks that a value can be called.
+
+    Args:
+      caller: who asks.
+      name: of the argument.
+      value: what came.
+      forms: by the number of positional arguments, how it is called: ``{2: "apply(params, x)"}``.
+      keywords: what it gets by name, if its signature has it.
+      error: what to raise.
+    """
+    expected = f"expected a function {', or '.join(forms.values())}"
+    if not callable(value) or isinstance(value, type):
+        raise error(f"{caller}: {name} is {shown(value)}, {expected}.{_part(name, value)}")
+    if not any(takes(value, number, keywords) for number in forms):
+        raise error(
+            f"{caller}: {name} is {shown(value)}, which takes {inspect.signature(value)}, "
+            f"{expected}."
+        )
+
+
+def takes(
+    fn: Callable, positional: int, keywords: Sequence[str] = (), *, always: Sequence[str] = ()
+) -> bool:
+    """Whether a function can be called with so many arguments, as far as that can be known.
+
+    And with some by name: ``keywords`` if its signature has them, and ``always`` others.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return True
+    named = {name: None for name in keywords if name in signature.parameters}
+    named |= dict.fromkeys(always)
+    try:
+        signature.bind(*[None] * positional, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _part(name: str, value: Any) -> str:
+    """How to fix it, where a model was passed for one of its functions."""
+    for path in (name, f"model.{name}"):
+        try:
+            found = operator.attrgetter(path)(value)
+        except AttributeError:
+            continue
+        if callable(found):
+            return f" Pass its .{path}."
+    return ""
+
+
+def optimizer(caller: str, name: str, value: Any) -> None:
+    """Checks that a value is an optimizer of optax, or is used like one."""
+    parts = [getattr(value, part, None) for part in ("init", "update")]
+    if not isinstance(value, type) and all(map(callable, parts)) and takes(value.update, 3):
+        return
+    fix = "Pass one, as in optax.sgd(0.1)."
+    if inspect.isfunction(value) and value.__module__.startswith("optax"):
+        fix = f"Call it, as in optax.{value.__name__}(0.1)."
+    elif callable(value):
+        fix = "Call it with its settings, as in optax.sgd(0.1)."
+    elif isinstance(value, int | float) or (np.ndim(value) == 0 and hasattr(value, "dtype")):
+        rate = "rate" if isinstance(value, jax.core.Tracer) else value
+        fix = f"For steps of this learning rate pass optax.sgd({rate})."
+    raise ValueError(
+        f"{caller}: {name} is {shown(value)}, expected an optimizer of optax "
+        f"(optax.GradientTransformation). {fix}"
+    )
+
+
+def key(caller: str, name: str, value: Any) -> None:
+    """Checks that a value is one random key."""
+    dtype, shape = dtype_of(value), getattr(value, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
+        raise ValueError(
+            f"{caller}: {name} is {shown(value)}, expected a random key, as in jax.random.key(0)."
+        )
+
+
+def arrays(name: str, tree: Any, *, keys: bool) -> None:
+    """Checks that the leaves of a pytree are arrays or numbers, or also random ``keys``."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = dtype_of(leaf)
+        if dtype is None or (not keys and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is {shown(leaf)}, expected an array of "
+                "numbers or bools."
+            )
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array or a number; None of anything else."""
+    try:
+        return jax.typeof(leaf).dtype
+    except (AttributeError, TypeError, OverflowError):
+        return None
+
+
+def extra(caller: str, module: str, name: str) -> None:
+    """Imports an optional package, or says which extra of fax brings it."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ModuleNotFoundError(
+            f"{caller} needs the package {module.replace('_', '-')}, which is not installed. "
+            f"Install it with pip install 'fax[{name}]'.",
+            name=module,
+        ) from error
+
+
+def either(words: Sequence[str]) -> str:
+    """Words in quotes, of which one is to be chosen."""
+    quoted = [repr(word) for word in words]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+
+
+def shown(value: Any) -> str:
+    """What a value is, in a message: never longer than a line, and without addresses."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return f"{value!r:.80}"
+    if isinstance(value, type):
+        return f"the class {_public(value)}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        name = getattr(value, "__name__", "")
+        return "a lambda" if name == "<lambda>" else f"the function {_public(value)}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    name = type(value).__name__.lstrip("_")
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _public(value: Any) -> str:
+    """The name under which a user knows a function or a class: without private modules."""
+    parts = []
+    for part in str(getattr(value, "__module__", None) or "").split("."):
+        if part.startswith("_"):
+            break
+        parts.append(part)
+    if parts == ["builtins"]:
+        parts = []
+    return ".".join(filter(None, [*parts, value.__qualname__.rpartition("<locals>.")[2]]))
 
 
 def concrete(x: Any) -> bool:

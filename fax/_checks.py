@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
+from fax import _arguments
 from fax._placement import Placement, PlacementError
 from fax.primitives._convolutions import SETTINGS
 from fax.sharding._schedule import ALL_AT_ONCE
@@ -120,15 +120,13 @@ def batch_size(value: Any, here: Placement) -> int | str | None:
     """Checks how many participants to work on at once."""
     if value is None or value is OF_ITS_MAKER:
         return None if value is None else ALL_AT_ONCE
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise PlacementError(
-            f"fax.map: batch_size is {value!r}, expected a positive int, the number of "
-            "participants that a device works on at once, or None to leave it to fax."
-        )
+    expected = (
+        "a positive int, the number of participants that a device works on at once, or None to "
+        "leave it to fax"
+    )
+    count = _arguments.count(
+        "fax.map", "batch_size", value, expected=expected, error=PlacementError
+    )
     return min(count, here.size)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+
+from fax import _arguments
 
 
 class PlacementError(ValueError):
@@ -67,17 +68,12 @@ def declare(sizes: Mapping[str, int]) -> Scope:
 
 def _positive(name: str, size: int) -> int:
     try:
-        if isinstance(size, bool):
-            raise TypeError
-        count = operator.index(size)
-    except TypeError:
-        count = 0
-    if count < 1:
+        return _arguments.count("fax.program", name, size)
+    except ValueError:
         raise PlacementError(
             f"The size of placement {name!r} must be a positive int known before tracing, "
             f"got {size!r}. Pass a Python int, as in @fax.program({name}=64)."
-        )
-    return count
+        ) from None
 
 
 @contextlib.contextmanager
@@ -140,6 +136,11 @@ def resolve(name: str | None, caller: str) -> Placement:
         f"In scope here: {known or 'none'}. A placement is in scope in the program that "
         "declares it, except inside a fax.map over it."
     )
+
+
+def in_program() -> bool:
+    """Whether this is called within a program."""
+    return _scope.get() is not None
 
 
 def without(placement: Placement) -> Scope:

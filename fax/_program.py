@@ -13,19 +13,19 @@ import numpy as np
 from jax.api_util import debug_info
 from jax.core import eval_context
 from jax.extend import linear_util as lu
-from jax.extend.core import ClosedJaxpr, take_current_trace
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
 from fax._compat import is_jet
-from fax._placement import PlacementError, Scope, declare, scope
+from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
 from fax.primitives._invalid import watch_program
 from fax.primitives._structure import Structure, execute
-from fax.sharding._mesh import laid_out
+from fax.sharding._mesh import laid_out, other_axes, split_axes
 
 F = TypeVar("F", bound=Callable)
 
@@ -112,6 +112,7 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
         with take_current_trace() as current:
             if is_jet(current):  # which fails in rules of custom derivatives, as means have them
                 run = functools.partial(_jaxpr.evaluate_in_steps, traced.jaxpr, plain=True)
+    _warn_of_idle_mesh(declared, operands, traced.jaxpr)
     outs = iter(watch_program(run, traced.jaxpr, [*traced.captured, *operands]))
     results = [next(outs) if leaf is _TRACED else leaf for leaf in traced.results]
     return tree_unflatten(traced.out_tree, results)
@@ -255,6 +256,55 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
                 stacklevel=4,
             )
             return
+
+
+# What programs were warned of: the axes of a mesh, and the placements of the program.
+_idle: set[Any] = set()
+
+
+def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], jaxpr: ClosedJaxpr) -> None:
+    """Without an axis for its participants, all devices of a mesh do the same work.
+
+    Unless the participants' functions use them, as far as that can be seen, or whoever calls the
+    program in a `jax.shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = other_axes((), mesh)
+    if not free or mesh.manual_axes or in_program():
+        return
+    if any(p.axes is not None or split_axes(p) for p in declared):
+        return
+    names = [p.name for p in declared]
+    key = (*mesh.shape.items(), *names)
+    if key in _idle or any(map(_is_sharded, operands)) or _has_shardings(jaxpr.jaxpr):
+        return
+    _idle.add(key)
+    axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in free)
+    one = names[0]
+    warnings.warn(
+        f"A program over {' and '.join(names)} runs under a mesh of {axes}, which has no axis "
+        f"{one!r}, so that all of its devices do the same work. Name an axis {one!r}, or use "
+        f"fax.sharding.layout({one}={free[0]!r}). If the mesh is for the participants' own "
+        f"functions, say so by fax.sharding.layout({one}=()).",
+        stacklevel=4,
+    )
+
+
+def _is_sharded(x: Any) -> bool:
+    shardings = [getattr(source, "sharding", None) for source in (x, jax.typeof(x))]
+    return any(
+        isinstance(s, NamedSharding) and any(_as_tuple(entry) != (None,) for entry in s.spec)
+        for s in shardings
+    )
+
+
+def _has_shardings(jaxpr: Jaxpr) -> bool:
+    """Whether something in a jaxpr says how it is to be sharded."""
+    return any(
+        eqn.primitive.name in ("sharding_constraint", "shard_map", "reshard")
+        or any(map(_has_shardings, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _as_tuple(entry: Any) -> tuple:

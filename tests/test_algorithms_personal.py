@@ -155,7 +155,8 @@ class APFL:
         np.testing.assert_allclose(state.clients.rows.alpha, self.alpha, rtol=1e-10)
         mixtures = [self.mixture(i) for i in range(N)]
         expected = combine(lambda *x: np.stack(x), *mixtures)
-        assert_trees_close(apfl(None, None, **self.options).params(state), expected)
+        algorithm = apfl(Logistic.loss, optax.sgd(1.0), **self.options)
+        assert_trees_close(algorithm.params(state), expected)
 
 
 class HypCluster:
@@ -620,11 +621,15 @@ def test_a_round_is_one_all_reduce(data, paper):
             "domain_counts is .*, expected numbers above 0",
         ),
         (
-            lambda: hyp_cluster(None, None, num_clusters=2).init({"w": np.zeros((3, 4))}),
+            lambda: hyp_cluster(Logistic.loss, optax.sgd(1.0), num_clusters=2).init(
+                {"w": np.zeros((3, 4))}
+            ),
             r"params\['w'\] has shape \(3, 4\), expected a leading axis of 2 clusters",
         ),
         (
-            lambda: hyp_cluster(None, optax.sgd(1.0), num_clusters=2).init(np.ones((2, 4))),
+            lambda: hyp_cluster(Logistic.loss, optax.sgd(1.0), num_clusters=2).init(
+                np.ones((2, 4))
+            ),
             "all 2 clusters have the same params",
         ),
     ],

@@ -1062,7 +1062,7 @@ def test_text_and_large_numbers_are_refused():
             dict(clients=2, sampler="random"),
             "sampler='random', expected a function or one of 'uniform'",
         ),
-        (dict(clients=2, sampler="weighted"), r"weights= belongs to sampler='weighted'"),
+        (dict(clients=2, sampler="weighted"), r"sampler='weighted' needs weights=, a number for"),
         (
             dict(clients=2, weights=[1] * 12),
             r"weights= belongs to sampler='weighted', but .*'uniform'",

@@ -158,6 +158,7 @@ def test_a_jitted_program_follows_the_layout():
 
 
 @UNIFORM
+@pytest.mark.filterwarnings("ignore:A program over clients runs under a mesh of model=8")
 @pytest.mark.parametrize("axes", [dict(model=8), dict(clients=8)], ids=str)
 @pytest.mark.parametrize("n", [3, 8])
 def test_a_mesh_without_the_axis_and_fewer_participants_than_devices(kind, axes, n):

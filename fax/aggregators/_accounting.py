@@ -219,12 +219,8 @@ def _interval(z: float, rounds: int, mechanism: str) -> float:
 
 
 def _dp_accounting() -> tuple[Any, Any]:
-    try:
-        import dp_accounting
-        from dp_accounting import pld
-    except ImportError as error:
-        raise ImportError(
-            "Accounting for privacy needs the package dp-accounting. Install it with "
-            "pip install 'fax[privacy]'."
-        ) from error
+    _arguments.extra("Accounting for privacy", "dp_accounting", "privacy")
+    import dp_accounting
+    from dp_accounting import pld
+
     return dp_accounting, pld

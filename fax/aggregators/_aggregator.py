@@ -13,7 +13,7 @@ from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
-from fax import _keys
+from fax import _arguments, _keys
 from fax._checks import OF_ITS_MAKER
 
 PyTree = Any
@@ -45,6 +45,9 @@ class Aggregator(NamedTuple):
     transformation: Transformation | None = None
     private: bool = False
 
+    def __repr__(self) -> str:
+        return f"Aggregator({made_by(self.aggregate)})"
+
 
 class Transformation(NamedTuple):
     """Changes clients' updates before they are aggregated, as pure functions.
@@ -59,6 +62,14 @@ class Transformation(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, jax.Array, PyTree, Metrics]]
+
+    def __repr__(self) -> str:
+        return f"Transformation({made_by(self.update)})"
+
+
+def made_by(fn: Any) -> str:
+    """The function that made a function, for a repr."""
+    return getattr(fn, "__qualname__", type(fn).__name__).partition(".<locals>")[0]
 
 
 @jax.tree_util.register_dataclass
@@ -171,8 +182,8 @@ def as_transformation(caller: str, part: Any) -> Transformation:
         return part.transformation
     if not isinstance(part, Transformation):
         raise TypeError(
-            f"fax.aggregators.{caller}: transformation is {part!r:.80}, expected a "
-            "fax.aggregators.Transformation, or a chain of them alone."
+            f"fax.aggregators.{caller}: transformation is {_shown(part)}, expected a "
+            f"fax.aggregators.Transformation, or a chain of them alone.{_call(part)}"
         )
     return part
 
@@ -207,8 +218,9 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
         expected = Aggregator if number == len(before) else Transformation
         if not isinstance(part, expected):
             raise TypeError(
-                f"fax.aggregators.chain: part {number} is {part!r:.80}, expected a "
+                f"fax.aggregators.chain: part {number} is {_shown(part)}, expected a "
                 "fax.aggregators.Transformation. An Aggregator stands at the end."
+                f"{_call(part)}"
             )
     transformations = cast("list[Transformation]", before)
     aggregator = cast(Aggregator, last)
@@ -261,3 +273,29 @@ def _check_own(number: int, state: PyTree) -> None:
             "and noise is only for what it sends itself. In place of adaptive_clip use "
             "gaussian(..., quantile=), which has noise for it."
         )
+
+
+def aggregator_of(caller: str, value: Any) -> Aggregator | None:
+    """The aggregator that a user passes to an algorithm, or None. A transformation is a chain."""
+    if value is None or isinstance(value, Aggregator):
+        return value
+    if isinstance(value, Transformation):
+        return chain(value)
+    fix = _call(value)
+    if isinstance(value, list | tuple):
+        fix = " For several in a row: fax.aggregators.chain(*parts)."
+    raise ValueError(
+        f"{caller}: aggregator is {_shown(value)}, expected one of fax.aggregators, such as "
+        f"fax.aggregators.mean().{fix}"
+    )
+
+
+def _shown(part: Any) -> str:
+    known = isinstance(part, Aggregator | Transformation)
+    return repr(part) if known else _arguments.shown(part)
+
+
+def _call(part: Any) -> str:
+    """How to fix it, where the function came and not what it returns."""
+    name = _arguments.shown(part).removeprefix("the function ")
+    return f" Call it: {name}(...)." if name.startswith("fax.aggregators.") else ""

@@ -102,6 +102,12 @@ class Budget:
                 f"which epsilon={epsilon:g} is enough. Start anew with more noise."
             )
 
+    def __repr__(self) -> str:
+        return (
+            f"Budget(epsilon={self.limit:g}, delta={self.delta:g}, rounds={self.rounds}, "
+            f"spent={self.spent})"
+        )
+
     def _of(self, rounds: int) -> float:
         return epsilon_of(*self._setting, rounds, self.delta)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax.aggregators._aggregator import Metrics, Transformation, each, each_present, where
 
 PyTree = Any
@@ -52,8 +53,7 @@ def non_finite(policy: str = "drop") -> Transformation:
       >>> update, metrics["non_finite"]
       (Array(2., dtype=float32), Array(1, dtype=int32))
     """
-    if policy not in ("drop", "raise"):
-        raise ValueError(f"{_WHERE}: policy is {policy!r}, expected 'drop' or 'raise'.")
+    _arguments.choice(_WHERE, "policy", policy, ("drop", "raise"))
 
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array

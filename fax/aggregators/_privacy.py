@@ -119,6 +119,8 @@ def gaussian(
         raise ValueError(
             f"{caller}: count_noise={count_noise!r} is for a norm that adapts; give quantile, too."
         )
+    if count_noise is not None:
+        _arguments.number(caller, "count_noise", count_noise, above=0)
     if expected_clients is not None:
         _arguments.number(caller, "expected_clients", expected_clients, above=0)
 

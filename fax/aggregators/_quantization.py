@@ -55,6 +55,7 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
       (Array([2., 4., 6.], dtype=float32), {'clients/bits': Array([70., 70.], dtype=float32)})
     """
     _arguments.count("fax.aggregators.uniform_quantization", "levels", levels, least=2, most=65536)
+    _arguments.flag("fax.aggregators.uniform_quantization", "entropy_coded", entropy_coded)
 
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         low, high = jnp.min(x), jnp.max(x)

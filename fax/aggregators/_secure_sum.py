@@ -97,11 +97,8 @@ def secure_sum(
     _arguments.number("fax.aggregators.secure_sum", "clip", clip, above=0)
     _arguments.number("fax.aggregators.secure_sum", "max_weight", max_weight, above=0)
     _arguments.count("fax.aggregators.secure_sum", "bits", bits, least=2, most=31)
-    if rounding not in ("stochastic", "nearest"):
-        raise ValueError(
-            f"fax.aggregators.secure_sum: rounding is {rounding!r}, expected 'stochastic' or "
-            "'nearest'."
-        )
+    words = ("stochastic", "nearest")
+    _arguments.choice("fax.aggregators.secure_sum", "rounding", rounding, words)
     if neighbors is not None:
         _arguments.count("fax.aggregators.secure_sum", "neighbors", neighbors, least=2)
         if neighbors % 2:

@@ -1,5 +1,9 @@
 """Federated algorithms: pure functions of a server's state and a cohort."""
 
+from fax import _arguments
+
+_arguments.extra("fax.algorithms", "optax", "algorithms")
+
 from fax.algorithms._agnostic import AgnosticState as AgnosticState
 from fax.algorithms._agnostic import agnostic_fedavg as agnostic_fedavg
 from fax.algorithms._algorithm import Algorithm as Algorithm

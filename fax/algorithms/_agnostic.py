@@ -23,12 +23,13 @@ from fax.algorithms._averaging import (
     server_step,
     strong,
 )
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
 from fax.data import Client, Cohort
 
 PyTree = Any
-WHERE = "agnostic_fedavg"
+WHERE = "fax.algorithms.agnostic_fedavg"
 
 
 class AgnosticState(NamedTuple):
@@ -155,7 +156,17 @@ def agnostic_fedavg(
         raise ValueError(
             f"{WHERE}: domain_counts is {domain_counts!r}, expected numbers above 0: they divide."
         )
+    _arguments.number(WHERE, "domain_learning_rate", domain_learning_rate, least=0)
+    _arguments.text(WHERE, "domain", domain, "the name of a feature")
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(
+        WHERE,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> AgnosticState:
         params, model_state = jax.tree.map(strong, (params, model_state))
@@ -237,7 +248,7 @@ def agnostic_fedavg(
         )
         return new, metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(WHERE, loss, AgnosticState, init, round, lambda state: state.params))
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:
@@ -271,10 +282,4 @@ def _domain_of(batch: Mapping[str, jax.Array], domain: str, mask: jax.Array) -> 
 def _numbers(name: str, given: Any, num_domains: int, default: float) -> Any:
     if given is None:
         return np.full(num_domains, default)
-    numbers = jnp.asarray(given)
-    if numbers.shape != (num_domains,):
-        raise ValueError(
-            f"{WHERE}: {name} has shape {numbers.shape}, expected ({num_domains},), a number "
-            "for each of num_domains."
-        )
-    return numbers
+    return _arguments.numbers(WHERE, name, given, num_domains, "a number for each of num_domains")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from fax import _arguments
 from fax.data import Cohorts
 
 PyTree = Any
@@ -29,6 +30,11 @@ class Algorithm(NamedTuple):
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, dict[str, jax.Array]]]
     params: Callable[[Any], PyTree]
+
+    def __repr__(self) -> str:
+        """Who made it, such as ``Algorithm(fedavg)``."""
+        name = getattr(self.round, "__qualname__", type(self.round).__name__)
+        return f"Algorithm({name.partition('.<locals>')[0].removesuffix('.round')})"
 
 
 def many_rounds(
@@ -50,6 +56,7 @@ def many_rounds(
       [rounds].
 
     Raises:
+      ValueError: if an argument is something else.
       DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
 
     Example:
@@ -64,7 +71,28 @@ def many_rounds(
       >>> metrics["loss"].shape, rounds.round
       ((20,), 20)
     """
-    return _scan(algorithm, state, cohorts.take(rounds))
+    where = "fax.algorithms.many_rounds"
+    check_algorithm(where, algorithm)
+    if not isinstance(cohorts, Cohorts):
+        raise ValueError(
+            f"{where}: cohorts is {_arguments.shown(cohorts)}, expected the iterator that "
+            "fax.data.cohorts returns: it takes the cohorts of all rounds from it."
+        )
+    first = cohorts.round
+    try:
+        return _scan(algorithm, state, cohorts.take(rounds))
+    except Exception:
+        cohorts.round = first  # nothing was run
+        raise
+
+
+def check_algorithm(where: str, algorithm: Any) -> None:
+    """Checks that there are the functions of an algorithm, one of fax's or of a user's own."""
+    if not all(callable(getattr(algorithm, part, None)) for part in Algorithm._fields):
+        raise ValueError(
+            f"{where}: algorithm is {_arguments.shown(algorithm)}, expected an Algorithm, such as "
+            "fax.algorithms.fedavg(loss, optax.sgd(0.1))."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from fax.algorithms._averaging import (
     server_step,
     strong,
 )
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._clients import rows_of, with_rows
 from fax.algorithms._local import Tally, mean_loss, metrics_of, no_tally
 from fax.data import Client, Cohort
@@ -132,17 +133,27 @@ def apfl(
       >>> print(state.params.round(2), algorithm.params(state).round(2))
       0.5 [1. 0.]
     """
-    _arguments.count("apfl", "num_clients", num_clients)
-    if jnp.ndim(alpha) or (_arguments.concrete(alpha) and not 0 <= alpha <= 1):
-        raise ValueError(f"apfl: alpha is {alpha!r}, expected a number from 0 to 1.")
+    caller = "fax.algorithms.apfl"
+    _arguments.count(caller, "num_clients", num_clients)
+    _arguments.number(caller, "alpha", alpha, least=0, most=1)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     alpha_optimizer = client_optimizer if alpha_optimizer is None else alpha_optimizer
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+        alpha_optimizer=alpha_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> APFLState:
         check_model_state("fax.algorithms.apfl", aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None if aggregator is None else aggregator.init(params)
         dtype = jnp.result_type(*jax.tree.leaves(params))
+        _check_alpha_optimizer(caller, alpha_optimizer, dtype)
         everyone = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)),
             Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool)),
@@ -221,7 +232,22 @@ def apfl(
 
         return jax.vmap(mixture)(state.clients.rows)
 
-    return Algorithm(init, round, params)
+    return Algorithm(*guarded(caller, loss, APFLState, init, round, params))
+
+
+def _check_alpha_optimizer(
+    caller: str, optimizer: optax.GradientTransformation, dtype: Any
+) -> None:
+    """Checks that the optimizer works on a scalar: one made for the parameters' leaves may not."""
+    try:
+        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{caller}: alpha_optimizer, which is client_optimizer if it is not given, does not "
+            "work on alpha, a scalar. Where client_optimizer is made for the leaves of the "
+            "parameters, as by optax.multi_transform or optax.masked, pass another one for alpha, "
+            "as in alpha_optimizer=optax.sgd(0.1)."
+        ) from error
 
 
 def _local_model(own: Personal, params: PyTree) -> PyTree:

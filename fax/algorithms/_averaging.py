@@ -14,6 +14,7 @@ import fax
 from fax import _keys
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._checks import guarded
 from fax.algorithms._clients import rows_of as rows_of
 from fax.algorithms._clients import with_rows as with_rows
 from fax.algorithms._local import Local, metrics_of
@@ -39,18 +40,19 @@ class FedAvgState(NamedTuple):
 
 
 def averaging(
+    caller: str,
+    loss: Callable,
     local: Callable[[PyTree, PyTree, Client], Local],
-    server_optimizer: optax.GradientTransformation | None,
+    server_optimizer: optax.GradientTransformation,
     aggregator: Aggregator | None,
     clients_at_once: int | None,
     weights: Callable[[Local, Cohort], jax.Array] = lambda sent, cohort: cohort.num_examples,
 ) -> Algorithm:
-    """The algorithm whose clients do ``local(params, model_state, client)``.
+    """The algorithm ``caller`` whose clients do ``local(params, model_state, client)``.
 
     ``weights(sent, cohort)`` are those of the updates, placed. The rest of the arguments are those
-    of `fax.algorithms.fedavg`.
+    of `fax.algorithms.fedavg`, checked.
     """
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
         check_model_state("init", aggregator, model_state)
@@ -84,7 +86,7 @@ def averaging(
         aggregator_state = with_rows(state.aggregator, aggregator_state, cohort)
         return FedAvgState(params, optimizer, model_state, aggregator_state), metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))
 
 
 def aggregate(

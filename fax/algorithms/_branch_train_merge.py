@@ -13,6 +13,7 @@ import fax
 from fax import _arguments
 from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
+from fax.algorithms._checks import arguments, check_state, guarded
 from fax.algorithms._local import metrics_of, told_of_padding
 from fax.algorithms._replicas import (
     Parts,
@@ -67,6 +68,9 @@ class BranchTrainMerge(NamedTuple):
     branch: Callable[..., BranchTrainMergeState]
     posterior: Callable[..., jax.Array]
     ensemble: Callable[..., jax.Array]
+
+    def __repr__(self) -> str:
+        return "BranchTrainMerge(branch_train_merge)"
 
 
 def branch_train_merge(
@@ -130,6 +134,7 @@ def branch_train_merge(
       Array(1, dtype=int32)
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
+    arguments(_WHERE, loss, None, clients_at_once, optimizer=optimizer)
     program = fax.program(replicas=replicas)
 
     def init(params: PyTree, model_state: PyTree = None) -> BranchTrainMergeState:
@@ -150,6 +155,7 @@ def branch_train_merge(
         return state._replace(replicas=PerClient(rows)), metrics
 
     def branch(state: BranchTrainMergeState, weights: jax.Array) -> BranchTrainMergeState:
+        check_state(_WHERE, "branch", BranchTrainMergeState, state)
         weights = jnp.asarray(weights)
         if weights.shape not in ((replicas,), (replicas, replicas)):
             raise _weights_error("branch", weights, f"({replicas},) or ({replicas}, {replicas})")
@@ -174,6 +180,9 @@ def branch_train_merge(
         return state._replace(replicas=PerClient(start(state.replicas.rows, shares)))
 
     def posterior(state: BranchTrainMergeState, batch: PyTree, key: jax.Array) -> jax.Array:
+        check_state(_WHERE, "posterior", BranchTrainMergeState, state)
+        _arguments.key(_WHERE, "key", key)
+
         @program
         def likelihoods(rows: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
             def own(expert: Replica, batch: PyTree, key: jax.Array) -> jax.Array:
@@ -193,6 +202,9 @@ def branch_train_merge(
         inputs: PyTree,
         weights: jax.Array | None = None,
     ) -> jax.Array:
+        check_state(_WHERE, "ensemble", BranchTrainMergeState, state)
+        forms = {2: "apply(params, inputs)", 3: "apply(params, model_state, inputs)"}
+        _arguments.function(_WHERE, "apply", apply, forms)
         weights = state.prior if weights is None else jnp.asarray(weights)
         if weights.ndim not in (1, 2) or weights.shape[-1] != replicas:
             raise _weights_error("ensemble", weights, f"({replicas},) or (batch, {replicas})")
@@ -212,7 +224,8 @@ def branch_train_merge(
     def params(state: BranchTrainMergeState) -> PyTree:
         return soup(state.replicas.rows.params, replicas, state.prior)
 
-    return BranchTrainMerge(init, round, params, branch, posterior, ensemble)
+    checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params)
+    return BranchTrainMerge(*checked, branch, posterior, ensemble)
 
 
 def _weights_error(name: str, weights: jax.Array, expected: str) -> ValueError:

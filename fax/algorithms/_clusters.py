@@ -15,6 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 import fax
 from fax import _arguments, _keys
 from fax.algorithms._averaging import strong
+from fax.algorithms._checks import arguments, check_cohort, check_trained
 from fax.algorithms._local import mean_loss, no_tally, train
 from fax.data import Client, Cohort
 
@@ -61,6 +62,8 @@ def hyp_cluster_choice(
       >>> params[in_order]  # one model for each client, in the order of the data
       Array([0.8, 0.1], dtype=float32)
     """
+    arguments("fax.algorithms.hyp_cluster_choice", loss, None, clients_at_once)
+    check_cohort("fax.algorithms.hyp_cluster_choice", cohort)
     check_models(params, model_state, None)
 
     @fax.program(clients=cohort.size)
@@ -121,7 +124,12 @@ def hyp_cluster_start(
       >>> jnp.sort(params).round(2)
       Array([0., 1.], dtype=float32)
     """
-    k = _arguments.count("hyp_cluster_start", "num_clusters", num_clusters)
+    caller = "fax.algorithms.hyp_cluster_start"
+    arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
+    check_trained(f"{caller}: params", params)
+    check_cohort(caller, cohort)
+    _arguments.key(caller, "key", key)
+    k = _arguments.count(caller, "num_clusters", num_clusters)
     if k > cohort.size:
         raise ValueError(
             f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "

@@ -15,6 +15,7 @@ from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import check_model_state, next_model_state, server_key, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -164,8 +165,19 @@ def outer_steps(
 ) -> Algorithm:
     """The algorithm of `diloco`, for ``where``."""
     replicas = _arguments.count(where, "replicas", replicas)
-    if steps is not None and not callable(steps):
+    if callable(steps):
+        _arguments.function(where, "steps", steps, {1: "steps(outer_steps)"})
+    elif steps is not None:
         steps = _arguments.count(where, "steps", steps)
+    _arguments.flag(where, "weighted", weighted)
+    aggregator = arguments(
+        where,
+        loss,
+        aggregator,
+        clients_at_once,
+        inner_optimizer=inner_optimizer,
+        outer_optimizer=outer_optimizer,
+    )
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
         check_model_state(where, aggregator, model_state)
@@ -244,4 +256,4 @@ def outer_steps(
 
         return work(state, cohort)
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(where, loss, DiLoCoState, init, round, lambda state: state.params))

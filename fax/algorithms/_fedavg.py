@@ -10,6 +10,7 @@ import optax
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import averaging
+from fax.algorithms._checks import arguments
 from fax.algorithms._local import Local, difference, train
 from fax.data import Client
 
@@ -45,7 +46,8 @@ def fedavg(
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
       client_optimizer: from optax; its state starts anew at each client and round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
+      aggregator: from `fax.aggregators`, what makes D of the updates. A transformation stands for
+        a chain of it. Default: the mean above.
       clients_at_once: how many clients one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 
@@ -55,6 +57,11 @@ def fedavg(
       ``"loss"`` and those of the loss function by their names; and as ``"clients/loss"`` and so on,
       arrays [clients], over the examples of each client. The new model state is
       the mean of the clients' weighted by n_i; leaves that are not floats stay what they were.
+      The state shares no memory with ``params``, so that a jitted round may donate it.
+
+    Raises:
+      ValueError: if an argument is not what it should be, and in ``init``, if a leaf of ``params``
+        is not an array of floats; in a round, if the loss is not one number for each example.
 
     References:
       McMahan et al., Communication-efficient learning of deep networks from decentralized data,
@@ -74,9 +81,37 @@ def fedavg(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    return local_steps(
+        "fax.algorithms.fedavg",
+        loss,
+        client_optimizer,
+        server_optimizer,
+        aggregator,
+        clients_at_once,
+    )
+
+
+def local_steps(
+    caller: str,
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation,
+    aggregator: Aggregator | None,
+    clients_at_once: int | None,
+) -> Algorithm:
+    """The algorithm of `fedavg`, for ``caller``."""
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         trained = train(loss, client_optimizer, params, model_state, client)
         return difference(trained, params)
 
-    return averaging(local, server_optimizer, aggregator, clients_at_once)
+    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once)

@@ -16,7 +16,7 @@ import optax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._fedavg import fedavg
+from fax.algorithms._fedavg import local_steps
 
 PyTree = Any
 Rate = Any  # a number, an array, a tracer, or optax's function of the number of the round
@@ -53,7 +53,7 @@ def fedopt(
       The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
 
     Raises:
-      ValueError: in a round, if the loss is not one number for each example.
+      ValueError: as `fax.algorithms.fedavg`.
 
     References:
       Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithms 1 and 2.
@@ -73,12 +73,13 @@ def fedopt(
       >>> print(f"{algorithm.params(state):.2f}")
       0.50
     """
-    return fedavg(
+    return local_steps(
+        "fax.algorithms.fedopt",
         loss,
         client_optimizer,
         server_optimizer,
-        aggregator=aggregator,
-        clients_at_once=clients_at_once,
+        aggregator,
+        clients_at_once,
     )
 
 
@@ -193,6 +194,7 @@ def server_adam(
       0.0999
     """
     _check("server_adam", learning_rate, b1=b1, b2=b2, tau=tau)
+    _arguments.flag("fax.algorithms.server_adam", "bias_correction", bias_correction)
     if bias_correction:
         return optax.adam(learning_rate, b1, b2, eps=tau)
     return _adaptive(lambda v, square: b2 * v + (1 - b2) * square, learning_rate, b1, tau)
@@ -239,12 +241,16 @@ def server_yogi(
 
 def _check(name: str, learning_rate: Rate, **others: Any) -> None:
     caller = f"fax.algorithms.{name}"
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        form = {1: "learning_rate(round)"}
+        _arguments.function(caller, "learning_rate", learning_rate, form)
+    else:
         _arguments.number(caller, "learning_rate", learning_rate, least=0)
     for argument, value in others.items():
-        _arguments.number(
-            caller, argument, value, **({"above": 0} if argument == "tau" else {"least": 0})
-        )
+        if argument == "tau":
+            _arguments.number(caller, argument, value, above=0)
+        else:
+            _arguments.number(caller, argument, value, least=0)
 
 
 class _Moments(NamedTuple):

@@ -12,6 +12,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import averaging
+from fax.algorithms._checks import arguments
 from fax.algorithms._local import Local, difference, train
 from fax.data import Client
 
@@ -50,7 +51,7 @@ def fedprox(
       without the proximal term.
 
     Raises:
-      ValueError: if ``mu`` is negative; in a round, if the loss is not one number for each example.
+      ValueError: if ``mu`` is negative, and as `fax.algorithms.fedavg`.
 
     References:
       Li et al., Federated optimization in heterogeneous networks, arXiv:1812.06127, Algorithm 2.
@@ -69,7 +70,17 @@ def fedprox(
       1.00
       0.50
     """
-    _arguments.number("fax.algorithms.fedprox", "mu", mu, least=0)
+    caller = "fax.algorithms.fedprox"
+    _arguments.number(caller, "mu", mu, least=0)
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         def proximal(gradient: PyTree, own: PyTree) -> PyTree:
@@ -80,4 +91,4 @@ def fedprox(
         trained = train(loss, client_optimizer, params, model_state, client, proximal)
         return difference(trained, params)
 
-    return averaging(local, server_optimizer, aggregator, clients_at_once)
+    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once)

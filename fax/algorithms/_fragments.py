@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
+from fax import _arguments
+
 PyTree = Any
 Fragments = int | Callable[[str], int] | Sequence[Sequence[str]]
 
@@ -45,6 +47,7 @@ def cut(where: str, fragments: Fragments, params: PyTree) -> list[list[str]]:
             "cannot tell them apart. Leave the '/' out of names."
         )
     if callable(fragments):
+        _arguments.function(where, "fragments", fragments, {1: "fragments(path)"})
         numbers = {name: fragments(name) for name in names}
         for name, number in numbers.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:

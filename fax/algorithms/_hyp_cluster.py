@@ -20,6 +20,7 @@ from fax.algorithms._averaging import (
     server_step,
     strong,
 )
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._clients import is_per_client, rows_of, with_rows
 from fax.algorithms._clusters import best_model, check_models, one_model
 from fax.algorithms._local import Tally, metrics_of, train
@@ -123,8 +124,17 @@ def hyp_cluster(
       >>> algorithm.params(state).round(2)
       Array([-1.,  1.], dtype=float32)
     """
-    k = _arguments.count("hyp_cluster", "num_clusters", num_clusters)
+    caller = "fax.algorithms.hyp_cluster"
+    k = _arguments.count(caller, "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(
+        caller,
+        loss,
+        aggregator,
+        clients_at_once,
+        client_optimizer=client_optimizer,
+        server_optimizer=server_optimizer,
+    )
     private = aggregator is not None and aggregator.private
 
     def init(params: PyTree, model_state: PyTree = None) -> HypClusterState:
@@ -203,7 +213,9 @@ def hyp_cluster(
         )
         return new, {**metrics, "clients/cluster": choice, "clusters/examples": examples}
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(
+        *guarded(caller, loss, HypClusterState, init, round, lambda state: state.params)
+    )
 
 
 def _stack(models: Sequence[PyTree]) -> PyTree:

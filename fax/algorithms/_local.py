@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import fax._reductions as reductions
+from fax import _arguments
 from fax.data import Client
 
 PyTree = Any
@@ -110,10 +111,24 @@ def per_example(
         )
     named = {"loss": losses, **metrics}
     for name, values in named.items():
+        dtype = _arguments.dtype_of(values)
+        if dtype is None:
+            raise ValueError(
+                f"loss returned {_arguments.shown(values)} for {name!r}, expected an array "
+                f"{list(mask.shape)}, one number for each example of the batch."
+            )
         if jnp.shape(values) != mask.shape:
+            fix = ""
+            if name == "loss" and jnp.ndim(values) == 0:
+                fix = " Leave out the mean over the batch, such as .mean() or jnp.mean."
             raise ValueError(
                 f"loss returned {name!r} of shape {jnp.shape(values)}, expected {mask.shape}: one "
-                "number for each example of the batch. fax takes the mean, without padding."
+                f"number for each example of the batch. fax takes the mean, without padding.{fix}"
+            )
+        if name == "loss" and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"loss returned losses of dtype {dtype}, expected real floats, which have "
+                "gradients."
             )
     return named, model_state
 

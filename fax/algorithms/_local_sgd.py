@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import optax
 
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._diloco import outer_steps
@@ -64,8 +65,10 @@ def local_sgd(
       >>> algorithm.params(state)  # the mean of 0.75 and 0
       Array(0.375, dtype=float32)
     """
+    caller = "fax.algorithms.local_sgd"
+    _arguments.optimizer(caller, "optimizer", optimizer)
     return outer_steps(
-        "fax.algorithms.local_sgd",
+        caller,
         loss,
         optimizer,
         optax.sgd(1.0),

@@ -15,7 +15,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import averaging, strong
-from fax.algorithms._fedavg import fedavg
+from fax.algorithms._checks import arguments, check_cohort
+from fax.algorithms._fedavg import local_steps
 from fax.algorithms._local import Local, full_gradient, train
 from fax.data import Client, Cohort
 
@@ -48,7 +49,7 @@ def reptile(
       The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
 
     Raises:
-      ValueError: if ``server_learning_rate`` is negative.
+      ValueError: if ``server_learning_rate`` is negative, and as `fax.algorithms.fedavg`.
 
     References:
       Nichol, Achiam and Schulman, On first-order meta-learning algorithms, arXiv:1803.02999. Jiang
@@ -66,15 +67,11 @@ def reptile(
       >>> print(algorithm.params(state))
       0.25
     """
-    _arguments.number(
-        "fax.algorithms.reptile", "server_learning_rate", server_learning_rate, least=0
-    )
-    return fedavg(
-        loss,
-        client_optimizer,
-        optax.sgd(server_learning_rate),
-        aggregator=aggregator,
-        clients_at_once=clients_at_once,
+    caller = "fax.algorithms.reptile"
+    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
+    server_optimizer = optax.sgd(server_learning_rate)
+    return local_steps(
+        caller, loss, client_optimizer, server_optimizer, aggregator, clients_at_once
     )
 
 
@@ -123,7 +120,7 @@ def maml(
 
     Raises:
       ValueError: if ``inner_learning_rate`` is negative; in a round, if examples have no bool
-        feature ``query``, or the loss is not one number for each example.
+        feature ``query``; and as `fax.algorithms.fedavg`.
 
     References:
       Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep networks,
@@ -157,6 +154,11 @@ def maml(
     """
     caller = "fax.algorithms.maml"
     _arguments.number(caller, "inner_learning_rate", inner_learning_rate, least=0)
+    _arguments.text(caller, "query", query, "the name of a feature")
+    _arguments.flag(caller, "first_order", first_order)
+    aggregator = arguments(
+        caller, loss, aggregator, clients_at_once, server_optimizer=server_optimizer
+    )
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         support, queries = _split(caller, client, query)
@@ -180,7 +182,7 @@ def maml(
     def weights(sent: Local, cohort: Cohort) -> jax.Array:
         return (sent.tally.examples > 0).astype(sent.tally.examples.dtype)
 
-    return averaging(local, server_optimizer, aggregator, clients_at_once, weights)
+    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once, weights)
 
 
 def personalize(
@@ -221,6 +223,9 @@ def personalize(
       [0.5 0. ]
     """
     caller = "fax.algorithms.personalize"
+    arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
+    if query is not None:
+        _arguments.text(caller, "query", query, "the name of a feature")
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> PyTree:
         if query is not None:
@@ -228,6 +233,8 @@ def personalize(
         return train(loss, client_optimizer, params, model_state, client).params
 
     def adapt(params: PyTree, cohort: Cohort, model_state: PyTree = None) -> PyTree:
+        check_cohort(f"{caller}: adapt", cohort)
+
         @fax.program(clients=cohort.size)
         def adapted(params: PyTree, model_state: PyTree, cohort: Cohort) -> PyTree:
             return fax.map(

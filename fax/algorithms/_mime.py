@@ -23,6 +23,7 @@ from fax.algorithms._averaging import (
     strong,
     with_rows,
 )
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._local import (
     Local,
     full_gradient,
@@ -76,8 +77,8 @@ def mime(
       gradients, and a round goes through the batches twice, all of its epochs.
 
     Raises:
-      ValueError: if ``server_learning_rate`` is negative or ``aggregator`` private; in a round, if
-        the loss is not one number for each example.
+      ValueError: if ``server_learning_rate`` is negative or ``aggregator`` private, and as
+        `fax.algorithms.fedavg`.
 
     References:
       Karimireddy et al., Mime: mimicking centralized stochastic algorithms in federated learning,
@@ -96,11 +97,14 @@ def mime(
       >>> print(f"{algorithm.params(state):.2f}")
       0.50
     """
-    caller = "fax.algorithms.mime"
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    check_private(caller, aggregator, _SENT)
     return _mimicking(
-        loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=False
+        "fax.algorithms.mime",
+        loss,
+        base_optimizer,
+        server_learning_rate,
+        aggregator,
+        clients_at_once,
+        lite=False,
     )
 
 
@@ -153,15 +157,19 @@ def mime_lite(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
-    caller = "fax.algorithms.mime_lite"
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    check_private(caller, aggregator, _SENT)
     return _mimicking(
-        loss, base_optimizer, server_learning_rate, aggregator, clients_at_once, lite=True
+        "fax.algorithms.mime_lite",
+        loss,
+        base_optimizer,
+        server_learning_rate,
+        aggregator,
+        clients_at_once,
+        lite=True,
     )
 
 
 def _mimicking(
+    caller: str,
     loss: Callable,
     base_optimizer: optax.GradientTransformation,
     server_learning_rate: Any,
@@ -169,6 +177,10 @@ def _mimicking(
     clients_at_once: int | None,
     lite: bool,
 ) -> Algorithm:
+    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
+    aggregator = arguments(caller, loss, aggregator, clients_at_once, base_optimizer=base_optimizer)
+    check_private(caller, aggregator, _SENT)
+
     def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None if aggregator is None else aggregator.init(params)
@@ -235,4 +247,4 @@ def _mimicking(
         )
         return state, metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))

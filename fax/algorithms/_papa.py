@@ -16,6 +16,7 @@ from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import check_private, next_model_state, server_key, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._replicas import (
     Parts,
     Replica,
@@ -113,8 +114,11 @@ def papa(
       ((), Array(2, dtype=int32))
     """
     where = "fax.algorithms.papa"
-    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
-        raise ValueError(f"{where}: alpha is {alpha!r}, expected a number from 0 to 1.")
+    if callable(alpha):
+        _arguments.function(where, "alpha", alpha, {1: "alpha(averages)"})
+    else:
+        _arguments.number(where, "alpha", alpha, least=0, most=1)
+    aggregator = arguments(where, loss, aggregator, clients_at_once, optimizer=optimizer)
 
     def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array | None) -> tuple:
         mean, heard, own, metrics = mean_update(
@@ -258,6 +262,7 @@ def _population(
     """Models that train on their own, and after every ``every`` steps do ``push``."""
     replicas = _arguments.count(where, "replicas", replicas)
     every = None if every is None else _arguments.count(where, "every", every)
+    arguments(where, loss, None, clients_at_once, optimizer=optimizer)
     check_private(where, aggregator, "the soup is the mean of the models")
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
@@ -289,4 +294,7 @@ def _population(
 
         return work(state, cohort)
 
-    return Algorithm(init, round, lambda state: soup(state.replicas.rows.params, replicas))
+    def params(state: PAPAState) -> PyTree:
+        return soup(state.replicas.rows.params, replicas)
+
+    return Algorithm(*guarded(where, loss, PAPAState, init, round, params))

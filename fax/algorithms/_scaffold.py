@@ -22,6 +22,7 @@ from fax.algorithms._averaging import (
     strong,
     with_rows,
 )
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._local import Local, difference, metrics_of, train
 from fax.data import Client, Cohort
 
@@ -123,6 +124,7 @@ def scaffold(
     _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
     num_clients = _arguments.count(caller, "num_clients", num_clients)
+    aggregator = arguments(caller, loss, aggregator, clients_at_once)
     check_private(caller, aggregator, "changes of control variates are averaged over clients")
 
     def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
@@ -203,4 +205,4 @@ def scaffold(
         )
         return state, metrics
 
-    return Algorithm(init, round, lambda state: state.params)
+    return Algorithm(*guarded(caller, loss, ScaffoldState, init, round, lambda state: state.params))

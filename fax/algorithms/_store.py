@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from fax.algorithms._algorithm import Algorithm
+from fax import _arguments
+from fax.algorithms._algorithm import Algorithm, check_algorithm
 from fax.algorithms._row_file import WHERE, RowFile, create
 from fax.algorithms._row_layout import Layout, rows_in, without_rows
 from fax.data import Cohort
@@ -64,6 +65,10 @@ class ClientStore:
     def __init__(
         self, algorithm: Algorithm, path: str | os.PathLike | None = None, *, resume: bool = False
     ):
+        check_algorithm(WHERE, algorithm)
+        if path is not None:
+            _arguments.path(WHERE, "path", path)
+        _arguments.flag(WHERE, "resume", resume)
         self.algorithm = algorithm
         self.path = None if path is None else os.fspath(path)
         self._resume, self._step = resume, jax.jit(algorithm.round)
@@ -210,6 +215,13 @@ class ClientStore:
             if self.path is not None:
                 self.flush()
             self._drop()
+
+    def __repr__(self) -> str:
+        where = "memory" if self.path is None else repr(self.path)
+        return (
+            f"ClientStore({self.algorithm!r}, clients={self.num_clients}, rounds={self.rounds}, "
+            f"in {where})"
+        )
 
     def __enter__(self) -> ClientStore:
         return self

@@ -15,6 +15,7 @@ from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import check_model_state, server_key, strong
+from fax.algorithms._checks import arguments, guarded
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._replicas import (
     Parts,
@@ -181,12 +182,20 @@ def streaming_diloco(
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
     steps = _arguments.count(_WHERE, "steps", steps)
-    if isinstance(tau, bool) or not isinstance(tau, int) or not 0 <= tau < steps:
-        raise ValueError(f"{_WHERE}: tau is {tau!r:.80}, expected an int from 0 to steps - 1.")
-    if isinstance(alpha, int | float) and not 0 <= alpha <= 1:
-        raise ValueError(f"{_WHERE}: alpha is {alpha!r}, expected a number from 0 to 1.")
+    expected = "an int from 0 to steps - 1"
+    tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
+    _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
+    _arguments.flag(_WHERE, "weighted", weighted)
     if outer_optimizer is None:
         outer_optimizer = optax.sgd(0.4, momentum=0.9, nesterov=True)
+    aggregator = arguments(
+        _WHERE,
+        loss,
+        aggregator,
+        clients_at_once,
+        inner_optimizer=inner_optimizer,
+        outer_optimizer=outer_optimizer,
+    )
     mean = chain(e3m0()) if aggregator is None else aggregator
     cut_up = functools.partial(cut, _WHERE, fragments)
 
@@ -312,7 +321,7 @@ def streaming_diloco(
                 found = paste(found, outer_step(p, names, state, landing)[0])
         return found
 
-    return Algorithm(init, round, params)
+    return Algorithm(*guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params))
 
 
 def total(*trees: PyTree) -> PyTree:

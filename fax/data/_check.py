@@ -8,7 +8,43 @@ from typing import Any
 
 import numpy as np
 
+from fax import _arguments
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
+
+
+def federated(where: str, name: str, value: Any) -> None:
+    """Checks that an argument is federated data, or at least says that it has clients."""
+    if callable(getattr(value, "client_ids", None)) and not isinstance(value, type):
+        return
+    fix = ""
+    if isinstance(value, Mapping):
+        fix = " Wrap a mapping from clients to their examples: fax.data.InMemory(clients)."
+    elif isinstance(value, list | tuple) and all(hasattr(x, "client_ids") for x in value):
+        fix = " Pass one of them, or fax.data.concatenate(*datas)."
+    elif hasattr(value, "train") and hasattr(value, "test"):
+        fix = " Pass its .train or .test."
+    raise DataError(
+        f"{where}: {name} is {_arguments.shown(value)}, expected federated data, such as "
+        f"fax.data.InMemory.{fix or of_frame(value, clients=True)}"
+    )
+
+
+def of_frame(value: Any, *, clients: bool = False) -> str:
+    """How to fix it, where a table of pandas or polars came for examples or ``clients``."""
+    if not type(value).__name__.endswith("DataFrame"):
+        return ""
+    columns = "{name: frame[name].to_numpy() for name in frame.columns}"
+    if clients:
+        return f" Make clients of a table by fax.data.partition, such as by_column({columns}, ...)."
+    return f" Take the columns of a table: {columns}."
+
+
+def seed_of(where: str, value: Any) -> Any:
+    """Checks what random numbers are made from: an int, or a generator of NumPy."""
+    if isinstance(value, np.random.Generator):
+        return value
+    expected = "an int of at least 0 or a numpy.random.Generator"
+    return _arguments.count(where, "seed", value, least=0, expected=expected, error=DataError)
 
 
 def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
@@ -17,6 +53,7 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
         raise DataError(
             f"client {client_id!r} is a {type(examples).__name__}, expected a mapping from the "
             "names of features to arrays with a common leading axis, one row for each example."
+            f"{of_frame(examples)}"
         )
     arrays: dict[str, np.ndarray] = {}
     for name, value in examples.items():
@@ -187,9 +224,19 @@ def _shown(dtype: str, shape: tuple[int, ...]) -> str:
 def unknown(client_id: Any, data: FederatedData) -> DataError:
     """What to say about an id that no client has."""
     return DataError(
-        f"no client {client_id!r} in {type(data).__name__.lstrip('_')} of {len(data)} clients, "
+        f"no client {client_id!r} in {name_of(data)} of {len(data)} clients, "
         f"{listed(data.client_ids())}."
     )
+
+
+def name_of(data: FederatedData) -> str:
+    """What kind of federated data they are."""
+    return type(data).__name__.lstrip("_")
+
+
+def features_of(examples: Examples) -> str:
+    """The features of a client's examples, such as ``x float32[28,28], y int32[]``."""
+    return ", ".join(f"{name} {_shown(x.dtype.name, x.shape[1:])}" for name, x in examples.items())
 
 
 def listed(ids: Sequence[Any], limit: int = 3) -> str:
@@ -202,8 +249,7 @@ def sift(
     where: str, ids: Iterable[ClientId], check: Callable[[ClientId], None], on_bad: str
 ) -> list[ClientId]:
     """The clients that pass a check. The others are an error, or are counted in one warning."""
-    if on_bad not in ("raise", "skip"):
-        raise DataError(f"{where}: on_bad is {on_bad!r}, expected 'raise' or 'skip'.")
+    _arguments.choice(where, "on_bad", on_bad, ("raise", "skip"), error=DataError)
     good: list[ClientId] = []
     bad: list[DataError] = []
     for client_id in ids:

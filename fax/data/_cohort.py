@@ -53,6 +53,9 @@ class Gathered(Mapping[str, jax.Array]):
             axis_names=set(self.axes),
         )(self.examples[feature], self.rows)
 
+    def __repr__(self) -> str:  # Mapping's own would gather all of it
+        return f"Gathered({_features(self.examples, 1)})"
+
     def __contains__(self, feature: object) -> bool:  # Mapping's own would gather it
         return feature in self.examples
 
@@ -61,6 +64,29 @@ class Gathered(Mapping[str, jax.Array]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def _summary(x: Client | Cohort, *sizes: str) -> str:
+    """Sizes and features, on one line. In JAX's hands fields may be anything."""
+    shape = getattr(x.mask, "shape", ())
+    if len(shape) < len(sizes):
+        return f"{type(x).__name__}(...)"
+    names = ["rounds", *sizes][-len(shape) :]  # those of several rounds have one more axis
+    known = [f"{name}={size}" for name, size in zip(names, shape)]
+    batches = x.batches
+    gathered = isinstance(batches, Gathered)
+    found = _features(batches.examples, 1) if gathered else _features(batches, len(shape))
+    return f"{type(x).__name__}({', '.join([*known, found])})"
+
+
+def _features(batches: PyTree, leading: int) -> str:
+    """Features without their leading axes: ``features=x float32[28,28], y int32[]``."""
+    shown = []
+    for path, x in jax.tree_util.tree_leaves_with_path(batches):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        own = ",".join(map(str, getattr(x, "shape", ())[leading:]))
+        shown.append(f"{name} {getattr(x, 'dtype', type(x).__name__)}[{own}]".lstrip())
+    return f"features={', '.join(shown)}"
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +107,9 @@ class Client:
     num_examples: jax.Array
     client_id: jax.Array
     key: jax.Array
+
+    def __repr__(self) -> str:
+        return _summary(self, "steps", "batch_size")
 
     def batch(self, number: Any) -> PyTree:
         """The batch of a step, leaves [batch, ...]."""
@@ -219,6 +248,9 @@ class Cohort:
     client_ids: jax.Array
     keys: jax.Array
     clients_at_once: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return _summary(self, "clients", "steps", "batch_size")
 
     @property
     def size(self) -> int:

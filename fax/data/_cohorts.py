@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from fax import _arguments
 from fax.data import _batching
 from fax.data._batching import Batching
+from fax.data._check import federated
 from fax.data._cohort import Cohort
 from fax.data._maker import Maker
 from fax.data._population import WHERE, Population
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import DataError, FederatedData
-from fax.data._samplers import STREAM, chooser
+from fax.data._samplers import STREAM, check_sampler, chooser
 from fax.sharding._spread import spread_in_scope
 
 _LARGEST = 2**31 - 1  # that int32 holds, and so JAX in its usual configuration
@@ -95,6 +97,13 @@ def cohorts(
       >>> cohort.mask.shape, cohort.num_examples
       ((2, 6, 2), Array([2, 1], dtype=int32))
     """
+    federated(WHERE, "data", data)
+    for name, value in (("drop_remainder", drop_remainder), ("shuffle", shuffle)):
+        _arguments.flag(WHERE, name, value, error=DataError)
+    if resident is not None:
+        _arguments.flag(WHERE, "resident", resident, error=DataError)
+    _arguments.text(WHERE, "placement", placement, "the name of a placement", error=DataError)
+    check_sampler(sampler, weights)
     batching = Batching(
         _positive("batch_size", batch_size),
         _positive("epochs", epochs),
@@ -209,6 +218,15 @@ class Cohorts(Iterator[Cohort]):
         """The share of the computed steps, so far, that were nobody's: a number in [0, 1)."""
         return 1 - self._needed / self._computed if self._computed else 0.0
 
+    def __repr__(self) -> str:
+        population, batching = self._make.population, self._make.population.batching
+        where = "devices" if self.resident else "host"
+        return (
+            f"Cohorts(clients={self._make.clients} of {len(population.ids)}, "
+            f"batch_size={batching.batch_size}, epochs={batching.epochs}, round={self.round}, "
+            f"examples on the {where})"
+        )
+
     def close(self) -> None:
         """Ends the thread that works ahead. The iterator has no more cohorts then.
 
@@ -226,13 +244,19 @@ class Cohorts(Iterator[Cohort]):
         self.close()
 
 
+def _refuse(*_: Any) -> Any:
+    raise TypeError(
+        "The iterator that fax.data.cohorts returns cannot be passed to a function of JAX. Pass "
+        "next(cohorts), the cohort of one round."
+    )
+
+
+# JAX would say that it is not an array, and not what to do.
+jax.tree_util.register_pytree_node(Cohorts, _refuse, _refuse)
+
+
 def _positive(name: str, value: Any, least: int = 1) -> int:
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise DataError(f"{WHERE}: {name} is {value!r}, expected an int of at least {least}.")
+    number = _arguments.count(WHERE, name, value, least=least, error=DataError)
     if number > _LARGEST:
         raise DataError(f"{WHERE}: {name} is {value!r}, expected an int of at most {_LARGEST}.")
     return number

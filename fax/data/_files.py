@@ -18,7 +18,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from fax.data._check import Schema, checked, encoded, is_numeric, read
+from fax import _arguments
+from fax.data._check import Schema, checked, encoded, federated, is_numeric, read
 from fax.data._decompress import check_max_bytes, check_size
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._write import synchronize, whole
@@ -66,6 +67,7 @@ class Files:
 
     def __init__(self, folder: str | os.PathLike, *, max_bytes: int | None = None) -> None:
         self._max_bytes = check_max_bytes("fax.data.Files", max_bytes)
+        _arguments.path("fax.data.Files", "folder", folder, error=DataError)
         self._folder = Path(folder).absolute()
         if not self._folder.is_dir():
             raise FileNotFoundError(f"fax.data.Files: there is no folder {self._folder}")
@@ -91,6 +93,8 @@ class Files:
           DataError: if the folder exists, or a client cannot be written.
           OSError: if the disk is full. Nothing is left behind then.
         """
+        federated("fax.data.Files.write", "data", data)
+        _arguments.path("fax.data.Files.write", "folder", folder, error=DataError)
         folder, schema = Path(folder).absolute(), Schema()
         with whole("fax.data.Files.write", folder) as temporary:
             temporary.mkdir()
@@ -152,6 +156,9 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.client_ids())
+
+    def __repr__(self) -> str:
+        return f"Files({str(self._folder)!r})"
 
     def _open(self, client_id: ClientId) -> IO[bytes]:
         for sharded in (True, False):

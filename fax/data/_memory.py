@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, checked, sift, unknown
+from fax.data._check import Schema, checked, features_of, of_frame, sift, unknown
 from fax.data._protocol import ClientId, DataError
 
 
@@ -42,9 +42,10 @@ class InMemory:
         where = "fax.data.InMemory"
         if not isinstance(clients, Mapping) or not clients:
             found = "is empty" if isinstance(clients, Mapping) else f"is {type(clients).__name__}"
+            fix = of_frame(clients, clients=True)
             raise DataError(
-                f"{where}: clients {found}, expected a mapping from client ids to their features. "
-                "fax.data.partition makes clients of central arrays."
+                f"{where}: clients {found}, expected a mapping from client ids to their features."
+                f"{fix or ' fax.data.partition makes clients of central arrays.'}"
             )
         self._clients: dict[ClientId, dict[str, np.ndarray]] = {}
         schema = Schema()
@@ -78,3 +79,8 @@ class InMemory:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def __repr__(self) -> str:
+        examples = sum(map(self.num_examples, self._ids))
+        features = features_of(self._clients[self._ids[0]])
+        return f"InMemory(clients={len(self)}, examples={examples}, features={features})"

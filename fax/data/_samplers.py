@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from fax import _arguments
 from fax.data._protocol import DataError
 
 # sample(pool, count, number, seed): positions of clients, out of a pool of positions.
@@ -67,6 +69,28 @@ _SAMPLING = 3  # what the seed is used for, beside the uses in _batching.py
 _WHERE = "fax.data.cohorts"
 
 
+def check_sampler(sampler: Any, weights: Any) -> None:
+    """Checks that there is such a sampler, and weights if it needs them."""
+    known = [*SAMPLERS, WEIGHTED, STREAM]
+    if callable(sampler):
+        form = {1: "sampler(round)"}
+        _arguments.function(_WHERE, "sampler", sampler, form, error=DataError)
+    elif not isinstance(sampler, str) or sampler not in known:
+        raise DataError(
+            f"{_WHERE}: sampler={sampler!r:.80}, expected a function or one of "
+            f"{', '.join(map(repr, known))}."
+        )
+    if sampler == WEIGHTED and weights is None:
+        raise DataError(
+            f"{_WHERE}: sampler='weighted' needs weights=, a number for each client of the data."
+        )
+    if weights is not None and sampler != WEIGHTED:
+        raise DataError(
+            f"{_WHERE}: weights= belongs to sampler='weighted', but sampler is "
+            f"{_arguments.shown(sampler)}."
+        )
+
+
 def chooser(
     sampler: str | Callable[[int], Sequence[int]],
     weights: Sequence[float] | None,
@@ -81,16 +105,15 @@ def chooser(
       pools: positions of clients; equally many are drawn from each pool.
     """
     count = sum(map(len, pools))
-    if (weights is not None) != (sampler == WEIGHTED):
-        raise DataError(
-            f"{_WHERE}: weights= belongs to sampler='weighted', but sampler is {sampler!r}."
-        )
     if sampler == STREAM:
         return lambda number: np.arange(count)
     if callable(sampler):
         return functools.partial(_checked, sampler, clients, count)
     if sampler == WEIGHTED:
-        given = np.asarray(weights, float)
+        try:
+            given = np.asarray(weights, float)
+        except (TypeError, ValueError):
+            given = np.array(np.nan)
         if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any():
             raise DataError(
                 f"{_WHERE}: weights has shape {given.shape}, expected {count} finite numbers that "
@@ -109,11 +132,8 @@ def chooser(
                     f"{least} that clients={clients} asks for."
                 )
         sample = weighted(given)
-    elif sampler in SAMPLERS:
-        sample = SAMPLERS[sampler]
     else:
-        known = ", ".join(map(repr, [*SAMPLERS, WEIGHTED, STREAM]))
-        raise DataError(f"{_WHERE}: sampler={sampler!r}, expected a function or one of {known}.")
+        sample = SAMPLERS[sampler]
     each = clients // len(pools)
 
     def choose(number: int) -> np.ndarray:

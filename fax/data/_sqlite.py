@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, checked, listed, unknown
+from fax import _arguments
+from fax.data._check import Schema, checked, federated, listed, unknown
 from fax.data._connection import DAMAGED, Connection, in_words
 from fax.data._decompress import LZMA, check_max_bytes
 from fax.data._protocol import ClientId, DataError, FederatedData
@@ -87,6 +88,7 @@ class SQLite:
         max_bytes: int | None = None,
     ) -> None:
         where = "fax.data.SQLite"
+        _arguments.path(where, "path", path, error=DataError)
         if sha256 is not None and not isinstance(sha256, str):
             raise DataError(f"{where}: sha256 is {sha256!r:.80}, expected hexadecimal digits.")
         self._given, self._sha256 = Path(path).absolute(), sha256
@@ -150,6 +152,8 @@ class SQLite:
           DataError: if the file exists, or a client cannot be written.
           OSError: if the disk is full. Nothing is left behind then.
         """
+        federated("fax.data.SQLite.write", "data", data)
+        _arguments.path("fax.data.SQLite.write", "path", path, error=DataError)
         path = Path(path).absolute()
         with whole("fax.data.SQLite.write", path) as temporary:
             connection = sqlite3.connect(temporary)
@@ -196,6 +200,9 @@ class SQLite:
 
     def __len__(self) -> int:
         return len(self.client_ids())
+
+    def __repr__(self) -> str:
+        return f"SQLite({str(self._path)!r})"
 
     def _row(self, client_id: ClientId) -> tuple[Any, int]:
         try:

@@ -6,13 +6,26 @@ be combined at will.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Container, Iterable, Mapping
+import sys
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, check_finite, checked, fetch, listed, read, sift, unknown
+from fax import _arguments
+from fax.data._check import (
+    Schema,
+    check_finite,
+    checked,
+    federated,
+    fetch,
+    listed,
+    name_of,
+    read,
+    seed_of,
+    sift,
+    unknown,
+)
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
@@ -35,9 +48,14 @@ def subset(data: FederatedData, ids: Iterable[ClientId]) -> FederatedData:
       >>> fax.data.subset(data, ["d", "a"]).client_ids()
       ('d', 'a')
     """
-    where, ids = "fax.data.subset", [ids] if isinstance(ids, (str, bytes)) else list(ids)
-    known = set(data.client_ids())
-    if strange := [i for i in ids if i not in known]:
+    where = "fax.data.subset"
+    federated(where, "data", data)
+    if isinstance(ids, (str, bytes)):
+        ids = [ids]
+    if not isinstance(ids, Iterable) or (hasattr(ids, "ndim") and ids.ndim == 0):
+        raise DataError(f"{where}: ids is {_arguments.shown(ids)}, expected a list of client ids.")
+    ids, known = list(ids), set(data.client_ids())
+    if strange := [i for i in ids if not isinstance(i, Hashable) or i not in known]:
         raise DataError(
             f"{where}: ids has {listed(strange)}, but data has no such clients. It has "
             f"{listed(data.client_ids())}."
@@ -65,7 +83,14 @@ def slice(data: FederatedData, start: int | None = None, stop: int | None = None
       >>> fax.data.slice(data, 1, 3).client_ids(), fax.data.slice(data, -1).client_ids()
       (('b', 'c'), ('d',))
     """
-    return _Subset(f"fax.data.slice({start}, {stop})", data, data.client_ids()[start:stop])
+    where = "fax.data.slice"
+    federated(where, "data", data)
+    for name, value in (("start", start), ("stop", stop)):
+        if value is not None:
+            _arguments.count(
+                where, name, value, least=-sys.maxsize, expected="an int", error=DataError
+            )
+    return _Subset(f"{where}({start}, {stop})", data, data.client_ids()[start:stop])
 
 
 def split(
@@ -92,12 +117,15 @@ def split(
       >>> len(train), len(held_out), set(train.client_ids()) & set(held_out.client_ids())
       (8, 2, set())
     """
-    where, ids = "fax.data.split", data.client_ids()
+    where = "fax.data.split"
+    federated(where, "data", data)
+    seed, ids = seed_of(where, seed), data.client_ids()
     if isinstance(held_out, (float, np.floating)):
         valid = 0 < held_out < 1
         count = max(1, round(float(held_out) * len(ids))) if valid else 0
     else:
-        count = 0 if isinstance(held_out, bool) else operator.index(held_out)
+        whole = isinstance(held_out, int | np.integer) and not isinstance(held_out, bool)
+        count = int(held_out) if whole else 0
     if not 0 < count < len(ids):
         raise DataError(
             f"{where}: held_out is {held_out!r} of {len(ids)} clients, expected a share between 0 "
@@ -143,8 +171,12 @@ def map(
       >>> fax.data.map(data, tokenize).client("ada")
       {'token': array([0, 1, 0])}
     """
+    where = "fax.data.map"
+    federated(where, "data", data)
     if not callable(fn):
-        raise DataError(f"fax.data.map: fn is {fn!r}, expected a function of an id and examples.")
+        raise DataError(f"{where}: fn is {fn!r}, expected a function of an id and examples.")
+    _arguments.function(where, "fn", fn, {2: "fn(client_id, examples)"}, error=DataError)
+    _arguments.flag(where, "keeps_length", keeps_length, error=DataError)
     return _Map(data, fn, keeps_length)
 
 
@@ -198,6 +230,7 @@ def validate(data: FederatedData, on_bad: str = "raise") -> FederatedData:
       fax.data._protocol.DataError: client 'bob', feature 'x' has 1 values that are not finite, ...
     """
     where, schema = "fax.data.validate", Schema()
+    federated(where, "data", data)
 
     def check(client_id: ClientId) -> None:
         examples = read(data, client_id)
@@ -225,7 +258,15 @@ def _has(ids: Container[ClientId], client_id: ClientId) -> bool:
         return False
 
 
-class _Subset:
+class _View:
+    """What views have in common."""
+
+    def __repr__(self) -> str:
+        own: Any = self
+        return f"{name_of(own)}(clients={len(own)})"
+
+
+class _Subset(_View):
     def __init__(self, where: str, data: FederatedData, ids: Iterable[ClientId]) -> None:
         self._data = data
         self._ids = tuple(ids)
@@ -260,6 +301,9 @@ class _Map:
         self._data, self._fn, self._keeps_length = data, fn, keeps_length
         self._lengths: dict[ClientId, int] = {}
         self._schema = Schema()
+
+    def __repr__(self) -> str:  # without a count: to list a folder may take long
+        return f"Map({self._data!r})"
 
     def client_ids(self) -> Any:
         return self._data.client_ids()
@@ -298,7 +342,7 @@ class _Map:
         return len(self._data)
 
 
-class _Concatenation:
+class _Concatenation(_View):
     def __init__(self, datas: tuple[FederatedData, ...]) -> None:
         where = "fax.data.concatenate"
         if not datas:

@@ -8,12 +8,13 @@ digits as it takes.
 
 from __future__ import annotations
 
-import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fax._arguments import count, flag
 from fax.data._check import checked
 from fax.data._memory import InMemory
 from fax.data._owners import by_owner, by_proportions, grouped, within
@@ -99,6 +100,7 @@ def dirichlet(
     where = "dirichlet"
     arrays, n, clients = _arguments(where, arrays, clients, min_examples)
     alpha = _positive(where, "alpha", alpha)
+    flag(f"fax.data.partition.{where}", "balanced", balanced, error=DataError)
     rng = _generator(where, seed)
     labels, inverse = np.unique(_column(where, arrays, label), return_inverse=True)
     pools = [rng.permutation(pool) for pool in grouped(inverse, len(labels))]
@@ -280,8 +282,9 @@ def _arguments(
     try:
         checked_arrays = checked("of all examples", arrays)
     except DataError as error:
-        message = str(error).removeprefix("client 'of all examples'").lstrip(", ")
-        raise DataError(f"fax.data.partition.{where}: arrays: {message}") from error
+        message = str(error).replace("client 'of all examples'", "arrays")
+        message = re.sub(r" Leave the client out.*", "", message)
+        raise DataError(f"fax.data.partition.{where}: {message}") from error
     n = len(next(iter(checked_arrays.values())))
     clients, each = _count(where, "clients", clients), _count(where, "min_examples", each)
     if n < clients * each:
@@ -307,15 +310,8 @@ def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarr
 
 
 def _count(where: str, name: str, value: Any) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise DataError(
-            f"fax.data.partition.{where}: {name} is {value!r}, expected a positive int."
-        )
-    return count
+    caller = f"fax.data.partition.{where}"
+    return count(caller, name, value, expected="a positive int", error=DataError)
 
 
 def _positive(where: str, name: str, value: Any) -> float:

@@ -29,6 +29,9 @@ class CrossEntropy:
 
     target: str = "y"
 
+    def __post_init__(self) -> None:
+        _feature(self, "target")
+
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         losses = _scores.losses_of(scores, batch[self.target])
         return Mean(losses, jnp.ones_like(losses, bool))
@@ -48,6 +51,9 @@ class Accuracy:
     """
 
     target: str = "y"
+
+    def __post_init__(self) -> None:
+        _feature(self, "target")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         hits = _scores.hits(scores, batch[self.target])
@@ -71,6 +77,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         _arguments.count("TopK", "k", self.k)
+        _feature(self, "target")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         hits = _scores.ranks(scores, batch[self.target]) < self.k
@@ -97,6 +104,7 @@ class ConfusionMatrix:
 
     def __post_init__(self) -> None:
         _arguments.count("ConfusionMatrix", "num_classes", self.num_classes)
+        _feature(self, "target")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
         labels = batch[self.target]
@@ -134,6 +142,9 @@ class PerDomain:
 
     def __post_init__(self) -> None:
         _arguments.count("PerDomain", "num_domains", self.num_domains)
+        _feature(self, "domain")
+        form = {2: "metric(batch, scores)"}
+        _arguments.function("PerDomain", "metric", self.metric, form)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Statistic:
         own = batch[self.domain][:, None] == jnp.arange(self.num_domains)
@@ -146,6 +157,12 @@ class PerDomain:
 
     def limits(self, num_classes: int) -> dict[str, int]:
         return {**limits_of(self.metric, num_classes), self.domain: self.num_domains}
+
+
+def _feature(metric: Any, name: str) -> None:
+    """Checks the attribute that names a feature."""
+    value = getattr(metric, name)
+    _arguments.text(type(metric).__name__, name, value, "the name of a feature")
 
 
 def limits_of(metric: Any, num_classes: int) -> dict[str, int]:

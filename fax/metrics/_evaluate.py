@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from fax import _arguments
+from fax.data._check import federated
 from fax.data._cohorts import cohorts
 from fax.data._features import Reader
 from fax.data._protocol import DataError, FederatedData
@@ -18,6 +20,7 @@ from fax.data._views import map as map_clients
 from fax.metrics._classes import Metric, limits_of
 from fax.metrics._programs import (
     NON_FINITE,
+    notice,
     scores_of,
     stats_of_clients,
     stats_of_rows,
@@ -57,7 +60,8 @@ def evaluate(
 
     Args:
       apply: ``apply(params, batch) -> scores``, such as that of a `fax.models.Model`. The same
-        function and metrics are compiled once.
+        function and metrics are compiled once. A function that is written in the call is a new one
+        each time, and compiled each time: define it once, outside of the loop.
       params: the model's parameters.
       data: the clients; for those that training has not seen see `fax.data.split`. To evaluate on
         the same ones again and again, what `fax.metrics.prepare` made of them.
@@ -71,8 +75,8 @@ def evaluate(
       examples that have a score which is NaN or +inf (-inf is the score of what is impossible).
 
     Raises:
-      ValueError: if there is no metric, one is named ``"non_finite"`` or returns something else,
-        or ``batch_size`` is not a positive int.
+      ValueError: if an argument is something else, there is no metric, one is named
+        ``"non_finite"`` or returns something else, or ``batch_size`` is not a positive int.
       DataError: if a client has no or other examples than the rest, or labels out of range (the
         message names client and feature).
 
@@ -93,6 +97,9 @@ def evaluate(
     """
     totals = _Totals()
     where = "fax.metrics.evaluate"
+    _check_order(where, apply, params, data)
+    _arguments.text(where, "placement", placement, "the name of a placement")
+    notice(where, apply, metrics)
     for stats, _ in _run(where, apply, params, data, metrics, batch_size, placement, False):
         totals.add(stats)
     return totals.results(metrics)
@@ -148,8 +155,12 @@ def evaluate_clients(
       >>> fax.metrics.evaluate_clients(apply, own, data, metrics, personal=True)["accuracy"]
       array([1., 1.])
     """
-    totals = _Totals(len(data))
     where = "fax.metrics.evaluate_clients"
+    _check_order(where, apply, params, data)
+    _arguments.flag(where, "personal", personal)
+    _arguments.text(where, "placement", placement, "the name of a placement")
+    notice(where, apply, metrics)
+    totals = _Totals(len(data))
     run = _run_personal if personal else _run
     for stats, positions in run(where, apply, params, data, metrics, batch_size, placement, True):
         totals.add(stats, positions)
@@ -216,6 +227,19 @@ def _run(where, apply, params, data, metrics, batch_size, placement, each):
 # What is checked on the host
 
 
+def _check_order(where: str, apply: Any, params: Any, data: Any) -> None:
+    """Checks the first arguments, which are easily swapped."""
+    form = {2: "apply(params, batch)"}
+    order = f" The order is {where.rpartition('.')[2]}(apply, params, data, metrics)."
+    try:
+        _arguments.function(where, "apply", apply, form)
+        _arguments.arrays(f"{where}: params", params, keys=True)
+        if not isinstance(data, Prepared):
+            federated(where, "data", data)
+    except ValueError as error:
+        raise type(error)(f"{error}{order}") from None
+
+
 def _named(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Named:
     if not len(data):
         raise DataError(f"{where}: data has no clients.")
@@ -235,6 +259,7 @@ def _named(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Name
                 f"{where}: metric {name!r} is {metric!r:.80}, expected a function of a batch and "
                 "scores, such as fax.metrics.Accuracy()."
             )
+        _arguments.function(where, f"metric {name!r}", metric, {2: "metric(batch, scores)"})
     return tuple(metrics.items())
 
 
@@ -243,7 +268,7 @@ def _labels_in_range(apply: Apply, params: PyTree, reader: Reader, metrics: Name
     features = reader.features
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in features.items()}
     scores = scores_of.eval_shape(apply, params, batch)
-    if not hasattr(scores, "shape") or not scores.shape:
+    if len(getattr(scores, "shape", ())) < 2:  # no classes: metrics say so that need some
         return lambda client_id, examples: examples
     limits: dict[str, int] = {}
     for name, metric in metrics:

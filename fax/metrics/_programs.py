@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +16,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax._operators as operators
 import fax._reductions as reductions
+from fax import _arguments
 from fax._program import program
 from fax.data._cohort import Client, Cohort
 from fax.metrics._classes import Metric
@@ -24,6 +29,60 @@ Named = tuple[tuple[str, Metric], ...]
 
 # The statistic that counts the examples whose scores are no numbers.
 NON_FINITE = "non_finite"
+
+
+# The last function that each piece of code made, and what there was a warning about.
+_last: weakref.WeakKeyDictionary[types.CodeType, weakref.ref] = weakref.WeakKeyDictionary()
+_noticed: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
+
+
+def notice(where: str, apply: Any, metrics: Any) -> None:
+    """Warns, once, of a function that is made anew in every call, for it is compiled each time.
+
+    Two functions of the same code and the same values are not taken for one: what they look up
+    elsewhere may have changed in between.
+    """
+    named = metrics.items() if isinstance(metrics, Mapping) else ()
+    for name, fn in (("apply", apply), *((f"metric {name!r}", fn) for name, fn in named)):
+        code, values = _made_of(fn)
+        if code is None:
+            continue
+        before = _last.get(code, lambda: None)()
+        _last[code] = weakref.ref(fn)
+        if before is None or before is fn or code in _noticed:
+            continue
+        if not _alike(values, _made_of(before)[1]):
+            continue
+        _noticed.add(code)
+        place = f", at {code.co_filename}:{code.co_firstlineno}," if hasattr(fn, "__code__") else ""
+        warnings.warn(
+            f"{where}: {name} is {_arguments.shown(fn)} that is made anew for every call{place} "
+            "and so is compiled in every call. Define it once, outside of the loop.",
+            stacklevel=3,
+        )
+
+
+def _made_of(fn: Any) -> tuple[types.CodeType | None, list[Any]]:
+    """The code of a function, and the values that make it another one than the next."""
+    values: list[Any] = [type(fn)]
+    while isinstance(fn, functools.partial):
+        values += [*fn.args, *fn.keywords, *fn.keywords.values()]
+        fn = fn.func
+    if not isinstance(fn, types.FunctionType):
+        return None, values
+    values += [fn.__code__, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    with contextlib.suppress(ValueError):  # what is not defined yet
+        values += [cell.cell_contents for cell in fn.__closure__ or ()]
+    return fn.__code__, values
+
+
+def _alike(values: list[Any], others: list[Any]) -> bool:
+    """Whether these are the same objects, or equal numbers and strings."""
+    plain = bool | int | float | str | bytes
+    return len(values) == len(others) and all(
+        a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+        for a, b in zip(values, others)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fax import _arguments
+from fax.data._check import federated
 from fax.data._features import Reader
 from fax.data._host import aligned_zeros
 from fax.data._prefetch import Prefetch
@@ -158,6 +159,10 @@ class Prepared:
         """The number of clients."""
         return len(self.layout.ids)
 
+    def __repr__(self) -> str:
+        examples = int(self.layout.ends[-1])
+        return f"Prepared(clients={len(self)}, examples={examples}, on the devices)"
+
     def check_use(self, where: str, batch_size: int | None, spread: Spread) -> None:
         """Raises if something else is asked for than was prepared."""
         if batch_size is not None:
@@ -206,13 +211,15 @@ def prepare(
       >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(3.0)}, "bob": {"x": jnp.arange(2.0)}})
       >>> ready = fax.metrics.prepare(data)
       >>> total = lambda batch, scores: fax.metrics.Sum(scores)
+      >>> apply = lambda params, batch: params * batch["x"]
       >>> for factor in (1.0, 2.0):
-      ...     apply = lambda params, batch: params * batch["x"]
       ...     print(fax.metrics.evaluate(apply, factor, ready, {"total": total})["total"])
       4.0
       8.0
     """
     where = "fax.metrics.prepare"
+    federated(where, "data", data)
+    _arguments.text(where, "placement", placement, "the name of a placement")
     spread = spread_in_scope(where, placement)
     layout = Layout(where, data, batch_size, spread)
     size = layout.reader.bytes_per_example

@@ -15,12 +15,20 @@ def check(scores: jax.Array, labels: jax.Array) -> None:
         raise ValueError(
             f"scores have shape {scores.shape} and the labels {labels.shape}, expected scores of "
             f"shape {(*labels.shape, 'classes')}: a row of them for each label."
+            f"{_binary(scores, labels)}"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels are {labels.dtype}, expected integers, the numbers of classes. Make them so "
             "by fax.data.map."
         )
+
+
+def _binary(scores: jax.Array, labels: jax.Array) -> str:
+    """How to fix it, where there is one score for each label."""
+    if scores.shape not in (labels.shape, (*labels.shape, 1)):
+        return ""
+    return " If z are the logits of class 1 of two, return jnp.stack([jnp.zeros_like(z), z], -1)."
 
 
 def losses_of(scores: jax.Array, labels: jax.Array) -> jax.Array:

@@ -29,7 +29,13 @@ class _Sequences:
     target: str = dataclasses.field(default="y", kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        self._ints("ignore")
+        _arguments.text(type(self).__name__, "target", self.target, "the name of a feature")
+
+    def _ints(self, name: str, example: str = "(0,)") -> None:
+        values = getattr(self, name)
+        own = _arguments.whole_numbers(type(self).__name__, name, values, example)
+        object.__setattr__(self, name, own)
 
     def counts(self, batch: Batch) -> jax.Array:
         """Which positions count, bool [batch, length]."""
@@ -101,6 +107,10 @@ class TokenAccuracy(_Sequences):
 
     exclude: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._ints("exclude")
+
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         return _of_tokens(_right(self, batch, scores, 1), self.counts(batch))
 
@@ -122,6 +132,7 @@ class TokenTopK(_Sequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._ints("exclude")
         _arguments.count("TokenTopK", "k", self.k)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
@@ -151,7 +162,7 @@ class OOVRate(_Sequences):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "oov", tuple(self.oov))
+        self._ints("oov", "(99,)")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         return _of_tokens(_among(batch[self.target], self.oov), self.counts(batch))
@@ -168,6 +179,10 @@ class TruncationRate(_Sequences):
     """
 
     eos: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _arguments.count("TruncationRate", "eos", self.eos, least=0)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         cut = (batch[self.target] != self.eos).all(-1)

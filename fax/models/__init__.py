@@ -4,6 +4,10 @@ The modules have the architectures and initial distributions of FedJAX's. `creat
 `Model` of one by its name, and `functional` of any module of yours.
 """
 
+from fax import _arguments
+
+_arguments.extra("fax.models", "flax", "models")
+
 from fax.models._catalogue import create as create
 from fax.models._images import Cifar100Logistic as Cifar100Logistic
 from fax.models._images import Dense as Dense

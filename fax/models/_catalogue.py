@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fax import _arguments
 from fax.models import _images, _losses, _resnet, _text
 from fax.models._model import Model, functional
 
@@ -52,17 +53,26 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
       7850
     """
     known = {**_CLASSES, **_SEQUENCES}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"no model is named {name!r}. There are {', '.join(sorted(known))}.")
     own = {*inspect.signature(vars(known[name])["__init__"]).parameters} - {"self", "rngs"}
     own |= {"loss_length"} if name in _SEQUENCES else set()
     if loss_length is not None:
+        _arguments.number(f"model {name!r}", "loss_length", loss_length, above=0)
         options["loss_length"] = loss_length
     for option in options:
         if option not in own:
             raise ValueError(f"model {name!r} has no option {option!r}. It has {sorted(own)}.")
-    if isinstance(options.get("sizes"), list):
-        options["sizes"] = tuple(options["sizes"])
+    for option, value in options.items():
+        if option in ("num_classes", "num_tokens", "hidden", "channels"):
+            options[option] = _arguments.count(f"model {name!r}", option, value)
+    if "sizes" in options:
+        sizes = _arguments.whole_numbers(
+            f"model {name!r}", "sizes", options["sizes"], "(64, 512, 10)", least=1
+        )
+        options["sizes"] = sizes
+    if "tied" in options:
+        _arguments.flag(f"model {name!r}", "tied", options["tied"])
     return _made(name, tuple(sorted(options.items())))
 
 

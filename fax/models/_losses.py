@@ -7,10 +7,21 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.metrics._scores import PADDING, hits, losses_of
 
 Batch = Mapping[str, jax.Array]
 Losses = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def _labels(name: str, batch: Batch) -> jax.Array:
+    if not isinstance(batch, Mapping) or "y" not in batch:
+        found = f"of {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        raise ValueError(
+            f"fax.models.{name}: batch is {_arguments.shown(batch)} {found}".rstrip()
+            + f", expected a mapping that has the labels 'y'. Call {name}(scores, batch)."
+        )
+    return batch["y"]
 
 
 def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
@@ -33,7 +44,7 @@ def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
       >>> print(f"{losses[0]:.4f}, {metrics['accuracy'][0]:.0f}")
       1.3863, 0
     """
-    labels = batch["y"]
+    labels = _labels("cross_entropy", batch)
     return losses_of(scores, labels), {"accuracy": hits(scores, labels).astype(scores.dtype)}
 
 
@@ -69,7 +80,9 @@ def sequence_cross_entropy(
       >>> print(f"{losses[0]:.3f} {losses[1]:.3f}, {metrics['accuracy'][0]:.3f}")
       1.308 0.000, 0.667
     """
-    labels = batch["y"]
+    labels = _labels("sequence_cross_entropy", batch)
+    if length is not None:
+        _arguments.number("fax.models.sequence_cross_entropy", "length", length, above=0)
     real = labels != PADDING
     total = jnp.sum(jnp.where(real, losses_of(scores, labels), 0), axis=-1)
     right = jnp.sum(real & hits(scores, labels), axis=-1)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fax import _arguments
 from fax.models._losses import cross_entropy
 
 PyTree = Any
@@ -30,6 +31,10 @@ class Model(NamedTuple):
     apply: Callable[..., jax.Array]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
+    def __repr__(self) -> str:
+        name = getattr(self.apply, "__qualname__", type(self.apply).__name__)
+        return f"Model(init, apply and loss of {name.partition('.<locals>')[0]})"
+
 
 def functional(
     build: Callable[..., nnx.Module],
@@ -46,8 +51,9 @@ def functional(
       The model. Its functions do not depend on one another: the parameters are all there is.
 
     Raises:
-      ValueError: if the module has state besides parameters, such as the statistics of a batch
-        norm. Write a loss with ``model_state`` for it; see `fax.algorithms.fedavg`.
+      ValueError: if an argument is something else, or the module has state besides parameters,
+        such as the statistics of a batch norm. Write a loss with ``model_state`` for it; see
+        `fax.algorithms.fedavg`.
 
     Example:
 
@@ -59,6 +65,17 @@ def functional(
       >>> model.apply(params, {"x": jnp.ones((2, 4))}).shape
       (2, 3)
     """
+    where = "fax.models.functional"
+    if (
+        isinstance(build, nnx.Module)
+        or not callable(build)
+        or not _arguments.takes(build, 0, always=["rngs"])
+    ):
+        raise ValueError(
+            f"{where}: build is {_arguments.shown(build)}, expected a function build(rngs=rngs) "
+            "that makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs)."
+        )
+    _arguments.function(where, "loss", loss, {2: "loss(scores, batch)"})
     module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, _, rest = parts

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from fax import _arguments
 from fax._placement import PlacementError
 from fax.sharding._mesh import make_mesh
 
@@ -37,9 +38,16 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
 
       >>> jax.set_mesh(fax.sharding.use_cpu_devices())  # doctest: +SKIP
     """
-    count = _cores() if count is None else count
-    if not isinstance(count, int) or count < 1:
-        raise PlacementError(f"use_cpu_devices: count is {count!r}, expected a positive int.")
+    count = _arguments.count(
+        "use_cpu_devices",
+        "count",
+        _cores() if count is None else count,
+        expected="a positive int",
+        error=PlacementError,
+    )
+    _arguments.text(
+        "use_cpu_devices", "axis", axis, "the name of a mesh axis", error=PlacementError
+    )
     flags = os.environ.get("XLA_FLAGS", "")
     try:
         jax.config.update("jax_num_cpu_devices", count)

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from fax import _arguments
 from fax._placement import Placement, PlacementError, Scope
 
 # Meshes
@@ -52,9 +52,18 @@ def make_mesh(
       >>> with jax.set_mesh(mesh):
       ...     pass  # call a program here
     """
+    if not isinstance(devices, Sequence | np.ndarray | None):
+        raise PlacementError(
+            f"make_mesh: devices is {_arguments.shown(devices)}, expected a list of devices, such "
+            "as jax.devices()."
+        )
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices))
-    types = (axis_types,) * len(axes) if isinstance(axis_types, AxisType) else tuple(axis_types)
+    types: tuple[Any, ...] = ()
+    if isinstance(axis_types, AxisType):
+        types = (axis_types,) * len(axes)
+    elif isinstance(axis_types, Sequence):
+        types = tuple(axis_types)
     if len(types) != len(axes) or not all(isinstance(t, AxisType) for t in types):
         raise PlacementError(
             f"make_mesh: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or one "
@@ -69,14 +78,13 @@ def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
         raise PlacementError("make_mesh needs at least one axis, as in make_mesh(clients=4).")
     sizes = []
     for name, size in axes.items():
-        try:
-            sizes.append(0 if isinstance(size, bool) else operator.index(size))
-        except TypeError:
-            sizes.append(0)
-        if sizes[-1] < 1 and sizes[-1] != -1:
-            raise PlacementError(
-                f"make_mesh: {name} is {size!r}, expected a positive int, or -1 for what is left."
+        expected = "a positive int, or -1 for what is left"
+        least = -1 if isinstance(size, int) and size == -1 else 1
+        sizes.append(
+            _arguments.count(
+                "make_mesh", name, size, least=least, expected=expected, error=PlacementError
             )
+        )
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
         raise PlacementError(f"make_mesh: only one of the sizes {dict(axes)} can be -1.")
@@ -134,6 +142,13 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
       >>> with jax.set_mesh(mesh), fax.sharding.layout(clients=("pod", "clients")):
       ...     pass  # call a program over clients here
     """
+    for name, a in axes.items():
+        names = [a] if isinstance(a, str) else a
+        if not isinstance(names, Sequence) or not all(isinstance(axis, str) for axis in names):
+            raise PlacementError(
+                f"layout: {name} is {_arguments.shown(a)}, expected the name of a mesh axis, or "
+                "several names."
+            )
     wanted = {name: (a,) if isinstance(a, str) else tuple(a) for name, a in axes.items()}
     combined = {**dict(_layout.get()), **wanted}
     _check(combined)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fax import _arguments
 from fax._placement import Placement, PlacementError
 from fax.sharding._mesh import laid_out, named_in_layout, split_axes, ways
 
@@ -76,6 +76,9 @@ class Spread(NamedTuple):
 
 def spread_in_scope(where: str, placement: str | None) -> Spread:
     """How a placement is spread over the mesh in scope."""
+    if placement is not None:
+        what = "the name of a placement"
+        _arguments.text(where, "placement", placement, what, error=PlacementError)
     try:
         mesh = jax.sharding.get_mesh()
     except ValueError:
@@ -125,12 +128,5 @@ def listed(items: Any) -> str:
 
 
 def positive(where: str, n: Any) -> int:
-    try:
-        count = 0 if isinstance(n, bool) else operator.index(n)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise PlacementError(
-            f"{where}: n is {n!r}, expected a positive int, the number of participants."
-        )
-    return count
+    expected = "a positive int, the number of participants"
+    return _arguments.count(where, "n", n, expected=expected, error=PlacementError)

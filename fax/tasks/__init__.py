@@ -1,5 +1,10 @@
 """Benchmark tasks of federated learning: data, a model, what to measure, and settings."""
 
+from fax import _arguments
+
+_arguments.extra("fax.tasks", "optax", "tasks")
+_arguments.extra("fax.tasks", "flax", "tasks")
+
 from fax.tasks._download import DownloadError as DownloadError
 from fax.tasks._task import Settings as Settings
 from fax.tasks._task import Task as Task

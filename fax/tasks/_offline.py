@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fax.data
+from fax import _arguments
 from fax.data import DataError, FederatedData
 from fax.tasks._tokens import Characters
 
@@ -30,6 +31,7 @@ def digits(clients: int, alpha: float, seed: int) -> Split:
 
     The rest is divided by Dirichlet proportions of the digits; what is held out is one client.
     """
+    _arguments.extra("fax.tasks.load('digits')", "sklearn", "tasks")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -12,6 +12,7 @@ import optax
 
 import fax.metrics
 import fax.models
+from fax import _arguments
 from fax.data import FederatedData
 from fax.tasks import _offline, _published
 from fax.tasks._tokens import BOS, EOS, PAD
@@ -60,6 +61,10 @@ class Task:
     metrics: Mapping[str, Any]
     settings: Settings
 
+    def __repr__(self) -> str:
+        sizes = f"train={len(self.train)} clients, test={len(self.test)} clients"
+        return f"Task({self.name!r}, {sizes}, metrics={', '.join(self.metrics)})"
+
 
 def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> Task:
     """Loads a task, and downloads what it needs if it is not there yet.
@@ -105,7 +110,9 @@ def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> T
       >>> len(task.train), task.train.client("00")["x"].shape[1:], task.settings.rounds
       (20, (64,), 300)
     """
-    if name not in _TASKS:
+    if cache is not None:
+        _arguments.path("fax.tasks.load", "cache", cache)
+    if not isinstance(name, str) or name not in _TASKS:
         raise ValueError(f"fax.tasks.load: no task {name!r}. There are {sorted(_TASKS)}.")
     build = _TASKS[name]
     known = [p for p in inspect.signature(build).parameters if p != "cache"]
@@ -115,7 +122,7 @@ def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> T
 
 
 def _chosen(task: str, model: Any, models: Mapping[str, Any]) -> Any:
-    if model not in models:
+    if not isinstance(model, str) or model not in models:
         raise ValueError(f"fax.tasks.load: {task!r} has no model {model!r}, only {list(models)}.")
     return models[model]
 
@@ -142,6 +149,7 @@ def _tokens(oov: int) -> dict[str, Any]:
 
 
 def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0) -> Task:
+    seed = _arguments.count("fax.tasks.load", "seed", seed, least=0, most=2**32 - 1)
     return Task(
         "digits",
         *_offline.digits(clients, alpha, seed),
@@ -212,7 +220,7 @@ def _shakespeare(cache: Any, *, length: int = 80) -> Task:
 
 
 def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_000) -> Task:
-    tokens = vocabulary_size + 4
+    tokens = 4 + _arguments.count("fax.tasks.load", "vocabulary_size", vocabulary_size)
     return Task(
         "stackoverflow",
         *_published.stackoverflow(cache, length, vocabulary_size),

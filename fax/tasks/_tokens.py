@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fax import _arguments
 from fax.data import DataError
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -99,7 +100,8 @@ class Words:
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         where = "fax.tasks.Words"
-        if isinstance(vocabulary, (str, bytes)) or not len(vocabulary):
+        text = isinstance(vocabulary, str | bytes)
+        if text or not isinstance(vocabulary, Sequence) or not vocabulary:
             raise DataError(f"{where}: vocabulary is {vocabulary!r:.80}, expected a list of words.")
         self.vocabulary = tuple(vocabulary)
         self._numbers: dict[bytes, int] = {}
@@ -139,5 +141,4 @@ class Words:
 
 
 def _check_length(where: str, length: int) -> None:
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise DataError(f"{where}: length is {length!r}, expected a positive int.")
+    _arguments.count(where, "length", length, expected="a positive int", error=DataError)

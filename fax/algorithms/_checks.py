@@ -1,0 +1,185 @@
+"""What users pass to algorithms, and to the functions that these return."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from fax import _arguments
+from fax.aggregators import Aggregator
+from fax.aggregators._aggregator import aggregator_of
+from fax.data import Cohort, Cohorts
+
+PyTree = Any
+LOSS, LOSS_OF_STATE = "loss(params, batch, key)", "loss(params, model_state, batch, key)"
+
+
+def arguments(
+    caller: str,
+    loss: Any,
+    aggregator: Any = None,
+    clients_at_once: Any = None,
+    **optimizers: Any,
+) -> Aggregator | None:
+    """Checks what all algorithms take, where it is passed, and returns the aggregator."""
+    check_loss(caller, loss)
+    for name, value in optimizers.items():
+        _arguments.optimizer(caller, name, value)
+    if clients_at_once is not None:
+        _arguments.count(caller, "clients_at_once", clients_at_once)
+    return aggregator_of(caller, aggregator)
+
+
+def check_loss(caller: str, loss: Any) -> None:
+    """Checks that a loss is a function of what losses are given."""
+    forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
+    _arguments.function(caller, "loss", loss, forms, keywords=["mask"])
+
+
+def guarded(
+    caller: str, loss: Callable, kind: type, init: Callable, round: Callable, params: Callable
+) -> tuple[Callable, Callable, Callable]:
+    """The functions of an algorithm, with checks of what they are given.
+
+    Args:
+      caller: the algorithm, for messages.
+      loss: of the user.
+      kind: the type of the server's state.
+      init: of the algorithm. What it is given and returns is the state's own: a jitted round may
+        donate the state, and does not compile again for params that were made without the mesh.
+      round: of the algorithm.
+      params: of the algorithm.
+    """
+
+    @functools.wraps(init)
+    def checked_init(params: PyTree, model_state: PyTree = None) -> Any:
+        check_trained(f"{caller}: init: params", params)
+        _arguments.arrays(f"{caller}: init: model_state", model_state, keys=False)
+        _check_model_state(caller, loss, model_state)
+        params, model_state = jax.tree.map(_copy, (params, model_state))
+        return _settled(init(params, model_state))
+
+    @functools.wraps(round)
+    def checked_round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
+        if isinstance(state, Cohort) and isinstance(cohort, kind):
+            raise ValueError(
+                f"{caller}: round got the cohort first and the state second. Write "
+                "round(state, cohort)."
+            )
+        check_state(caller, "round", kind, state)
+        check_cohort(f"{caller}: round", cohort)
+        return round(state, cohort)
+
+    @functools.wraps(params)
+    def checked_params(state: Any) -> PyTree:
+        check_state(caller, "params", kind, state)
+        return params(state)
+
+    checked_round.__qualname__ = f"{caller.rpartition('.')[2]}.round"
+    return checked_init, checked_round, checked_params
+
+
+def check_state(caller: str, function: str, kind: type, state: Any) -> None:
+    """Checks that a state is one that the algorithm made."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{caller}: {function} got {_arguments.shown(state)} for the state, expected the "
+            f"{kind.__name__} that init(params) or the last round returned."
+        )
+
+
+def check_cohort(where: str, cohort: Any) -> None:
+    """Checks that a cohort is the one of a single round."""
+    if isinstance(cohort, Cohorts):
+        raise ValueError(
+            f"{where} got the iterator over all cohorts, expected the cohort of one round. Pass "
+            "next(cohorts)."
+        )
+    if not isinstance(cohort, Cohort):
+        raise ValueError(
+            f"{where} got {_arguments.shown(cohort)} for the cohort, expected a fax.data.Cohort, "
+            "the next one of the iterator that fax.data.cohorts returns."
+        )
+    if cohort.mask.ndim != 3:
+        raise ValueError(
+            f"{where} got a cohort whose mask has shape {cohort.mask.shape}, expected [clients, "
+            "steps, batch], of a single round. For several in one call there is "
+            "fax.algorithms.many_rounds."
+        )
+
+
+def check_trained(name: str, params: PyTree) -> None:
+    """Checks that there are leaves, and that all of them can be differentiated."""
+    flat = tree_leaves_with_path(params)
+    if not flat:
+        raise ValueError(f"{name} has no leaves, expected a pytree of arrays of floats.")
+    for path, leaf in flat:
+        dtype = _arguments.dtype_of(leaf)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        found = _arguments.shown(leaf)
+        if dtype is not None and not hasattr(leaf, "dtype"):
+            fix = f" Write {leaf}.0 for a number that is trained." if type(leaf) is int else ""
+        else:
+            fix = (
+                " Let params be what is trained, and put it together with the rest in the loss: "
+                "equinox.partition(model, equinox.is_inexact_array) and equinox.combine, or "
+                "flax.nnx.split(model, flax.nnx.Param, ...) and flax.nnx.merge(..., copy=True). "
+                "Counts and statistics may be the model_state."
+            )
+        raise ValueError(f"{name}{keystr(path)} is {found}, expected an array of floats.{fix}")
+
+
+def _check_model_state(caller: str, loss: Callable, model_state: PyTree) -> None:
+    """Checks that the loss takes a model's state if there is one, and only then."""
+    positional = 3 if model_state is None else 4
+    if _arguments.takes(loss, positional, ["mask"]):
+        return
+    if model_state is None:
+        raise ValueError(
+            f"{caller}: init got no model_state, but the loss is called as {LOSS_OF_STATE}. Write "
+            "init(params, model_state)."
+        )
+    raise ValueError(
+        f"{caller}: init got a model_state, but the loss is called as {LOSS}. Let it be "
+        f"{LOSS_OF_STATE}, which returns (losses, metrics, model_state)."
+    )
+
+
+def _copy(x: Any) -> jax.Array:
+    """An array that shares no memory with the caller's, which would go when a round is donated."""
+    return jnp.array(x, copy=True)
+
+
+def _settled(state: PyTree) -> PyTree:
+    """A state none of whose arrays is there twice, on all devices of the mesh in scope.
+
+    What is there twice cannot be donated. What is on another device than the state after a round
+    would let a jitted round be compiled twice.
+    """
+    if not _arguments.concrete(state):
+        return state
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # within a function that is traced, where nothing is donated
+        return state
+    devices = set(mesh.devices.flat) if not mesh.empty and jax.process_count() == 1 else None
+    seen: dict[int, jax.Array] = {}
+
+    def own(x: jax.Array) -> jax.Array:
+        if not isinstance(x, jax.Array):
+            return x
+        if id(x) in seen:
+            x = _copy(x)
+        seen[id(x)] = x
+        if devices is not None and x.sharding.device_set != devices:
+            x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        return x
+
+    return jax.tree.map(own, state)
