@@ -256,8 +256,8 @@ MISTAKES = {
         lambda: aggregators.hadamard(aggregators.uniform_quantization),
         TypeError,
         "fax.aggregators.hadamard: transformation is the function "
-        "fax.aggregators.uniform_quantization, expected a fax.aggregators.Transformation. Call "
-        "it: fax.aggregators.uniform_quantization(...).",
+        "fax.aggregators.uniform_quantization, expected a fax.aggregators.Transformation, or a "
+        "chain of them alone. Call it: fax.aggregators.uniform_quantization(...).",
     ),
     "no client at once": (
         lambda: algorithms.fedavg(loss, SGD, clients_at_once=0),
@@ -1010,7 +1010,7 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
         (aggregators.chain(aggregators.median()), "Aggregator(chain)"),
         (aggregators.top_k(3), "Transformation(top_k)"),
         (
-            aggregators.Budget(epsilon=1.0, delta=1e-5, noise_multiplier=20.0, spent=2),
+            aggregators.Budget(1.0, 1e-5, 20.0, record={"a key": 2}),
             "Budget(epsilon=1, delta=1e-05, rounds=28, spent=2)",
         ),
         (MODEL, "Model(init, apply and loss of functional)"),

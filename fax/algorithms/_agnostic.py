@@ -144,7 +144,6 @@ def agnostic_fedavg(
     """
     _arguments.count(WHERE, "num_domains", num_domains)
     _arguments.count(WHERE, "window", window)
-    check_private(WHERE, aggregator, "losses and counts of domains are added up over clients")
     start = _numbers("domain_weights", domain_weights, num_domains, 1 / num_domains)
     counts = _numbers("domain_counts", domain_counts, num_domains, 1.0)
     if _arguments.concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):
@@ -167,6 +166,7 @@ def agnostic_fedavg(
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
     )
+    check_private(WHERE, aggregator, "losses and counts of domains are added up over clients")
 
     def init(params: PyTree, model_state: PyTree = None) -> AgnosticState:
         params, model_state = jax.tree.map(strong, (params, model_state))
