@@ -158,7 +158,7 @@ def _power_below(scale: jax.Array, bits: int) -> jax.Array:
 
 def snapped(x: jax.Array, grid: Grid) -> jax.Array:
     """Values rounded to the grid. To derivatives it is the identity."""
-    unit = grid.unit.astype(x.dtype)
+    unit = jnp.where(grid.scale > 0, grid.unit, 1).astype(x.dtype)
     # Whatever is larger is on the grid, as all of its bits are.
     small = jnp.abs(x) < unit * 2.0 ** jnp.finfo(x.dtype).nmant
     rounded = jnp.where(small, jnp.round(x / unit) * unit, x)

@@ -133,11 +133,12 @@ def gaussian(
     ) -> tuple[PyTree, GaussianState, Metrics]:
         m, bits = expected_clients or len(weights), all_bits(updates)
         own_key, noise = next_release(state.noise, key)
-        if state.norm is None or quantile is None:
+        if quantile is None:
             total, _ = clipped_sum(updates, weights, l2_norm, clip)
             total = noised(total, normal, own_key, noise_multiplier, clip, _keys.Use.UPDATE)
             metrics = {"clients/bits": bits, "clip_norm": jnp.asarray(clip)}
             return divided(total, m, updates), GaussianState(noise, None), metrics
+        assert state.norm is not None
         sigma = m / 20 if count_noise is None else count_noise
         concrete = not any(isinstance(x, jax.core.Tracer) for x in (noise_multiplier, sigma))
         if concrete and sigma <= noise_multiplier / 2:
