@@ -57,9 +57,9 @@ def secure_sum(
 
     This is the arithmetic, not the protocol: the streams' seeds, on which pairs would agree by
     exchanging keys, are drawn from the server's key, and nobody drops out. Weights below zero count
-    as zero, and a client of such a weight sends zeros, whatever it holds. If another client's update
-    or weight is NaN so is the result, for an integer cannot say so. With a total weight of zero it
-    is zero. What is differentiated are integers: derivatives are
+    as zero, and a client of such a weight sends zeros, whatever it holds. If another client's
+    update or weight is NaN so is the result, for an integer cannot say so. With a total weight of
+    zero it is zero. What is differentiated are integers: derivatives are
     zero.
 
     Args:
