@@ -133,7 +133,7 @@ def each(fn: Callable, *args: PyTree) -> Any:
 def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:
     """`each`, where ``fn(update, *args)`` sees zeros in place of updates whose weight is zero.
 
-    What makes updates is differentiated all the same, until a reduction leaves these clients out.
+    This is for values. Derivatives stop where a reduction leaves these clients out.
     """
 
     def own(update: PyTree, weight: jax.Array, *args: PyTree) -> Any:
@@ -150,8 +150,8 @@ def where(flag: jax.Array, values: PyTree) -> PyTree:
 def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
     """The rows of clients whose weight is not zero, and zeros for the others.
 
-    Neither what those hold nor its derivatives, be they NaN, get any further. Gradients keep what
-    makes these rows, however.
+    Neither what those hold nor its derivatives, be they NaN, get any further. In gradients these
+    rows are kept, and not made again; see `each_present`.
     """
     return reductions.masked(rows, weights != 0)
 
@@ -166,8 +166,8 @@ def all_bits(updates: PyTree) -> jax.Array:
 def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """The new rows of clients whose weight is not zero, and the old ones of others, to the bit.
 
-    Derivatives do not reach what made new rows of clients that are left out, be it singular. That
-    is as far as the map goes that makes them; what follows must not become a part of it.
+    Derivatives do not reach what makes new rows of clients that are left out, even if they are
+    singular: the mask is on what a map returns. The barrier keeps the selection out of that map.
     """
     new = lax.optimization_barrier(present_rows(new, weights))
     return each(

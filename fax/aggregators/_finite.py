@@ -11,7 +11,7 @@ import numpy as np
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Metrics, Transformation, each, each_present, where
+from fax.aggregators._aggregator import Metrics, Transformation, each_present, where
 
 PyTree = Any
 
@@ -63,9 +63,11 @@ def non_finite(policy: str = "drop") -> Transformation:
         if policy == "raise":
             jax.debug.callback(_refuse, operators.collect(finite))
             return updates, weights, state, metrics
-        updates, weights = each(
-            lambda good, x, w: where(good, (where(w != 0, x), w)), finite, updates, weights
-        )
+
+        def kept(update: PyTree, finite: jax.Array, weight: jax.Array) -> tuple[PyTree, jax.Array]:
+            return where(finite, (update, weight))
+
+        updates, weights = each_present(kept, updates, weights, finite, weights)
         return updates, weights, state, metrics
 
     return Transformation(lambda params: (), update)

@@ -28,8 +28,8 @@ def leafwise(
     Args:
       caller: the name of the transformation, for messages.
       encode: of floats of at least 32 bits, in units of a power of two in which the largest of a
-        leaf is about 1, so that squares neither overflow nor vanish. To scale is all that these
-        units do. Leaves without numbers are left out, and those with NaN or infinity become NaN.
+        leaf is about 1, so that squares neither overflow nor vanish. Leaves without numbers are
+        left out, and those with NaN or infinity become NaN.
       draws: how many random numbers a leaf takes.
     """
 

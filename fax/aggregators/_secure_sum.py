@@ -14,7 +14,7 @@ import fax._reductions as reductions
 from fax import _arguments
 from fax._keys import Use, derive
 from fax._placement import resolve
-from fax.aggregators._aggregator import Aggregator, Metrics, each, where
+from fax.aggregators._aggregator import Aggregator, Metrics, each, each_present
 from fax.aggregators._leaves import (
     check_floats,
     split,
@@ -58,9 +58,9 @@ def secure_sum(
 
     This is the arithmetic, not the protocol: the streams' seeds, on which pairs would agree by
     exchanging keys, are drawn from the server's key, and nobody drops out. Weights below zero count
-    as zero, and a client of weight zero sends zeros, whatever it holds. If another client's update
-    or weight is NaN so is the result, for an integer cannot say so. With a total weight of zero it
-    is zero. What is differentiated are integers: derivatives are
+    as zero, and a client of such a weight sends zeros, whatever it holds. If another client's
+    update or weight is NaN so is the result, for an integer cannot say so. With a total weight of
+    zero it is zero. What is differentiated are integers: derivatives are
     zero.
 
     Args:
@@ -112,11 +112,9 @@ def secure_sum(
         check_floats("secure_sum", params)
         return ()
 
-    def encode(
-        update: PyTree, weight: jax.Array, counted: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def encode(update: PyTree, weight: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A client's integers, and which part of its update is clipped."""
-        leaves = jax.tree.leaves(where(counted, update))
+        leaves = jax.tree.leaves(update)
         sizes = [x.size for x in leaves]
         share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1)
         whole = _integer(jnp.round(share * limit), limit)
@@ -130,7 +128,7 @@ def secure_sum(
                 rounded = jnp.round(exact)
             integers.append(_integer(rounded, limit))
             outside += jnp.sum(jnp.abs(x) > clip)
-        lost = jnp.stack([jnp.any(jnp.isnan(x)) for x in [*leaves, share]]).any()
+        lost = jnp.stack([jnp.any(jnp.isnan(x)) for x in [*leaves, share]]).any() & ~(share == 0)
         words = [x.reshape(-1).astype(jnp.uint32) for x in (*integers, whole, lost)]
         return jnp.concatenate(words), outside / max(1, sum(sizes))
 
@@ -145,9 +143,8 @@ def secure_sum(
                 f"than 2^32. Expected bits of at most {(_MODULUS // size).bit_length() - 1}."
             )
         mask_key, rounding_key = (derive(key, use) for use in (Use.MASKS, Use.ROUNDING))
-        counted = ~(weights <= 0)  # one of NaN is, and makes the result NaN
         keys = operators.keys(rounding_key)
-        words, outside = each(encode, updates, weights, counted, keys)
+        words, outside = each_present(encode, updates, weights, weights, keys)
         sent = masked(words, mask_key, neighbors)
         # Half of the residues stand for negative numbers.
         total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
@@ -159,7 +156,7 @@ def secure_sum(
         ]
         metrics = {
             "clients/bits": jnp.full(weights.shape, 32 * total.size, jnp.float32),
-            "clipped": reductions.mean(outside, where=counted),
+            "clipped": reductions.mean(outside, where=weights != 0),
         }
         return jax.tree.unflatten(treedef, update), state, metrics
 
