@@ -1,6 +1,6 @@
 """The part of the core benchmark on sums: what their second accumulator costs, and brings.
 
-A sum of more than 16 batches has one, but for arrays of more than 4,096 elements only where
+A sum of more than 16 batches has one, but for arrays of more than 256 elements only where
 there are more than 4,096 batches. By hand it is a `jax.lax.scan` over clients that adds up.
 """
 

@@ -40,12 +40,7 @@ _BATCH_SIZE_ELSEWHERE = 16
 # How many terms, participants or batches, one accumulator adds up.
 _TERMS = 16
 # Arrays of more elements are large, and have a second accumulator for more batches only.
-_LARGE, _MANY_BATCHES = 4096, 4096
-
-# XLA adds up the rows of a batch in a tree, unless they are products, as in a weighted mean, of
-# which it makes a product of matrices. On CPU that adds up many rows one by one, so that sums of
-# 1,000 equal rows are 1e-5 off. Rows of no more elements are added up 16 at a time instead.
-_SMALL_ROW = 256
+_LARGE, _MANY_BATCHES = 256, 4096
 
 
 def batch_size_for(platform: str, asked: int | str | None, size: int) -> int:
@@ -86,9 +81,14 @@ def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
 
 
 def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
-    """Reduces the rows of a batch, on one device."""
+    """Reduces the rows of a batch, on one device.
+
+    XLA adds rows up in a tree, unless they are products, as in a weighted mean, of which it makes
+    a product of matrices. On CPU that adds them up one by one, and sums of 1,000 equal rows are
+    1e-5 off. So small rows are added up 16 at a time; for large ones it would take too long.
+    """
     inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
-    if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= _SMALL_ROW:
+    if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= _LARGE:
         rows = rows.astype(_total_dtype(mode, rows))
         others = rows.ndim - 1
         window, zero = (_TERMS, *[1] * others), np.zeros((), rows.dtype)
@@ -125,16 +125,20 @@ def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _move(due: Any, totals: ByIndex, wholes: ByIndex) -> tuple[ByIndex, ByIndex]:
     """Adds totals to the accumulators behind them if it is due. What does not fit in stays."""
+    moved = {i: _move_one(due, wholes[i], total) for i, total in totals.items()}
+    return {i: lost for i, (_, lost) in moved.items()}, {i: w for i, (w, _) in moved.items()}
 
-    def once(totals, wholes):
-        pairs = {i: _add_exactly(wholes[i], total) for i, total in totals.items()}
-        return {i: lost for i, (_, lost) in pairs.items()}, {i: w for i, (w, _) in pairs.items()}
 
+def _move_one(due: Any, whole: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     if due is True:
-        return once(totals, wholes)
+        return _add_exactly(whole, total)
     # Unlike a branch, a loop that runs once or never works in place.
-    start = due, totals, wholes
-    return lax.while_loop(lambda s: s[0], lambda s: (jnp.zeros_like(due), *once(*s[1:])), start)[1:]
+    start = due, whole, total
+    return lax.while_loop(
+        lambda state: state[0],
+        lambda state: (jnp.zeros_like(due), *_add_exactly(*state[1:])),
+        start,
+    )[1:]
 
 
 def run(
