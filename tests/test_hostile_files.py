@@ -90,7 +90,7 @@ def test_a_header_that_asks_for_all_memory(tmp_path):
 
 def test_streams_one_after_the_other(tmp_path):
     content = fedjax_file(tmp_path / "a.sqlite", CLIENTS).read_bytes()
-    parts = [lzma.compress(content[:1000]), bytes(8), lzma.compress(content[1000:]), bytes(4)]
+    parts = [lzma.compress(content[:1000]), bytes(8), lzma.compress(content[1000:]), bytes(1 << 17)]
     path = tmp_path / "b.sqlite.xz"
     path.write_bytes(b"".join(parts))
     assert same(SQLite(path))

@@ -73,7 +73,9 @@ class Connection(sqlite3.Connection):
         for table in tables:
             for _, column, *_, hidden in self.execute(f"PRAGMA table_xinfo({table})"):
                 if hidden:
-                    raise sqlite3.DatabaseError(f"{table}.{column} is a generated column")
+                    raise sqlite3.DatabaseError(
+                        f"{table}.{column} is a generated column, not one that is stored"
+                    )
 
     def __del__(self) -> None:
         with contextlib.suppress(sqlite3.ProgrammingError):  # it has never been opened
