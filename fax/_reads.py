@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 # A longer look would take as long as a trace.
 _MOST_OBJECTS, _MOST_BYTES = 10_000, 2**20
@@ -111,13 +112,13 @@ class _Snapshot:
             yield from self._of_function(value)
         elif isinstance(value, Reader):
             yield from map(self.of, value.reads())
-        elif callable(value) and type(value).__module__.startswith("jax."):
-            yield self.of(vars(value))  # a function with a rule, as jax.custom_jvp makes it
+        elif isinstance(value, _WITH_RULES):
+            yield self.of(vars(value))
         else:
             raise _UnknownError
 
     def _of_function(self, function: FunctionType) -> Iterator[Hashable]:
-        yield function.__code__
+        yield from (function.__code__, _Same(function.__globals__))
         yield self.of((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
@@ -146,6 +147,7 @@ def _never_changes(value: Any) -> bool:
 
 
 _JITTED = type(jax.jit(lambda: None))
+_WITH_RULES = (jax.custom_jvp, jax.custom_vjp, custom_vmap)
 
 
 def _is_namedtuple(value: Any) -> bool:

@@ -119,6 +119,27 @@ def test_a_map_is_put_together_once_whatever_its_leaves(body, monkeypatch):
     assert 0 < made[2] == made[8]
 
 
+def test_a_client_function_traced_once_and_mapped_twice():
+    @jax.jit
+    def helper(x):
+        return fax.map(lambda row: jnp.sin(row * 2) + fax.program(clients=2)(inner)(row), x)
+
+    def inner(row):
+        return fax.sum(fax.map(jnp.cos, fax.broadcast(row)))
+
+    @fax.program(clients=N)
+    def program(x):
+        return fax.collect(helper(helper(x) * 3) + helper(x))
+
+    def reference(x):
+        def f(x):
+            return jnp.sin(x * 2) + 2 * jnp.cos(x)
+
+        return f(f(x) * 3) + f(x)
+
+    np.testing.assert_allclose(program(X), reference(X), rtol=1e-12)
+
+
 # Eager calls
 
 

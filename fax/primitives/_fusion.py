@@ -145,7 +145,7 @@ class _Program:
         self._maker: dict[Any, _Step] = {}  # by variable or token
         self._places = itertools.count()
         self._token: object | None = None  # of the last effect
-        self._client_functions: set[int] = set()
+        self._inside: set[Var] = set()  # the variables of client functions
 
     def equations(self) -> list[JaxprEqn]:
         """The equations, in an order in which they can be evaluated."""
@@ -161,9 +161,11 @@ class _Program:
     def add_map(self, eqn: JaxprEqn) -> None:
         """Adds a map, merged with those that feed it."""
         jaxpr = eqn.params["jaxpr"]
-        if id(jaxpr.jaxpr) in self._client_functions:  # traced once, mapped twice
+        made = (var for inner in jaxpr.jaxpr.eqns for var in inner.outvars)
+        variables = {*jaxpr.jaxpr.invars, *made}
+        if not variables.isdisjoint(self._inside):  # a client function traced once, mapped twice
             eqn = eqn.replace(params=dict(eqn.params, jaxpr=_jaxpr.renamed(jaxpr)))
-        self._client_functions.add(id(jaxpr.jaxpr))
+        self._inside |= variables
         step = _Map(MapBuilder.of(eqn, self._sender(Placement.of(eqn.params))))
         self._order_effects(step, eqn)
         if not self._merge(step):
