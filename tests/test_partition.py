@@ -288,7 +288,7 @@ def test_an_alpha_of_any_kind_of_scalar():
         (lambda: partition.by_quantity(ARRAYS, 3, alpha=1, seed=[-1]), r"seed is \[-1\]"),
         (lambda: partition.shards(ARRAYS, 3, label=["label"]), "no feature .*'label'.* to go by"),
         *(
-            (make, "arrays: feature 'label' mixes str and bytes")
+            (make, "arrays, feature 'label' mixes str and bytes")
             for labels in (["a", b"a", "b"], np.array(["a", b"a", "b"], object))
             for make in (
                 lambda labels=labels: partition.by_column({"label": labels}, "label"),

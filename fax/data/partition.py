@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fax._arguments import count, flag
-from fax.data._check import checked
+from fax.data._check import checked, seed_of
 from fax.data._memory import InMemory
 from fax.data._owners import by_owner, by_proportions, grouped, within
 from fax.data._protocol import DataError
@@ -328,10 +328,4 @@ def _positive(where: str, name: str, value: Any) -> float:
 
 
 def _generator(where: str, seed: Seed) -> np.random.Generator:
-    try:
-        return np.random.default_rng(seed)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"fax.data.partition.{where}: seed is {seed!r:.80}, expected an int of at least 0 or a "
-            "NumPy generator."
-        ) from error
+    return np.random.default_rng(seed_of(f"fax.data.partition.{where}", seed))
