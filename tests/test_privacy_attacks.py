@@ -397,19 +397,25 @@ REFUSED = {
 }
 # All of what these send is an update, but for the state of a model.
 TAKEN = {
-    "fedavg": lambda a: algorithms.fedavg(loss, SGD, aggregator=a),
-    "fedopt": lambda a: algorithms.fedopt(loss, SGD, SGD, aggregator=a),
-    "fedprox": lambda a: algorithms.fedprox(loss, SGD, mu=0.1, aggregator=a),
-    "reptile": lambda a: algorithms.reptile(loss, SGD, 0.1, aggregator=a),
-    "maml": lambda a: algorithms.maml(loss, 0.1, SGD, aggregator=a),
-    "apfl": lambda a: algorithms.apfl(loss, SGD, num_clients=3, aggregator=a),
-    "hyp_cluster": lambda a: algorithms.hyp_cluster(loss, SGD, num_clusters=2, aggregator=a),
-    "local_sgd": lambda a: algorithms.local_sgd(loss, SGD, aggregator=a, **REPLICAS),
-    "diloco": lambda a: algorithms.diloco(loss, SGD, aggregator=a, **REPLICAS),
-    "streaming_diloco": lambda a: algorithms.streaming_diloco(
+    "fedavg": lambda a, loss=loss: algorithms.fedavg(loss, SGD, aggregator=a),
+    "fedopt": lambda a, loss=loss: algorithms.fedopt(loss, SGD, SGD, aggregator=a),
+    "fedprox": lambda a, loss=loss: algorithms.fedprox(loss, SGD, mu=0.1, aggregator=a),
+    "reptile": lambda a, loss=loss: algorithms.reptile(loss, SGD, 0.1, aggregator=a),
+    "maml": lambda a, loss=loss: algorithms.maml(loss, 0.1, SGD, aggregator=a),
+    "apfl": lambda a, loss=loss: algorithms.apfl(loss, SGD, num_clients=3, aggregator=a),
+    "hyp_cluster": lambda a, loss=loss: algorithms.hyp_cluster(
+        loss, SGD, num_clusters=2, aggregator=a
+    ),
+    "local_sgd": lambda a, loss=loss: algorithms.local_sgd(loss, SGD, aggregator=a, **REPLICAS),
+    "diloco": lambda a, loss=loss: algorithms.diloco(loss, SGD, aggregator=a, **REPLICAS),
+    "streaming_diloco": lambda a, loss=loss: algorithms.streaming_diloco(
         loss, SGD, steps=2, fragments=1, aggregator=a, **REPLICAS
     ),
 }
+
+
+def stateful(params, model_state, batch, key):
+    return loss(params, batch, key), {}, model_state
 
 
 def test_no_algorithm_sends_more_than_a_private_aggregator_sees():
@@ -427,17 +433,18 @@ def test_no_algorithm_sends_more_than_a_private_aggregator_sees():
     for name, make in TAKEN.items():
         start = MODELS if name == "hyp_cluster" else PARAMS
         state, count = {"mean": jnp.zeros(2)}, {"count": jnp.zeros(2, jnp.int32)}
-        make(aggregators.mean()).init(start, state)
-        make(PRIVATE).init(start, count)  # it stays what it is
+        make(aggregators.mean(), stateful).init(start, state)
+        make(PRIVATE, stateful).init(start, count)  # it stays what it is
         with pytest.raises(ValueError, match=r"private, but model_state\['mean'\] is averaged"):
-            make(PRIVATE).init(start, state)
+            make(PRIVATE, stateful).init(start, state)
 
 
 def test_no_transformation_before_noise_has_a_state_of_all():
     algorithm = TAKEN["fedavg"](chain(aggregators.adaptive_clip(), PRIVATE))
     with pytest.raises(ValueError, match="part 0 has a state that all clients share"):
         algorithm.init(PARAMS)
-    TAKEN["fedavg"](chain(aggregators.top_k(1, num_clients=3), PRIVATE)).init(PARAMS)
+    own = aggregators.error_feedback(aggregators.top_k(1), num_clients=3)
+    TAKEN["fedavg"](chain(own, PRIVATE)).init(PARAMS)
 
 
 def test_there_is_noise_where_nobody_takes_part():
