@@ -51,12 +51,12 @@ class Norm(NamedTuple):
 def unit_of(largest: jax.Array) -> Unit:
     """The power of two next to a number that is not negative, from below if it is in range.
 
-    It is 1 for numbers that count as zero, and for NaN.
+    It is 1 for numbers that count as zero, and for NaN. Some room is left at the ends of the range,
+    as compilers multiply units by constants first.
     """
     info = jnp.finfo(largest.dtype)
-    largest = lax.stop_gradient(largest)
-    largest = jnp.where(largest >= info.tiny, jnp.minimum(largest, 1 / info.tiny), 1)
-    bits = _bits(largest)
+    largest, least = lax.stop_gradient(largest), 2**8 * info.tiny
+    bits = _bits(jnp.where(largest >= info.tiny, jnp.clip(largest, least, 1 / least), 1))
     bits = (bits >> info.nmant) << info.nmant
     # The exponents of a power of two and its inverse add up to twice that of 1.
     inverse = 2 * _bits(jnp.ones_like(largest)) - bits
@@ -84,12 +84,12 @@ def l1_norm(update: PyTree) -> Norm:
 def shrunk(update: PyTree, norm: Norm, limit: Any) -> PyTree:
     """An update of this norm, scaled down to the limit if it is above it, in `wide` dtypes.
 
-    Its exact norm is at most the limit, however numbers were rounded on the way: what could be
-    above it is made shorter by what rounding can change. An update that is not finite stays so.
+    Its exact norm is at most the limit, however numbers were rounded on the way: the norm is taken
+    to be as large as rounding may have hidden. An update that is not finite stays so.
     """
-    least = limit * (1 - norm.error)
-    over = norm.size > least * norm.unit.inverse
-    scale = least / jnp.where(over, norm.size, 1)
+    most = norm.size * (1 + norm.error)
+    over = most > limit * norm.unit.inverse
+    scale = limit / jnp.where(over, most, 1)
 
     def one(x: Any) -> jax.Array:
         x = jnp.asarray(x, wide(x))
