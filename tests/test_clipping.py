@@ -89,13 +89,13 @@ def test_no_update_can_pass_a_private_sum(dtype):
         weights = jnp.array([1.0, 5.0, 0.0])
         like = jax.tree.map(jnp.zeros_like, row)
         one = dict(expected_clients=1)
-        ftrl = a.dp_ftrl(limit, 0.0, population=3, separation=1, participations=1, **one)
+        ftrl = a.dp_ftrl(limit, 0.0, population=3, separation=1, participations=1, key=KEY, **one)
         private = {
-            "gaussian": a.gaussian(limit, 0.0, **one),
-            "adaptive": a.gaussian(limit, 0.0, quantile=0.5, count_noise=1.0, **one),
-            "behind non_finite": a.chain(a.non_finite(), a.gaussian(limit, 0.0, **one)),
+            "gaussian": a.gaussian(limit, 0.0, key=KEY, **one),
+            "adaptive": a.gaussian(limit, 0.0, quantile=0.5, count_noise=1.0, key=KEY, **one),
+            "behind non_finite": a.chain(a.non_finite(), a.gaussian(limit, 0.0, key=KEY, **one)),
             "dp_ftrl": ftrl,
-            "laplace": a.laplace(limit, 0.0, **one),
+            "laplace": a.laplace(limit, 0.0, key=KEY, **one),
         }
         return {
             name: aggregator.aggregate(sent, weights, aggregator.init(like), KEY)[0]
@@ -116,8 +116,9 @@ def test_no_update_can_pass_a_private_sum(dtype):
 
 def test_eight_updates_one_of_them_an_attack():
     """The case that was found: 1.25e37 came out."""
-    private = a.gaussian(1.0, 1.0)
-    round = fax.program(clients=8)(lambda u: private.aggregate(u, jnp.ones(8), (), KEY)[0])
+    private = a.gaussian(1.0, 1.0, key=KEY)
+    state = private.init(jnp.zeros(3, jnp.float32))
+    round = fax.program(clients=8)(lambda u: private.aggregate(u, jnp.ones(8), state, KEY)[0])
     quiet = jax.jit(round)(jnp.zeros((8, 3), jnp.float32))
     attack = jax.jit(round)(jnp.zeros((8, 3), jnp.float32).at[3, 1].set(1e38))
     np.testing.assert_allclose(np.linalg.norm(attack - quiet), 1 / 8, rtol=1e-5)
@@ -129,13 +130,13 @@ def test_what_is_not_finite():
     clip = fax.program(clients=4)(lambda u: a.clip_by_norm(1.0).update(u, jnp.ones(4), (), KEY)[0])
     found = np.asarray(jax.jit(clip)(u))
     assert np.isfinite(found).all(1).tolist() == [True, False, False, True]
-    private = a.gaussian(1.0, 0.0, quantile=0.5, count_noise=1e-9)
+    private = a.gaussian(1.0, 0.0, quantile=0.5, count_noise=1e-9, key=KEY)
     round = fax.program(clients=4)(
         lambda u, w: private.aggregate(u, w, private.init(u[0]), KEY)[:2]
     )
     found = jax.jit(round)(u, jnp.ones(4))
     expected = jax.jit(round)(u, jnp.array([1.0, 0.0, 0.0, 1.0]))
-    for x, y in zip(found, expected):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_array_equal(x, y)
         assert np.isfinite(x).all()
 
