@@ -112,6 +112,7 @@ def test_a_layout_over_two_axes_reduces_over_both_at_once(kind):
     assert only.axes == {"pod", "clients"}
 
 
+@pytest.mark.filterwarnings("ignore:A program over clients runs under a mesh of replicas")
 def test_without_the_axis_nothing_is_sent():
     on = mesh(replicas=8)
     with jax.set_mesh(on):

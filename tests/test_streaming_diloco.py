@@ -60,7 +60,8 @@ def run(algorithm, rounds, state=None):
 
 def numpy_e3m0(x):
     """The nearest of ±s {0, 2^-6, ..., 1}, by looking at all of them."""
-    scale = np.float32(np.abs(x).max()).astype(x.dtype)
+    fraction, exponent = np.frexp(np.abs(x).max())  # the scale has float32's precision
+    scale = np.ldexp(x.dtype.type(np.float32(fraction)), exponent)
     levels = np.array([0, *2.0 ** np.arange(-6, 1)]) * scale
     distance = np.abs(np.abs(x)[..., None] - levels)
     nearest = levels.size - 1 - distance[..., ::-1].argmin(-1)  # of two, the larger
