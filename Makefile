@@ -1,7 +1,8 @@
 # Every target sets up what it needs in a virtual environment of its own.
 #
 #   make quickstart   train a federated model on real data
-#   make test         run all tests
+#   make test         run the tests, of products of cases a part that has every pair
+#   make test-all     run every case of every test
 #   make check        lint, format and types
 #   make docs         build the documentation
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
@@ -20,13 +21,16 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test check docs bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart test test-all check docs bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
 
 test: $(VENV)/test.$(WITH)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: $(VENV)/test.$(WITH)
+	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
 check: $(VENV)/test.$(WITH)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}".strip()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import scripts  # noqa: E402
+import subsets  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,27 +27,35 @@ def run(tmp_path):
 # What is written with operators and exported names alone, so that a version of JAX that breaks it
 # breaks tests of the core, too.
 ABOVE_THE_CORE = (
-    *("absent_clients", "algorithms_personal", "client_store", "cohorts", "compression"),
-    *("control_variates", "clipping", "error_feedback"),
-    *("diloco", "fedavg", "fedopt", "maml", "metrics", "models", "papa", "privacy", "robust"),
-    *("row_file", "secure_sum", "streaming_diloco"),
+    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
+    *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "init"),
+    *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
+    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco"),
 )
 ON_THE_NEWEST = ("docs", "examples_algorithms", "examples_diloco", "examples_privacy")
+# Of the cases of a test above the core, an older JAX gets one in so many.
+ONE_IN = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run every case of every test")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of the whole suite, an older JAX gets every other case of the tests above the core."""
-    if jax.__version_info__ >= (0, 12) or config.args != config.getini("testpaths"):
+    """Chooses cases where all tests run: pairs of parameters, and on an older JAX fewer."""
+    if config.option.all or config.args != config.getini("testpaths"):
         return
-    kept, left_out, cases = [], [], collections.Counter()
+    older, left_out = jax.__version_info__ < (0, 12), []
+    by_test = collections.defaultdict(list)
     for item in items:
-        name, keep = item.path.stem.removeprefix("test_"), True
-        if name in ON_THE_NEWEST:
-            keep = False
-        elif name in ABOVE_THE_CORE and hasattr(item, "callspec"):
-            test = name, item.originalname
-            keep = cases[test] % 2 == 0
-            cases[test] += 1
-        (kept if keep else left_out).append(item)
+        by_test[item.path.stem.removeprefix("test_"), item.originalname].append(item)
+    for (name, _), own in by_test.items():
+        cases = [item.callspec.params if hasattr(item, "callspec") else {} for item in own]
+        keep = subsets.pairwise(cases)
+        if older and name in ON_THE_NEWEST:
+            keep = [False] * len(own)
+        elif older and name in ABOVE_THE_CORE:
+            keep = [number % ONE_IN == 0 for number in range(len(own))]
+        left_out += [item for item, kept in zip(own, keep, strict=True) if not kept]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    items[:] = [item for item in items if item not in set(left_out)]

@@ -4,8 +4,8 @@ What a transformed program must give follows from the values and the derivatives
 reference, taken in forward mode alone, and from the chain rule in NumPy. So no rule of fax's,
 and no reverse mode, is on both sides of a comparison.
 
-The newest JAX gets the full product; an older one gets a subset in which every pair of case,
-transformation and batch size comes up. Users compute in float32 mostly, so every case also goes
+`make test` runs a part in which every pair of case, transformation and batch size comes up, and
+`make test-all` the full product. Users compute in float32 mostly, so every case also goes
 through a few transformations without float64.
 """
 
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -424,41 +424,18 @@ def export(s: Subject) -> None:
 
 # The product
 
-Choice = tuple[int, int, int]  # of a case, a transformation and a batch size
+IN_CASES = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+IN_BATCHES = pytest.mark.parametrize("batch_size", BATCH_SIZES)
 
 
-def full() -> list[Choice]:
-    sizes = len(CASES), len(TRANSFORMATIONS), len(BATCH_SIZES)
-    return list(itertools.product(*map(range, sizes)))
+def transformed(names: Sequence[str]) -> pytest.MarkDecorator:
+    checks = [pytest.param(*checks, id=name) for name, *checks in TRANSFORMATIONS if name in names]
+    return pytest.mark.parametrize(("mode", "check"), checks)
 
 
-def pairwise() -> list[Choice]:
-    """Batch sizes take turns along cases and transformations, so that every pair comes up."""
-    return [(c, t, b) for c, t, b in full() if (c + t) % len(BATCH_SIZES) == b]
-
-
-CHOSEN = full() if jax.__version_info__ >= (0, 12) else pairwise()
-
-
-def test_pairwise_subset_covers_every_pair():
-    for left, right in itertools.combinations(range(3), 2):
-        pairs = {(choice[left], choice[right]) for choice in full()}
-        assert {(choice[left], choice[right]) for choice in pairwise()} == pairs
-
-
-def parameters(chosen: list[Choice]) -> list[Any]:
-    return [
-        pytest.param(
-            CASES[c],
-            *TRANSFORMATIONS[t][1:],
-            BATCH_SIZES[b],
-            id=f"{CASES[c].name}-{TRANSFORMATIONS[t][0]}-{BATCH_SIZES[b]}",
-        )
-        for c, t, b in chosen
-    ]
-
-
-@pytest.mark.parametrize(("case", "mode", "check", "batch_size"), parameters(CHOSEN))
+@IN_BATCHES
+@transformed([name for name, *_ in TRANSFORMATIONS])
+@IN_CASES
 def test_transformation(case, mode, check, batch_size):
     """A transformed program gives what the transformed reference means, or JAX's refusal."""
     subject = Subject(case, batch_size, case.program(batch_size))
@@ -470,9 +447,6 @@ def test_transformation(case, mode, check, batch_size):
         check(subject)
 
 
-SHORT = ("eager", "grad", "jvp", "vmap")
-
-
 @functools.cache
 def in_float32(case: Case) -> Case:
     def short(x):
@@ -481,10 +455,9 @@ def in_float32(case: Case) -> Case:
     return dataclasses.replace(case, args=jax.tree.map(short, case.args))
 
 
-@pytest.mark.parametrize(
-    ("case", "mode", "check", "batch_size"),
-    parameters([choice for choice in pairwise() if TRANSFORMATIONS[choice[1]][0] in SHORT]),
-)
+@IN_BATCHES
+@transformed(["eager", "grad", "jvp", "vmap"])
+@IN_CASES
 def test_in_float32(case, mode, check, batch_size):
     with jax.enable_x64(False):
         test_transformation(in_float32(case), mode, check, batch_size)
