@@ -157,13 +157,14 @@ def _jet(operands: Sequence[Any], terms: Sequence[Any], **params: Any) -> tuple[
     ]
     for k, (out, waits) in enumerate(zip(this.outputs, late, strict=True)):
         if waits:
-            mask = () if out.mask is None else (next(outs),)
+            mask = None if out.mask is None else next(outs)
             results[k], series[k] = _reduce_late(out.mode, results[k], series[k], mask, this.group)
     return results, series
 
 
 def _reduce_late(mode, rows, series, mask, group):
-    reduced = [reduce_late(mode, rows, term, mask, group) for term in series]
+    order = len(series)
+    reduced = reduce_late([mode] * order, [rows] * order, series, [mask] * order, group)
     return reduced[0][0], [term for _, term in reduced]
 
 
@@ -173,7 +174,7 @@ def _jet_linear(primitive, operands, terms, **params):
 
 
 def _jet_extremum(mode, operands, terms, **params):
-    return _reduce_late(mode, operands[0], terms[0], (), Placement.of(params))
+    return _reduce_late(mode, operands[0], terms[0], None, Placement.of(params))
 
 
 _compat.register_error_check(federated_map_p, _check)
