@@ -203,7 +203,7 @@ class MapBuilder:
     def _silent(self, other: MapBuilder, fed: Mapping[Var, Contribution]) -> Atom | None:
         """A mask for the results of a map that is linear in tangents which are all masked.
 
-        Where these are zero so are its results, be its derivatives infinite.
+        Where these are zero so are its results, even where its derivatives are infinite.
         """
         if all(part.mask is None for part in fed.values()):
             return None

@@ -16,7 +16,7 @@ transposition makes server inputs out of sums and sums out of server inputs.
 
 An output may be masked. The client function then computes a bool as well, and an output
 whose bool is false does not count: its row is zero, a reduction passes over it, and so do
-tangents and cotangents on both sides of the client function's derivative, be it infinite.
+tangents and cotangents on both sides of the client function's derivative, even if it is infinite.
 """
 
 from __future__ import annotations

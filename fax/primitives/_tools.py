@@ -88,7 +88,8 @@ def _of_first(errors: checkify.Error, group: Placement) -> checkify.Error:
 
 # Random keys
 #
-# A key that a client function uses up is used up, be it a participant's own or the server's.
+# A key that a client function uses up is used up, whether it is a participant's own or the
+# server's.
 # In the latter case all draw the same; that is a choice, as under `jax.vmap`, and no mistake.
 
 
