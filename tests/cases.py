@@ -180,7 +180,7 @@ def closures(fmap):
     """A client closes over a constant and, for a derivative, over a tracer."""
 
     def outer(scale, data):
-        table = jnp.asarray(TABLE)
+        table = jnp.asarray(TABLE, float)
 
         @fax.program(clients=N)
         def program(data):
