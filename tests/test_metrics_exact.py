@@ -13,15 +13,16 @@ SIZES = [30_000, 1, 7, 169_992]  # of clients
 OFTEN = sum(SIZES)
 
 
+def apply(params, batch):
+    return floats(batch["scores"]) if "scores" in batch else batch["x"]
+
+
 def evaluations(arrays, sizes, metrics, batch_size):
     """Metrics of everybody, of each client, and of each client with a model of its own."""
     ends = np.cumsum(sizes)[:-1]
     parts = {name: np.split(x, ends) for name, x in arrays.items()}
     clients = {str(i): {name: p[i] for name, p in parts.items()} for i in range(len(sizes))}
     data, own = fax.data.InMemory(clients), np.zeros(len(sizes), np.float32)
-
-    def apply(params, batch):
-        return floats(batch["scores"]) if "scores" in batch else batch["x"]
 
     with jax.enable_x64(False):
         yield fm.evaluate(apply, own[0], data, metrics, batch_size=batch_size)
@@ -49,13 +50,14 @@ TERMS = {
     "far apart": lambda x: (x % 4096).astype("float32") * x.astype("float32"),
 }
 
+SUMS = {name: lambda batch, _, of=of: fm.Sum(of(batch["x"])) for name, of in TERMS.items()}
+
 
 @pytest.mark.parametrize("batch_size", [1000, OFTEN])
 def test_sums_are_those_of_64_bits(batch_size):
     x = np.random.default_rng(0).integers(0, 2**31, OFTEN, np.int32)
     x[:2] = 2**31 - 1, 0
-    metrics = {name: lambda b, _, of=of: fm.Sum(of(b["x"])) for name, of in TERMS.items()}
-    whole, each, personal = evaluations({"x": x}, SIZES, metrics, batch_size)
+    whole, each, personal = evaluations({"x": x}, SIZES, SUMS, batch_size)
     for name, of in TERMS.items():
         terms = of(x)
         exact = terms.dtype.kind in "biu"
