@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import os
 
 # Tests compile much and compute little. XLA's own passes stay on, and with them what tests assert
@@ -30,11 +31,11 @@ ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "init"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco"),
+    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
-ON_THE_NEWEST = ("docs", "examples_algorithms", "examples_diloco", "examples_privacy")
-# Of the cases of a test above the core, an older JAX gets one in so many.
-ONE_IN = 3
+ON_THE_NEWEST = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
+# An older JAX gets one in so many of a file's tests above the core, and of a test's cases below.
+ABOVE_ONE_IN, BELOW_ONE_IN = 3, 2
 
 
 def pytest_addoption(parser):
@@ -49,13 +50,18 @@ def pytest_collection_modifyitems(config, items):
     by_test = collections.defaultdict(list)
     for item in items:
         by_test[item.path.stem.removeprefix("test_"), item.originalname].append(item)
+    so_far: dict[str, int] = collections.Counter()
     for (name, _), own in by_test.items():
         cases = [item.callspec.params if hasattr(item, "callspec") else {} for item in own]
         keep = subsets.pairwise(cases)
         if older and name in ON_THE_NEWEST:
             keep = [False] * len(own)
         elif older and name in ABOVE_THE_CORE:
-            keep = [number % ONE_IN == 0 for number in range(len(own))]
+            keep = [(so_far[name] + number) % ABOVE_ONE_IN == 0 for number in range(len(own))]
+        elif older:
+            chosen = itertools.count()
+            keep = [kept and next(chosen) % BELOW_ONE_IN == 0 for kept in keep]
+        so_far[name] += len(own)
         left_out += [item for item, kept in zip(own, keep, strict=True) if not kept]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
