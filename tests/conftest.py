@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
     """Chooses cases where all tests run: pairs of parameters, and on an older JAX fewer."""
     if config.option.all or config.args != config.getini("testpaths"):
         return
-    older, left_out = jax.__version_info__ < (0, 12), []
+    older, left_out = jax.__version_info__ < (0, 12), set()
     by_test = collections.defaultdict(list)
     for item in items:
         by_test[item.path.stem.removeprefix("test_"), item.originalname].append(item)
@@ -62,6 +62,6 @@ def pytest_collection_modifyitems(config, items):
             chosen = itertools.count()
             keep = [kept and next(chosen) % BELOW_ONE_IN == 0 for kept in keep]
         so_far[name] += len(own)
-        left_out += [item for item, kept in zip(own, keep, strict=True) if not kept]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+        left_out.update(item for item, kept in zip(own, keep, strict=True) if not kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
