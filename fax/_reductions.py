@@ -36,7 +36,7 @@ def sum(x: PyTree, where: jax.Array | None = None, *, placement: str | None = No
       as `jnp.sum` does; floats shorter than float32 are added in float32 and cast last.
 
       However many participants there are, and whatever the batch size, a float32 sum is at most
-      1e-6 sum_i |x[i]| off; of a leaf of more than 256 elements it may be 1e-4 of it, if all
+      ``1e-6 sum_i |x[i]|`` off; of a leaf of more than 256 elements it may be 1e-4 of it, if all
       rows are equal. ``docs/how_it_works.md`` says when.
 
     Raises:
