@@ -112,7 +112,7 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
         with take_current_trace() as current:
             if is_jet(current):  # which fails in rules of custom derivatives, as means have them
                 run = functools.partial(_jaxpr.evaluate_in_steps, traced.jaxpr, plain=True)
-    _warn_of_idle_mesh(declared, operands, traced.jaxpr)
+    _warn_of_idle_mesh(declared, operands, traced)
     outs = iter(watch_program(run, traced.jaxpr, [*traced.captured, *operands]))
     results = [next(outs) if leaf is _TRACED else leaf for leaf in traced.results]
     return tree_unflatten(traced.out_tree, results)
@@ -137,6 +137,11 @@ class _Trace:
     @functools.cached_property
     def structure(self) -> Structure:
         return Structure(self.jaxpr)
+
+    @functools.cached_property
+    def has_shardings(self) -> bool:
+        """Whether something in it says how it is to be sharded."""
+        return _has_shardings(self.jaxpr.jaxpr)
 
 
 def _trace(
@@ -262,7 +267,7 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
 _idle: set[Any] = set()
 
 
-def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], jaxpr: ClosedJaxpr) -> None:
+def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], traced: _Trace) -> None:
     """Without an axis for its participants, all devices of a mesh do the same work.
 
     Unless the participants' functions use them, as far as that can be seen, or whoever calls the
@@ -276,7 +281,7 @@ def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], jaxpr: ClosedJa
         return
     names = [p.name for p in declared]
     key = (*mesh.shape.items(), *names)
-    if key in _idle or any(map(_is_sharded, operands)) or _has_shardings(jaxpr.jaxpr):
+    if key in _idle or any(map(_is_sharded, operands)) or traced.has_shardings:
         return
     _idle.add(key)
     axes = ", ".join(f"{axis}={mesh.shape[axis]}" for axis in free)
@@ -299,7 +304,6 @@ def _is_sharded(x: Any) -> bool:
 
 
 def _has_shardings(jaxpr: Jaxpr) -> bool:
-    """Whether something in a jaxpr says how it is to be sharded."""
     return any(
         eqn.primitive.name in ("sharding_constraint", "shard_map", "reshard")
         or any(map(_has_shardings, jaxprs_in_params(eqn.params)))
