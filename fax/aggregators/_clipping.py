@@ -73,10 +73,10 @@ def adaptive_clip(
         C' = C exp(-η (b - γ)),
 
     so that C settles where a share γ of the clients is below it, even if it starts orders of
-    magnitude away. Only clients whose weight is not zero are counted, each once, and if there is none C
-    stays what it is; weights are left as they are. C stays a normal number of its dtype, however
-    long all updates are zero, and so can grow again. This one sees b as it is. What is private
-    needs noise on it: see ``quantile`` of `gaussian`.
+    magnitude away. Only clients whose weight is not zero are counted, each once, and if there is
+    none C stays what it is; weights are left as they are. C stays a normal number of its dtype,
+    however long all updates are zero, and so can grow again. This one sees b as it is. What is
+    private needs noise on it: see ``quantile`` of `gaussian`.
 
     Args:
       quantile: γ, between 0 and 1.
