@@ -153,7 +153,7 @@ class Watch:
         """Reads what a process says. Returns whether it has ended as it should."""
         peer = self._peers[number]
         for message in peer.take():
-            if "gone" in message:
+            if "gone" in message and not self._leaving:  # process 0 passes our own news on to us
                 self._end(printable(message["gone"], 1000))
             if "silent" in message:
                 self._told_silent = [printable(name) for name in message["silent"]]
