@@ -21,7 +21,15 @@ from fax.algorithms._checks import (
     check_private,
     guarded,
 )
-from fax.algorithms._clients import apart, closed, gather_rows, opened, scatter_rows, together, without_rows
+from fax.algorithms._clients import (
+    apart,
+    closed,
+    gather_rows,
+    opened,
+    scatter_rows,
+    together,
+    without_rows,
+)
 from fax.algorithms._local import Trained
 from fax.algorithms._metrics import report
 from fax.data import Client, Cohort
