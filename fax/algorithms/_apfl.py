@@ -153,6 +153,7 @@ def apfl(
         def mixture(own: Personal) -> PyTree:
             return _mixture(_local_model(own, state.params), own.alpha, state.params)
 
+        assert state.clients is not None
         return jax.vmap(mixture)(state.clients.rows)
 
     return federated(

@@ -104,7 +104,7 @@ def check_state(caller: str, function: str, kind: type, state: Any) -> None:
 
 def check_like(what: str, new: PyTree, like: PyTree) -> None:
     """Checks that a pytree has the structure, shapes and dtypes of another."""
-    structures = [jax.tree.structure(x) for x in (new, like)]
+    structures: Any = [jax.tree.structure(x) for x in (new, like)]
     if structures[0] != structures[1]:
         raise ValueError(f"{what} is {structures[0]}, expected {structures[1]}.")
     for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):

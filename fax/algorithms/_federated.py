@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +90,7 @@ class ClientResult(NamedTuple):
     """
 
     update: PyTree
-    metrics: dict[str, Statistic | jax.Array]
+    metrics: Mapping[str, Statistic | jax.Array]
     model_state: PyTree = None
     weight: Any = None
     own: PyTree = None
@@ -213,14 +213,16 @@ def federated(
         check_averaged_state(name, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         own = None if aggregator is None else aggregator.init(params)
-        of_server, rows = kept(params)
-        if client_state is not None:
-            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), rows))
+        of_server, row = kept(params)
+        rows = None
+        if num_clients is not None and client_state is not None:
+            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
         return State(params, server_optimizer.init(params), model_state, own, of_server, rows)
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
-        before = [state.server, None if state.clients is None else state.clients.rows]
-        if jax.tree.structure(jax.eval_shape(kept, state.params)) != jax.tree.structure(before):
+        expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
+        rows = None if state.clients is None else state.clients.rows
+        if expected != jax.tree.structure([state.server, rows]):
             raise ValueError(
                 f"{name}: round got the State of another algorithm, or one without the rows of "
                 "clients, expected the State that init(params) or the last round returned."
