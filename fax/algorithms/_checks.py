@@ -106,13 +106,18 @@ def check_like(what: str, new: PyTree, like: PyTree) -> None:
     """Checks that a pytree has the structure, shapes and dtypes of another."""
     structures: Any = [jax.tree.structure(x) for x in (new, like)]
     if structures[0] != structures[1]:
-        raise ValueError(f"{what} is {structures[0]}, expected {structures[1]}.")
+        raise ValueError(f"{what} is {_shape(new)}, expected {_shape(like)}.")
     for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):
         found, expected = (jax.typeof(jnp.asarray(own)) for own in (x, y))
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise ValueError(
                 f"{what}{keystr(path)} is {found.str_short()}, expected {expected.str_short()}."
             )
+
+
+def _shape(tree: PyTree) -> str:
+    """The structure of a pytree, in a message: ``{'w': *, 'b': *}``."""
+    return str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")[:200]
 
 
 def check_private(

@@ -199,6 +199,7 @@ def federated(
       >>> print(state.params, state.clients.rows)
       0.905 [ 0.   -0.19]
     """
+    _arguments.function(name, "client", client, {3: "client(server, own, data)"})
     if client_state is not None:
         num_clients = _arguments.count(name, "num_clients", num_clients)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
@@ -218,6 +219,20 @@ def federated(
         if num_clients is not None and client_state is not None:
             rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
         return State(params, server_optimizer.init(params), model_state, own, of_server, rows)
+
+    def checked_client(sent: Server, own: PyTree, data: Client) -> ClientResult:
+        result = client(sent, own, data)
+        if not isinstance(result, ClientResult):
+            raise ValueError(
+                f"{name}: client returned {_arguments.shown(result)}, expected a "
+                "fax.algorithms.ClientResult."
+            )
+        check_like(f"{name}: the own of client's result", result.own, own)
+        if result.model_state is not None or server is None:
+            check_like(
+                f"{name}: the model_state of client's result", result.model_state, sent.model_state
+            )
+        return result
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
         expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
@@ -248,19 +263,12 @@ def federated(
             if first is not None:
                 answers = each(first, sent)
                 sent = sent._replace(first=fax.mean(answers, weights=cohort.num_examples))
-            results = each(client, sent)
+            results = each(checked_client, sent)
             if first is not None or results.extra is not None:
                 check_private(name, aggregator, "clients send more than updates to the server")
             update, aggregated, more = aggregate(
                 aggregator, results.update, state.aggregator, cohort, results.weight
             )
-
-            check_like(f"{name}: own, which client returns,", results.own, own)
-            if server is None and results.model_state is None and state.model_state is not None:
-                raise ValueError(
-                    f"{name}: client returned no model_state, but the model has one. Return that "
-                    "of the client's local_steps."
-                )
 
             def step(update: PyTree) -> State:
                 check_like(f"{name}: the update", update, state.params)
