@@ -24,8 +24,8 @@ from flax import nnx
 from jax import lax
 
 import fax
-from fax.primitives import _convolutions
-from fax.primitives._matmul_convolution import Convolution, Way, best_way, convolve
+from fax.lowering.convolutions import _rewrite, rewrite
+from fax.lowering.convolutions._matmul import Convolution, Way, best_way, convolve
 
 PyTree = Any
 
@@ -114,7 +114,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
     ways: dict[str, Callable] = {
         "XLA": stock,
-        "channels last": functools.partial(_convolutions._channels_last, eqn.params, out),
+        "channels last": functools.partial(_rewrite._channels_last, eqn.params, out),
     }
     for form in FORMS:
         slices = math.prod(conv.positions if form == "positions" else conv.window)
@@ -125,7 +125,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
     def jaxpr_of_auto():
         jaxpr = jax.make_jaxpr(stock)(lhs, rhs)
-        return _convolutions.rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, spread=False)
+        return rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, sharded=False)
 
     chosen = jax.extend.core.jaxpr_as_fun(jaxpr_of_auto())
     ways["auto"] = lambda x, w: chosen(x, w)[0]

@@ -13,6 +13,7 @@ JAX primitive, so the program can be jitted, differentiated, vectorised and insp
 
 from fax import aggregators as aggregators
 from fax import data as data
+from fax import lowering as _lowering  # noqa: F401  (says how maps are compiled)
 from fax import metrics as metrics
 from fax import sharding as sharding
 from fax._operators import broadcast as broadcast

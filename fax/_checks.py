@@ -15,12 +15,8 @@ from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax import _arguments
 from fax._placement import Placement, PlacementError
-from fax.primitives._convolutions import SETTINGS
-from fax.sharding._schedule import ALL_AT_ONCE
+from fax.primitives._round import CONVOLUTIONS, Vectorize
 from fax.sharding._types import as_placed
-
-# The batch size of fax's own maps that run at that of the map before them; not for users.
-OF_ITS_MAKER: Any = object()
 
 
 def is_array(leaf: Any) -> bool:
@@ -121,10 +117,10 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
     )
 
 
-def vectorize(value: Any, here: Placement) -> int | str | None:
-    """Checks how many participants to work on at once."""
-    if value is None or value is OF_ITS_MAKER:
-        return None if value is None else ALL_AT_ONCE
+def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
+    """Checks how many participants to work on at once. Only fax itself passes a `Vectorize`."""
+    if value is None or isinstance(value, Vectorize):
+        return value
     expected = (
         "a positive int, the number of participants that a device works on at once, or None to "
         "leave it to fax"
@@ -135,7 +131,7 @@ def vectorize(value: Any, here: Placement) -> int | str | None:
 
 def convolutions(value: Any) -> str:
     """Checks how convolutions are to be computed."""
-    if isinstance(value, str) and value in SETTINGS:
+    if isinstance(value, str) and value in CONVOLUTIONS:
         return value
     raise PlacementError(
         f"fax.map: convolutions is {value!r}, expected 'auto', which takes what is fastest, 'xla', "

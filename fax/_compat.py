@@ -17,7 +17,7 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 from jax.interpreters import partial_eval as pe
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 
 # Equations
 
@@ -83,11 +83,63 @@ def sharding_asked_for(eqn: JaxprEqn) -> NamedSharding | None:
 
 def has_sharding(eqn: JaxprEqn) -> bool:
     """Whether an equation says how values are to be sharded."""
-    return sharding_asked_for(eqn) is not None or eqn.primitive.name == Named.SHARD_MAP
+    return eqn.primitive.name in (p.sharding_constraint_p.name, Named.RESHARD, Named.SHARD_MAP)
 
 
-def is_sharding_of_type(eqn: JaxprEqn, name: str) -> bool:
-    ...
+def without_varying(eqn: JaxprEqn, axes: frozenset[str]) -> JaxprEqn | None:
+    """An equation as it is where nobody checks what varies over some manual axes.
+
+    That is in a `jax.shard_map` with ``check_vma=False``. None if it only passes its operand on.
+    """
+    if eqn.primitive.name == Named.PVARY:
+        left = tuple(axis for axis in eqn.params["axes"] if axis not in axes)
+        return eqn.replace(params=dict(axes=left)) if left else None
+    if eqn.primitive.name == Named.PSUM_INVARIANT and axes.issuperset(eqn.params["axes"]):
+        params = dict(axes=eqn.params["axes"], axis_index_groups=None)
+        return eqn.replace(primitive=p.psum_p, params=params)
+    return eqn
+
+
+def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
+    """A type that does not say whether values vary over manual axes, or over some of them."""
+    known = aval.manual_axis_type
+    left = {
+        kind: frozenset() if axes is None else getattr(known, kind).difference(axes)
+        for kind in ("varying", "unreduced", "reduced")
+    }
+    return aval.update(manual_axis_type=known.update(**left))
+
+
+def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:
+    """Parameters of an equation where some axes are manual, which a `jax.shard_map` makes so."""
+    axes = params.get("newly_manual_axes")
+    return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
+
+
+def is_named_axis(effect: Any) -> bool:
+    """Whether an effect only says that the name of an axis is used."""
+    return type(effect).__name__ == "NamedAxisEffect"
+
+
+# Rules of primitives
+
+
+def register_dead_code(
+    primitive: Primitive,
+    rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
+) -> None:
+    """Lets JAX leave out results of a primitive that nobody uses.
+
+    Args:
+      primitive: the primitive.
+      rule: takes which results are used, and the equation, and returns which operands are, and
+        what is left of the equation.
+    """
+
+    def with_equation_last(used: list[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
+        return rule(used, rest[-1])  # JAX 0.12 says before it which operands are alive
+
+    pe.dce_rules[primitive] = with_equation_last
 
 
 def register_lowering_of_jaxprs(

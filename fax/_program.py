@@ -13,12 +13,12 @@ import numpy as np
 from jax.api_util import debug_info
 from jax.core import eval_context
 from jax.extend import linear_util as lu
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params, take_current_trace
+from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
-from fax._compat import is_jet
+from fax._compat import has_sharding, is_jet
 from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
@@ -141,7 +141,7 @@ class _Trace:
     @functools.cached_property
     def has_shardings(self) -> bool:
         """Whether something in it says how it is to be sharded."""
-        return _has_shardings(self.jaxpr.jaxpr)
+        return _jaxpr.any_equation(self.jaxpr, has_sharding)
 
 
 def _trace(
@@ -300,14 +300,6 @@ def _is_sharded(x: Any) -> bool:
     return any(
         isinstance(s, NamedSharding) and any(_as_tuple(entry) != (None,) for entry in s.spec)
         for s in shardings
-    )
-
-
-def _has_shardings(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in ("sharding_constraint", "shard_map", "reshard")
-        or any(map(_has_shardings, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
     )
 
 

@@ -14,10 +14,10 @@ from jax.extend.core import Primitive
 from jax.tree_util import tree_unflatten
 
 from fax import _checks
+from fax._arithmetic import accumulator_dtype
 from fax._placement import Placement, resolve
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import PLACED, Out, rowwise
-from fax.sharding._schedule import accumulator_dtype
 
 PyTree = Any
 

@@ -14,7 +14,7 @@ from jax import lax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments, _keys
-from fax._checks import OF_ITS_MAKER
+from fax.primitives._round import Vectorize
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -122,12 +122,12 @@ def mean() -> Aggregator:
 
 
 def each(fn: Callable, *args: PyTree) -> Any:
-    """`fax.map` at the batch size of the map that makes the arguments, so that the two fuse.
+    """`fax.map` for as many at once as the map that makes the arguments, so that the two fuse.
 
     So updates are encoded as clients finish, and where a mean follows they never exist together.
     In gradients they are made again if the clients' function is under `jax.checkpoint`.
     """
-    return operators.map(fn, *args, vectorize=OF_ITS_MAKER)
+    return operators.map(fn, *args, vectorize=cast(Any, Vectorize.INHERITED))
 
 
 def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:

@@ -16,16 +16,13 @@ from jax.api_util import debug_info
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
-from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
+from jax.extend.core.primitives import jit_p, remat_p
 from jax.interpreters import partial_eval as pe
 
 from fax import _compat
 
 Atom: TypeAlias = Any  # a Var or a Literal
 AnyJaxpr = TypeVar("AnyJaxpr", bound=ClosedJaxpr | Jaxpr)
-
-# What only calls a jaxpr where nothing is differentiated, and the parameter that it is in.
-CALLS = {jit_p: "jaxpr", custom_jvp_call_p: "call_jaxpr", custom_vjp_call_p: "call_jaxpr"}
 
 
 def trace(
@@ -146,7 +143,8 @@ def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """What an equation calls, if it does nothing else."""
     if eqn.primitive is remat_p:
         return ClosedJaxpr(eqn.params["jaxpr"], [])
-    return eqn.params[CALLS[eqn.primitive]] if eqn.primitive in CALLS else None
+    name = _compat.CALLS.get(eqn.primitive)
+    return None if name is None else eqn.params[name]
 
 
 def opened(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
@@ -183,7 +181,7 @@ def map_leaves(fn: Callable[[Any], Any], param: Any) -> Any:
     return fn(param)
 
 
-def map_jaxprs(fn: Callable[[AnyJaxpr], AnyJaxpr], eqn: JaxprEqn) -> JaxprEqn:
+def map_jaxprs(fn: Callable[[Any], Any], eqn: JaxprEqn) -> JaxprEqn:
     """An equation with a function applied to the jaxprs in its parameters."""
 
     def apply(leaf: Any) -> Any:
@@ -329,7 +327,7 @@ def inline_jit(
 
     if not any(map(is_wanted, jaxpr.jaxpr.eqns)):
         return jaxpr, []
-    flat = rewrite(jaxpr.jaxpr, replace)
+    flat = rewrite(jaxpr, replace).jaxpr
     invars = [*(var for var, _ in consts), *flat.invars]
     return rebuild(jaxpr, invars, flat.outvars, flat.eqns), [value for _, value in consts]
 

@@ -26,9 +26,9 @@ from fax.primitives._round import (
     SERVER,
     Contribution,
     Round,
+    expand,
     federated_map_p,
     pick,
-    scatter,
 )
 
 
@@ -95,7 +95,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     # The rest takes residuals first, and computes the masks anew.
     inner = cut.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
-    outvars = [*scatter(late, inner.outvars), *masks]
+    outvars = [*expand(late, inner.outvars), *masks]
     inputs = [PLACED] * len(cut.forwarded) + pick(unknown, this.inputs)
     parts = pick(late, this.contributions(outvars))
     rest, used = this.assemble(inputs, inner.invars, parts, inner.eqns).keep([True] * len(parts))
@@ -107,7 +107,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     mask, extra = either(
         [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
     )
-    residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
+    residuals = pick(computed, expand((f is None for f in cut.forwarded), residuals))
     parts = known_round.contributions()
     values = len(parts)
     parts += [Contribution(residual, "placed", mask) for residual in residuals]
@@ -181,8 +181,8 @@ def _known_round(
     early = [not u for u in cut.unknown_out[:count]]
     known_masks = [not u for u in cut.unknown_out[count : count + this.mask_count]]
     values, masks, residuals = _split(inner.outvars, sum(early), sum(known_masks))
-    masks = scatter(known_masks, masks)
-    parts = pick(early, this.contributions([*scatter(early, values), *masks]))
+    masks = expand(known_masks, masks)
+    parts = pick(early, this.contributions([*expand(early, values), *masks]))
     inputs = [SERVER] * len(cut.consts) + pick((not u for u in unknown), this.inputs)
     return this.assemble(inputs, inner.invars, parts, inner.eqns), masks, residuals
 
@@ -196,7 +196,7 @@ def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
     if not masks or not all(isinstance(mask, Var) for mask in masks):
         return None, []
     masks = list(dict.fromkeys(masks))
-    eqns, (mask,), _ = _jaxpr.splice(_disjunction(len(masks)), masks)
+    eqns, (mask,) = _jaxpr.splice(_disjunction(len(masks)), masks)
     return mask, eqns
 
 

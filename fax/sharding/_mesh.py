@@ -117,9 +117,10 @@ def _arrange(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
 
 # Layouts
 
-Layout = tuple[tuple[str, tuple[str, ...]], ...]  # the axes of each placement
-
-_layout: contextvars.ContextVar[Layout] = contextvars.ContextVar("fax_layout", default=())
+# The axes of each placement.
+_layout: contextvars.ContextVar[tuple[tuple[str, tuple[str, ...]], ...]] = contextvars.ContextVar(
+    "fax_layout", default=()
+)
 _jit_cache_key = jax.make_user_context(None)
 
 
@@ -210,7 +211,7 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
     return tuple(a for a in wanted if a in mesh.axis_names and a not in mesh.manual_axes)
 
 
-def ways(axes: Sequence[str], mesh: AbstractMesh) -> int:
+def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:
     """How many parts the axes make."""
     return math.prod(mesh.shape[axis] for axis in axes)
 

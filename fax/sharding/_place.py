@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
 from fax._placement import PlacementError
-from fax.sharding._spread import Spread, listed, positive, spread_in_scope
+from fax.sharding._row_sharding import RowSharding, listed, positive, row_sharding_in_scope
 
 PyTree = Any
 
@@ -60,7 +60,7 @@ def place(
       ((16, 3), True)
     """
     where = "fax.sharding.place"
-    spread = spread_in_scope(where, placement)
+    spread = row_sharding_in_scope(where, placement)
     flat, treedef = tree_flatten_with_path(tree)
     if not flat:
         return tree
@@ -74,7 +74,7 @@ def place(
     except PlacementError as refused:
         error = refused
     if compare:  # in any case, for the others wait
-        _agree(where, flat, n if error is None else None)
+        _check_that_processes_agree(where, flat, n if error is None else None)
     if error is not None:
         raise error
     assert n is not None
@@ -112,7 +112,7 @@ def local_rows(n: int, placement: str | None = None) -> np.ndarray:
       (16,)
     """
     where = "fax.sharding.local_rows"
-    return spread_in_scope(where, placement).own_rows(where, positive(where, n))
+    return row_sharding_in_scope(where, placement).own_rows(where, positive(where, n))
 
 
 def _leading_axis(where: str, flat: list[tuple[Any, Any]]) -> int:
@@ -153,21 +153,23 @@ def _shape(leaf: Any) -> tuple[int, ...] | None:
         return None
 
 
-def _inferred(where: str, count: int, spread: Spread) -> int:
+def _inferred(where: str, count: int, spread: RowSharding) -> int:
     """The number of participants if a process has rows of ``count`` of them."""
     if jax.process_count() == 1:
         return positive(where, count)
-    parts = len(spread.own_rows(where, spread.ways))
+    parts = len(spread.own_rows(where, spread.num_shards))
     if count == 0 or count % parts:
         raise PlacementError(
             f"{where}: tree has {count} rows, but the devices of process {jax.process_index()} are "
-            f"{parts} of the {spread.ways} that the rows are spread over, so that it must have a "
-            f"multiple of {parts}. Pass those of fax.sharding.local_rows(n)."
+            f"{parts} of the {spread.num_shards} that the rows are spread over, so that it must "
+            f"have a multiple of {parts}. Pass those of fax.sharding.local_rows(n)."
         )
-    return count // parts * spread.ways
+    return count // parts * spread.num_shards
 
 
-def _check_rows(where: str, count: int, rows: Any, own: np.ndarray, n: int, spread: Spread) -> None:
+def _check_rows(
+    where: str, count: int, rows: Any, own: np.ndarray, n: int, spread: RowSharding
+) -> None:
     """Checks that rows are those of this process."""
     me = jax.process_index()
     wanted = f"process {me} must pass those of participants {_ranges(own)}"
@@ -196,7 +198,7 @@ def _ranges(rows: np.ndarray) -> str:
     return listed(shown + ["..."] * (len(runs) > 6)) or "none"
 
 
-def _agree(where: str, flat: list[tuple[Any, Any]], n: int | None) -> None:
+def _check_that_processes_agree(where: str, flat: list[tuple[Any, Any]], n: int | None) -> None:
     """Compares what all processes are about to place; None is what was refused."""
     avals = [(keystr(path), getattr(leaf, "dtype", None), _shape(leaf)) for path, leaf in flat]
     kinds = ", ".join(f"tree{path}: rows of {dtype}{[*(s or ())][1:]}" for path, dtype, s in avals)

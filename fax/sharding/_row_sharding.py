@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fax import _arguments
 from fax._placement import Placement, PlacementError
-from fax.sharding._mesh import laid_out, named_in_layout, split_axes, ways
+from fax.sharding._mesh import laid_out, named_in_layout, num_shards, split_axes
 
 
-class Spread(NamedTuple):
+class RowSharding(NamedTuple):
     """How the rows of a placement are spread over devices."""
 
     name: str | None
@@ -22,29 +22,31 @@ class Spread(NamedTuple):
     axes: tuple[str, ...]
 
     @property
-    def ways(self) -> int:
-        return 1 if self.mesh is None else ways(self.axes, self.mesh.abstract_mesh)
+    def num_shards(self) -> int:
+        return 1 if self.mesh is None else num_shards(self.axes, self.mesh.abstract_mesh)
 
     def sharding(self, n: int) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        return NamedSharding(self.mesh, PartitionSpec(() if n % self.ways else self.axes or ()))
+        return NamedSharding(
+            self.mesh, PartitionSpec(() if n % self.num_shards else self.axes or ())
+        )
 
     def own_rows(self, where: str, n: int) -> np.ndarray:
         """The rows on this process' devices, in ascending order."""
         sharding = self.sharding(n)
         if jax.process_count() == 1 or sharding is None:
             return np.arange(n)
-        if n % self.ways:
+        if n % self.num_shards:
             raise PlacementError(
-                f"{where}: {n} participants cannot be divided evenly over the {self.ways} devices "
-                f"along {listed(self.axes)}. In a single process their rows would be copied to "
-                "all devices, but in several no process receives what others have loaded. Take a "
-                f"multiple of {self.ways}."
+                f"{where}: {n} participants cannot be divided evenly over the {self.num_shards} "
+                f"devices along {listed(self.axes)}. In a single process their rows would be "
+                "copied to all devices, but in several no process receives what others have loaded. Take a "
+                f"multiple of {self.num_shards}."
             )
         indices = sharding.addressable_devices_indices_map((n,)).values()
         starts = sorted({rows.start or 0 for (rows,) in filter(None, indices)})
-        return (np.array(starts)[:, None] + np.arange(n // self.ways)).reshape(-1)
+        return (np.array(starts)[:, None] + np.arange(n // self.num_shards)).reshape(-1)
 
     def owners(self, n: int) -> dict[int, list[int]]:
         """The processes that load a row, by row."""
@@ -69,12 +71,12 @@ class Spread(NamedTuple):
 
         def rows(index):
             first = np.searchsorted(own, index[0].start or 0)
-            return local[first : first + n // self.ways]
+            return local[first : first + n // self.num_shards]
 
         return jax.make_array_from_callback((n, *local.shape[1:]), sharding, rows)
 
 
-def spread_in_scope(where: str, placement: str | None) -> Spread:
+def row_sharding_in_scope(where: str, placement: str | None) -> RowSharding:
     """How a placement is spread over the mesh in scope."""
     if placement is not None:
         what = "the name of a placement"
@@ -94,7 +96,7 @@ def spread_in_scope(where: str, placement: str | None) -> Spread:
                 "Use jax.set_mesh(fax.sharding.make_mesh(clients=-1)), so that it is known which "
                 "rows belong to which process."
             )
-        return Spread(placement, None, ())
+        return RowSharding(placement, None, ())
     absent = set(range(jax.process_count())) - {d.process_index for d in mesh.devices.flat}
     if absent:
         raise PlacementError(
@@ -110,7 +112,7 @@ def spread_in_scope(where: str, placement: str | None) -> Spread:
             "process receives what others have loaded. Name an axis after the placement, or use "
             "fax.sharding.layout."
         )
-    return Spread(name, mesh, axes)
+    return RowSharding(name, mesh, axes)
 
 
 def _name(where: str, mesh: Mesh) -> str:
