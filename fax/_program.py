@@ -23,8 +23,8 @@ from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
-from fax.primitives._invalid import watch_program
-from fax.primitives._structure import Structure, execute
+from fax.primitives._compile_key import Structure, execute
+from fax.primitives._debug_nans import watch_program
 from fax.sharding._mesh import laid_out, other_axes, split_axes
 
 F = TypeVar("F", bound=Callable)

@@ -29,10 +29,10 @@ from fax.lowering import _devices, _schedule, convolutions
 from fax.lowering._manual_axes import with_axis_types
 from fax.lowering._uniform_control_flow import make_uniform
 from fax.primitives import _effects, _jaxpr
-from fax.primitives._invalid import watch_round
+from fax.primitives._compile_key import Structure, execute
+from fax.primitives._debug_nans import watch_round
 from fax.primitives._mask import apply_masks
 from fax.primitives._round import Round
-from fax.primitives._structure import Structure, execute
 from fax.sharding._mesh import other_axes, split_axes
 from fax.sharding._types import without_explicit_axes
 

@@ -26,8 +26,8 @@ from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._compose import Find, MapBuilder
 from fax.primitives._jaxpr import Atom
+from fax.primitives._map_builder import Find, MapBuilder
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import In, federated_map_p
 from fax.primitives._rowwise import as_map, is_elementwise, may_be_rowwise

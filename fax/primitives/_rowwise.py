@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from fax._compat import Named
 from fax.primitives import _jaxpr
-from fax.primitives._compose import Find, MapBuilder
+from fax.primitives._map_builder import Find, MapBuilder
 from fax.primitives._round import SERVER, Contribution, In, Vectorize
 from fax.sharding._types import row_aval
 

@@ -41,8 +41,8 @@ class RowSharding(NamedTuple):
             raise PlacementError(
                 f"{where}: {n} participants cannot be divided evenly over the {self.num_shards} "
                 f"devices along {listed(self.axes)}. In a single process their rows would be "
-                "copied to all devices, but in several no process receives what others have loaded. "
-                f"Take a multiple of {self.num_shards}."
+                "copied to all devices, but in several no process receives what others have "
+                f"loaded. Take a multiple of {self.num_shards}."
             )
         indices = sharding.addressable_devices_indices_map((n,)).values()
         starts = sorted({rows.start or 0 for (rows,) in filter(None, indices)})
