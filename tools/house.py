@@ -33,10 +33,10 @@ FLOORS = (
     {
         "data": "where clients' examples come from, and the cohorts that programs work on",
         "metrics": "statistics that add up, and evaluation as a federated program",
-        "aggregators": "what happens to clients' updates on their way to the server",
     },
-    {"fax": "the public names"},
     {
+        "fax": "the public names",
+        "aggregators": "what happens to clients' updates on their way to the server",
         "models": "benchmark models as pure functions of their parameters",
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",
     },
@@ -44,8 +44,17 @@ FLOORS = (
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
-# What `pip install fax-jax` brings. Parts up to `fax` import nothing else at their top level.
+# What `pip install fax-jax` brings, and `import fax` may need.
 DEPENDENCIES = {"jax", "numpy"}
+
+
+class _WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out what type checkers alone import."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            return node.orelse
+        return self.generic_visit(node)
 
 
 def read_modules(root: pathlib.Path) -> dict[str, ast.Module]:
@@ -54,7 +63,8 @@ def read_modules(root: pathlib.Path) -> dict[str, ast.Module]:
     for path in sorted((root / "fax").rglob("*.py")):
         names = path.relative_to(root).with_suffix("").parts
         name = ".".join(names[:-1] if names[-1] == "__init__" else names)
-        modules[name] = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules[name] = _WithoutTypeChecking().visit(tree)
     return modules
 
 
@@ -74,10 +84,10 @@ def imported(tree: ast.AST, modules: dict[str, ast.Module]) -> set[str]:
 
 
 def needed_at_import(tree: ast.Module, modules: dict[str, ast.Module]) -> set[str]:
-    """The packages that a module imports outside of functions and of `if TYPE_CHECKING`."""
-    found = set()
+    """The packages that a module imports outside of functions."""
+    found: set[str] = set()
     for node in tree.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             found |= imported(node, modules)
     return {name for name in found if name.split(".")[0] != "fax"} - sys.stdlib_module_names
 
@@ -109,7 +119,7 @@ class House:
       edges: for each module, the modules of fax that it imports.
       part: the part of each module.
       uses: for each part, the other parts that it imports from.
-      packages: for each part, the packages that it needs when it is imported.
+      packages: for each module, the packages that it needs when it is imported.
     """
 
     def __init__(self, root: pathlib.Path):
@@ -120,11 +130,21 @@ class House:
         }
         self.part = {name: self._part(name) for name in modules}
         self.uses: dict[str, set[str]] = {part: set() for part in self.part.values()}
-        self.packages: dict[str, set[str]] = {part: set() for part in self.part.values()}
-        for name, tree in modules.items():
-            own = self.part[name]
-            self.uses[own] |= {self.part[other] for other in self.edges[name]} - {own}
-            self.packages[own] |= needed_at_import(tree, modules)
+        for name, others in self.edges.items():
+            self.uses[self.part[name]] |= {self.part[other] for other in others}
+        for part in self.uses:
+            self.uses[part].discard(part)
+        self.packages = {name: needed_at_import(tree, modules) for name, tree in modules.items()}
+
+    def reached(self, name: str) -> set[str]:
+        """A module, what it imports, what that imports, and so on."""
+        found, waiting = set(), [name]
+        while waiting:
+            at = waiting.pop()
+            if at not in found:
+                found.add(at)
+                waiting += self.edges[at]
+        return found
 
     def _part(self, name: str) -> str:
         pieces = name.split(".")
@@ -132,13 +152,7 @@ class House:
             return name
         if not pieces[1].startswith("_"):
             return pieces[1]
-        reached, waiting = set(), [name]
-        while waiting:
-            at = waiting.pop()
-            if at not in reached:
-                reached.add(at)
-                waiting += self.edges[at]
-        alone = all(other.count(".") == 1 and "._" in other for other in reached)
+        alone = all(other.startswith("fax._") for other in self.reached(name))
         return "foundations" if alone else "operators"
 
     def problems(self) -> list[str]:
@@ -161,10 +175,10 @@ class House:
                 order(graph)
             except ValueError as circle:
                 found.append(f"imports between {what} go in a circle: {circle}")
-        for part, packages in self.packages.items():
-            if FLOOR_OF.get(part, 0) <= FLOOR_OF["fax"] and packages - DEPENDENCIES:
+        for name in sorted(self.reached("fax")):
+            if more := self.packages[name] - DEPENDENCIES:
                 found.append(
-                    f"{part} imports {', '.join(sorted(packages - DEPENDENCIES))}; it may need "
+                    f"{name} imports {', '.join(sorted(more))}, but import fax may need "
                     f"{' and '.join(sorted(DEPENDENCIES))} alone"
                 )
         return found
@@ -184,7 +198,9 @@ class House:
         return [name for name in order(self.edges) if self.part[name] == part]
 
 
-WIDTH, MATRIX, LETTER, LINE, PADDING, DOT = 1060, 600, 6.65, 15, 9, 26
+# All in units of the drawing: its width, where the dots begin and how far apart they are, a letter
+# of a module's name, a line, and the margin of a part.
+WIDTH, MATRIX, DOT, LETTER, LINE, PADDING = 1060, 600, 26, 6.65, 15, 9
 
 
 def draw(house: House) -> str:
@@ -230,7 +246,8 @@ def draw(house: House) -> str:
                 )
             elif other in house.uses[part]:
                 shapes.append(f'<circle cx="{x}" cy="{middle:g}" r="4.5"/>')
-        text(packages_x, middle + 4, " ".join(sorted(house.packages[part])), ' font-size="11"')
+        packages = set().union(*(house.packages[name] for name in house.modules_of(part)))
+        text(packages_x, middle + 4, " ".join(sorted(packages)), ' font-size="11"')
         y += height
     caption = (
         "A dot: the part on the left imports from the part above the dot. All dots are right of "
