@@ -5,6 +5,8 @@
 #   make test-all     run every case of every test
 #   make check        lint, format and types
 #   make docs         build the documentation
+#   make pages        draw the house, and list the public names, from the source
+#   make package      build sdist and wheel, and test the wheel where nothing else of fax is
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -21,7 +23,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test test-all check docs bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart test test-all check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -39,6 +41,13 @@ check: $(VENV)/test.$(WITH)
 
 docs: $(VENV)/docs.$(WITH)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+pages:
+	$(PYTHON) tools/house.py
+	$(PYTHON) tools/api.py
+
+package: $(VENV)/test.$(WITH)
+	.ci/package $(PYTHON) $(VENV)
 
 # Needs nothing but a Python: every peer gets an environment of its own.
 bench:

@@ -263,7 +263,7 @@ def extra(caller: str, module: str, name: str) -> None:
             raise
         raise ModuleNotFoundError(
             f"{caller} needs the package {module.replace('_', '-')}, which is not installed. "
-            f"Install it with pip install 'fax[{name}]'.",
+            f"Install it with pip install 'fax-jax[{name}]'.",
             name=module,
         ) from error
 

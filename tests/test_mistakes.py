@@ -866,7 +866,7 @@ def test_an_extra_that_is_not_installed(monkeypatch, package, module, extra):
         importlib.import_module(module)
     assert str(caught.value) == (
         f"{module} needs the package {package}, which is not installed. Install it with "
-        f"pip install 'fax[{extra}]'."
+        f"pip install 'fax-jax[{extra}]'."
     )
 
 

@@ -530,7 +530,7 @@ def test_processes_have_to_agree_on_a_key(monkeypatch):
 
 def test_accounting_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ImportError, match=r"pip install 'fax\[privacy\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'fax-jax\[privacy\]'"):
         epsilon(1.0, 1, 0.123)
 
 
