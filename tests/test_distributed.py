@@ -173,7 +173,7 @@ ERRORS = {
     "one is refused": ("tree has 3 rows", "process 0 passed invalid rows"),
     "uneven": "7 participants cannot be divided evenly over the 4 devices along clients.* of 4",
     "uneven place": "7 participants cannot be divided evenly over the 4 devices along clients",
-    "no axis": "the mesh in scope has the axes clients, and none for 'sensors'.*layout",
+    "no axis": "the mesh in scope has the axes clients, but none for 'sensors'.*layout",
     "placed": "tree is already spread over several processes",
     "mesh": "the mesh in scope has no device of process 1. .*make_mesh",
 }

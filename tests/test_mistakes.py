@@ -701,23 +701,24 @@ MISTAKES = {
     "a size that is text": (
         lambda: fax.sharding.make_mesh(clients="2"),
         fax.PlacementError,
-        "make_mesh: clients is '2', expected a positive int, or -1 for the remaining devices.",
+        "fax.sharding.make_mesh: clients is '2', expected a positive int, or -1 for the remaining "
+        "devices.",
     ),
     "a type that is none": (
         lambda: fax.sharding.make_mesh(clients=-1, axis_types=1),
         fax.PlacementError,
-        "make_mesh: axis_types is 1, expected one jax.sharding.AxisType, or one for each of the "
-        "axes clients.",
+        "fax.sharding.make_mesh: axis_types is 1, expected one jax.sharding.AxisType, or one for "
+        "each of the axes clients.",
     ),
     "half a device": (
         lambda: fax.sharding.use_cpu_devices(0.5),
         fax.PlacementError,
-        "use_cpu_devices: count is 0.5, expected a positive int.",
+        "fax.sharding.use_cpu_devices: count is 0.5, expected a positive int.",
     ),
     "an axis that is a number": (
         lambda: fax.sharding.layout(clients=2).__enter__(),
         fax.PlacementError,
-        "layout: clients is 2, expected the name of a mesh axis, or several names.",
+        "fax.sharding.layout: clients is 2, expected the name of a mesh axis, or several names.",
     ),
     "half a participant": (
         lambda: fax.sharding.local_rows(0.5),
@@ -806,7 +807,7 @@ MISTAKES = {
     "a number for devices": (
         lambda: fax.sharding.make_mesh(devices=2, clients=2),
         fax.PlacementError,
-        "make_mesh: devices is 2, expected a list of devices, such as jax.devices().",
+        "fax.sharding.make_mesh: devices is 2, expected a list of devices, such as jax.devices().",
     ),
 }
 

@@ -12,6 +12,7 @@ from fax import _arguments
 from fax._placement import PlacementError
 from fax.sharding._mesh import make_mesh
 
+_WHERE = "fax.sharding.use_cpu_devices"
 _SINGLE_THREADED = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -39,15 +40,13 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
       >>> jax.set_mesh(fax.sharding.use_cpu_devices())  # doctest: +SKIP
     """
     count = _arguments.count(
-        "use_cpu_devices",
+        _WHERE,
         "count",
         _cores() if count is None else count,
         expected="a positive int",
         error=PlacementError,
     )
-    _arguments.text(
-        "use_cpu_devices", "axis", axis, "the name of a mesh axis", error=PlacementError
-    )
+    _arguments.text(_WHERE, "axis", axis, "the name of a mesh axis", error=PlacementError)
     flags = os.environ.get("XLA_FLAGS", "")
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -55,7 +54,7 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         found = len(jax.devices("cpu"))
         if found != count:
             raise PlacementError(
-                f"use_cpu_devices: JAX has already set up {found} CPU devices, expected {count}. "
+                f"{_WHERE}: JAX has already set up {found} CPU devices, expected {count}. "
                 "Call it before the first computation."
             ) from None
     else:

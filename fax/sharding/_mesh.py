@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from fax import _arguments
 from fax._placement import Placement, PlacementError, Scope
 
+_MAKE_MESH, _LAYOUT = "fax.sharding.make_mesh", "fax.sharding.layout"
+
 # Meshes
 
 
@@ -54,8 +56,8 @@ def make_mesh(
     """
     if not isinstance(devices, Sequence | np.ndarray | None):
         raise PlacementError(
-            f"make_mesh: devices is {_arguments.shown(devices)}, expected a list of devices, such "
-            "as jax.devices()."
+            f"{_MAKE_MESH}: devices is {_arguments.shown(devices)}, expected a list of devices, "
+            "such as jax.devices()."
         )
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices))
@@ -66,8 +68,8 @@ def make_mesh(
         types = tuple(axis_types)
     if len(types) != len(axes) or not all(isinstance(t, AxisType) for t in types):
         raise PlacementError(
-            f"make_mesh: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or one "
-            f"for each of the axes {', '.join(axes)}."
+            f"{_MAKE_MESH}: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or "
+            f"one for each of the axes {', '.join(axes)}."
         )
     return Mesh(_arrange(sizes, devices), tuple(axes), axis_types=types)
 
@@ -75,23 +77,23 @@ def make_mesh(
 def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
     """The sizes of the axes over ``count`` devices, with -1 replaced."""
     if not axes:
-        raise PlacementError("make_mesh needs at least one axis, as in make_mesh(clients=4).")
+        raise PlacementError(f"{_MAKE_MESH} needs at least one axis, as in make_mesh(clients=4).")
     sizes = []
     for name, size in axes.items():
         expected = "a positive int, or -1 for the remaining devices"
         least = -1 if isinstance(size, int) and size == -1 else 1
         sizes.append(
             _arguments.count(
-                "make_mesh", name, size, least=least, expected=expected, error=PlacementError
+                _MAKE_MESH, name, size, least=least, expected=expected, error=PlacementError
             )
         )
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
-        raise PlacementError(f"make_mesh: only one of the sizes {dict(axes)} can be -1.")
+        raise PlacementError(f"{_MAKE_MESH}: only one of the sizes {dict(axes)} can be -1.")
     if count % known or (known != count and -1 not in sizes):
         raise PlacementError(
-            f"make_mesh: the sizes {dict(axes)} do not multiply to the number of devices, {count}. "
-            "Change a size, set one of them to -1, or pass devices=."
+            f"{_MAKE_MESH}: the sizes {dict(axes)} do not multiply to the number of devices, "
+            f"{count}. Change a size, set one of them to -1, or pass devices=."
         )
     return [count // known if size == -1 else size for size in sizes]
 
@@ -147,7 +149,7 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
         names = [a] if isinstance(a, str) else a
         if not isinstance(names, Sequence) or not all(isinstance(axis, str) for axis in names):
             raise PlacementError(
-                f"layout: {name} is {_arguments.shown(a)}, expected the name of a mesh axis, or "
+                f"{_LAYOUT}: {name} is {_arguments.shown(a)}, expected the name of a mesh axis, or "
                 "several names."
             )
     wanted = {name: (a,) if isinstance(a, str) else tuple(a) for name, a in axes.items()}
@@ -174,15 +176,15 @@ def _check(layouts: Mapping[str, tuple[str, ...]]) -> None:
         for axis in axes:
             if not mesh.empty and axis not in mesh.axis_names:
                 raise PlacementError(
-                    f"layout: {name} names the mesh axis {axis!r}, but the mesh in scope has the "
-                    f"axes {', '.join(mesh.axis_names)}."
+                    f"{_LAYOUT}: {name} names the mesh axis {axis!r}, but the mesh in scope has "
+                    f"the axes {', '.join(mesh.axis_names)}."
                 )
             if axis in owner:
                 raise PlacementError(
-                    f"layout: {name} and {owner[axis]} both name the mesh axis {axis!r}. Give each "
-                    "placement axes of its own."
+                    f"{_LAYOUT}: {name} and {owner[axis]} both name the mesh axis {axis!r}. Give "
+                    "each placement axes of its own."
                     if owner[axis] != name
-                    else f"layout: {name} names the mesh axis {axis!r} twice."
+                    else f"{_LAYOUT}: {name} names the mesh axis {axis!r} twice."
                 )
             owner[axis] = name
 
