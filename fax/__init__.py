@@ -8,7 +8,7 @@ A federated algorithm is a JAX function over placements, named groups of partici
         return fax.mean(updates, weights=num_examples)
 
 All movement between the server and the participants goes through a few operators. Each is a
-JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
+JAX primitive, so the program can be jitted, differentiated, vectorized and inspected.
 """
 
 from fax import aggregators as aggregators
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """What needs an extra is imported when it is used: optax, or flax."""
+    """Imports the subpackages that need optax or flax on first use."""
     if name in ("algorithms", "models", "tasks"):
         import importlib
 

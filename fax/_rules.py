@@ -1,7 +1,8 @@
-"""Rules of `jax.custom_jvp` and its like, which JAX runs when the program is long gone.
+"""Keeps placements in scope for custom derivative and batching rules.
 
-Operators in such a rule mean the placements of the program, or of the client function, that
-it is written in. So what JAX will run carries that scope along.
+JAX runs the rules of `jax.custom_jvp`, `jax.custom_vjp` and `custom_vmap` after the program has
+been traced. Operators in such a rule refer to the placements of the program, or of the client
+function, in which the rule is written. So the functions that JAX will run carry that scope.
 """
 
 from __future__ import annotations
