@@ -11,7 +11,6 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
 """
 
-from fax import aggregators as aggregators
 from fax import data as data
 from fax import metrics as metrics
 from fax import sharding as sharding
@@ -34,7 +33,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     """What needs an extra is imported when it is used: optax, or flax."""
-    if name in ("algorithms", "models", "tasks"):
+    if name in ("aggregators", "algorithms", "models", "tasks"):
         import importlib
 
         return importlib.import_module(f"fax.{name}")
