@@ -11,6 +11,8 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorised and inspected.
 """
 
+from typing import TYPE_CHECKING
+
 from fax import data as data
 from fax import metrics as metrics
 from fax import sharding as sharding
@@ -30,9 +32,15 @@ from fax._reductions import sum as sum
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from fax import aggregators as aggregators
+    from fax import algorithms as algorithms
+    from fax import models as models
+    from fax import tasks as tasks
+
 
 def __getattr__(name: str) -> object:
-    """What needs an extra is imported when it is used: optax, or flax."""
+    """Imports what needs an extra, optax or flax, when it is first used."""
     if name in ("aggregators", "algorithms", "models", "tasks"):
         import importlib
 

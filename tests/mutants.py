@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Iterator
 
 # These are imported once, for all the processes that are forked from this one.
+import jax
 import optax  # noqa: F401
 import pytest
 
@@ -41,8 +42,8 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "aggregators": (
         ["aggregators/*.py"],
         [
-            *("absent_clients", "clipping", "compression", "error_feedback", "privacy"),
-            *("privacy_attacks", "robust", "secure_sum"),
+            *("secure_sum", "error_feedback", "compression", "robust", "clipping", "privacy"),
+            *("privacy_attacks", "absent_clients"),
         ],
     ),
     "core": (
@@ -402,8 +403,11 @@ def main() -> None:
         if options.file in mutant.path
     ]
     sample = random.Random(options.seed).sample(found, min(options.sample, len(found)))
-    # Compilation that a mutant leaves as it is comes from here.
     sys.dont_write_bytecode = True
+    # What a mutant leaves as it is, is compiled once for all.
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".mutants" / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder).resolve()
         ignored = shutil.ignore_patterns("__pycache__")
