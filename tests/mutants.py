@@ -280,8 +280,9 @@ def forked(
         code = 1
         try:
             code = _pytest_in(copy, arguments, record)
-        finally:
+        except BaseException:
             traceback.print_exc()
+        finally:
             sys.stderr.flush()
             os._exit(code)
     end = time.monotonic() + limit
