@@ -33,7 +33,7 @@ test: $(VENV)/test.$(WITH)
 test-all: $(VENV)/test.$(WITH)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
-# Hours, and less of them with MUTANTS="--sample 20".
+# This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
 	$(BIN)/python tests/mutants.py core $(MUTANTS)

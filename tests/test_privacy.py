@@ -246,7 +246,7 @@ def factors(rounds, bands):
 
 
 @pytest.mark.parametrize(("bands", "participations"), [(1, 1), (4, 2), (7, 3)])
-def test_noise_of_prefix_sums_is_that_of_the_factorisation(bands, participations):
+def test_noise_of_prefix_sums_is_that_of_the_factorization(bands, participations):
     rounds, z, clip = 12, 1.5, 2.0
     private = dp_ftrl(
         clip,
@@ -496,8 +496,8 @@ def test_a_budget_is_spent_release_by_release():
     budget.spend(counted(budget.rounds))
     assert budget.epsilon == epsilon(rounds=budget.rounds, **setting)
     message = (
-        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 at delta=0.0001 "
-        rf"allows only {budget.rounds}, and {budget.rounds} are spent"
+        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 with "
+        rf"delta=0.0001 allows only {budget.rounds}, and {budget.rounds} are spent"
     )
     with pytest.raises(PrivacyBudgetError, match=message):
         budget.spend(counted(budget.rounds + 1))
@@ -508,13 +508,13 @@ def test_a_budget_is_spent_release_by_release():
     state = renewed(counted(budget.rounds - 2))
     assert releases(state) == 0
     assert (state["own"].key != counted(0)["own"].key).any()
-    with pytest.raises(PrivacyBudgetError, match="enough for"):
+    with pytest.raises(PrivacyBudgetError, match="allows only"):
         resumed.spend(counted(3, key=1))
     assert resumed.spent == budget.rounds - 2
     resumed.spend(counted(2, key=1))
     with pytest.raises(PrivacyBudgetError, match="noise was used twice"):
         resumed.spend(counted(1, key=1))
-    with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, for"):
+    with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, which"):
         Budget(2.5, **setting, record={"key": 99_999})
     nothing = Budget(1e-3, 1e-4, 0.5)
     with pytest.raises(PrivacyBudgetError, match="allows only 0"):

@@ -1,6 +1,6 @@
 """Accounting: how much privacy the rounds of a mechanism cost, by the package `dp-accounting`.
 
-Neighbors are two sets of clients that differ in one client, who is in one of them and not in the
+Neighbors are two sets of clients that differ in one client, which is in one of them and not in the
 other. With epsilon and delta, everything that the server publishes, the models of all rounds, is as
 likely with the client as without it, up to a factor of exp(epsilon), except for events of
 probability delta. This holds if updates are added up by someone who reveals nothing else: the
