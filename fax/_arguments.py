@@ -246,6 +246,17 @@ def arrays(name: str, tree: Any, *, keys: bool) -> None:
             )
 
 
+def floats(name: str, tree: Any) -> None:
+    """Checks that the leaves of a pytree are arrays of real floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = dtype_of(leaf)
+        if dtype is None or not jax.dtypes.issubdtype(dtype, np.floating):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is {shown(leaf)}, expected an array of real "
+                "floats. What is counted, and not trained, belongs in the model_state."
+            )
+
+
 def dtype_of(leaf: Any) -> Any:
     """The dtype of an array or a number, and None for anything else."""
     try:

@@ -96,7 +96,7 @@ TRAINED = (
     "and statistics may be the model_state."
 )
 AGGREGATOR = "expected one of fax.aggregators, such as fax.aggregators.mean()."
-CHAINED = "expected a fax.aggregators.Transformation. An Aggregator stands at the end."
+CHAINED = "expected a fax.aggregators.Transformation. Only the last part may be an Aggregator."
 STATE_OF = "for the state, expected the FedAvgState that init(params) or the last round returned."
 FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
@@ -243,21 +243,21 @@ MISTAKES = {
     ),
     "a chain of what was not called": (
         lambda: aggregators.chain(aggregators.clip_by_norm, aggregators.mean()),
-        TypeError,
+        ValueError,
         "fax.aggregators.chain: part 0 is the function fax.aggregators.clip_by_norm, "
         f"{CHAINED} Call it: fax.aggregators.clip_by_norm(...).",
     ),
     "an aggregator before the end": (
         lambda: aggregators.chain(aggregators.mean(), aggregators.clip_by_norm(1.0)),
-        TypeError,
+        ValueError,
         f"fax.aggregators.chain: part 0 is Aggregator(mean), {CHAINED}",
     ),
     "a rotation of what was not called": (
         lambda: aggregators.hadamard(aggregators.uniform_quantization),
-        TypeError,
+        ValueError,
         "fax.aggregators.hadamard: transformation is the function "
         "fax.aggregators.uniform_quantization, expected a fax.aggregators.Transformation, or a "
-        "chain of them alone. Call it: fax.aggregators.uniform_quantization(...).",
+        "chain of transformations alone. Call it: fax.aggregators.uniform_quantization(...).",
     ),
     "no client at once": (
         lambda: algorithms.fedavg(loss, SGD, vectorize=0),
@@ -295,7 +295,7 @@ MISTAKES = {
     "a number that is text": (
         lambda: aggregators.gaussian("1", 1.0),
         ValueError,
-        "fax.aggregators.gaussian: clip is '1', expected a number above 0.",
+        "fax.aggregators.gaussian: clip_norm is '1', expected a number above 0.",
     ),
     "a traced number that is an array": (
         lambda: jax.eval_shape(
@@ -852,6 +852,7 @@ def test_a_cohort_is_not_drawn_for_what_is_refused():
 
 # Packages, what needs them, and the extra that brings them.
 EXTRAS = [
+    ("optax", "fax.aggregators", "algorithms"),
     ("optax", "fax.algorithms", "algorithms"),
     ("flax", "fax.models", "models"),
     ("optax", "fax.tasks", "tasks"),
