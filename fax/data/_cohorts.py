@@ -18,7 +18,7 @@ from fax.data._population import WHERE, Population
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import DataError, FederatedData
 from fax.data._samplers import STREAM, check_sampler, chooser
-from fax.sharding._spread import spread_in_scope
+from fax.sharding._row_sharding import row_sharding_in_scope
 
 _LARGEST = 2**31 - 1  # that int32 holds, and so JAX in its usual configuration
 
@@ -133,7 +133,7 @@ def cohorts(
             f"{WHERE}: sampler='stream' takes all clients in every round, clients={count}, but "
             f"clients={clients}. Choose some with fax.data.subset."
         )
-    spread = spread_in_scope(WHERE, placement)
+    spread = row_sharding_in_scope(WHERE, placement)
     at_home = population.bring(spread, resident, clients, sampler)
     pools = [np.arange(count)] if at_home is None else at_home.pools
     choose = chooser(sampler, weights, clients, seed, pools)
@@ -205,7 +205,7 @@ class Cohorts(Iterator[Cohort]):
     def _note(self, shape: tuple[int, ...], steps: np.ndarray) -> None:
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
         self._needed += int(steps.sum())
-        ways, at_once = self._make.spread.ways, self._make.at_once or 1
+        ways, at_once = self._make.spread.num_shards, self._make.at_once or 1
         self._computed += _batching.computed_steps(steps, ways, at_once)
 
     @property

@@ -18,7 +18,7 @@ from fax.data._host import aligned_zeros
 from fax.data._population import WHERE, Population
 from fax.data._resident import Resident
 from fax.data._samplers import STREAM, uniform
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 
 class Maker:
@@ -31,7 +31,7 @@ class Maker:
         choose: Callable[[int], np.ndarray],
         clients: int,
         seed: int,
-        spread: Spread,
+        spread: RowSharding,
         home: Resident | None,
     ):
         self.population, self.choose, self.clients, self.seed = population, choose, clients, seed
@@ -59,14 +59,14 @@ class Maker:
         function may not have these rounds, and is not asked.
         """
         rounds = [self._typical_steps(r) if self.given else self.plan(r).steps for r in range(8)]
-        return _batching.vectorized_clients(rounds, self.spread.ways)
+        return _batching.vectorized_clients(rounds, self.spread.num_shards)
 
     def _typical_steps(self, number: int) -> np.ndarray:
         """The steps of a cohort in which any client is as likely as any other."""
         everybody = np.arange(len(self.population.ids))
         positions = uniform(everybody, self.clients, number, (self.seed,))
         steps = self.population.batching.steps(self.population.count(positions))
-        return steps[_batching.balanced(steps, self.spread.ways)]
+        return steps[_batching.balanced(steps, self.spread.num_shards)]
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ class Maker:
             shares = [self.clients // len(self.home.pools)] * len(self.home.pools)
             order = _batching.sorted_within(steps, shares)
         else:
-            order = _batching.balanced(steps, self.spread.ways)
+            order = _batching.balanced(steps, self.spread.num_shards)
         # The order of a client's examples does not depend on where the client comes.
         plan = _batching.plan(batching, positions, counts, self.seed, number, population.most)
         return Plan(*(x[order] for x in plan))

@@ -15,7 +15,7 @@ from fax.data._memory import InMemory
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._resident import MOST_ROWS, Resident, check_pools, fits, largest_shard, load
 from fax.data._samplers import SAMPLERS, WEIGHTED
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 WHERE = "fax.data.cohorts"
 
@@ -74,7 +74,7 @@ class Population:
         return count
 
     def bring(
-        self, spread: Spread, wanted: bool | None, clients: int, sampler: Any
+        self, spread: RowSharding, wanted: bool | None, clients: int, sampler: Any
     ) -> Resident | None:
         """Examples on the devices, if that is wanted, or possible and nothing else is wanted."""
         if wanted is False or (wanted is None and not self.counted):
@@ -85,10 +85,10 @@ class Population:
         split = several or not fits(int(self.counts.sum()), size, spread)
         free = sampler in (*SAMPLERS, WEIGHTED)
         if wanted is None and split:
-            divides = spread.ways > 1 and clients % spread.ways == 0 and free
-            if not (divides and fits(largest_shard(self.counts, spread.ways), size, spread)):
+            divides = spread.num_shards > 1 and clients % spread.num_shards == 0 and free
+            if not (divides and fits(largest_shard(self.counts, spread.num_shards), size, spread)):
                 return None
-        if split and spread.ways == 1:
+        if split and spread.num_shards == 1:
             split = False  # asked for, and there is nothing to split over
         if split and not free:
             raise DataError(

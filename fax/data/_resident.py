@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fax.data._features import Reader
 from fax.data._host import aligned_zeros
 from fax.data._protocol import ClientId, DataError
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 # The share of a device's memory that examples may take, and what is assumed where the device
 # does not say how much it has.
@@ -42,7 +42,7 @@ class Resident(NamedTuple):
     axes: tuple[str, ...] | None
 
 
-def fits(rows: int, bytes_per_row: int, spread: Spread) -> bool:
+def fits(rows: int, bytes_per_row: int, spread: RowSharding) -> bool:
     """Whether so many examples fit on each device, and can be numbered."""
     device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
     return rows <= MOST_ROWS and rows * bytes_per_row <= _room(device)
@@ -58,7 +58,7 @@ def load(
     reader: Reader,
     ids: Sequence[ClientId],
     counts: np.ndarray,
-    spread: Spread,
+    spread: RowSharding,
     split: bool,
 ) -> Resident:
     """Brings examples to the devices in scope.
@@ -78,11 +78,11 @@ def load(
         sharding = None if spread.mesh is None else NamedSharding(spread.mesh, PartitionSpec())
         return Resident(jax.device_put(arrays, sharding), offsets, [everybody], None)
 
-    pools = _divided(counts, spread.ways)
+    pools = _divided(counts, spread.num_shards)
     offsets = np.zeros(len(ids), np.int64)
     for pool in pools:
         offsets[pool] = np.cumsum(counts[pool]) - counts[pool]
-    size = largest_shard(counts, spread.ways)
+    size = largest_shard(counts, spread.num_shards)
     _check_rows(size)
     assert spread.mesh is not None
     sharding = NamedSharding(spread.mesh, PartitionSpec(spread.axes))
@@ -96,7 +96,7 @@ def load(
 
     examples: dict[str, jax.Array] = {
         name: jax.make_array_from_callback(
-            (spread.ways * size, *feature.shape), sharding, functools.partial(part, name)
+            (spread.num_shards * size, *feature.shape), sharding, functools.partial(part, name)
         )
         for name, feature in reader.features.items()
     }

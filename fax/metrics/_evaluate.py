@@ -27,7 +27,7 @@ from fax.metrics._programs import (
     values,
 )
 from fax.metrics._rows import Check, Layout, Prepared, Rows, batch_size_of
-from fax.sharding._spread import spread_in_scope
+from fax.sharding._row_sharding import row_sharding_in_scope
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
@@ -191,7 +191,7 @@ class _Totals:
 def _run(where, apply, params, data, metrics, batch_size, placement, each):
     """Statistics of rows of examples: of all, or of each client, with their positions."""
     named = _named(where, data, metrics)
-    spread = spread_in_scope(where, placement)
+    spread = row_sharding_in_scope(where, placement)
     params = jax.tree.map(jnp.asarray, params)
     if isinstance(data, Prepared):
         data.check_use(where, batch_size, spread)
@@ -322,7 +322,7 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
     reader = Reader(data, data.client_ids()[0])
     data = map_clients(data, _labels_in_range(apply, one, reader, named))
     counts = np.array([data.num_examples(i) for i in data.client_ids()])
-    ways = spread_in_scope(where, placement).ways
+    ways = row_sharding_in_scope(where, placement).num_shards
     size = min(clients, -(-_TOGETHER // ways) * ways)
     # Clients of about the same length come together. The last ones are not fewer, some of them
     # come twice.

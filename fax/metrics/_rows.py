@@ -20,7 +20,7 @@ from fax.data._host import aligned_zeros
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 from fax.data._resident import fits
-from fax.sharding._spread import Spread, spread_in_scope
+from fax.sharding._row_sharding import RowSharding, row_sharding_in_scope
 
 BATCH_SIZE = 256
 # Rounds that are read ahead.
@@ -53,7 +53,9 @@ class Layout:
       slots: the most clients that any row has examples of.
     """
 
-    def __init__(self, where: str, data: FederatedData, batch_size: int | None, spread: Spread):
+    def __init__(
+        self, where: str, data: FederatedData, batch_size: int | None, spread: RowSharding
+    ):
         batch_size = batch_size_of(where, batch_size)
         self.ids = data.client_ids()
         if not len(self.ids):
@@ -64,7 +66,7 @@ class Layout:
         total = int(self.ends[-1])
         if not total:
             raise DataError(f"{where}: the {len(self.ids)} clients of data have no examples.")
-        self.spread, width = spread, spread.ways
+        self.spread, width = spread, spread.num_shards
         self.own = spread.own_rows(where, width)
         # As many rounds as are needed, and all of them about equally full.
         self.rounds = -(-total // (width * batch_size))
@@ -92,7 +94,7 @@ class Layout:
             ahead.close()
 
     def _put(self, x: Any) -> Any:
-        width = self.spread.ways
+        width = self.spread.num_shards
         return jax.tree.map(lambda leaf: self.spread.put(leaf, width, self.own), x)
 
     def _read(self, number: int, check: Check) -> Rows:
@@ -104,7 +106,7 @@ class Layout:
         }
         mask, slots = np.zeros(shape, bool), np.zeros(shape, np.int32)
         for row, here in enumerate(self.own):
-            place = number * self.spread.ways + here
+            place = number * self.spread.num_shards + here
             at, stop = int(self.begins[place]), int(self.stops[place])
             mask[row, : stop - at] = True
             position, filled = int(self.first[number, here]), 0
@@ -163,7 +165,7 @@ class Prepared:
         examples = int(self.layout.ends[-1])
         return f"Prepared(clients={len(self)}, examples={examples}, on the devices)"
 
-    def check_use(self, where: str, batch_size: int | None, spread: Spread) -> None:
+    def check_use(self, where: str, batch_size: int | None, spread: RowSharding) -> None:
         """Raises if something else is asked for than was prepared."""
         if batch_size is not None:
             raise ValueError(
@@ -220,7 +222,7 @@ def prepare(
     where = "fax.metrics.prepare"
     federated(where, "data", data)
     _arguments.text(where, "placement", placement, "the name of a placement")
-    spread = spread_in_scope(where, placement)
+    spread = row_sharding_in_scope(where, placement)
     layout = Layout(where, data, batch_size, spread)
     size = layout.reader.bytes_per_example
     if not fits(layout.examples, size, spread):
