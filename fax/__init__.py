@@ -11,7 +11,7 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorized and inspected.
 """
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from fax import data as data
 from fax import lowering as _lowering  # noqa: F401  (says how maps are compiled)
@@ -33,7 +33,7 @@ from fax._reductions import sum as sum
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from fax import aggregators as aggregators
     from fax import algorithms as algorithms
     from fax import models as models

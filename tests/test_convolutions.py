@@ -15,7 +15,7 @@ from jaxprs import equations, operators
 from meshes import mesh, put
 
 import fax
-from fax.lowering.convolutions import rewrite
+from fax.lowering.convolutions._rewrite import rewrite
 
 SETTINGS = ("auto", "matmul")
 CHANNELS_LAST = {0: "bf_io->bf", 1: "b0f_0io->b0f", 2: "b01f_01io->b01f", 3: "b012f_012io->b012f"}

@@ -52,7 +52,7 @@ class _WithoutTypeChecking(ast.NodeTransformer):
     """Removes imports that only type checkers run."""
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if ast.unparse(node.test).rsplit(".")[-1] == "TYPE_CHECKING":
             return node.orelse
         return self.generic_visit(node)
 
