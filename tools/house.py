@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import html
 import pathlib
+import re
 import sys
 import textwrap
 
@@ -52,7 +53,7 @@ class _WithoutTypeChecking(ast.NodeTransformer):
     """Removes imports that only type checkers run."""
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        if ast.unparse(node.test).rsplit(".")[-1] == "TYPE_CHECKING":
+        if re.fullmatch(r"(\w+\.)?TYPE_CHECKING", ast.unparse(node.test)):
             return node.orelse
         return self.generic_visit(node)
 
