@@ -1,4 +1,4 @@
-"""Files that say the same thing say the same, and README's promises have tests."""
+"""Names and versions agree between files, and the README's promises have tests."""
 
 import ast
 import functools

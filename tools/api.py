@@ -1,4 +1,4 @@
-"""Lists the public names of fax with what each is there for, from the docstrings in its source.
+"""Lists the public names of fax and what each is for, from the docstrings in its source.
 
     python tools/api.py
 
@@ -18,11 +18,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = "docs/api.md"
 INTRODUCTION = """# Public names
 
-All public names, and what each is there for. Everything else is private and can change at any
-time; see [versions and compatibility](versions.md). The [reference](reference.md) has the details.
-Classes that end in `State` are public so that code can name what it restores from a checkpoint.
+This page lists all public names and what each is for. Everything else is private and may change in
+any release; see [versions and compatibility](versions.md). The [reference](reference.md) has the
+details. Classes whose names end in `State` are public so that code can name what it restores from a
+checkpoint.
 
-This page is made by `make pages` from the docstrings.
+`make pages` generates this page from the docstrings.
 """
 
 
@@ -87,7 +88,7 @@ def page(root: pathlib.Path) -> str:
         names = exported(root, module)
         if names:
             rows = [f"| `{module}.{n}` | {reason(root, module, n)} |" for n in names]
-            parts += [f"## {module}\n", "| name | what for |", "|---|---|", *rows, ""]
+            parts += [f"## {module}\n", "| name | what it is for |", "|---|---|", *rows, ""]
     return "\n".join(parts)
 
 
