@@ -1,4 +1,4 @@
-"""What a placed value must look like, and what to say if it does not."""
+"""Checks of the arguments of operators, and their error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A value as it is shown in an error message."""
+    """Describes a value in an error message."""
     if is_array(value):
         aval = jax.typeof(value)
         return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
@@ -48,8 +48,8 @@ def row(caller: str, name: str, leaf: Any, here: Placement) -> jax.Array:
     )
     raise PlacementError(
         f"{caller}: {name} {found}, but a value placed at {here.name} has one row for each of its "
-        f"{here.size} participants, that is, a leading axis of size {here.size}. To give all of "
-        "them the same value, use fax.broadcast."
+        f"{here.size} participants, that is, a leading axis of size {here.size}. To send the same "
+        "value to all of them, use fax.broadcast."
     )
 
 
@@ -64,7 +64,7 @@ def rows(
         if not is_array(leaf):
             raise PlacementError(
                 f"{caller}: {name} is {describe(leaf)}, expected an array with {here.size} rows. "
-                "Leaves that are not arrays can only be broadcast and mapped."
+                "Only fax.broadcast and fax.map accept leaves that are not arrays."
             )
         leaf = row(caller, name, leaf, here)
         ok = not numeric or jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
@@ -72,7 +72,7 @@ def rows(
             wanted = "real numbers" if real else "numbers"
             raise PlacementError(
                 f"{caller}: {name} is an array of {leaf.dtype}, expected {wanted}. "
-                "To look at every row use fax.collect."
+                "To get every row, use fax.collect."
             )
         leaves.append(leaf)
     return leaves, treedef
@@ -89,36 +89,36 @@ def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bo
         if array.shape == (here.size,) and array.dtype == bool:
             raise PlacementError(
                 f"{caller}: {name} is {describe(value)}, expected numbers. To leave participants "
-                f"out pass where= instead; to count with ones and zeros pass {name}.astype(int)."
+                f"out, pass where= instead. To use ones and zeros, pass {name}.astype(int)."
             )
     wanted = "bool" if bool_only else "real"
-    example = "x > 0" if bool_only else "each participant's example count"
+    example = "x > 0" if bool_only else "each participant's number of examples"
     raise PlacementError(
         f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
-        f"[{here.size}], a number for each participant of {here.name}, which serves every leaf, "
-        f"for example {example}."
+        f"[{here.size}], one value for each participant of {here.name}, for example {example}. It "
+        "is used for every leaf."
     )
 
 
 def function(caller: str, value: Any) -> None:
-    """Checks that there is something to call."""
+    """Checks that a value is callable."""
     if not callable(value):
         raise PlacementError(f"{caller}: expected a function, got {describe(value)}.")
 
 
 def initial(caller: str, value: Any, dtype: Any) -> None:
-    """Checks the scalar that a maximum or minimum starts from."""
+    """Checks the initial value of a maximum or minimum."""
     if is_array(value) and jnp.ndim(value) == 0 and jnp.result_type(value, dtype) == dtype:
         limits = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
         if limits is None or not isinstance(value, int) or limits.min <= value <= limits.max:
             return
     raise PlacementError(
-        f"{caller}: initial is {describe(value)}, expected a scalar that fits an array of {dtype}."
+        f"{caller}: initial is {describe(value)}, expected a scalar that fits the dtype {dtype}."
     )
 
 
 def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
-    """Checks how many participants to work on at once. Only fax itself passes a `Vectorize`."""
+    """Checks the argument ``vectorize`` of a map. Only fax itself passes a `Vectorize`."""
     if value is None or isinstance(value, Vectorize):
         return value
     expected = (
@@ -130,12 +130,12 @@ def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
 
 
 def convolutions(value: Any) -> str:
-    """Checks how convolutions are to be computed."""
+    """Checks the argument ``convolutions`` of a map."""
     if isinstance(value, str) and value in CONVOLUTIONS:
         return value
     raise PlacementError(
-        f"fax.map: convolutions is {value!r}, expected 'auto', which takes what is fastest, 'xla', "
-        "which leaves all to the compiler, or 'matmul', which makes matrix products of all."
+        f"fax.map: convolutions is {value!r}, expected 'auto', which chooses the fastest, 'xla', "
+        "which leaves all to the compiler, or 'matmul', which turns all into matrix products."
     )
 
 
@@ -144,15 +144,15 @@ def no_collectives(caller: str, error: NameError, here: Placement) -> None:
     names = {here.name, *(here.axes or ())}
     if any(re.search(rf"axis name:? '?{re.escape(name)}\b", str(error)) for name in names):
         raise PlacementError(
-            f"{caller}: the mapped function uses {here.name} as the name of an axis, as in "
-            "jax.lax.axis_index or jax.lax.psum. A participant does not see the others: pass it "
-            "its number from fax.index, and reduce its results with fax.sum, fax.mean, fax.max or "
+            f"{caller}: the mapped function uses {here.name} as an axis name, as in "
+            "jax.lax.axis_index or jax.lax.psum. A participant cannot see the others: pass its "
+            "number from fax.index, and reduce its results with fax.sum, fax.mean, fax.max or "
             "fax.min after the map."
         ) from error
 
 
 def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
-    """Checks that a client function neither shares nor makes mutable arrays."""
+    """Checks that a client function neither shares nor creates mutable arrays."""
     shared = [c for c in consts if not is_array(c)]
     if shared:
         raise PlacementError(
@@ -162,7 +162,7 @@ def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
     if jaxpr.effects and not jaxpr.effects.isdisjoint(_effects_of_refs()):
         raise PlacementError(
             f"{caller}: the mapped function uses jax.new_ref, which fax does not differentiate. "
-            "Pass values on from step to step instead, as jax.lax.scan does."
+            "Carry values from step to step instead, as jax.lax.scan does."
         )
 
 
@@ -172,7 +172,7 @@ def _effects_of_refs() -> Any:
 
 
 def key(caller: str, value: Any) -> jax.Array:
-    """Checks that a value is one random key."""
+    """Checks that a value is a single random key."""
     if is_array(value):
         array = jnp.asarray(value)
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
@@ -180,6 +180,6 @@ def key(caller: str, value: Any) -> jax.Array:
         if array.dtype == jnp.uint32 and array.shape in ((2,), (4,)):
             return array
     raise PlacementError(
-        f"{caller}: key is {describe(value)}, expected one random key at the server, as made by "
-        "jax.random.key. It is folded with each participant's number."
+        f"{caller}: key is {describe(value)}, expected one random key at the server, as in "
+        "jax.random.key(0). Each participant's number is folded into it."
     )
