@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import fax
-from fax.aggregators._aggregator import each
+from fax.aggregators._per_client import each
 
 LAYERS, UNITS, EXAMPLES = 16, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
