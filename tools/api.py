@@ -78,7 +78,7 @@ def reason(root: pathlib.Path, module: str, name: str) -> str:
     if not text:
         raise LookupError(f"{module}.{name} has no docstring")
     first = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", first)[0]
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z0-9`])", first)[0]
 
 
 def page(root: pathlib.Path) -> str:
