@@ -118,7 +118,7 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
 
 
 def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
-    """Checks how many participants to work on at once. Only fax itself passes a `Vectorize`."""
+    """Checks the argument ``vectorize`` of a map. Only fax itself passes a `Vectorize`."""
     if value is None or isinstance(value, Vectorize):
         return value
     expected = (
@@ -130,7 +130,7 @@ def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
 
 
 def convolutions(value: Any) -> str:
-    """Checks how convolutions are to be computed."""
+    """Checks the argument ``convolutions`` of a map."""
     if isinstance(value, str) and value in CONVOLUTIONS:
         return value
     raise PlacementError(

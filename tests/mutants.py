@@ -49,8 +49,8 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "core": (
         CORE,
         [
-            *("collectives", "convolutions", "errors", "gradients", "masks", "programs", "rules"),
-            *("structure", "sums", "tools", "tracing"),
+            *("errors", "sums", "masks", "rules", "programs", "structure", "tracing", "gradients"),
+            *("tools", "collectives", "convolutions", "transformations"),
         ],
     ),
 }

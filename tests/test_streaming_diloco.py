@@ -260,7 +260,7 @@ def test_every_fragment_is_sent_once_in_exactly_h_steps(steps, fragments, draw):
 # Four bits
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(-8, 8, allow_subnormal=False), min_size=5, max_size=5))
 def test_e3m0_takes_the_nearest_of_its_numbers(values):
     x = np.array(values)

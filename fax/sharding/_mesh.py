@@ -215,11 +215,11 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
 
 
 def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:
-    """How many parts the axes make."""
+    """The number of devices along the axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def other_axes(axes: Sequence[str], mesh: AbstractMesh) -> list[str]:
-    """The axes of more than one device that are the client function's own."""
+    """The axes of more than one device that the client function can use."""
     taken = {*axes, *mesh.manual_axes}
     return [a for a in mesh.axis_names if a not in taken and mesh.shape[a] > 1]
