@@ -6,8 +6,8 @@
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make check        lint, format and types
 #   make docs         build the documentation
-#   make pages        draw the house, and list the public names, from the source
-#   make package      build sdist and wheel, and test the wheel where nothing else of fax is
+#   make pages        generate the drawing of the house and the list of public names
+#   make package      build the sdist and the wheel, and test the wheel in a new environment
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
