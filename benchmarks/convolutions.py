@@ -250,7 +250,7 @@ def averaging(apply: Callable, setting: str, at_once: int) -> Callable:
     @fax.program(clients=CLIENTS)
     def one_round(params, batches):
         trained = fax.map(
-            client, fax.broadcast(params), batches, batch_size=at_once, convolutions=setting
+            client, fax.broadcast(params), batches, vectorize=at_once, convolutions=setting
         )
         return fax.mean(trained)
 

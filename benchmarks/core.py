@@ -159,7 +159,7 @@ def compute() -> Table:
         fn = way.program(lambda params, batches: way.mean(work, params, batches))
         return jax.jit(fn).lower(params, batches).compile()
 
-    ways = [Fax(clients, batch_size=clients)] + [way(clients) for way in WAYS if way is not Fax]
+    ways = [Fax(clients, vectorize=clients)] + [way(clients) for way in WAYS if way is not Fax]
     compiled_by = {way.name: compiled(way) for way in ways}
     results = [fn(params, batches) for fn in compiled_by.values()]
     for other in results[1:]:

@@ -48,7 +48,7 @@ def sum_of(name: str, clients: int, shape: tuple[int, ...]) -> Table:
     @fax.program(clients=clients)
     def total(value, x):
         sent = fax.broadcast(value)
-        return fax.sum(fax.map(lambda v, x: v * x, sent, x, batch_size=1))
+        return fax.sum(fax.map(lambda v, x: v * x, sent, x, vectorize=1))
 
     def by_hand(value, x):
         start = jnp.zeros_like(value)
@@ -80,7 +80,7 @@ def training(clients: int, steps: int, batch: int, widths: Sequence[int]) -> Tab
     @fax.program(clients=clients)
     def mean(params, pool, numbers):
         sent = fax.broadcast((params, pool))
-        return fax.mean(fax.map(work, *sent, numbers, batch_size=1))
+        return fax.mean(fax.map(work, *sent, numbers, vectorize=1))
 
     def by_hand(params, pool, numbers):
         def step(total, number):

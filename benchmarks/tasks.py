@@ -265,7 +265,7 @@ def at_once(name: str, turns: int) -> dict[str, Any]:
     # Neighbours of similar length, as for whoever vectorises them.
     cohort = by_length(training_cohort(task))
     for number in AT_ONCE:
-        algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE), clients_at_once=number)
+        algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE), vectorize=number)
         step, state = jax.jit(algorithm.round), algorithm.init(params)
         rounds[number] = functools.partial(step, state, cohort)
         jax.block_until_ready(rounds[number]())

@@ -206,7 +206,7 @@ class Fax:
     """With fax's operators."""
 
     clients: int
-    batch_size: int | None = None
+    vectorize: int | None = None
     name = "fax"
     skips_padding = True
 
@@ -217,7 +217,7 @@ class Fax:
         return fax.broadcast(server)
 
     def mean(self, work, server, data, weights=None, where=None, between=lambda rows: rows):
-        updates = fax.map(work, fax.broadcast(server), data, batch_size=self.batch_size)
+        updates = fax.map(work, fax.broadcast(server), data, vectorize=self.vectorize)
         updates = between(updates)
         return fax.mean(updates, weights=weights, where=where)
 

@@ -93,7 +93,7 @@ def adapted(params, cohort):
 
 def own_accuracy(name, params, everyone, held_out):
     """The mean accuracy of the clients, with models of their own where the algorithm has any."""
-    in_order = jnp.argsort(everyone.client_ids)
+    in_order = jnp.argsort(everyone.positions)
     if name in ("reptile", "maml"):
         params = jax.tree.map(lambda x: x[in_order], adapted(params, everyone))
     elif name == "hyp_cluster":

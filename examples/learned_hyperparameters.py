@@ -78,7 +78,7 @@ def train(meta, cohorts):
 
     def one(state, cohort):
         # The mean is weighted by the numbers of examples; others take their place.
-        weights = chosen["weights"][cohort.client_ids]
+        weights = chosen["weights"][cohort.positions]
         return algorithm.round(state, dataclasses.replace(cohort, num_examples=weights))[0], None
 
     state = algorithm.init({"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)})

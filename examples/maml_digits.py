@@ -62,7 +62,7 @@ class NewClients:
         self.model = model
         self.queries = fax.data.map(data, queries_only, keeps_length=False)
         everyone = next(fax.data.cohorts(data, len(data), 2 * (SUPPORT + QUERIES)))
-        in_order = jnp.argsort(everyone.client_ids)
+        in_order = jnp.argsort(everyone.positions)
 
         @jax.jit
         def adapted(params):

@@ -59,7 +59,7 @@ def main():
             optax.sgd(1.0),
             optax.sgd(1.0, momentum=0.8),
             aggregator=aggregator,
-            clients_at_once=16,
+            vectorize=16,
         )
 
     @jax.jit

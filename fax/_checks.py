@@ -84,18 +84,23 @@ def rows(
 
 def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bool) -> jax.Array:
     """Checks ``where`` or ``weights``: one number for each participant."""
-    wanted = "bool" if bool_only else "real"
     if is_array(value):
         array = jnp.asarray(value)
-        real = jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
+        real = jnp.issubdtype(array.dtype, jnp.number)
         real = real and not jnp.issubdtype(array.dtype, jnp.complexfloating)
         if array.shape == (here.size,) and (array.dtype == bool if bool_only else real):
             return as_placed(array, here)
-    mend = ", for example x > 0" if bool_only else ", for example each participant's example count"
+        if array.shape == (here.size,) and array.dtype == bool:
+            raise PlacementError(
+                f"{caller}: {name} is {describe(value)}, expected numbers. To leave participants "
+                f"out pass where= instead; to count with ones and zeros pass {name}.astype(int)."
+            )
+    wanted = "bool" if bool_only else "real"
+    example = "x > 0" if bool_only else "each participant's example count"
     raise PlacementError(
         f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
-        f"[{here.size}], a number for each participant of {here.name}, which serves every leaf"
-        f"{mend}."
+        f"[{here.size}], a number for each participant of {here.name}, which serves every leaf, "
+        f"for example {example}."
     )
 
 
@@ -116,7 +121,7 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
     )
 
 
-def batch_size(value: Any, here: Placement) -> int | str | None:
+def vectorize(value: Any, here: Placement) -> int | str | None:
     """Checks how many participants to work on at once."""
     if value is None or value is OF_ITS_MAKER:
         return None if value is None else ALL_AT_ONCE
@@ -124,9 +129,7 @@ def batch_size(value: Any, here: Placement) -> int | str | None:
         "a positive int, the number of participants that a device works on at once, or None to "
         "leave it to fax"
     )
-    count = _arguments.count(
-        "fax.map", "batch_size", value, expected=expected, error=PlacementError
-    )
+    count = _arguments.count("fax.map", "vectorize", value, expected=expected, error=PlacementError)
     return min(count, here.size)
 
 

@@ -119,7 +119,7 @@ def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
 def map(
     fn: Callable,
     *args: PyTree,
-    batch_size: int | None = None,
+    vectorize: int | None = None,
     convolutions: str = "auto",
     placement: str | None = None,
 ) -> PyTree:
@@ -131,7 +131,7 @@ def map(
         loops, `jax.grad`, `jax.checkpoint`, randomness, and maps over other placements.
       *args: placed pytrees of arrays of shape [n, ...]. Leaves that are not arrays reach
         ``fn`` as they are.
-      batch_size: how many participants a device works on at once. It changes results by rounding
+      vectorize: how many participants a device works on at once. It changes results by rounding
         only, but for what `jax.vmap` itself changes: keys of ``impl="rbg"`` or ``"unsafe_rbg"``
         draw other numbers when they are vectorised. Batches are vectorised with `jax.vmap` and
         follow one another in a loop. With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it
@@ -150,7 +150,7 @@ def map(
 
     Raises:
       PlacementError: if a leading axis is not n, if ``fn`` returns something other than
-        arrays, if ``batch_size`` is not a positive int, if ``convolutions`` is none of the
+        arrays, if ``vectorize`` is not a positive int, if ``convolutions`` is none of the
         three, or outside a program.
 
     Example:
@@ -165,7 +165,7 @@ def map(
     _checks.function("fax.map", fn)
     leaves, treedef = tree_flatten_with_path(args)
     rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
-    at_once = _checks.batch_size(batch_size, here)
+    at_once = _checks.vectorize(vectorize, here)
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
 

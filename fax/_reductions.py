@@ -22,7 +22,7 @@ from fax.sharding._schedule import accumulator_dtype
 PyTree = Any
 
 
-def sum(x: PyTree, where: jax.Array | None = None, *, placement: str | None = None) -> PyTree:
+def sum(x: PyTree, *, where: jax.Array | None = None, placement: str | None = None) -> PyTree:
     """Adds up the rows of a placed value at the server.
 
     Args:
@@ -66,9 +66,9 @@ def sum(x: PyTree, where: jax.Array | None = None, *, placement: str | None = No
 
 def mean(
     x: PyTree,
+    *,
     weights: jax.Array | None = None,
     where: jax.Array | None = None,
-    *,
     placement: str | None = None,
 ) -> PyTree:
     """Averages the rows of a placed value at the server.
@@ -77,8 +77,9 @@ def mean(
 
     Args:
       x: a placed pytree of numeric arrays of shape [n, ...].
-      weights: a placed array of real numbers, of shape [n]; it serves every leaf. They may be
-        negative or zero. A weight of zero does not mask: zero times NaN is NaN.
+      weights: a placed array of real numbers, of shape [n], which serves every leaf. They may be
+        negative or zero. A weight of zero does not mask: zero times NaN is NaN. Bools are
+        refused, because they mean a mask: pass those as ``where``.
       where: a placed bool array of shape [n]. Participants for which it is false are left out,
         whatever they hold: neither values nor gradients can be reached by their NaN or inf.
       placement: which placement, where several are in scope.
@@ -132,9 +133,9 @@ def mean(
 
 def max(
     x: PyTree,
+    *,
     where: jax.Array | None = None,
     initial: jax.Array | float | None = None,
-    *,
     placement: str | None = None,
 ) -> PyTree:
     """The largest of the rows of a placed value, element by element.
@@ -169,9 +170,9 @@ def max(
 
 def min(
     x: PyTree,
+    *,
     where: jax.Array | None = None,
     initial: jax.Array | float | None = None,
-    *,
     placement: str | None = None,
 ) -> PyTree:
     """The smallest of the rows of a placed value, element by element.

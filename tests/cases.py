@@ -48,11 +48,11 @@ class Case:
     argnums: tuple[int, ...]
     refuses: Mapping[str, tuple[type[Exception], str]]
 
-    def program(self, batch_size: int | None, client: Callable = lambda fn: fn) -> Callable:
+    def program(self, vectorize: int | None, client: Callable = lambda fn: fn) -> Callable:
         """The program, its maps run at a batch size, ``client`` applied to each mapped function."""
 
         def mapped(fn, *args, **kwargs):
-            return fax.map(client(fn), *args, batch_size=batch_size, **kwargs)
+            return fax.map(client(fn), *args, vectorize=vectorize, **kwargs)
 
         return self.build(mapped)
 

@@ -24,7 +24,7 @@ SETTINGS = {
 
 
 def setting(name, placement="clients"):
-    """A context to run in, and ``clients_at_once``."""
+    """A context to run in, and ``vectorize``."""
     axes, kind, at_once = SETTINGS[name]
     if axes is None:
         return contextlib.nullcontext(), at_once

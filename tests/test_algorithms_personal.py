@@ -40,7 +40,7 @@ def cohorts(data, clients=4, **kwargs):
 
 
 def sizes(cohort):
-    return np.array([SIZES[i] for i in np.asarray(cohort.client_ids)], float)
+    return np.array([SIZES[i] for i in np.asarray(cohort.positions)], float)
 
 
 def weighted(trees, weights):
@@ -135,7 +135,7 @@ class APFL:
     def round(self, cohort):
         models = []
         losses, examples = 0, 0
-        for batches, i in zip(numpy_batches(cohort), np.asarray(cohort.client_ids)):
+        for batches, i in zip(numpy_batches(cohort), np.asarray(cohort.positions)):
             w, a = self.w, self.alpha[i]
             v = self.w if self.v[i] is None else self.v[i]
             for x, y in batches:
@@ -223,7 +223,7 @@ def test_results_do_not_depend_on_devices(data, paper, setting):
     expected = paper(Quadratic)
     where, at_once = problems.setting(setting)
     algorithm = ALGORITHMS[paper](
-        Quadratic.loss, optax.sgd(RATE), clients_at_once=at_once, **paper.options
+        Quadratic.loss, optax.sgd(RATE), vectorize=at_once, **paper.options
     )
     with where:
         state, step = algorithm.init(start_of(expected)), jax.jit(algorithm.round)
@@ -334,7 +334,7 @@ def test_planted_clusters_are_recovered_and_evaluated():
     np.testing.assert_allclose(np.sort(algorithm.params(state)), means, atol=0.2)
     choice = np.zeros(9, int)
     chosen = hyp_cluster_choice(squares, algorithm.params(state), everyone)
-    choice[np.asarray(everyone.client_ids)] = chosen
+    choice[np.asarray(everyone.positions)] = chosen
     own = algorithm.params(state)[choice]
     np.testing.assert_allclose(own, means[truth], atol=0.2)
     error = {
@@ -377,7 +377,7 @@ def test_a_model_whose_loss_is_nan_is_not_chosen():
 
     clients = {str(i): {"x": np.full(2, x)} for i, x in enumerate([1.0, 3.0, 200.0, 2.0])}
     cohort = next(fax.data.cohorts(fax.data.InMemory(clients), 4, 2))
-    by_client = np.argsort(cohort.client_ids)
+    by_client = np.argsort(cohort.positions)
     chosen = hyp_cluster_choice(loss, jnp.array([-1.0, 9.0, 3.0]), cohort)
     np.testing.assert_array_equal(chosen[by_client], [2, 2, 0, 2])
     # The start takes those who fit worst, but not the one of whom that is unknown. Its model would
@@ -468,13 +468,13 @@ def test_aggregators_with_state(data, paper):
     expected, _ = reference.round(reference.init(start), cohort)
     state, metrics = jax.jit(algorithm.round)(algorithm.init(start), cohort)
     assert_trees_close(state.params, expected.params)
-    took_part = np.isin(np.arange(N), cohort.client_ids)
+    took_part = np.isin(np.arange(N), cohort.positions)
     if paper is not HypCluster:
         np.testing.assert_array_equal(state.aggregator["sent"].rows != 0, took_part)
         assert metrics["clients/bits"].shape == (4,)
         return
     chosen = np.full(N, -1)
-    chosen[np.asarray(cohort.client_ids)] = metrics["clients/cluster"]
+    chosen[np.asarray(cohort.positions)] = metrics["clients/cluster"]
     for j, own in enumerate(state.aggregator):
         np.testing.assert_array_equal(own["sent"].rows != 0, chosen == j)
         assert own["calls"] == np.any(chosen == j)

@@ -154,7 +154,7 @@ def test_clients_without_a_row():
 )
 def test_rounds_are_those_of_the_algorithm(data, tmp_path, setting, in_file):
     where, at_once = problems.setting(setting)
-    algorithm = stateful(clients_at_once=at_once)
+    algorithm = stateful(vectorize=at_once)
     with where, ClientStore(algorithm, tmp_path / "clients.db" if in_file else None) as store:
         expected, state = algorithm.init(Quadratic.start()), store.init(Quadratic.start())
         assert jax.tree.leaves(state.clients) == []
@@ -322,13 +322,13 @@ def test_cohorts_that_cannot_be(data):
         store.round(state, cohort_of([3, 1, 3]))
     with pytest.raises(ValueError, match="no row for client 6: the algorithm was made for num_cli"):
         store.round(state, cohort_of([3, 6]))
-    with pytest.raises(ValueError, match=r"client_ids is float64\[1\], expected ints"):
+    with pytest.raises(ValueError, match=r"positions is float64\[1\], expected ints"):
         store.params(state, [0.5])
     with pytest.raises(ValueError, match="no part of a jitted function"):
         jax.jit(store.round)(state, cohort_of([3]))
     own = ClientStore(personal())
     own_state = own.init(Quadratic.start())
-    with pytest.raises(ValueError, match="Pass client_ids=, whose"):
+    with pytest.raises(ValueError, match="Pass positions=, whose"):
         own.params(own_state)
     with pytest.raises(ValueError, match="init was called before"):
         store.init(None)

@@ -51,7 +51,7 @@ def test_no_update_is_longer_than_the_limit(dtype):
     clients = len(tree["b"])
 
     def clip(tree, limit, at_once=None):
-        tree = fax.map(lambda x: x, tree, batch_size=at_once)
+        tree = fax.map(lambda x: x, tree, vectorize=at_once)
         return a.clip_by_norm(limit).update(tree, jnp.ones(clients), (), KEY)[0]
 
     def program(at_once):

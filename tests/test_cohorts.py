@@ -41,13 +41,13 @@ def examples(cohort):
     labels, mask = np.asarray(cohort.batches["label"]), np.asarray(cohort.mask)
     return {
         int(client): [own[m].tolist() for own, m in zip(labels[row], mask[row])]
-        for row, client in enumerate(cohort.client_ids)
+        for row, client in enumerate(cohort.positions)
     }
 
 
 def same(one, other):
     """Whether two cohorts are of the same clients, batches and keys."""
-    for name in ("mask", "num_examples", "client_ids"):
+    for name in ("mask", "num_examples", "positions"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     np.testing.assert_array_equal(*(jax.random.key_data(c.keys) for c in (one, other)))
     mask = np.asarray(one.mask)
@@ -108,13 +108,13 @@ def test_a_cohort_says_who_has_what(resident):
         clients, steps, batch = cohort.mask.shape
         assert (clients, batch, cohort.size) == (5, 4, 5)
         assert cohort.mask.dtype == bool
-        assert cohort.num_examples.dtype == cohort.client_ids.dtype == jnp.int32
-        assert len(set(cohort.client_ids.tolist())) == 5
+        assert cohort.num_examples.dtype == cohort.positions.dtype == jnp.int32
+        assert len(set(cohort.positions.tolist())) == 5
         assert cohort.batches["x"].shape == (5, steps, 4, 2)
         for client, batches in examples(cohort).items():
             assert sorted(flat(batches)) == list(range(SIZES[client]))
         x, mask = np.asarray(cohort.batches["x"]), np.asarray(cohort.mask)
-        for row, client in enumerate(cohort.client_ids.tolist()):
+        for row, client in enumerate(cohort.positions.tolist()):
             assert cohort.num_examples[row] == SIZES[client]
             assert set((x[row][mask[row]][:, 0] // 1000).tolist()) == {client}
 
@@ -137,7 +137,7 @@ def test_batches_know_their_features_without_gathering():
 def test_keys_belong_to_seed_round_and_client():
     def keys(**kwargs):
         cohort = next(fax.data.cohorts(population(), clients=12, batch_size=4, **kwargs))
-        return dict(zip(cohort.client_ids.tolist(), jax.random.key_data(cohort.keys).tolist()))
+        return dict(zip(cohort.positions.tolist(), jax.random.key_data(cohort.keys).tolist()))
 
     first = keys(start=5)
     assert len(set(map(tuple, first.values()))) == 12
@@ -240,13 +240,13 @@ def test_take_gives_the_next_rounds_at_once():
     assert at_once.round == 5
     for r in range(3):
         rows = several.batches.rows[r]
-        own = jax.tree.map(lambda x, r=r: x[r], (several.mask, several.client_ids, several.keys))
+        own = jax.tree.map(lambda x, r=r: x[r], (several.mask, several.positions, several.keys))
         expected = next(one_by_one)
         steps = expected.mask.shape[1]
         np.testing.assert_array_equal(own[0][:, :steps], expected.mask)
         assert not own[0][:, steps:].any()
         np.testing.assert_array_equal(rows[:, :steps], expected.batches.rows)
-        np.testing.assert_array_equal(own[1], expected.client_ids)
+        np.testing.assert_array_equal(own[1], expected.positions)
         np.testing.assert_array_equal(*map(jax.random.key_data, (own[2], expected.keys)))
     same(next(one_by_one), next(at_once))
     with pytest.raises(fax.data.DataError, match="resident=True"):
@@ -257,7 +257,7 @@ def test_take_gives_the_next_rounds_at_once():
 
 
 def chosen(rounds, count):
-    return [next(rounds).client_ids.tolist() for _ in range(count)]
+    return [next(rounds).positions.tolist() for _ in range(count)]
 
 
 # The clients of rounds 11 and 12, some of them with the first of their examples, in order.
@@ -308,8 +308,8 @@ def test_draws_are_what_they_have_always_been(sampler):
         order = examples(cohort)
         found.append({client: flat(order[client])[:5] for client in sorted(order)[-3:]})
     assert found == GOLDEN[sampler]
-    words = jax.random.key_data(cohort.keys)[np.argmax(cohort.client_ids)]
-    assert words.tolist() == KEYS[int(max(cohort.client_ids))]
+    words = jax.random.key_data(cohort.keys)[np.argmax(cohort.positions)]
+    assert words.tolist() == KEYS[int(max(cohort.positions))]
 
 
 def test_uniform_takes_everybody_equally_often():
@@ -389,7 +389,7 @@ def test_a_stream_goes_on_where_it_stopped():
     seen = {client: [] for client in range(3)}
     for _ in range(14):
         cohort = next(rounds)
-        assert cohort.client_ids.tolist() == [0, 1, 2]
+        assert cohort.positions.tolist() == [0, 1, 2]
         assert cohort.mask.all()
         assert cohort.mask.shape == (3, 3, 2)
         for client, batches in examples(cohort).items():
@@ -430,7 +430,7 @@ def test_little_of_what_is_computed_is_padding():
         for _ in range(20):
             steps = -(-np.clip(rng.lognormal(5, 0.6, clients), 10, 500).astype(int) // 20)
             rounds.append(steps[_batching.balanced(steps, ways)])
-        at_once = _batching.clients_at_once(rounds, ways)
+        at_once = _batching.vectorized_clients(rounds, ways)
         needed = sum(steps.sum() for steps in rounds)
         computed = sum(_batching.computed_steps(steps, ways, at_once) for steps in rounds)
         assert 1 - needed / computed <= 0.15
@@ -481,7 +481,7 @@ def test_padding_is_reported():
 # Local steps
 
 
-def trace_of_steps(cohort, clients_at_once):
+def trace_of_steps(cohort, vectorize):
     """What each client computed, and how many steps the device ran."""
     ran = []
 
@@ -496,7 +496,7 @@ def trace_of_steps(cohort, clients_at_once):
 
             return own.scan(step, (jnp.zeros(()), jnp.zeros(())))
 
-        return fax.map(client, cohort.clients(), batch_size=clients_at_once)
+        return fax.map(client, cohort.clients(), vectorize=vectorize)
 
     out = jax.block_until_ready(jax.jit(program)(cohort))
     jax.effects_barrier()
@@ -533,7 +533,7 @@ def test_company_computes_nothing_singular():
 
             return own.scan(step, jnp.zeros(()))
 
-        return fax.sum(fax.map(client, fax.broadcast(w), cohort.clients(), batch_size=2))
+        return fax.sum(fax.map(client, fax.broadcast(w), cohort.clients(), vectorize=2))
 
     value, slope = jax.value_and_grad(program)(4.0, cohort)
     assert (value, slope) == (20.0, 2.5)
@@ -591,7 +591,7 @@ def test_cohorts_on_a_mesh(kind, clients, resident):
         cohort = next(fax.data.cohorts(population(), **how))
         spec = cohort.mask.sharding.spec
         assert (spec[0] if spec else None) == ("clients" if clients == 8 else None)
-        assert cohort.keys.sharding.is_equivalent_to(cohort.client_ids.sharding, 1)
+        assert cohort.keys.sharding.is_equivalent_to(cohort.positions.sharding, 1)
 
         @jax.jit
         @fax.program(clients=clients)
@@ -603,8 +603,8 @@ def test_cohorts_on_a_mesh(kind, clients, resident):
 
             return fax.map(client, fax.broadcast(scale), cohort.clients())
 
-        on_mesh = dict(zip(cohort.client_ids.tolist(), np.asarray(program(2.0, cohort)).tolist()))
-    expected = dict(zip(alone.client_ids.tolist(), np.asarray(program(2.0, alone)).tolist()))
+        on_mesh = dict(zip(cohort.positions.tolist(), np.asarray(program(2.0, cohort)).tolist()))
+    expected = dict(zip(alone.positions.tolist(), np.asarray(program(2.0, alone)).tolist()))
     assert on_mesh == expected
     loads = np.asarray(cohort.mask.any(2).sum(1))
     if clients == 8:
@@ -627,7 +627,7 @@ def test_examples_split_over_devices(monkeypatch, kind, sampler):
             assert cohort.batches.examples["x"].sharding.spec[0] == "clients"
             for client_id, batches in examples(cohort).items():
                 assert sorted(flat(batches)) == list(range(5 + client_id % 7))
-            seen += cohort.client_ids.tolist()
+            seen += cohort.positions.tolist()
 
             @jax.jit
             @fax.program(clients=8)
@@ -637,7 +637,7 @@ def test_examples_split_over_devices(monkeypatch, kind, sampler):
 
                 return fax.sum(fax.map(client, cohort.clients()))
 
-            expected = sum(data.client(f"client {i}")["x"].sum() for i in cohort.client_ids)
+            expected = sum(data.client(f"client {i}")["x"].sum() for i in cohort.positions)
             np.testing.assert_allclose(total(cohort), expected, rtol=1e-6)
         assert len(set(seen)) == 24 or sampler in ("uniform", "weighted")
         text = total.lower(cohort).compile().as_text()

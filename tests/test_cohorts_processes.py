@@ -44,7 +44,7 @@ with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
         gather = jax.jit(lambda x: x, out_shardings=everywhere)
         for _ in range(6):
             cohort = next(rounds)
-            members.append(np.asarray(gather(cohort.client_ids)).tolist())
+            members.append(np.asarray(gather(cohort.positions)).tolist())
             state, metrics = train(state, cohort)
             losses.append(float(metrics["loss"]))
         kept = {"own": sorted(data.read), "members": members, "losses": losses}

@@ -201,16 +201,16 @@ def test_temporary_memory_does_not_grow_with_the_participants(gradient):
     assert large - small < 0.05 * rows
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_batches_are_those_of_a_device(batch_size):
+@pytest.mark.parametrize("vectorize", [1, 3])
+def test_batches_are_those_of_a_device(vectorize):
     """24 participants on 4 devices: six each, in batches of one or three."""
 
     @fax.program(clients=24)
     def program(p, d):
         return fax.sum(fax.map(lambda p, x: jnp.tanh(x @ p), fax.broadcast(p), d,
-                               batch_size=batch_size))  # fmt: skip
+                               vectorize=vectorize))  # fmt: skip
 
     with jax.set_mesh(mesh(clients=4)):
         text = jax.jit(program).lower(np.ones((5, 7)), np.ones((24, 5))).as_text()
     together = {size: f"tensor<{size}x7xf64>" in text for size in (3, 6, 24)}
-    assert together == {3: batch_size == 3, 6: False, 24: False}
+    assert together == {3: vectorize == 3, 6: False, 24: False}

@@ -489,7 +489,7 @@ def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(name):
         @functools.partial(jax.jit, compiler_options=QUICKLY)
         @fax.program(clients=N)
         def round(tree, weights, state, key):
-            made = fax.map(lambda x: jax.tree.map(jnp.sin, x), tree, batch_size=at_once)
+            made = fax.map(lambda x: jax.tree.map(jnp.sin, x), tree, vectorize=at_once)
             return aggregator.aggregate(made, weights, state, key)
 
         with context:
@@ -576,7 +576,7 @@ def test_memory_does_not_grow_with_the_cohort():
             lambda w, b, k: jnp.sum(jnp.tanh(b["x"] @ w) ** 2, 1),
             optax.sgd(0.1),
             aggregator=chain(part),
-            clients_at_once=at_once,
+            vectorize=at_once,
         )
         state = algorithm.init(np.ones((size, size)))
 

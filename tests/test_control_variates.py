@@ -151,12 +151,12 @@ PAIRS = [
 def test_rounds_are_those_of_the_paper(data, paper, problem, setting):
     context, at_once = problems.setting(setting)
     with context:
-        algorithm = paper.make(problem, clients_at_once=at_once)
+        algorithm = paper.make(problem, vectorize=at_once)
         state, reference = algorithm.init(problem.start()), paper(problem)
         step = jax.jit(algorithm.round)
         for _, cohort in zip(range(4), cohorts(data, resident=setting == "jitted")):
             state, metrics = step(state, cohort)
-            reference.round(np.asarray(cohort.client_ids), problems.numpy_batches(cohort))
+            reference.round(np.asarray(cohort.positions), problems.numpy_batches(cohort))
             reference.check(state)
     assert metrics["clients/loss"].shape == (4,)
 
@@ -277,7 +277,7 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
     rounds, step = cohorts(data, resident=False), jax.jit(algorithm.round)
     state, _ = step(algorithm.init(Logistic.start()), next(rounds))
     cohort = next(rounds)
-    idle = cohort.client_ids[1]
+    idle = cohort.positions[1]
     mask = cohort.mask.at[1].set(False)
     new, metrics = step(state, dataclasses.replace(cohort, mask=mask))
     was, now = (jax.tree.map(lambda x: x[idle], s.client_controls.rows) for s in (state, new))
@@ -406,7 +406,7 @@ def test_updates_go_through_the_aggregator(data, paper):
     whole, _ = plain.round(plain.init(Logistic.start()), cohort)
     middle = combine(lambda a, b: (a + b) / 2, Logistic.start(), plain.params(whole))
     assert_trees_close(algorithm.params(state), middle)
-    took_part = np.isin(np.arange(N), cohort.client_ids)
+    took_part = np.isin(np.arange(N), cohort.positions)
     np.testing.assert_array_equal(state.aggregator[0].rows, took_part)
     weights = np.ones(4) if paper is Scaffold else cohort.num_examples
     np.testing.assert_array_equal(metrics["clients/weight"], weights)

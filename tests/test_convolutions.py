@@ -108,7 +108,7 @@ def test_values_and_gradients_of_random_convolutions(case, setting):
         y, back = jax.vjp(conv, x, w)
         return y, back(jnp.sin(y) + 1)
 
-    how = dict(batch_size=2 if setting == "vectorised" else 1)
+    how = dict(vectorize=2 if setting == "vectorised" else 1)
     setting = "auto" if setting == "vectorised" else setting
     ours = jax.jit(lambda x, w: mapped(everything, setting, x, w, **how))(x, w)
     assert_close(ours, jax.jit(jax.vmap(everything))(x, w))
@@ -213,10 +213,10 @@ def train(state, batches):
     return lax.scan(step, state, batches)[0]
 
 
-def averaging(setting, batch_size=None, client=train):
+def averaging(setting, vectorize=None, client=train):
     @fax.program(clients=len(X))
     def one_round(state, x):
-        how = dict(batch_size=batch_size, convolutions=setting)
+        how = dict(vectorize=vectorize, convolutions=setting)
         return fax.mean(fax.map(client, fax.broadcast(state), x, **how))
 
     return one_round
@@ -226,10 +226,10 @@ def plain(state, x):
     return jax.tree.map(lambda p: p.mean(0), jax.vmap(train, (None, 0))(state, x))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("vectorize", [1, 3])
 @pytest.mark.parametrize("setting", [*SETTINGS, "xla"])
-def test_a_stock_network(setting, batch_size):
-    ours = jax.jit(averaging(setting, batch_size))(STATE, X)
+def test_a_stock_network(setting, vectorize):
+    ours = jax.jit(averaging(setting, vectorize))(STATE, X)
     assert_close(ours, jax.jit(plain)(STATE, X))
 
 
@@ -252,14 +252,14 @@ def test_what_is_left_of_convolutions():
 
 
 def test_vectorised_participants_with_kernels_of_their_own_have_no_convolutions():
-    assert not convolutions_in(averaging("auto", batch_size=len(X)), STATE, X)
+    assert not convolutions_in(averaging("auto", vectorize=len(X)), STATE, X)
 
     @fax.program(clients=len(X))
     def same_kernel(state, x):
         def client(state, x):
             return loss(state, x[0])
 
-        return fax.map(client, fax.broadcast(state), x, batch_size=len(X))
+        return fax.map(client, fax.broadcast(state), x, vectorize=len(X))
 
     assert {groups for _, groups in convolutions_in(same_kernel, STATE, X)} == {1}
 
@@ -487,8 +487,8 @@ def test_derivatives_of_max_pools(window, strides, padding):
         y, pull = jax.vjp(lambda x: nnx.max_pool(x, window, strides, padding), x)
         return pull(jnp.arange(1.0, y.size + 1).reshape(y.shape))[0]
 
-    for batch_size in (1, 2):
-        found = mapped(client, "auto", x, batch_size=batch_size)
+    for vectorize in (1, 2):
+        found = mapped(client, "auto", x, vectorize=vectorize)
         np.testing.assert_array_equal(found, jax.vmap(client)(x))
     for setting, left in (("auto", False), ("xla", True)):
         text = jax.jit(lambda x, s=setting: mapped(client, s, x)).lower(x).as_text()

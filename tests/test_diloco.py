@@ -354,7 +354,7 @@ def test_results_do_not_depend_on_where_replicas_are(data):
                 optax.adamw(INNER),
                 replicas=REPLICAS,
                 steps=2,
-                clients_at_once=at_once,
+                vectorize=at_once,
             )
             results.append(train(algorithm, Quadratic.start(), first(1, cohorts(data, 4))))
     for found in results[1:]:

@@ -219,10 +219,10 @@ def test_a_replica_without_a_batch_keeps_its_memory():
     state, _ = step(algorithm.init(jnp.zeros(2)), cohort)
     before = np.asarray(state.aggregator[0].memory.rows)
     assert before.any(1).all()
-    alone = cohort.mask & (np.asarray(cohort.client_ids) == 0)[:, None, None]
+    alone = cohort.mask & (np.asarray(cohort.positions) == 0)[:, None, None]
     state, _ = step(state, type(cohort)(**{**vars(cohort), "mask": alone}))
     after = np.asarray(state.aggregator[0].memory.rows)
-    gone = int(np.flatnonzero(np.asarray(cohort.client_ids))[0])
+    gone = int(np.flatnonzero(np.asarray(cohort.positions))[0])
     np.testing.assert_array_equal(after[gone], before[gone])
     assert (after[1 - gone] != before[1 - gone]).any()
 

@@ -153,6 +153,12 @@ def test_weights_and_masks_of_a_wrong_shape(argument, value):
         clients(lambda: fax.mean(X, **{argument: value}))()
 
 
+def test_weights_that_are_a_mask():
+    message = r"weights is bool\[3\], expected numbers. To leave .* pass where= .* weights.astype"
+    with pytest.raises(fax.PlacementError, match=message):
+        clients(lambda: fax.mean(X, weights=X[:, 0] > 0))()
+
+
 @pytest.mark.parametrize("name", ["sum", "mean", "max", "min"])
 def test_where_that_is_not_boolean(name):
     message = rf"fax\.{name}: where is float\d+\[3\], expected one placed bool array of shape \[3\]"
@@ -173,8 +179,8 @@ def test_initial_values_that_do_not_fit(initial):
 
 @pytest.mark.parametrize("size", [0, -2, 1.5, True, "all"])
 def test_batch_sizes_that_are_not_positive_ints(size):
-    with pytest.raises(fax.PlacementError, match=r"fax\.map: batch_size is .* a positive int"):
-        clients(lambda: fax.map(jnp.sin, X, batch_size=size))()
+    with pytest.raises(fax.PlacementError, match=r"fax\.map: vectorize is .* a positive int"):
+        clients(lambda: fax.map(jnp.sin, X, vectorize=size))()
 
 
 @pytest.mark.parametrize("key", [1, jnp.ones(2), None])

@@ -91,7 +91,7 @@ def test_rounds_are_those_of_the_paper(data, server, resident):
     for _, cohort in zip(range(4), cohorts(data, resident=resident)):
         state, metrics = step(state, cohort)
         results = [client_update(expected, batches) for batches in numpy_batches(cohort)]
-        n = np.array([SIZES[c] for c in cohort.client_ids], float)
+        n = np.array([SIZES[c] for c in cohort.positions], float)
         for name in expected:
             updates = [params[name] - expected[name] for params, _, _ in results]
             mean = np.tensordot(n / n.sum(), updates, 1)
@@ -124,7 +124,7 @@ def test_results_do_not_depend_on_how_clients_are_grouped(data, at_once):
     cohort = next(cohorts(data))
     reference = fedavg(logistic, optax.adam(RATE))
     expected = reference.round(reference.init(start()), cohort)
-    algorithm = fedavg(logistic, optax.adam(RATE), clients_at_once=at_once)
+    algorithm = fedavg(logistic, optax.adam(RATE), vectorize=at_once)
     found = jax.jit(algorithm.round)(algorithm.init(start()), cohort)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
 
@@ -139,7 +139,7 @@ def test_results_do_not_depend_on_devices(data, kind, clients):
         state = algorithm.init(start())
         for _, cohort in zip(range(3), cohorts(data, clients)):
             state, metrics = step(state, cohort)
-        order = np.argsort(np.asarray(cohort.client_ids))
+        order = np.argsort(np.asarray(cohort.positions))
         metrics = jax.tree.map(np.asarray, metrics)
         return state, {k: v[order] if k[:8] == "clients/" else v for k, v in metrics.items()}
 
@@ -212,7 +212,7 @@ def test_a_step_of_padding_is_skipped_by_a_branch(data):
     # Who runs a step alone needs no select between what it was and what it becomes.
     selects = [line for line in text.splitlines() if "f64[4,3]{1,0} select(" in line]
     assert not [line for line in selects if "while/body" in line]
-    at_once = fedavg(logistic, optax.sgd(RATE), clients_at_once=2)
+    at_once = fedavg(logistic, optax.sgd(RATE), vectorize=2)
     text = jax.jit(at_once.round).lower(state, cohort).compile().as_text()
     assert " conditional(" in text
 
@@ -264,7 +264,7 @@ def test_a_round_is_compiled_once_for_each_shape(data):
 @pytest.mark.parametrize(("at_once", "resident"), [(1, True), (2, False)])
 def test_rounds_under_jax_checks(data, at_once, resident):
     """Leaked tracers, NaN, transfers that nobody asked for, and no compilation at all."""
-    algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1), clients_at_once=at_once)
+    algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1), vectorize=at_once)
     state, cohort = algorithm.init(start()), next(cohorts(data, resident=resident))
     expected = algorithm.round(state, cohort)
     with jax.checking_leaks(), jax.debug_nans(True):
@@ -281,7 +281,7 @@ def test_second_derivatives_with_clients_at_once(data):
     cohort = next(cohorts(data, clients=3, epochs=1))
 
     def after(rate, at_once=1):
-        algorithm = fedavg(logistic, optax.sgd(rate), clients_at_once=at_once)
+        algorithm = fedavg(logistic, optax.sgd(rate), vectorize=at_once)
         state, _ = algorithm.round(algorithm.init(start()), cohort)
         return jnp.sum(algorithm.params(state)["w"] ** 2)
 
@@ -307,7 +307,7 @@ def test_model_state_is_averaged_by_examples(data):
     cohort = next(fax.data.cohorts(data, 6, 1, epochs=1))
     state, _ = algorithm.round(algorithm.init(start(), model_state), cohort)
     total = np.zeros(FEATURES)
-    for batches, client in zip(numpy_batches(cohort), cohort.client_ids):
+    for batches, client in zip(numpy_batches(cohort), cohort.positions):
         mean = np.zeros(FEATURES)
         for x, _ in batches:
             mean = 0.5 * mean + 0.5 * x.mean(0)

@@ -47,7 +47,7 @@ def mean_update(problem, x, cohort, mu=0.0):
             g = problem.losses_and_gradient(y, *batch)[1]
             y = combine(lambda y, g, x: y - RATE * (g + mu * (y - x)), y, g, x)
         ends.append(y)
-    n = np.array([SIZES[i] for i in cohort.client_ids], float)
+    n = np.array([SIZES[i] for i in cohort.positions], float)
     mean = combine(lambda *ys: np.tensordot(n / n.sum(), ys, 1), *ends)
     return combine(np.subtract, mean, x)
 
@@ -119,7 +119,7 @@ def test_rounds_are_those_of_the_paper(data, case, problem, setting):
     make, server_step, mu = CASES[case]
     context, at_once = problems.setting(setting)
     with context:
-        algorithm = make(problem.loss, clients_at_once=at_once)
+        algorithm = make(problem.loss, vectorize=at_once)
         state, x, server = algorithm.init(problem.start()), problem.start(), {}
         step = jax.jit(algorithm.round)
         for _, cohort in zip(range(3), cohorts(data, resident=setting == "jitted")):

@@ -18,7 +18,7 @@ X = np.random.default_rng(0).uniform(0.5, 1.5, (N, 2))
 WEIGHTS = np.array([1.0, -0.5, 2.0, 0.25, 1.5, -0.75, 3.0])
 MASK = np.array([True, False, True, True, False, True, False])
 BOTH = pytest.mark.parametrize("fused", [False, True], ids=["direct", "fused"])
-BATCH_SIZES = pytest.mark.parametrize("batch_size", [1, 3, N])
+BATCH_SIZES = pytest.mark.parametrize("vectorize", [1, 3, N])
 
 
 def assert_close(got: Any, expected: Any) -> None:
@@ -37,14 +37,14 @@ def client(x: jax.Array) -> jax.Array:
 
 def fed(x: jax.Array, fused: bool) -> jax.Array:
     """Placed rows as they are, or made by a map."""
-    return fax.map(client, x, batch_size=3) if fused else x
+    return fax.map(client, x, vectorize=3) if fused else x
 
 
 OPERATORS: dict[str, tuple[Callable, tuple]] = {
     "broadcast": (lambda fused, x: fed(fax.broadcast(x), fused), (X[0],)),
     "distribute": (lambda fused, x: fed(fax.distribute(x), fused), (X,)),
     "collect": (lambda fused, x: fax.collect(fed(x, fused)), (X,)),
-    "map": (lambda fused, x: fax.map(jnp.exp, fed(x, fused), batch_size=3), (X,)),
+    "map": (lambda fused, x: fax.map(jnp.exp, fed(x, fused), vectorize=3), (X,)),
     "map of broadcast": (
         lambda fused, p, x: fax.map(jnp.dot, fax.broadcast(p), fed(x, fused)),
         (X[0], X),
@@ -97,11 +97,11 @@ def extremum(sign: int, x: Any, **kwargs: Any) -> Any:
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("sign", [1, -1], ids=["max", "min"])
-def test_ties_share_the_gradient_equally(sign, batch_size, fused):
+def test_ties_share_the_gradient_equally(sign, vectorize, fused):
     @fax.program(clients=N)
     def best(x, mask):
         if fused:
-            x = fax.map(lambda row: 2 * row, x, batch_size=batch_size)
+            x = fax.map(lambda row: 2 * row, x, vectorize=vectorize)
         return extremum(sign, x), extremum(sign, x, where=mask)
 
     factor = 2.0 if fused else 1.0
@@ -159,32 +159,32 @@ def log(w, x):
     return w * jnp.log(x)
 
 
-def of_raw_rows(reduce, w, x, weights, mask, batch_size):
+def of_raw_rows(reduce, w, x, weights, mask, vectorize):
     return w * reduce(x, weights, mask)
 
 
-def of_a_map(reduce, w, x, weights, mask, batch_size):
-    return reduce(fax.map(log, fax.broadcast(w), x, batch_size=batch_size), weights, mask)
+def of_a_map(reduce, w, x, weights, mask, vectorize):
+    return reduce(fax.map(log, fax.broadcast(w), x, vectorize=vectorize), weights, mask)
 
 
-def of_a_checkpointed_map(reduce, w, x, weights, mask, batch_size):
-    y = fax.map(jax.checkpoint(log), fax.broadcast(w), x, batch_size=batch_size)
+def of_a_checkpointed_map(reduce, w, x, weights, mask, vectorize):
+    y = fax.map(jax.checkpoint(log), fax.broadcast(w), x, vectorize=vectorize)
     return reduce(y, weights, mask)
 
 
-def of_two_maps(reduce, w, x, weights, mask, batch_size):
-    y = fax.map(log, fax.broadcast(w), x, batch_size=batch_size)
-    return reduce(fax.map(jnp.square, y, batch_size=batch_size), weights, mask)
+def of_two_maps(reduce, w, x, weights, mask, vectorize):
+    y = fax.map(log, fax.broadcast(w), x, vectorize=vectorize)
+    return reduce(fax.map(jnp.square, y, vectorize=vectorize), weights, mask)
 
 
-def with_own_mask(reduce, w, x, weights, mask, batch_size):
+def with_own_mask(reduce, w, x, weights, mask, vectorize):
     """Every participant decides by its data whether it takes part."""
     y, fit = fax.map(
         lambda w, x, asked: (log(w, x), asked & jnp.isfinite(x) & (x > 0)),
         fax.broadcast(w),
         x,
         mask,
-        batch_size=batch_size,
+        vectorize=vectorize,
     )
     return reduce(y, weights, fit)
 
@@ -238,23 +238,23 @@ KINDS = [
 KIND_NAMES = [kind.__name__ for kind, _ in KINDS]
 
 
-def masked_program(kind: Callable, name: str, batch_size: int) -> Callable:
+def masked_program(kind: Callable, name: str, vectorize: int) -> Callable:
     """A function of the point, that is of parameter, data and weights, and of the mask."""
 
     @fax.program(clients=N)
     def program(w, x, weights, mask):
         # Not linear in the result, so that cotangents have derivatives too.
-        return jnp.sin(kind(MASKED_REDUCTIONS[name][0], w, x, weights, mask, batch_size))
+        return jnp.sin(kind(MASKED_REDUCTIONS[name][0], w, x, weights, mask, vectorize))
 
     return lambda point, mask: program(point[0], point[1 : 1 + N], point[1 + N :], mask)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("kind", "batch_size"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)
-def test_masked_participants_touch_nothing(name, kind, way, batch_size):
+def test_masked_participants_touch_nothing(name, kind, way, vectorize):
     """Whatever they hold, values and derivatives are those of the others, and zero for them."""
-    program = masked_program(kind, name, batch_size)
+    program = masked_program(kind, name, vectorize)
     got = WAYS[way](lambda point: program(point, SOME))(jnp.asarray(POINT))
     expected = WAYS[way](plain(kind, MASKED_REDUCTIONS[name][1], SOME))(jnp.asarray(POINT))
     assert_close(got, expected)
@@ -264,11 +264,11 @@ MASKS = np.stack([SOME, FEWER])
 
 
 @AFTER_VMAP
-@pytest.mark.parametrize(("kind", "batch_size"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)
-def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way, batch_size):
+def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way, vectorize):
     """The program is vectorised over its mask first, and differentiated then."""
-    program = masked_program(kind, name, batch_size)
+    program = masked_program(kind, name, vectorize)
 
     def total(point):
         return jnp.sum(jax.vmap(program, (None, 0))(point, MASKS))
@@ -281,11 +281,11 @@ def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way
 
 
 @AFTER_VMAP
-@pytest.mark.parametrize(("kind", "batch_size"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)
-def test_masked_participants_touch_nothing_under_vmap_over_data(name, kind, way, batch_size):
+def test_masked_participants_touch_nothing_under_vmap_over_data(name, kind, way, vectorize):
     """The program is vectorised over all it differentiates in, and differentiated then."""
-    program = masked_program(kind, name, batch_size)
+    program = masked_program(kind, name, vectorize)
     points = np.concatenate([POINT, POINT * 1.25])
 
     def total(points):
@@ -312,12 +312,12 @@ NO_WEIGHTS = {
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("name", NO_WEIGHTS)
-def test_zero_total_weight_gives_zeros_and_zero_gradients(name, batch_size, fused):
+def test_zero_total_weight_gives_zeros_and_zero_gradients(name, vectorize, fused):
     weights, mask = NO_WEIGHTS[name]
 
     @fax.program(clients=N)
     def average(p, x, weights):
-        rows = fax.map(jnp.multiply, fax.broadcast(p), x, batch_size=batch_size) if fused else x
+        rows = fax.map(jnp.multiply, fax.broadcast(p), x, vectorize=vectorize) if fused else x
         return p * fax.mean(rows, weights=weights, where=mask)
 
     args = (np.float64(0.8), X, weights)
@@ -419,14 +419,14 @@ SHORT = np.random.default_rng(1).integers(128, 256, (MANY, 8)).astype(ml_dtypes.
 
 
 @BOTH
-@pytest.mark.parametrize("batch_size", [1, 64, MANY])
+@pytest.mark.parametrize("vectorize", [1, 64, MANY])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_bfloat16_mean_is_that_of_float32(weighted, batch_size, fused):
+def test_bfloat16_mean_is_that_of_float32(weighted, vectorize, fused):
     """Rows are added and divided in float32, so that the mean is off by its one last rounding."""
 
     @fax.program(clients=MANY)
     def average(x, weights, mask):
-        x = fax.map(lambda row: row[::-1] / 2, x, batch_size=batch_size) if fused else x
+        x = fax.map(lambda row: row[::-1] / 2, x, vectorize=vectorize) if fused else x
         return fax.mean(x, weights=weights, where=mask) if weighted else fax.mean(x)
 
     mask = np.arange(MANY) % 2 == 0 if weighted else np.ones(MANY, bool)

@@ -120,7 +120,7 @@ def test_rounds_are_those_of_the_paper(data, problem, first_order, setting):
             RATE,
             optax.sgd(SERVER),
             first_order=first_order,
-            clients_at_once=at_once,
+            vectorize=at_once,
         )
         state, x = algorithm.init(problem.start()), problem.start()
         step = jax.jit(algorithm.round)
@@ -183,7 +183,7 @@ def test_adapting_is_what_clients_do(data):
         expected = adapted(Logistic, Logistic.start(), batches)
         assert_trees_close({k: v[row] for k, v in own.items()}, expected)
     # On all examples and with any optimizer it is what Reptile and FedAvg average.
-    own = personalize(Logistic.loss, optax.adam(RATE), clients_at_once=2)(Logistic.start(), cohort)
+    own = personalize(Logistic.loss, optax.adam(RATE), vectorize=2)(Logistic.start(), cohort)
     algorithm = fedavg(Logistic.loss, optax.adam(RATE))
     state, _ = algorithm.round(algorithm.init(Logistic.start()), cohort)
     weights = np.asarray(cohort.num_examples) / cohort.num_examples.sum()

@@ -47,10 +47,10 @@ def expected(between):
     return value, (dw, of_all)
 
 
-def program(between, batch_size=None):
+def program(between, vectorize=None):
     @fax.program(clients=len(D))
     def masked(w, d):
-        updates = fax.map(client, fax.broadcast(w), d, batch_size=batch_size)
+        updates = fax.map(client, fax.broadcast(w), d, vectorize=vectorize)
         return fax.mean(between(updates, w), where=d > 0)
 
     return masked

@@ -164,11 +164,11 @@ def test_in_bfloat16(variant):
 def test_vectorised_batches_are_bounded():
     """With a batch size, memory grows with it and not with the number of participants."""
 
-    def found(n, batch_size):
+    def found(n, vectorize):
         @fax.program(clients=n)
         def program(params, data):
             sent = fax.broadcast(params)
-            return fax.mean(fax.map(update, sent, data, batch_size=batch_size))
+            return fax.mean(fax.map(update, sent, data, vectorize=vectorize))
 
         return temporary(program, *arguments(n)[:2])
 

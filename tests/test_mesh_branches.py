@@ -96,7 +96,7 @@ def doubled(layer, p, x):
 CLIENTS = [branch, one_of_three, steps, deep, by_hand, doubled]
 
 
-def outputs(client, n, batch_size, layer):
+def outputs(client, n, vectorize, layer):
     """The rows and their mean, by fax or, without a batch size, in the plain way."""
 
     def work(p, x):
@@ -104,14 +104,14 @@ def outputs(client, n, batch_size, layer):
 
     @fax.program(clients=n)
     def program(p, d):
-        y = fax.map(work, fax.broadcast(p), d, batch_size=batch_size)
+        y = fax.map(work, fax.broadcast(p), d, vectorize=vectorize)
         return fax.mean(y), y
 
     def plainly(p, d):
         y = lax.map(lambda x: work(p, x), d)  # under jax.vmap a branch may never end
         return y.mean(0), y
 
-    return program if batch_size else plainly
+    return program if vectorize else plainly
 
 
 def both(client, *how):
@@ -129,11 +129,11 @@ def both(client, *how):
 def check_all():
     for client in CLIENTS:
         # Vectorised, both branches are taken in JAX, too, and some loops of `doubled` never end.
-        for n, batch_size in [(8, 1), (7, 1)] + [(8, 2)] * (client is not doubled):
+        for n, vectorize in [(8, 1), (7, 1)] + [(8, 2)] * (client is not doubled):
             p, d = points(2, 4, seed=1), points(n, 2, seed=2)
             want = jax.device_get(both(client, n, None, plain_layer)(p, d))
             with jax.set_mesh(mesh(clients=4, model=2)):
-                assert_close(both(client, n, batch_size, layer)(put(p, None, "model"), d), want)
+                assert_close(both(client, n, vectorize, layer)(put(p, None, "model"), d), want)
     print("all agree")
 
 

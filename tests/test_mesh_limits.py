@@ -14,20 +14,20 @@ from test_transformations import assert_close
 import fax
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-BATCHES = pytest.mark.parametrize("batch_size", [1, 2])
+BATCHES = pytest.mark.parametrize("vectorize", [1, 2])
 
 
 # Effects
 
 
-def calls_back(n, batch_size, seen):
+def calls_back(n, vectorize, seen):
     @fax.program(clients=n)
     def program(d):
         def client(x, number):
             jax.debug.callback(lambda i: seen.append(int(i)), number)
             return 2 * x
 
-        return fax.sum(fax.map(client, d, fax.index(), batch_size=batch_size))
+        return fax.sum(fax.map(client, d, fax.index(), vectorize=vectorize))
 
     return program
 
@@ -36,9 +36,9 @@ def calls_back(n, batch_size, seen):
 @pytest.mark.parametrize("n", [3, 8, 13])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("axes", [dict(clients=4), dict(data=1, clients=4, model=1)], ids=str)
-def test_effects_run_once_for_each_participant(kind, axes, n, batch_size):
+def test_effects_run_once_for_each_participant(kind, axes, n, vectorize):
     seen = []
-    program = calls_back(n, batch_size, seen)
+    program = calls_back(n, vectorize, seen)
     with jax.set_mesh(mesh(kind, **axes)):
         for run in program, jax.jit(program):
             assert run(np.ones(n)) == 2 * n
@@ -101,7 +101,7 @@ def dtypes(n):
     def program(d, key):
         keys = fax.keys(key)
         real = {name: x for name, x in d.items() if name != "complex128"}
-        rows = fax.map(lambda x: x, {**d, "keys": keys}, batch_size=2)
+        rows = fax.map(lambda x: x, {**d, "keys": keys}, vectorize=2)
         bits = fax.map(lambda key: jax.random.bits(key, (2,)), rows["keys"])
         reduced = fax.sum(d), fax.mean(d), fax.max(real), fax.min(real), fax.sum(bits)
         return jax.random.key_data(rows.pop("keys")), rows, reduced, fax.max(real, where=d["bool"])

@@ -39,10 +39,10 @@ def client(p, x):
     return jnp.tanh(p * x) @ jnp.flip(p), jnp.sum(x**2)
 
 
-def program_of(n, batch_size=None, work=client):
+def program_of(n, vectorize=None, work=client):
     @fax.program(clients=n)
     def program(p, d):
-        y, z = fax.map(work, fax.broadcast(p), d, batch_size=batch_size)
+        y, z = fax.map(work, fax.broadcast(p), d, vectorize=vectorize)
         return fax.mean(y), fax.max(y), z
 
     return program
@@ -239,13 +239,13 @@ def plain(p, d):
         *((mapped, kind) for kind in KINDS),
     ],
 )
-@pytest.mark.parametrize(("n", "batch_size"), [(8, 1), (8, 2), (7, 1), (7, 3)])
-def test_clients_that_are_sharded_over_model(work, kind, n, batch_size):
+@pytest.mark.parametrize(("n", "vectorize"), [(8, 1), (8, 2), (7, 1), (7, 3)])
+def test_clients_that_are_sharded_over_model(work, kind, n, vectorize):
     p, d = points(3, 4, seed=6), points(n, 3, seed=7)
     want = jax.device_get(both(plain)(p, d))
     with jax.set_mesh(mesh(kind, clients=4, model=2)):
-        assert_close(both(program_of(n, batch_size, work))(put(p, None, "model"), d), want)
-        checkpointed = program_of(n, batch_size, jax.checkpoint(work))
+        assert_close(both(program_of(n, vectorize, work))(put(p, None, "model"), d), want)
+        checkpointed = program_of(n, vectorize, jax.checkpoint(work))
         assert_close(both(checkpointed)(put(p, None, "model"), d), want)
 
 

@@ -260,14 +260,14 @@ MISTAKES = {
         "chain of them alone. Call it: fax.aggregators.uniform_quantization(...).",
     ),
     "no client at once": (
-        lambda: algorithms.fedavg(loss, SGD, clients_at_once=0),
+        lambda: algorithms.fedavg(loss, SGD, vectorize=0),
         ValueError,
-        "fax.algorithms.fedavg: clients_at_once is 0, expected an int of at least 1.",
+        "fax.algorithms.fedavg: vectorize is 0, expected an int of at least 1.",
     ),
     "half a replica at once": (
-        lambda: algorithms.branch_train_merge(loss, SGD, replicas=2, clients_at_once=0.5),
+        lambda: algorithms.branch_train_merge(loss, SGD, replicas=2, vectorize=0.5),
         ValueError,
-        "fax.algorithms.branch_train_merge: clients_at_once is 0.5, expected an int of at least 1.",
+        "fax.algorithms.branch_train_merge: vectorize is 0.5, expected an int of at least 1.",
     ),
     "a negative rate of domains": (
         lambda: algorithms.agnostic_fedavg(loss, SGD, num_domains=2, domain_learning_rate=-1),

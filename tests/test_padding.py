@@ -29,10 +29,10 @@ def statistics(params, model_state, batch, key, *, mask=None):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_statistics_of_a_batch_are_those_of_its_real_examples(at_once):
-    algorithm = fax.algorithms.fedavg(statistics, optax.sgd(0.1), clients_at_once=at_once)
+    algorithm = fax.algorithms.fedavg(statistics, optax.sgd(0.1), vectorize=at_once)
     own = cohort()
     state, metrics = jax.jit(algorithm.round)(algorithm.init(1.0, 0.0), own)
-    ann, bob = np.argsort(own.client_ids)
+    ann, bob = np.argsort(own.positions)
     np.testing.assert_allclose(state.model_state, (3 * 9 + 2 * 4) / 5)  # not 4.5 of 9 and padding
     np.testing.assert_allclose(metrics["clients/mean"][ann], (0 + 0 + 9) / 3)
     np.testing.assert_allclose(metrics["clients/mean"][bob], 4)

@@ -174,7 +174,7 @@ def test_results_do_not_depend_on_where_models_are(data):
             context, at_once = problems.setting(name, "replicas")
             with context:
                 algorithm = make(
-                    quadratic, optax.sgd(INNER), replicas=REPLICAS, every=2, clients_at_once=at_once
+                    quadratic, optax.sgd(INNER), replicas=REPLICAS, every=2, vectorize=at_once
                 )
                 state, metrics = run(algorithm, cohorts(data, 2), start)
                 results.append((algorithm.params(state), state, metrics))

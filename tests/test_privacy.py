@@ -102,7 +102,7 @@ def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     @jax.jit
     @fax.program(clients=CLIENTS)
     def round(data, states):
-        sent = fax.map(lambda d: jax.tree.map(jnp.sin, d), data, batch_size=at_once)
+        sent = fax.map(lambda d: jax.tree.map(jnp.sin, d), data, vectorize=at_once)
         return {
             name: aggregator.aggregate(sent, WEIGHTS, states[name], KEY)[0]
             for name, aggregator in aggregators.items()

@@ -269,14 +269,14 @@ DTYPES = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloa
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "complex64"])
 @pytest.mark.parametrize("shape", [(), (2,), (2, 0), (2, 1, 2)])
-@pytest.mark.parametrize("batch_size", [None, 1, 3, 4])  # None: no map
-def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, batch_size):
+@pytest.mark.parametrize("vectorize", [None, 1, 3, 4])  # None: no map
+def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, vectorize):
     x = jnp.asarray(np.arange(4 * np.prod(shape)).reshape(4, *shape) % 5).astype(dtype)
     real = not jnp.issubdtype(dtype, jnp.complexfloating)
 
     @fax.program(clients=4)
     def program(x):
-        rows = x if batch_size is None else fax.map(lambda row: row, x, batch_size=batch_size)
+        rows = x if vectorize is None else fax.map(lambda row: row, x, vectorize=vectorize)
         return [fax.sum(rows), fax.mean(rows)] + ([fax.max(rows), fax.min(rows)] if real else [])
 
     found = program(x)
@@ -319,7 +319,7 @@ def test_weak_types_are_kept():
 def test_constants_that_clients_return():
     @fax.program(clients=5)
     def program(x):
-        ones, twos, yes = fax.map(lambda row: (1, 2.0, True), x, batch_size=2)
+        ones, twos, yes = fax.map(lambda row: (1, 2.0, True), x, vectorize=2)
         return fax.sum(ones), fax.mean(twos), fax.max(yes), ones
 
     for call in (program, jax.jit(program)):
@@ -344,7 +344,7 @@ def test_a_short_float_without_infinities():
 
     @fax.program(clients=5)
     def program(x):
-        rows = fax.map(lambda row: row, x, batch_size=2)
+        rows = fax.map(lambda row: row, x, vectorize=2)
         none = jnp.zeros(5, bool)
         return fax.max(rows), fax.min(rows), fax.max(x, where=none)
 
@@ -447,7 +447,7 @@ def test_without_jit_client_functions_see_concrete_values():
 def test_the_batch_size_does_not_change_the_result():
     x = jnp.arange(7.0)
     sums = [
-        fax.program(clients=7)(lambda x, b=b: fax.sum(fax.map(jnp.sin, x, batch_size=b)))(x)
+        fax.program(clients=7)(lambda x, b=b: fax.sum(fax.map(jnp.sin, x, vectorize=b)))(x)
         for b in (None, 1, 2, 3, 4, 6, 7, 100)
     ]
     np.testing.assert_allclose(sums, np.full(8, np.sin(np.arange(7.0)).sum()), rtol=1e-12)

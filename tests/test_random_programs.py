@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     """A random program: ``operator`` of a map of ``steps``, or of the raw rows without any."""
 
     n: int
-    batch_size: int | None
+    vectorize: int | None
     shapes: Tree
     steps: tuple[str, ...]
     operator: str
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
         """One round, in a program."""
         if self.steps:
             sent = fax.broadcast(params)
-            rows = fax.map(self.client, sent, rows, batch_size=self.batch_size)
+            rows = fax.map(self.client, sent, rows, vectorize=self.vectorize)
         return self.reduced(rows, weights)
 
     def plain_round(self, params: Tree, rows: Tree, weights: Any) -> Tree:
@@ -197,7 +197,7 @@ def random_plan(seed: int, operators: Sequence[str]) -> Plan:
     weights[-1] -= weights.sum() if random.random() < 0.2 else 0
     return Plan(
         n=n,
-        batch_size=random.choice([None, *range(1, n + 2)]),
+        vectorize=random.choice([None, *range(1, n + 2)]),
         shapes=template(*leaves),
         steps=tuple(random.choices(sorted(STEPS), k=random.randint(0, 3))),
         operator=operator,
@@ -308,7 +308,7 @@ def test_two_rounds_are_those_of_plain_code(plan):
     @fax.program(clients=plan.n)
     def program(params, rows, weights):
         first = fax.broadcast(plan.round(params, rows, weights))
-        mixed = fax.map(mix, first, rows, batch_size=plan.batch_size)
+        mixed = fax.map(mix, first, rows, vectorize=plan.vectorize)
         return plan.reduced(mixed, weights)
 
     def plain(params, rows, weights):

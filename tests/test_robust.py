@@ -147,7 +147,7 @@ def test_aggregators_are_those_of_the_papers(name):
             lambda p, d: jax.tree.map(lambda p, d: jnp.tanh(p) * d + p**2, p, d),
             fax.broadcast(params),
             data,
-            batch_size=at_once,
+            vectorize=at_once,
         )
         return sent, together.aggregate(sent, weights, (), KEY)[0]
 
@@ -402,7 +402,7 @@ def test_fedavg_trains_with_a_chain_of_them():
         assert metrics["non_finite"] == 1
         np.testing.assert_array_equal(metrics["clients/bits"], 64 * 15)
         sent = []
-        for batches, client in zip(numpy_batches(cohort), cohort.client_ids):
+        for batches, client in zip(numpy_batches(cohort), cohort.positions):
             if client == 3:
                 continue
             params = expected

@@ -224,7 +224,7 @@ def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(clients,
         @functools.partial(jax.jit, compiler_options=QUICKLY)
         @fax.program(clients=clients)
         def round(tree, weights, key):
-            made = fax.map(lambda x: jax.tree.map(jnp.sin, x), tree, batch_size=at_once)
+            made = fax.map(lambda x: jax.tree.map(jnp.sin, x), tree, vectorize=at_once)
             return aggregator.aggregate(made, weights, (), key)
 
         with context:

@@ -51,7 +51,7 @@ def expected(size, number):
     return jax.device_get(both(case.reference, case)(*case.args))
 
 
-def check(number, name, kind, size, batch_size=None):
+def check(number, name, kind, size, vectorize=None):
     case = of_size(size)[number]
     want = expected(size, number)
     on = mesh(kind, **MESHES[name])
@@ -61,7 +61,7 @@ def check(number, name, kind, size, batch_size=None):
             args = jax.tree.map(
                 lambda x: put(x, "clients") if np.shape(x)[:1] == (size,) else x, args
             )
-        got = both(case.program(batch_size), case)(*args)
+        got = both(case.program(vectorize), case)(*args)
     assert_close(got, want)
 
 
@@ -98,12 +98,12 @@ def test_pairwise_subset_covers_every_pair():
 @parametrize(("number", "kind"), FULL if NEWEST else FULL[::5])
 def test_every_case_on_4x2_in_every_axis_type(number, kind):
     size = SIZES[(number + list(KINDS).index(kind)) % 3]
-    check(number, "4x2", kind, size, batch_size=(None, 2)[number % 2])
+    check(number, "4x2", kind, size, vectorize=(None, 2)[number % 2])
 
 
 @parametrize(("number", "name", "kind", "size"), pairwise()[:: 1 if NEWEST else 7])
 def test_every_case_on_meshes_of_other_shapes(number, name, kind, size):
-    check(number, name, kind, size, batch_size=(2, None)[number % 2])
+    check(number, name, kind, size, vectorize=(2, None)[number % 2])
 
 
 # Transformations
@@ -136,4 +136,4 @@ def test_transformations_on_a_mesh(t, kind):
     """What `test_transformations` shows of programs on one device holds on eight."""
     (_, _, transformation), case = TRANSFORMATIONS[t], of_size(7)[turn(t, kind)]
     with jax.set_mesh(mesh(kind, clients=4, model=2)):
-        transformation(Subject(case, batch_size=2, program=case.program(2)))
+        transformation(Subject(case, vectorize=2, program=case.program(2)))

@@ -178,7 +178,7 @@ def test_one_fragment_without_delay_is_diloco(data):
 def test_parameters_have_what_is_in_flight(data):
     """One replica that sends all of its parameters: the outer ones are its own, not late."""
     (cohort,) = cohorts(data, 2)
-    one = dataclasses.replace(cohort, clients_at_once=None)
+    one = dataclasses.replace(cohort, vectorize=None)
     one = jax.tree.map(lambda x: x[:1], dataclasses.replace(one, batches=dict(one.batches)))
     algorithm = streaming_diloco(
         loss,
@@ -393,7 +393,7 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one
                 steps=3,
                 fragments=[["w"], ["b"]],
                 tau=1,
-                clients_at_once=at_once,
+                vectorize=at_once,
             )
             results.append(run(algorithm, cohorts(data, 3)))
             if "mesh" in name:

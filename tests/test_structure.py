@@ -175,8 +175,8 @@ def test_rows_closed_over_as_a_server_value_are_not_merged():
 def test_maps_with_different_batch_sizes_stay_apart(first, second, maps):
     @program
     def two(d):
-        y = fax.map(jnp.sin, d, batch_size=first)
-        return fax.sum(fax.map(jnp.cos, y, batch_size=second))
+        y = fax.map(jnp.sin, d, vectorize=first)
+        return fax.sum(fax.map(jnp.cos, y, vectorize=second))
 
     assert len(operators(two, D)) == maps
 
@@ -346,8 +346,8 @@ def test_a_checkpointed_client_is_recomputed_once():
 
 
 @pytest.mark.parametrize("transform", ["eager", "jit", "grad", "jit grad", "vmap", "grad scan"])
-@pytest.mark.parametrize("batch_size", [1, 3, N])
-def test_effects_run_once_per_participant(transform, batch_size):
+@pytest.mark.parametrize("vectorize", [1, 3, N])
+def test_effects_run_once_per_participant(transform, vectorize):
     seen = []
 
     @program
@@ -356,8 +356,8 @@ def test_effects_run_once_per_participant(transform, batch_size):
             jax.debug.callback(lambda r: seen.append(float(r)), row)
             return jnp.sin(row)
 
-        y = fax.map(client, x, batch_size=batch_size)
-        return fax.mean(fax.map(jnp.cos, y, batch_size=batch_size)) + fax.sum(y)
+        y = fax.map(client, x, vectorize=vectorize)
+        return fax.mean(fax.map(jnp.cos, y, vectorize=vectorize)) + fax.sum(y)
 
     fn = {
         "eager": noisy,
@@ -394,8 +394,8 @@ def test_a_client_function_without_a_batching_rule_runs_one_at_a_time():
     lonely_p.def_abstract_eval(lambda x: x)
     mlir.register_lowering(lonely_p, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
 
-    def double(batch_size):
-        return program(lambda x: fax.sum(fax.map(lonely_p.bind, x, batch_size=batch_size)))
+    def double(vectorize):
+        return program(lambda x: fax.sum(fax.map(lonely_p.bind, x, vectorize=vectorize)))
 
     assert double(1)(W) == double(None)(W) == 2 * W.sum()
     with pytest.raises(NotImplementedError, match="lonely"):
@@ -406,8 +406,8 @@ def test_a_branch_in_a_client_function_is_a_branch_at_batch_size_one():
     def step(x):
         return jax.lax.cond(x > 3, lambda x: jnp.linalg.inv(jnp.eye(9) * x).sum(), lambda x: x, x)
 
-    def text(batch_size):
-        fn = program(lambda x: fax.sum(fax.map(step, x, batch_size=batch_size)))
+    def text(vectorize):
+        fn = program(lambda x: fax.sum(fax.map(step, x, vectorize=vectorize)))
         return jax.jit(fn).lower(W).as_text()
 
     assert "stablehlo.case" in text(1)

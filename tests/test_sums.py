@@ -24,13 +24,13 @@ def error(got, expected):
     return np.max(np.abs(np.asarray(got, np.float64) / expected - 1))
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-def test_sums_of_a_million_equal_rows(batch_size):
+@pytest.mark.parametrize("vectorize", BATCH_SIZES)
+def test_sums_of_a_million_equal_rows(vectorize):
     """Reduced in all ways, with the gradient of what is broadcast and a JVP, in one program."""
 
     @fax.program(clients=N)
     def program(p, x, weights, where):
-        one = fax.map(lambda p, x: (p * x, x), fax.broadcast(p), x, batch_size=batch_size)
+        one = fax.map(lambda p, x: (p * x, x), fax.broadcast(p), x, vectorize=vectorize)
         y, scalar = one
         return {
             "sum": fax.sum(y),
@@ -68,14 +68,14 @@ def test_sums_of_a_million_equal_rows(batch_size):
         assert error(moved[name], expected[name]) <= LIMIT, name
 
 
-@pytest.mark.parametrize("batch_size", [1, 1000, 100_003])
-def test_weighted_rows(batch_size):
+@pytest.mark.parametrize("vectorize", [1, 1000, 100_003])
+def test_weighted_rows(vectorize):
     """All at once they are a product of a vector and a matrix, which XLA adds up one by one."""
     n, tenth = 100_003, np.float32(0.1)
 
     @fax.program(clients=n)
     def program(x, weights):
-        y = fax.map(lambda x: x, x, batch_size=batch_size)
+        y = fax.map(lambda x: x, x, vectorize=vectorize)
         return fax.mean(y, weights=weights), fax.mean(x, weights=weights)
 
     means = jax.jit(program)(np.broadcast_to(ROW, (n, ROW.size)), np.full(n, tenth))
@@ -83,13 +83,13 @@ def test_weighted_rows(batch_size):
         assert error(mean, np.float64(ROW)) <= LIMIT
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_ones_are_counted_beyond_the_integers_of_float32(batch_size):
+@pytest.mark.parametrize("vectorize", [1, 7])
+def test_ones_are_counted_beyond_the_integers_of_float32(vectorize):
     n = 2**24 + 1000
 
     @fax.program(clients=n)
     def program(x):
-        return fax.sum(fax.map(lambda x: x, x, batch_size=batch_size)), fax.sum(x)
+        return fax.sum(fax.map(lambda x: x, x, vectorize=vectorize)), fax.sum(x)
 
     mapped, plain = jax.jit(program)(jnp.ones(n, jnp.float32))
     assert mapped == n
@@ -99,7 +99,7 @@ def test_ones_are_counted_beyond_the_integers_of_float32(batch_size):
 def test_an_eager_call_and_one_of_short_floats():
     @fax.program(clients=100_000)
     def program(x):
-        y = fax.map(jnp.negative, x, batch_size=3)
+        y = fax.map(jnp.negative, x, vectorize=3)
         return fax.sum(y), fax.sum(y.astype(jnp.float32))
 
     x = jnp.full(100_000, 0.1, jnp.bfloat16)
@@ -114,7 +114,7 @@ def test_complex_and_long_floats():
 
     @fax.program(clients=n)
     def program(z, x):
-        return tuple(fax.sum(fax.map(jnp.negative, y, batch_size=1)) for y in (z, x))
+        return tuple(fax.sum(fax.map(jnp.negative, y, vectorize=1)) for y in (z, x))
 
     z, x = jax.jit(program)(jnp.full(n, 0.1 - 0.3j, jnp.complex64), jnp.full(n, 0.1))
     assert z.dtype == jnp.complex64
@@ -127,7 +127,7 @@ def test_complex_and_long_floats():
 def test_on_two_devices(clients):
     @fax.program(clients=clients)
     def program(x, w):
-        y = fax.map(lambda x: x, x, batch_size=1)
+        y = fax.map(lambda x: x, x, vectorize=1)
         return fax.mean(y), fax.mean(y, weights=w), fax.sum(x)
 
     tenth = np.float32(0.1)
@@ -140,13 +140,13 @@ def test_on_two_devices(clients):
     assert error(total, clients * np.float64(tenth)) <= LIMIT
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(4097, 1), (20 * 16, 16)])
-def test_large_arrays(n, batch_size):
+@pytest.mark.parametrize(("n", "vectorize"), [(4097, 1), (20 * 16, 16)])
+def test_large_arrays(n, vectorize):
     """They have a second accumulator for many batches, or beside batches of many rows."""
 
     @fax.program(clients=n)
     def program(p, x):
-        return fax.sum(fax.map(lambda p, x: p * x, fax.broadcast(p), x, batch_size=batch_size))
+        return fax.sum(fax.map(lambda p, x: p * x, fax.broadcast(p), x, vectorize=vectorize))
 
     p, third = np.linspace(1, 2, 5000, dtype=np.float32), np.float32(1 / 3)
     total = jax.jit(program)(p, jnp.full(n, third))
@@ -158,21 +158,21 @@ def test_a_sum_is_within_the_bound_of_its_terms():
     x = np.random.default_rng(0).normal(size=(50_000, 3)).astype(np.float32)
     x *= 10.0 ** np.random.default_rng(1).integers(-6, 6, (50_000, 1))
 
-    def total(batch_size):
+    def total(vectorize):
         @fax.program(clients=len(x))
         def program(x):
-            return fax.sum(fax.map(lambda x: x, x, batch_size=batch_size))
+            return fax.sum(fax.map(lambda x: x, x, vectorize=vectorize))
 
         return jax.jit(program)(x)
 
-    for batch_size in 1, 40:
-        off = np.abs(np.asarray(total(batch_size), np.float64) - x.sum(0, dtype=np.float64))
+    for vectorize in 1, 40:
+        off = np.abs(np.asarray(total(vectorize), np.float64) - x.sum(0, dtype=np.float64))
         assert np.all(off <= LIMIT * np.abs(x).sum(0, dtype=np.float64))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 16])
+@pytest.mark.parametrize("vectorize", [1, 5, 16])
 @pytest.mark.parametrize("at", [0, 200, 399])
-def test_infinities_and_nan_stay_what_they_are(batch_size, at):
+def test_infinities_and_nan_stay_what_they_are(vectorize, at):
     """Columns: an infinity, two of opposite signs, NaN, too large a sum, and just not too large."""
     x = np.ones((400, 5), np.float32)
     x[at, 0] = np.inf
@@ -183,7 +183,7 @@ def test_infinities_and_nan_stay_what_they_are(batch_size, at):
 
     @fax.program(clients=400)
     def program(x):
-        y = fax.map(lambda x: x, x, batch_size=batch_size)
+        y = fax.map(lambda x: x, x, vectorize=vectorize)
         return fax.sum(y), fax.mean(-y)
 
     for y, sign in zip(jax.jit(program)(x), (1, -1), strict=True):
@@ -194,7 +194,7 @@ def test_infinities_and_nan_stay_what_they_are(batch_size, at):
 def test_integers_are_exact():
     @fax.program(clients=10_000)
     def program(x):
-        return fax.sum(fax.map(lambda x: x, x, batch_size=1))
+        return fax.sum(fax.map(lambda x: x, x, vectorize=1))
 
     x = np.full(10_000, 2**31 - 1)
     assert jax.jit(program)(x) == 10_000 * (2**31 - 1)
@@ -203,11 +203,11 @@ def test_integers_are_exact():
 def test_a_short_sum_has_one_accumulator():
     """No more is carried, or computed, than what was there before: sixteen terms need no help."""
 
-    def carried(n, batch_size, size):
+    def carried(n, vectorize, size):
         @fax.program(clients=n)
         def program(p, x):
             sent = fax.broadcast(p)
-            return fax.sum(fax.map(lambda p, x: p * x, sent, x, batch_size=batch_size))
+            return fax.sum(fax.map(lambda p, x: p * x, sent, x, vectorize=vectorize))
 
         text = (
             jax.jit(program).lower(jnp.ones(size, jnp.float32), jnp.ones(n, jnp.float32)).as_text()

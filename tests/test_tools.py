@@ -92,7 +92,7 @@ def test_debug_nans_says_who():
 @fax.program(clients=4)
 def masked(x):
     y = fax.map(jnp.log, x)
-    later = jax.nn.relu(y) * fax.map(jnp.sqrt, x, batch_size=2)  # rows of NaN between two maps
+    later = jax.nn.relu(y) * fax.map(jnp.sqrt, x, vectorize=2)  # rows of NaN between two maps
     return fax.mean(y, where=x > 0) + fax.mean(later, where=x > 1), fax.sum(x > 0)
 
 
@@ -173,8 +173,8 @@ def test_checkify_sees_errors_in_client_functions(name):
     wanted, value = check(vectorised(client))(x)
     want = wanted.get()
     assert want is not None
-    for batch_size in (1, 3) if name in ("check", "nan", "loop") else (3,):
-        program = jax.jit(check(averaged(client, batch_size=batch_size)))
+    for vectorize in (1, 3) if name in ("check", "nan", "loop") else (3,):
+        program = jax.jit(check(averaged(client, vectorize=vectorize)))
         error, result = program(x)
         assert error.get() == want
         assert_close(result, np.asarray(value))
@@ -336,8 +336,8 @@ def series(p, x, w):
     a, b = fax.map(polynomial, fax.broadcast(p), x)
     extremes = fax.max(b), fax.min(b, where=x > -1), fax.max(x)
     sums = fax.mean(a, weights=w), fax.sum(a, where=x > 0), fax.mean(x), fax.sum(fax.index())
-    signs = fax.map(lambda a: jnp.sum(a > 0), a, batch_size=1)
-    count = fax.max(fax.map(lambda i: i + 1, signs, batch_size=2))  # of integers alone
+    signs = fax.map(lambda a: jnp.sum(a > 0), a, vectorize=1)
+    count = fax.max(fax.map(lambda i: i + 1, signs, vectorize=2))  # of integers alone
     return extremes, sums, count, b, fax.collect(b), fax.distribute(w) * x
 
 
@@ -392,11 +392,11 @@ def noted(seen, ordered=True):
     return client
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
-def test_ordered_effects_keep_their_order(batch_size):
+@pytest.mark.parametrize("vectorize", [None, 1])
+def test_ordered_effects_keep_their_order(vectorize):
     seen = []
     client = noted(seen)
-    program = averaged(lambda x: client(client(x)), batch_size=batch_size)
+    program = averaged(lambda x: client(client(x)), vectorize=vectorize)
     want = [y for x in X for y in (x, 2 * x)]
     for run in program, jax.jit(program):
         assert_close(run(X), 4 * X.mean())
@@ -420,17 +420,17 @@ def test_ordered_effects_on_a_mesh_of_one_device(capfd):
 
 
 @pytest.mark.parametrize(
-    ("axes", "batch_size", "message"),
+    ("axes", "vectorize", "message"),
     [
-        ({}, 2, "ordered effects.*batch_size=2 participants.*Use batch_size=1, or ordered=False"),
+        ({}, 2, "ordered effects.*vectorize=2 participants.*Use vectorize=1, or ordered=False"),
         (dict(clients=4), 1, "ordered effects.*has 4 devices.*Use ordered=False, or a mesh of one"),
         (dict(model=4), 1, "ordered effects.*has 4 devices.*Use ordered=False, or a mesh of one"),
     ],
 )
-def test_ordered_effects_that_have_no_order_are_refused(axes, batch_size, message):
+def test_ordered_effects_that_have_no_order_are_refused(axes, vectorize, message):
     on = jax.set_mesh(mesh("auto", **axes)) if axes else contextlib.nullcontext()
     with on, pytest.raises(fax.PlacementError, match=message):
-        jax.jit(averaged(noted([]), batch_size=batch_size))(X)
+        jax.jit(averaged(noted([]), vectorize=vectorize))(X)
 
 
 CALLBACKS = {
@@ -475,7 +475,7 @@ def test_callbacks_on_meshes(kind, name):
 def test_strict_settings(context):
     @fax.program(clients=4)
     def program(x, w):
-        y = fax.map(lambda x: jnp.sin(x) * x, x, batch_size=3)
+        y = fax.map(lambda x: jnp.sin(x) * x, x, vectorize=3)
         return fax.mean(y, weights=w, where=x > 0) + fax.max(y, where=x < 1)
 
     x, w = map(jnp.asarray, (X, np.ones(4)))
@@ -512,8 +512,8 @@ def test_custom_vmap_is_for_vectorised_participants():
         return x
 
     client.def_vmap(lambda size, batched, x: (x + 1, True))
-    assert_close(averaged(client, batch_size=1)(X), X.mean())
-    assert_close(averaged(client, batch_size=2)(X), X.mean() + 1)
+    assert_close(averaged(client, vectorize=1)(X), X.mean())
+    assert_close(averaged(client, vectorize=2)(X), X.mean() + 1)
 
 
 def test_what_jax_has_no_rules_for():

@@ -108,7 +108,7 @@ class Subject:
     """A program at a batch size, in the shapes that transformations ask for."""
 
     case: Case
-    batch_size: int
+    vectorize: int
     program: Callable
 
     @property
@@ -328,7 +328,7 @@ def checkpoint_outside(s: Subject) -> None:
 
 @transformation("reverse")
 def checkpoint_inside(s: Subject) -> None:
-    program = s.case.program(s.batch_size, client=jax.checkpoint)
+    program = s.case.program(s.vectorize, client=jax.checkpoint)
     inside = dataclasses.replace(s, program=program)
     gradient = jax.jit(inside.gradient(inside.loss))(*s.at)
     assert_close(join(gradient), s.expected.gradient(s.theta))
@@ -425,7 +425,7 @@ def export(s: Subject) -> None:
 # The product
 
 IN_CASES = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-IN_BATCHES = pytest.mark.parametrize("batch_size", BATCH_SIZES)
+IN_BATCHES = pytest.mark.parametrize("vectorize", BATCH_SIZES)
 
 
 def transformed(names: Sequence[str]) -> pytest.MarkDecorator:
@@ -436,9 +436,9 @@ def transformed(names: Sequence[str]) -> pytest.MarkDecorator:
 @IN_BATCHES
 @transformed([name for name, *_ in TRANSFORMATIONS])
 @IN_CASES
-def test_transformation(case, mode, check, batch_size):
+def test_transformation(case, mode, check, vectorize):
     """A transformed program gives what the transformed reference means, or JAX's refusal."""
-    subject = Subject(case, batch_size, case.program(batch_size))
+    subject = Subject(case, vectorize, case.program(vectorize))
     if mode in case.refuses:
         error, message = case.refuses[mode]
         with pytest.raises(error, match=message):
@@ -462,6 +462,6 @@ def in_float32(case: Case) -> Case:
 @IN_BATCHES
 @transformed(["eager", "grad", "jvp", "vmap"])
 @IN_CASES
-def test_in_float32(case, mode, check, batch_size):
+def test_in_float32(case, mode, check, vectorize):
     with jax.enable_x64(False):
-        test_transformation(in_float32(case), mode, check, batch_size)
+        test_transformation(in_float32(case), mode, check, vectorize)

@@ -99,7 +99,7 @@ def main() -> None:
         nonlocal state
         cohort = next(cohorts)
         state, _ = jax.block_until_ready(train(state, cohort))
-        seen.append((cohort.client_ids, cohort.mask))
+        seen.append((cohort.positions, cohort.mask))
 
     report.run(one_round, lambda: layers(jax.device_get(algorithm.params(state))))
     for positions, mask in jax.device_get(seen):

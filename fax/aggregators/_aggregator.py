@@ -127,7 +127,7 @@ def each(fn: Callable, *args: PyTree) -> Any:
     So updates are encoded as clients finish, and where a mean follows they never exist together.
     In gradients they are made again if the clients' function is under `jax.checkpoint`.
     """
-    return operators.map(fn, *args, batch_size=OF_ITS_MAKER)
+    return operators.map(fn, *args, vectorize=OF_ITS_MAKER)
 
 
 def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:

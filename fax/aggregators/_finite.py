@@ -30,7 +30,7 @@ def non_finite(policy: str = "drop") -> Transformation:
     With ``"raise"`` the round fails. The test is part of the compiled round, on any mesh, and
     what it raises is seen where the host waits for results of the round: JAX reports it
     as a ``jax.errors.JaxRuntimeError`` whose message has the ``FloatingPointError``, with the
-    number of clients and the rows of the cohort that they are in (``cohort.client_ids`` tells
+    number of clients and the rows of the cohort that they are in (``cohort.positions`` tells
     who that is). ``jax.effects_barrier()`` waits for nothing else.
 
     Args:

@@ -73,7 +73,7 @@ def agnostic_fedavg(
     domain_counts: Sequence[float] | None = None,
     window: int = 1,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Agnostic federated averaging (AFL, AgnosticFedAvg): good for the worst mixture of domains.
 
@@ -110,7 +110,7 @@ def agnostic_fedavg(
       window: over how many rounds numbers of examples are averaged.
       aggregator: as for `fedavg`; its weights are beta^k. It cannot be a private one, for domains'
         counts and losses do not go through it.
-      clients_at_once: as for `fedavg`.
+      vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `AgnosticState`. Metrics are those
@@ -162,7 +162,7 @@ def agnostic_fedavg(
         WHERE,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
     )
@@ -214,7 +214,7 @@ def agnostic_fedavg(
                 fax.broadcast(model_state),
                 fax.broadcast(alpha),
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
             weighted = dataclasses.replace(cohort, num_examples=sent.beta)
             update, own, more = aggregate(aggregator, sent.update, own, weighted)

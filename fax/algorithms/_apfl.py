@@ -76,7 +76,7 @@ def apfl(
     alpha: float = 0.5,
     alpha_optimizer: optax.GradientTransformation | None = None,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Adaptive personalized federated learning (APFL).
 
@@ -103,7 +103,7 @@ def apfl(
         ``optax.set_to_zero()`` alpha stays what it is.
       aggregator: as for `fedavg`, of the updates of w. What a private one promises is about w, and
         about what all clients but one get to see: v_i and alpha_i are a client's own.
-      clients_at_once: as for `fedavg`.
+      vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `APFLState`. A client's local
@@ -142,7 +142,7 @@ def apfl(
         caller,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
         alpha_optimizer=alpha_optimizer,
@@ -210,7 +210,7 @@ def apfl(
                 fax.broadcast(model_state),
                 clients,
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
             update, own, more = aggregate(aggregator, sent.update, own, cohort)
             mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)

@@ -45,7 +45,7 @@ def averaging(
     local: Callable[[PyTree, PyTree, Client], Local],
     server_optimizer: optax.GradientTransformation,
     aggregator: Aggregator | None,
-    clients_at_once: int | None,
+    vectorize: int | None,
     weights: Callable[[Local, Cohort], jax.Array] = lambda sent, cohort: cohort.num_examples,
 ) -> Algorithm:
     """The algorithm ``caller`` whose clients do ``local(params, model_state, client)``.
@@ -70,7 +70,7 @@ def averaging(
                 fax.broadcast(params),
                 fax.broadcast(model_state),
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
             update, aggregator_state, more = aggregate(
                 aggregator, sent.update, aggregator_state, cohort, weights(sent, cohort)

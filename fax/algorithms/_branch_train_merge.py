@@ -78,7 +78,7 @@ def branch_train_merge(
     optimizer: optax.GradientTransformation,
     *,
     replicas: int,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> BranchTrainMerge:
     """Branch-Train-Merge: experts that branch, train without a word, and are merged.
 
@@ -95,7 +95,7 @@ def branch_train_merge(
       loss: see `fax.algorithms.fedavg`.
       optimizer: the experts', from optax.
       replicas: how many experts there are. Expert i is row i of the cohort; see `diloco`.
-      clients_at_once: how many experts one device works on at once; see `diloco`.
+      vectorize: how many experts one device works on at once; see `diloco`.
 
     Returns:
       The algorithm, a `BranchTrainMerge`. Metrics are those of `diloco`, with zero bits.
@@ -134,7 +134,7 @@ def branch_train_merge(
       Array(1, dtype=int32)
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
-    arguments(_WHERE, loss, None, clients_at_once, optimizer=optimizer)
+    arguments(_WHERE, loss, None, vectorize, optimizer=optimizer)
     program = fax.program(replicas=replicas)
 
     def init(params: PyTree, model_state: PyTree = None) -> BranchTrainMergeState:
@@ -147,7 +147,7 @@ def branch_train_merge(
         @program
         def work(rows: Replica, cohort: Cohort) -> tuple:
             Parts(_WHERE, cohort, replicas, None)
-            rows, tally = inner_steps(loss, optimizer, rows, cohort, 0, clients_at_once)
+            rows, tally = inner_steps(loss, optimizer, rows, cohort, 0, vectorize)
             bits = {"replicas/bits": jnp.zeros(replicas, jnp.float32)}
             return rows, {**metrics_of(tally, each="replicas"), **bits}
 

@@ -24,15 +24,15 @@ def arguments(
     caller: str,
     loss: Any,
     aggregator: Any = None,
-    clients_at_once: Any = None,
+    vectorize: Any = None,
     **optimizers: Any,
 ) -> Aggregator | None:
     """Checks what all algorithms take, where it is passed, and returns the aggregator."""
     check_loss(caller, loss)
     for name, value in optimizers.items():
         _arguments.optimizer(caller, name, value)
-    if clients_at_once is not None:
-        _arguments.count(caller, "clients_at_once", clients_at_once)
+    if vectorize is not None:
+        _arguments.count(caller, "vectorize", vectorize)
     return aggregator_of(caller, aggregator)
 
 

@@ -27,7 +27,7 @@ def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
     """
 
     def take(x: jax.Array) -> jax.Array:
-        ids = cohort.client_ids
+        ids = cohort.positions
         _check(x.shape[0], cohort)
         spread, _ = _spec(ids)
         _, rest = _spec(x)
@@ -49,7 +49,7 @@ def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
         put_all = without_explicit_axes(
             lambda x, ids, rows: [x.at[ids].set(rows, mode="drop")], [PartitionSpec(spread, *rest)]
         )
-        return put_all(x, cohort.client_ids, rows)[0]
+        return put_all(x, cohort.positions, rows)[0]
 
     return map_rows(put, state, new)
 
@@ -81,7 +81,7 @@ def _common(one: Any, other: Any) -> bool:
 
 
 def _check(rows: int, cohort: Cohort) -> None:
-    ids, most = cohort.client_ids, cohort.size - 1
+    ids, most = cohort.positions, cohort.size - 1
     if not isinstance(ids, jax.core.Tracer) and (
         not isinstance(ids, jax.Array) or ids.is_fully_addressable
     ):

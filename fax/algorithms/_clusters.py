@@ -28,7 +28,7 @@ def hyp_cluster_choice(
     cohort: Cohort,
     model_state: PyTree = None,
     *,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> jax.Array:
     """Which cluster's model fits each client best, by the mean loss over its batches.
 
@@ -42,7 +42,7 @@ def hyp_cluster_choice(
       params: of `hyp_cluster`, leaves [num_clusters, ...].
       cohort: the clients.
       model_state: of the models, leaves [num_clusters, ...], if they have one.
-      clients_at_once: as for `fedavg`.
+      vectorize: as for `fedavg`.
 
     Returns:
       The numbers of clusters, int32 [clients], in the order of the cohort. A model whose loss is
@@ -58,11 +58,11 @@ def hyp_cluster_choice(
       >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=3))
       >>> params = jnp.array([0.1, 0.8])
       >>> chosen = fax.algorithms.hyp_cluster_choice(loss, params, cohort)
-      >>> in_order = jnp.zeros(2, int).at[cohort.client_ids].set(chosen)
+      >>> in_order = jnp.zeros(2, int).at[cohort.positions].set(chosen)
       >>> params[in_order]  # one model for each client, in the order of the data
       Array([0.8, 0.1], dtype=float32)
     """
-    arguments("fax.algorithms.hyp_cluster_choice", loss, None, clients_at_once)
+    arguments("fax.algorithms.hyp_cluster_choice", loss, None, vectorize)
     check_cohort("fax.algorithms.hyp_cluster_choice", cohort)
     check_models(params, model_state, None)
 
@@ -73,7 +73,7 @@ def hyp_cluster_choice(
             fax.broadcast(params),
             fax.broadcast(model_state),
             cohort.clients(),
-            batch_size=clients_at_once or cohort.clients_at_once,
+            vectorize=vectorize or cohort.vectorize,
         )
 
     return choose(params, model_state, cohort)
@@ -88,7 +88,7 @@ def hyp_cluster_start(
     model_state: PyTree = None,
     *,
     num_clusters: int,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Models for `hyp_cluster` to start from, far from each other: k-means++ on clients' models.
 
@@ -104,7 +104,7 @@ def hyp_cluster_start(
       key: a random key.
       model_state: of one model, if it has one.
       num_clusters: how many models to make.
-      clients_at_once: as for `fedavg`.
+      vectorize: as for `fedavg`.
 
     Returns:
       The parameters and the model state, or None, with leaves [num_clusters, ...], for ``init``.
@@ -125,7 +125,7 @@ def hyp_cluster_start(
       Array([0., 1.], dtype=float32)
     """
     caller = "fax.algorithms.hyp_cluster_start"
-    arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
+    arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     check_trained(f"{caller}: params", params)
     check_cohort(caller, cohort)
     _arguments.key(caller, "key", key)
@@ -152,13 +152,13 @@ def hyp_cluster_start(
 
         def step(carry, _):
             chosen, best, taken = carry
-            at_once = clients_at_once or cohort.clients_at_once
+            at_once = vectorize or cohort.vectorize
             sent = fax.broadcast((params, model_state, chosen))
-            made = fax.map(of_chosen, *sent, cohort.clients(), fax.index(), batch_size=at_once)
+            made = fax.map(of_chosen, *sent, cohort.clients(), fax.index(), vectorize=at_once)
             one = jax.tree.map(
                 lambda x, like: x.astype(like.dtype), fax.sum(made), (params, model_state)
             )
-            losses = fax.map(mean, *fax.broadcast(one), cohort.clients(), batch_size=at_once)
+            losses = fax.map(mean, *fax.broadcast(one), cohort.clients(), vectorize=at_once)
             best = jnp.minimum(best, fax.collect(losses).astype(best.dtype))
             taken = taken.at[chosen].set(True)
             worst = jnp.argmax(jnp.where(taken | jnp.isnan(best), -jnp.inf, best))

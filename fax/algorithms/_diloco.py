@@ -74,7 +74,7 @@ def diloco(
     steps: int | Callable[[jax.Array], jax.Array] | None = None,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """DiLoCo, distributed low-communication training.
 
@@ -105,7 +105,7 @@ def diloco(
       aggregator: from `fax.aggregators`, what makes -Δ of the updates θ_i - θ. Default: the mean.
         A private one makes a release in each outer step, also where nobody takes part; see
         `fax.aggregators.releases`.
-      clients_at_once: how many replicas one device works on at once; see ``batch_size`` of
+      vectorize: how many replicas one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 
     Returns:
@@ -148,7 +148,7 @@ def diloco(
         steps,
         weighted,
         aggregator,
-        clients_at_once,
+        vectorize,
     )
 
 
@@ -161,7 +161,7 @@ def outer_steps(
     steps: int | Callable[[jax.Array], jax.Array] | None,
     weighted: bool,
     aggregator: Aggregator | None,
-    clients_at_once: int | None,
+    vectorize: int | None,
 ) -> Algorithm:
     """The algorithm of `diloco`, for ``where``."""
     replicas = _arguments.count(where, "replicas", replicas)
@@ -174,7 +174,7 @@ def outer_steps(
         where,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         inner_optimizer=inner_optimizer,
         outer_optimizer=outer_optimizer,
     )
@@ -225,7 +225,7 @@ def outer_steps(
                 batches = parts.cohort_of(rows, mask)
                 first = number * parts.steps
                 rows, tally = inner_steps(
-                    loss, inner_optimizer, state.replicas.rows, batches, first, clients_at_once
+                    loss, inner_optimizer, state.replicas.rows, batches, first, vectorize
                 )
                 state = state._replace(replicas=PerClient(rows))
                 own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)

@@ -23,7 +23,7 @@ def fedavg(
     server_optimizer: optax.GradientTransformation | None = None,
     *,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Federated averaging (FedAvg) and, with another server optimizer, adaptive FedOpt.
 
@@ -48,7 +48,7 @@ def fedavg(
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       aggregator: from `fax.aggregators`, what makes D of the updates. A transformation stands for
         a chain of it. Default: the mean above.
-      clients_at_once: how many clients one device works on at once; see ``batch_size`` of
+      vectorize: how many clients one device works on at once; see ``batch_size`` of
         `fax.map`. Default: what the cohort says, or 1 on CPU.
 
     Returns:
@@ -88,7 +88,7 @@ def fedavg(
         client_optimizer,
         server_optimizer,
         aggregator,
-        clients_at_once,
+        vectorize,
     )
 
 
@@ -98,14 +98,14 @@ def local_steps(
     client_optimizer: optax.GradientTransformation,
     server_optimizer: optax.GradientTransformation,
     aggregator: Aggregator | None,
-    clients_at_once: int | None,
+    vectorize: int | None,
 ) -> Algorithm:
     """The algorithm of `fedavg`, for ``caller``."""
     aggregator = arguments(
         caller,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
     )
@@ -114,4 +114,4 @@ def local_steps(
         trained = train(loss, client_optimizer, params, model_state, client)
         return difference(trained, params)
 
-    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once)
+    return averaging(caller, loss, local, server_optimizer, aggregator, vectorize)

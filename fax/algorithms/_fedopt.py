@@ -28,7 +28,7 @@ def fedopt(
     server_optimizer: optax.GradientTransformation,
     *,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Federated optimization (FedOpt): FedAvg with an optimizer at the server.
 
@@ -47,7 +47,7 @@ def fedopt(
       client_optimizer: from optax; its state starts anew at each client and round.
       server_optimizer: one of the above.
       aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
@@ -79,7 +79,7 @@ def fedopt(
         client_optimizer,
         server_optimizer,
         aggregator,
-        clients_at_once,
+        vectorize,
     )
 
 

@@ -26,7 +26,7 @@ def fedprox(
     *,
     mu: Any,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """FedProx: FedAvg whose clients do not go far from the server's parameters.
 
@@ -44,7 +44,7 @@ def fedprox(
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       mu: the weight of the proximal term; the paper tries 0.001, 0.01, 0.1 and 1. It may be traced.
       aggregator: from `fax.aggregators`. Default: the mean, weighted by the numbers of examples.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm, with states and metrics as of `fax.algorithms.fedavg`. The losses are f_i,
@@ -77,7 +77,7 @@ def fedprox(
         caller,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
     )
@@ -91,4 +91,4 @@ def fedprox(
         trained = train(loss, client_optimizer, params, model_state, client, proximal)
         return difference(trained, params)
 
-    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once)
+    return averaging(caller, loss, local, server_optimizer, aggregator, vectorize)

@@ -63,7 +63,7 @@ def hyp_cluster(
     *,
     num_clusters: int,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Federated clustering by hypotheses (HypCluster, IFCA).
 
@@ -91,7 +91,7 @@ def hyp_cluster(
         more than its norm, so that a round is one release, whatever clusters clients choose.
         Models that nobody picks move by the noise alone. All divide by the same m, the size of the
         cohort or ``expected_clients``, which makes the step of a cluster as small as its share.
-      clients_at_once: as for `fedavg`.
+      vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` takes leaves [num_clusters, ...] and makes
@@ -131,7 +131,7 @@ def hyp_cluster(
         caller,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         client_optimizer=client_optimizer,
         server_optimizer=server_optimizer,
     )
@@ -169,7 +169,7 @@ def hyp_cluster(
                 fax.broadcast(params),
                 fax.broadcast(model_state),
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
             if private:
                 update, after, more = aggregate(aggregator, sent.updates, own, cohort)
@@ -182,7 +182,7 @@ def hyp_cluster(
                 )
                 more = _of_clusters(each, sent.choice)
             mean_state = [
-                fax.mean(sent.model_state, weights, sent.choice == j)
+                fax.mean(sent.model_state, weights=weights, where=sent.choice == j)
                 for j, weights in enumerate(sent.weights)
             ]
             examples = jnp.stack(fax.sum(sent.weights))

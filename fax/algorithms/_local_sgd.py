@@ -21,7 +21,7 @@ def local_sgd(
     steps: int | Callable[[jax.Array], jax.Array] | None = None,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Local SGD: after H steps of their own, replicas go on from the mean of their parameters.
 
@@ -40,7 +40,7 @@ def local_sgd(
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`, what makes the mean way of the replicas' ways since the
         last mean. Default: the mean.
-      clients_at_once: how many replicas one device works on at once; see `diloco`.
+      vectorize: how many replicas one device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`.
@@ -76,5 +76,5 @@ def local_sgd(
         steps,
         weighted,
         aggregator,
-        clients_at_once,
+        vectorize,
     )

@@ -29,7 +29,7 @@ def reptile(
     server_learning_rate: Any,
     *,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Reptile: towards where clients' local steps lead. It is FedAvg with a server learning rate.
 
@@ -43,7 +43,7 @@ def reptile(
       client_optimizer: from optax; its state starts anew at each client and round.
       server_learning_rate: the paper's epsilon, 0.1 to 1 in its experiments; it may be traced.
       aggregator: from `fax.aggregators`. Default: the mean above.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
@@ -70,9 +70,7 @@ def reptile(
     caller = "fax.algorithms.reptile"
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
     server_optimizer = optax.sgd(server_learning_rate)
-    return local_steps(
-        caller, loss, client_optimizer, server_optimizer, aggregator, clients_at_once
-    )
+    return local_steps(caller, loss, client_optimizer, server_optimizer, aggregator, vectorize)
 
 
 def maml(
@@ -83,7 +81,7 @@ def maml(
     query: str = "query",
     first_order: bool = False,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Model-agnostic meta-learning (MAML, Per-FedAvg): parameters that adapt well to each client.
 
@@ -111,7 +109,7 @@ def maml(
       first_order: whether the local steps are taken for a constant shift (FOMAML, Per-FedAvg (FO)).
         This needs no second derivatives of the loss.
       aggregator: from `fax.aggregators`, of the updates -G_i. Default: the mean above.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm, with states as of `fax.algorithms.fedavg`. Metrics are those of the query
@@ -149,16 +147,14 @@ def maml(
       >>> adapt = fax.algorithms.personalize(loss, optax.sgd(0.5), query="query")
       >>> cohort = next(rounds)
       >>> own = adapt(algorithm.params(state), cohort)
-      >>> print(own[jnp.argsort(cohort.client_ids)].round(2))
+      >>> print(own[jnp.argsort(cohort.positions)].round(2))
       [2.5 3.5]
     """
     caller = "fax.algorithms.maml"
     _arguments.number(caller, "inner_learning_rate", inner_learning_rate, least=0)
     _arguments.text(caller, "query", query, "the name of a feature")
     _arguments.flag(caller, "first_order", first_order)
-    aggregator = arguments(
-        caller, loss, aggregator, clients_at_once, server_optimizer=server_optimizer
-    )
+    aggregator = arguments(caller, loss, aggregator, vectorize, server_optimizer=server_optimizer)
 
     def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
         support, queries = _split(caller, client, query)
@@ -182,7 +178,7 @@ def maml(
     def weights(sent: Local, cohort: Cohort) -> jax.Array:
         return (sent.tally.examples > 0).astype(sent.tally.examples.dtype)
 
-    return averaging(caller, loss, local, server_optimizer, aggregator, clients_at_once, weights)
+    return averaging(caller, loss, local, server_optimizer, aggregator, vectorize, weights)
 
 
 def personalize(
@@ -190,7 +186,7 @@ def personalize(
     client_optimizer: optax.GradientTransformation,
     *,
     query: str | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Callable[..., PyTree]:
     """Parameters that are adapted to each client by local steps, to be evaluated.
 
@@ -200,11 +196,11 @@ def personalize(
         adapts by, ``optax.sgd(inner_learning_rate)``.
       query: the name of a bool feature of the examples; those where it is True are left out.
         Default: all examples are used.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       ``adapt(params, cohort, model_state=None) -> params``, a pure function. Leaves of what it
-      returns are [clients, ...], in the order of ``cohort.client_ids``, which is not that of the
+      returns are [clients, ...], in the order of ``cohort.positions``, which is not that of the
       data; see the example.
 
     Raises:
@@ -218,12 +214,12 @@ def personalize(
       >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
       >>> adapt = fax.algorithms.personalize(loss, optax.sgd(0.5))
       >>> cohort = next(fax.data.cohorts(data, clients=len(data), batch_size=3))
-      >>> own = adapt(jnp.zeros(()), cohort)[jnp.argsort(cohort.client_ids)]
+      >>> own = adapt(jnp.zeros(()), cohort)[jnp.argsort(cohort.positions)]
       >>> print(own)  # for evaluate_clients(..., personal=True)
       [0.5 0. ]
     """
     caller = "fax.algorithms.personalize"
-    arguments(caller, loss, None, clients_at_once, client_optimizer=client_optimizer)
+    arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     if query is not None:
         _arguments.text(caller, "query", query, "the name of a feature")
 
@@ -242,7 +238,7 @@ def personalize(
                 fax.broadcast(params),
                 fax.broadcast(model_state),
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
 
         params, model_state = jax.tree.map(strong, (params, model_state))

@@ -43,7 +43,7 @@ def mime(
     server_learning_rate: Any = 1.0,
     *,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Mime: local steps that mimic a central optimizer's, corrected for drift.
 
@@ -69,7 +69,7 @@ def mime(
       server_learning_rate: 1 in the paper; it may be traced.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean
         above. Gradients are not sent through it, so that it cannot be a private one.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes a `FedAvgState`, whose ``optimizer``
@@ -103,7 +103,7 @@ def mime(
         base_optimizer,
         server_learning_rate,
         aggregator,
-        clients_at_once,
+        vectorize,
         lite=False,
     )
 
@@ -114,7 +114,7 @@ def mime_lite(
     server_learning_rate: Any = 1.0,
     *,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """MimeLite: `mime` without the correction for drift, in a single pass.
 
@@ -133,7 +133,7 @@ def mime_lite(
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean,
         weighted by the numbers of examples. Gradients are not sent through it, so that it cannot be
         a private one.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm, with states and metrics as of `fax.algorithms.mime`. A batch costs two
@@ -163,7 +163,7 @@ def mime_lite(
         base_optimizer,
         server_learning_rate,
         aggregator,
-        clients_at_once,
+        vectorize,
         lite=True,
     )
 
@@ -174,11 +174,11 @@ def _mimicking(
     base_optimizer: optax.GradientTransformation,
     server_learning_rate: Any,
     aggregator: Aggregator | None,
-    clients_at_once: int | None,
+    vectorize: int | None,
     lite: bool,
 ) -> Algorithm:
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    aggregator = arguments(caller, loss, aggregator, clients_at_once, base_optimizer=base_optimizer)
+    aggregator = arguments(caller, loss, aggregator, vectorize, base_optimizer=base_optimizer)
     check_private(caller, aggregator, _SENT)
 
     def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
@@ -208,7 +208,7 @@ def _mimicking(
         return local(x, s, None, model_state, client), gradient_of(x, model_state, client)
 
     def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
-        at_once = clients_at_once or cohort.clients_at_once
+        at_once = vectorize or cohort.vectorize
 
         @fax.program(clients=cohort.size)
         def mean_update(
@@ -217,7 +217,7 @@ def _mimicking(
             def each(fn: Callable, *shared: PyTree) -> Any:
                 # Under jax.checkpoint gradients of a round do not store steps.
                 shared = fax.broadcast((*shared, model_state))
-                return fax.map(jax.checkpoint(fn), *shared, cohort.clients(), batch_size=at_once)
+                return fax.map(jax.checkpoint(fn), *shared, cohort.clients(), vectorize=at_once)
 
             if lite:
                 sent, gradients = each(local_lite, x, s)

@@ -60,7 +60,7 @@ def papa(
     alpha: Any = 0.99,
     every: int | None = 10,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """PAPA, population parameter averaging: models are slowly pushed towards their average.
 
@@ -85,7 +85,7 @@ def papa(
       every: a divisor of the number of batches that a cohort has. None: all of them.
       aggregator: from `fax.aggregators`, what makes the mean of the w_i. Default: the plain mean.
         It cannot be a private one, for the soup is the plain mean in any case.
-      clients_at_once: how many models one device works on at once; see `diloco`.
+      vectorize: how many models one device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `PAPAState`, of models that start
@@ -118,7 +118,7 @@ def papa(
         _arguments.function(where, "alpha", alpha, {1: "alpha(averages)"})
     else:
         _arguments.number(where, "alpha", alpha, least=0, most=1)
-    aggregator = arguments(where, loss, aggregator, clients_at_once, optimizer=optimizer)
+    aggregator = arguments(where, loss, aggregator, vectorize, optimizer=optimizer)
 
     def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array | None) -> tuple:
         mean, heard, own, metrics = mean_update(
@@ -135,7 +135,7 @@ def papa(
         rows = fax.map(mix, here, rows, fax.broadcast(mean), fax.broadcast(model_state))
         return PAPAState(PerClient(rows), model_state, own, state.averages + 1), metrics
 
-    return _population(where, loss, optimizer, replicas, every, aggregator, clients_at_once, push)
+    return _population(where, loss, optimizer, replicas, every, aggregator, vectorize, push)
 
 
 def papa_all(
@@ -145,14 +145,14 @@ def papa_all(
     replicas: int,
     every: int | None = None,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """PAPA-all: rarely, all models of a population are replaced by their average.
 
         w_i' = mean_j w_j
 
     Args:
-      loss, optimizer, replicas, aggregator, clients_at_once: see `papa`.
+      loss, optimizer, replicas, aggregator, vectorize: see `papa`.
       every: steps from one average to the next. Default: a round. The paper's 5 epochs are a round
         of ``fax.data.cohorts(..., epochs=5)``.
 
@@ -178,7 +178,7 @@ def papa_all(
         alpha=0,
         every=every,
         aggregator=aggregator,
-        clients_at_once=clients_at_once,
+        vectorize=vectorize,
     )
 
 
@@ -188,7 +188,7 @@ def papa_2(
     *,
     replicas: int,
     every: int | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """PAPA-2: rarely, every model of a population is replaced by the average of a random pair.
 
@@ -198,7 +198,7 @@ def papa_2(
     memory. Pairs are drawn among those who take part; if there is one only, nothing happens.
 
     Args:
-      loss, optimizer, replicas, clients_at_once: see `papa`.
+      loss, optimizer, replicas, vectorize: see `papa`.
       every: steps from one average to the next. Default: a round.
 
     Returns:
@@ -238,7 +238,7 @@ def papa_2(
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
 
-    return _population(where, loss, optimizer, replicas, every, None, clients_at_once, push, True)
+    return _population(where, loss, optimizer, replicas, every, None, vectorize, push, True)
 
 
 def pair(here: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -255,14 +255,14 @@ def _population(
     replicas: int,
     every: int | None,
     aggregator: Aggregator | None,
-    clients_at_once: int | None,
+    vectorize: int | None,
     push: Callable,
     draws: bool = False,
 ) -> Algorithm:
     """Models that train on their own, and after every ``every`` steps do ``push``."""
     replicas = _arguments.count(where, "replicas", replicas)
     every = None if every is None else _arguments.count(where, "every", every)
-    arguments(where, loss, None, clients_at_once, optimizer=optimizer)
+    arguments(where, loss, None, vectorize, optimizer=optimizer)
     check_private(where, aggregator, "the soup is the mean of the models")
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
@@ -283,7 +283,7 @@ def _population(
                 batches = parts.cohort_of(rows, mask)
                 first = number * parts.steps
                 rows, tally = inner_steps(
-                    loss, optimizer, state.replicas.rows, batches, first, clients_at_once
+                    loss, optimizer, state.replicas.rows, batches, first, vectorize
                 )
                 own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
                 state, sent = push(rows, taking_part(batches), state, own_key)

@@ -155,7 +155,7 @@ def inner_steps(
     replicas: Replica,
     cohort: Cohort,
     first: Any,
-    clients_at_once: int | None,
+    vectorize: int | None,
 ) -> tuple[Replica, Tally]:
     """Trains each replica on its batches. Nothing is sent. To be called in a program.
 
@@ -165,7 +165,7 @@ def inner_steps(
       replicas: placed.
       cohort: the batches.
       first: the number of the first step in the round.
-      clients_at_once: see `fax.map`.
+      vectorize: see `fax.map`.
 
     Returns:
       The replicas and their tallies, placed.
@@ -189,7 +189,7 @@ def inner_steps(
         jax.checkpoint(work),  # so that gradients of a round do not store steps
         replicas,
         cohort.clients(),
-        batch_size=clients_at_once or cohort.clients_at_once,
+        vectorize=vectorize or cohort.vectorize,
     )
 
 

@@ -54,7 +54,7 @@ def scaffold(
     *,
     num_clients: int,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """SCAFFOLD: local SGD corrected by the difference of a client's gradient from everyone's.
 
@@ -82,7 +82,7 @@ def scaffold(
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x; its weights are 1.
         Default: the mean above. Control variates are not sent through it, so that it cannot be a
         private one.
-      clients_at_once: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `ScaffoldState`, which has the
@@ -124,7 +124,7 @@ def scaffold(
     _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
     _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
     num_clients = _arguments.count(caller, "num_clients", num_clients)
-    aggregator = arguments(caller, loss, aggregator, clients_at_once)
+    aggregator = arguments(caller, loss, aggregator, vectorize)
     check_private(caller, aggregator, "changes of control variates are averaged over clients")
 
     def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
@@ -173,7 +173,7 @@ def scaffold(
                 c_i,
                 fax.broadcast(model_state),
                 cohort.clients(),
-                batch_size=clients_at_once or cohort.clients_at_once,
+                vectorize=vectorize or cohort.vectorize,
             )
             update, aggregator_state, more = aggregate(
                 aggregator,

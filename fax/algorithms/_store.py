@@ -141,19 +141,19 @@ class ClientStore:
         Raises:
           ValueError: if a client occurs twice, for it would have two new rows, or has no row.
         """
-        positions = self._positions(cohort.client_ids)
+        positions = self._positions(cohort.positions)
         values, counts = np.unique(positions, return_counts=True)
         if len(values) < len(positions):
             raise ValueError(
                 f"{WHERE}: client {values[counts > 1][0]} occurs {np.max(counts)} times in the "
                 "cohort, and would have as many new rows. Let the clients of a round be different."
             )
-        sharding = getattr(cohort.client_ids, "sharding", None)
+        sharding = getattr(cohort.positions, "sharding", None)
         sharding = sharding if isinstance(sharding, NamedSharding) else None
         numbers = np.arange(len(positions), dtype=np.int32)
         rows, numbers = jax.device_put((self._read(positions), numbers), sharding)
         self._gathered = positions
-        return self._layout.fill(state, rows), dataclasses.replace(cohort, client_ids=numbers)
+        return self._layout.fill(state, rows), dataclasses.replace(cohort, positions=numbers)
 
     def scatter(self, state: PyTree, cohort: Cohort) -> PyTree:
         """The state without rows, which are kept as those of the cohort's clients from now on.
@@ -167,7 +167,7 @@ class ClientStore:
             shapes or dtypes than at the start.
           OSError: if there is no room for the rows. All rows are as before then.
         """
-        file, positions = self._opened(), self._positions(cohort.client_ids)
+        file, positions = self._opened(), self._positions(cohort.positions)
         if self._gathered is None or not np.array_equal(positions, self._gathered):
             what = "nothing" if self._gathered is None else f"clients {_shown(self._gathered)}"
             raise ValueError(
@@ -180,21 +180,21 @@ class ClientStore:
         self._gathered = None
         return without_rows(state)
 
-    def params(self, state: PyTree, client_ids: Sequence[int] | None = None) -> PyTree:
+    def params(self, state: PyTree, positions: Sequence[int] | None = None) -> PyTree:
         """``algorithm.params``, where it depends on clients' rows with those of some clients.
 
         Args:
           state: as `round` returned it.
-          client_ids: positions in the data. May be left out if the parameters are no client's.
+          positions: positions in the data. May be left out if the parameters are no client's.
         """
-        if client_ids is not None:
-            rows = jax.device_put(self._read(self._positions(client_ids)))
+        if positions is not None:
+            rows = jax.device_put(self._read(self._positions(positions)))
             return self.algorithm.params(self._layout.fill(state, rows))
         try:
             return self.algorithm.params(state)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{WHERE}: the parameters are clients' own. Pass client_ids=, whose."
+                f"{WHERE}: the parameters are clients' own. Pass positions=, whose."
             ) from error
 
     def flush(self) -> None:
@@ -264,16 +264,16 @@ class ClientStore:
         if self._rows is not None:
             self._rows.close()
 
-    def _positions(self, client_ids: Any) -> np.ndarray:
+    def _positions(self, positions: Any) -> np.ndarray:
         self._opened()
-        if isinstance(client_ids, jax.core.Tracer):
+        if isinstance(positions, jax.core.Tracer):
             raise ValueError(
                 f"{WHERE}: a store is no part of a jitted function. It jits the round."
             )
-        positions = np.asarray(client_ids)
+        positions = np.asarray(positions)
         if positions.ndim != 1 or positions.dtype.kind not in "iu":
             raise ValueError(
-                f"{WHERE}: client_ids is {positions.dtype}{list(positions.shape)}, expected ints "
+                f"{WHERE}: positions is {positions.dtype}{list(positions.shape)}, expected ints "
                 "[clients], positions in the data."
             )
         strange = positions[(positions < 0) | (positions >= self.num_clients)]

@@ -106,7 +106,7 @@ def streaming_diloco(
     alpha: Any = 0.5,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
-    clients_at_once: int | None = None,
+    vectorize: int | None = None,
 ) -> Algorithm:
     """Streaming DiLoCo: fragments of the parameters are brought together one after the other.
 
@@ -146,7 +146,7 @@ def streaming_diloco(
         ``chain(e3m0())``, which rounds them to four bits and adds them up in float32. Without
         rounding: ``mean()``. A private one makes a release of each fragment in each period, also
         where nobody takes part, and all of them count; see `fax.aggregators.releases`.
-      clients_at_once: how many replicas one device works on at once; see `diloco`.
+      vectorize: how many replicas one device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. The first
@@ -192,7 +192,7 @@ def streaming_diloco(
         _WHERE,
         loss,
         aggregator,
-        clients_at_once,
+        vectorize,
         inner_optimizer=inner_optimizer,
         outer_optimizer=outer_optimizer,
     )
@@ -292,7 +292,7 @@ def streaming_diloco(
                         state.replicas.rows,
                         parts.cohort_of(batches, mask, begin, event.step),
                         number * steps + begin,
-                        clients_at_once,
+                        vectorize,
                     )
                     begin, state = event.step, state._replace(replicas=PerClient(rows))
                     tallies.append(tally)

@@ -194,7 +194,7 @@ _PADDING = 0.15
 _MOST_AT_ONCE = 16
 
 
-def clients_at_once(samples: Sequence[np.ndarray], ways: int) -> int:
+def vectorized_clients(samples: Sequence[np.ndarray], ways: int) -> int:
     """How many clients to work on at once so that little of what is computed is padding.
 
     Args:

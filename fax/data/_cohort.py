@@ -236,18 +236,18 @@ class Cohort:
       mask: bool [clients, steps, batch], False for padding. A client's real steps come first.
       num_examples: int32 [clients], how many distinct examples the client has, whatever
         part of them the batches hold and how often.
-      client_ids: int32 [clients], positions in the data's ``client_ids()``.
+      positions: int32 [clients], positions in the data's ``client_ids()``.
       keys: random keys [clients]; they depend on the seed, the round and the client.
-      clients_at_once: how many clients of neighbouring length one device should work on at once,
+      vectorize: how many clients of neighbouring length one device should work on at once,
         where the algorithm does not say; see `fax.map`.
     """
 
     batches: PyTree
     mask: jax.Array
     num_examples: jax.Array
-    client_ids: jax.Array
+    positions: jax.Array
     keys: jax.Array
-    clients_at_once: int | None = dataclasses.field(default=None, metadata={"static": True})
+    vectorize: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         return _summary(self, "clients", "steps", "batch_size")
@@ -279,4 +279,4 @@ class Cohort:
                     batches, examples=operators.broadcast(batches.examples, placement=placement)
                 )
             )
-        return Client(batches, self.mask, self.num_examples, self.client_ids, self.keys)
+        return Client(batches, self.mask, self.num_examples, self.positions, self.keys)

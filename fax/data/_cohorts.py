@@ -47,7 +47,7 @@ def cohorts(
     short, and is masked. A thread prepares the rounds to come while a device works.
 
     Within a cohort clients are ordered such that devices have about the same number of steps to
-    run and neighbours have about the same length; ``client_ids`` says who is where. The number
+    run and neighbours have about the same length; ``positions`` says who is where. The number
     of steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most that any client has
     if that is not far, so that few shapes are compiled; see `Cohorts.shapes`. Steps that are
     padding are not run; see `Client.scan`.

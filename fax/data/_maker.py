@@ -59,7 +59,7 @@ class Maker:
         function may not have these rounds, and is not asked.
         """
         rounds = [self._typical_steps(r) if self.given else self.plan(r).steps for r in range(8)]
-        return _batching.clients_at_once(rounds, self.spread.ways)
+        return _batching.vectorized_clients(rounds, self.spread.ways)
 
     def _typical_steps(self, number: int) -> np.ndarray:
         """The steps of a cohort in which any client is as likely as any other."""

@@ -343,7 +343,7 @@ def _run_personal(where, apply, params, data, metrics, batch_size, placement, ea
         for _ in groups:
             cohort = next(batches)
             stats = values(stats_of_clients(apply, named, placement, params, cohort))
-            positions = np.asarray(cohort.client_ids)
+            positions = np.asarray(cohort.positions)
             new = ~seen[positions]
             seen[positions] = True
             yield jax.tree.map(lambda x, new=new: x[new], stats), positions[new]

@@ -167,12 +167,10 @@ def stats_of_clients(apply, metrics, placement, params, cohort):
 
     @program(**{placement: cohort.size})
     def of_cohort(params: PyTree, cohort: Cohort) -> dict[str, Statistic]:
-        placed = operators.map(
-            of_client, params, cohort.clients(), batch_size=cohort.clients_at_once
-        )
+        placed = operators.map(of_client, params, cohort.clients(), vectorize=cohort.vectorize)
         return operators.collect(placed)
 
-    return of_cohort(jax.tree.map(lambda x: x[cohort.client_ids], params), cohort)
+    return of_cohort(jax.tree.map(lambda x: x[cohort.positions], params), cohort)
 
 
 def _is_parts(x: Any) -> bool:

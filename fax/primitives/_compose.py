@@ -85,8 +85,8 @@ class MapBuilder:
         That is with the same batch size, and with the same setting for convolutions if both
         have any.
         """
-        batch_sizes = {self.like.batch_size, other.like.batch_size} - {ALL_AT_ONCE}
-        alike = self.like.group == other.like.group and len(batch_sizes) <= 1
+        sizes = {self.like.vectorize, other.like.vectorize} - {ALL_AT_ONCE}
+        alike = self.like.group == other.like.group and len(sizes) <= 1
         return alike and self._convolutions_with(other) is not None
 
     def feeds(self, atom: Atom, mode: In) -> bool:
@@ -96,10 +96,10 @@ class MapBuilder:
 
     def absorb(self, other: MapBuilder) -> None:
         """Takes in a map that fits, and that follows from this one by the rows it is fed alone."""
-        elementwise = other.like.batch_size == ALL_AT_ONCE
-        batch_size = (self if elementwise else other).like.batch_size
+        elementwise = other.like.vectorize == ALL_AT_ONCE
+        vectorize = (self if elementwise else other).like.vectorize
         convolutions = self._convolutions_with(other) or self.like.convolutions
-        self.like = self.like.replace(batch_size=batch_size, convolutions=convolutions)
+        self.like = self.like.replace(vectorize=vectorize, convolutions=convolutions)
         self.eqn = other.eqn
 
         fed = self._fed(other)

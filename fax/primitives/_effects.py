@@ -24,7 +24,7 @@ _ORDERED_ON_DEVICES = (
 )
 _ORDERED_AT_ONCE = (
     "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
-    "batch_size={} participants are worked on at once, in no order. Use batch_size=1, or "
+    "vectorize={} participants are worked on at once, in no order. Use vectorize=1, or "
     "ordered=False."
 )
 
@@ -58,7 +58,7 @@ def check(
     if along and others and (has_effects(this) or _calls_back(this.jaxpr)):
         raise PlacementError(_LEFT_TO_THE_COMPILER.format(name, ", ".join(others)))
     if is_ordered(this) and at_once(this.group.size) > 1:
-        raise PlacementError(_ORDERED_AT_ONCE.format(name, this.batch_size))
+        raise PlacementError(_ORDERED_AT_ONCE.format(name, this.vectorize))
 
 
 def _calls_back(jaxpr: ClosedJaxpr | Jaxpr) -> bool:

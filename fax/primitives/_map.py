@@ -96,9 +96,9 @@ def _work(*operands, platform, this):
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if jax.config.jax_disable_jit else split_axes(this.group)
     along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
-    if this.batch_size is None and _effects.is_ordered(this):
-        this = this.replace(batch_size=1)
-    at_once = functools.partial(_schedule.batch_size_for, platform, this.batch_size)
+    if this.vectorize is None and _effects.is_ordered(this):
+        this = this.replace(vectorize=1)
+    at_once = functools.partial(_schedule.vectorized_for, platform, this.vectorize)
     _effects.check(this, along, others, at_once)
     # JAX allows for effects where all axes are manual, those of one device as well.
     manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes

@@ -65,7 +65,7 @@ class Round:
 
     Attributes:
       group: the participants.
-      batch_size: how many participants a device works on at once: a number, None for the
+      vectorize: how many participants a device works on at once: a number, None for the
         platform's default, or ``"all"``, which marks the few element-wise operations of an
         operator: they run at the batch size of the map that they are fused with.
       inputs: an `In` for each operand.
@@ -77,7 +77,7 @@ class Round:
     """
 
     group: Placement
-    batch_size: int | str | None
+    vectorize: int | str | None
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     jaxpr: ClosedJaxpr
@@ -87,7 +87,7 @@ class Round:
     def of(params: dict[str, Any]) -> Round:
         return Round(
             Placement.of(params),
-            params["batch_size"],
+            params["vectorize"],
             params["in"],
             params["out"],
             params["jaxpr"],
@@ -98,7 +98,7 @@ class Round:
     def params(self) -> dict[str, Any]:
         modes = {"in": Modes(self.inputs), "out": Modes(self.outputs)}
         chosen = {} if self.convolutions == "auto" else dict(convolutions=self.convolutions)
-        run = dict(batch_size=self.batch_size, jaxpr=self.jaxpr) | chosen
+        run = dict(vectorize=self.vectorize, jaxpr=self.jaxpr) | chosen
         return self.group.params | run | modes
 
     def bind(self, *operands: Any) -> list[Any]:
@@ -184,8 +184,8 @@ def rowwise(
 ) -> list[Any]:
     """Maps a few element-wise operations, which fuse with a map of any batch size."""
     nothing, _ = _jaxpr.trace(list, [])
-    batch_size = _schedule.ALL_AT_ONCE
-    like = Round(group, batch_size, tuple(inputs), tuple(outputs), nothing)
+    vectorize = _schedule.ALL_AT_ONCE
+    like = Round(group, vectorize, tuple(inputs), tuple(outputs), nothing)
     return bind_traced(fn, operands, like)
 
 

@@ -162,7 +162,7 @@ def as_map(
     if params is None or any(isinstance(x, NamedSharding) for x in params.values()):
         return None
     vanishing = _vanishing(eqn, masked)
-    this = MapBuilder(like.like.replace(batch_size=ALL_AT_ONCE), like.eqn)
+    this = MapBuilder(like.like.replace(vectorize=ALL_AT_ONCE), like.eqn)
     invars: list[Atom] = []
     for atom in eqn.invars:
         if not isinstance(atom, Var):

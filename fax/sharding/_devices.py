@@ -35,7 +35,7 @@ def run(
     out_modes: Sequence[str],
     out_avals: Sequence[ShapedArray],
     group: Placement,
-    batch_size: Callable[[int], int],
+    vectorize: Callable[[int], int],
     axes: tuple[str, ...],
     manual: tuple[str, ...],
 ) -> list[jax.Array]:
@@ -45,7 +45,7 @@ def run(
 
     Args:
       group: the participants.
-      batch_size: how many are worked on at once, if a device works for so many.
+      vectorize: how many are worked on at once, if a device works for so many.
       axes: the mesh axes that they are spread over; without any, all are on one device.
       manual: these axes, and others of one device that ``work`` has as manual ones, too.
 
@@ -54,9 +54,7 @@ def run(
     """
     each = functools.partial(_schedule.run, work, in_modes=in_modes, out_modes=out_modes)
     if not axes:
-        return each(
-            operands, out_avals=out_avals, size=group.size, batch_size=batch_size(group.size)
-        )
+        return each(operands, out_avals=out_avals, size=group.size, vectorize=vectorize(group.size))
     mesh = jax.sharding.get_abstract_mesh()
     devices, others = ways(axes, mesh), other_axes(axes, mesh)
     even, left = divmod(group.size, devices)
@@ -74,15 +72,15 @@ def run(
         parts: list[Arrays] = []
         number: Any = lax.axis_index(axes) if left else 0
         if even:
-            count = batch_size(even)
+            count = vectorize(even)
             seen = rows_from(operands, number * even, even) if left else operands
-            parts.append(each(seen, out_avals=out_avals, size=even, batch_size=count))
+            parts.append(each(seen, out_avals=out_avals, size=even, vectorize=count))
         if left:
             last = jnp.minimum(even * devices + number, group.size - 1)
             one = rows_from(operands, last, 1)
 
             def one_more():
-                return each(one, out_avals=out_avals, size=1, batch_size=1)
+                return each(one, out_avals=out_avals, size=1, vectorize=1)
 
             parts.append(_if(number < left, one_more, out_modes, bool(others)))
         rows = [[x for x, p in zip(part, placed_out, strict=True) if p] for part in parts]

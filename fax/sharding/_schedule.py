@@ -43,7 +43,7 @@ _TERMS = 16
 _LARGE, _MANY_BATCHES = 256, 4096
 
 
-def batch_size_for(platform: str, asked: int | str | None, size: int) -> int:
+def vectorized_for(platform: str, asked: int | str | None, size: int) -> int:
     """How many participants one device works on at once."""
     if asked == ALL_AT_ONCE:
         return size
@@ -103,12 +103,12 @@ def combine(mode: str, one: jax.Array, other: jax.Array) -> jax.Array:
     return {"sum": lax.add, "max": lax.max, "min": lax.min}[mode](one, other)
 
 
-def _needs_two(mode: str, total: jax.Array, batches: int, batch_size: int) -> bool:
+def _needs_two(mode: str, total: jax.Array, batches: int, vectorize: int) -> bool:
     """Whether a total is added up in two accumulators."""
     if mode != "sum" or not jnp.issubdtype(total.dtype, jnp.inexact) or batches <= _TERMS:
         return False
     # Beside a batch of many rows another one of them is little.
-    return total.size <= _LARGE or batches > _MANY_BATCHES or batch_size >= _TERMS
+    return total.size <= _LARGE or batches > _MANY_BATCHES or vectorize >= _TERMS
 
 
 def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,7 +148,7 @@ def run(
     out_modes: Sequence[str],
     out_avals: Sequence[ShapedArray],
     size: int,
-    batch_size: int,
+    vectorize: int,
 ) -> list[jax.Array]:
     """Runs ``work`` for every participant on one device.
 
@@ -160,7 +160,7 @@ def run(
         ``max`` or ``min``, for each output.
       out_avals: the type of one contribution to each output.
       size: the number of participants.
-      batch_size: how many are worked on at once.
+      vectorize: how many are worked on at once.
 
     Returns:
       The outputs, each in its mode, and totals in the dtype in which they are added up.
@@ -191,16 +191,16 @@ def run(
     def combine_all(totals, parts):
         return [combine(m, t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
 
-    batches, rest = divmod(size, batch_size)
+    batches, rest = divmod(size, vectorize)
     wholes: ByIndex = {}  # the second accumulators, by their totals' places
     if batches == 1:
-        placed, totals = several([x[:batch_size] for x in rows], batch_size)
+        placed, totals = several([x[:vectorize] for x in rows], vectorize)
     else:
-        often = -(-_TERMS // batch_size)  # how many batches go between two moves
+        often = -(-_TERMS // vectorize)  # how many batches go between two moves
 
         def step(carry, rows):
             number, totals, wholes = carry
-            placed, parts = single(rows) if batch_size == 1 else several(rows, batch_size)
+            placed, parts = single(rows) if vectorize == 1 else several(rows, vectorize)
             totals = combine_all(totals, parts)
             if wholes:
                 due = True if often == 1 else number % often == often - 1
@@ -209,21 +209,21 @@ def run(
                 number = number + 1
             return (number, totals, wholes), placed
 
-        xs = [x[: batches * batch_size] for x in rows]
-        if batch_size > 1:
-            xs = [x.reshape(batches, batch_size, *x.shape[1:]) for x in xs]
+        xs = [x[: batches * vectorize] for x in rows]
+        if vectorize > 1:
+            xs = [x.reshape(batches, vectorize, *x.shape[1:]) for x in xs]
         totals = [_start(m, a) for m, a in zip(out_modes, out_avals, strict=True) if m != "placed"]
         wholes = {
             i: jnp.zeros_like(total)
             for i, (mode, total) in enumerate(zip(reduced, totals, strict=True))
-            if _needs_two(mode, total, batches, batch_size)
+            if _needs_two(mode, total, batches, vectorize)
         }
         start = jnp.int32(0), totals, wholes
         (_, totals, wholes), placed = lax.scan(step, start, xs, length=batches)
-        if batch_size > 1:
-            placed = [x.reshape(batches * batch_size, *x.shape[2:]) for x in placed]
+        if vectorize > 1:
+            placed = [x.reshape(batches * vectorize, *x.shape[2:]) for x in placed]
     if rest:
-        last, parts = several([x[batches * batch_size :] for x in rows], rest)
+        last, parts = several([x[batches * vectorize :] for x in rows], rest)
         placed = [jnp.concatenate(pair) for pair in zip(placed, last, strict=True)]
         totals = combine_all(totals, parts)
     totals = [wholes[i] + total if i in wholes else total for i, total in enumerate(totals)]
