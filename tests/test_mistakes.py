@@ -97,7 +97,7 @@ TRAINED = (
 )
 AGGREGATOR = "expected one of fax.aggregators, such as fax.aggregators.mean()."
 CHAINED = "expected a fax.aggregators.Transformation. An Aggregator stands at the end."
-STATE_OF = "for the state, expected the FedAvgState that init(params) or the last round returned."
+STATE_OF = "for the state, expected the State that init(params) or the last round returned."
 FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
     "row for each example."

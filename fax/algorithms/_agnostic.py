@@ -24,8 +24,9 @@ from fax.algorithms._averaging import (
     strong,
 )
 from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import rows_of, with_rows
-from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
+from fax.algorithms._clients import gather_rows as rows_of
+from fax.algorithms._clients import scatter_rows as with_rows
+from fax.algorithms._local_old import Tally, difference, metrics_of, no_tally, per_example, train
 from fax.data import Client, Cohort
 
 PyTree = Any
@@ -248,7 +249,7 @@ def agnostic_fedavg(
         )
         return new, metrics
 
-    return Algorithm(*guarded(WHERE, loss, AgnosticState, init, round, lambda state: state.params))
+    return (guarded(WHERE, loss, AgnosticState, init, round, lambda state: state.params))
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:

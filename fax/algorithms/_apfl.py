@@ -21,8 +21,9 @@ from fax.algorithms._averaging import (
     strong,
 )
 from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import rows_of, with_rows
-from fax.algorithms._local import Tally, mean_loss, metrics_of, no_tally
+from fax.algorithms._clients import gather_rows as rows_of
+from fax.algorithms._clients import scatter_rows as with_rows
+from fax.algorithms._local_old import Tally, mean_loss, metrics_of, no_tally
 from fax.data import Client, Cohort
 
 PyTree = Any
@@ -232,7 +233,7 @@ def apfl(
 
         return jax.vmap(mixture)(state.clients.rows)
 
-    return Algorithm(*guarded(caller, loss, APFLState, init, round, params))
+    return (guarded(caller, loss, APFLState, init, round, params))
 
 
 def _check_alpha_optimizer(

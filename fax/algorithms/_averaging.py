@@ -15,9 +15,9 @@ from fax import _keys
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import guarded
-from fax.algorithms._clients import rows_of as rows_of
-from fax.algorithms._clients import with_rows as with_rows
-from fax.algorithms._local import Local, metrics_of
+from fax.algorithms._clients import gather_rows as rows_of
+from fax.algorithms._clients import scatter_rows as with_rows
+from fax.algorithms._local_old import Local, metrics_of
 from fax.data import Client, Cohort
 
 PyTree = Any
@@ -86,7 +86,7 @@ def averaging(
         aggregator_state = with_rows(state.aggregator, aggregator_state, cohort)
         return FedAvgState(params, optimizer, model_state, aggregator_state), metrics
 
-    return Algorithm(*guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))
+    return (guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))
 
 
 def aggregate(

@@ -14,7 +14,7 @@ from fax import _arguments
 from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_state, guarded
-from fax.algorithms._local import metrics_of, told_of_padding
+from fax.algorithms._local_old import metrics_of, told_of_padding
 from fax.algorithms._replicas import (
     Parts,
     Replica,

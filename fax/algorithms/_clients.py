@@ -16,7 +16,7 @@ from fax.sharding._types import without_explicit_axes
 PyTree = Any
 
 
-def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
+def gather_rows(state: PyTree, cohort: Cohort) -> PyTree:
     """A state with the rows of the cohort's clients, of those of all clients.
 
     On a mesh the rows are spread like the cohort, however those of all clients are.
@@ -38,7 +38,7 @@ def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
     return map_rows(take, state)
 
 
-def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
+def scatter_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
     """A state of all clients, with new rows for those of the cohort.
 
     The clients of a cohort are different ones; of two rows for one client either may be kept.
@@ -63,6 +63,43 @@ def map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
         return others[-1] if others else x
 
     return jax.tree.map(one, state, *new, is_leaf=is_per_client)
+
+
+def without_rows(state: PyTree) -> PyTree:
+    """A state with nothing for clients."""
+    return jax.tree.map(
+        lambda x: PerClient(None) if is_per_client(x) else x, state, is_leaf=is_per_client
+    )
+
+
+def apart(state: PyTree) -> tuple[PyTree, PyTree]:
+    """A state with nothing for clients, and what is for clients alone, with None elsewhere."""
+    rows = jax.tree.map(lambda x: x if is_per_client(x) else None, state, is_leaf=is_per_client)
+    return without_rows(state), rows
+
+
+def together(shared: PyTree, rows: PyTree) -> PyTree:
+    """The inverse of `apart`."""
+    return jax.tree.map(
+        lambda x, own: own if is_per_client(x) else x, shared, rows, is_leaf=is_per_client
+    )
+
+
+def opened(shared: PyTree, rows: PyTree) -> PyTree:
+    """A state as a client sees it: its own row in place of `PerClient`."""
+    return jax.tree.map(
+        lambda x, own: own.rows if is_per_client(x) else x, shared, rows, is_leaf=is_per_client
+    )
+
+
+def closed(seen: PyTree, like: PyTree) -> PyTree:
+    """What clients see, with their rows as `PerClient` where a state has them."""
+    return jax.tree.map(
+        lambda x, new: PerClient(new) if is_per_client(x) else new,
+        like,
+        seen,
+        is_leaf=is_per_client,
+    )
 
 
 def is_per_client(x: Any) -> bool:

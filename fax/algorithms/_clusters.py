@@ -16,7 +16,7 @@ import fax
 from fax import _arguments, _keys
 from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_cohort, check_trained
-from fax.algorithms._local import mean_loss, no_tally, train
+from fax.algorithms._local_old import mean_loss, no_tally, train
 from fax.data import Client, Cohort
 
 PyTree = Any

@@ -256,4 +256,4 @@ def outer_steps(
 
         return work(state, cohort)
 
-    return Algorithm(*guarded(where, loss, DiLoCoState, init, round, lambda state: state.params))
+    return (guarded(where, loss, DiLoCoState, init, round, lambda state: state.params))

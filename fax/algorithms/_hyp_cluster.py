@@ -21,9 +21,11 @@ from fax.algorithms._averaging import (
     strong,
 )
 from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import is_per_client, rows_of, with_rows
+from fax.algorithms._clients import is_per_client
+from fax.algorithms._clients import gather_rows as rows_of
+from fax.algorithms._clients import scatter_rows as with_rows
 from fax.algorithms._clusters import best_model, check_models, one_model
-from fax.algorithms._local import Tally, metrics_of, train
+from fax.algorithms._local_old import Tally, metrics_of, train
 from fax.data import Client, Cohort
 
 PyTree = Any

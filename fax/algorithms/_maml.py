@@ -16,61 +16,11 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import averaging, strong
 from fax.algorithms._checks import arguments, check_cohort
-from fax.algorithms._fedavg import local_steps
-from fax.algorithms._local import Local, full_gradient, train
+from fax.algorithms._fedavg import averaging as local_steps
+from fax.algorithms._local_old import Local, full_gradient, train
 from fax.data import Client, Cohort
 
 PyTree = Any
-
-
-def reptile(
-    loss: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_learning_rate: Any,
-    *,
-    aggregator: Aggregator | None = None,
-    vectorize: int | None = None,
-) -> Algorithm:
-    """Reptile: towards where clients' local steps lead. It is FedAvg with a server learning rate.
-
-        x' = x + server_learning_rate mean_i(y_i - x)
-
-    where y_i is what client i of the cohort has after a step of its optimizer on each of its
-    batches, and the mean is weighted by the numbers of examples. `personalize` adapts x to clients.
-
-    Args:
-      loss: see `fax.algorithms.fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
-      server_learning_rate: the paper's epsilon, 0.1 to 1 in its experiments; it may be traced.
-      aggregator: from `fax.aggregators`. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
-
-    Returns:
-      The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
-
-    Raises:
-      ValueError: if ``server_learning_rate`` is negative, and as `fax.algorithms.fedavg`.
-
-    References:
-      Nichol, Achiam and Schulman, On first-order meta-learning algorithms, arXiv:1803.02999. Jiang
-      et al., Improving federated learning personalization via model agnostic meta learning,
-      arXiv:1909.12488.
-
-    Example:
-
-      >>> import optax
-      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
-      >>> algorithm = fax.algorithms.reptile(loss, optax.sgd(1.0), 0.25)
-      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}})
-      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=3))
-      >>> state, _ = algorithm.round(algorithm.init(jnp.zeros(())), cohort)
-      >>> print(algorithm.params(state))
-      0.25
-    """
-    caller = "fax.algorithms.reptile"
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    server_optimizer = optax.sgd(server_learning_rate)
-    return local_steps(caller, loss, client_optimizer, server_optimizer, aggregator, vectorize)
 
 
 def maml(

@@ -24,7 +24,7 @@ from fax.algorithms._averaging import (
     with_rows,
 )
 from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._local import (
+from fax.algorithms._local_old import (
     Local,
     full_gradient,
     mean_gradient,
@@ -247,4 +247,4 @@ def _mimicking(
         )
         return state, metrics
 
-    return Algorithm(*guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))
+    return (guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))

@@ -297,4 +297,4 @@ def _population(
     def params(state: PAPAState) -> PyTree:
         return soup(state.replicas.rows.params, replicas)
 
-    return Algorithm(*guarded(where, loss, PAPAState, init, round, params))
+    return (guarded(where, loss, PAPAState, init, round, params))

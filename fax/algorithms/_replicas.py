@@ -20,7 +20,7 @@ import fax
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._averaging import next_model_state, strong
-from fax.algorithms._local import Tally, metrics_of, train
+from fax.algorithms._local_old import Tally, metrics_of, train
 from fax.data import Cohort
 from fax.data._cohort import Gathered
 

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 
 from fax import _arguments
 from fax.algorithms._algorithm import Algorithm, check_algorithm
+from fax.algorithms._clients import without_rows
 from fax.algorithms._row_file import WHERE, RowFile, create
-from fax.algorithms._row_layout import Layout, rows_in, without_rows
+from fax.algorithms._row_layout import Layout, rows_in
 from fax.data import Cohort
 
 PyTree = Any

@@ -321,7 +321,7 @@ def streaming_diloco(
                 found = paste(found, outer_step(p, names, state, landing)[0])
         return found
 
-    return Algorithm(*guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params))
+    return (guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params))
 
 
 def total(*trees: PyTree) -> PyTree:
