@@ -54,3 +54,14 @@ from fax.algorithms._scaffold import scaffold as scaffold
 from fax.algorithms._store import ClientStore as ClientStore
 from fax.algorithms._streaming_diloco import StreamingDiLoCoState as StreamingDiLoCoState
 from fax.algorithms._streaming_diloco import streaming_diloco as streaming_diloco
+from fax.algorithms._ditto import DittoClient as DittoClient
+from fax.algorithms._ditto import ditto as ditto
+from fax.algorithms._feddyn import feddyn as feddyn
+from fax.algorithms._fednova import fednova as fednova
+from fax.algorithms._personal import Parts as Parts
+from fax.algorithms._personal import PersonalParts as PersonalParts
+from fax.algorithms._personal import personal_parts as personal_parts
+from fax.algorithms._personal import personal_state as personal_state
+from fax.algorithms._qfedavg import qfedavg as qfedavg
+from fax.algorithms._fedper import fedbn as fedbn
+from fax.algorithms._fedper import fedper as fedper

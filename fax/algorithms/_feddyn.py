@@ -98,7 +98,9 @@ def feddyn(
         trained = local_steps(
             *(loss, client_optimizer, server.params, data, server.model_state), correct=regularized
         )
-        result = ClientResult.of(trained, server, weight=jnp.any(data.mask).astype(jnp.float32))
+        examples = trained.metrics["loss"].weight
+        weight = (examples > 0).astype(examples.dtype)
+        result = ClientResult.of(trained, server, weight=weight)
         own = optax.tree.cast_like(optax.tree.add_scale(g, -alpha, result.update), g)
         return result._replace(own=own)
 
