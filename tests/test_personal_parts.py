@@ -1,6 +1,8 @@
 """Ditto, and parameters and statistics that stay with the client, in every algorithm that averages."""
 
 import dataclasses
+import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,11 @@ import optax
 import problems
 import pytest
 from jax import lax
-from problems import CLASSES, FEATURES, SIZES, Logistic, Quadratic, assert_trees_close, combine
+from problems import CLASSES, FEATURES, SIZES, Logistic, assert_trees_close, combine
 
 import fax
 from fax import aggregators, algorithms
-from fax.algorithms import ClientStore, ditto, fedbn, fedper
+from fax.algorithms import ClientStore, ditto, fedbn, fedper, personal_parts, personal_state
 
 RATE, N, SGD = 0.1, len(SIZES), optax.sgd(0.1)
 
@@ -191,3 +193,251 @@ class BN:
     def models(self):
         first = {"norm": self.start()["norm"], "out": self.out}
         return first, [{"norm": norm, "out": self.out} for norm in self.norms]
+
+
+PAPERS = [Ditto, Per, BN]
+
+
+@pytest.mark.parametrize(
+    ("paper", "setting"),
+    [
+        *((paper, "jitted") for paper in PAPERS),
+        (Ditto, "a mesh of 4 x 2"),
+        (Per, "a mesh of 2"),
+        (BN, "vectorised"),
+    ],
+)
+def test_rounds_are_those_of_the_paper(data, paper, setting):
+    """And those of a store, which has no rows of clients on the devices."""
+    context, at_once = problems.setting(setting)
+    expected = paper()
+    algorithm, params, model_state = expected.make(vectorize=at_once)
+    with context, ClientStore(algorithm) as store:
+        state, stored = algorithm.init(params, model_state), store.init(params, model_state)
+        step = jax.jit(algorithm.round)
+        for _, cohort in zip(range(4), cohorts(data)):
+            before = jax.device_get(algorithm.models(state))
+            state, metrics = step(state, cohort)
+            expected.round(cohort)
+            model, every = expected.models()
+            assert_trees_close(algorithm.params(state), model)
+            assert_trees_close(algorithm.models(state), stacked(every))
+            if setting == "jitted":
+                stored, _ = store.round(stored, cohort)
+        if setting == "jitted":
+            assert not any(len(x) == N for x in jax.tree.leaves(stored) if x.ndim)
+            assert_trees_close(store.params(stored), model)
+            assert_trees_close(store.models(stored, [4, 1]), stacked([every[4], every[1]]))
+    if paper is BN:
+        assert_trees_close(personal_state(state), stacked(expected.stats))
+    if paper is not Ditto:  # who was not there has, to the bit, what it had
+        away = sorted({*range(N)} - {i for i, _ in present(cohort)})
+        name = "head" if paper is Per else "norm"
+        for was, now in zip(*(jax.tree.leaves(x[name]) for x in (before, algorithm.models(state)))):
+            np.testing.assert_array_equal(was[away], np.asarray(now)[away])
+    assert np.asarray(metrics["clients/loss"])[1] == 0  # who is missing
+
+
+# Every algorithm
+
+
+class Apart:
+    """The loss of a model of two parts that have nothing to do with each other.
+
+    The second part's loss has a slope, but no value, so that also algorithms that look at losses
+    do the same for the first part as if the second was not there.
+    """
+
+    @staticmethod
+    def start():
+        return {"base": Logistic.start(), "head": {"w": np.linspace(-1, 1, FEATURES)}}
+
+    @staticmethod
+    def loss(params, batch, key):
+        losses, metrics = Logistic.loss(params["base"], batch, key)
+        own = (batch["x"] @ params["head"]["w"] - batch["y"]) ** 2 / 2
+        return losses + own - lax.stop_gradient(own), metrics
+
+    @staticmethod
+    def plain(params, batch, key):
+        return Logistic.loss(params["base"], batch, key)
+
+
+MOMENTUM = optax.sgd(0.05, momentum=0.5)
+SHARED = dict(num_clients=N)
+ALGORITHMS = {
+    "agnostic_fedavg": lambda loss, **how: algorithms.agnostic_fedavg(
+        loss, SGD, num_domains=CLASSES, domain_learning_rate=0.5, domain="y", **how
+    ),
+    "apfl": lambda loss, **how: algorithms.apfl(loss, SGD, **SHARED, **how),
+    "ditto": lambda loss, **how: ditto(loss, SGD, mu=0.5, **SHARED, **how),
+    "fedavg": lambda loss, **how: algorithms.fedavg(loss, optax.adam(RATE), **how),
+    "feddyn": lambda loss, **how: algorithms.feddyn(loss, SGD, alpha=0.5, **SHARED, **how),
+    "fednova": lambda loss, **how: algorithms.fednova(loss, MOMENTUM, **how),
+    "fedopt": lambda loss, **how: algorithms.fedopt(loss, SGD, optax.adam(RATE), **how),
+    "fedprox": lambda loss, **how: algorithms.fedprox(loss, SGD, mu=0.5, **how),
+    "maml": lambda loss, **how: algorithms.maml(loss, RATE, SGD, **how),
+    "mime": lambda loss, **how: algorithms.mime(loss, MOMENTUM, **how),
+    "mime_lite": lambda loss, **how: algorithms.mime_lite(loss, MOMENTUM, **how),
+    "qfedavg": lambda loss, **how: algorithms.qfedavg(loss, SGD, q=0.7, lipschitz=9, **how),
+    "reptile": lambda loss, **how: algorithms.reptile(loss, SGD, optax.sgd(0.5), **how),
+    "scaffold": lambda loss, **how: algorithms.scaffold(loss, RATE, **SHARED, **how),
+}
+SAME = {"fedopt", "mime_lite", "reptile"}  # as fedavg and mime are
+
+
+def test_every_algorithm_with_one_model_for_all_is_here():
+    others = {"fedbn", "fedper", "hyp_cluster"}  # recipes; and one that has several models
+    crossing = {
+        name
+        for name, make in vars(algorithms).items()
+        if callable(make) and getattr(make, "__module__", "").startswith("fax.algorithms._")
+        if "aggregator" in inspect.signature(make).parameters
+        if "replicas" not in inspect.signature(make).parameters
+    }
+    assert crossing - others - {"federated"} == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - SAME))
+def test_what_is_personal_is_no_business_of_the_algorithm(data, name):
+    """The rest is trained as if it was alone, and the personal part by each client for itself."""
+    queries = lambda _, c: {**c, "query": np.arange(len(c["y"])) % 3 == 2}
+    plain = ALGORITHMS[name](Apart.plain)
+    loss = personal_parts(Apart.loss, "head", optax.sgd(0.05), num_clients=N)
+    algorithm = ALGORITHMS[name](loss, aggregator=aggregators.mean())
+
+    @jax.jit
+    def both(states, cohort):
+        return plain.round(states[0], cohort)[0], algorithm.round(states[1], cohort)
+
+    states = [plain.init({"base": Logistic.start()}), algorithm.init(Apart.start())]
+    heads = [Apart.start()["head"]["w"]] * N
+    for _, cohort in zip(range(2), cohorts(fax.data.map(data, queries))):
+        states[0], (states[1], metrics) = both(states, cohort)
+        kind = np.asarray(cohort.batches["query"])
+        for row, (i, own) in enumerate(zip(np.asarray(cohort.positions), numpy_steps(cohort))):
+            for (x, y), query in zip(own, kind[row]):
+                if name == "maml":  # steps are taken on examples for support alone
+                    x, y = x[~query[: len(y)]], y[~query[: len(y)]]
+                if len(y):
+                    heads[i] = heads[i] - 0.05 * x.T @ (x @ heads[i] - y) / len(y)
+    assert_trees_close(states[1].params["base"], states[0].params["base"])
+    found = algorithm.params(states[1])
+    assert_trees_close(found["base"], plain.params(states[0])["base"])
+    np.testing.assert_array_equal(found["head"]["w"], Apart.start()["head"]["w"])
+    np.testing.assert_allclose(algorithm.models(states[1])["head"]["w"], heads, rtol=1e-10)
+    sent = 64 * sum(x.size for x in jax.tree.leaves(Logistic.start()))
+    np.testing.assert_array_equal(metrics["clients/bits"], sent)
+
+
+def numpy_steps(cohort):
+    return problems.numpy_batches(cohort)
+
+
+# Which parts
+
+
+def chosen(parts, params=None, model_state=None):
+    """The paths of what is personal."""
+    params = BN.start() if params is None else params
+    loss = personal_parts(BN.loss, parts, SGD, num_clients=2)
+    state = algorithms.fedavg(loss, SGD).init(params, model_state or BN.statistics())
+    whole = [*state.personal.start.params, *state.personal.start.model_state]
+    rest = jax.tree_util.tree_leaves_with_path((state.params, state.model_state))
+    assert len(whole) + len(rest) == 6
+    return whole
+
+
+def test_parts_are_named_in_several_ways():
+    norm = ["norm/bias", "norm/scale"]
+    statistics = ["norm/mean", "norm/var"]
+    assert chosen("norm") == chosen(None) == norm + statistics
+    assert chosen(["norm/scale", "out/b"]) == ["norm/scale", "out/b"]
+    assert chosen("*/[bv]*") == ["norm/bias", "out/b", "norm/var"]
+    assert chosen("norm/????") == ["norm/bias", "norm/mean"]
+    assert chosen(lambda path: path.endswith("/w")) == ["out/w"]
+    assert chosen("norm/mean") == ["norm/mean"]  # a statistic alone
+
+
+def test_a_model_with_personal_statistics_may_be_private():
+    """The aggregator sees updates of what is shared, and nothing else is sent."""
+    private = aggregators.gaussian(1.0, 1.0, key=jax.random.key(0))
+    algorithm, params, model_state = BN().make(aggregator=private)
+    algorithm.init(params, model_state)
+    some = personal_parts(BN.loss, "norm/mean", SGD, num_clients=N)
+    with pytest.raises(ValueError, match=r"private, but model_state\['norm'\]\['var'\] is averaged"):
+        algorithms.fedavg(some, SGD, aggregator=private).init(params, model_state)
+
+
+LEAVES = "params has norm/bias, norm/scale, out/b, out/w, and model_state norm/mean, norm/var."
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("nrom", f"parts has 'nrom', but {LEAVES}"),
+        (["norm", "head/*"], f"parts has 'head/*', but {LEAVES}"),
+        (lambda path: False, f"which chooses nothing to be personal: {LEAVES}"),
+        ("*", f"parts is '*', which leaves no parameter to be averaged: {LEAVES}"),
+        (lambda path: 1, "parts('norm/bias') is 1, expected True or False."),
+        (["norm", 3], "parts is 3, expected a string, the path of a leaf or a pattern."),
+        (lambda: True, "parts is a lambda, which takes (), expected a function parts(path)."),
+    ],
+)
+def test_parts_that_there_are_not(parts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chosen(parts)
+
+
+def test_other_mistakes(data):
+    make = personal_parts
+    with pytest.raises(ValueError, match=r"personal_parts: optimizer is 0.1, .* optax.sgd\(0.1\)"):
+        make(Per.loss, "head", 0.1, num_clients=N)
+    with pytest.raises(ValueError, match="personal_parts: num_clients is 0, expected an int"):
+        make(Per.loss, "head", SGD, num_clients=0)
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        chosen("a/b", {"a": {"b": np.ones(1)}, "a/b": np.ones(1)})
+    loss = make(Per.loss, "head", SGD, num_clients=N)
+    for refused in (
+        lambda: algorithms.hyp_cluster(loss, SGD, num_clusters=2),
+        lambda: algorithms.diloco(loss, SGD, replicas=2),
+        lambda: algorithms.papa(loss, SGD, replicas=2),
+    ):
+        with pytest.raises(ValueError, match=r"loss is personal_parts\(.*'head'\), but this algo"):
+            refused()
+    with pytest.raises(ValueError, match="init got no model_state, but the loss is called as"):
+        algorithms.fedavg(make(BN.loss, None, SGD, num_clients=N), SGD).init(BN.start())
+    algorithm = algorithms.fedavg(loss, SGD)
+    state, cohort = algorithm.init(Per.start()), next(cohorts(data))
+    with pytest.raises(ValueError, match="personal_state: state is a State, expected that of an"):
+        personal_state(state._replace(personal=None))
+    adapt = algorithms.personalize(loss, SGD)
+    with pytest.raises(ValueError, match="model_state is None, expected the server.model_state"):
+        adapt(algorithm.params(state), cohort)
+
+
+# Gradients
+
+
+def test_hyperparameters_have_gradients(data):
+    """Of clients' losses after two rounds, against finite differences."""
+    two = [cohort for _, cohort in zip(range(2), cohorts(data))]
+
+    @jax.jit
+    @jax.value_and_grad
+    def final_loss(numbers):
+        rate, mu, personal_rate = numbers
+        sgd, own = optax.sgd(rate), optax.sgd(personal_rate)
+        parts = personal_parts(Per.loss, "head", own, num_clients=N)
+        made = ditto(parts, sgd, mu=mu, num_clients=N, personal_optimizer=own)
+        state = made.init(Per.start())
+        for cohort in two:
+            state, _ = made.round(state, cohort)
+        found = made.params(state), made.models(state)
+        return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(found))
+
+    numbers = np.array([0.03, 0.6, 0.05])
+    _, found = final_loss(numbers)
+    for i, step in enumerate(1e-5 * np.eye(3)):
+        slope = (final_loss(numbers + step)[0] - final_loss(numbers - step)[0]) / 2e-5
+        np.testing.assert_allclose(found[i], slope, rtol=1e-6)
