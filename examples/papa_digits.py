@@ -76,7 +76,7 @@ def main():
     runs = {}
     for name, alpha in (("alone", 1.0), ("PAPA", ALPHA)):
         algorithm = fax.algorithms.papa(
-            loss, optax.sgd(rate, momentum=0.9), replicas=options.models, alpha=alpha, every=EVERY
+            loss, optax.sgd(rate, momentum=0.9), replicas=options.models, alpha=alpha, steps=EVERY
         )
         cohorts = fax.data.cohorts(
             data,

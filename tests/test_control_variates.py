@@ -128,7 +128,7 @@ class Mime:
     def check(self, state):
         assert_trees_close(state.params, self.x)
         m, v, t = self.s
-        adam = state.optimizer[0]
+        adam = state.server[0]
         assert_trees_close(adam.mu, m)
         assert_trees_close(adam.nu, v)
         assert adam.count == t

@@ -1,6 +1,7 @@
 """FedNova, FedDyn and q-FedAvg against their papers in NumPy, and what they are for."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -130,9 +131,7 @@ class Dyn(Paper):
             moves.append(times(self.scale, move))
         total = combine(lambda *d: sum(d), *moves)
         self.h = combine(lambda h, d: h - self.alpha * d / N, self.h, total)
-        self.x = combine(
-            lambda x, d, h: x + d / len(moves) - h / self.alpha, self.x, total, self.h
-        )
+        self.x = combine(lambda x, d, h: x + d / len(moves) - h / self.alpha, self.x, total, self.h)
 
     def check(self, state):
         super().check(state)
@@ -292,11 +291,11 @@ def test_fair_averaging_ends_where_the_sum_of_powers_is_stationary():
     @jax.vmap
     def end(q):
         algorithm = qfedavg(quadratic, optax.sgd(0.01), q=q, lipschitz=100.0)
-        step = lambda state, _: (algorithm.round(state, cohort)[0], None)
-        return lax.scan(step, algorithm.init(np.float64(4)), length=3000)[0].params
+        start = algorithm.init(np.float64(4))
+        return lax.scan(lambda s, _: (algorithm.round(s, cohort)[0], None), start, length=3000)[0]
 
     powers = np.array([0.0, 1.0, 5.0])[:, None]
-    found = np.asarray(end(powers[:, 0]))[:, None]
+    found = np.asarray(end(powers[:, 0]).params)[:, None]
     losses = A * (found - B) ** 2 / 2
     slopes = losses**powers * A * (found - B)
     np.testing.assert_allclose(slopes.sum(1) / abs(slopes).sum(1), 0, atol=1e-6)
@@ -345,15 +344,13 @@ def test_a_negative_loss_makes_fair_averaging_nan():
 )
 def test_hyperparameters_have_gradients(data, make):
     """Of a loss after two rounds, against finite differences, where one client is missing."""
-    two = [cohort for _, cohort in zip(range(2), cohorts(data))]
+    two = jax.tree.map(lambda *x: jnp.stack(x), *itertools.islice(cohorts(data), 2))
 
     @jax.jit
     @jax.value_and_grad
     def final_loss(numbers):
         algorithm = make(numbers)
-        state = algorithm.init(Quadratic.start())
-        for cohort in two:
-            state, _ = algorithm.round(state, cohort)
+        state, _ = lax.scan(algorithm.round, algorithm.init(Quadratic.start()), two)
         return jnp.sum(jnp.cos(algorithm.params(state)["w"]))
 
     numbers = np.array([0.03, 0.6, 0.4])

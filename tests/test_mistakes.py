@@ -150,7 +150,7 @@ MISTAKES = {
     "an optimizer that is a transformation": (
         lambda: algorithms.papa(loss, aggregators.clip_by_norm(1.0), replicas=2),
         ValueError,
-        f"fax.algorithms.papa: optimizer is a Transformation, {OPTIMIZER} Pass one, as in "
+        f"fax.algorithms.papa: inner_optimizer is a Transformation, {OPTIMIZER} Pass one, as in "
         "optax.sgd(0.1).",
     ),
     "an optimizer for a loss": (
@@ -225,13 +225,13 @@ MISTAKES = {
         "Call it: fax.aggregators.mean(...).",
     ),
     "a transformation that was not called": (
-        lambda: algorithms.maml(loss, 0.1, SGD, aggregator=aggregators.top_k),
+        lambda: algorithms.maml(loss, SGD, SGD, aggregator=aggregators.top_k),
         ValueError,
         f"fax.algorithms.maml: aggregator is the function fax.aggregators.top_k, {AGGREGATOR} "
         "Call it: fax.aggregators.top_k(...).",
     ),
     "a list of transformations": (
-        lambda: algorithms.reptile(loss, SGD, 1.0, aggregator=[aggregators.clip_by_norm(1.0)]),
+        lambda: algorithms.reptile(loss, SGD, SGD, aggregator=[aggregators.clip_by_norm(1.0)]),
         ValueError,
         f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} For several in a row: "
         "fax.aggregators.chain(*parts).",
@@ -310,7 +310,7 @@ MISTAKES = {
         "fax.algorithms.diloco: weighted is 'no', expected True or False.",
     ),
     "the name of a feature that is a number": (
-        lambda: algorithms.maml(loss, 0.1, SGD, query=3),
+        lambda: algorithms.maml(loss, SGD, SGD, query=3),
         ValueError,
         "fax.algorithms.maml: query is 3, expected a string, the name of a feature.",
     ),

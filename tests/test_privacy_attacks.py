@@ -157,12 +157,12 @@ CASES = {
         STREAM,
     ),
     "papa": (
-        lambda loss, a: algorithms.papa(loss, SGD, every=2, aggregator=a, **REPLICAS),
+        lambda loss, a: algorithms.papa(loss, SGD, steps=2, aggregator=a, **REPLICAS),
         PARAMS,
         STREAM,
     ),
     "papa_2": (
-        lambda loss, a: algorithms.papa_2(loss, SGD, every=2, **REPLICAS),
+        lambda loss, a: algorithms.papa_2(loss, SGD, steps=2, **REPLICAS),
         PARAMS,
         STREAM,
     ),
@@ -400,8 +400,8 @@ TAKEN = {
     "fedavg": lambda a, loss=loss: algorithms.fedavg(loss, SGD, aggregator=a),
     "fedopt": lambda a, loss=loss: algorithms.fedopt(loss, SGD, SGD, aggregator=a),
     "fedprox": lambda a, loss=loss: algorithms.fedprox(loss, SGD, mu=0.1, aggregator=a),
-    "reptile": lambda a, loss=loss: algorithms.reptile(loss, SGD, 0.1, aggregator=a),
-    "maml": lambda a, loss=loss: algorithms.maml(loss, 0.1, SGD, aggregator=a),
+    "reptile": lambda a, loss=loss: algorithms.reptile(loss, SGD, SGD, aggregator=a),
+    "maml": lambda a, loss=loss: algorithms.maml(loss, SGD, SGD, aggregator=a),
     "apfl": lambda a, loss=loss: algorithms.apfl(loss, SGD, num_clients=3, aggregator=a),
     "hyp_cluster": lambda a, loss=loss: algorithms.hyp_cluster(
         loss, SGD, num_clusters=2, aggregator=a

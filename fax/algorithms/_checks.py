@@ -88,14 +88,19 @@ def guarded(
 
         return checked
 
-    if isinstance(loss, PersonalLoss):
-        raise ValueError(
-            f"{caller}: loss is {loss!r}, but this algorithm has models for which nothing is "
-            "averaged by itself. Pass the plain loss, or use an algorithm with one model for all."
-        )
+    check_whole(caller, loss)
     checked_round.__qualname__ = f"{caller.rpartition('.')[2]}.round"
     one, every = of_state("params", params), models and of_state("models", models)
     return Algorithm(checked_init, checked_round, one, every)
+
+
+def check_whole(caller: str, loss: Any) -> None:
+    """Refuses a loss with personal parts, where these have no meaning."""
+    if isinstance(loss, PersonalLoss):
+        raise ValueError(
+            f"{caller}: loss is {loss!r}, but only an algorithm that trains one model for all "
+            "clients, such as fax.algorithms.fedavg, can have personal parts. Pass the loss itself."
+        )
 
 
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:

@@ -217,8 +217,8 @@ def reptile(
     Args:
       loss: see `fedavg`.
       client_optimizer: from optax; its state starts anew at each client and round.
-      server_optimizer: from optax. The paper's step size epsilon is ``optax.sgd(epsilon)``, 0.1 to 1
-        in its experiments; it also proposes Adam. Default: ``optax.sgd(1.0)``.
+      server_optimizer: from optax. The paper's step size epsilon is ``optax.sgd(epsilon)``, 0.1 to
+        1 in its experiments; it also proposes Adam. Default: ``optax.sgd(1.0)``.
       aggregator: from `fax.aggregators`. Default: the mean above.
       vectorize: how many clients one device works on at once; see `fedavg`.
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fax
@@ -76,7 +75,8 @@ def feddyn(
 
       >>> import optax
       >>> loss = lambda params, batch, key: batch["a"] * (batch["b"] - params) ** 2 / 2
-      >>> ann, bob = ({"a": jnp.full(4, a), "b": jnp.full(4, b)} for a, b in ((1.0, 0.0), (4.0, 1.0)))
+      >>> ann = {"a": jnp.full(4, 1.0), "b": jnp.full(4, 0.0)}
+      >>> bob = {"a": jnp.full(4, 4.0), "b": jnp.full(4, 1.0)}
       >>> data = fax.data.InMemory({"ann": ann, "bob": bob})
       >>> algorithm = fax.algorithms.feddyn(loss, optax.sgd(0.1), alpha=1.0, num_clients=2)
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=4, epochs=8)

@@ -226,7 +226,8 @@ def federated(
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
         before = [state.server, None if state.clients is None else state.clients.rows]
-        if jax.tree.structure(jax.eval_shape(kept, state.params)) != jax.tree.structure(before):
+        same = jax.tree.structure(jax.eval_shape(kept, state.params)) == jax.tree.structure(before)
+        if not same or (state.personal is None) == isinstance(loss, PersonalLoss):
             raise ValueError(
                 f"{name}: round got the State of another algorithm, or one without the rows of "
                 "clients, expected the State that init(params) or the last round returned."

@@ -70,6 +70,9 @@ def local_steps(
       first: the number of the first step, from which steps get their keys.
       branch: see `fax.data.Client.scan`.
 
+    Returns:
+      What the client has after the last step.
+
     Raises:
       ValueError: if the loss does not return one number for each example.
 
@@ -165,7 +168,14 @@ def batch_gradient(
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
     """The gradient of `batch_loss` with respect to the parameters, and what comes with it.
 
-    Arguments, errors and the second result are those of `batch_loss`.
+    Args:
+      loss, params, batch, mask, key, model_state, weights: see `batch_loss`.
+
+    Returns:
+      The gradient, like the parameters; and the pair of metrics and the model's next state.
+
+    Raises:
+      ValueError: as `batch_loss`.
 
     Example:
 

@@ -101,7 +101,8 @@ def personal_parts(
     aggregates and averages these. With each of its gradients a client i also takes a step of
     ``optimizer`` for its own v_i, on the same batch and from where both were:
 
-        gradients of f_i(u, v_i) by both        u <- the algorithm's step        v_i <- optimizer(v_i)
+        with the gradients of f_i(u, v_i) by both:
+        u <- the algorithm's step        v_i <- optimizer's step
 
     and keeps v_i for the next time that it takes part. Statistics, in the model's state, stay as
     the client's last batch left them. This is federated learning with partial model
@@ -139,14 +140,14 @@ def personal_parts(
       >>> def loss(params, batch, key):
       ...     return (batch["x"] - params["slope"] * batch["t"] - params["offset"]) ** 2 / 2
       >>> t = jnp.arange(4.0)
-      >>> data = fax.data.InMemory({n: {"t": t, "x": t + n} for n in (0, 5)})
+      >>> data = fax.data.InMemory({n: {"t": t, "x": t + n} for n in (2, 5)})
       >>> loss = fax.algorithms.personal_parts(loss, "offset", optax.sgd(0.1), num_clients=2)
       >>> algorithm = fax.algorithms.fedopt(loss, optax.sgd(0.1), optax.sgd(1.0, momentum=0.5))
       >>> state = algorithm.init({"slope": jnp.zeros(()), "offset": jnp.zeros(())})
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=4)
       >>> state, _ = fax.algorithms.many_rounds(algorithm, state, rounds, 200)
       >>> print(state.params["slope"].round(2), algorithm.models(state)["offset"].round(2))
-      1.0 [0. 5.]
+      1.0 [2. 5.]
     """
     forms = {3: "loss(params, batch, key)", 4: "loss(params, model_state, batch, key)"}
     _arguments.function(WHERE, "loss", loss, forms, keywords=["mask"])
@@ -250,13 +251,17 @@ def everyones(tree: PyTree, rows: Parts) -> PyTree:
 
 def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list[str]]:
     """The paths of what is personal in the parameters, and in the model's state."""
-    every = [[name_of(path) for path, _ in tree_flatten_with_path(x)[0]] for x in (params, model_state)]
+    every = [
+        [name_of(path) for path, _ in tree_flatten_with_path(x)[0]] for x in (params, model_state)
+    ]
     known = f"params has {', '.join(every[0])}"
     known += f", and model_state {', '.join(every[1])}." if every[1] else "."
     for names in every:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{WHERE}: two leaves have the path {twice!r}. Leave '/' out of names.")
+            raise ValueError(
+                f"{WHERE}: two leaves have the path {twice!r}. Leave '/' out of names."
+            )
     if loss.parts is None:
         layers = {name.rpartition("/")[0] for name in every[1]}
         found = [[name for name in every[0] if name.rpartition("/")[0] in layers], every[1]]
@@ -278,7 +283,8 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
         )
     if set(found[0]) == set(every[0]):
         raise ValueError(
-            f"{WHERE}: parts is {loss.parts!r:.80}, which leaves no parameter to be averaged: {known}"
+            f"{WHERE}: parts is {loss.parts!r:.80}, which leaves no parameter to be averaged: "
+            f"{known}"
         )
     return found
 

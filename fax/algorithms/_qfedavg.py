@@ -53,8 +53,8 @@ def qfedavg(
       q: at least 0; the paper tries 0.001 to 15. It may be traced.
       lipschitz: L, positive. The paper takes 1 over the learning rate that is best for q = 0. It
         may be traced.
-      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k, with weights h_k. Default:
-        the mean above. A private one counts all clients the same, so that it is refused.
+      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k, with weights h_k.
+        Default: the mean above. A private one counts all clients the same, so that it is refused.
       vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
