@@ -110,6 +110,15 @@ def local_steps(
     return data.scan(step, start, first=first, branch=branch)
 
 
+def proximal(x: PyTree, mu: Any) -> Callable[..., PyTree]:
+    """What `local_steps` takes for ``correct`` so that mu/2 ‖y - x‖^2 is added to the loss at y."""
+
+    def correct(gradient: PyTree, y: PyTree, *step: Any) -> PyTree:
+        return jax.tree.map(lambda g, y, x: g + (mu * (y - x)).astype(g.dtype), gradient, y, x)
+
+    return correct
+
+
 def local_gradient(
     loss: Callable, params: PyTree, data: Client, model_state: PyTree = None
 ) -> tuple[PyTree, Metrics]:

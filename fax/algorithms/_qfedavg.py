@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -16,9 +15,6 @@ from fax.algorithms._checks import arguments
 from fax.algorithms._federated import ClientResult, Server, federated
 from fax.algorithms._local import batch_loss, local_steps
 from fax.data import Client
-from fax.metrics import Mean
-
-PyTree = Any
 
 
 def qfedavg(
@@ -34,28 +30,23 @@ def qfedavg(
     """q-FedAvg: fair federated averaging, by a power of clients' losses.
 
     It minimises the sum of F_k(x)^(q+1) / (q + 1) over clients k, where F_k is a client's mean
-    loss. In a round every client of the cohort computes F_k at the server's parameters x. Then it
-    starts from x, takes a step of its optimizer on each of its batches, and ends with y_k:
+    loss. Every client of the cohort computes F_k at the server's parameters x. Then it takes a step
+    of its optimizer on each of its batches, from x to y_k:
 
-        u_k = L (x - y_k)
-        h_k = q F_k^(q-1) ‖u_k‖^2 + L F_k^q
+        u_k = L (x - y_k)        h_k = q F_k^(q-1) ‖u_k‖^2 + L F_k^q
         D = - sum_k F_k^q u_k / sum_k h_k        x' = server_optimizer(x, gradient = -D)
 
     L is the Lipschitz constant of the gradients, and h_k a bound on that of F_k^(q+1) / (q + 1), so
-    that no new learning rate is needed for a new q. With q = 0 this is `fedavg` that counts each
-    client once; the larger q is, the more even losses become. D is the mean of -F_k^q u_k / h_k
-    with weights h_k, which is how it is computed. A client without loss has no step, and h_k = 0.
+    that no other learning rate is needed for another q. With q = 0 this is `fedavg` that counts
+    each client once; the larger q is, the more even losses become.
 
     Args:
       loss: see `fedavg`. It must not be negative: a client of negative F_k makes the model NaN.
-      client_optimizer: from optax; its state starts anew at each client and round.
-      server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
+      client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       q: at least 0; the paper tries 0.001 to 15. It may be traced.
-      lipschitz: L, positive. The paper takes 1 over the learning rate that is best for q = 0. It
-        may be traced.
-      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k, with weights h_k.
-        Default: the mean above. A private one counts all clients the same, so that it is refused.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      lipschitz: L, positive; 1 over the learning rate that is best for q = 0. It may be traced.
+      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k with weights h_k. Default:
+        their mean, which is D. A private one counts all clients the same, so that it is refused.
 
     Returns:
       The algorithm, with states and metrics as of `fedavg`.
@@ -72,16 +63,14 @@ def qfedavg(
 
       >>> import optax
       >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
-      >>> clients = {name: {"x": jnp.full(2, x)} for name, x in zip("abc", (0.0, 0.0, 1.0))}
-      >>> for q in (0, 1, 9):  # from the mean of clients to where the worst is best off
+      >>> data = fax.data.InMemory({str(x): {"x": jnp.full(2, x)} for x in (0.0, 0.1, 1.0)})
+      >>> for q in (0, 9):  # from the mean of clients to where the worst is best off
       ...     algorithm = fax.algorithms.qfedavg(loss, optax.sgd(0.1), q=q, lipschitz=10.0)
-      ...     rounds = fax.data.cohorts(fax.data.InMemory(clients), clients=3, batch_size=2)
-      ...     state = algorithm.init(jnp.zeros(()))
-      ...     state, _ = fax.algorithms.many_rounds(algorithm, state, rounds, 300)
+      ...     rounds = fax.data.cohorts(data, clients=3, batch_size=2)
+      ...     state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 300)
       ...     print(f"{algorithm.params(state):.2f}")
-      0.33
-      0.44
-      0.49
+      0.37
+      0.50
     """
     name = "fax.algorithms.qfedavg"
     _arguments.number(name, "q", q, least=0)
@@ -89,24 +78,22 @@ def qfedavg(
     arguments(name, loss, client_optimizer=client_optimizer)
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
-        x, state = server.params, server.model_state
-
-        def measure(total: Mean, batch: PyTree, mask: jax.Array, key: jax.Array) -> Mean:
-            _, (metrics, _) = batch_loss(loss, x, batch, mask, key, state)
+        def measure(total: Any, *batch: Any) -> Any:
+            _, (metrics, _) = batch_loss(loss, server.params, *batch, server.model_state)
             return optax.tree.add(total, metrics["loss"])
 
-        result = ClientResult.of(local_steps(loss, client_optimizer, x, data, state), server)
-        seen = data.scan(measure, optax.tree.zeros_like(result.metrics["loss"]))
+        trained = local_steps(loss, client_optimizer, server.params, data, server.model_state)
+        seen = data.scan(measure, optax.tree.zeros_like(trained.metrics["loss"]))
         f = seen.total / jnp.maximum(seen.weight, 1)
         some = f != 0  # negative powers of 0 are infinite
         safe = jnp.where(some, jnp.where(f < 0, jnp.nan, f), 1)
-        square = lipschitz**2 * optax.tree.norm(result.update, squared=True)
         power = jnp.where(some, safe**q, jnp.where(jnp.equal(q, 0), 1.0, 0.0))
-        bound = lipschitz + jnp.where(some, q * square / safe, 0)  # h_k = F_k^q times this
+        update = optax.tree.sub(trained.params, server.params)
+        square = lipschitz**2 * optax.tree.norm(update, squared=True)
+        bound = lipschitz + jnp.where(some, q * square / safe, 0)  # h_k is F_k^q times this
         weight = jnp.where(seen.weight > 0, power * bound, 0)
-        update = optax.tree.scale(lipschitz / bound, result.update)
-        update = optax.tree.cast_like(update, x)
-        return result._replace(update=update, weight=weight)
+        update = optax.tree.cast_like(optax.tree.scale(lipschitz / bound, update), server.params)
+        return ClientResult(update, trained.metrics, trained.model_state, weight)
 
     return federated(
         name,
