@@ -95,10 +95,7 @@ def adapted(params, cohort):
 def own_accuracy(name, algorithm, state, everyone, held_out):
     """The mean accuracy of the clients, with models of their own where the algorithm has any."""
     in_order = jnp.argsort(everyone.positions)
-    if algorithm.models is None:
-        params = algorithm.params(state)
-    else:
-        params = algorithm.models(state)
+    params = (algorithm.models or algorithm.params)(state)
     if name in ("reptile", "maml"):
         params = jax.tree.map(lambda x: x[in_order], adapted(params, everyone))
     elif name == "hyp_cluster":

@@ -216,7 +216,8 @@ def test_meta_learned_parameters_adapt_better():
         return jax.vmap(loss, (0, 0, None))(own, queries, None).mean()
 
     ends = []
-    for algorithm in (maml(loss, optax.sgd(0.1), optax.sgd(0.1)), reptile(loss, optax.sgd(0.1), optax.sgd(0.5))):
+    sgd = optax.sgd(0.1)
+    for algorithm in (maml(loss, sgd, sgd), reptile(loss, sgd, optax.sgd(0.5))):
         state, _ = many_rounds(algorithm, algorithm.init(start), cohorts, 300)
         ends.append(judged(algorithm.params(state)))
     assert ends[0] < 0.2 * ends[1] < 0.2 * judged(start)

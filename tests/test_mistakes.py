@@ -366,7 +366,8 @@ MISTAKES = {
     "another algorithm's state": (
         lambda: STATEFUL.round(algorithms.apfl(loss, SGD, num_clients=2).init(PARAMS), COHORT),
         ValueError,
-        f"fax.algorithms.fedavg: round got an APFLState {STATE_OF}",
+        "fax.algorithms.fedavg: round got the State of another algorithm, or one without the rows "
+        "of clients, expected the State that init(params) or the last round returned.",
     ),
     "the cohort before the state": (
         lambda: ALGORITHM.round(COHORT, STATE),

@@ -214,7 +214,9 @@ def branch_train_merge(
 
     round = rounds(_WHERE, replicas, None, part, keyed=False)
     checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params, models)
-    return BranchTrainMerge(*checked, branch, posterior, ensemble)
+    return BranchTrainMerge(
+        checked.init, checked.round, checked.params, models, branch, posterior, ensemble
+    )
 
 
 def _weights_error(name: str, weights: jax.Array, expected: str) -> ValueError:

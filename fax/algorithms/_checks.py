@@ -103,6 +103,16 @@ def check_whole(caller: str, loss: Any) -> None:
         )
 
 
+def check_scalar_optimizer(
+    caller: str, optimizer: Any, problem: str, dtype: Any = jnp.float32
+) -> None:
+    """Checks that an optimizer works on a scalar: one made for the parameters' leaves may not."""
+    try:
+        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{caller}: {problem}") from error
+
+
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:
     """Checks that a state is one that the algorithm made."""
     if not isinstance(state, kind):
@@ -114,15 +124,20 @@ def check_state(caller: str, function: str, kind: type, state: Any) -> None:
 
 def check_like(what: str, new: PyTree, like: PyTree) -> None:
     """Checks that a pytree has the structure, shapes and dtypes of another."""
-    structures = [jax.tree.structure(x) for x in (new, like)]
+    structures: Any = [jax.tree.structure(x) for x in (new, like)]
     if structures[0] != structures[1]:
-        raise ValueError(f"{what} is {structures[0]}, expected {structures[1]}.")
+        raise ValueError(f"{what} is {_shape(new)}, expected {_shape(like)}.")
     for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):
         found, expected = (jax.typeof(jnp.asarray(own)) for own in (x, y))
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise ValueError(
                 f"{what}{keystr(path)} is {found.str_short()}, expected {expected.str_short()}."
             )
+
+
+def _shape(tree: PyTree) -> str:
+    """The structure of a pytree, in a message: ``{'w': *, 'b': *}``."""
+    return str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")[:200]
 
 
 def check_private(

@@ -50,8 +50,7 @@ def ditto(
     """Ditto: fair and robust personalization, by models of clients near the global one.
 
     The server's model w is that of `fedavg` with the same arguments. Client i has a model v_i, too.
-    Where it takes part it trains w for the server, and then takes a step of another optimizer on
-    each of its batches, from v_i as it was, to minimise
+    Where it takes part it trains w for the server, and then, from where it was, v_i to minimise
 
         f_i(v_i) + mu/2 ‖v_i - w‖^2,    of gradient    grad f_i(v_i) + mu (v_i - w),
 
@@ -64,17 +63,15 @@ def ditto(
       mu: the paper's lambda, which it tries from 0.05 to 2. It may be traced.
       num_clients: how many clients the data have, ``len(data)``.
       personal_optimizer: from optax, of v_i, whose state starts anew, too. Default: the client's.
-      aggregator: as for `fedavg`, of the updates of w. A private one promises nothing about v_i,
-        which is for nobody else to see.
+      aggregator: as for `fedavg`, of the updates of w. A private one promises nothing about v_i.
 
     Returns:
-      The algorithm, whose ``clients`` are `DittoClient`. ``params(state)`` is w, and
-      ``models(state)`` are the v_i, leaves [num_clients, ...], to be evaluated by
-      `fax.metrics.evaluate_clients` with ``personal=True``; a client's is the server's until it
-      takes part. Metrics are those of `fedavg`, and ``"personal/..."`` the same for the v_i.
+      The algorithm, whose ``state.clients`` are `DittoClient`. ``params(state)`` is w, and
+      ``models(state)`` are the v_i, leaves [num_clients, ...]; a client's is w until it takes part.
+      Metrics are those of `fedavg`, and ``"personal/..."`` the same for the v_i.
 
     Raises:
-      ValueError: if ``mu`` is negative or ``num_clients`` no int of at least 1, and as `fedavg`.
+      ValueError: if ``mu`` is negative or ``num_clients`` no positive int, and as `fedavg`.
 
     References:
       Li et al., Ditto: fair and robust federated learning through personalization,

@@ -32,8 +32,8 @@ def feddyn(
     """FedDyn: federated learning with dynamic regularization.
 
     Client i of N keeps g_i, an estimate of the gradient of its mean loss f_i, and the server h,
-    their mean. A client's steps from the server's x to y_i, one on each batch, minimise the first
-    line; then, with S the clients that took any step,
+    their mean. Local steps from the server's x to y_i minimise the first line; with S the clients
+    that took any,
 
         f_i(y) - <g_i, y> + alpha/2 ‖y - x‖^2
         g_i' = g_i - alpha (y_i - x)        h' = h - alpha/N sum_S (y_i - x)
@@ -46,8 +46,7 @@ def feddyn(
       loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       alpha: positive; the paper takes 0.001 to 0.1. It may be traced.
       num_clients: N, how many clients the data have, ``len(data)``.
-      aggregator: from `fax.aggregators`, what makes mean_S; its weights are 1. What it changes in
-        updates adds up in h. It cannot be a private one.
+      aggregator: what makes mean_S, not a private one. What it changes in updates adds up in h.
 
     Returns:
       The algorithm. Its `State` has the size of N + 2 models: ``server`` is h, and ``clients`` are
@@ -63,9 +62,9 @@ def feddyn(
 
       >>> import optax
       >>> loss = lambda params, batch, key: batch["a"] * (batch["b"] - params) ** 2 / 2
-      >>> data = {b: {"a": jnp.full(4, a), "b": jnp.full(4, b)} for a, b in ((1.0, 0.0), (4.0, 1.0))}
+      >>> data = {b: {"a": jnp.full(4, 1 + 3 * b), "b": jnp.full(4, b)} for b in (0.0, 1.0)}
       >>> algorithm = fax.algorithms.feddyn(loss, optax.sgd(0.1), alpha=1.0, num_clients=2)
-      >>> rounds = fax.data.cohorts(fax.data.InMemory(data), 2, 4, epochs=8)
+      >>> rounds = fax.data.cohorts(fax.data.InMemory(data), clients=2, batch_size=4, epochs=8)
       >>> state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 50)
       >>> print(f"{algorithm.params(state):.2f}")  # the optimum is (1 * 0 + 4 * 1) / (1 + 4)
       0.80
@@ -82,15 +81,13 @@ def feddyn(
         trained = local_steps(loss, client_optimizer, x, data, state, correct=regularized)
         count = examples_of(trained.metrics)
         result = ClientResult.of(trained, server, weight=(count > 0).astype(count.dtype))
-        own = optax.tree.add_scale(g, -alpha, result.update)
-        return result._replace(own=optax.tree.cast_like(own, g))
+        return result._replace(own=optax.apply_updates(g, optax.tree.scale(-alpha, result.update)))
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         share = fax.sum(received.results.weight) / num_clients
-        h = optax.tree.add_scale(state.server, -alpha * share, received.update)
-        h = optax.tree.cast_like(h, state.server)
-        update = optax.tree.add_scale(received.update, -1 / alpha, h)
-        return step(optax.tree.cast_like(update, h))._replace(server=h), {}
+        h = optax.apply_updates(state.server, optax.tree.scale(-alpha * share, received.update))
+        update = optax.apply_updates(received.update, optax.tree.scale(-1 / alpha, h))
+        return step(update)._replace(server=h), {}
 
     return federated(
         name,

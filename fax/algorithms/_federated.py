@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ class ClientResult(NamedTuple):
     """
 
     update: PyTree
-    metrics: dict[str, Statistic | jax.Array]
+    metrics: Mapping[str, Statistic | jax.Array]
     model_state: PyTree = None
     weight: Any = None
     own: PyTree = None
@@ -203,6 +203,7 @@ def federated(
       >>> print(state.params, state.clients.rows)
       0.905 [ 0.   -0.19]
     """
+    _arguments.function(name, "client", client, {3: "client(server, own, data)"})
     if client_state is not None:
         num_clients = _arguments.count(name, "num_clients", num_clients)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
@@ -218,15 +219,31 @@ def federated(
         params, model_state, personal = split(loss, params, model_state)
         check_averaged_state(name, aggregator, model_state)
         own = None if aggregator is None else aggregator.init(params)
-        of_server, rows = kept(params)
-        if client_state is not None:
-            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), rows))
+        of_server, row = kept(params)
+        rows = None
+        if num_clients is not None and client_state is not None:
+            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
         optimizer = server_optimizer.init(params)
         return State(params, optimizer, model_state, own, of_server, rows, personal)
 
+    def checked_client(sent: Server, own: PyTree, data: Client) -> ClientResult:
+        result = client(sent, own, data)
+        if not isinstance(result, ClientResult):
+            raise ValueError(
+                f"{name}: client returned {_arguments.shown(result)}, expected a "
+                "fax.algorithms.ClientResult."
+            )
+        check_like(f"{name}: the own of client's result", result.own, own)
+        if result.model_state is not None or server is None:
+            check_like(
+                f"{name}: the model_state of client's result", result.model_state, sent.model_state
+            )
+        return result
+
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
-        before = [state.server, None if state.clients is None else state.clients.rows]
-        same = jax.tree.structure(jax.eval_shape(kept, state.params)) == jax.tree.structure(before)
+        expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
+        rows = None if state.clients is None else state.clients.rows
+        same = expected == jax.tree.structure([state.server, rows])
         if not same or (state.personal is None) == isinstance(loss, PersonalLoss):
             raise ValueError(
                 f"{name}: round got the State of another algorithm, or one without the rows of "
@@ -249,7 +266,7 @@ def federated(
                 return fax.map(run, sent, parts, own, data, vectorize=at_once)
 
             def trained(sent: Server, own: PyTree, data: Client) -> tuple[ClientResult, PyTree]:
-                result = client(sent, own, data)
+                result = checked_client(sent, own, data)
                 model_state, parts = closed(loss, result.model_state)
                 return result._replace(model_state=model_state), parts
 
@@ -263,13 +280,6 @@ def federated(
             update, aggregated, more = aggregate(
                 aggregator, results.update, state.aggregator, cohort, results.weight
             )
-
-            check_like(f"{name}: own, which client returns,", results.own, own)
-            if server is None and results.model_state is None and state.model_state is not None:
-                raise ValueError(
-                    f"{name}: client returned no model_state, but the model has one. Return that "
-                    "of the client's local_steps."
-                )
 
             def step(update: PyTree) -> State:
                 check_like(f"{name}: the update", update, state.params)
@@ -302,15 +312,14 @@ def federated(
         found = state.params if params is None else params(state)
         return found if state.personal is None else put(found, state.personal.start.params)
 
-    def every(state: State) -> PyTree:
-        if state.personal is None:
-            return models(state)
+    def personal(state: State) -> PyTree:
+        assert state.personal is not None
         rows = state.personal.clients.rows
         own = everyones(state.params, rows) if models is None else models(state)
         return put(own, rows.params)
 
-    several = models is not None or isinstance(loss, PersonalLoss)
-    return guarded(name, bare(loss), State, init, round, whole, every if several else None)
+    every = personal if isinstance(loss, PersonalLoss) else models
+    return guarded(name, bare(loss), State, init, round, whole, every)
 
 
 def aggregate(

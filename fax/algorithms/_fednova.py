@@ -12,10 +12,15 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._checks import arguments
+from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._federated import ClientResult, Received, Server, State, federated
 from fax.algorithms._local import examples_of, local_steps, proximal
 from fax.data import Client
+
+_NO_SCALAR = (
+    "client_optimizer does not work on a scalar, by which FedNova finds out how far its steps go. "
+    "Use one that is not made for the leaves of the parameters, such as optax.sgd(0.1)."
+)
 
 
 def fednova(
@@ -30,23 +35,22 @@ def fednova(
     """FedNova: federated averaging of normalized updates.
 
     Clients with more steps go further, and FedAvg counts them for more than their examples. Here
-    the update of each client i, a sum of its gradients g_ik, is divided by the sum of coefficients:
+    updates are divided by the sums A_i of the coefficients that gradients g_ik have in them:
 
-        y_i - x = - sum_k a_ik (g_ik + mu (y - x))        A_i = sum_k a_ik > 0
-        D = (sum_i p_i A_i) (sum_i p_i (y_i - x) / A_i)        p_i = n_i / sum_j n_j
+        y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
+        D = (sum_i p_i A_i) (sum_i p_i (y_i - x) / A_i)
         x' = server_optimizer(x, gradient = -D)
 
-    A_i is r tau_i for tau_i steps of SGD of rate r. It is found by the optimizer itself: if all
-    gradients are 1, a number goes from 0 to -A_i. This is exact for optimizers that are linear in
-    gradients, as `optax.sgd` is with momentum or a schedule; for Adam it counts steps. If all A_i
-    are the same, this is `fedavg`, or with mu `fedprox`. A client without steps does not count.
+    For SGD A_i is the learning rate times the number of steps. In general it is found by the
+    optimizer: if all gradients are 1, a number goes from 0 to -A_i. This is exact for optimizers
+    that are linear in gradients, as `optax.sgd`; for Adam it counts steps. If all A_i are the same,
+    this is `fedavg`, or with mu `fedprox`. A client without steps does not count.
 
     Args:
       loss, server_optimizer, vectorize: as for `fedavg`.
       client_optimizer: from optax; its state starts anew in each round. It has to work on a scalar.
       mu: the weight of a proximal term, as in `fedprox`. It may be traced.
-      aggregator: from `fax.aggregators`, of the (y_i - x) / A_i. Default: the mean weighted by p_i.
-        The A_i are not sent through it, so that it cannot be a private one.
+      aggregator: of the (y_i - x) / A_i, with weights n_i. It cannot be private, for A_i is sent, too.
 
     Returns:
       The algorithm, with states and metrics as of `fedavg`.
@@ -56,7 +60,7 @@ def fednova(
 
     References:
       Wang et al., Tackling the objective inconsistency problem in heterogeneous federated
-      optimization, arXiv:2007.07481, whose ‖a_i‖ is A_i over the learning rate.
+      optimization, arXiv:2007.07481. Its ‖a_i‖ is A_i over the learning rate.
 
     Example:
 
@@ -74,6 +78,7 @@ def fednova(
     name = "fax.algorithms.fednova"
     _arguments.number(name, "mu", mu, least=0)
     arguments(name, loss, client_optimizer=client_optimizer)
+    check_scalar_optimizer(name, client_optimizer, _NO_SCALAR)
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
         def one_more(carry: tuple, *step: Any) -> tuple:
@@ -91,8 +96,8 @@ def fednova(
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         a = fax.mean(received.results.extra, weights=received.results.weight)
-        update = optax.tree.scale(a, received.update)
-        return step(optax.tree.cast_like(update, state.params)), {}
+        update = optax.tree.cast_like(optax.tree.scale(a, received.update), state.params)
+        return step(update), {}
 
     return federated(
         name,

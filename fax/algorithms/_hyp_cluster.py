@@ -69,14 +69,14 @@ def hyp_cluster(
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` takes leaves [num_clusters, ...] and makes
-      its `State`, whose ``optimizer`` and ``model_state`` have such leaves, too; ``aggregator`` is a
-      tuple with a state for each cluster, or of a private one a single state. ``models(state)`` are
-      the clusters' models, of which `hyp_cluster_choice` says which is whose, and ``params(state)``
-      is their mean, for those who cannot choose. Metrics are those of `fedavg`, and
-      ``"clients/cluster"``, int32 [clients], and ``"clusters/examples"`` [num_clusters]. Those of an aggregator that are not ``"clients/..."``
-      have a leading axis [num_clusters], but for a private one, of which ``"clients/bits"`` counts
-      the places of all clusters. How many clients picked which is a metric, and as all metrics not
-      private.
+      its `State`, whose ``optimizer`` and ``model_state`` have such leaves, too; ``aggregator`` is
+      a tuple with a state for each cluster, or of a private one a single state. ``models(state)``
+      are the clusters' models, of which `hyp_cluster_choice` says which is whose, and
+      ``params(state)`` is their mean, for those who cannot choose. Metrics are those of `fedavg`,
+      and ``"clients/cluster"``, int32 [clients], and ``"clusters/examples"`` [num_clusters]. Those
+      of an aggregator that are not ``"clients/..."`` have a leading axis [num_clusters], but for a
+      private one, of which ``"clients/bits"`` counts the places of all clusters. How many clients
+      picked which is a metric, and as all metrics not private.
 
     Raises:
       ValueError: if ``num_clusters`` is not a positive int, and in ``init`` if a leaf has no row

@@ -366,7 +366,7 @@ def examples_of(metrics: Metrics) -> jax.Array:
 def no_metrics(loss: Callable, params: PyTree, data: Client, model_state: PyTree) -> Metrics:
     """The metrics of no examples."""
     _, (metrics, _) = jax.eval_shape(
-        lambda *own: batch_loss(loss, params, *own, model_state),
+        lambda batch, mask, key: batch_loss(loss, params, batch, mask, key, model_state),
         *jax.eval_shape(lambda: (data.batch(0), data.mask[0], data.key)),
     )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)

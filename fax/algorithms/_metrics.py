@@ -31,8 +31,12 @@ def report(
     if total is None:
         total = reductions.sum({k: own for k, own in metrics.items() if isinstance(own, Statistic)})
     pooled = {name: _result(own) for name, own in total.items()}
-    alone = {f"{each}/{name}": operators.map(_result, own) for name, own in metrics.items()}
-    return {**pooled, **alone}
+
+    def alone(own: Any) -> jax.Array:
+        by_row = isinstance(own, Mean) or not isinstance(own, Statistic)
+        return _result(own) if by_row else operators.map(_result, own)
+
+    return {**pooled, **{f"{each}/{name}": alone(own) for name, own in metrics.items()}}
 
 
 def _result(value: Any) -> jax.Array:

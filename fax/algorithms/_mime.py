@@ -172,8 +172,10 @@ def _mimicking(
         def update(gradient: PyTree, own: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
             return base_optimizer.update(gradient, s, y)[0], own  # U: s stays what it is
 
-        def corrected(gradient: PyTree, y: PyTree, *batch: Any) -> PyTree:
-            at_x, _ = batch_gradient(loss, x, *batch, server.model_state)
+        def corrected(
+            gradient: PyTree, y: PyTree, batch: PyTree, mask: jax.Array, key: jax.Array
+        ) -> PyTree:
+            at_x, _ = batch_gradient(loss, x, batch, mask, key, server.model_state)
             return jax.tree.map(lambda g, h, c: g - h + c, gradient, at_x, c)
 
         optimizer = optax.GradientTransformation(lambda params: (), update)

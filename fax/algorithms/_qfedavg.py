@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._checks import arguments
+from fax.algorithms._checks import arguments, check_private
 from fax.algorithms._federated import ClientResult, Server, federated
 from fax.algorithms._local import batch_loss, local_steps
 from fax.data import Client
@@ -52,12 +53,10 @@ def qfedavg(
       The algorithm, with states and metrics as of `fedavg`.
 
     Raises:
-      ValueError: if ``q`` is negative, ``lipschitz`` not positive or ``aggregator`` private, and as
-        `fedavg`.
+      ValueError: if ``q`` or ``lipschitz`` is out of range or ``aggregator`` private; see `fedavg`.
 
     References:
-      Li et al., Fair resource allocation in federated learning, arXiv:1905.10497, Algorithm 2. To
-      sample clients by their examples, as it does, see ``sampler`` of `fax.data.cohorts`.
+      Li et al., Fair resource allocation in federated learning, arXiv:1905.10497, Algorithm 2.
 
     Example:
 
@@ -76,31 +75,28 @@ def qfedavg(
     _arguments.number(name, "q", q, least=0)
     _arguments.number(name, "lipschitz", lipschitz, above=0)
     arguments(name, loss, client_optimizer=client_optimizer)
+    check_private(name, aggregator, "clients count by their losses, which they send")
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
-        def measure(total: Any, *batch: Any) -> Any:
-            _, (metrics, _) = batch_loss(loss, server.params, *batch, server.model_state)
+        x, state = server.params, server.model_state
+
+        def measure(total: Any, batch: Any, mask: jax.Array, key: jax.Array) -> Any:
+            _, (metrics, _) = batch_loss(loss, x, batch, mask, key, state)
             return optax.tree.add(total, metrics["loss"])
 
-        trained = local_steps(loss, client_optimizer, server.params, data, server.model_state)
+        trained = local_steps(loss, client_optimizer, x, data, state)
         seen = data.scan(measure, optax.tree.zeros_like(trained.metrics["loss"]))
         f = seen.total / jnp.maximum(seen.weight, 1)
         some = f != 0  # negative powers of 0 are infinite
         safe = jnp.where(some, jnp.where(f < 0, jnp.nan, f), 1)
         power = jnp.where(some, safe**q, jnp.where(jnp.equal(q, 0), 1.0, 0.0))
-        update = optax.tree.sub(trained.params, server.params)
+        update = optax.tree.sub(trained.params, x)
         square = lipschitz**2 * optax.tree.norm(update, squared=True)
         bound = lipschitz + jnp.where(some, q * square / safe, 0)  # h_k is F_k^q times this
         weight = jnp.where(seen.weight > 0, power * bound, 0)
-        update = optax.tree.cast_like(optax.tree.scale(lipschitz / bound, update), server.params)
+        update = optax.tree.cast_like(optax.tree.scale(lipschitz / bound, update), x)
         return ClientResult(update, trained.metrics, trained.model_state, weight)
 
     return federated(
-        name,
-        loss,
-        client,
-        server_optimizer,
-        not_private="weights are made of clients' losses",
-        aggregator=aggregator,
-        vectorize=vectorize,
+        name, loss, client, server_optimizer, aggregator=aggregator, vectorize=vectorize
     )

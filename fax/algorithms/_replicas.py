@@ -147,13 +147,13 @@ def rounds(
             def split(x: jax.Array) -> jax.Array:
                 return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
 
-            numbers = jnp.arange(count, dtype=jnp.int32)
-            arrays = (numbers, *jax.tree.map(split, (_rows(cohort), cohort.mask)))
-            if count > 1:
-                state, metrics = lax.scan(part, state, arrays)
-            else:  # without a loop around a single part
-                state, metrics = part(state, jax.tree.map(lambda x: x[0], arrays))
-                metrics = jax.tree.map(lambda x: x[None], metrics)
+            batches = _rows(cohort), cohort.mask
+            if count == 1:  # without a loop
+                state, metrics = part(state, (0, *batches))
+            else:
+                numbers = jnp.arange(count, dtype=jnp.int32)
+                state, metrics = lax.scan(part, state, (numbers, *jax.tree.map(split, batches)))
+                metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
             return state, round_metrics(*metrics)
 
         return run(state, cohort)
@@ -337,15 +337,14 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
 def round_metrics(
     metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The metrics of a round from those of its parts. To be called in a program.
+    """The metrics of a round from the sums of those of its parts. To be called in a program.
 
     Args:
-      metrics: of each replica in each part, [parts, replicas].
-      total: of all replicas, [parts], if that is known.
-      sent: the metrics of each time that something was sent, [parts, ...]. Bits add up, and
-        so does ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
+      metrics: of each replica, [replicas].
+      total: of all replicas, if that is known.
+      sent: the metrics of each time that something was sent. Bits add up, and so does
+        ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
     """
-    metrics, total, sent = jax.tree.map(lambda x: jnp.sum(x, 0), (metrics, total, sent))
     adding = ("replicas/bits", "outer_steps")
     times = jnp.maximum(sent.get("outer_steps", 0), 1)
     sent = {name: x if name in adding else x / times for name, x in sent.items()}

@@ -269,9 +269,10 @@ def streaming_diloco(
     def period(state: StreamingDiLoCoState, part: Part) -> tuple:
         names = cut_up(state.params)
         here = taking_part(part.batches)
+        assert part.key is not None
         keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(names))]
         in_flight = list(state.in_flight)
-        begin, trained, sent = 0, [], []
+        begin, trained, sent_metrics = 0, [], []
         for event in events_of(steps, len(names), tau):
             batches = between(part.batches, begin, event.step)
             state, metrics = inner_steps(
@@ -281,15 +282,15 @@ def streaming_diloco(
             trained.append(metrics)
             for p in event.sent:
                 n = part.cohort.num_examples
-                state, in_flight[p], metrics = send(p, names[p], state, here, n, keys[p])
-                sent.append(metrics)
+                state, in_flight[p], sent = send(p, names[p], state, here, n, keys[p])
+                sent_metrics.append(sent)
             for p in event.landing:
                 landing, in_flight[p] = in_flight[p], None
                 assert landing is not None  # either from this period or from the last
                 state = land(p, names[p], state, landing, here)
         metrics = fax.map(total, *trained)
         state = state._replace(in_flight=tuple(in_flight))
-        return state, (metrics, fax.sum(metrics), total(*sent))
+        return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
     def params(state: StreamingDiLoCoState) -> PyTree:
         found = state.params
