@@ -1,6 +1,8 @@
-"""Checks of arguments: what came, what was expected, and how to fix it.
+"""Checks of arguments. Messages say what came, what was expected, and how to fix it.
 
-One that is traced has no value to check, only a shape and a dtype.
+Every check takes the name of the function that was called and that of the argument. It raises
+`ValueError`, or the subclass that is passed as ``error``: CONTRIBUTING.md says which error is
+for which mistake. A traced argument has no value to check, only a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +50,7 @@ def number(
     strange = traced or isinstance(value, bool | np.bool_ | str | bytes)
     try:
         found = np.nan if strange or np.ndim(value) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
@@ -62,38 +64,76 @@ def count(
     name: str,
     value: Any,
     *,
-    least: int = 1,
+    least: int | None = 1,
     most: int | None = None,
-    expected: str | None = None,
+    what: str = "",
     error: type[ValueError] = ValueError,
 ) -> int:
-    """Checks a whole number, which has to be known when a program is traced."""
+    """Checks an int, which has to be known when a program is traced.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      least: the smallest int that is allowed, or None.
+      most: the largest int that is allowed, or None.
+      what: what the number stands for, to end the message.
+      error: what to raise.
+    """
     try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
+        found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = least - 1
-    if found < least or (most is not None and found > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        expected = expected or f"an int {wanted}"
-        raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
+        found = None
+    fits = found is not None and (least is None or found >= least)
+    if found is None or not fits or (most is not None and found > most):
+        wanted = "an int"
+        if least is not None:
+            wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
+        what = what and f", {what}"
+        raise error(f"{caller}: {name} is {value!r:.80}, expected {wanted}{what}.")
     return found
 
 
-def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
-    """Checks a sequence of real numbers, and returns them as an array."""
+def seed(caller: str, value: Any, *, error: type[ValueError] = ValueError) -> int:
+    """Checks a seed: an int that NumPy and JAX can both make random numbers from."""
+    return count(caller, "seed", value, least=0, most=2**31 - 1, error=error)
+
+
+def numbers(
+    caller: str,
+    name: str,
+    values: Any,
+    size: int,
+    what: str,
+    *,
+    least: float = -np.inf,
+    error: type[ValueError] = ValueError,
+) -> Any:
+    """Checks a sequence of real numbers, and returns them as an array.
+
+    If there is a ``least`` number, all of them have to be finite.
+    """
+    known = concrete(values)
     try:
-        array = np.asarray(values, float) if concrete(values) else jax.numpy.asarray(values)
+        array = np.asarray(values, float) if known else jax.numpy.asarray(values)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
         ) from None
     if array.shape != (size,):
-        raise ValueError(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+        raise error(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+    if known and least > -np.inf:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= least)))
+        if len(bad):
+            raise error(
+                f"{caller}: {name}[{bad[0]}] is {array[bad[0]]:g}, expected finite numbers of at "
+                f"least {least:g}, {what}."
+            )
     return array
 
 
 def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
-    """Checks that a switch is True or False. In an ``if`` any other value would pass for one."""
+    """Checks that a switch is True or False. An ``if`` would accept any value."""
     if not isinstance(value, bool | np.bool_):
         raise error(f"{caller}: {name} is {shown(value)}, expected True or False.")
     return bool(value)
@@ -107,10 +147,18 @@ def choice(
     *,
     error: type[ValueError] = ValueError,
 ) -> str:
-    """Checks that a word is one of those that are known."""
+    """Checks that a string is one of those that are known."""
     if not isinstance(value, str) or value not in known:
         raise error(f"{caller}: {name} is {value!r:.80}, expected {either(known)}.")
     return value
+
+
+def options(caller: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Checks the names of keyword arguments that are passed on. An unknown one is a `TypeError`."""
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        has = f"It has {', '.join(map(repr, known))}." if known else "It has none."
+        raise TypeError(f"{caller} has no option {unknown[0]!r}. {has}")
 
 
 def text(
@@ -177,9 +225,9 @@ def function(
 def takes(
     fn: Callable, positional: int, keywords: Sequence[str] = (), *, always: Sequence[str] = ()
 ) -> bool:
-    """Whether a function can be called with so many arguments, as far as that can be known.
+    """Whether a function can be called with that many positional arguments, as far as is known.
 
-    And with some by name: ``keywords`` if its signature has them, and ``always`` others.
+    It also gets ``keywords`` if its signature has them, and ``always`` in any case.
     """
     try:
         signature = inspect.signature(fn)
@@ -195,7 +243,7 @@ def takes(
 
 
 def _part(name: str, value: Any) -> str:
-    """How to fix it, where a model was passed for one of its functions."""
+    """How to fix it if a model was passed instead of one of its functions."""
     for path in (name, f"model.{name}"):
         try:
             found = operator.attrgetter(path)(value)
@@ -207,7 +255,7 @@ def _part(name: str, value: Any) -> str:
 
 
 def optimizer(caller: str, name: str, value: Any) -> None:
-    """Checks that a value is an optimizer of optax, or is used like one."""
+    """Checks that a value is an optimizer of optax, or can be used as one."""
     parts = [getattr(value, part, None) for part in ("init", "update")]
     if not isinstance(value, type) and all(map(callable, parts)) and takes(value.update, 3):
         return
@@ -225,12 +273,12 @@ def optimizer(caller: str, name: str, value: Any) -> None:
     )
 
 
-def key(caller: str, name: str, value: Any) -> None:
+def key(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
     """Checks that a value is one random key."""
     dtype, shape = dtype_of(value), getattr(value, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {shown(value)}, expected a random key, as in jax.random.key(0)."
         )
 
@@ -255,7 +303,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def extra(caller: str, module: str, name: str) -> None:
-    """Imports an optional package, or says which extra of fax brings it."""
+    """Imports an optional package, or says which extra of fax installs it."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -269,13 +317,13 @@ def extra(caller: str, module: str, name: str) -> None:
 
 
 def either(words: Sequence[str]) -> str:
-    """Words in quotes, of which one is to be chosen."""
+    """Quoted words to choose from: ``'a', 'b' or 'c'``."""
     quoted = [repr(word) for word in words]
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def shown(value: Any) -> str:
-    """What a value is, in a message: never longer than a line, and without addresses."""
+    """A value as messages show it: on one line, and without memory addresses."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return f"{value!r:.80}"
     if isinstance(value, type):
@@ -290,7 +338,7 @@ def shown(value: Any) -> str:
 
 
 def _public(value: Any) -> str:
-    """The name under which a user knows a function or a class: without private modules."""
+    """The name by which users know a function or a class: without private modules."""
     parts = []
     for part in str(getattr(value, "__module__", None) or "").split("."):
         if part.startswith("_"):
@@ -302,5 +350,5 @@ def _public(value: Any) -> str:
 
 
 def concrete(x: Any) -> bool:
-    """Whether all numbers of a pytree are known, so that they can be checked."""
+    """Whether all numbers of a pytree are known rather than traced, so that they can be checked."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))

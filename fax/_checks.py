@@ -96,7 +96,7 @@ def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bo
                 f"out pass where= instead; to count with ones and zeros pass {name}.astype(int)."
             )
     wanted = "bool" if bool_only else "real"
-    example = "x > 0" if bool_only else "each participant's example count"
+    example = "x > 0" if bool_only else "each participant's number of examples"
     raise PlacementError(
         f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
         f"[{here.size}], a number for each participant of {here.name}, which serves every leaf, "
@@ -125,22 +125,14 @@ def vectorize(value: Any, here: Placement) -> int | str | None:
     """Checks how many participants to work on at once."""
     if value is None or value is OF_ITS_MAKER:
         return None if value is None else ALL_AT_ONCE
-    expected = (
-        "a positive int, the number of participants that a device works on at once, or None to "
-        "leave it to fax"
-    )
-    count = _arguments.count("fax.map", "vectorize", value, expected=expected, error=PlacementError)
+    what = "the participants that a device works on at once, or None to leave it to fax"
+    count = _arguments.count("fax.map", "vectorize", value, what=what, error=PlacementError)
     return min(count, here.size)
 
 
 def convolutions(value: Any) -> str:
     """Checks how convolutions are to be computed."""
-    if isinstance(value, str) and value in SETTINGS:
-        return value
-    raise PlacementError(
-        f"fax.map: convolutions is {value!r}, expected 'auto', which takes what is fastest, 'xla', "
-        "which leaves all to the compiler, or 'matmul', which makes matrix products of all."
-    )
+    return _arguments.choice("fax.map", "convolutions", value, SETTINGS, error=PlacementError)
 
 
 def no_collectives(caller: str, error: NameError, here: Placement) -> None:
@@ -177,13 +169,5 @@ def _effects_of_refs() -> Any:
 
 def key(caller: str, value: Any) -> jax.Array:
     """Checks that a value is one random key."""
-    if is_array(value):
-        array = jnp.asarray(value)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
-            return array
-        if array.dtype == jnp.uint32 and array.shape in ((2,), (4,)):
-            return array
-    raise PlacementError(
-        f"{caller}: key is {describe(value)}, expected one random key at the server, as made by "
-        "jax.random.key. It is folded with each participant's number."
-    )
+    _arguments.key(caller, "key", value, error=PlacementError)
+    return jnp.asarray(value)

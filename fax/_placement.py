@@ -63,17 +63,12 @@ def declare(sizes: Mapping[str, int]) -> Scope:
             "fax.program needs at least one placement, a name and a number of "
             "participants, as in @fax.program(clients=64)."
         )
-    return tuple(Placement(name, _positive(name, size)) for name, size in sizes.items())
+    return tuple(Placement(name, _size(name, size)) for name, size in sizes.items())
 
 
-def _positive(name: str, size: int) -> int:
-    try:
-        return _arguments.count("fax.program", name, size)
-    except ValueError:
-        raise PlacementError(
-            f"The size of placement {name!r} must be a positive int known before tracing, "
-            f"got {size!r}. Pass a Python int, as in @fax.program({name}=64)."
-        ) from None
+def _size(name: str, size: Any) -> int:
+    what = f"known before tracing, as in @fax.program({name}=64)"
+    return _arguments.count("fax.program", name, size, what=what, error=PlacementError)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def flat(lists):
 )
 def test_an_epoch_has_every_example_once(n, batch_size, epochs, max_steps, drop_remainder, shuffle):
     batching = Batching(batch_size, epochs, max_steps, drop_remainder, shuffle)
-    plan = _batching.plan(batching, np.array([0]), np.array([n]), 0, 0, None)
+    plan = _batching.plan_epochs(batching, np.array([0]), np.array([n]), 0, 0, None)
     batches = [index[mask].tolist() for index, mask in zip(plan.rows[0], plan.mask[0])]
 
     of_epoch = n // batch_size if drop_remainder else -(-n // batch_size)
@@ -356,7 +356,7 @@ def test_a_device_needs_enough_clients_with_a_weight(monkeypatch):
     data = population([8] * 12)
     monkeypatch.setattr(_resident, "_CPU_BYTES", 600)
     with jax.set_mesh(meshes.mesh(clients=4)):
-        pools = fax.data.cohorts(data, 4, 4)._make.home.pools
+        pools = fax.data.cohorts(data, 4, 4)._builder.resident.pools
         weights = np.ones(12)
         weights[pools[2]] = 0
         with pytest.raises(fax.data.DataError, match=r"only 0 clients of those .* 4 devices"):
@@ -411,7 +411,7 @@ def test_a_function_chooses():
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9))
 def test_devices_have_about_the_same_number_of_steps(steps, ways):
     steps = np.array(steps)
-    order = _batching.balanced(steps, ways)
+    order = _batching.balanced_order(steps, ways)
     assert sorted(order) == list(range(len(steps)))
     rows = _batching.spans(len(steps), ways)
     assert sorted(flat(rows)) == list(range(len(steps)))
@@ -429,7 +429,7 @@ def test_little_of_what_is_computed_is_padding():
         rounds = []
         for _ in range(20):
             steps = -(-np.clip(rng.lognormal(5, 0.6, clients), 10, 500).astype(int) // 20)
-            rounds.append(steps[_batching.balanced(steps, ways)])
+            rounds.append(steps[_batching.balanced_order(steps, ways)])
         at_once = _batching.vectorized_clients(rounds, ways)
         needed = sum(steps.sum() for steps in rounds)
         computed = sum(_batching.computed_steps(steps, ways, at_once) for steps in rounds)
@@ -452,7 +452,7 @@ def test_how_many_at_once_does_not_depend_on_where_rounds_begin(sampler):
             start=start,
             prefetch=1,
         )
-        found.add(rounds._make._at_once())
+        found.add(rounds._builder._choose_vectorize())
     assert len(found) == 1
     assert found != {16}  # which is what clients of equal length have
 
@@ -470,7 +470,7 @@ def test_padding_is_reported():
     assert rounds.padding == 0
     next(rounds)
     assert rounds.padding == 0  # on CPU a device works for one client at a time
-    rounds._make.at_once = 3
+    rounds._builder.vectorize = 3
     steps = next(rounds).mask.any(2).sum(1)
     first = np.asarray(steps)
     computed = 3 * first[0] + 3 * first[3]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fax
-from fax.data import DataError, Files, InMemory, SQLite, _tables
+from fax.data import DataError, Files, InMemory, SQLite, _sqlite_tables
 
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
@@ -108,7 +108,7 @@ def test_ids_of_the_same_bytes(tmp_path):
 
 
 def test_a_client_that_sqlite_cannot_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(_tables, "_LONGEST", 100)
+    monkeypatch.setattr(_sqlite_tables, "_LONGEST", 100)
     data = InMemory({"ada": {"x": np.random.default_rng(0).normal(size=20)}})
     with pytest.raises(
         DataError, match=r"client 'ada' cannot be written: .* 100 that SQLite holds"

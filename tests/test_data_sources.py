@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import fax
 from fax.data import DataError, FederatedData, Files, InMemory, SQLite
-from fax.data._check import check_numeric
+from fax.data._check_examples import check_numeric
 
 FEATURES = {"pixels": (np.float32, (2, 3)), "label": (np.int32, ()), "text": (bytes, ())}
 

@@ -356,20 +356,22 @@ def test_one_shape_is_compiled_and_batches_are_full():
 
 
 def test_evaluation_is_a_federated_program():
-    from fax.metrics._programs import stats_of_rows
-    from fax.metrics._rows import Rows
+    from fax.metrics._packing import PackedBatches
+    from fax.metrics._programs import stats_of_batches
 
     mask, slots = np.ones((4, 8), bool), np.zeros((4, 8), np.int32)
-    rows = Rows({"x": np.ones((4, 8, 4)), "y": np.ones((4, 8), int)}, mask, slots)
+    rows = PackedBatches({"x": np.ones((4, 8, 4)), "y": np.ones((4, 8), int)}, mask, slots)
     metrics = (("accuracy", fm.Accuracy()),)
     params = {"w": np.ones((4, CLASSES))}
     with jax.set_mesh(meshes.mesh(clients=4)):
         text = (
-            stats_of_rows.lower(linear, metrics, None, "clients", params, rows).compile().as_text()
+            stats_of_batches.lower(linear, metrics, None, "clients", params, rows)
+            .compile()
+            .as_text()
         )
     assert sum(" all-reduce(" in line for line in text.splitlines()) <= 2
     assert "all-gather" not in text
-    jaxpr = jax.make_jaxpr(stats_of_rows, static_argnums=(0, 1, 2, 3))(
+    jaxpr = jax.make_jaxpr(stats_of_batches, static_argnums=(0, 1, 2, 3))(
         linear, metrics, None, "clients", params, rows
     )
     assert "federated_map" in str(jaxpr)
@@ -466,7 +468,7 @@ def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     few = {"a": fm.PerDomain(fm.Accuracy(), 2)}
     with pytest.raises(fax.data.DataError, match=r"feature 'domain' has 2, expected numbers from"):
         fm.evaluate(apply, params, ready, few)
-    monkeypatch.setattr("fax.metrics._rows.fits", lambda rows, bytes_per_row, spread: False)
+    monkeypatch.setattr("fax.metrics._packing.fits", lambda rows, bytes_per_row, spread: False)
     with pytest.raises(fax.data.DataError, match="GiB, more than there is room"):
         fm.prepare(data)
 

@@ -478,7 +478,7 @@ MISTAKES = {
     "a metric's class": (
         lambda: metrics.evaluate(apply, PARAMS, DATA, {"accuracy": metrics.Accuracy}),
         ValueError,
-        "fax.metrics.evaluate: metric 'accuracy' is <class 'fax.metrics._classes.Accuracy'>, "
+        "fax.metrics.evaluate: metric 'accuracy' is <class 'fax.metrics._classification.Accuracy'>, "
         "expected a function of a batch and scores, such as fax.metrics.Accuracy().",
     ),
     "a metric without a name": (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fax.data import DataError, partition
-from fax.data._owners import by_owner
+from fax.data._assignment import examples_by_client
 
 N, LABELS = 1200, 10
 RNG = np.random.default_rng(0)
@@ -187,7 +187,7 @@ def test_gifts_are_those_of_one_after_the_other(generator, clients, least, extra
     shares = np.random.default_rng(seed).dirichlet(np.full(clients, skew))
     owner = np.random.default_rng(seed).choice(clients, n, p=shares)
     rngs = [np.random.Generator(generator(seed)) for _ in range(2)]
-    found = by_owner(owner, clients, least, rngs[0])
+    found = examples_by_client(owner, clients, least, rngs[0])
     expected = one_by_one(owner, clients, least, rngs[1])
     assert [part.tolist() for part in found] == expected
     assert rngs[0].random() == rngs[1].random()  # as many draws
@@ -196,7 +196,7 @@ def test_gifts_are_those_of_one_after_the_other(generator, clients, least, extra
 def test_thousands_of_gifts():
     """Everybody needs many, and a few have nearly everything."""
     owner = np.random.default_rng(0).integers(0, 3, 8000)
-    found = by_owner(owner, 1000, 8, np.random.default_rng(1))
+    found = examples_by_client(owner, 1000, 8, np.random.default_rng(1))
     expected = one_by_one(owner, 1000, 8, np.random.default_rng(1))
     assert [part.tolist() for part in found] == expected
 

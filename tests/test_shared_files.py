@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from formats import fedjax_file
 
-from fax.data import DataError, Files, InMemory, SQLite, _connection, _decompress, _sqlite
+from fax.data import DataError, Files, InMemory, SQLite, _decompress, _sqlite, _sqlite_connection
 
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
@@ -107,7 +107,7 @@ def test_a_checksum_does_not_hold_for_a_journal(tmp_path):
 
 
 def test_a_locked_file_is_not_called_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(_connection, "_PATIENCE", 0.01)
+    monkeypatch.setattr(_sqlite_connection, "_PATIENCE", 0.01)
     path = fedjax_file(tmp_path / "a.sqlite", CLIENTS)
     data = SQLite(path)
     data.client_ids()

@@ -361,7 +361,7 @@ def test_fragments_have_to_cover_the_parameters_once(fragments, message):
     ("arguments", "message"),
     [
         ({"steps": 0}, "streaming_diloco: steps is 0, expected an int of at least 1"),
-        ({"tau": 4}, "tau is 4, expected an int from 0 to steps - 1"),
+        ({"tau": 4}, "tau is 4, expected an int from 0 to 3, less than steps"),
         ({"tau": -1}, "tau is -1, expected"),
         ({"alpha": 1.5}, r"alpha is 1\.5, expected a number from 0 to 1"),
     ],

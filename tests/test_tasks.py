@@ -24,8 +24,8 @@ from formats import fedjax_file, tff_file
 
 import fax
 from fax.data import DataError, FederatedData
-from fax.tasks import Characters, DownloadError, Words, _published
-from fax.tasks._offline import PYTHON_CHARACTERS
+from fax.tasks import Characters, DownloadError, Words, _tff_datasets
+from fax.tasks._local_datasets import PYTHON_CHARACTERS
 
 # Tokens
 
@@ -39,7 +39,7 @@ def test_snippets_are_joined_and_cut():
 
 
 def test_shakespeare_has_the_numbers_of_fedjax():
-    letters = _published.SHAKESPEARE_CHARACTERS
+    letters = _tff_datasets.SHAKESPEARE_CHARACTERS
     assert letters.size == 90
     found = letters.sequences([b"hello", b"hi there"], 10)
     # h is the 2nd character and so 4, e the 65th, l the 3rd, o the 24th, ...
@@ -117,11 +117,11 @@ def test_bad_vocabularies(call, message):
 def publish(monkeypatch, folder, source, content):
     """Puts a file where its source says, with the checksum that is said to be published."""
     folder.mkdir(exist_ok=True)
-    own = getattr(_published, source)
+    own = getattr(_tff_datasets, source)
     (folder / own.name).write_bytes(content)
     if own.sha256:
         sha256 = hashlib.sha256(content).hexdigest()
-        monkeypatch.setattr(_published, source, _published.Source(own.url, sha256))
+        monkeypatch.setattr(_tff_datasets, source, _tff_datasets.Source(own.url, sha256))
     return folder / own.name
 
 
@@ -263,7 +263,7 @@ def test_a_wrong_checksum(tmp_path):
     (tmp_path / "shakespeare.sqlite.lzma").write_bytes(b"another file")
     with pytest.raises(DownloadError) as raised:
         fax.tasks.load("shakespeare", tmp_path)
-    assert _published.SHAKESPEARE.sha256 in str(raised.value)
+    assert _tff_datasets.SHAKESPEARE.sha256 in str(raised.value)
     assert str(tmp_path / "shakespeare.sqlite.lzma") in str(raised.value)
 
 

@@ -42,7 +42,6 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         "use_cpu_devices",
         "count",
         _cores() if count is None else count,
-        expected="a positive int",
         error=PlacementError,
     )
     _arguments.text(

@@ -78,13 +78,10 @@ def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
         raise PlacementError("make_mesh needs at least one axis, as in make_mesh(clients=4).")
     sizes = []
     for name, size in axes.items():
-        expected = "a positive int, or -1 for what is left"
-        least = -1 if isinstance(size, int) and size == -1 else 1
-        sizes.append(
-            _arguments.count(
-                "make_mesh", name, size, least=least, expected=expected, error=PlacementError
-            )
-        )
+        if not (isinstance(size, int) and size == -1):
+            what = "or -1 for what is left"
+            size = _arguments.count("make_mesh", name, size, what=what, error=PlacementError)
+        sizes.append(size)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
         raise PlacementError(f"make_mesh: only one of the sizes {dict(axes)} can be -1.")
