@@ -28,9 +28,22 @@ def number(
     least: float = -np.inf,
     below: float = np.inf,
     most: float = np.inf,
+    what: str = "",
     error: type[ValueError] = ValueError,
 ) -> Any:
-    """Checks that a scalar is finite and in a range, and returns it as it is."""
+    """Checks that a scalar is finite and in a range, and returns it as it is.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      above: the number has to be greater than this.
+      least: the smallest number that is allowed.
+      below: the number has to be less than this.
+      most: the largest number that is allowed.
+      what: what the number stands for, to end the message.
+      error: what to raise.
+    """
     traced = isinstance(value, jax.core.Tracer)
     if traced and np.ndim(value) == 0:
         return value
@@ -55,7 +68,7 @@ def number(
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
         came = shown(value) if traced else f"{value!r:.80}"
-        raise error(f"{caller}: {name} is {came}, expected {expected}.")
+        raise error(f"{caller}: {name} is {came}, expected {expected}{what and f', {what}'}.")
     return value
 
 

@@ -15,8 +15,8 @@ from formats import fedjax_file, mp_ext, mp_list, mp_str, npy, npz, tff_file
 from fax.data import DataError, Files, InMemory, SQLite, _decompress, _msgpack, _sqlite_connection
 
 MIB = 1 << 20
-CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
-FEATURES = {"label": (np.int64, ())}
+CLIENTS = {"ada": {"y": np.arange(3)}, "bob": {"y": np.arange(5)}}
+FEATURES = {"y": (np.int64, ())}
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def test_a_file_that_decompresses_to_too_much(tmp_path, suffix):
     stored = packed.stat().st_size
     message = (
         rf"a.sqlite.{suffix}: {stored} compressed bytes become at least \d+. The limit is 2097152 "
-        r"bytes \(max_bytes\). If the data can be trusted, pass a larger max_bytes"
+        r"bytes \(max_bytes\). If you trust the data, pass a larger max_bytes"
     )
     with memory(8 * MIB), pytest.raises(DataError, match=message):
         SQLite(packed, max_bytes=2 * MIB)
@@ -66,7 +66,7 @@ def test_a_file_that_decompresses_to_too_much(tmp_path, suffix):
     assert _decompress.size_limit(None, 10 * MIB) == 1000 * MIB
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_decompress, "_LEAST", MIB)
-        with pytest.raises(DataError, match=r"bytes \(256 MiB, or 100 times that if it is more\)"):
+        with pytest.raises(DataError, match=r"bytes \(256 MiB, or 100 times as much"):
             SQLite(packed)
     packed.write_bytes(lzma.compress(content, form))
     assert same(SQLite(packed, max_bytes=len(content)))
@@ -109,7 +109,7 @@ def test_a_client_that_decompresses_to_too_much(tmp_path):
     for extra, cut in ((b"more", None), (b"", -1)):
         blob = zlib.compress(b"\x80") + extra
         path = fedjax_file(tmp_path / f"{len(extra)}.sqlite", CLIENTS, lambda _, b=blob[:cut]: b)
-        with pytest.raises(DataError, match="incomplete, or something follows"):
+        with pytest.raises(DataError, match="incomplete, or other data follow"):
             SQLite(path).client("ada")
 
 
@@ -120,7 +120,7 @@ def test_a_client_of_many_small_values(tmp_path):
         texts = b"\xdd" + struct.pack(">I", count + more) + b"\xa0" * (count + more)
         shape = mp_list([b"\xce" + struct.pack(">I", count + more)])
         raw = mp_list([shape, texts])
-        blob = zlib.compress(b"\x81" + mp_str("label") + mp_ext(4, raw))
+        blob = zlib.compress(b"\x81" + mp_str("y") + mp_ext(4, raw))
         path = fedjax_file(
             tmp_path / f"{more}.sqlite", {"ada": None}, lambda _, b=blob: b, lambda _: count
         )
@@ -128,7 +128,7 @@ def test_a_client_of_many_small_values(tmp_path):
             with pytest.raises(DataError, match=r"16385 values takes about 1048640 .* is 1048576"):
                 SQLite(path, max_bytes=MIB).client("ada")
         else:
-            assert len(SQLite(path, max_bytes=MIB).client("ada")["label"]) == count
+            assert len(SQLite(path, max_bytes=MIB).client("ada")["y"]) == count
 
 
 @pytest.mark.parametrize("kind", ["VIRTUAL", "STORED"])
@@ -166,13 +166,13 @@ def test_no_value_is_longer_than_its_file(tmp_path):
     connection = _sqlite_connection.ReadOnlyConnection(path, alone=False)
     with memory(8 * MIB), pytest.raises(sqlite3.DataError, match="too big"):
         connection.execute("SELECT zeroblob(50000000)").fetchone()
-    big = {"ada": {"label": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
+    big = {"ada": {"y": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
     assert same(SQLite.write(tmp_path / "big.sqlite", InMemory(big)), big)
     opened = SQLite(path)
     with contextlib.closing(sqlite3.connect(path)) as writer:  # in a journal of its own
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("DELETE FROM federated_data")
-        row = (b"ada", zlib.compress(_msgpack.pack(big["ada"])), len(big["ada"]["label"]))
+        row = (b"ada", zlib.compress(_msgpack.pack(big["ada"])), len(big["ada"]["y"]))
         writer.execute("INSERT INTO federated_data VALUES (?, ?, ?)", row)
         writer.commit()
         assert same(SQLite(path), big)
@@ -206,11 +206,11 @@ def cyclic(path, table, depth):
 
 
 def test_a_table_that_never_ends(tmp_path):
-    path, clients = tmp_path / "a.sqlite", {f"{i:03}": {"label": [i]} for i in range(400)}
+    path, clients = tmp_path / "a.sqlite", {f"{i:03}": {"y": [i]} for i in range(400)}
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA page_size = 512")
         connection.execute("VACUUM")
-    tff_file(path, {"train": clients | {"ada": {"label": [1, 2]}}})
+    tff_file(path, {"train": clients | {"ada": {"y": [1, 2]}}})
     change(path, "DROP INDEX idx_examples_client_id", "DROP INDEX idx_examples_client_id_split")
     change(path, "UPDATE client_metadata SET num_examples = 1 << 40 WHERE client_id = '000'")
     cyclic(path, "examples", 8)
@@ -223,7 +223,7 @@ def test_a_table_that_never_ends(tmp_path):
 
 def test_rows_that_never_end(tmp_path, monkeypatch):
     """Those that come do not have more bytes than the file."""
-    path = tff_file(tmp_path / "a.sqlite", {"train": {"ada": {"label": np.arange(500)}}})
+    path = tff_file(tmp_path / "a.sqlite", {"train": {"ada": {"y": np.arange(500)}}})
     change(path, "UPDATE client_metadata SET num_examples = 1 << 40")
     read = []
 
@@ -298,6 +298,8 @@ def test_methods_without_a_limit(tmp_path, method):
 @pytest.mark.parametrize("max_bytes", [0, -1, 2.5, True, "1"])
 def test_limits_that_are_none(tmp_path, max_bytes):
     for source in (SQLite, Files):
-        where = f"fax.data.{source.__name__}: max_bytes is {max_bytes!r}, expected a positive int"
+        where = (
+            f"fax.data.{source.__name__}: max_bytes is {max_bytes!r}, expected an int of at least"
+        )
         with pytest.raises(DataError, match=where):
             source(tmp_path, max_bytes=max_bytes)

@@ -424,7 +424,10 @@ class Nobody:
     ("change", "message"),
     [
         (dict(metrics={}), r"fax.metrics.evaluate: metrics is {}, expected a mapping from names"),
-        (dict(metrics={"a": fm.Accuracy}), r"metric 'a' is <class .*such as fax.metrics.Accuracy"),
+        (
+            dict(metrics={"a": fm.Accuracy}),
+            r"metric 'a' is the class .*such as fax.metrics.Accuracy",
+        ),
         (
             dict(metrics={"a": lambda b, s: s.mean()}),
             r"metric 'a' returned .*expected a statistic, such as fax.metrics.Mean",
@@ -434,7 +437,10 @@ class Nobody:
             r"metric 'a' returned .total of shape \(\), expected \(66, ...\): a statistic of each",
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
-        (dict(metrics={"a": fm.ConfusionMatrix(9)}), r"num_classes=9, but there are scores of 5"),
+        (
+            dict(metrics={"a": fm.ConfusionMatrix(9)}),
+            r"num_classes is 9, but there are scores of 5",
+        ),
         (dict(batch_size=0), "batch_size is 0, expected an int of at least 1"),
         (dict(data=Nobody()), "data has no clients"),
     ],
@@ -455,7 +461,7 @@ def test_params_without_a_row_for_each_client():
 def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     data, apply, params, metrics = case("classes")
     ready = fm.prepare(data)
-    with pytest.raises(ValueError, match=r"batch_size=3 comes too late for data that are prepared"):
+    with pytest.raises(ValueError, match=r"batch_size=3 has no effect on prepared data"):
         fm.evaluate(apply, params, ready, metrics, batch_size=3)
     with (
         jax.set_mesh(meshes.mesh(clients=2)),
@@ -463,13 +469,13 @@ def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     ):
         fm.evaluate(apply, params, ready, metrics)
     own = jax.tree.map(lambda x: np.stack([x] * len(SIZES)), params)
-    with pytest.raises(ValueError, match="personal=True takes clients one by one"):
+    with pytest.raises(ValueError, match="personal=True evaluates clients one by one"):
         fm.evaluate_clients(apply, own, ready, metrics, personal=True)
     few = {"a": fm.PerDomain(fm.Accuracy(), 2)}
     with pytest.raises(fax.data.DataError, match=r"feature 'domain' has 2, expected numbers from"):
         fm.evaluate(apply, params, ready, few)
     monkeypatch.setattr("fax.metrics._packing.fits", lambda rows, bytes_per_row, spread: False)
-    with pytest.raises(fax.data.DataError, match="GiB, more than there is room"):
+    with pytest.raises(fax.data.DataError, match="GiB on each device, which does not"):
         fm.prepare(data)
 
 

@@ -321,8 +321,11 @@ def _count(where: str, name: str, value: Any) -> int:
 def _concentration(where: str, alpha: Any) -> float:
     # Outside of this range NumPy's Dirichlet distribution is numerically unstable.
     caller = f"fax.data.partition.{where}"
+    what = "or fax.data.partition.iid for clients that are alike"
     return float(
-        _arguments.number(caller, "alpha", alpha, least=1e-100, most=1e100, error=DataError)
+        _arguments.number(
+            caller, "alpha", alpha, least=1e-100, most=1e100, what=what, error=DataError
+        )
     )
 
 

@@ -148,7 +148,14 @@ def _most_frequent(archive: Path, size: int) -> list[str]:
             f"{archive} has {len(lines)} words, expected at least vocabulary_size={size}, the most "
             "frequent first. It is another vocabulary. Remove it, and load the task again."
         )
-    return [word for word, _ in lines]
+    words = [word for word, _ in lines]
+    if len(set(words)) < len(words):
+        twice = next(word for word in words if words.count(word) > 1)
+        raise DataError(
+            f"{archive} has {twice!r} more than once. It is another vocabulary. Remove it, and load "
+            "the task again."
+        )
+    return words
 
 
 def _splits(cache: Cache, source: Source, *arguments: Any, **keywords: Any) -> Split:
