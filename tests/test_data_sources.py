@@ -458,7 +458,7 @@ def test_strange_files(tmp_path):
     (tmp_path / "a.sqlite").write_bytes(b"not SQLite" * 20)
     with pytest.raises(DataError, match="not an SQLite file"):
         SQLite(tmp_path / "a.sqlite")
-    with pytest.raises(DataError, match=r"no .npz files"):
+    with pytest.raises(DataError, match=r"neither .npz files"):
         Files(tmp_path).client_ids()
     np.savez(tmp_path / "a:b.npz", x=np.ones(2))
     with pytest.raises(DataError, match=r"not named as a client's file.*a%3Ab.npz"):

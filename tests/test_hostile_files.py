@@ -15,8 +15,8 @@ from formats import fedjax_file, mp_ext, mp_list, mp_str, npy, npz, tff_file
 from fax.data import DataError, Files, InMemory, SQLite, _decompress, _msgpack, _sqlite_connection
 
 MIB = 1 << 20
-CLIENTS = {"ada": {"y": np.arange(3)}, "bob": {"y": np.arange(5)}}
-FEATURES = {"y": (np.int64, ())}
+CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
+FEATURES = {"label": (np.int64, ())}
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def test_a_client_of_many_small_values(tmp_path):
         texts = b"\xdd" + struct.pack(">I", count + more) + b"\xa0" * (count + more)
         shape = mp_list([b"\xce" + struct.pack(">I", count + more)])
         raw = mp_list([shape, texts])
-        blob = zlib.compress(b"\x81" + mp_str("y") + mp_ext(4, raw))
+        blob = zlib.compress(b"\x81" + mp_str("label") + mp_ext(4, raw))
         path = fedjax_file(
             tmp_path / f"{more}.sqlite", {"ada": None}, lambda _, b=blob: b, lambda _: count
         )
@@ -128,7 +128,7 @@ def test_a_client_of_many_small_values(tmp_path):
             with pytest.raises(DataError, match=r"16385 values takes about 1048640 .* is 1048576"):
                 SQLite(path, max_bytes=MIB).client("ada")
         else:
-            assert len(SQLite(path, max_bytes=MIB).client("ada")["y"]) == count
+            assert len(SQLite(path, max_bytes=MIB).client("ada")["label"]) == count
 
 
 @pytest.mark.parametrize("kind", ["VIRTUAL", "STORED"])
@@ -166,13 +166,13 @@ def test_no_value_is_longer_than_its_file(tmp_path):
     connection = _sqlite_connection.ReadOnlyConnection(path, alone=False)
     with memory(8 * MIB), pytest.raises(sqlite3.DataError, match="too big"):
         connection.execute("SELECT zeroblob(50000000)").fetchone()
-    big = {"ada": {"y": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
+    big = {"ada": {"label": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
     assert same(SQLite.write(tmp_path / "big.sqlite", InMemory(big)), big)
     opened = SQLite(path)
     with contextlib.closing(sqlite3.connect(path)) as writer:  # in a journal of its own
         writer.execute("PRAGMA journal_mode = WAL")
         writer.execute("DELETE FROM federated_data")
-        row = (b"ada", zlib.compress(_msgpack.pack(big["ada"])), len(big["ada"]["y"]))
+        row = (b"ada", zlib.compress(_msgpack.pack(big["ada"])), len(big["ada"]["label"]))
         writer.execute("INSERT INTO federated_data VALUES (?, ?, ?)", row)
         writer.commit()
         assert same(SQLite(path), big)
@@ -206,11 +206,11 @@ def cyclic(path, table, depth):
 
 
 def test_a_table_that_never_ends(tmp_path):
-    path, clients = tmp_path / "a.sqlite", {f"{i:03}": {"y": [i]} for i in range(400)}
+    path, clients = tmp_path / "a.sqlite", {f"{i:03}": {"label": [i]} for i in range(400)}
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA page_size = 512")
         connection.execute("VACUUM")
-    tff_file(path, {"train": clients | {"ada": {"y": [1, 2]}}})
+    tff_file(path, {"train": clients | {"ada": {"label": [1, 2]}}})
     change(path, "DROP INDEX idx_examples_client_id", "DROP INDEX idx_examples_client_id_split")
     change(path, "UPDATE client_metadata SET num_examples = 1 << 40 WHERE client_id = '000'")
     cyclic(path, "examples", 8)
@@ -223,7 +223,7 @@ def test_a_table_that_never_ends(tmp_path):
 
 def test_rows_that_never_end(tmp_path, monkeypatch):
     """Those that come do not have more bytes than the file."""
-    path = tff_file(tmp_path / "a.sqlite", {"train": {"ada": {"y": np.arange(500)}}})
+    path = tff_file(tmp_path / "a.sqlite", {"train": {"ada": {"label": np.arange(500)}}})
     change(path, "UPDATE client_metadata SET num_examples = 1 << 40")
     read = []
 

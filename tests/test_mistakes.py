@@ -286,7 +286,7 @@ MISTAKES = {
     "tau beyond the steps": (
         lambda: algorithms.streaming_diloco(loss, SGD, replicas=2, steps=2, fragments=1, tau=2),
         ValueError,
-        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to steps - 1.",
+        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to 1, less than steps.",
     ),
     "a number that is True": (
         lambda: algorithms.fedprox(loss, SGD, mu=True),
@@ -778,10 +778,10 @@ MISTAKES = {
         ValueError,
         "fax.aggregators.gaussian: count_noise is -1, expected a number above 0.",
     ),
-    "a number for a target": (
+    "a number for a label": (
         lambda: metrics.Accuracy(3),
         ValueError,
-        "Accuracy: target is 3, expected a string, the name of a feature.",
+        "Accuracy: label is 3, expected a string, the name of a feature.",
     ),
     "None for a placement": (
         lambda: metrics.evaluate(apply, PARAMS, DATA, ACCURACY, placement=None),
@@ -797,11 +797,11 @@ MISTAKES = {
     "half a seed": (
         lambda: fax.tasks.load("digits", seed=0.5),
         ValueError,
-        "fax.tasks.load: seed is 0.5, expected an int from 0 to 4294967295.",
+        "fax.tasks.load('digits'): seed is 0.5, expected an int from 0 to 2147483647.",
     ),
     "a word for words": (
         lambda: fax.tasks.Words("to be"),
-        data.DataError,
+        ValueError,
         "fax.tasks.Words: vocabulary is 'to be', expected a list of words.",
     ),
     "a number for devices": (
@@ -953,7 +953,7 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         return lambda params, batch: scale * batch["x"]
 
     message = (
-        "fax.metrics.evaluate: apply is a lambda that is made anew for every call, at "
+        "fax.metrics.evaluate: apply is a lambda that is defined anew for every call, at "
         f"{__file__}:{three_times.__code__.co_firstlineno + 2}, and so is compiled in every call. "
         "Define it once, outside of the loop."
     )
@@ -961,10 +961,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         three_times()
     assert len(caught) == 1
     assert [evaluate(made(factor)) for factor in (1.0, 3.0)] == [5, 15]  # others, each of its own
-    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is made anew"):
+    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is defined anew"):
         twice()
     with pytest.warns(
-        UserWarning, match=r"apply is a partial that is made anew for every call and"
+        UserWarning, match=r"apply is a partial that is defined anew for every call and"
     ):
         of_parts()
 

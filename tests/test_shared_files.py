@@ -15,7 +15,7 @@ from formats import fedjax_file
 
 from fax.data import DataError, Files, InMemory, SQLite, _decompress, _sqlite, _sqlite_connection
 
-CLIENTS = {"ada": {"y": np.arange(3)}, "bob": {"y": np.arange(5)}}
+CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
 
 def same(data, clients=CLIENTS):
@@ -176,7 +176,7 @@ def test_of_two_writers_the_first_wins(tmp_path, monkeypatch, source, links):
             raise PermissionError("not on this disk")
 
         monkeypatch.setattr(os, "link", link)
-    path, other = tmp_path / "people", {"eve": {"y": np.arange(9)}}
+    path, other = tmp_path / "people", {"eve": {"label": np.arange(9)}}
     slow = Meanwhile(InMemory(CLIENTS), lambda: source.write(path, InMemory(other)))
     with pytest.raises(DataError, match=r"exists already.*Another process or thread wrote it"):
         source.write(path, slow)

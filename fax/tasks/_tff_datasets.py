@@ -152,8 +152,8 @@ def _most_frequent(archive: Path, size: int) -> list[str]:
     if len(set(words)) < len(words):
         twice = next(word for word in words if words.count(word) > 1)
         raise DataError(
-            f"{archive} has {twice!r} more than once. It is another vocabulary. Remove it, and load "
-            "the task again."
+            f"{archive} has {twice!r} more than once. It is another vocabulary. Remove it, and "
+            "load the task again."
         )
     return words
 
