@@ -204,16 +204,16 @@ def test_shapes_are_few():
 
 def test_buckets_by_hand():
     expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 12, 12: 12, 13: 16, 17: 24}
-    assert {steps: _batching.bucket(steps, None) for steps in expected} == expected
+    assert {steps: _batching.padded_steps(steps, None) for steps in expected} == expected
     # Up to twice the bucket, it is the most that any client has.
-    assert [_batching.bucket(3, most) for most in (3, 6, 7)] == [3, 6, 3]
+    assert [_batching.padded_steps(3, most) for most in (3, 6, 7)] == [3, 6, 3]
 
 
 @given(st.integers(0, 10**6), st.none() | st.integers(1, 10**6))
 def test_buckets_hold_what_they_are_for(steps, most):
     if most is not None:
         steps = min(steps, most)
-    size = _batching.bucket(steps, most)
+    size = _batching.padded_steps(steps, most)
     assert size >= steps
     assert size <= max(1, 1.5 * steps) or (size == most and most <= 3 * steps)
     assert most is None or size <= most
@@ -413,7 +413,7 @@ def test_devices_have_about_the_same_number_of_steps(steps, ways):
     steps = np.array(steps)
     order = _batching.balanced_order(steps, ways)
     assert sorted(order) == list(range(len(steps)))
-    rows = _batching.spans(len(steps), ways)
+    rows = _batching.rows_of_devices(len(steps), ways)
     assert sorted(flat(rows)) == list(range(len(steps)))
     loads = [steps[order[own]].sum() for own in rows if own]
     for own in rows:
@@ -574,7 +574,7 @@ def test_a_step_keeps_the_types_of_what_it_carries():
         TypeError, match=r"carry\['a'\] is float32\[\], but float32\[4\] after a step"
     ):
         total({"a": np.float32(0)}, lambda c, b, m, k: {"a": c["a"] + b["x"][:, 0]})
-    with pytest.raises(TypeError, match="step returned another structure"):
+    with pytest.raises(TypeError, match="step returned a carry of another structure"):
         total((0, 1), lambda c, b, m, k: c[0])
 
 

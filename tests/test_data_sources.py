@@ -461,7 +461,7 @@ def test_strange_files(tmp_path):
     with pytest.raises(DataError, match=r"neither .npz files"):
         Files(tmp_path).client_ids()
     np.savez(tmp_path / "a:b.npz", x=np.ones(2))
-    with pytest.raises(DataError, match=r"not named as a client's file.*a%3Ab.npz"):
+    with pytest.raises(DataError, match=r"not the name of a client's file.*a%3Ab.npz"):
         Files(tmp_path).client_ids()
     (tmp_path / "a:b.npz").unlink()
     np.savez(tmp_path / "objects.npz", x=np.array([b"a"], object))
