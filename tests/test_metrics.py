@@ -434,7 +434,7 @@ class Nobody:
         ),
         (
             dict(metrics={"a": lambda b, s: fm.Mean(s.mean(), 1)}),
-            r"metric 'a' returned .total of shape \(\), expected \(66, ...\): a statistic of each",
+            r"metric 'a' returned .total of shape \(\), expected \(66, ...\), a statistic of each",
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
         (
