@@ -1,8 +1,8 @@
-"""Federated averaging of a small network that reads handwritten digits.
+"""Federated averaging of a small network that classifies handwritten digits.
 
-The training images are split over 100 clients, each with its own mix of digits. In every round a
-random cohort trains the server's parameters on its own images (McMahan et al., arXiv:1602.05629);
-the server takes the negative mean of what changed as a gradient (Reddi et al., arXiv:2003.00295).
+The training images are split over 100 clients, each with its own mix of digits. In every round, a
+random cohort trains the server's parameters on its own images (McMahan et al., arXiv:1602.05629).
+The server uses the negative mean update as a gradient (Reddi et al., arXiv:2003.00295).
 
     python examples/federated_averaging.py
 

@@ -62,7 +62,7 @@ def flat(lists):
 # Batches
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 30),
     batch_size=st.integers(1, 9),

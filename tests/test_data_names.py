@@ -42,7 +42,7 @@ class Meanwhile:
 # Names
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.text(st.characters(codec=None), min_size=0, max_size=12)
     | st.builds(lambda text, n: text * n, st.text(min_size=1, max_size=3), st.integers(50, 400)),

@@ -694,7 +694,7 @@ VIEWS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VIEWS)
 def test_views_of_views(steps):
     data, plain = InMemory(PLAIN), dict(PLAIN)

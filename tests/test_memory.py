@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import fax
+from fax.aggregators._aggregator import each
 
 LAYERS, UNITS, EXAMPLES = 16, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
@@ -174,6 +175,23 @@ def test_vectorised_batches_are_bounded():
 
     assert abs(found(256, 4) - found(64, 4)) < 0.02
     assert found(64, 4) <= 2 * 4
+
+
+def test_a_map_of_an_aggregator_alone_and_with_others():
+    """It runs like the map that it is fused with, and by itself like a user's map by default."""
+
+    def found(n, vectorize):
+        @fax.program(clients=n)
+        def program(x):
+            rows = x if vectorize is None else fax.map(jnp.sin, x, vectorize=vectorize)
+            return fax.sum(each(lambda x: jnp.sort(jnp.outer(x, x).ravel())[7], rows))
+
+        rows = jax.ShapeDtypeStruct((n, UNITS), jnp.float32)
+        return temporary(program, rows) * LAYERS  # in arrays of the client function
+
+    assert found(64, None) == found(8, None) <= 1.1
+    assert found(64, 1) <= 1.1
+    assert 3 < found(64, 4) <= 4.1
 
 
 def test_a_vmap_grows():

@@ -163,10 +163,10 @@ def test_make_mesh_says_what_is_wrong(kwargs, message):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(clients="pod"), "clients is to be spread over the mesh axis 'pod'"),
+        (dict(clients="pod"), "clients names the mesh axis 'pod', but"),
         (dict(clients=("clients", "pod")), "the mesh in scope has the axes clients, model"),
         (dict(clients=("model", "model")), "clients names the mesh axis 'model' twice"),
-        (dict(clients="model", regions="model"), "both to be spread over the mesh axis 'model'"),
+        (dict(clients="model", regions="model"), "both name the mesh axis 'model'"),
     ],
 )
 def test_layout_says_what_is_wrong(axes, message):

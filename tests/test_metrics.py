@@ -197,7 +197,7 @@ def groupings(draw, n=12):
     return np.array(mask), np.array(order), cuts, merges
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(groupings(), st.sampled_from([(name, make) for name, _, make in ALL]))
 def test_merged_in_any_grouping(grouping, which):
     mask, order, cuts, merges = grouping

@@ -84,7 +84,7 @@ class DataFrame:
     columns = ("x",)
 
 
-OPTIMIZER = "expected an optimizer of optax (optax.GradientTransformation)."
+OPTIMIZER = "expected an optax optimizer (optax.GradientTransformation)."
 LOSS = (
     "expected a function loss(params, batch, key), or loss(params, model_state, batch, key) for "
     "a model with state."
@@ -96,7 +96,7 @@ TRAINED = (
     "and statistics may be the model_state."
 )
 AGGREGATOR = "expected one of fax.aggregators, such as fax.aggregators.mean()."
-CHAINED = "expected a fax.aggregators.Transformation. An Aggregator stands at the end."
+CHAINED = "expected a fax.aggregators.Transformation. Only the last part may be an Aggregator."
 STATE_OF = "for the state, expected the FedAvgState that init(params) or the last round returned."
 FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
@@ -121,8 +121,8 @@ MISTAKES = {
     "an optimizer that is a number": (
         lambda: algorithms.fedavg(loss, 0.1),
         ValueError,
-        f"fax.algorithms.fedavg: client_optimizer is 0.1, {OPTIMIZER} For steps of this "
-        "learning rate pass optax.sgd(0.1).",
+        f"fax.algorithms.fedavg: client_optimizer is 0.1, {OPTIMIZER} For this learning "
+        "rate, pass optax.sgd(0.1).",
     ),
     "an optimizer that is None": (
         lambda: algorithms.fedopt(loss, SGD, None),
@@ -133,8 +133,8 @@ MISTAKES = {
     "an optimizer that is an array": (
         lambda: algorithms.fedprox(loss, SGD, jnp.array(0.5), mu=1.0),
         ValueError,
-        f"fax.algorithms.fedprox: server_optimizer is float64[], {OPTIMIZER} For steps of this "
-        "learning rate pass optax.sgd(0.5).",
+        f"fax.algorithms.fedprox: server_optimizer is float64[], {OPTIMIZER} For this learning "
+        "rate, pass optax.sgd(0.5).",
     ),
     "an optimizer's class": (
         lambda: algorithms.mime(loss, optax.MultiSteps),
@@ -244,21 +244,21 @@ MISTAKES = {
     ),
     "a chain of what was not called": (
         lambda: aggregators.chain(aggregators.clip_by_norm, aggregators.mean()),
-        TypeError,
+        ValueError,
         "fax.aggregators.chain: part 0 is the function fax.aggregators.clip_by_norm, "
         f"{CHAINED} Call it: fax.aggregators.clip_by_norm(...).",
     ),
     "an aggregator before the end": (
         lambda: aggregators.chain(aggregators.mean(), aggregators.clip_by_norm(1.0)),
-        TypeError,
+        ValueError,
         f"fax.aggregators.chain: part 0 is Aggregator(mean), {CHAINED}",
     ),
     "a rotation of what was not called": (
         lambda: aggregators.hadamard(aggregators.uniform_quantization),
-        TypeError,
+        ValueError,
         "fax.aggregators.hadamard: transformation is the function "
         "fax.aggregators.uniform_quantization, expected a fax.aggregators.Transformation, or a "
-        "chain of them alone. Call it: fax.aggregators.uniform_quantization(...).",
+        "chain of transformations alone. Call it: fax.aggregators.uniform_quantization(...).",
     ),
     "no client at once": (
         lambda: algorithms.fedavg(loss, SGD, vectorize=0),
@@ -286,7 +286,7 @@ MISTAKES = {
     "tau beyond the steps": (
         lambda: algorithms.streaming_diloco(loss, SGD, replicas=2, steps=2, fragments=1, tau=2),
         ValueError,
-        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to 1, less than steps.",
+        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to steps - 1.",
     ),
     "a number that is True": (
         lambda: algorithms.fedprox(loss, SGD, mu=True),
@@ -296,7 +296,7 @@ MISTAKES = {
     "a number that is text": (
         lambda: aggregators.gaussian("1", 1.0),
         ValueError,
-        "fax.aggregators.gaussian: clip is '1', expected a number above 0.",
+        "fax.aggregators.gaussian: clip_norm is '1', expected a number above 0.",
     ),
     "a traced number that is an array": (
         lambda: jax.eval_shape(
@@ -701,23 +701,24 @@ MISTAKES = {
     "a size that is text": (
         lambda: fax.sharding.make_mesh(clients="2"),
         fax.PlacementError,
-        "make_mesh: clients is '2', expected an int of at least 1, or -1 for what is left.",
+        "fax.sharding.make_mesh: clients is '2', expected an int of at least 1, or -1 for the "
+        "remaining devices.",
     ),
     "a type that is none": (
         lambda: fax.sharding.make_mesh(clients=-1, axis_types=1),
         fax.PlacementError,
-        "make_mesh: axis_types is 1, expected one jax.sharding.AxisType, or one for each of the "
-        "axes clients.",
+        "fax.sharding.make_mesh: axis_types is 1, expected one jax.sharding.AxisType, or one for "
+        "each of the axes clients.",
     ),
     "half a device": (
         lambda: fax.sharding.use_cpu_devices(0.5),
         fax.PlacementError,
-        "use_cpu_devices: count is 0.5, expected an int of at least 1.",
+        "fax.sharding.use_cpu_devices: count is 0.5, expected an int of at least 1.",
     ),
     "an axis that is a number": (
         lambda: fax.sharding.layout(clients=2).__enter__(),
         fax.PlacementError,
-        "layout: clients is 2, expected the name of a mesh axis, or several names.",
+        "fax.sharding.layout: clients is 2, expected the name of a mesh axis, or several names.",
     ),
     "half a participant": (
         lambda: fax.sharding.local_rows(0.5),
@@ -807,7 +808,7 @@ MISTAKES = {
     "a number for devices": (
         lambda: fax.sharding.make_mesh(devices=2, clients=2),
         fax.PlacementError,
-        "make_mesh: devices is 2, expected a list of devices, such as jax.devices().",
+        "fax.sharding.make_mesh: devices is 2, expected a list of devices, such as jax.devices().",
     ),
 }
 
@@ -852,6 +853,7 @@ def test_a_cohort_is_not_drawn_for_what_is_refused():
 
 # Packages, what needs them, and the extra that brings them.
 EXTRAS = [
+    ("optax", "fax.aggregators", "algorithms"),
     ("optax", "fax.algorithms", "algorithms"),
     ("flax", "fax.models", "models"),
     ("optax", "fax.tasks", "tasks"),
@@ -862,12 +864,12 @@ EXTRAS = [
 @pytest.mark.parametrize(("package", "module", "extra"), EXTRAS)
 def test_an_extra_that_is_not_installed(monkeypatch, package, module, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError) as caught:
         importlib.import_module(module)
     assert str(caught.value) == (
         f"{module} needs the package {package}, which is not installed. Install it with "
-        f"pip install 'fax[{extra}]'."
+        f"pip install 'fax-jax[{extra}]'."
     )
 
 
@@ -890,8 +892,8 @@ def test_a_mesh_without_an_axis_of_the_placement():
     message = (
         "A program over clients runs under a mesh of batch=2, which has no axis 'clients', so that "
         "all of its devices do the same work. Name an axis 'clients', or use "
-        "fax.sharding.layout(clients='batch'). If the mesh is for the participants' own functions, "
-        "say so by fax.sharding.layout(clients=())."
+        "fax.sharding.layout(clients='batch'). If only the client functions should use the mesh, "
+        "use fax.sharding.layout(clients=())."
     )
     with jax.set_mesh(meshes.mesh(batch=2)):
         with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):

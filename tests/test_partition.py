@@ -67,7 +67,7 @@ def test_partitions(name):
     assert np.diff(spans).tolist() == (sizes(data)[:-1] * 16).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["iid", "dirichlet", "balanced", "by_quantity"]),
     st.integers(1, 12),
@@ -169,7 +169,7 @@ def one_by_one(owner, clients, least, rng):
     return parts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from([np.random.PCG64, np.random.MT19937, np.random.Philox]),
     st.integers(1, 40),

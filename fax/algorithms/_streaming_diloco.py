@@ -182,7 +182,8 @@ def streaming_diloco(
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
     steps = _arguments.count(_WHERE, "steps", steps)
-    tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, what="less than steps")
+    expected = "an int from 0 to steps - 1"
+    tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
     _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
     _arguments.flag(_WHERE, "weighted", weighted)
     if outer_optimizer is None:

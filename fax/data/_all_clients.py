@@ -22,7 +22,7 @@ from fax.data._resident import (
     place_examples,
 )
 from fax.data._samplers import SAMPLERS, WEIGHTED
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 WHERE = "fax.data.cohorts"
 
@@ -88,12 +88,12 @@ class AllClients:
         return count
 
     def make_resident(
-        self, spread: Spread, resident: bool | None, clients: int, sampler: Any
+        self, row_sharding: RowSharding, resident: bool | None, clients: int, sampler: Any
     ) -> ResidentExamples | None:
         """Brings the examples to the devices, if that is asked for, or by default if they fit.
 
         Args:
-          spread: how a cohort's clients are spread over devices.
+          row_sharding: how a cohort's clients are spread over devices.
           resident: what the user asks for, or None.
           clients: how many take part in a round.
           sampler: who takes part.
@@ -102,13 +102,20 @@ class AllClients:
             return None
         counts = self._count_all()
         size = self.reader.bytes_per_example
-        split = jax.process_count() > 1 or not fits(int(counts.sum()), size, spread)
+        shards = row_sharding.num_shards
+        split = jax.process_count() > 1 or not fits(int(counts.sum()), size, row_sharding)
         any_clients = sampler in (*SAMPLERS, WEIGHTED)  # not those that the user names
         if resident is None and split:
-            even = spread.ways > 1 and clients % spread.ways == 0 and any_clients
-            if not (even and fits(largest_shard(counts, spread.ways), size, spread)):
+            even = (
+                row_sharding.num_shards > 1
+                and clients % row_sharding.num_shards == 0
+                and any_clients
+            )
+            if not (
+                even and fits(largest_shard(counts, row_sharding.num_shards), size, row_sharding)
+            ):
                 return None
-        if split and spread.ways == 1:
+        if split and shards == 1:
             split = False  # the user asks for it, and there is one device only
         if split and not any_clients:
             raise DataError(
@@ -116,6 +123,6 @@ class AllClients:
                 f"each device's clients, one of {', '.join([*SAMPLERS, WEIGHTED])}, but sampler is "
                 f"{sampler!r}. Pass resident=False."
             )
-        examples = place_examples(self.reader, self.ids, counts, spread, split)
+        examples = place_examples(self.reader, self.ids, counts, row_sharding, split)
         check_pools(examples, clients)
         return examples

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import fax._operators as operators
-from fax.primitives._in_step import in_step
+from fax.primitives._any_active import any_active
 
 PyTree = Any
 Carry = TypeVar("Carry")
@@ -194,7 +194,7 @@ class Client:
         def at(carry: Carry, numbered: tuple[jax.Array, PyTree, jax.Array]) -> tuple[Carry, None]:
             number, x, mask = numbered
             active = jnp.any(mask)
-            someone, mine = in_step(active) if branch else (None, active)
+            someone, mine = any_active(active) if branch else (None, active)
 
             def run(carry: Carry) -> Carry:
                 # A client without examples in this step repeats its first step and drops the

@@ -18,7 +18,7 @@ from fax.data._batching import RoundPlan
 from fax.data._cohort import Cohort, Gathered
 from fax.data._resident import ResidentExamples
 from fax.data._samplers import STREAM, uniform
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 
 class CohortBuilder:
@@ -27,14 +27,14 @@ class CohortBuilder:
     Attributes:
       all_clients: the clients that cohorts are sampled from.
       clients: how many take part in a round.
-      spread: how they are spread over devices.
+      row_sharding: how they are spread over devices.
       resident: the examples on the devices, or None if they stay on the host.
       vectorize: how many clients a device should vectorise, or None to leave that to `fax.map`.
     """
 
     all_clients: AllClients
     clients: int
-    spread: Spread
+    row_sharding: RowSharding
     resident: ResidentExamples | None
     vectorize: int | None
 
@@ -45,14 +45,14 @@ class CohortBuilder:
         choose: Callable[[int], np.ndarray],
         clients: int,
         seed: int,
-        spread: Spread,
+        row_sharding: RowSharding,
         resident: ResidentExamples | None,
     ) -> None:
         self.all_clients, self._choose, self.clients = all_clients, choose, clients
-        self._seed, self.spread, self.resident = seed, spread, resident
+        self._seed, self.row_sharding, self.resident = seed, row_sharding, resident
         self._streams, self._custom_sampler = sampler == STREAM, callable(sampler)
-        self._sharding = spread.sharding(clients)
-        self._own = spread.own_rows(WHERE, clients)
+        self._sharding = row_sharding.sharding(clients)
+        self._own = row_sharding.own_rows(WHERE, clients)
         self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
         self._key = derive(jax.random.key(seed), Use.COHORTS)
         # The leading axis of several rounds is not split.
@@ -63,7 +63,9 @@ class CohortBuilder:
         self._make_keys_of_rounds = jax.jit(
             jax.vmap(_keys, (None, 0, 0)), out_shardings=self._sharding_of_rounds
         )
-        device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
+        device = (
+            jax.devices()[0] if row_sharding.mesh is None else row_sharding.mesh.devices.flat[0]
+        )
         self.vectorize = None if device.platform == "cpu" else self._choose_vectorize()
 
     def _choose_vectorize(self) -> int:
@@ -76,14 +78,14 @@ class CohortBuilder:
             self._typical_steps(r) if self._custom_sampler else self._plan(r).steps
             for r in range(8)
         ]
-        return _batching.vectorized_clients(rounds, self.spread.ways)
+        return _batching.vectorized_clients(rounds, self.row_sharding.num_shards)
 
     def _typical_steps(self, number: int) -> np.ndarray:
         """The steps of a cohort of clients that are drawn uniformly."""
         everyone = np.arange(len(self.all_clients.ids))
         positions = uniform(everyone, self.clients, number, (self._seed,))
         steps = self.all_clients.batching.steps(self.all_clients.num_examples(positions))
-        return steps[_batching.balanced_order(steps, self.spread.ways)]
+        return steps[_batching.balanced_order(steps, self.row_sharding.num_shards)]
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
@@ -104,7 +106,7 @@ class CohortBuilder:
             shares = [self.clients // len(self.resident.pools)] * len(self.resident.pools)
             order = _batching.order_within_shares(steps, shares)
         else:
-            order = _batching.balanced_order(steps, self.spread.ways)
+            order = _batching.balanced_order(steps, self.row_sharding.num_shards)
         # The order of a client's examples does not depend on the client's place in the cohort.
         plan = _batching.plan_epochs(
             batching, positions, counts, self._seed, number, all_clients.most_steps

@@ -18,7 +18,7 @@ from fax.data._cohort_builder import CohortBuilder
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import DataError, FederatedData
 from fax.data._samplers import STREAM, check_sampler, make_sampler
-from fax.sharding._spread import spread_in_scope
+from fax.sharding._row_sharding import row_sharding_in_scope
 
 _LARGEST = 2**31 - 1  # the largest int32, which JAX uses by default
 
@@ -131,11 +131,11 @@ def cohorts(
             f"{WHERE}: clients is {clients}, but with sampler='stream' all {count} clients of data "
             "take part in every round. Choose clients with fax.data.subset."
         )
-    spread = spread_in_scope(WHERE, placement)
-    examples = all_clients.make_resident(spread, resident, clients, sampler)
+    row_sharding = row_sharding_in_scope(WHERE, placement)
+    examples = all_clients.make_resident(row_sharding, resident, clients, sampler)
     pools = [np.arange(count)] if examples is None else examples.pools
     choose = make_sampler(sampler, weights, clients, seed, pools)
-    builder = CohortBuilder(all_clients, sampler, choose, clients, seed, spread, examples)
+    builder = CohortBuilder(all_clients, sampler, choose, clients, seed, row_sharding, examples)
     return Cohorts(builder, start, prefetch)
 
 
@@ -215,7 +215,7 @@ class Cohorts(Iterator[Cohort]):
     def _note(self, shape: tuple[int, ...], steps: np.ndarray) -> None:
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
         self._needed += int(steps.sum())
-        devices, vectorize = self._builder.spread.ways, self._builder.vectorize or 1
+        devices, vectorize = self._builder.row_sharding.num_shards, self._builder.vectorize or 1
         self._computed += _batching.computed_steps(steps, devices, vectorize)
 
     @property

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fax.data._aligned import aligned_zeros
 from fax.data._client_reader import ClientReader
 from fax.data._protocol import ClientId, DataError
-from fax.sharding._spread import Spread
+from fax.sharding._row_sharding import RowSharding
 
 # The share of a device's memory that examples may take, and the bytes that they may take on a
 # CPU, or on a device that does not report its memory.
@@ -45,9 +45,9 @@ class ResidentExamples(NamedTuple):
     axes: tuple[str, ...] | None
 
 
-def fits(rows: int, bytes_per_row: int, spread: Spread) -> bool:
+def fits(rows: int, bytes_per_row: int, row_sharding: RowSharding) -> bool:
     """Whether this many examples fit on each device, and their rows can be numbered."""
-    device = jax.devices()[0] if spread.mesh is None else spread.mesh.devices.flat[0]
+    device = jax.devices()[0] if row_sharding.mesh is None else row_sharding.mesh.devices.flat[0]
     return rows <= MOST_ROWS and rows * bytes_per_row <= _capacity(device)
 
 
@@ -61,7 +61,7 @@ def place_examples(
     reader: ClientReader,
     ids: Sequence[ClientId],
     counts: np.ndarray,
-    spread: Spread,
+    row_sharding: RowSharding,
     split: bool,
 ) -> ResidentExamples:
     """Brings examples to the devices in scope.
@@ -70,25 +70,28 @@ def place_examples(
       reader: reads a client.
       ids: the clients.
       counts: how many examples each of them has.
-      spread: how a cohort's clients are spread over devices.
+      row_sharding: how a cohort's clients are spread over devices.
       split: whether each device has the examples of its own clients only, or of all clients.
     """
+    mesh, devices = row_sharding.mesh, row_sharding.num_shards
     if not split:
         everyone = np.arange(len(ids))
         _check_rows(int(counts.sum()))
         offsets = np.cumsum(counts) - counts
         arrays = _concatenated(reader, ids, counts, everyone, int(counts.sum()))
-        sharding = None if spread.mesh is None else NamedSharding(spread.mesh, PartitionSpec())
+        sharding = (
+            None if row_sharding.mesh is None else NamedSharding(row_sharding.mesh, PartitionSpec())
+        )
         return ResidentExamples(jax.device_put(arrays, sharding), offsets, [everyone], None)
 
-    pools = _divide(counts, spread.ways)
+    pools = _divide(counts, devices)
     offsets = np.zeros(len(ids), np.int64)
     for pool in pools:
         offsets[pool] = np.cumsum(counts[pool]) - counts[pool]
-    size = largest_shard(counts, spread.ways)
+    size = largest_shard(counts, devices)
     _check_rows(size)
-    assert spread.mesh is not None
-    sharding = NamedSharding(spread.mesh, PartitionSpec(spread.axes))
+    assert mesh is not None
+    sharding = NamedSharding(mesh, PartitionSpec(row_sharding.axes))
     shards: dict[int, dict[str, np.ndarray]] = {}
 
     def shard_of(name: str, index: Any) -> np.ndarray:
@@ -99,11 +102,13 @@ def place_examples(
 
     examples: dict[str, jax.Array] = {
         name: jax.make_array_from_callback(
-            (spread.ways * size, *feature.shape), sharding, functools.partial(shard_of, name)
+            (devices * size, *feature.shape),
+            sharding,
+            functools.partial(shard_of, name),
         )
         for name, feature in reader.features.items()
     }
-    return ResidentExamples(examples, offsets, pools, spread.axes)
+    return ResidentExamples(examples, offsets, pools, row_sharding.axes)
 
 
 def _divide(counts: np.ndarray, devices: int) -> list[np.ndarray]:

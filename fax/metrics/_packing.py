@@ -19,7 +19,7 @@ from fax.data._client_reader import ClientReader
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 from fax.data._resident import fits
-from fax.sharding._spread import Spread, spread_in_scope
+from fax.sharding._row_sharding import RowSharding, row_sharding_in_scope
 
 BATCH_SIZE = 256
 # How many rounds are read ahead.
@@ -50,7 +50,7 @@ class Packing:
     Attributes:
       ids: the clients, by position.
       reader: reads a client.
-      spread: the devices.
+      row_sharding: how batches are spread over devices.
       rounds: how many batches each device gets.
       batch_size: how many examples each batch has, with padding.
       first: int [rounds, devices], the position of the first client of each batch.
@@ -59,14 +59,14 @@ class Packing:
 
     ids: Sequence[ClientId]
     reader: ClientReader
-    spread: Spread
+    row_sharding: RowSharding
     rounds: int
     batch_size: int
     first: np.ndarray
     slots: int
 
     def __init__(
-        self, where: str, data: FederatedData, batch_size: int | None, spread: Spread
+        self, where: str, data: FederatedData, batch_size: int | None, row_sharding: RowSharding
     ) -> None:
         batch_size = batch_size_of(where, batch_size)
         self.ids = data.client_ids()
@@ -78,8 +78,8 @@ class Packing:
         total = int(self._ends[-1])
         if not total:
             raise DataError(f"{where}: the {len(self.ids)} clients of data have no examples.")
-        self.spread, devices = spread, spread.ways
-        self._own = spread.own_rows(where, devices)
+        self.row_sharding, devices = row_sharding, row_sharding.num_shards
+        self._own = row_sharding.own_rows(where, devices)
         # As few rounds as possible, and batches as small as these allow.
         self.rounds = -(-total // (devices * batch_size))
         self.batch_size = -(-total // (devices * self.rounds))
@@ -111,8 +111,8 @@ class Packing:
             ahead.close()
 
     def _put(self, x: Any) -> Any:
-        devices = self.spread.ways
-        return jax.tree.map(lambda leaf: self.spread.put(leaf, devices, self._own), x)
+        devices = self.row_sharding.num_shards
+        return jax.tree.map(lambda leaf: self.row_sharding.put(leaf, devices, self._own), x)
 
     def _read(self, number: int, check: Check) -> PackedBatches:
         """The batches of this process in a round, on the host."""
@@ -123,7 +123,7 @@ class Packing:
         }
         mask, slots = np.zeros(shape, bool), np.zeros(shape, np.int32)
         for row, here in enumerate(self._own):
-            place = number * self.spread.ways + here
+            place = number * self.row_sharding.num_shards + here
             at, stop = int(self._starts[place]), int(self._stops[place])
             mask[row, : stop - at] = True
             position, filled = int(self.first[number, here]), 0
@@ -184,14 +184,14 @@ class Prepared:
         examples = self._packing.num_examples
         return f"Prepared(clients={len(self)}, examples={examples}, on the devices)"
 
-    def _use(self, where: str, batch_size: int | None, spread: Spread) -> Packing:
+    def _use(self, where: str, batch_size: int | None, row_sharding: RowSharding) -> Packing:
         """The packing, after a check that it is the one that is asked for."""
         if batch_size is not None:
             raise ValueError(
                 f"{where}: batch_size={batch_size} has no effect on prepared data. Pass it to "
                 "fax.metrics.prepare."
             )
-        if spread != self._packing.spread:
+        if row_sharding != self._packing.row_sharding:
             raise ValueError(
                 f"{where}: the data were prepared under another mesh or placement. Call "
                 "fax.metrics.prepare under the mesh that they are evaluated under."
@@ -242,10 +242,10 @@ def prepare(
     where = "fax.metrics.prepare"
     check_federated(where, "data", data)
     _arguments.text(where, "placement", placement, "the name of a placement")
-    spread = spread_in_scope(where, placement)
-    packing = Packing(where, data, batch_size, spread)
+    row_sharding = row_sharding_in_scope(where, placement)
+    packing = Packing(where, data, batch_size, row_sharding)
     size, rows = packing.reader.bytes_per_example, packing.rows_per_device
-    if not fits(rows, size, spread):
+    if not fits(rows, size, row_sharding):
         raise DataError(
             f"{where}: {rows} examples take {rows * size / 2**30:.1f} GiB on each device, which "
             "does not fit. Evaluate without fax.metrics.prepare, which reads examples in turns."

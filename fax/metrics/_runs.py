@@ -25,7 +25,7 @@ from fax.metrics._programs import (
     stats_of_clients,
     to_host,
 )
-from fax.sharding._spread import spread_in_scope
+from fax.sharding._row_sharding import row_sharding_in_scope
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
@@ -51,16 +51,16 @@ def run_batches(
 ) -> Iterator[Found]:
     """Statistics of batch after batch: of all clients together, or of ``each`` by position."""
     named = _checked_metrics(where, data, metrics)
-    spread = spread_in_scope(where, placement)
+    row_sharding = row_sharding_in_scope(where, placement)
     params = jax.tree.map(jnp.asarray, params)
     if isinstance(data, Prepared):
-        packing = data._use(where, batch_size, spread)
+        packing = data._use(where, batch_size, row_sharding)
         check = _check_labels(apply, params, packing.reader, named)
         for client_id, extremes in data._extremes:
             check(client_id, extremes)
         batches: Iterable[PackedBatches] = data._batches
     else:
-        packing = Packing(where, data, batch_size, spread)
+        packing = Packing(where, data, batch_size, row_sharding)
         batches = packing.batches(_check_labels(apply, params, packing.reader, named))
     slots = packing.slots if each else None
 
@@ -114,7 +114,7 @@ def run_personal(
     reader = ClientReader(data, data.client_ids()[0])
     data = map_clients(data, _check_labels(apply, one, reader, named))
     counts = np.array([data.num_examples(i) for i in data.client_ids()])
-    devices = spread_in_scope(where, placement).ways
+    devices = row_sharding_in_scope(where, placement).num_shards
     size = min(clients, -(-_COHORT_SIZE // devices) * devices)
     # Clients of a cohort have about the same length. The last cohort repeats some clients, so that
     # all have the same size.

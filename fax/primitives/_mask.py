@@ -2,7 +2,7 @@
 
 An output that is masked counts only where its mask is true; elsewhere its row is zero, and a
 reduction passes over it. The mask is a parameter of the map, so that every rule knows where
-tangents and cotangents are zero, be the derivative of the client function infinite there.
+tangents and cotangents are zero, even where the derivative of the client function is infinite.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fax._arithmetic import identity
 from fax.primitives import _jaxpr
 from fax.primitives._round import Out, Round, pick, select
-from fax.sharding import _schedule
 
 
-def masked(this: Round, outs: Any) -> list[Any]:
+def apply_masks(this: Round, outs: Any) -> list[Any]:
     """One participant's contributions, those that are masked replaced by what changes nothing."""
     return [
         value if mask is None else select(mask, value, _nothing(mode, value.dtype))
@@ -28,11 +28,11 @@ def masked(this: Round, outs: Any) -> list[Any]:
 
 
 def _contribute(this: Round, *rows: Any) -> list[Any]:
-    return masked(this, _jaxpr.evaluate(this.jaxpr, *rows))
+    return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows))
 
 
 def _nothing(mode: str, dtype: Any) -> Any:
-    return 0 if mode == "placed" else _schedule.identity(mode, dtype)
+    return 0 if mode == "placed" else identity(mode, dtype)
 
 
 def mask_within(this: Round) -> Round:

@@ -1,4 +1,4 @@
-"""Branches and loops on which devices agree.
+"""Branches and loops that all devices go through together.
 
 A client function may be sharded over mesh axes of its own, and then a collective over them
 can end up in a branch. Devices along the placement work for different participants, which take
@@ -13,41 +13,45 @@ Branches that do not depend on who the participant is are left as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import cond_p, remat_p, scan_p, while_p
 
+from fax import _compat
 from fax.primitives import _jaxpr
-from fax.primitives._cut import depends
+from fax.primitives._partial_eval import depends
 
 Axes = tuple[str, ...]
 
 
-def agree(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr:
-    """The jaxpr with branches on which the devices along mesh axes agree.
+def make_uniform(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr:
+    """The jaxpr with branches and loops that the devices along mesh axes go through together.
 
     Args:
       jaxpr: what a device does, with the axes manual. Traced with axes in scope.
       varies: which inputs can differ between the devices.
       axes: the mesh axes.
     """
-    if not _branches(jaxpr.jaxpr):
+    if not _jaxpr.any_equation(jaxpr, _branches):
         return jaxpr
     return _jaxpr.trace(lambda *xs: _evaluate(jaxpr, varies, axes, xs)[0], jaxpr.in_avals)[0]
 
 
-def _branches(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return any(
-        eqn.primitive in (cond_p, while_p) or any(map(_branches, _jaxpr.inner(eqn)))
-        for eqn in inner.eqns
-    )
+def _branches(eqn: JaxprEqn) -> bool:
+    return eqn.primitive in (cond_p, while_p)
+
+
+class _Value(NamedTuple):
+    """A value, and whether it can differ between devices."""
+
+    array: Any
+    varies: bool
 
 
 def _evaluate(
@@ -61,35 +65,23 @@ def _evaluate(
 
     ``wanted`` says whether they are of use on this device, where that differs.
     """
-    inner = jaxpr.jaxpr
-    env: dict[Var, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
-    env.update(zip(inner.invars, operands, strict=True))
-    varying = {var for var, v in zip(inner.invars, varies, strict=True) if v}
 
-    def read(atom: Any) -> Any:
-        return env[atom] if isinstance(atom, Var) else atom.val
-
-    def differs(atom: Any) -> bool:
-        return isinstance(atom, Var) and atom in varying
-
-    for eqn in inner.eqns:
-        flags = list(map(differs, eqn.invars))
-        values = list(map(read, eqn.invars))
+    def step(eqn: JaxprEqn, seen: list[_Value]) -> Iterator[_Value]:
+        values, flags = [x.array for x in seen], [x.varies for x in seen]
         matters = any(flags) or wanted is not None
-        rule = _RULES.get(eqn.primitive) if matters and _branches_in(eqn) else None
+        holds = matters and (_branches(eqn) or _jaxpr.any_inside(eqn, _branches))
+        rule = _RULES.get(eqn.primitive) if holds else None
         with eqn.ctx.manager:
             if rule is not None:
                 outs, out_flags = rule(eqn, flags, axes, values, wanted)
             else:
                 outs = _jaxpr.bind(eqn, values)
                 out_flags = [any(flags)] * len(outs)
-        env.update(zip(eqn.outvars, outs, strict=True))
-        varying.update(var for var, flag in zip(eqn.outvars, out_flags, strict=True) if flag)
-    return list(map(read, inner.outvars)), list(map(differs, inner.outvars))
+        return map(_Value, outs, out_flags)
 
-
-def _branches_in(eqn: JaxprEqn) -> bool:
-    return eqn.primitive in (cond_p, while_p) or any(map(_branches, _jaxpr.inner(eqn)))
+    given = map(_Value, operands, varies)
+    outs = _jaxpr.interpret(jaxpr, given, step, constant=lambda x: _Value(x, False))
+    return [x.array for x in outs], [x.varies for x in outs]
 
 
 def _somewhere(predicate: jax.Array, axes: Axes) -> jax.Array:
@@ -144,7 +136,7 @@ def _while(eqn, flags, axes, values, wanted):
         return _both(more, still)
 
     if wanted is None and not depends(condition, cond_flags)[0]:
-        body = agree(body, body_flags, axes)
+        body = make_uniform(body, body_flags, axes)
         return _jaxpr.bind(eqn.replace(params=dict(params, body_jaxpr=body)), values), carried
 
     def step(state):
@@ -160,13 +152,9 @@ def _while(eqn, flags, axes, values, wanted):
 
 
 def _scan(eqn, flags, axes, values, wanted):
-    # Inputs are constants, carried values and rows; outputs carried values and rows. The names
-    # of the parameters that count them differ between versions of JAX, but rows have one axis
-    # less in the body.
     params, body = eqn.params, eqn.params["jaxpr"]
-    carries = _alike(eqn.invars, body.in_avals)
-    count = _alike(eqn.outvars, body.out_avals)
-    fixed = carries - count
+    fixed, count = _compat.scan_sizes(eqn)
+    carries = fixed + count
     consts, xs = flags[:fixed], flags[carries:]
     carried = _settle(flags[fixed:carries], lambda c: depends(body, [*consts, *c, *xs])[: len(c)])
     flags = [*consts, *carried, *xs]
@@ -178,11 +166,6 @@ def _scan(eqn, flags, axes, values, wanted):
     how = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, rows = lax.scan(step, values[fixed:carries], values[carries:], **how)
     return [*carry, *rows], depends(body, flags)
-
-
-def _alike(atoms, avals):
-    """How many have as many axes as they have in a loop's body."""
-    return sum(atom.aval.ndim == aval.ndim for atom, aval in zip(atoms, avals, strict=True))
 
 
 def _settle(carried, step):
@@ -204,17 +187,15 @@ def _checkpoint(eqn, flags, axes, values, wanted):
 
     avals = list(map(jax.typeof, extra))
     jaxpr, _ = _jaxpr.trace(call, [*inner.in_avals, *avals])
-    params = dict(eqn.params, jaxpr=jaxpr.jaxpr)
-    if isinstance(params["prevent_cse"], tuple):
-        params["prevent_cse"] += (True,) * len(extra)
+    params = _compat.checkpoint_params(eqn.params, jaxpr.jaxpr, len(extra))
     eqn = eqn.replace(invars=[*eqn.invars, *map(Var, avals)], params=params)
     outs = _jaxpr.bind(eqn, [*values, *extra])
     return outs, [True] * len(outs)
 
 
 def _call(eqn, flags, axes, values, wanted):
-    return _evaluate(eqn.params[_jaxpr.CALLS[eqn.primitive]], flags, axes, values, wanted)
+    return _evaluate(eqn.params[_compat.CALLS[eqn.primitive]], flags, axes, values, wanted)
 
 
-_RULES = {cond_p: _cond, while_p: _while, scan_p: _scan, remat_p: _checkpoint}
-_RULES.update(dict.fromkeys(_jaxpr.CALLS, _call))
+_RULES: dict[Any, Callable] = {cond_p: _cond, while_p: _while, scan_p: _scan, remat_p: _checkpoint}
+_RULES.update(dict.fromkeys(_compat.CALLS, _call))

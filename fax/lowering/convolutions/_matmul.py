@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
-from fax.sharding._schedule import accumulator_dtype
+from fax._arithmetic import accumulator_dtype
 
 Ints = tuple[int, ...]
 
@@ -154,8 +154,8 @@ def convolve(
     if groups == 1:
         y = write(x, w)
     else:
-        x, x_axis = _split(x, form.lhs, "c" if conv.groups > 1 else "n", groups)
-        w, w_axis = _split(w, form.rhs, "o", groups)
+        x, x_axis = _in_groups(x, form.lhs, "c" if conv.groups > 1 else "n", groups)
+        w, w_axis = _in_groups(w, form.rhs, "o", groups)
         y = jax.vmap(write, (x_axis, w_axis), -2)(x, w)
         y = lax.collapse(y, y.ndim - 2)
     back = np.argsort(_order(form.out, "no", numbers.out_spec))
@@ -178,7 +178,7 @@ def _order(layout: str, names: str, spec: Sequence[int]) -> list[int]:
     return [dim for letter in layout for dim in where[letter]]
 
 
-def _split(x: jax.Array, layout: str, letter: str, count: int) -> tuple[jax.Array, int]:
+def _in_groups(x: jax.Array, layout: str, letter: str, count: int) -> tuple[jax.Array, int]:
     """Splits a dimension into groups. Returns the axis that counts them as well."""
     place = layout.index(letter)
     axis = place if place < layout.index("s") else x.ndim - len(layout) + place

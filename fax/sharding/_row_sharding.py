@@ -1,4 +1,4 @@
-"""Which device, and so which process, has the row of which participant."""
+"""Which device, and so which process, holds the row of each participant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fax import _arguments
 from fax._placement import Placement, PlacementError
-from fax.sharding._mesh import laid_out, named_in_layout, split_axes, ways
+from fax.sharding._mesh import laid_out, named_in_layout, num_shards, split_axes
 
 
-class Spread(NamedTuple):
+class RowSharding(NamedTuple):
     """How the rows of a placement are spread over devices."""
 
     name: str | None
@@ -22,32 +22,34 @@ class Spread(NamedTuple):
     axes: tuple[str, ...]
 
     @property
-    def ways(self) -> int:
-        return 1 if self.mesh is None else ways(self.axes, self.mesh.abstract_mesh)
+    def num_shards(self) -> int:
+        return 1 if self.mesh is None else num_shards(self.axes, self.mesh.abstract_mesh)
 
     def sharding(self, n: int) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        return NamedSharding(self.mesh, PartitionSpec(() if n % self.ways else self.axes or ()))
+        return NamedSharding(
+            self.mesh, PartitionSpec(() if n % self.num_shards else self.axes or ())
+        )
 
     def own_rows(self, where: str, n: int) -> np.ndarray:
-        """The rows on this process' devices, in ascending order."""
+        """The rows on this process's devices, in ascending order."""
         sharding = self.sharding(n)
         if jax.process_count() == 1 or sharding is None:
             return np.arange(n)
-        if n % self.ways:
+        if n % self.num_shards:
             raise PlacementError(
-                f"{where}: {n} participants cannot be divided evenly over the {self.ways} devices "
-                f"along {listed(self.axes)}. In a single process their rows would be copied to "
-                "all devices, but in several no process receives what others have loaded. Take a "
-                f"multiple of {self.ways}."
+                f"{where}: {n} participants cannot be divided evenly over the {self.num_shards} "
+                f"devices along {listed(self.axes)}. A single process would copy their rows to "
+                "all devices, but processes do not send each other the rows that they load. Use a "
+                f"multiple of {self.num_shards}."
             )
         indices = sharding.addressable_devices_indices_map((n,)).values()
         starts = sorted({rows.start or 0 for (rows,) in filter(None, indices)})
-        return (np.array(starts)[:, None] + np.arange(n // self.ways)).reshape(-1)
+        return (np.array(starts)[:, None] + np.arange(n // self.num_shards)).reshape(-1)
 
     def owners(self, n: int) -> dict[int, list[int]]:
-        """The processes that load a row, by row."""
+        """The processes that load each row."""
         sharding = self.sharding(n)
         assert sharding is not None
         owners: dict[int, set[int]] = {}
@@ -64,18 +66,18 @@ class Spread(NamedTuple):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = self.put(jax.random.key_data(leaf), n, own)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        # What is computed under a mesh is on all of its devices.
+        # A result computed under the mesh is on all of its devices.
         local = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
 
         def rows(index):
             first = np.searchsorted(own, index[0].start or 0)
-            return local[first : first + n // self.ways]
+            return local[first : first + n // self.num_shards]
 
         return jax.make_array_from_callback((n, *local.shape[1:]), sharding, rows)
 
 
-def spread_in_scope(where: str, placement: str | None) -> Spread:
-    """How a placement is spread over the mesh in scope."""
+def row_sharding_in_scope(where: str, placement: str | None) -> RowSharding:
+    """Returns how the rows of a placement are spread over the mesh in scope."""
     if placement is not None:
         what = "the name of a placement"
         _arguments.text(where, "placement", placement, what, error=PlacementError)
@@ -83,38 +85,38 @@ def spread_in_scope(where: str, placement: str | None) -> Spread:
         mesh = jax.sharding.get_mesh()
     except ValueError:
         raise PlacementError(
-            f"{where} was called in a function that JAX traces. Data are loaded and placed outside "
-            "jax.jit and fax.program, and passed as arguments."
+            f"{where} was called in a function that JAX traces. Load and place data outside "
+            "jax.jit and fax.program, and pass them as arguments."
         ) from None
     several = jax.process_count() > 1
     if mesh.empty:
         if several:
             raise PlacementError(
                 f"{where}: this is one of {jax.process_count()} processes and no mesh is in scope. "
-                "Use jax.set_mesh(fax.sharding.make_mesh(clients=-1)), so that it is known which "
+                "Use jax.set_mesh(fax.sharding.make_mesh(clients=-1)). The mesh determines which "
                 "rows belong to which process."
             )
-        return Spread(placement, None, ())
+        return RowSharding(placement, None, ())
     absent = set(range(jax.process_count())) - {d.process_index for d in mesh.devices.flat}
     if absent:
         raise PlacementError(
-            f"{where}: the mesh in scope has no device of process {listed(sorted(absent))}. Make "
-            "it of devices of all processes, as fax.sharding.make_mesh does."
+            f"{where}: the mesh in scope has no device of process {listed(sorted(absent))}. Use "
+            "devices of all processes, as fax.sharding.make_mesh does."
         )
     name = _name(where, mesh) if placement is None else placement
     axes = split_axes(laid_out((Placement(name, 1),))[0])
     if several and not axes:
         raise PlacementError(
-            f"{where}: the mesh in scope has the axes {listed(mesh.axis_names)}, and none for "
-            f"{name!r}. Its rows would have to be on all devices, but in several processes no "
-            "process receives what others have loaded. Name an axis after the placement, or use "
+            f"{where}: the mesh in scope has the axes {listed(mesh.axis_names)}, but none for "
+            f"{name!r}. Its rows would have to be on all devices, but processes do not send each "
+            "other the rows that they load. Name an axis after the placement, or use "
             "fax.sharding.layout."
         )
-    return Spread(name, mesh, axes)
+    return RowSharding(name, mesh, axes)
 
 
 def _name(where: str, mesh: Mesh) -> str:
-    """The one placement that can be meant."""
+    """The only placement in the layout or mesh."""
     candidates = named_in_layout() or list(mesh.axis_names)
     if len(candidates) == 1:
         return candidates[0]

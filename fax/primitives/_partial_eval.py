@@ -1,6 +1,6 @@
 """Partial evaluation of `federated_map`, on which reverse differentiation rests.
 
-The client function is cut in two, and so is the round: a map of what is known, which also
+The client function is split in two, and so is the round: a map of what is known, which also
 returns the residuals that the rest needs, and a map of the rest. A residual that is an input
 is passed on in that input's mode, and one that depends on server values alone is computed by
 the server: neither becomes n copies.
@@ -26,14 +26,14 @@ from fax.primitives._round import (
     SERVER,
     Contribution,
     Round,
+    expand,
     federated_map_p,
     pick,
-    scatter,
 )
 
 
-class Cut:
-    """A jaxpr cut in two: what follows from the known inputs, and the rest.
+class PartialEvaluation:
+    """A jaxpr in two halves: what follows from the known inputs, and the rest.
 
     Attributes:
       known: maps ``consts`` and the known inputs to the known outputs and to the residuals,
@@ -58,8 +58,8 @@ class Cut:
         def known_part(*inputs):
             values = iter(inputs)
             pvals = [
-                pe.PartialVal.unknown(aval) if cut else pe.PartialVal.known(next(values))
-                for aval, cut in zip(avals, unknown, strict=True)
+                pe.PartialVal.unknown(aval) if is_unknown else pe.PartialVal.known(next(values))
+                for aval, is_unknown in zip(avals, unknown, strict=True)
             ]
             rest, outs, residuals = pe.trace_to_jaxpr_nounits(fun, pvals, instantiate)
             self.rest = _jaxpr.close(rest)
@@ -70,13 +70,13 @@ class Cut:
                 r for r, i in zip(residuals, self.forwarded, strict=True) if i is None
             ]
 
-        known_avals = pick((not cut for cut in unknown), avals)
+        known_avals = pick((not u for u in unknown), avals)
         self.known, self.consts = _jaxpr.trace(known_part, known_avals)
 
 
 def depends(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
     """Which outputs depend on the marked inputs, seen through calls and loops."""
-    return Cut(jaxpr, inputs).unknown_out
+    return PartialEvaluation(jaxpr, inputs).unknown_out
 
 
 def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
@@ -87,46 +87,46 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     operands = [tracer.pval.get_known() for tracer in pick(known, tracers)]
     if all(known):
         return this.bind(*operands)
-    cut = _cut_round(this, unknown)
-    late = cut.unknown_out[: len(this.outputs)]
+    halves = _evaluate_client(this, unknown)
+    late = halves.unknown_out[: len(this.outputs)]
     if not all(i.tangent for i in pick(unknown, this.inputs)):
-        return _separate(trace, this, tracers, late)
+        return _without_residuals(trace, this, tracers, late)
 
     # The rest takes residuals first, and computes the masks anew.
-    inner = cut.rest.jaxpr
+    inner = halves.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
-    outvars = [*scatter(late, inner.outvars), *masks]
-    inputs = [PLACED] * len(cut.forwarded) + pick(unknown, this.inputs)
+    outvars = [*expand(late, inner.outvars), *masks]
+    inputs = [PLACED] * len(halves.forwarded) + pick(unknown, this.inputs)
     parts = pick(late, this.contributions(outvars))
     rest, used = this.assemble(inputs, inner.invars, parts, inner.eqns).keep([True] * len(parts))
-    used_unknown = used[len(cut.forwarded) :]
-    computed = [u and f is None for u, f in zip(used, cut.forwarded, strict=False)]
+    used_unknown = used[len(halves.forwarded) :]
+    computed = [u and f is None for u, f in zip(used, halves.forwarded, strict=False)]
 
     # What is known returns outputs, then the residuals that the rest uses and are not inputs.
-    known_round, known_masks, residuals = _known_round(this, cut, unknown)
+    known_round, known_masks, residuals = _known_round(this, halves, unknown)
     mask, extra = either(
         [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
     )
-    residuals = pick(computed, scatter((f is None for f in cut.forwarded), residuals))
+    residuals = pick(computed, expand((f is None for f in halves.forwarded), residuals))
     parts = known_round.contributions()
     values = len(parts)
     parts += [Contribution(residual, "placed", mask) for residual in residuals]
     inner = known_round.jaxpr.jaxpr
     first = known_round.assemble(known_round.inputs, inner.invars, parts, [*inner.eqns, *extra])
-    operands = [*cut.consts, *operands]
+    operands = [*halves.consts, *operands]
     outs, on_server = _bind_hoisted(first, operands, [False] * values + [True] * len(residuals))
 
     # The residuals find their modes, and the rest is left for later.
     found = iter(zip(outs[values:], on_server[values:], strict=True))
     inputs, held = [], []
-    for position in pick(used[: len(cut.forwarded)], cut.forwarded):
+    for position in pick(used[: len(halves.forwarded)], halves.forwarded):
         if position is None:
             value, server = next(found)
             inputs.append(SERVER if server else PLACED)
             held.append(value)
         else:
-            inputs.append(first.inputs[len(cut.consts) + position])
-            held.append(operands[len(cut.consts) + position])
+            inputs.append(first.inputs[len(halves.consts) + position])
+            held.append(operands[len(halves.consts) + position])
     rest = rest.replace(inputs=(*inputs, *rest.inputs[len(inputs) :]))
     later = [trace.new_instantiated_const(x) for x in held]
     later += pick(used_unknown, pick(unknown, tracers))
@@ -135,7 +135,9 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     return [next(later_outs if u else known_outs) for u in late]
 
 
-def _separate(trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]) -> list[Any]:
+def _without_residuals(
+    trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]
+) -> list[Any]:
     """Evaluates what is known and leaves the rest, which stores nothing of it, for later.
 
     Not everything that is unknown is a tangent, so this is no differentiation. It is the way in
@@ -156,34 +158,34 @@ def _separate(trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bo
     return [next(rest_outs if u else known_outs) for u in late]
 
 
-def _cut_round(this: Round, unknown: Sequence[bool]) -> Cut:
-    """Cuts the client function, and repeats the masks among the outputs of the rest."""
+def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
+    """Evaluates the client function, its masks once more among the outputs of the rest."""
     inner, count = this.jaxpr.jaxpr, len(this.outputs)
     outvars = [*inner.outvars, *inner.outvars[count:]]
     doubled = _jaxpr.rebuild(this.jaxpr, inner.invars, outvars, inner.eqns)
     waits = [False] * count
     while True:
         forced = [*waits, *[False] * this.mask_count, *[True] * this.mask_count]
-        cut = Cut(doubled, unknown, forced)
-        waits = [o.mask is not None and cut.unknown_out[count + o.mask] for o in this.outputs]
-        if not any(w and not u for w, u in zip(waits, cut.unknown_out, strict=False)):
-            return cut  # no known value waits for a mask that is still unknown
+        halves = PartialEvaluation(doubled, unknown, forced)
+        waits = [o.mask is not None and halves.unknown_out[count + o.mask] for o in this.outputs]
+        if not any(w and not u for w, u in zip(waits, halves.unknown_out, strict=False)):
+            return halves  # no known value waits for a mask that is still unknown
 
 
 def _known_round(
-    this: Round, cut: Cut, unknown: Sequence[bool]
+    this: Round, halves: PartialEvaluation, unknown: Sequence[bool]
 ) -> tuple[Round, list[Atom | None], list[Atom]]:
-    """The round of what is known, on the constants of the cut and the known operands.
+    """The round of what is known, on the constants of its part and the known operands.
 
     Returns it with the masks, None for one that is not known, and the residuals.
     """
-    count, inner = len(this.outputs), cut.known.jaxpr
-    early = [not u for u in cut.unknown_out[:count]]
-    known_masks = [not u for u in cut.unknown_out[count : count + this.mask_count]]
-    values, masks, residuals = _split(inner.outvars, sum(early), sum(known_masks))
-    masks = scatter(known_masks, masks)
-    parts = pick(early, this.contributions([*scatter(early, values), *masks]))
-    inputs = [SERVER] * len(cut.consts) + pick((not u for u in unknown), this.inputs)
+    count, inner = len(this.outputs), halves.known.jaxpr
+    early = [not u for u in halves.unknown_out[:count]]
+    known_masks = [not u for u in halves.unknown_out[count : count + this.mask_count]]
+    values, masks, residuals = _in_parts(inner.outvars, sum(early), sum(known_masks))
+    masks = expand(known_masks, masks)
+    parts = pick(early, this.contributions([*expand(early, values), *masks]))
+    inputs = [SERVER] * len(halves.consts) + pick((not u for u in unknown), this.inputs)
     return this.assemble(inputs, inner.invars, parts, inner.eqns), masks, residuals
 
 
@@ -196,7 +198,7 @@ def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
     if not masks or not all(isinstance(mask, Var) for mask in masks):
         return None, []
     masks = list(dict.fromkeys(masks))
-    eqns, (mask,), _ = _jaxpr.splice(_disjunction(len(masks)), masks)
+    eqns, (mask,) = _jaxpr.splice(_disjunction(len(masks)), masks)
     return mask, eqns
 
 
@@ -283,7 +285,7 @@ def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
     return still
 
 
-def _split(items: Sequence[Any], *sizes: int) -> list[Any]:
+def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
     """Consecutive parts of the given sizes, and what is left."""
     parts = []
     for size in sizes:
@@ -298,13 +300,13 @@ def partial_eval_custom(
     """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
     del saveable
     this = Round.of(eqn.params)
-    cut = _cut_round(this, unknown)
-    late = cut.unknown_out[: len(eqn.outvars)]
+    halves = _evaluate_client(this, unknown)
+    late = halves.unknown_out[: len(eqn.outvars)]
     known_eqn = None
-    if cut.consts:
+    if halves.consts:
         late = [True] * len(late)  # an equation has no place for them
     elif not all(late):
-        known, used = _known_round(this, cut, unknown)[0].keep([True for u in late if not u])
+        known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
         known_eqn = eqn.replace(
             invars=pick(used, pick((not u for u in unknown), eqn.invars)),
             outvars=pick((not u for u in late), eqn.outvars),

@@ -14,12 +14,11 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import remat_p
 
+from fax import _compat
 from fax.primitives import _jaxpr
-from fax.primitives._convolutions import has_convolutions
-from fax.primitives._cut import depends, either
 from fax.primitives._jaxpr import Atom
-from fax.primitives._round import Contribution, In, Round, select
-from fax.sharding._schedule import ALL_AT_ONCE
+from fax.primitives._partial_eval import depends, either
+from fax.primitives._round import Contribution, In, Round, Vectorize, has_convolutions, select
 
 # Finds the operand of a map, and its mode, for one of an equation.
 Find = Callable[[Atom, In], tuple[Atom, In]]
@@ -29,7 +28,7 @@ class MapBuilder:
     """A map under construction.
 
     Attributes:
-      like: the placement, the batch size and the setting for convolutions.
+      like: the placement, how many are vectorised, and the setting for convolutions.
       eqn: where in the user's code the map comes from.
       inputs: for each variable that a participant sees, the operand and its mode.
       outputs: for each result, what a participant contributes to it.
@@ -82,10 +81,9 @@ class MapBuilder:
     def fits(self, other: MapBuilder) -> bool:
         """Whether both are over the same placement and run in the same way.
 
-        That is with the same batch size, and with the same setting for convolutions if both
-        have any.
+        That is for as many at once, and with the same setting for convolutions if both have any.
         """
-        sizes = {self.like.vectorize, other.like.vectorize} - {ALL_AT_ONCE}
+        sizes = {self.like.vectorize, other.like.vectorize}.difference(Vectorize)
         alike = self.like.group == other.like.group and len(sizes) <= 1
         return alike and self._convolutions_with(other) is not None
 
@@ -96,8 +94,8 @@ class MapBuilder:
 
     def absorb(self, other: MapBuilder) -> None:
         """Takes in a map that fits, and that follows from this one by the rows it is fed alone."""
-        elementwise = other.like.vectorize == ALL_AT_ONCE
-        vectorize = (self if elementwise else other).like.vectorize
+        joins = isinstance(other.like.vectorize, Vectorize)
+        vectorize = _vectorize(self.like.vectorize, other.like.vectorize)
         convolutions = self._convolutions_with(other) or self.like.convolutions
         self.like = self.like.replace(vectorize=vectorize, convolutions=convolutions)
         self.eqn = other.eqn
@@ -105,7 +103,7 @@ class MapBuilder:
         fed = self._fed(other)
         silent = self._silent(other, fed)
         same: dict[Var, Atom] = {var: self._row(part) for var, part in fed.items()}
-        host = self._host(same.values()) if elementwise else None
+        host = self._shared_checkpoint(same.values()) if joins else None
         common = self._seen.keys() & other._seen.keys()
         same.update((other._seen[key], self._seen[key]) for key in common)
         theirs = set(other.inputs)
@@ -174,7 +172,7 @@ class MapBuilder:
 
     def _splice(self, jaxpr: ClosedJaxpr, *operands: Atom) -> Atom:
         """Adds the equations of a jaxpr, and returns what they make."""
-        eqns, (value,), _ = _jaxpr.splice(jaxpr, operands)
+        eqns, (value,) = _jaxpr.splice(jaxpr, operands)
         self.eqns += eqns
         return value
 
@@ -219,7 +217,7 @@ class MapBuilder:
         self.eqns += eqns
         return mask
 
-    def _host(self, rows: Iterable[Atom]) -> _Checkpoint | None:
+    def _shared_checkpoint(self, rows: Iterable[Atom]) -> _Checkpoint | None:
         """The one `jax.checkpoint` that makes all the rows which are not inputs, if there is one.
 
         The product of a weighted mean belongs inside: outside, the gradient with respect to the
@@ -277,12 +275,18 @@ class _Checkpoint:
         if self.eqns == inner.jaxpr.eqns and len(self.results) == len(inner.jaxpr.outvars):
             return self._eqn.replace(invars=list(map(read, self._operands)))
         extended = _jaxpr.rebuild(inner, self._invars, self.results.values(), self.eqns)
-        params = dict(self._eqn.params, jaxpr=extended.jaxpr)
-        if isinstance(params["prevent_cse"], tuple):
-            params["prevent_cse"] += (True,) * (len(self._operands) - len(self._eqn.invars))
+        extra = len(self._operands) - len(self._eqn.invars)
+        params = _compat.checkpoint_params(self._eqn.params, extended.jaxpr, extra)
         return self._eqn.replace(
             invars=list(map(read, self._operands)), outvars=list(self.results), params=params
         )
+
+
+def _vectorize(one: Any, other: Any) -> Any:
+    """How many participants two maps that fit work on at once when they are one."""
+    if isinstance(one, Vectorize) and isinstance(other, Vectorize):
+        return one if one is Vectorize.INHERITED else other
+    return other if isinstance(one, Vectorize) else one
 
 
 def _on(eqn: JaxprEqn | _Checkpoint, read: Callable[[Atom], Atom]) -> JaxprEqn:

@@ -25,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.interpreters import ad
+
+from fax._arithmetic import combine, nothing, reduce_rows, total_dtype
+from fax.primitives._round import Round, Vectorize, pick
 
 ByIndex = dict[int, jax.Array]
 
-ALL_AT_ONCE = "all"
-
-# Participants worked on at once where the user does not say. On CPU a batch of small
+# Participants vectorised where the user does not say. On CPU a batch of small
 # matrix products is slower than a loop over them, and a loop keeps `lax.cond` a branch.
 # Elsewhere a batch fills the device; it is bounded because memory grows with it.
-_BATCH_SIZE_ON_CPU = 1
-_BATCH_SIZE_ELSEWHERE = 16
+_VECTORIZE_ON_CPU = 1
+_VECTORIZE_ELSEWHERE = 16
 
 # How many terms, participants or batches, one accumulator adds up.
 _TERMS = 16
@@ -43,41 +43,13 @@ _TERMS = 16
 _LARGE, _MANY_BATCHES = 256, 4096
 
 
-def vectorized_for(platform: str, asked: int | str | None, size: int) -> int:
-    """How many participants one device works on at once."""
-    if asked == ALL_AT_ONCE:
+def vectorized_for(platform: str, asked: int | Vectorize | None, size: int) -> int:
+    """How many of a device's participants are vectorised at once."""
+    if asked is Vectorize.ALL:
         return size
-    if asked is None:
-        asked = _BATCH_SIZE_ON_CPU if platform == "cpu" else _BATCH_SIZE_ELSEWHERE
+    if asked is None or asked is Vectorize.INHERITED:
+        asked = _VECTORIZE_ON_CPU if platform == "cpu" else _VECTORIZE_ELSEWHERE
     return min(int(asked), size)
-
-
-def accumulator_dtype(dtype: Any) -> Any:
-    """The dtype to add up in: float32 for shorter floats, else the same."""
-    short = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return np.dtype("float32") if short else dtype
-
-
-def identity(mode: str, dtype: Any) -> Any:
-    """What a reduction over nobody gives."""
-    if mode == "sum":
-        return np.zeros((), dtype)
-    if jnp.issubdtype(dtype, jnp.bool_):
-        return np.asarray(mode == "min")
-    if jnp.issubdtype(dtype, jnp.floating):
-        infinite = np.asarray(np.inf).astype(dtype)
-        if np.isnan(infinite):  # a short format without infinities
-            infinite = np.asarray(jnp.finfo(dtype).max).astype(dtype)
-        return -infinite if mode == "max" else infinite
-    limits = jnp.iinfo(dtype)
-    return np.asarray(limits.min if mode == "max" else limits.max, dtype)
-
-
-def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
-    """Reduces over the leading axis, in the total's dtype."""
-    if mode == "sum":
-        return jnp.sum(rows, axis=0, dtype=_total_dtype(mode, rows))
-    return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
 
 
 def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
@@ -89,18 +61,13 @@ def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
     """
     inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
     if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= _LARGE:
-        rows = rows.astype(_total_dtype(mode, rows))
+        rows = rows.astype(total_dtype(mode, rows.dtype))
         others = rows.ndim - 1
         window, zero = (_TERMS, *[1] * others), np.zeros((), rows.dtype)
         while len(rows) > _TERMS:
             padding = [(0, -len(rows) % _TERMS), *[(0, 0)] * others]
             rows = lax.reduce_window(rows, zero, lax.add, window, window, padding)
     return reduce_rows(mode, rows)
-
-
-def combine(mode: str, one: jax.Array, other: jax.Array) -> jax.Array:
-    """Reduces two totals."""
-    return {"sum": lax.add, "max": lax.max, "min": lax.min}[mode](one, other)
 
 
 def _needs_two(mode: str, total: jax.Array, batches: int, vectorize: int) -> bool:
@@ -142,44 +109,40 @@ def _move_one(due: Any, whole: jax.Array, total: jax.Array) -> tuple[jax.Array, 
 
 
 def run(
-    work: Callable[..., Sequence[jax.Array]],
+    client: Callable[..., Sequence[jax.Array]],
+    this: Round,
     operands: Sequence[jax.Array],
-    in_modes: Sequence[str],
-    out_modes: Sequence[str],
-    out_avals: Sequence[ShapedArray],
     size: int,
     vectorize: int,
 ) -> list[jax.Array]:
-    """Runs ``work`` for every participant on one device.
+    """Runs a round for some participants on one device.
 
     Args:
-      work: maps operands as one participant sees them to the outputs it contributes.
+      client: maps operands as one participant sees them to its contributions to the outputs.
+      this: the round, which says how each operand is seen and what becomes of contributions.
       operands: a value each for mode ``server``, ``size`` rows each for mode ``placed``.
-      in_modes: ``server`` or ``placed`` for each operand.
-      out_modes: ``placed`` (every contribution, as rows) or a reduction of them, ``sum``,
-        ``max`` or ``min``, for each output.
-      out_avals: the type of one contribution to each output.
       size: the number of participants.
       vectorize: how many are worked on at once.
 
     Returns:
       The outputs, each in its mode, and totals in the dtype in which they are added up.
     """
-    reduced = [mode for mode in out_modes if mode != "placed"]
-    rows = [x for x, mode in zip(operands, in_modes, strict=True) if mode == "placed"]
+    in_placed = [i.mode == "placed" for i in this.inputs]
+    out_placed = [out.mode == "placed" for out in this.outputs]
+    reduced = [out.mode for out in this.outputs if out.mode != "placed"]
+    rows = pick(in_placed, operands)
 
     def one(rows):
         own = iter(rows)
-        seen = [next(own) if m == "placed" else x for x, m in zip(operands, in_modes, strict=True)]
-        return work(*seen)
+        return client(*(next(own) if p else x for x, p in zip(operands, in_placed, strict=True)))
 
     def split(outs):
-        placed = [x for x, mode in zip(outs, out_modes, strict=True) if mode == "placed"]
-        return placed, [x for x, mode in zip(outs, out_modes, strict=True) if mode != "placed"]
+        return pick(out_placed, outs), pick((not p for p in out_placed), outs)
 
     def single(rows):
         placed, parts = split(one(rows))
-        return placed, [x.astype(_total_dtype(m, x)) for m, x in zip(reduced, parts, strict=True)]
+        dtypes = (total_dtype(m, x.dtype) for m, x in zip(reduced, parts, strict=True))
+        return placed, [x.astype(dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
     def several(rows, count):
         if count == 1:
@@ -212,7 +175,8 @@ def run(
         xs = [x[: batches * vectorize] for x in rows]
         if vectorize > 1:
             xs = [x.reshape(batches, vectorize, *x.shape[1:]) for x in xs]
-        totals = [_start(m, a) for m, a in zip(out_modes, out_avals, strict=True) if m != "placed"]
+        avals = pick((not p for p in out_placed), this.value_avals)
+        totals = [_start(mode, aval) for mode, aval in zip(reduced, avals, strict=True)]
         wholes = {
             i: jnp.zeros_like(total)
             for i, (mode, total) in enumerate(zip(reduced, totals, strict=True))
@@ -229,33 +193,8 @@ def run(
     totals = [wholes[i] + total if i in wholes else total for i, total in enumerate(totals)]
 
     next_placed, next_total = iter(placed), iter(totals)
-    return [next(next_placed if mode == "placed" else next_total) for mode in out_modes]
-
-
-def _total_dtype(mode: str, of: jax.Array | ShapedArray) -> Any:
-    """A sum needs more precision than its terms; a maximum is one of them."""
-    return accumulator_dtype(of.dtype) if mode == "sum" else of.dtype
+    return [next(next_placed if p else next_total) for p in out_placed]
 
 
 def _start(mode: str, aval: ShapedArray) -> jax.Array:
-    return nothing(mode, aval.update(dtype=_total_dtype(mode, aval)))
-
-
-def nothing(mode: str, aval: ShapedArray) -> jax.Array:
-    """A total over nobody, or rows of nobody, for which anything will do."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return _no_keys(aval)
-    zeros = ad.zeros_like_aval(aval.update(weak_type=False))
-    return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros
-
-
-def _no_keys(aval: ShapedArray) -> jax.Array:
-    """Random keys of a type, which only an array or a tracer tells the kind of."""
-    kinds = []
-
-    def data_of(keys):
-        kinds.append(jax.random.key_impl(keys))
-        return jax.random.key_data(keys)
-
-    data = jax.eval_shape(data_of, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    return jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=kinds[0])
+    return nothing(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))

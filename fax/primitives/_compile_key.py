@@ -12,7 +12,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p
 
-from fax.primitives._jaxpr import Atom, evaluate
+from fax import _compat
+from fax.primitives._jaxpr import Atom, evaluate, opened
 
 
 class Structure:
@@ -55,7 +56,7 @@ class _Identity:
 
 
 def _key(jaxpr: ClosedJaxpr | Jaxpr) -> Hashable:
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    inner = opened(jaxpr)
     consts = getattr(jaxpr, "consts", ())
     numbers: dict[Var, int] = {}
 
@@ -85,7 +86,7 @@ def _key(jaxpr: ClosedJaxpr | Jaxpr) -> Hashable:
 
 def _params_key(eqn: JaxprEqn) -> Hashable:
     if eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p):
-        return _value_key(eqn.params["call_jaxpr"])
+        return _value_key(eqn.params[_compat.CALLS[eqn.primitive]])
     return tuple((name, _value_key(value)) for name, value in sorted(eqn.params.items()))
 
 

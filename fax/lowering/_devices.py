@@ -17,75 +17,69 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
 
-from fax._placement import Placement
-from fax.sharding import _schedule
-from fax.sharding._mesh import other_axes, ways
+from fax import _arithmetic
+from fax.primitives._round import Round, pick
+from fax.sharding._mesh import num_shards, other_axes
 from fax.sharding._types import gather_rows
 
 Arrays = Sequence[jax.Array]
 
 
 def run(
-    work: Callable[..., Arrays],
+    on_one: Callable[[Arrays, int], Arrays],
+    this: Round,
     operands: Arrays,
-    in_modes: Sequence[str],
-    out_modes: Sequence[str],
-    out_avals: Sequence[ShapedArray],
-    group: Placement,
-    vectorize: Callable[[int], int],
     axes: tuple[str, ...],
     manual: tuple[str, ...],
-) -> list[jax.Array]:
-    """Runs ``work`` for every participant, on all devices along ``axes`` of the mesh in scope.
-
-    The arguments are those of `_schedule.run`, but for these:
+) -> Arrays:
+    """Runs a round for every participant, on all devices along ``axes`` of the mesh in scope.
 
     Args:
-      group: the participants.
-      vectorize: how many are worked on at once, if a device works for so many.
-      axes: the mesh axes that they are spread over; without any, all are on one device.
-      manual: these axes, and others of one device that ``work`` has as manual ones, too.
+      on_one: runs the round on one device, for the rows in its operands and so many participants.
+      this: the round.
+      operands: a value each for mode ``server``, a row for each participant for mode ``placed``.
+      axes: the mesh axes that participants are spread over; without any, all are on one device.
+      manual: these axes, and others of one device that ``on_one`` has as manual ones, too.
 
     Returns:
       The outputs, each in its mode, and totals in the dtype in which they are added up.
     """
-    each = functools.partial(_schedule.run, work, in_modes=in_modes, out_modes=out_modes)
+    group = this.group
     if not axes:
-        return each(operands, out_avals=out_avals, size=group.size, vectorize=vectorize(group.size))
+        return on_one(operands, group.size)
     mesh = jax.sharding.get_abstract_mesh()
-    devices, others = ways(axes, mesh), other_axes(axes, mesh)
+    devices, others = num_shards(axes, mesh), other_axes(axes, mesh)
     even, left = divmod(group.size, devices)
-    placed_in = [mode == "placed" for mode in in_modes]
-    placed_out = [mode == "placed" for mode in out_modes]
+    in_placed = [i.mode == "placed" for i in this.inputs]
+    out_modes = [out.mode for out in this.outputs]
+    out_placed = [mode == "placed" for mode in out_modes]
 
     def rows_from(operands, start, count):
         """What a device sees where all devices have all rows."""
         return [
             lax.dynamic_slice_in_dim(x, start, count) if placed else x
-            for x, placed in zip(operands, placed_in, strict=True)
+            for x, placed in zip(operands, in_placed, strict=True)
         ]
 
     def on_device(*operands):
         parts: list[Arrays] = []
         number: Any = lax.axis_index(axes) if left else 0
         if even:
-            count = vectorize(even)
             seen = rows_from(operands, number * even, even) if left else operands
-            parts.append(each(seen, out_avals=out_avals, size=even, vectorize=count))
+            parts.append(on_one(seen, even))
         if left:
             last = jnp.minimum(even * devices + number, group.size - 1)
             one = rows_from(operands, last, 1)
 
             def one_more():
-                return each(one, out_avals=out_avals, size=1, vectorize=1)
+                return on_one(one, 1)
 
             parts.append(_if(number < left, one_more, out_modes, bool(others)))
-        rows = [[x for x, p in zip(part, placed_out, strict=True) if p] for part in parts]
+        rows = [pick(out_placed, part) for part in parts]
         totals = [
-            functools.reduce(functools.partial(_schedule.combine, mode), values)
+            functools.reduce(functools.partial(_arithmetic.combine, mode), values)
             for mode, *values in zip(out_modes, *parts, strict=True)
             if mode != "placed"
         ]
@@ -94,13 +88,13 @@ def run(
     if left:
         operands = [
             gather_rows(x, group) if placed else x
-            for x, placed in zip(operands, placed_in, strict=True)
+            for x, placed in zip(operands, in_placed, strict=True)
         ]
-    spread, same = PartitionSpec(axes), PartitionSpec()
+    split, same = PartitionSpec(axes), PartitionSpec()
     parts, totals = jax.shard_map(
         on_device,
-        in_specs=tuple(spread if placed and not left else same for placed in placed_in),
-        out_specs=(spread, same),
+        in_specs=tuple(split if placed and not left else same for placed in in_placed),
+        out_specs=(split, same),
         axis_names=set(manual).difference(mesh.manual_axes),
         check_vma=False,
     )(*operands)
@@ -108,7 +102,7 @@ def run(
         parts = [[gather_rows(x, group) for x in part] for part in parts]
         parts[-1] = [x[:left] for x in parts[-1]]
     placed, reduced = map(_joined, zip(*parts, strict=True)), iter(totals)
-    return [next(placed if p else reduced) for p in placed_out]
+    return [next(placed if p else reduced) for p in out_placed]
 
 
 def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], always: bool) -> Arrays:
@@ -116,7 +110,7 @@ def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], alway
     avals = jax.make_jaxpr(work)().out_avals
 
     def nothing():
-        return [_schedule.nothing(mode, aval) for mode, aval in zip(modes, avals, strict=True)]
+        return [_arithmetic.nothing(mode, aval) for mode, aval in zip(modes, avals, strict=True)]
 
     if not always:
         return lax.cond(mine, work, nothing)
@@ -141,4 +135,4 @@ def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list
 
 def _sendable(dtype: Any) -> Any:
     """A dtype that XLA reduces across devices. On CPU its compiler aborts at maxima of bfloat16."""
-    return jnp.int32 if jnp.issubdtype(dtype, jnp.bool_) else _schedule.accumulator_dtype(dtype)
+    return jnp.int32 if jnp.issubdtype(dtype, jnp.bool_) else _arithmetic.accumulator_dtype(dtype)

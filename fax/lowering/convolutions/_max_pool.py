@@ -18,20 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fax.sharding._schedule import identity
+from fax._arithmetic import identity
 
 # Each element of a window makes a few operations, which the compiler takes time for.
 _MOST_ELEMENTS = 64
 
 
-def is_pooling(params: dict[str, Any], dtype: Any) -> bool:
-    """Whether a ``select_and_scatter_add`` of these parameters can be written by `scatter`."""
+def is_max_pool(params: dict[str, Any], dtype: Any) -> bool:
+    """Whether `max_pool_cotangent` can write a ``select_and_scatter_add`` of these parameters."""
     small = math.prod(params["window_dimensions"]) <= _MOST_ELEMENTS
     maximum = params["select_prim"] is lax.ge_p
     return small and maximum and jnp.issubdtype(dtype, jnp.floating)
 
 
-def scatter(
+def max_pool_cotangent(
     params: dict[str, Any], out: Any, cotangent: jax.Array, operand: jax.Array
 ) -> jax.Array:
     """The cotangent of the operand of a maximum over windows.

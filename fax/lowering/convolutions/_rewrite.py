@@ -24,16 +24,16 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.custom_batching import custom_vmap
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core.primitives import conv_general_dilated_p, select_and_scatter_add_p
 
+from fax.lowering.convolutions._matmul import Convolution, best_way, convolve
+from fax.lowering.convolutions._max_pool import is_max_pool, max_pool_cotangent
 from fax.primitives import _jaxpr
-from fax.primitives._matmul_convolution import Convolution, best_way, convolve
-from fax.primitives._pooling import is_pooling, scatter
+from fax.primitives._jaxpr import AnyJaxpr, Replacement
+from fax.primitives._round import federated_map_p, has_convolutions, is_convolution
 
 Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Array]
-
-SETTINGS = ("auto", "xla", "matmul")
 
 # The table of measurements: benchmarks/convolutions.py on 2 cores of an AMD EPYC processor, jax
 # 0.12.0 and 0.10.2. The time in a loop, as a multiple of that of XLA's convolution outside of any.
@@ -46,18 +46,8 @@ SETTINGS = ("auto", "xla", "matmul")
 #   4 vectorised kernels          0.1 to 110      0.4 to 1.4         0.1 to 1.7
 
 
-def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether there is something to rewrite, however deep. Nested maps have their own settings."""
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return any(
-        eqn.primitive in (conv_general_dilated_p, select_and_scatter_add_p)
-        or (not _is_map(eqn) and any(map(has_convolutions, _jaxpr.inner(eqn))))
-        for eqn in inner.eqns
-    )
-
-
 def rewrite(
-    jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorised: bool, spread: bool
+    jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorised: bool, sharded: bool
 ) -> ClosedJaxpr:
     """The jaxpr with its convolutions, and the derivatives of its max pools, in other ways.
 
@@ -67,7 +57,7 @@ def rewrite(
       platform: ``cpu`` or another one. The table above is of CPUs. Elsewhere nothing has been
         measured, and ``auto`` rewrites what vectorisation makes grouped, nothing else.
       vectorised: whether `jax.vmap` will run it for several participants at once.
-      spread: whether values may be sharded over axes of a mesh that are left to the compiler,
+      sharded: whether values may be sharded over axes of a mesh that are left to the compiler,
         over which ``auto`` slices nothing.
     """
     left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorised)
@@ -79,19 +69,19 @@ def rewrite(
         types: Any = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
         first, second, out = types
         if eqn.primitive is select_and_scatter_add_p:
-            here = platform == "cpu" and not spread and is_pooling(eqn.params, out.dtype)
-            return scatter if here else None
+            here = platform == "cpu" and not sharded and is_max_pool(eqn.params, out.dtype)
+            return max_pool_cotangent if here else None
         conv = Convolution.of(first, second, out, eqn.params)
         if setting == "matmul":
             return _by_matmul
         if not jnp.issubdtype(conv.dtype, jnp.floating):
             return None
-        if platform == "cpu" and _matmul_is_faster(conv) and not spread:
+        if platform == "cpu" and _matmul_is_faster(conv) and not sharded:
             return _by_matmul
         written = _channels_last if platform == "cpu" else _stock
-        return _unless_grouped(written) if vectorised and not spread else written
+        return _unless_grouped(written) if vectorised and not sharded else written
 
-    return _Rewriting(choose)(jaxpr)
+    return _Rewriting(choose).jaxpr(jaxpr)
 
 
 def _matmul_is_faster(conv: Convolution) -> bool:
@@ -108,53 +98,23 @@ class _Rewriting:
 
     def __init__(self, choose: Callable[[JaxprEqn], Convolve | None]):
         self._choose = choose
-        self._remembered = functools.cache(self._rewritten)
+        self.jaxpr = functools.cache(self._jaxpr)
 
-    def __call__(self, value: Any) -> Any:
-        """A jaxpr, or a parameter of an equation with the jaxprs in it, rewritten."""
-        if isinstance(value, ClosedJaxpr | Jaxpr):
-            return self._remembered(value)
-        if type(value) in (tuple, list):
-            return type(value)(map(self, value))
-        return value
+    def _jaxpr(self, jaxpr: AnyJaxpr) -> AnyJaxpr:
+        return _jaxpr.rewrite(jaxpr, self._replace) if has_convolutions(jaxpr) else jaxpr
 
-    def _rewritten(self, jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr | Jaxpr:
-        if not has_convolutions(jaxpr):
-            return jaxpr
-        if isinstance(jaxpr, ClosedJaxpr):
-            return ClosedJaxpr(self._jaxpr(jaxpr.jaxpr), jaxpr.consts)
-        return self._jaxpr(jaxpr)
-
-    def _jaxpr(self, jaxpr: Jaxpr) -> Jaxpr:
-        env: dict[Var, Any] = {}
-
-        def read(atom: Any) -> Any:
-            return env.get(atom, atom) if isinstance(atom, Var) else atom
-
-        eqns: list[JaxprEqn] = []
-        for eqn in jaxpr.eqns:
-            eqn = eqn.replace(invars=list(map(read, eqn.invars)))
-            if eqn.primitive not in (conv_general_dilated_p, select_and_scatter_add_p):
-                if not _is_map(eqn):
-                    eqn = eqn.replace(params={k: self(x) for k, x in eqn.params.items()})
-                eqns.append(eqn)
-                continue
-            written = self._choose(eqn)
-            if written is None:
-                eqns.append(eqn)
-                continue
-            with eqn.ctx.manager:
-                types = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
-                new = _trace(written, tuple(eqn.params.items()), *types)
-            own, (result,), _ = _jaxpr.splice(new, eqn.invars)
-            # Profiles name the line that the user has written.
-            eqns += [each.replace(source_info=eqn.source_info) for each in own]
-            env[eqn.outvars[0]] = result
-        return jaxpr.replace(eqns=eqns, outvars=list(map(read, jaxpr.outvars)))
-
-
-def _is_map(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name == "federated_map"
+    def _replace(self, eqn: JaxprEqn) -> Replacement:
+        if not is_convolution(eqn):
+            return eqn if eqn.primitive is federated_map_p else _jaxpr.map_jaxprs(self.jaxpr, eqn)
+        written = self._choose(eqn)
+        if written is None:
+            return eqn
+        with eqn.ctx.manager:
+            types = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+            new = _trace(written, tuple(eqn.params.items()), *types)
+        own, results = _jaxpr.splice(new, eqn.invars)
+        # Profiles name the line that the user has written.
+        return [each.replace(source_info=eqn.source_info) for each in own], results
 
 
 @_jaxpr.cached
