@@ -154,7 +154,7 @@ class Cohorts(Iterator[Cohort]):
 
       >>> visits = {name: {"x": jnp.arange(5.0)} for name in ("ann", "bob", "eve")}
       >>> with fax.data.cohorts(fax.data.InMemory(visits), clients=2, batch_size=2) as rounds:
-      ...     for cohort, _ in zip(rounds, range(3)):
+      ...     for _, cohort in zip(range(3), rounds):
       ...         pass  # train on the cohort here
       >>> rounds.round, rounds.shapes, rounds.padding
       (3, {(2, 3, 2): 3}, 0.0)
