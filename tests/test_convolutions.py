@@ -449,7 +449,7 @@ def test_gradients_keep_it():
 
 @pytest.mark.parametrize("value", ["fast", None, True, 1])
 def test_a_setting_that_does_not_exist(value):
-    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', .* 'xla', .* 'matmul'"
+    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', 'xla' or 'matmul'"
     with pytest.raises(fax.PlacementError, match=message):
         mapped(conv, value, IMAGES, KERNELS)
 

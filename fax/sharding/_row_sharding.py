@@ -130,5 +130,4 @@ def listed(items: Any) -> str:
 
 
 def positive(where: str, n: Any) -> int:
-    expected = "a positive int, the number of participants"
-    return _arguments.count(where, "n", n, expected=expected, error=PlacementError)
+    return _arguments.count(where, "n", n, what="the number of participants", error=PlacementError)
