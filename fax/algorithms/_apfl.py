@@ -12,12 +12,20 @@ import optax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._checks import arguments
+from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._federated import ClientResult, Server, State, federated
 from fax.algorithms._local import Metrics, batch_gradient, batch_loss, no_metrics
 from fax.data import Client
 
 PyTree = Any
+
+
+_NO_SCALAR = (
+    "alpha_optimizer, which is client_optimizer if it is not given, does not work on alpha, a "
+    "scalar. Where client_optimizer is made for the leaves of the parameters, as by "
+    "optax.multi_transform or optax.masked, pass another one for alpha, as in "
+    "alpha_optimizer=optax.sgd(0.1)."
+)
 
 
 class Personal(NamedTuple):
@@ -108,7 +116,7 @@ def apfl(
 
     def personal(params: PyTree) -> Personal:
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        _check_alpha_optimizer(name, alpha_optimizer, dtype)
+        check_scalar_optimizer(name, alpha_optimizer, _NO_SCALAR, dtype)
         return Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool))
 
     def client(server: Server, own: Personal, data: Client) -> ClientResult:
@@ -167,21 +175,6 @@ def apfl(
         aggregator=aggregator,
         vectorize=vectorize,
     )
-
-
-def _check_alpha_optimizer(
-    caller: str, optimizer: optax.GradientTransformation, dtype: Any
-) -> None:
-    """Checks that the optimizer works on a scalar: one made for the parameters' leaves may not."""
-    try:
-        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{caller}: alpha_optimizer, which is client_optimizer if it is not given, does not "
-            "work on alpha, a scalar. Where client_optimizer is made for the leaves of the "
-            "parameters, as by optax.multi_transform or optax.masked, pass another one for alpha, "
-            "as in alpha_optimizer=optax.sgd(0.1)."
-        ) from error
 
 
 def _local_model(own: Personal, params: PyTree) -> PyTree:

@@ -13,9 +13,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._aggregator import aggregator_of
+from fax.aggregators._chain import aggregator_of
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._clients import without_rows
+from fax.algorithms._personal import PersonalLoss, bare
 from fax.data import Cohort, Cohorts
 
 PyTree = Any
@@ -31,7 +31,7 @@ def arguments(
 ) -> Aggregator | None:
     """Checks what all algorithms take, where it is passed, and returns the aggregator."""
     forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
-    _arguments.function(caller, "loss", loss, forms, keywords=["mask"])
+    _arguments.function(caller, "loss", bare(loss), forms, keywords=["mask"])
     for name, value in optimizers.items():
         _arguments.optimizer(caller, name, value)
     if vectorize is not None:
@@ -88,9 +88,29 @@ def guarded(
 
         return checked
 
+    check_whole(caller, loss)
     checked_round.__qualname__ = f"{caller.rpartition('.')[2]}.round"
     one, every = of_state("params", params), models and of_state("models", models)
     return Algorithm(checked_init, checked_round, one, every)
+
+
+def check_whole(caller: str, loss: Any) -> None:
+    """Refuses a loss with personal parts, where these have no meaning."""
+    if isinstance(loss, PersonalLoss):
+        raise ValueError(
+            f"{caller}: loss is {loss!r}, but only an algorithm that trains one model for all "
+            "clients, such as fax.algorithms.fedavg, can have personal parts. Pass the loss itself."
+        )
+
+
+def check_scalar_optimizer(
+    caller: str, optimizer: Any, problem: str, dtype: Any = jnp.float32
+) -> None:
+    """Checks that an optimizer works on a scalar: one made for the parameters' leaves may not."""
+    try:
+        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{caller}: {problem}") from error
 
 
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:
@@ -136,7 +156,7 @@ def check_private(
 
 def check_averaged_state(caller: str, aggregator: Any, model_state: PyTree) -> None:
     """Refuses a private aggregator for a model with state, which is averaged without noise."""
-    for path, leaf in tree_leaves_with_path(without_rows(model_state)):
+    for path, leaf in tree_leaves_with_path(model_state):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = f"model_state{keystr(path)}"
             instead = "a model without such state, with GroupNorm in place of BatchNorm"

@@ -113,36 +113,6 @@ def without_rows(state: PyTree) -> PyTree:
     )
 
 
-def apart(state: PyTree) -> tuple[PyTree, PyTree]:
-    """A state with nothing for clients, and what is for clients alone, with None elsewhere."""
-    rows = jax.tree.map(lambda x: x if is_per_client(x) else None, state, is_leaf=is_per_client)
-    return without_rows(state), rows
-
-
-def together(shared: PyTree, rows: PyTree) -> PyTree:
-    """The inverse of `apart`."""
-    return jax.tree.map(
-        lambda x, own: own if is_per_client(x) else x, shared, rows, is_leaf=is_per_client
-    )
-
-
-def opened(shared: PyTree, rows: PyTree) -> PyTree:
-    """A state as a client sees it: its own row in place of `PerClient`."""
-    return jax.tree.map(
-        lambda x, own: own.rows if is_per_client(x) else x, shared, rows, is_leaf=is_per_client
-    )
-
-
-def closed(seen: PyTree, like: PyTree) -> PyTree:
-    """What clients see, with their rows as `PerClient` where a state has them."""
-    return jax.tree.map(
-        lambda x, new: PerClient(new) if is_per_client(x) else new,
-        like,
-        seen,
-        is_leaf=is_per_client,
-    )
-
-
 def is_per_client(x: Any) -> bool:
     return isinstance(x, PerClient)
 

@@ -14,7 +14,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax
 from fax import _arguments, _keys
-from fax.algorithms._checks import arguments, check_cohort, check_trained
+from fax.algorithms._checks import arguments, check_cohort, check_trained, check_whole
 from fax.algorithms._federated import strong
 from fax.algorithms._local import batch_loss, examples_of, local_steps, no_metrics
 from fax.data import Client, Cohort
@@ -63,6 +63,7 @@ def hyp_cluster_choice(
       >>> params[in_order]  # one model for each client, in the order of the data
       Array([0.8, 0.1], dtype=float32)
     """
+    check_whole("fax.algorithms.hyp_cluster_choice", loss)
     arguments("fax.algorithms.hyp_cluster_choice", loss, None, vectorize)
     check_cohort("fax.algorithms.hyp_cluster_choice", cohort)
     check_models(params, model_state, None)
@@ -126,6 +127,7 @@ def hyp_cluster_start(
       Array([0., 1.], dtype=float32)
     """
     caller = "fax.algorithms.hyp_cluster_start"
+    check_whole(caller, loss)
     arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     check_trained(f"{caller}: params", params)
     check_cohort(caller, cohort)

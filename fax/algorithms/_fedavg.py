@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from fax import _arguments
@@ -13,7 +12,7 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._federated import ClientResult, Server, federated
-from fax.algorithms._local import local_steps
+from fax.algorithms._local import local_steps, proximal
 from fax.data import Client
 
 PyTree = Any
@@ -262,11 +261,7 @@ def averaging(
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
         x = server.params
-
-        def proximal(gradient: PyTree, y: PyTree, *step: Any) -> PyTree:
-            return jax.tree.map(lambda g, y, x: g + (mu * (y - x)).astype(g.dtype), gradient, y, x)
-
-        correct = None if mu is None else proximal
+        correct = None if mu is None else proximal(x, mu)
         trained = local_steps(loss, client_optimizer, x, data, server.model_state, correct=correct)
         return ClientResult.of(trained, server)
 

@@ -21,17 +21,19 @@ from fax.algorithms._checks import (
     check_private,
     guarded,
 )
-from fax.algorithms._clients import (
-    apart,
-    closed,
-    gather_rows,
-    opened,
-    scatter_rows,
-    together,
-    without_rows,
-)
+from fax.algorithms._clients import gather_rows, scatter_rows
 from fax.algorithms._local import Trained
 from fax.algorithms._metrics import report
+from fax.algorithms._personal import (
+    PersonalLoss,
+    PersonalParts,
+    bare,
+    closed,
+    everyones,
+    opened,
+    put,
+    split,
+)
 from fax.data import Client, Cohort
 from fax.metrics import Statistic
 
@@ -49,6 +51,7 @@ class State(NamedTuple):
       server: what else the server keeps, or None; each algorithm says what.
       clients: what stays with each client, a `fax.aggregators.PerClient` of leaves
         [num_clients, ...], or None.
+      personal: what of the model stays with each client, where the loss is one of `personal_parts`.
     """
 
     params: PyTree
@@ -57,6 +60,7 @@ class State(NamedTuple):
     aggregator: PyTree = None
     server: PyTree = None
     clients: PerClient | None = None
+    personal: PersonalParts | None = None
 
 
 class Server(NamedTuple):
@@ -211,14 +215,16 @@ def federated(
         return [None if fn is None else fn(params) for fn in (server_state, client_state)]
 
     def init(params: PyTree, model_state: PyTree = None) -> State:
-        check_averaged_state(name, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
+        params, model_state, personal = split(loss, params, model_state)
+        check_averaged_state(name, aggregator, model_state)
         own = None if aggregator is None else aggregator.init(params)
         of_server, row = kept(params)
         rows = None
         if num_clients is not None and client_state is not None:
             rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
-        return State(params, server_optimizer.init(params), model_state, own, of_server, rows)
+        optimizer = server_optimizer.init(params)
+        return State(params, optimizer, model_state, own, of_server, rows, personal)
 
     def checked_client(sent: Server, own: PyTree, data: Client) -> ClientResult:
         result = client(sent, own, data)
@@ -237,7 +243,8 @@ def federated(
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
         expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
         rows = None if state.clients is None else state.clients.rows
-        if expected != jax.tree.structure([state.server, rows]):
+        same = expected == jax.tree.structure([state.server, rows])
+        if not same or (state.personal is None) == isinstance(loss, PersonalLoss):
             raise ValueError(
                 f"{name}: round got the State of another algorithm, or one without the rows of "
                 "clients, expected the State that init(params) or the last round returned."
@@ -246,24 +253,28 @@ def federated(
         @fax.program(clients=cohort.size)
         def work(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
             own = None if state.clients is None else state.clients.rows
+            parts = None if state.personal is None else state.personal.clients.rows
             data, at_once = cohort.clients(), vectorize or cohort.vectorize
 
             def each(fn: Callable, sent: Server) -> Any:
-                shared, rows = apart(sent.model_state)
-
-                def run(sent: Server, rows: PyTree, own: PyTree, data: Client) -> Any:
-                    model_state = opened(sent.model_state, rows)
+                def run(sent: Server, parts: PyTree, own: PyTree, data: Client) -> Any:
+                    model_state = opened(loss, sent.model_state, parts)
                     return fn(sent._replace(model_state=model_state), own, data)
 
                 # Under jax.checkpoint gradients of a round do not store steps.
-                run, sent = jax.checkpoint(run), fax.broadcast(sent._replace(model_state=shared))
-                return fax.map(run, sent, rows, own, data, vectorize=at_once)
+                run, sent = jax.checkpoint(run), fax.broadcast(sent)
+                return fax.map(run, sent, parts, own, data, vectorize=at_once)
+
+            def trained(sent: Server, own: PyTree, data: Client) -> tuple[ClientResult, PyTree]:
+                result = checked_client(sent, own, data)
+                model_state, parts = closed(loss, result.model_state)
+                return result._replace(model_state=model_state), parts
 
             sent = Server(state.params, state.model_state, state.server)
             if first is not None:
                 answers = each(first, sent)
                 sent = sent._replace(first=fax.mean(answers, weights=cohort.num_examples))
-            results = each(checked_client, sent)
+            results, parts = each(trained, sent)
             if first is not None or results.extra is not None:
                 check_private(name, aggregator, "clients send more than updates to the server")
             update, aggregated, more = aggregate(
@@ -276,9 +287,8 @@ def federated(
                 moves, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
                 model_state = state.model_state
                 if results.model_state is not None:
-                    shared, rows = apart(closed(results.model_state, model_state))
-                    mean = fax.mean(shared, weights=cohort.num_examples)
-                    model_state = together(next_model_state(mean, model_state), rows)
+                    mean = fax.mean(results.model_state, weights=cohort.num_examples)
+                    model_state = next_model_state(mean, model_state)
                 return State(
                     optax.apply_updates(state.params, moves),
                     optimizer,
@@ -286,6 +296,7 @@ def federated(
                     aggregated,
                     state.server,
                     None if state.clients is None else PerClient(results.own),
+                    state.personal and state.personal._replace(clients=PerClient(parts)),
                 )
 
             metrics = {**report(results.metrics), **more}
@@ -297,8 +308,18 @@ def federated(
         after, metrics = work(gather_rows(state, cohort), cohort)
         return scatter_rows(state, after, cohort), metrics
 
-    one = (lambda state: state.params) if params is None else params
-    return guarded(name, loss, State, init, round, one, models)
+    def whole(state: State) -> PyTree:
+        found = state.params if params is None else params(state)
+        return found if state.personal is None else put(found, state.personal.start.params)
+
+    def personal(state: State) -> PyTree:
+        assert state.personal is not None
+        rows = state.personal.clients.rows
+        own = everyones(state.params, rows) if models is None else models(state)
+        return put(own, rows.params)
+
+    every = personal if isinstance(loss, PersonalLoss) else models
+    return guarded(name, bare(loss), State, init, round, whole, every)
 
 
 def aggregate(
@@ -346,7 +367,7 @@ def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
     def one(mean, before):
         return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before
 
-    return jax.tree.map(one, mean, without_rows(before))
+    return jax.tree.map(one, mean, before)
 
 
 def _repeated(x: Any, num_clients: int) -> jax.Array:

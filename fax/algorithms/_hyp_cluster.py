@@ -13,7 +13,7 @@ import fax
 from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._checks import arguments, check_trained
+from fax.algorithms._checks import arguments, check_trained, check_whole
 from fax.algorithms._clients import is_per_client
 from fax.algorithms._clusters import best_model, check_models, one_model
 from fax.algorithms._federated import (
@@ -101,6 +101,7 @@ def hyp_cluster(
       Array([-1.,  1.], dtype=float32)
     """
     name = "fax.algorithms.hyp_cluster"
+    check_whole(name, loss)
     k = _arguments.count(name, "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     optimizers = {"client_optimizer": client_optimizer, "server_optimizer": server_optimizer}

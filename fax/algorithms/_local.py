@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from fax import _arguments
+from fax.algorithms._personal import PersonalLoss, check_seen, put
 from fax.data import Client
 from fax.metrics import Mean, Statistic
 
@@ -109,6 +110,15 @@ def local_steps(
     return data.scan(step, start, first=first, branch=branch)
 
 
+def proximal(x: PyTree, mu: Any) -> Callable[..., PyTree]:
+    """What `local_steps` takes for ``correct`` so that mu/2 ‖y - x‖^2 is added to the loss at y."""
+
+    def correct(gradient: PyTree, y: PyTree, *step: Any) -> PyTree:
+        return jax.tree.map(lambda g, y, x: g + (mu * (y - x)).astype(g.dtype), gradient, y, x)
+
+    return correct
+
+
 def local_gradient(
     loss: Callable, params: PyTree, data: Client, model_state: PyTree = None
 ) -> tuple[PyTree, Metrics]:
@@ -187,10 +197,16 @@ def batch_gradient(
       -1.5
     """
 
-    def of(params: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-        return batch_loss(loss, params, batch, mask, key, model_state, weights)
+    def of(params: PyTree, state: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        return batch_loss(loss, params, batch, mask, key, state, weights)
 
-    return jax.grad(of, has_aux=True)(params)
+    if not isinstance(loss, PersonalLoss):
+        return jax.grad(of, has_aux=True)(params, model_state)
+    seen = check_seen(model_state)  # whose personal parameters take a step of their own
+    (gradient, own), (metrics, seen) = jax.grad(
+        lambda params, own: of(params, seen.with_params(own)), (0, 1), has_aux=True
+    )(params, seen.parts.params)
+    return gradient, (metrics, seen.step(loss.optimizer, own))
 
 
 def batch_loss(
@@ -254,6 +270,12 @@ def per_example(
     key: jax.Array,
 ) -> tuple[dict[str, Any], PyTree]:
     """``"loss"`` and the loss function's metrics of each example, and the model's next state."""
+    if isinstance(loss, PersonalLoss):
+        seen = check_seen(model_state)
+        params = put(params, seen.parts.params)
+        model_state = put(seen.model_state, seen.parts.model_state)
+        named, new = per_example(loss.loss, params, model_state, batch, mask, key)
+        return named, seen.after(new)
     loss = told_of_padding(loss, mask)
     if model_state is None:
         out = loss(params, batch, key)

@@ -13,7 +13,7 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._checks import arguments, check_cohort
+from fax.algorithms._checks import arguments, check_cohort, check_whole
 from fax.algorithms._federated import ClientResult, Server, federated, strong
 from fax.algorithms._local import examples_of, local_gradient, local_steps
 from fax.data import Client, Cohort
@@ -168,6 +168,7 @@ def personalize(
       [0.5 0. ]
     """
     caller = "fax.algorithms.personalize"
+    check_whole(caller, loss)
     arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     if query is not None:
         _arguments.text(caller, "query", query, "the name of a feature")
