@@ -35,15 +35,14 @@ def fednova(
     """FedNova: federated averaging of normalized updates.
 
     Clients with more steps go further, and FedAvg counts them for more than their examples. Here
-    updates are divided by the sums A_i of the coefficients that gradients g_ik have in them:
+    updates, of clients with any steps, are divided by the sums of coefficients of gradients g_ik:
 
         y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
         D = (sum_i p_i A_i) sum_i p_i (y_i - x) / A_i    x' = server_optimizer(x, gradient = -D)
 
     A_i, for SGD the rate times the number of steps, is found by the optimizer: if all gradients are
     1, a number goes from 0 to -A_i. This is exact where steps are linear in gradients; for Adam it
-    counts steps. If all A_i are the same, this is `fedavg`, or with mu `fedprox`. A client without
-    steps does not count.
+    counts steps. If all A_i are the same, this is `fedavg`, or with mu `fedprox`.
 
     Args:
       loss, server_optimizer, vectorize: as for `fedavg`.
