@@ -1,12 +1,12 @@
-"""What algorithms and aggregators cost beyond federated averaging, and DiLoCo beside JAX by hand.
+"""What algorithms and aggregators cost beyond federated averaging, and DiLoCo against plain JAX.
 
     python benchmarks/algorithms.py [--only overhead|outer|memory] [--json PATH]
 
-*Overhead*: a jitted round of every algorithm over that of `fedavg`, with the same clients, batches
-and model, a dense network 784-200-200-62. *Outer*: rounds of DiLoCo with a loss that costs next to
-nothing, with many outer steps and with one, against the same loops by hand; their difference is the
-time of outer steps. *Memory*: temporary memory of rounds of 8 and of 64 clients. Programs take
-turns, in an order that is reversed every time; a ratio is the median of those of the same turn.
+*Overhead*: a jitted round of every algorithm relative to that of `fedavg`, with the same clients,
+batches and model, a dense network 784-200-200-62. *Outer*: rounds of DiLoCo with a loss of almost
+no cost, with many outer steps and with one, against the same handwritten loops; the difference is
+the time of the outer steps. *Memory*: temporary memory of rounds of 8 and of 64 clients. Programs
+take turns, in an order that is reversed every time. A ratio is the median over turns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODEL = fax.models.create("emnist_dense")
 LOSS = MODEL.loss
 SAME = "at most 1.3"
 
-# What is made, and why it costs more than fedavg if it does.
+# Algorithms and aggregators, with the target, or the reason why they cost more than fedavg.
 ALGORITHMS: dict[str, tuple[Callable[[], algorithms.Algorithm], str]] = {
     "fedopt, server_adam": (
         lambda: algorithms.fedopt(LOSS, SGD, algorithms.server_adam(0.01)),

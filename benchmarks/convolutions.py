@@ -1,9 +1,9 @@
-"""Convolutions: XLA's own against what `fax.map` makes of them.
+"""Convolutions: XLA's own against the ones that `fax.map` rewrites.
 
-    python benchmarks/convolutions.py [--only layers|vectorised|training] [--json PATH]
+    python benchmarks/convolutions.py [--only layers|vectorized|training] [--json PATH]
 
-Variants take turns, so that a machine that is busy for a while slows all of them. Times are
-minima for layers and medians for training.
+Variants take turns, so that a temporarily busy machine slows all of them. Times are minima for
+layers and medians for training.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from flax import nnx
 from jax import lax
 
 import fax
-from fax.primitives import _convolutions
-from fax.primitives._matmul_convolution import Convolution, Way, best_way, convolve
+from fax.lowering.convolutions import _rewrite
+from fax.lowering.convolutions._matmul import Convolution, Way, best_way, convolve
 
 PyTree = Any
 
 STEPS, TURNS = 2, 5
-VECTORISED = 4
+VECTORIZED = 4
 # Shapes of input and kernel, channels last; stride, padding, groups.
 LAYERS = {
     "EMNIST 1": ((20, 28, 28, 1), (3, 3, 1, 32), 1, "VALID", 1),
@@ -48,7 +48,7 @@ LAYERS = {
     "3-d, 4 channels": ((4, 16, 16, 16, 4), (3, 3, 3, 4, 8), 1, "SAME", 1),
     "3-d, 32 channels": ((2, 16, 16, 16, 32), (3, 3, 3, 32, 64), 1, "SAME", 1),
 }
-VECTORISED_LAYERS = ("EMNIST 1", "EMNIST 2", "ResNet 16", "ResNet 64", "text", "depthwise")
+VECTORIZED_LAYERS = ("EMNIST 1", "EMNIST 2", "ResNet 16", "ResNet 64", "text", "depthwise")
 FORMS = ("gather", "positions", "scatter")
 
 CLIENTS, LOCAL_STEPS, BATCH, CLASSES, RATE = 4, 5, 20, 62, 0.1
@@ -58,7 +58,7 @@ CLIENTS, LOCAL_STEPS, BATCH, CLASSES, RATE = 4, 5, 20, 62, 0.1
 
 
 def layers(names: Iterable[str] = LAYERS, count: int = 1) -> dict[str, Any]:
-    """Each layer and its two derivatives, in every way, in a loop and outside of any."""
+    """Each layer and its two derivatives, written in all ways, inside and outside a loop."""
     rows = []
     for name in names:
         for what, eqn in equations(*LAYERS[name]).items():
@@ -68,13 +68,13 @@ def layers(names: Iterable[str] = LAYERS, count: int = 1) -> dict[str, Any]:
     return table(f"Convolutions{several}, as multiples of XLA's own outside of loops", rows)
 
 
-def vectorised() -> dict[str, Any]:
+def vectorized() -> dict[str, Any]:
     """Several participants at once, each with inputs and kernels of its own."""
-    return layers(VECTORISED_LAYERS, VECTORISED)
+    return layers(VECTORIZED_LAYERS, VECTORIZED)
 
 
 def equations(x_shape, w_shape, stride, padding, groups) -> dict[str, Any]:
-    """The equations of a convolution and of its derivatives by the input and by the kernel."""
+    """The equations of a convolution and its derivatives by the input and by the kernel."""
     dims = len(x_shape) - 2
     space, window = range(1, dims + 1), range(dims)
     numbers = lax.ConvDimensionNumbers(
@@ -100,7 +100,7 @@ def equations(x_shape, w_shape, stride, padding, groups) -> dict[str, Any]:
 
 
 def measure(eqn, count: int) -> dict[str, Any]:
-    """Milliseconds of XLA outside of loops; of all ways in a loop, as ratios to it."""
+    """Milliseconds of XLA outside loops, and ratios to them for all ways in a loop."""
     lhs, rhs = (atom.aval for atom in eqn.invars)
     out = eqn.outvars[0].aval
     conv = Convolution.of(lhs, rhs, out, eqn.params)
@@ -114,7 +114,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
     ways: dict[str, Callable] = {
         "XLA": stock,
-        "channels last": functools.partial(_convolutions._channels_last, eqn.params, out),
+        "channels last": functools.partial(_rewrite._channels_last, eqn.params, out),
     }
     for form in FORMS:
         slices = math.prod(conv.positions if form == "positions" else conv.window)
@@ -125,7 +125,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
     def jaxpr_of_auto():
         jaxpr = jax.make_jaxpr(stock)(lhs, rhs)
-        return _convolutions.rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, spread=False)
+        return _rewrite.rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, sharded=False)
 
     chosen = jax.extend.core.jaxpr_as_fun(jaxpr_of_auto())
     ways["auto"] = lambda x, w: chosen(x, w)[0]
@@ -157,7 +157,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
 
 class Network(nnx.Module):
-    """The network of EMNIST, with flax's convolutions and pool."""
+    """The EMNIST network, with flax's convolutions and pool."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Conv(1, 32, (3, 3), padding="VALID", rngs=rngs)
@@ -172,14 +172,14 @@ class Network(nnx.Module):
 
 
 def pooled(x: jax.Array) -> jax.Array:
-    """The largest of each 2 x 2 pixels, in one row for each example."""
+    """The largest of each 2 x 2 pixels, as one row per example."""
     n, height, width, channels = x.shape
     x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
     return x.reshape(n, -1)
 
 
 def by_hand(params: PyTree, x: jax.Array) -> jax.Array:
-    """The same network, convolutions written as slices and a product of matrices."""
+    """The same network, with convolutions written as slices and a matrix product."""
 
     def conv(layer, x):
         height, width = x.shape[1] - 2, x.shape[2] - 2
@@ -196,7 +196,7 @@ def by_hand(params: PyTree, x: jax.Array) -> jax.Array:
 
 
 def training() -> dict[str, Any]:
-    """A round of federated averaging, by the milliseconds of one local step."""
+    """Milliseconds per local step, in a round of federated averaging."""
     graph, state = nnx.split(Network(nnx.Rngs(0)))
     params = nnx.to_pure_dict(state)
     rng = np.random.default_rng(0)
@@ -234,7 +234,7 @@ def training() -> dict[str, Any]:
 
 
 def averaging(apply: Callable, setting: str, at_once: int) -> Callable:
-    """One round: some steps of gradient descent at every client, and the mean of where they end."""
+    """One round: steps of gradient descent at every client, and the mean of their results."""
 
     def loss(params, x, y):
         logits = jax.nn.log_softmax(apply(params, x))
@@ -257,7 +257,7 @@ def averaging(apply: Callable, setting: str, at_once: int) -> Callable:
     return one_round
 
 
-PARTS = {"layers": layers, "vectorised": vectorised, "training": training}
+PARTS = {"layers": layers, "vectorized": vectorized, "training": training}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

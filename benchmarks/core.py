@@ -2,8 +2,8 @@
 
     python benchmarks/core.py [--only trace|compute|sums|rounds|memory] [--json PATH]
 
-Runs of the three take turns, so that a machine that is busy for a while slows all of them.
-Times are medians; a ratio is the median of the ratios of runs in the same turn.
+Runs of the three take turns, so that a temporarily busy machine slows all of them. Times are
+medians; a ratio is the median of the ratios of runs in the same turn.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ MEMORY_CLIENTS = {"fax": (8, 64, 256, 4096), "DrJAX": (8, 64, 256), "vmap": (8, 
 
 
 def trace() -> list[Table]:
-    """Time to trace and lower programs of many rounds or leaves, and their gradients."""
+    """The time to trace and lower programs of many rounds or leaves, and their gradients."""
     return [trace_rounds(), trace_leaves()]
 
 
 def lowering(fn: Callable, *args: Any) -> float:
-    """Seconds of the processor to trace and lower a function, which one thread does."""
+    """CPU seconds to trace and lower a function, which uses one thread."""
     start = time.process_time()
     jax.jit(fn).trace(*args).lower()
     return time.process_time() - start
@@ -81,7 +81,7 @@ def trace_rounds() -> Table:
 
 
 def many_small_rounds(way: Any) -> Callable:
-    """A program never traced before, so that no cache knows it."""
+    """Makes a new program, which is in no cache."""
 
     @way.program
     def program(x):
@@ -93,7 +93,7 @@ def many_small_rounds(way: Any) -> Callable:
 
 
 def trace_leaves() -> Table:
-    """A round of a model of many leaves, with operations on each of them after the map."""
+    """A round of a model with many leaves, with operations on each leaf after the map."""
     data = jnp.ones((TRACED_CLIENTS, 3))
 
     def of(way: Any, leaves: int, turn: int) -> Times:
@@ -120,7 +120,7 @@ def trace_leaves() -> Table:
 
 
 def round_of_leaves(way: Any) -> Callable:
-    """A program never traced before."""
+    """Makes a new program, which is in no cache."""
 
     @way.program
     def program(params, data):
@@ -141,7 +141,7 @@ def round_of_leaves(way: Any) -> Callable:
 
 
 def compute() -> Table:
-    """Time of one round in which all clients are vectorised and arithmetic dominates."""
+    """The time of a round in which all clients are vectorized and arithmetic dominates."""
     clients, steps, batch, widths = (COMPUTE[k] for k in ("clients", "steps", "batch", "widths"))
     rng = np.random.default_rng(0)
     shape = (clients, steps, batch)
@@ -181,12 +181,12 @@ def compute() -> Table:
 
 
 def rounds() -> list[Table]:
-    """Time of rounds of federated averaging over clients of uneven sizes."""
+    """The time of rounds of federated averaging over clients of different sizes."""
     return [rounds_of(name, **workload) for name, workload in ROUNDS.items()]
 
 
 def rounds_of(workload: str, clients: int, widths: Sequence[int]) -> Table:
-    """Trains in every way on the same cohorts from the same parameters."""
+    """Trains in all ways on the same cohorts, from the same parameters."""
     cohorts = [cohort(number, clients) for number in range(WARM_UP_ROUNDS + TIMED_ROUNDS)]
     for client in np.unique(np.concatenate(cohorts)):
         examples(int(client))
@@ -221,7 +221,7 @@ def rounds_of(workload: str, clients: int, widths: Sequence[int]) -> Table:
 
 
 class Training:
-    """The state of one way's training. Calling it runs a round."""
+    """Training in one of the ways. Calling it runs a round."""
 
     def __init__(self, way: Any, prepare: Callable, params: Any, cohorts: Sequence[np.ndarray]):
         self.params = params
@@ -257,7 +257,7 @@ def evaluate(params: Any) -> float:
 
 
 def memory() -> Table:
-    """XLA's own figure of the temporary memory that a compiled program needs."""
+    """The temporary memory of a compiled program, as reported by XLA."""
     columns = [(way, n) for way in WAYS for n in MEMORY_CLIENTS[way.name]]
     rows: dict[str, Table] = {}
     for way, n in columns:
@@ -274,7 +274,7 @@ def memory() -> Table:
 
 
 def memory_programs(way: Any) -> dict[str, tuple[Callable, Sequence[Any]]]:
-    """What is compiled, and the types of its arguments."""
+    """The programs to compile, and the types of their arguments."""
     params = [jax.ShapeDtypeStruct((UNITS, UNITS), jnp.float32)] * LAYERS
     data = jax.ShapeDtypeStruct((way.clients, EXAMPLES, UNITS), jnp.float32)
     weights = jax.ShapeDtypeStruct((way.clients,), jnp.float32)
@@ -343,7 +343,7 @@ def machine() -> dict[str, Any]:
 
 
 def without_drjax(table: Table) -> Table:
-    """The table with a word where DrJAX's figures would be."""
+    """The table with "not installed" in place of DrJAX's figures."""
     blank = {c: "not installed" for c in table["columns"] if c.startswith("DrJAX")}
     return table | {"rows": [blank | row for row in table["rows"]]}
 

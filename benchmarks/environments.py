@@ -1,6 +1,6 @@
-"""A virtual environment for each peer, with pinned versions, made once.
+"""A virtual environment for each peer, with pinned versions, created once.
 
-The peers cannot share one: FedJAX works on no jax newer than 0.4.30, and its Python is 3.10.
+The peers cannot share one: FedJAX needs Python 3.10 and does not work with jax newer than 0.4.30.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LIMIT = 900  # seconds for an installation
 
 
 class MissingError(Exception):
-    """An environment cannot be had."""
+    """An environment cannot be created."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A version of Python and what pip installs."""
+    """A version of Python, and the packages to install with pip."""
 
     name: str
     python: str
@@ -31,7 +31,7 @@ class Environment:
 
     @functools.cached_property
     def executable(self) -> pathlib.Path:
-        """The environment's Python, after installation if there is no stamp of the same one."""
+        """The environment's Python. Creates the environment if it is missing or outdated."""
         folder = FOLDER / self.name
         executable, stamp = folder / "bin" / "python", folder / "installed"
         wanted = "\n".join([self.python, *self.requirements])
@@ -65,7 +65,7 @@ ENVIRONMENTS = {
 
 
 def find_python(version: str) -> str:
-    """The path of a Python, from the PATH or from pyenv."""
+    """Finds a Python version on the PATH or in pyenv, and returns its path."""
     for candidate in (sys.executable, f"python{version}", "python3", *from_pyenv(version)):
         code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
         try:

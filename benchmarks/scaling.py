@@ -1,10 +1,10 @@
-"""Weak scaling: more devices with clients in proportion.
+"""Weak scaling: the number of clients grows with the number of devices.
 
     python benchmarks/scaling.py [--only compile|run] [--json PATH]
 
-Compilation is for virtual CPU devices, each number of them in a process of its own: what a
-device needs and sends can be read from the compiled program without running it. The runs are
-on one and on two devices of a single thread each.
+Programs are compiled for virtual CPU devices, each number of devices in its own process: the
+compiled program shows what a device needs and sends without running it. The runs use one and two
+devices of a single thread each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEVICES = (8, 64, 512)
 CLIENTS_PER_DEVICE = 4
 LAYERS, UNITS, EXAMPLES = 4, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS**2
-RUN_CLIENTS, RUN_STEPS, RUN_EXAMPLES = 16, 20, 16  # clients of one device, and their work
+RUN_CLIENTS, RUN_STEPS, RUN_EXAMPLES = 16, 20, 16  # per device
 TURNS, ROUNDS = 7, 15
 COLLECTIVE = re.compile(
     r" = .+? (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -83,7 +83,7 @@ def arguments(clients: int, steps: int, examples: int) -> tuple:
 
 
 def compiling() -> list[Table]:
-    """What a device needs and sends, and how long compilation takes."""
+    """The memory and collectives of a device, and the compilation time."""
     figures = {count: in_process("_compiled", count) for count in DEVICES}
     return [compiled_table(name, figures) for name in ("round", "gradient")]
 
@@ -110,14 +110,14 @@ def compiled_table(name: str, figures: dict[int, Any]) -> Table:
 
 
 def _compiled(count: int) -> dict[str, Any]:
-    """In a process with so many devices."""
+    """Runs in a process with ``count`` devices."""
     jax.config.update("jax_num_cpu_devices", count)
     clients = CLIENTS_PER_DEVICE * count
     program = federated_averaging(clients)
     figures = {}
     with jax.set_mesh(fax.sharding.make_mesh(clients=count)):
         args = arguments(clients, 2, EXAMPLES)
-        jax.jit(jnp.sum).lower(args[0][0]).compile()  # what is loaded once is not counted
+        jax.jit(jnp.sum).lower(args[0][0]).compile()  # do not count one-time loading
         for name, fn in {"round": program, "gradient": jax.grad(squares(program))}.items():
             seconds = []
             for _ in range(3):
@@ -135,7 +135,7 @@ def _compiled(count: int) -> dict[str, Any]:
 
 
 def running() -> list[Table]:
-    """Time of a round on two devices, with twice the clients, and on one."""
+    """The time of a round on one device, and on two with twice the clients."""
     turns = [[in_process("_timed", count) for count in (1, 2)] for _ in range(TURNS)]
     one, two = (1e3 * np.median([turn[i] for turn in turns]) for i in range(2))
     ratio = float(np.median([two / one for one, two in turns]))
@@ -150,7 +150,7 @@ def running() -> list[Table]:
 
 
 def _timed(count: int) -> float:
-    """In a process with so many devices: seconds a round, after one that does not count."""
+    """Returns seconds per round, after a warm-up. Runs in a process with ``count`` devices."""
     jax.config.update("jax_num_cpu_devices", count)
     clients = RUN_CLIENTS * count
     with jax.set_mesh(fax.sharding.make_mesh(clients=count)):

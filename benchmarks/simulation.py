@@ -2,11 +2,11 @@
 
     python benchmarks/simulation.py [--only W1|W2|W3] [--peers fax,fedjax] [--repeats 2]
 
-Every peer has an environment of its own under `.venv-bench`, made at the first run. A repeat goes
-round all of them, one process after the other, so that a machine that is slow for a while slows
-all. Processes report the cohorts, steps and losses they saw, which must agree. A ratio is that of
-two medians over the rounds of processes in the same repeat; its median over repeats is compared
-with the target. Nothing but the standard library is imported here.
+Every peer has its own environment under `.venv-bench`, created in the first run. A repeat runs all
+of them, one process after another, so that a temporarily slow machine slows all of them. Processes
+report their cohorts, steps and losses, which must agree. A ratio compares two medians over rounds
+in the same repeat; its median over repeats is compared with the target. This file imports only the
+standard library.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 from environments import ENVIRONMENTS, ROOT, MissingError
 from tables import Table, show, verdict
 
-Line = dict[str, Any]  # what a process reported, and "row", "repeat"; or an "error"
+Line = dict[str, Any]  # the report of a process, with "row" and "repeat"; or an "error"
 
-CORES = 2  # for everybody
+CORES = 2  # for each peer
 LIMIT = 400  # seconds for a process
 WORKLOADS = {
     "W1": "convolutional network of EMNIST, 10 clients a round",
@@ -48,7 +48,7 @@ class Row:
     variant: str
     environment: str
     workloads: tuple[str, ...] = tuple(WORKLOADS)
-    same_algorithm: bool = True  # up to the order of examples and what dropout drops
+    same_algorithm: bool = True  # except for the order of examples and dropout
 
     @property
     def name(self) -> str:
@@ -70,17 +70,17 @@ ROWS = (
     Row("by hand", "by_hand", "gather-1", "fax", ("W1",)),
     Row("by hand", "by_hand", "pre-1", "fax", ("W1",)),
 )
-# How many times as long as fax the best variant of a peer has to take.
+# How many times slower than fax the best variant of a peer has to be.
 TARGETS = {
     "W1": {"FedJAX": 1.4, "DrJAX": 2.5, "pfl": 1.3, "Flower": 1.3},
     "W2": {"FedJAX": 1.8, "DrJAX": 9, "pfl": 5, "Flower": 12},
     "W3": {"FedJAX": 1.7, "DrJAX": 6, "pfl": 4, "Flower": 8},
 }
-BY_HAND = 1.10  # how many times as long as by hand fax may take
-STOCK = 1.05  # and stock convolutions, of what matrix products take
-# How far apart losses after six rounds may be, of peers that run the same algorithm. The order of
-# examples moves them by less than half a percent; the dropout of W1, which draws other numbers
-# for everybody, by 20 %, in runs of the very same program too.
+BY_HAND = 1.10  # the largest ratio of fax's time to that of handwritten programs
+STOCK = 1.05  # the largest ratio of the time of stock convolutions to that of matrix products
+# The largest relative difference of losses after six rounds, for peers that run the same algorithm.
+# The order of examples changes losses by less than half a percent. Dropout on W1, which draws
+# different numbers in each program, changes them by 20 %, also between runs of the same program.
 TOLERANCE = {"W1": 0.3, "W2": 0.01, "W3": 0.01}
 
 
@@ -88,7 +88,7 @@ TOLERANCE = {"W1": 0.3, "W2": 0.01, "W3": 0.01}
 
 
 def measure(rows: Sequence[Row], workloads: Sequence[str], repeats: int, rounds: int) -> list[Line]:
-    """Goes round all rows, every other time backwards. What cannot run becomes an error."""
+    """Runs all rows, in reversed order every other time. Failures are reported as errors."""
     executables: dict[str, Any] = {}
     for name in dict.fromkeys(row.environment for row in rows):
         try:
@@ -116,7 +116,7 @@ def measure(rows: Sequence[Row], workloads: Sequence[str], repeats: int, rounds:
 
 
 def process(executable: pathlib.Path, row: Row, workload: str, rounds: int) -> Line:
-    """Runs a peer and reads the line it prints last."""
+    """Runs a peer and reads the last line that it prints."""
     command = [str(executable), "-m", f"peers.{row.module}", "--workload", workload]
     command += ["--variant", row.variant, "--rounds", str(rounds)]
     environment = os.environ | {
@@ -137,7 +137,7 @@ def process(executable: pathlib.Path, row: Row, workload: str, rounds: int) -> L
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {LIMIT} s"}
     finally:
-        if child.poll() is None:  # with the processes that it has started
+        if child.poll() is None:  # together with the processes that it has started
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
     if child.returncode:
@@ -150,7 +150,7 @@ def process(executable: pathlib.Path, row: Row, workload: str, rounds: int) -> L
 
 
 def disagreements(lines: Iterable[Line], rows: Sequence[Row] = ROWS) -> list[str]:
-    """Where processes did not do the same work: cohorts, steps, and losses of one algorithm."""
+    """Describes where processes differ in cohorts, steps, or losses of the same algorithm."""
     found = []
     by_name = {row.name: row for row in rows}
     done = [line for line in lines if "error" not in line]
@@ -166,7 +166,7 @@ def disagreements(lines: Iterable[Line], rows: Sequence[Row] = ROWS) -> list[str
         for line in same[1:]:
             theirs = same[0]["loss"]
             relative = abs(line["loss"] / theirs - 1)
-            if not relative <= TOLERANCE[workload]:  # a NaN disagrees too
+            if not relative <= TOLERANCE[workload]:  # also true for NaN
                 found.append(
                     f"{workload}, repeat {line['repeat']}: {line['row']} has a loss of "
                     f"{line['loss']:.4f} and {same[0]['row']} one of {theirs:.4f}, which is more "
@@ -187,9 +187,9 @@ def apart(line: Line, other: Line, quantity: str) -> str:
 
 
 def compare(lines: Sequence[Line], workload: str, rows: Sequence[Row] = ROWS) -> Table:
-    """Medians of a workload, ratios to fax in the same repeat, and the targets.
+    """Returns medians of a workload, ratios to fax in the same repeat, and the targets.
 
-    Of each peer, and of fax, it is the fastest variant that counts.
+    Targets apply to the fastest variant of each peer, and of fax.
     """
     rows = [row for row in rows if workload in row.workloads]
     own: dict[str, dict[int, Line]] = {row.name: {} for row in rows}
@@ -236,7 +236,7 @@ def compare(lines: Sequence[Line], workload: str, rows: Sequence[Row] = ROWS) ->
 
 
 def judged(workload: str, peer: str, ratio: float) -> str | None:
-    """The target for a peer's best variant, given how many times as long as fax it takes."""
+    """Compares the ratio of a peer's best variant to fax with the target."""
     if peer == "by hand":
         return verdict(f"fax within {BY_HAND:.2f} times ({1 / ratio:.2f})", 1 / ratio <= BY_HAND)
     least = TARGETS[workload].get(peer)
@@ -244,7 +244,7 @@ def judged(workload: str, peer: str, ratio: float) -> str | None:
 
 
 def stock(lines: Sequence[Line], workload: str) -> str | None:
-    """What stock convolutions of flax.nnx take, against matrix products."""
+    """Compares stock convolutions of flax.nnx with matrix products."""
     done = [li for li in lines if li["workload"] == workload and "error" not in li]
     of = {
         variant: {li["repeat"]: median(li) for li in done if li["row"] == f"{FAX}, {variant}"}
@@ -259,7 +259,7 @@ def stock(lines: Sequence[Line], workload: str) -> str | None:
 
 
 def memory(lines: Sequence[Line], workload: str, rows: Sequence[Row] = ROWS) -> str | None:
-    """fax's peak against FedJAX's and the examples that fax keeps on devices, a copy on each."""
+    """Compares fax's peak with FedJAX's plus the examples that fax keeps on devices."""
     done = [li for li in lines if li["workload"] == workload and "error" not in li]
     names = {peer: {row.name for row in rows if row.peer == peer} for peer in (FAX, "FedJAX")}
     peaks = {
@@ -313,9 +313,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=WORKLOADS, help="run one workload")
     parser.add_argument("--peers", help=f"run some of {','.join(peers)}")
-    parser.add_argument("--repeats", type=int, default=2, help="times round all of them")
-    parser.add_argument("--rounds", type=int, default=12, help="timed rounds of a process")
-    parser.add_argument("--json", default="runs/simulation.json", help="where the figures go")
+    parser.add_argument("--repeats", type=int, default=2, help="how often to run all of them")
+    parser.add_argument("--rounds", type=int, default=12, help="timed rounds per process")
+    parser.add_argument("--json", default="runs/simulation.json", help="file for the figures")
     options = parser.parse_args()
     wanted = options.peers.split(",") if options.peers else peers
     if unknown := set(wanted) - set(peers):

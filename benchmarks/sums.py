@@ -1,7 +1,7 @@
-"""The part of the core benchmark on sums: what their second accumulator costs, and brings.
+"""The part of the core benchmark on sums: the cost and benefit of their second accumulator.
 
-A sum of more than 16 batches has one, but for arrays of more than 256 elements only where
-there are more than 4,096 batches. By hand it is a `jax.lax.scan` over clients that adds up.
+A sum of more than 16 batches has one; for arrays of more than 256 elements, a sum of more than
+4,096 batches. The handwritten sum is a `jax.lax.scan` over clients with one accumulator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRAINED = [
 
 
 def sums() -> Table:
-    """What a sum's second accumulator costs and brings, against a scan that adds up by hand."""
+    """The cost and benefit of a sum's second accumulator, against a handwritten scan."""
     rows = [sum_of(name, *shape) for name, shape in ADDED.items()]
     rows += [training(**settings) for settings in TRAINED]
     columns = ["", "fax", "by hand", "fax / by hand", "fax, error", "by hand, error", "target"]
@@ -42,7 +42,7 @@ def sums() -> Table:
 
 
 def sum_of(name: str, clients: int, shape: tuple[int, ...]) -> Table:
-    """Clients that do next to nothing: each multiplies the server's value by a number."""
+    """Clients that do almost no work: each multiplies the server's value by a number."""
     value, x = jnp.full(shape, 0.1), jnp.ones(clients)
 
     @fax.program(clients=clients)
@@ -97,7 +97,7 @@ def training(clients: int, steps: int, batch: int, widths: Sequence[int]) -> Tab
 def against_by_hand(
     fn: Callable, by_hand: Callable, args: Sequence[Any], turns: int
 ) -> tuple[Table, dict[str, Any]]:
-    """Times in turns, and the results. CPU time, as both take as many threads as the other."""
+    """Returns CPU times of runs that take turns, and the results."""
     fns = {"fax": jax.jit(fn), "by hand": jax.jit(by_hand)}
     results = {way: jax.device_get(fn(*args)) for way, fn in fns.items()}
     jax.tree.map(

@@ -8,7 +8,7 @@ Table = dict[str, Any]  # title, columns, rows
 
 
 def show(table: Table) -> None:
-    """Prints a table. A row is a dict by column; what it lacks stays empty."""
+    """Prints a table. A row is a dict by column; missing cells stay empty."""
     columns = table["columns"]
     cells = [[shown(row.get(column)) for column in columns] for row in table["rows"]]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

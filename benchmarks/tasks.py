@@ -1,15 +1,15 @@
-"""Training and evaluation of the benchmark models against the same models written in JAX by hand.
+"""Training and evaluation of the benchmark models, against the same models in handwritten JAX.
 
     python benchmarks/tasks.py [--only NAME ...] [--turns N] [--json PATH]
 
-The data are synthetic and have the true shapes. A round of training is federated averaging of a
-cohort, one jitted function, with all examples on the device: fax's against a scan over clients and
-steps that branches over padding. Evaluation is of all clients' examples, on the device too: fax's
-against a jitted pass over as many examples in large batches.
-The two take turns, in an order that is reversed every time; a ratio is the median of those of runs
-in the same turn, and above 1 fax is faster.
+The data are synthetic and have the true shapes. A round of training is one jitted function, the
+federated averaging of a cohort with all examples on the device. fax is compared with a scan over
+clients and steps that branches over padding. Evaluation uses all clients' examples, also on the
+device. fax is compared with a jitted pass over as many examples in large batches. The two take
+turns, in an order that is reversed every time. A ratio is the median over turns; above 1, fax is
+faster.
 
-A second table has rounds of the language models with clients one after another and vectorised.
+A second table shows rounds of the language models with clients one after another and vectorized.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ AT_ONCE = (1, 2, 5, 10)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """A model at the cohort it is usually trained with.
+    """A model with the cohort that it is usually trained on.
 
     Attributes:
-      forward: its forward pass by hand, ``forward(params, x, key)``; dropout where there is a key.
-      shape: of ``"x"``; None for a sequence.
-      classes: how many there are, or tokens.
-      clients: in a round.
-      batch: examples in a batch.
-      examples: the fewest and the most that a client has.
-      evaluated: how many clients are evaluated, and the fewest and the most examples of each.
-      length: of a sequence.
+      forward: the handwritten forward pass, ``forward(params, x, key)``, with dropout if there is a
+        key.
+      shape: the shape of ``"x"``; None for a sequence.
+      classes: the number of classes or tokens.
+      clients: the number of clients per round.
+      batch: the number of examples per batch.
+      examples: the smallest and largest number of examples of a client.
+      evaluated: the number of clients in evaluation, and the smallest and largest number of their
+        examples.
+      length: the length of a sequence.
     """
 
     forward: Callable
@@ -82,7 +84,7 @@ def convolution(p: PyTree, x: jax.Array) -> jax.Array:
 
 
 def product_of_slices(p: PyTree, x: jax.Array) -> jax.Array:
-    """The same, tens of times faster in a loop on a CPU."""
+    """The same convolution, tens of times faster in a loop on a CPU."""
     height, width = x.shape[1] - 2, x.shape[2] - 2
     slices = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     kernel = p["kernel"].reshape(-1, p["kernel"].shape[-1])
@@ -112,7 +114,7 @@ def dense(params: PyTree, x: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 def lstm(params: PyTree, x: jax.Array) -> jax.Array:
-    """A scan over steps, differentiated by JAX; the inputs are multiplied before it."""
+    """A scan over steps, differentiated by JAX. The inputs are multiplied before the scan."""
 
     def step(state, z):
         h, c = state
@@ -141,7 +143,7 @@ def char_lstm(params: PyTree, x: jax.Array, key: jax.Array | None) -> jax.Array:
 
 
 PICTURE = (28, 28, 1)
-EMNIST_TEST = (3_400, 5, 40)  # about as many as there are, 77,483
+EMNIST_TEST = (3_400, 5, 40)  # about the true number of examples, 77,483
 TASKS = {
     "emnist_conv": Task(emnist_conv, PICTURE, 62, 10, 10, (28, 400), EMNIST_TEST),
     "emnist_dense": Task(dense, PICTURE, 62, 340, 20, (28, 400), EMNIST_TEST),
@@ -185,7 +187,7 @@ def losses_by_hand(task: Task, params: PyTree, batch: PyTree, key: jax.Array | N
 
 @functools.partial(jax.jit, static_argnums=0)
 def round_by_hand(task: Task, params: PyTree, cohort: fax.data.Cohort) -> tuple:
-    """Federated averaging, in a loop over clients and a loop over their steps."""
+    """Federated averaging as a loop over clients and a loop over their steps."""
     examples, rows = cohort.batches.examples, cohort.batches.rows
 
     def loss(params, batch, mask, key):
@@ -258,11 +260,11 @@ def train(name, task, model, params, turns) -> dict[str, Any]:
 
 
 def at_once(name: str, turns: int) -> dict[str, Any]:
-    """Seconds of a round by how many clients a device works on at once."""
+    """Seconds per round, by the number of clients that a device works on at once."""
     task = TASKS[name]
     model, rounds = fax.models.create(name), {}
     params = model.init(jax.random.key(0))
-    # Neighbours of similar length, as for whoever vectorises them.
+    # Neighbors of similar length, as is best for vectorization.
     cohort = by_length(training_cohort(task))
     for number in AT_ONCE:
         algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE), vectorize=number)

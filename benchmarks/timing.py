@@ -1,4 +1,4 @@
-"""Runs that take turns, so that a machine that is busy for a while slows all of them."""
+"""Runs that take turns, so that a temporarily busy machine slows all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Times = dict[str, float]  # seconds by quantity
 
 
 def take_turns(runs: dict[str, Callable[[int], Times]], turns: int) -> dict[str, list[Times]]:
-    """Runs one after the other, ``turns`` times, every other time backwards."""
+    """Runs all of them ``turns`` times, in reversed order every other time."""
     times: dict[str, list[Times]] = {name: [] for name in runs}
     for turn in range(turns):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
@@ -35,7 +35,7 @@ def compare(
 
 
 def clock(fn: Callable, *args: Any) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
+    """Returns the seconds until the result is ready, and the result."""
     start = time.perf_counter()
     result = jax.block_until_ready(fn(*args))
     return time.perf_counter() - start, result

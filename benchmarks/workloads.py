@@ -52,7 +52,7 @@ DENSE = (PIXELS, 200, 200, CLASSES)
 
 
 class Batches(NamedTuple):
-    """Batches of one client, or with a leading axis of several. The mask is 0 for padding."""
+    """Batches of one client, or of several along a leading axis. The mask is 0 for padding."""
 
     x: Any  # float32 [..., steps, batch, pixels]
     y: Any  # int32 [..., steps, batch]
@@ -60,7 +60,7 @@ class Batches(NamedTuple):
 
 
 def padded_shape(clients: Sequence[int]) -> tuple[int, int]:
-    """Rows of the pool and steps of the longest epoch among clients, rounded up."""
+    """The clients' rows in the pool and the steps of their longest epoch, rounded up."""
     counts = sizes()[clients]
     return _round_up(counts.sum(), ROWS_MULTIPLE), _round_up(
         _round_up(counts.max(), BATCH) // BATCH, STEPS_MULTIPLE
@@ -79,14 +79,14 @@ class Pool(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Which rows of the pool come in which batch. The mask is 0 for padding."""
+    """The rows of the pool that are in each batch. The mask is 0 for padding."""
 
     rows: Any  # int32 [..., steps, batch]
     mask: Any  # float32 [..., steps, batch]
 
 
 class Round(NamedTuple):
-    """What a round works on: padded batches and no pool, or a pool and the order of its rows."""
+    """The data of a round: padded batches without a pool, or a pool and the order of its rows."""
 
     pool: Pool | None
     batches: Batches | Order  # [clients, steps, batch, ...]
@@ -108,7 +108,7 @@ def padded(number: int, clients: Sequence[int]) -> Round:
 
 
 def picked(number: int, clients: Sequence[int]) -> Round:
-    """The clients' examples as they are, and the order in which the device picks them."""
+    """The clients' examples, unpadded, and the order in which the device picks them."""
     pool_rows, steps = padded_shape(clients)
     pool = Pool(np.empty((pool_rows, PIXELS), np.float32), np.empty(pool_rows, np.int32))
     rows = np.zeros((len(clients), steps * BATCH), np.int32)
@@ -159,11 +159,11 @@ def loss(params: PyTree, batch: Batches) -> jax.Array:
 
 
 def epoch(params: PyTree, batches: PyTree, *, skip: bool, fetch: Callable | None = None) -> PyTree:
-    """One epoch of SGD at a client. Returns how far it went, a gradient for the server.
+    """One epoch of SGD at a client. Returns its negative update, a gradient for the server.
 
-    ``fetch`` makes `Batches` of a step's part of ``batches``, if they are something else. A step
-    that is all padding changes nothing. With ``skip`` a branch leaves it out, which saves its time
-    where the function is not vectorised.
+    ``fetch`` converts a step's part of ``batches`` to `Batches`, if necessary. A step that is all
+    padding changes nothing. With ``skip``, a branch skips it, which saves time if the function is
+    not vectorized.
     """
 
     def step(params, batch):
@@ -180,7 +180,7 @@ def epoch(params: PyTree, batches: PyTree, *, skip: bool, fetch: Callable | None
 
 
 def local_steps(params: Sequence[Any], x: Any, *, rate: Any, steps: int) -> list[Any]:
-    """How far some steps of gradient descent at a client go."""
+    """The update from some steps of gradient descent at a client."""
 
     def loss(params):
         h = x
@@ -224,7 +224,7 @@ class Fax:
 
 @dataclasses.dataclass(frozen=True)
 class DrJax:
-    """With DrJAX's operators. It has no masks, which its users write out."""
+    """With DrJAX's operators. It has no masks, so they are written out."""
 
     clients: int
     name = "DrJAX"
@@ -276,7 +276,7 @@ NAMES = ("fax", "DrJAX", "vmap")
 
 
 def keep(update: PyTree, included: jax.Array) -> PyTree:
-    """A client's update, or zeros if it is left out."""
+    """A client's update, or zeros if the client is left out."""
     return jax.tree.map(lambda u: jnp.where(included, u, 0), update)
 
 
@@ -286,7 +286,7 @@ def adam() -> optax.GradientTransformation:
 
 
 def federated_averaging(way: Any) -> Callable:
-    """A round: an epoch at every client, their mean weighted by examples, and a step of Adam."""
+    """A round: an epoch at every client, a mean weighted by examples, and a step of Adam."""
 
     @way.program
     def one_round(params, state, data):

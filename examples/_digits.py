@@ -1,4 +1,4 @@
-"""Handwritten digits, split over clients whose labels are unevenly distributed."""
+"""Handwritten digits, split over clients with uneven label distributions."""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -8,7 +8,7 @@ import fax
 
 
 def load(seed):
-    """Four fifths for the clients and one held out: pairs of images [n, 64] and labels [n]."""
+    """Returns training data, four fifths, and test data: pairs of images [n, 64] and labels [n]."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     train, held_out = train_test_split(
@@ -18,8 +18,8 @@ def load(seed):
 
 
 def dirichlet_partition(labels, clients, alpha, rng):
-    """The client that owns each example, [n], as `fax.data.partition.dirichlet` deals them out."""
-    arrays = {"label": labels, "number": np.arange(len(labels))}
+    """Returns the owner of each example, [n], as chosen by `fax.data.partition.dirichlet`."""
+    arrays = {"y": labels, "number": np.arange(len(labels))}
     data = fax.data.partition.dirichlet(arrays, clients, alpha=alpha, seed=rng)
     owner = np.empty(len(labels), int)
     for client, client_id in enumerate(data.client_ids()):
@@ -28,17 +28,17 @@ def dirichlet_partition(labels, clients, alpha, rng):
 
 
 def stack(images, labels, owner, clients, multiple_of=1):
-    """The clients' examples as arrays [clients, most examples of a client, ...], and their mask.
+    """Stacks the examples into arrays [clients, most examples of a client, ...], with a mask.
 
-    A client's own examples come first, and zeros fill up the rest. The second axis is rounded up
-    to a multiple of ``multiple_of``.
+    A client's own examples come first, followed by zeros. The second axis is rounded up to a
+    multiple of ``multiple_of``.
     """
     counts = np.bincount(owner, minlength=clients)
     slots = -(-counts.max() // multiple_of) * multiple_of
     mask = np.arange(slots) < counts[:, None]
     by_owner = np.argsort(owner, kind="stable")
     stacked = {"mask": mask}
-    for name, values in {"image": images, "label": labels}.items():
+    for name, values in {"x": images, "y": labels}.items():
         stacked[name] = np.zeros((clients, slots, *values.shape[1:]), values.dtype)
         stacked[name][mask] = values[by_owner]
     return stacked

@@ -1,12 +1,12 @@
-"""A trigram model with back-off, which a model of the next token has to beat.
+"""A trigram model with back-off, the baseline for models of the next token.
 
-With the counts n of the training data and absolute discounting d (Ney et al., 1994; Katz, 1987),
+With the counts n of the training data and the absolute discount d (Ney et al., 1994; Katz, 1987),
 
     p(c | a b) = (n(a b c) - d) / n(a b)    if a b c was seen
                  alpha(a b) p(c | b)        otherwise
 
-where alpha(a b) shares what the discounts left among the tokens that were not seen after a b. So
-does p(c | b) with p(c). The first token of a sequence has no a, as it has none for a network.
+where alpha(a b) distributes the discounted probability over the tokens that were not seen after
+a b. In the same way, p(c | b) backs off to p(c). The first token of a sequence has no a.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ PADDING = 0
 
 
 class Trigram:
-    """Fitted to the sequences ``x``, and what comes next, ``y``, of all clients together."""
+    """A model fitted to the sequences ``x`` and the next tokens ``y`` of all clients together."""
 
     def __init__(self, data, tokens):
         a, b, c = _contexts(data)
@@ -30,7 +30,7 @@ class Trigram:
 
 
 def _contexts(data):
-    """The two tokens before each token, 0 for the one before a sequence, and the token."""
+    """The two tokens before each token, with 0 before the start of a sequence, and the token."""
     every = [data.client(client_id) for client_id in data.client_ids()]
     x, y = (np.concatenate([client[name] for client in every]) for name in "xy")
     before = np.pad(x[:, :-1], [(0, 0), (1, 0)])
@@ -45,7 +45,7 @@ def _counts(tokens, *columns):
 
 
 def _back_off(counts, lower):
-    """Probabilities from counts, and from those of a shorter context for what was not seen."""
+    """Probabilities from counts; from those of a shorter context for tokens that were not seen."""
     once, twice = np.sum(counts == 1), np.sum(counts == 2)
     discount = once / (once + 2 * twice)
     seen = counts > 0

@@ -1,18 +1,19 @@
-"""The cross-device algorithms side by side, on clients that have few of the ten digits.
+"""Compares the cross-device algorithms on clients that each have only a few of the ten digits.
 
-Thirty clients share 1,437 images of handwritten digits by Dirichlet proportions of 0.05: each digit
-is mostly with one or two of them. Five take part in a round, with twenty local steps each. A fifth
-of every client's images is held out, and so are 360 images of all digits, the central test.
+Thirty clients share 1,437 images of handwritten digits in Dirichlet proportions with alpha = 0.05:
+most images of a digit belong to one or two clients. Five clients take part in a round, with twenty
+local steps each. A fifth of every client's images is held out, and so is a central test set of 360
+images of all digits.
 
     python examples/compare_algorithms.py
     python examples/compare_algorithms.py --algorithms fedavg scaffold mime
 
-prints for each algorithm after how many rounds the server's model has 90 % of the central test
-right, what it has in the end, and the mean accuracy of the clients on their own held-out images.
-There APFL and HypCluster use the client's own model, and Reptile and MAML adapt the server's to the
-client by twenty local steps. On the central test HypCluster has the mean of its clusters' models.
-Draws runs/compare_algorithms.png. Settings are reasonable, and nobody's best: one seed and one data
-set do not rank algorithms.
+prints for each algorithm the number of rounds until the server's model reaches 90 % on the central
+test, its final accuracy there, and the mean accuracy of the clients on their own held-out images.
+For the latter, APFL and HypCluster use the client's own model, and Reptile and MAML adapt the
+server's model with twenty local steps. On the central test, HypCluster uses the mean of its
+clusters' models. The curves are drawn to runs/compare_algorithms.png. The settings are reasonable
+but not tuned: one seed and one data set do not rank algorithms.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MODEL = fax.models.create("dense", sizes=(64, 128, 10))
 
 def algorithms():
     loss, sgd, kit = MODEL.loss, optax.sgd(RATE), fax.algorithms
-    return {  # functions, so that one only makes what one asks for
+    return {  # functions, so that only the requested algorithms are created
         "fedavg": lambda: kit.fedavg(loss, sgd),
         "fedavgm": lambda: kit.fedopt(loss, sgd, kit.server_momentum(0.2)),
         "fedadagrad": lambda: kit.fedopt(loss, sgd, kit.server_adagrad(0.1)),
@@ -49,7 +50,7 @@ def algorithms():
         "scaffold": lambda: kit.scaffold(loss, RATE, num_clients=CLIENTS),
         "mime": lambda: kit.mime(loss, optax.sgd(0.01, momentum=0.9)),
         "mime_lite": lambda: kit.mime_lite(loss, optax.sgd(0.01, momentum=0.9)),
-        # Its domains are the digits.
+        # The domains are the digits.
         "agnostic_fedavg": lambda: kit.agnostic_fedavg(
             loss, sgd, num_domains=10, domain_learning_rate=0.03, domain="y", window=10
         ),
@@ -61,17 +62,17 @@ def algorithms():
 
 
 def read(seed):
-    """The clients' training data, what they hold out, and the central test."""
+    """Returns the clients' training data, their held-out data, and the central test."""
     train, test = _digits.load(seed)
     arrays = dict(zip("xy", train))
-    arrays["query"] = np.arange(len(arrays["y"])) % 2 == 1  # for MAML; the rest is for support
+    arrays["query"] = np.arange(len(arrays["y"])) % 2 == 1  # for MAML; the others are support
     data = fax.data.partition.dirichlet(
         arrays, CLIENTS, alpha=ALPHA, label="y", min_examples=LEAST, seed=seed
     )
 
     def part(which):
         def take(client_id, examples):
-            # In a random order, for what a client got to have enough comes last.
+            # In random order: the examples that fill a client up to the minimum come last.
             count = len(examples["y"])
             order = np.random.default_rng([seed, int(client_id)]).permutation(count)
             rows = order[count // 5 :] if which == "train" else order[: count // 5]
@@ -83,7 +84,7 @@ def read(seed):
 
 
 def cohorts_of(data, clients, seed):
-    # As many epochs as the smallest client needs for its steps: all have the same number.
+    # Enough epochs for the smallest client, so that all clients take the same number of steps.
     return fax.data.cohorts(data, clients, BATCH_SIZE, epochs=STEPS, max_steps=STEPS, seed=seed)
 
 
@@ -93,7 +94,7 @@ def adapted(params, cohort):
 
 
 def own_accuracy(name, algorithm, state, everyone, held_out):
-    """The mean accuracy of the clients, with models of their own where the algorithm has any."""
+    """The clients' mean accuracy, with their own models if the algorithm has them."""
     in_order = jnp.argsort(everyone.positions)
     params = (algorithm.models or algorithm.params)(state)
     if name in ("reptile", "maml"):

@@ -1,26 +1,26 @@
-"""DiLoCo and Streaming DiLoCo against data-parallel training: the same loss for far fewer bytes.
+"""DiLoCo and Streaming DiLoCo against data-parallel training: the same loss with far fewer bytes.
 
 Four replicas of a small transformer read the source of Python's standard library, each a fourth of
 its modules, and predict the next character. They are trained in four ways, from the same random
-parameters, for the same number of steps of AdamW and with the same learning rate:
+parameters, for the same number of AdamW steps and with the same learning rate:
 
-    data-parallel, 1 x batch  the batch of one replica, of which each has a fourth
+    data-parallel, 1 x batch  one batch, of which each replica has a fourth
     data-parallel, 4 x batch  each replica has a batch of its own
-    DiLoCo                    likewise, but replicas take H = 50 steps on their own, and then an
+    DiLoCo                    the same, but replicas take H = 50 steps on their own, and then an
                               outer step together (Douillard et al., arXiv:2311.08105)
-    Streaming DiLoCo          a third of the layers at a time, in four bits and a step late
+    Streaming DiLoCo          a third of the layers at a time, in four bits and one step later
                               (Douillard et al., arXiv:2501.18512)
 
     python examples/diloco_pystdlib.py
 
-prints the loss on text that was held out, and the bytes that a replica sends; it draws both to
-runs/diloco_pystdlib.png. What is counted is what a replica puts into the sums over replicas: its
-gradient after every step, or its outer gradient after H steps. A ring that adds them up carries
-2 (k - 1) / k times as much, whatever is sent. The four bits are those of the rounding, which is
-simulated: on this mesh the numbers travel in float32.
+prints the loss on held-out text and the bytes that a replica sends, and draws both to
+runs/diloco_pystdlib.png. The bytes are those that a replica contributes to sums over replicas: its
+gradient after every step, or its outer gradient after H steps. In all cases, a ring all-reduce
+sends 2 (k - 1) / k times as much. The rounding to four bits is simulated: on this mesh the numbers
+are sent in float32.
 
-No replica is trained in advance, as those of the paper are: a data-parallel step sends as much as
-50 of DiLoCo's, and half a percent of all steps would use up a fortieth of the bytes.
+Unlike in the paper, the replicas are not pretrained: a data-parallel step sends as much as 50 of
+DiLoCo's, and half a percent of all steps would use a fortieth of the bytes.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import fax
 
 REPLICAS = 4
-BATCH_SIZE = 8  # of a replica
+BATCH_SIZE = 8  # per replica
 LENGTH, WIDTH, HEADS, BLOCKS = 64, 32, 2, 2
 PEAK = 6e-3  # the learning rate of AdamW after its warm-up
 EVALUATIONS = 10
@@ -51,10 +51,10 @@ REFERENCE = "data-parallel, 4 x batch"
 
 
 def deal(data):
-    """Makes shards of whole modules, one for each replica, of about as many sequences."""
+    """Divides the modules into one shard per replica, with about as many sequences each."""
     modules = sorted(map(data.client, data.client_ids()), key=lambda module: -len(module["x"]))
     shards = [[] for _ in range(REPLICAS)]
-    for module in modules:  # the longest first, to whoever has least
+    for module in modules:  # the longest first, to the smallest shard
         min(shards, key=lambda own: sum(len(one["x"]) for one in own)).append(module)
     return fax.data.InMemory(
         {
@@ -68,7 +68,7 @@ def deal(data):
 
 
 class Block(nnx.Module):
-    """Attention to the characters before, then a hidden layer."""
+    """Causal attention, then a hidden layer."""
 
     def __init__(self, rngs):
         def linear(inputs, outputs):
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
 
 
 def make_model(task):
-    """The transformer for a task's characters, as pure functions."""
+    """Returns the transformer for a task's characters, as pure functions."""
     params = jax.eval_shape(task.model.init, jax.random.key(0))
     text = {"x": jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)}
     characters = jax.eval_shape(task.model.apply, params, text).shape[-1]
@@ -113,7 +113,7 @@ def make_model(task):
     )
 
 
-# The ways to train
+# The four ways to train
 
 
 def adamw(peak, steps):
@@ -127,7 +127,7 @@ class DataParallelState(NamedTuple):
 
 
 def data_parallel(loss, optimizer):
-    """Data-parallel training as an algorithm: replicas agree on the mean gradient in each step."""
+    """Data-parallel training as an algorithm: each step uses the replicas' mean gradient."""
 
     @fax.program(replicas=REPLICAS)
     def mean_loss(params, cohort, number):
@@ -156,14 +156,14 @@ def data_parallel(loss, optimizer):
 
 
 class Way(NamedTuple):
-    """An algorithm, and the batch that a replica has in a step."""
+    """An algorithm, and the batch size of a replica in a step."""
 
     algorithm: fax.algorithms.Algorithm
     batch_size: int
 
 
 def ways(loss, steps, inner_steps):
-    """By name, the ways to train for so many steps."""
+    """Returns the ways to train for a number of steps, by name."""
     inner = adamw(PEAK, steps)
 
     def outer(rate, momentum):
@@ -186,7 +186,7 @@ def ways(loss, steps, inner_steps):
 
 
 def train(algorithm, cohorts, params, rounds, evaluate, progress):
-    """The steps, the bytes that a replica sent and the held-out loss, each time it is measured."""
+    """Returns an array with the steps, a replica's bytes and the held-out loss per evaluation."""
     train_round, state = jax.jit(algorithm.round), jax.jit(algorithm.init)(params)
     curve, steps, sent = [], 0, 0.0
     for number in range(1, rounds + 1):

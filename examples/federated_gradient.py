@@ -1,15 +1,15 @@
 """Gradients through whole rounds of federated averaging.
 
 Twenty clients train a linear classifier of handwritten digits. Six of them have shuffled labels,
-and the server does not know which. It minimises the loss that the classifier, after ten rounds,
-has on validation images of its own, by gradient descent in
+and the server does not know which. It minimizes the loss of the classifier after ten rounds on its
+own validation images. It uses gradient descent with respect to
 
-* the server's learning rate, whose derivative is taken in forward mode, and
-* the weights of the clients in the mean, whose gradient is taken in reverse mode.
+* the server's learning rate, differentiated in forward mode, and
+* the weights of the clients in the mean, differentiated in reverse mode.
 
     python examples/federated_gradient.py
 
-checks both against finite differences and draws what is learned to runs/federated_gradient.png.
+checks both against finite differences and draws the results to runs/federated_gradient.png.
 """
 
 import argparse
@@ -33,12 +33,12 @@ ROUNDS, LOCAL_STEPS, LOCAL_RATE = 10, 5, 0.5
 
 
 def mean_loss(params, examples):
-    logits = examples["image"] @ params["kernel"] + params["bias"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
+    logits = examples["x"] @ params["kernel"] + params["bias"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["y"])
     return jnp.mean(losses, where=examples["mask"])
 
 
-@jax.checkpoint  # its gradient runs the local steps again instead of storing them
+@jax.checkpoint  # the gradient repeats the local steps instead of storing them
 def local_update(params, examples):
     def step(params, _):
         gradient = jax.grad(mean_loss)(params, examples)
@@ -53,7 +53,7 @@ def train(log_rate, logits, clients):
     """The parameters after all rounds of federated averaging."""
     rate, weights = jnp.exp(log_rate), fax.distribute(jax.nn.softmax(logits))
 
-    @jax.checkpoint  # else the scan stores, for all clients, what their data alone determines
+    @jax.checkpoint  # otherwise the scan stores values that depend only on the clients' data
     def federated_round(params, _):
         updates = fax.map(local_update, fax.broadcast(params), clients)
         update = fax.mean(updates, weights=weights)
@@ -69,14 +69,14 @@ def validation_loss(log_rate, logits, clients, validation):
 
 @jax.jit
 def loss_and_gradient(meta, data):
-    """The validation loss, and its gradient in the rate (forward) and the weights (reverse)."""
+    """The validation loss, its derivative by the rate (forward) and by the weights (reverse)."""
     of_rate = jax.jacfwd(validation_loss, argnums=0)(*meta, *data)
     loss, of_weights = jax.value_and_grad(validation_loss, argnums=1)(*meta, *data)
     return loss, (of_rate, of_weights)
 
 
 def check(mode, direction, meta, data, epsilon=1e-4):
-    """Prints a directional derivative, and the central difference that it should equal."""
+    """Prints a directional derivative and the central difference that should equal it."""
     ahead = jax.tree.map(lambda m, d: m + epsilon * d, meta, direction)
     behind = jax.tree.map(lambda m, d: m - epsilon * d, meta, direction)
     rise = loss_and_gradient(ahead, data)[0] - loss_and_gradient(behind, data)[0]
@@ -99,7 +99,7 @@ def main():
     shuffled = owner < CORRUPTED
     labels[shuffled] = rng.permutation(labels[shuffled])
     clients = _digits.stack(images, labels, owner, CLIENTS)
-    validation = {"image": held_out, "label": answers, "mask": np.ones(len(answers), bool)}
+    validation = {"x": held_out, "y": answers, "mask": np.ones(len(answers), bool)}
     data = jax.device_put((clients, validation))
 
     meta = (jnp.zeros(()), jnp.zeros(CLIENTS))  # a rate of one, and equal weights

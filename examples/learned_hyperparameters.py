@@ -1,16 +1,16 @@
 """Learned hyperparameters: gradients through several rounds replace a search.
 
-Twenty clients train a linear classifier of handwritten digits. Eight of them read every digit as
+Twenty clients train a linear classifier of handwritten digits. Eight of them label every digit as
 the next one, and the server does not know which. The loss on validation images after eight rounds
-of FedOpt is differentiated by what is otherwise guessed (federated automatic differentiation, Rush
-et al., arXiv:2301.07806): the learning rates of the clients and the server, the momentum of the
-server, and the weight of each client.
+of FedOpt is differentiated with respect to its hyperparameters (federated automatic
+differentiation, Rush et al., arXiv:2301.07806): the learning rates of the clients and the server,
+the momentum of the server, and the weight of each client.
 
     python examples/learned_hyperparameters.py
 
-checks forward against reverse mode, descends the gradient, and compares what is learned with a grid
-of fixed values, all of which are trained in one vectorised program. Test images have the last word,
-and batches in an order that learning has not seen. Draws runs/learned_hyperparameters.png.
+compares forward with reverse mode, runs gradient descent, and compares the learned values with a
+grid of fixed values, which are all trained in one vectorized program. The comparison uses test
+images, and batches in a new order. The results are drawn to runs/learned_hyperparameters.png.
 """
 
 import argparse
@@ -32,7 +32,7 @@ jax.config.update("jax_enable_x64", True)  # to compare the modes
 
 CLIENTS, CORRUPTED, ALPHA = 20, 8, 5.0
 ROUNDS, BATCH_SIZE = 8, 8
-GRID = {  # what is tried; the weights are the clients' numbers of examples
+GRID = {  # the fixed values; the weights are the clients' numbers of examples
     "client rate": (0.03, 0.1, 0.3, 1.0),
     "server rate": (0.3, 1.0, 3.0),
     "momentum": (0.0, 0.5, 0.9),
@@ -50,7 +50,7 @@ def accuracy(params, batch):
 
 
 def values(meta):
-    """Hyperparameters, of numbers that are free to go anywhere."""
+    """The hyperparameters as functions of unconstrained numbers."""
     return {
         "client rate": jnp.exp(meta["client rate"]),
         "server rate": jnp.exp(meta["server rate"]),
@@ -61,7 +61,7 @@ def values(meta):
 
 def free(client_rate, server_rate, momentum, weights):
     """The inverse of `values`."""
-    # A momentum of exactly 0 is infinitely far away.
+    # A momentum of exactly 0 would be at minus infinity.
     odds = jnp.maximum(momentum, 1e-9) / (1 - momentum)
     given = {"client rate": client_rate, "server rate": server_rate, "momentum": odds}
     return jax.tree.map(jnp.log, {**given, "weights": weights})
@@ -77,7 +77,7 @@ def train(meta, cohorts):
     )
 
     def one(state, cohort):
-        # The mean is weighted by the numbers of examples; others take their place.
+        # The mean is weighted by the numbers of examples. Replace them with the learned weights.
         weights = chosen["weights"][cohort.positions]
         return algorithm.round(state, dataclasses.replace(cohort, num_examples=weights))[0], None
 
@@ -91,7 +91,7 @@ def validation_loss(meta, cohorts, validation):
 
 @jax.jit
 def sweep(metas, cohorts, validation, test):
-    """Results of all settings, in one program."""
+    """Evaluates all settings in one program."""
 
     def one(meta):
         params = train(meta, cohorts)
@@ -114,7 +114,7 @@ def read(seed):
 
 
 def all_rounds(data, seed):
-    """Cohorts of all clients, as many as there are rounds, along a leading axis."""
+    """One cohort of all clients for each round, stacked along a leading axis."""
     with fax.data.cohorts(data, CLIENTS, BATCH_SIZE, seed=seed, resident=False) as cohorts:
         return jax.tree.map(lambda *x: jnp.stack(x), *(next(cohorts) for _ in range(ROUNDS)))
 

@@ -1,16 +1,16 @@
-"""MAML: a start from which one step on a few examples makes a model of a client's own.
+"""MAML: initial parameters that one step on a few examples adapts to a client.
 
-Every client has a task of its own: to tell two digits apart, which it calls 0 and 1 in an order of
-its own. No single model can do that for all of them. Per-FedAvg (Fallah et al., arXiv:2002.07948),
-which is MAML (Finn et al., arXiv:1703.03400) over clients, differentiates through the local step,
-and looks for parameters that are good after it. They are compared with those of federated averaging
-on clients that took no part, whose pairs of digits and images nobody had.
+Every client has its own task: to distinguish two digits, which it labels 0 and 1 in its own order.
+No single model can do this for all clients. Per-FedAvg (Fallah et al., arXiv:2002.07948) is MAML
+(Finn et al., arXiv:1703.03400) over clients: it differentiates through the local step, and finds
+parameters that are good after it. They are compared with those of federated averaging on new
+clients, whose pairs of digits and whose images were not used in training.
 
     python examples/maml_digits.py
 
-prints the mean accuracy on the queries of the new clients after one step on their ten examples. The
-rate of MAML's step is that of its training, federated averaging gets the best of several. Draws
-runs/maml_digits.png.
+prints the mean accuracy on the queries of the new clients after one step on their ten examples.
+MAML uses the step size that it was trained with, and federated averaging the best of several. The
+results are drawn to runs/maml_digits.png.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import fax
 
-CLIENTS, NEW_CLIENTS, PAIRS = 450, 60, 30  # of 45 pairs of digits; the rest is for the new clients
+CLIENTS, NEW_CLIENTS, PAIRS = 450, 60, 30  # of 45 pairs of digits; the others are for new clients
 SUPPORT, QUERIES = 5, 10  # images of each of a client's two digits
 CLIENTS_PER_ROUND, EVERY = 20, 20
 RATE = 0.5
@@ -36,7 +36,7 @@ RATES = (0.05, 0.1, 0.2, RATE, 1.0, 2.0)
 
 
 def tasks(count, pairs, images, labels, rng):
-    """Clients, each with two digits and a feature that says which examples are queries."""
+    """Makes clients with two digits each, and a feature that marks which examples are queries."""
     clients = {}
     for number in range(count):
         pair = rng.permutation(pairs[number % len(pairs)])
@@ -56,7 +56,7 @@ def queries_only(client_id, examples):
 
 
 class NewClients:
-    """Measures parameters on clients that took no part, after a step of their own."""
+    """Evaluates parameters on clients that were not in training, after a step on their data."""
 
     def __init__(self, model, data):
         self.model = model
@@ -75,7 +75,7 @@ class NewClients:
         self.adapted = adapted
 
     def accuracies(self, params):
-        """Means over the clients: without a step, and after one of each of the rates."""
+        """Mean accuracies of the clients: without a step, and after one step with each rate."""
         adapted = self.adapted(params)
         of_rates = [jax.tree.map(operator.itemgetter(r), adapted) for r in range(1 + len(RATES))]
         metrics = {"accuracy": fax.metrics.Accuracy()}
@@ -112,7 +112,7 @@ def main():
     results = {}
     with tqdm(total=options.rounds * len(algorithms), unit="round") as progress:
         for name, (algorithm, epochs) in algorithms.items():
-            # With all examples in a batch, an epoch is a single step.
+            # A batch holds all examples of a client, so an epoch is a single step.
             cohorts = fax.data.cohorts(
                 data, CLIENTS_PER_ROUND, 2 * (SUPPORT + QUERIES), seed=options.seed, **epochs
             )

@@ -1,11 +1,11 @@
-"""Federated averaging in several processes, each of which loads the data of its own clients only.
+"""Federated averaging in several processes, each of which loads only its own clients' data.
 
-The processes are started on this machine, with virtual CPU devices, and communicate as they would
-on several hosts.
+The processes run on this machine, with virtual CPU devices, and communicate as they would on
+several hosts.
 
     python examples/multiprocess.py --processes 2 --check
 
-prints the test accuracy and how far the result is from that of a single process.
+prints the test accuracy and the difference from the result of a single process.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from jax import lax
 import fax
 
 ALPHA, BATCH_SIZE, HIDDEN = 0.5, 5, 64
-ENDING = 10  # seconds that processes have to end when one of them has died
+EXIT_TIMEOUT = 10  # seconds in which processes have to end after one of them has died
 
 
 def load_clients(options, rows):
-    """The clients ``rows`` as arrays [len(rows), steps, BATCH_SIZE, ...], and the test data."""
+    """Loads the clients ``rows`` as arrays [len(rows), steps, BATCH_SIZE, ...], and test data."""
     (images, labels), test = _digits.load(options.seed)
     rng = np.random.default_rng(options.seed)
     owner = _digits.dirichlet_partition(labels, options.clients, ALPHA, rng)
-    # All processes have to pad to the same size, that of the largest client anywhere.
+    # All processes have to pad to the same size, that of the largest client of all.
     slots = -(-np.bincount(owner).max() // BATCH_SIZE) * BATCH_SIZE
     own = np.isin(owner, rows)
     number = np.searchsorted(rows, owner[own])
@@ -52,14 +52,12 @@ def logits(params, images):
 
 
 def mean_loss(params, batch):
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits(params, batch["image"]), batch["label"]
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
     return jnp.sum(losses, where=batch["mask"]) / jnp.maximum(batch["mask"].sum(), 1)
 
 
 def local_update(params, batches):
-    """How one epoch of a client's training changes the parameters."""
+    """Returns the change of the parameters by one epoch of a client's training."""
 
     def step(params, batch):
         gradient = jax.grad(mean_loss)(params, batch)
@@ -70,7 +68,7 @@ def local_update(params, batches):
 
 
 def train(options):
-    """Runs in every process. Returns the parameters, which are the same in all of them."""
+    """Runs in every process. The returned parameters are the same in all of them."""
     mesh = fax.sharding.make_mesh(clients=-1)
     with jax.set_mesh(mesh):
         rows = fax.sharding.local_rows(options.clients)
@@ -103,7 +101,7 @@ def train(options):
 
 
 def work(options):
-    """One of the processes."""
+    """Runs one of the processes."""
     jax.config.update("jax_num_cpu_devices", options.devices_per_process)
     fax.sharding.initialize(
         f"localhost:{options.port}",
@@ -124,11 +122,11 @@ def work(options):
 
 
 def launch(options, result):
-    """Starts all processes and waits for them. Says which one died, if one does."""
+    """Starts all processes and waits for them. If one dies, prints which one it was."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, *sys.argv, f"--port={port}", f"--result={result}"]
-    # A secret of this run, so that no other process on this machine is taken for one of its own.
+    # A secret of this run, so that no other process on this machine can join it.
     environment = os.environ | {"FAX_TOKEN": secrets.token_hex(16)}
     processes = [
         subprocess.Popen([*command, f"--process={i}"], env=environment)
@@ -136,10 +134,10 @@ def launch(options, result):
     ]
     try:
         if not ended(processes, options.heartbeat_timeout):
-            # The others say why they end, and do so by themselves if they have met.
-            deadline = time.monotonic() + ENDING
+            # If the others have connected to each other, they print why they end, and exit.
+            deadline = time.monotonic() + EXIT_TIMEOUT
             while time.monotonic() < deadline and any(
-                process.poll() is None and not stands_still(process) for process in processes
+                process.poll() is None and not is_stopped(process) for process in processes
             ):
                 time.sleep(0.1)
             print(cause(processes), flush=True)
@@ -151,13 +149,13 @@ def launch(options, result):
 
 
 def ended(processes, patience):
-    """Waits until all have ended. False, if one has died or stands still for too long."""
+    """Waits until all have ended. Returns False if one has died or was stopped for too long."""
     stopped = {}
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
-        stopped = {p: stopped.get(p, now) for p in processes if stands_still(p)}
-        # Those who have met notice it themselves, after `patience` seconds.
-        long = any(now - since > patience + ENDING for since in stopped.values())
+        stopped = {p: stopped.get(p, now) for p in processes if is_stopped(p)}
+        # Processes that have connected notice it themselves, after `patience` seconds.
+        long = any(now - since > patience + EXIT_TIMEOUT for since in stopped.values())
         if long or any(process.poll() for process in processes):
             return False
         time.sleep(0.1)
@@ -165,22 +163,22 @@ def ended(processes, patience):
 
 
 def cause(processes):
-    """Which process died, so that the others ended."""
-    stopped = [i for i, process in enumerate(processes) if stands_still(process)]
+    """Says which process died and ended the run."""
+    stopped = [i for i, process in enumerate(processes) if is_stopped(process)]
     failed = {i: p.poll() for i, p in enumerate(processes) if p.poll()}
-    # Where another one was the cause, a process ends with status 3, or JAX aborts it.
+    # If another process was the cause, a process exits with status 3, or JAX aborts it.
     killed = [i for i, status in failed.items() if status < 0 and status != -signal.SIGABRT]
     raised = [i for i, status in failed.items() if status > 0 and status != 3]
     first = [*killed, *stopped, *raised, *failed][0]
     if first in stopped:
-        return f"process {first} stood still, and was killed"
+        return f"process {first} was stopped by a signal, and was killed"
     status = failed[first]
     how = f"signal {-status}" if status < 0 else f"an error, exit status {status}"
     return f"process {first} died of {how}"
 
 
-def stands_still(process):
-    """Whether a signal has stopped a process, where the system tells."""
+def is_stopped(process):
+    """Whether a signal has stopped a process, if the system can tell."""
     if process.poll() is not None or not hasattr(os, "waitid"):
         return False
     options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
@@ -188,7 +186,7 @@ def stands_still(process):
 
 
 def check(options, result):
-    """Compares the result with that of this process alone, on as many devices."""
+    """Compares the result with that of this single process, on the same number of devices."""
     jax.config.update("jax_num_cpu_devices", options.processes * options.devices_per_process)
     params, _ = train(options)
     with np.load(result) as found:
@@ -206,7 +204,9 @@ def main():
     number("--rounds", default=30)
     number("--clients", default=48, help="a multiple of the number of all devices")
     number("--seed", default=0)
-    number("--heartbeat-timeout", default=30, help="seconds of silence that mean death")
+    number(
+        "--heartbeat-timeout", default=30, help="seconds of silence until a process counts as dead"
+    )
     parser.add_argument("--check", action="store_true", help="compare with a single process")
     number("--process", help=argparse.SUPPRESS)
     number("--port", help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""A population of small networks that learn to read digits, and end as one.
+"""A population of small networks that learn to classify digits and are averaged into one.
 
-Five networks start from different parameters and see the same few images, each in an order and
-with shifts and noise of its own. After every ten steps PAPA pushes them towards their average
-(Jolicoeur-Martineau et al., arXiv:2304.03094), so that in the end their average, a soup, is one
-network that is better than those that train alone. Without pushes, an average is worth nothing.
+Five networks start from different parameters and see the same few images, each in its own order
+and with its own shifts and noise. After every ten steps PAPA pushes them towards their average
+(Jolicoeur-Martineau et al., arXiv:2304.03094). In the end their average, the soup, is better than
+networks that are trained alone. Without the pushes the average is useless.
 
     python examples/papa_digits.py
 
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import fax
 
-BATCH_SIZE, STEPS = 30, 50  # a round is so many steps
-EVERY, ALPHA = 10, 0.8  # the paper has 0.99, and many times as many steps
+BATCH_SIZE, STEPS = 30, 50  # a round has this number of steps
+EVERY, ALPHA = 10, 0.8  # the paper uses 0.99, with many more steps
 
 
 class Network(nnx.Module):
@@ -54,15 +54,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    # What is small trains, and what is large tells small differences apart.
+    # Train on the small part and test on the large one, to measure small differences.
     test, (images, labels) = _digits.load(options.seed)
-    everybody = {"image": images, "label": labels}
-    data = fax.data.InMemory({f"model {i}": everybody for i in range(options.models)})
+    examples = {"x": images, "y": labels}
+    data = fax.data.InMemory({f"model {i}": examples for i in range(options.models)})
     graph, _ = nnx.split(Network(nnx.Rngs(0)))
 
     def loss(params, batch, key):
-        logits = nnx.merge(graph, params)(augment(batch["image"], key))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        logits = nnx.merge(graph, params)(augment(batch["x"], key))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
     @jax.jit
     def accuracy(params):

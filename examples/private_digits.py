@@ -1,18 +1,18 @@
-"""Handwritten digits by DP-FedAvg: what accuracy costs in privacy.
+"""Handwritten digits by DP-FedAvg: accuracy against privacy.
 
     python examples/private_digits.py
 
-Each of 1,437 clients has one image, and takes part in all rounds. Its update is clipped by a norm
-that follows the median of all clients' norms, and Gaussian noise is added to their sum (McMahan et
-al., arXiv:1710.06963; Andrew et al., arXiv:1905.03871). The same training is run with several
-amounts of noise side by side, by `jax.vmap` over the noise multiplier; noise 0 is not private at
-all. Prints the accuracy on 360 held-out images and the epsilon of each, and draws
+Each of 1,437 clients has one image and takes part in all rounds. Its update is clipped to a norm
+that follows the median of all clients' norms, and Gaussian noise is added to the sum of updates
+(McMahan et al., arXiv:1710.06963; Andrew et al., arXiv:1905.03871). The training runs with several
+amounts of noise side by side, using `jax.vmap` over the noise multiplier; noise 0 is not private.
+The example prints the accuracy on 360 held-out images and the epsilon of each, and draws them to
 runs/private_digits.png.
 
-The epsilon is that of populations that differ in one client, at delta = 1e-4, after all rounds. It
-is a simulation's: the noise follows from the seed, so that runs can be compared. Leave out ``key=``
-where it has to be secret. Each training has a key of its own, or the difference of two would have
-less noise than either.
+Epsilon holds for populations that differ in one client, at delta = 1e-4, after all rounds. This is
+a simulation: the noise is derived from the seed, so that runs can be compared. Where noise has to
+be secret, leave out ``key=``. Each run has its own key; otherwise, the difference of two runs would
+have less noise than either of them.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main():
     train = jax.jit(train)
     start = {"weights": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
     keys = jax.random.split(jax.random.key(options.seed), len(NOISE))
-    state = jax.vmap(lambda z, key: algorithm(z, key).init(start))(noise, keys)  # which has the key
+    state = jax.vmap(lambda z, key: algorithm(z, key).init(start))(noise, keys)  # it holds the key
 
     begin = time.perf_counter()
     for _ in (progress := tqdm(range(options.rounds), unit="round")):

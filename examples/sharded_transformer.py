@@ -1,22 +1,22 @@
-"""Federated training of a transformer that is itself spread over several devices.
+"""Federated training of a transformer that is itself sharded over several devices.
 
-Every top-level module of Python's standard library is a client, and its source is what the client
-trains on: the model reads one character after another and predicts the next. The devices form a
-mesh with three axes:
+Every top-level module of Python's standard library is a client, and the client trains on its
+source: the model reads one character after another and predicts the next. The devices form a mesh
+with three axes:
 
     clients   the clients of a round are split over it
     data      every batch of a client is split over it
     model     attention heads and hidden units are split over it
 
-fax takes the axis with the name of the placement and leaves the others to the client function,
-which says with JAX's own shardings how to use them. All that a round sends along `clients` is one
-sum of updates; what layers and batches have to exchange stays among the devices of a client.
+fax uses the axis with the name of the placement and leaves the others to the client function,
+which uses them through JAX's shardings. A round sends only one sum of updates along `clients`. The
+layers and batches of a client communicate only among its own devices.
 
     python examples/sharded_transformer.py
 
-makes eight devices out of one CPU. It prints the loss on modules that were held out and the entropy
-of their characters, which no model gets below that does not look at what comes before a character,
-and draws the losses to runs/sharded_transformer.png.
+makes eight devices out of one CPU. It prints the loss on held-out modules and the entropy of their
+characters, which is a lower bound for models that ignore the preceding characters, and draws the
+losses to runs/sharded_transformer.png.
 """
 
 import argparse
@@ -52,20 +52,20 @@ SERVER_OPTIMIZER = optax.sgd(1.0, momentum=0.5, nesterov=True)
 
 
 def read_modules():
-    """Every module's text in numbers of characters. A module is a file or a folder of files."""
+    """Every module's text as character numbers. A module is a file or a folder of files."""
     number = np.full(256, CHARACTERS - 1, np.uint8)
     number[list(ALPHABET)] = np.arange(len(ALPHABET))
     library, modules = Path(sysconfig.get_paths()["stdlib"]), {}
     for name in sorted(sys.stdlib_module_names):
         files = [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]
         text = b"".join(file.read_bytes() for file in files if file.is_file())
-        if len(text) > 20 * CONTEXT:  # some modules are written in C, and hardly any Python is left
+        if len(text) > 20 * CONTEXT:  # some modules are written in C, with little Python
             modules[name] = number[np.frombuffer(text, np.uint8)]
     return modules
 
 
 def windows(text, starts):
-    """What the model reads at a time, and one character more, which it has to predict."""
+    """Windows of the length that the model reads, plus the next character, to be predicted."""
     return text[np.expand_dims(starts, -1) + np.arange(CONTEXT + 1)]
 
 
@@ -79,7 +79,7 @@ def even_windows(text):
 
 
 def entropy(text):
-    """The loss of the best model that always predicts the same probabilities."""
+    """The loss of the best model with constant predictions."""
     shares = np.unique(text, return_counts=True)[1] / text.size
     return -np.sum(shares * np.log(shares))
 
@@ -88,12 +88,12 @@ def entropy(text):
 
 
 class Block(nnx.Module):
-    """Attention to the characters before, then a hidden layer.
+    """Causal attention, then a hidden layer.
 
-    A device has half of the heads and of the hidden units. The matrices that lead to them are
-    split by columns, so each device computes its own from the whole of `x`. The matrices that lead
-    back are split by rows, so each device computes a part of a sum. Their sum over `model` is the
-    only thing that has to be sent: twice on the way forward and twice on the way back.
+    A device has half of the heads and of the hidden units. The matrices before them are split by
+    columns, so each device computes its own part from the whole of `x`. The matrices after them are
+    split by rows, so each device computes one term of a sum. Only this sum over `model` has to be
+    sent: twice in the forward pass and twice in the backward pass.
     """
 
     def __init__(self, width, heads, rngs):
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         self.out = nnx.Linear(width, CHARACTERS, rngs=rngs)
 
     def __call__(self, text):
-        # A matrix product and not a lookup, whose gradient would gather the batch from `data`.
+        # A matrix product, because the gradient of a lookup would gather the batch over `data`.
         x = self.embed(jax.nn.one_hot(text, CHARACTERS)) + self.positions[...]
         for block in self.blocks:
             x = block(x)
@@ -137,7 +137,7 @@ class Transformer(nnx.Module):
 
 
 def shard(x, *axes):
-    """`x` with its dimensions split over mesh axes, the first over the first one and so on."""
+    """Shards the dimensions of `x` over mesh axes, the first over the first axis, and so on."""
     return lax.with_sharding_constraint(x, P(*axes))
 
 
@@ -145,7 +145,7 @@ def shard(x, *axes):
 
 
 def make_round(graph, clients):
-    """One round of federated training, and the loss of clients that only look on."""
+    """Makes a round of federated training, and the evaluation on held-out clients."""
 
     def mean_loss(params, text):
         text = shard(text, "data")
@@ -153,7 +153,7 @@ def make_round(graph, clients):
         return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
     def local_update(params, batches):
-        """How a client's training changes the parameters, and its loss before."""
+        """Returns the change of the parameters by a client's training, and the loss before it."""
 
         def step(carry, batch):
             params, state = carry
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    jax.config.update("jax_platforms", "cpu")  # without these two lines: eight accelerators
+    jax.config.update("jax_platforms", "cpu")  # remove these two lines to use eight accelerators
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = fax.sharding.make_mesh(clients=2, data=2, model=2)
     jax.set_mesh(mesh)
@@ -203,7 +203,7 @@ def main():
     limit = entropy(held_out[..., 1:])
     held_out = jax.device_put(held_out, NamedSharding(mesh, P("clients", "data")))
 
-    # The parameters are made where they belong, because a mesh is in scope.
+    # With a mesh in scope, the parameters are created with their shardings.
     graph, params = nnx.split(Transformer(WIDTH, HEADS, BLOCKS, nnx.Rngs(options.seed)))
     state = SERVER_OPTIMIZER.init(params)
     federated_round, evaluate = make_round(graph, options.clients_per_round)

@@ -3,11 +3,12 @@
     python examples/tasks.py --task digits
     python examples/tasks.py --task pystdlib
 
-need no network. The others download TensorFlow Federated's files. `--algorithm fedopt` takes the
+need no network. The others download TensorFlow Federated's files. `--algorithm fedopt` uses the
 task's server optimizer (Reddi et al., arXiv:2003.00295), `fedavg` the plain mean (McMahan et al.,
-arXiv:1602.05629). Prints the results on the test data, and draws runs/tasks_<task>.png. For
-pystdlib, the next character of Python's own standard library, a trigram model with back-off is
-fitted to the same training data, and measured on the same test data.
+arXiv:1602.05629). The example prints the results on the test data, and draws them to
+runs/tasks_<task>.png. The task pystdlib predicts the next character of Python's standard library;
+for comparison, a trigram model with back-off is fitted to the same training data, and evaluated on
+the same test data.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import fax
 
 TASKS = ("digits", "pystdlib", "emnist", "shakespeare", "stackoverflow", "cifar100")
 EVALUATIONS = 20
-MOST_CLIENTS = 3_400  # to evaluate with
+MOST_CLIENTS = 3_400  # for evaluation
 
 
 def main():
@@ -77,7 +78,7 @@ def main():
 
     baseline, comparison = None, ""
     if options.task == "pystdlib":
-        # The scores that the model gives say how many tokens there are.
+        # The number of tokens is the size of the model's scores.
         tokens = model.apply(algorithm.params(state), {"x": np.zeros((1, 1), int)}).shape[-1]
         baseline = Trigram(task.train, tokens).loss(test)
         comparison = f" (trigram model {baseline:.3f})"

@@ -1,4 +1,4 @@
-"""The share of readings above a threshold, counted at the sensors and averaged at the server."""
+"""The share of readings above a threshold, computed at the sensors, averaged at the server."""
 
 import jax
 import jax.numpy as jnp

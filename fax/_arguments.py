@@ -1,6 +1,8 @@
-"""Checks of arguments: what came, what was expected, and how to fix it.
+"""Checks of arguments. Errors say what was passed, what was expected, and how to fix it.
 
-One that is traced has no value to check, only a shape and a dtype.
+Every check is passed the names of the function that was called and of the argument. It raises
+`ValueError`, or the subclass that is passed as ``error``. CONTRIBUTING.md says which error is for
+which mistake. A traced argument has no value to check, only a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +28,22 @@ def number(
     least: float = -np.inf,
     below: float = np.inf,
     most: float = np.inf,
+    what: str = "",
     error: type[ValueError] = ValueError,
 ) -> Any:
-    """Checks that a scalar is finite and in a range, and returns it as it is."""
+    """Checks that a scalar is finite and in a range, and returns it as it is.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      above: the number has to be greater than this.
+      least: the smallest number that is allowed.
+      below: the number has to be less than this.
+      most: the largest number that is allowed.
+      what: what the number stands for, to end the message.
+      error: what to raise.
+    """
     traced = isinstance(value, jax.core.Tracer)
     if traced and np.ndim(value) == 0:
         return value
@@ -45,15 +60,15 @@ def number(
             )
             if np.isfinite(bound)
         )
-    strange = traced or isinstance(value, bool | np.bool_ | str | bytes)
+    not_a_number = traced or isinstance(value, bool | np.bool_ | str | bytes)
     try:
-        found = np.nan if strange or np.ndim(value) else float(value)
-    except (TypeError, ValueError):
+        found = np.nan if not_a_number or np.ndim(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
         came = shown(value) if traced else f"{value!r:.80}"
-        raise error(f"{caller}: {name} is {came}, expected {expected}.")
+        raise error(f"{caller}: {name} is {came}, expected {expected}{what and f', {what}'}.")
     return value
 
 
@@ -62,38 +77,78 @@ def count(
     name: str,
     value: Any,
     *,
-    least: int = 1,
+    least: int | None = 1,
     most: int | None = None,
+    what: str = "",
     expected: str | None = None,
     error: type[ValueError] = ValueError,
 ) -> int:
-    """Checks a whole number, which has to be known when a program is traced."""
+    """Checks an int, which has to be known when a program is traced.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      least: the smallest int that is allowed, or None.
+      most: the largest int that is allowed, or None.
+      what: what the number stands for, to end the message.
+      expected: what to expect instead of an int in this range, if the range depends on others.
+      error: what to raise.
+    """
     try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
+        found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = least - 1
-    if found < least or (most is not None and found > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        expected = expected or f"an int {wanted}"
-        raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
+        found = None
+    fits = found is not None and (least is None or found >= least)
+    if found is None or not fits or (most is not None and found > most):
+        wanted = "an int"
+        if least is not None:
+            wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
+        wanted = expected or wanted
+        raise error(f"{caller}: {name} is {value!r:.80}, expected {wanted}{what and f', {what}'}.")
     return found
 
 
-def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
-    """Checks a sequence of real numbers, and returns them as an array."""
+def seed(caller: str, value: Any, *, error: type[ValueError] = ValueError) -> int:
+    """Checks a seed: an int that NumPy and JAX can both make random numbers from."""
+    return count(caller, "seed", value, least=0, most=2**31 - 1, error=error)
+
+
+def numbers(
+    caller: str,
+    name: str,
+    values: Any,
+    size: int,
+    what: str,
+    *,
+    least: float = -np.inf,
+    error: type[ValueError] = ValueError,
+) -> Any:
+    """Checks a sequence of real numbers, and returns them as an array.
+
+    If there is a ``least`` number, all of them have to be finite.
+    """
+    known = concrete(values)
     try:
-        array = np.asarray(values, float) if concrete(values) else jax.numpy.asarray(values)
+        array = np.asarray(values, float) if known else jax.numpy.asarray(values)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
         ) from None
     if array.shape != (size,):
-        raise ValueError(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+        raise error(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+    if known and least > -np.inf:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= least)))
+        if len(bad):
+            raise error(
+                f"{caller}: {name}[{bad[0]}] is {array[bad[0]]:g}, expected finite numbers of at "
+                f"least {least:g}, {what}."
+            )
     return array
 
 
 def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
-    """Checks that a switch is True or False. In an ``if`` any other value would pass for one."""
+    """Checks that a switch is True or False, and not any other value with a truth value."""
     if not isinstance(value, bool | np.bool_):
         raise error(f"{caller}: {name} is {shown(value)}, expected True or False.")
     return bool(value)
@@ -107,16 +162,24 @@ def choice(
     *,
     error: type[ValueError] = ValueError,
 ) -> str:
-    """Checks that a word is one of those that are known."""
+    """Checks that a string is one of the known ones."""
     if not isinstance(value, str) or value not in known:
         raise error(f"{caller}: {name} is {value!r:.80}, expected {either(known)}.")
     return value
 
 
+def options(caller: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Checks the names of keyword arguments that are passed on. An unknown one is a `TypeError`."""
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        has = f"It has {', '.join(map(repr, known))}." if known else "It has none."
+        raise TypeError(f"{caller} has no option {unknown[0]!r}. {has}")
+
+
 def text(
     caller: str, name: str, value: Any, what: str, *, error: type[ValueError] = ValueError
 ) -> str:
-    """Checks that a value is a string: ``what``, such as the name of a feature."""
+    """Checks that a value is a string. ``what`` describes it, as in "the name of a feature"."""
     if not isinstance(value, str):
         raise error(f"{caller}: {name} is {shown(value)}, expected a string, {what}.")
     return value
@@ -157,12 +220,12 @@ def function(
     """Checks that a value can be called.
 
     Args:
-      caller: who asks.
-      name: of the argument.
-      value: what came.
-      forms: by the number of positional arguments, how it is called: ``{2: "apply(params, x)"}``.
-      keywords: what it gets by name, if its signature has it.
-      error: what to raise.
+      caller: the public function that was called.
+      name: the name of the argument.
+      value: its value.
+      forms: how it is called, by number of positional arguments: ``{2: "apply(params, x)"}``.
+      keywords: arguments that are passed by name if its signature has them.
+      error: the error to raise.
     """
     expected = f"expected a function {', or '.join(forms.values())}"
     if not callable(value) or isinstance(value, type):
@@ -177,9 +240,9 @@ def function(
 def takes(
     fn: Callable, positional: int, keywords: Sequence[str] = (), *, always: Sequence[str] = ()
 ) -> bool:
-    """Whether a function can be called with so many arguments, as far as that can be known.
+    """Whether a function can be called with these arguments, as far as its signature shows.
 
-    And with some by name: ``keywords`` if its signature has them, and ``always`` others.
+    Of the arguments passed by name, ``keywords`` are optional in the signature, ``always`` are not.
     """
     try:
         signature = inspect.signature(fn)
@@ -195,7 +258,7 @@ def takes(
 
 
 def _part(name: str, value: Any) -> str:
-    """How to fix it, where a model was passed for one of its functions."""
+    """How to fix it if an object was passed in place of one of its functions, such as a model."""
     for path in (name, f"model.{name}"):
         try:
             found = operator.attrgetter(path)(value)
@@ -207,7 +270,7 @@ def _part(name: str, value: Any) -> str:
 
 
 def optimizer(caller: str, name: str, value: Any) -> None:
-    """Checks that a value is an optimizer of optax, or is used like one."""
+    """Checks that a value is an optax optimizer, or has the same interface."""
     parts = [getattr(value, part, None) for part in ("init", "update")]
     if not isinstance(value, type) and all(map(callable, parts)) and takes(value.update, 3):
         return
@@ -218,25 +281,25 @@ def optimizer(caller: str, name: str, value: Any) -> None:
         fix = "Call it with its settings, as in optax.sgd(0.1)."
     elif isinstance(value, int | float) or (np.ndim(value) == 0 and hasattr(value, "dtype")):
         rate = "rate" if isinstance(value, jax.core.Tracer) else value
-        fix = f"For steps of this learning rate pass optax.sgd({rate})."
+        fix = f"For this learning rate, pass optax.sgd({rate})."
     raise ValueError(
-        f"{caller}: {name} is {shown(value)}, expected an optimizer of optax "
+        f"{caller}: {name} is {shown(value)}, expected an optax optimizer "
         f"(optax.GradientTransformation). {fix}"
     )
 
 
-def key(caller: str, name: str, value: Any) -> None:
-    """Checks that a value is one random key."""
+def key(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
+    """Checks that a value is a single random key."""
     dtype, shape = dtype_of(value), getattr(value, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {shown(value)}, expected a random key, as in jax.random.key(0)."
         )
 
 
 def arrays(name: str, tree: Any, *, keys: bool) -> None:
-    """Checks that the leaves of a pytree are arrays or numbers, or also random ``keys``."""
+    """Checks that the leaves of a pytree are arrays or numbers, or random keys if ``keys``."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dtype = dtype_of(leaf)
         if dtype is None or (not keys and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)):
@@ -246,8 +309,19 @@ def arrays(name: str, tree: Any, *, keys: bool) -> None:
             )
 
 
+def floats(name: str, tree: Any) -> None:
+    """Checks that the leaves of a pytree are arrays of real floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = dtype_of(leaf)
+        if dtype is None or not jax.dtypes.issubdtype(dtype, np.floating):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is {shown(leaf)}, expected an array of real "
+                "floats. What is counted, and not trained, belongs in the model_state."
+            )
+
+
 def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array or a number; None of anything else."""
+    """The dtype of an array or a number, and None for anything else."""
     try:
         return jax.typeof(leaf).dtype
     except (AttributeError, TypeError, OverflowError):
@@ -255,7 +329,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def extra(caller: str, module: str, name: str) -> None:
-    """Imports an optional package, or says which extra of fax brings it."""
+    """Imports an optional package. If it is missing, the error names fax's extra to install."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -263,19 +337,19 @@ def extra(caller: str, module: str, name: str) -> None:
             raise
         raise ModuleNotFoundError(
             f"{caller} needs the package {module.replace('_', '-')}, which is not installed. "
-            f"Install it with pip install 'fax[{name}]'.",
+            f"Install it with pip install 'fax-jax[{name}]'.",
             name=module,
         ) from error
 
 
 def either(words: Sequence[str]) -> str:
-    """Words in quotes, of which one is to be chosen."""
+    """Lists strings in quotes, as alternatives."""
     quoted = [repr(word) for word in words]
     return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
 
 
 def shown(value: Any) -> str:
-    """What a value is, in a message: never longer than a line, and without addresses."""
+    """Describes a value in an error message, in at most one line and without its address."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return f"{value!r:.80}"
     if isinstance(value, type):
@@ -290,7 +364,7 @@ def shown(value: Any) -> str:
 
 
 def _public(value: Any) -> str:
-    """The name under which a user knows a function or a class: without private modules."""
+    """The name of a function or class as users know it, without private modules."""
     parts = []
     for part in str(getattr(value, "__module__", None) or "").split("."):
         if part.startswith("_"):
@@ -302,5 +376,5 @@ def _public(value: Any) -> str:
 
 
 def concrete(x: Any) -> bool:
-    """Whether all numbers of a pytree are known, so that they can be checked."""
+    """Whether no leaf of a pytree is traced, so that its values can be checked."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))

@@ -1,4 +1,4 @@
-"""What a placed value must look like, and what to say if it does not."""
+"""Checks of the arguments of operators, and their error messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax import _arguments
 from fax._placement import Placement, PlacementError
-from fax.primitives._convolutions import SETTINGS
-from fax.sharding._schedule import ALL_AT_ONCE
+from fax.primitives._round import CONVOLUTIONS, Vectorize
 from fax.sharding._types import as_placed
-
-# The batch size of fax's own maps that run at that of the map before them; not for users.
-OF_ITS_MAKER: Any = object()
 
 
 def is_array(leaf: Any) -> bool:
@@ -33,7 +29,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A value as it is shown in an error message."""
+    """Describes a value in an error message."""
     if is_array(value):
         aval = jax.typeof(value)
         return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
@@ -52,8 +48,8 @@ def row(caller: str, name: str, leaf: Any, here: Placement) -> jax.Array:
     )
     raise PlacementError(
         f"{caller}: {name} {found}, but a value placed at {here.name} has one row for each of its "
-        f"{here.size} participants, that is, a leading axis of size {here.size}. To give all of "
-        "them the same value, use fax.broadcast."
+        f"{here.size} participants, that is, a leading axis of size {here.size}. To send the same "
+        "value to all of them, use fax.broadcast."
     )
 
 
@@ -68,7 +64,7 @@ def rows(
         if not is_array(leaf):
             raise PlacementError(
                 f"{caller}: {name} is {describe(leaf)}, expected an array with {here.size} rows. "
-                "Leaves that are not arrays can only be broadcast and mapped."
+                "Only fax.broadcast and fax.map accept leaves that are not arrays."
             )
         leaf = row(caller, name, leaf, here)
         ok = not numeric or jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
@@ -76,7 +72,7 @@ def rows(
             wanted = "real numbers" if real else "numbers"
             raise PlacementError(
                 f"{caller}: {name} is an array of {leaf.dtype}, expected {wanted}. "
-                "To look at every row use fax.collect."
+                "To get every row, use fax.collect."
             )
         leaves.append(leaf)
     return leaves, treedef
@@ -93,54 +89,46 @@ def vector(caller: str, name: str, value: Any, here: Placement, *, bool_only: bo
         if array.shape == (here.size,) and array.dtype == bool:
             raise PlacementError(
                 f"{caller}: {name} is {describe(value)}, expected numbers. To leave participants "
-                f"out pass where= instead; to count with ones and zeros pass {name}.astype(int)."
+                f"out, pass where= instead. To use ones and zeros, pass {name}.astype(int)."
             )
     wanted = "bool" if bool_only else "real"
-    example = "x > 0" if bool_only else "each participant's example count"
+    example = "x > 0" if bool_only else "each participant's number of examples"
     raise PlacementError(
         f"{caller}: {name} is {describe(value)}, expected one placed {wanted} array of shape "
-        f"[{here.size}], a number for each participant of {here.name}, which serves every leaf, "
-        f"for example {example}."
+        f"[{here.size}], one value for each participant of {here.name}, for example {example}. It "
+        "is used for every leaf."
     )
 
 
 def function(caller: str, value: Any) -> None:
-    """Checks that there is something to call."""
+    """Checks that a value is callable."""
     if not callable(value):
         raise PlacementError(f"{caller}: expected a function, got {describe(value)}.")
 
 
 def initial(caller: str, value: Any, dtype: Any) -> None:
-    """Checks the scalar that a maximum or minimum starts from."""
+    """Checks the initial value of a maximum or minimum."""
     if is_array(value) and jnp.ndim(value) == 0 and jnp.result_type(value, dtype) == dtype:
         limits = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else None
         if limits is None or not isinstance(value, int) or limits.min <= value <= limits.max:
             return
     raise PlacementError(
-        f"{caller}: initial is {describe(value)}, expected a scalar that fits an array of {dtype}."
+        f"{caller}: initial is {describe(value)}, expected a scalar that fits the dtype {dtype}."
     )
 
 
-def vectorize(value: Any, here: Placement) -> int | str | None:
-    """Checks how many participants to work on at once."""
-    if value is None or value is OF_ITS_MAKER:
-        return None if value is None else ALL_AT_ONCE
-    expected = (
-        "a positive int, the number of participants that a device works on at once, or None to "
-        "leave it to fax"
-    )
-    count = _arguments.count("fax.map", "vectorize", value, expected=expected, error=PlacementError)
+def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
+    """Checks the argument ``vectorize`` of a map. Only fax itself passes a `Vectorize`."""
+    if value is None or isinstance(value, Vectorize):
+        return value
+    what = "the participants that a device works on at once, or None to leave it to fax"
+    count = _arguments.count("fax.map", "vectorize", value, what=what, error=PlacementError)
     return min(count, here.size)
 
 
 def convolutions(value: Any) -> str:
-    """Checks how convolutions are to be computed."""
-    if isinstance(value, str) and value in SETTINGS:
-        return value
-    raise PlacementError(
-        f"fax.map: convolutions is {value!r}, expected 'auto', which takes what is fastest, 'xla', "
-        "which leaves all to the compiler, or 'matmul', which makes matrix products of all."
-    )
+    """Checks the argument ``convolutions`` of a map."""
+    return _arguments.choice("fax.map", "convolutions", value, CONVOLUTIONS, error=PlacementError)
 
 
 def no_collectives(caller: str, error: NameError, here: Placement) -> None:
@@ -148,15 +136,15 @@ def no_collectives(caller: str, error: NameError, here: Placement) -> None:
     names = {here.name, *(here.axes or ())}
     if any(re.search(rf"axis name:? '?{re.escape(name)}\b", str(error)) for name in names):
         raise PlacementError(
-            f"{caller}: the mapped function uses {here.name} as the name of an axis, as in "
-            "jax.lax.axis_index or jax.lax.psum. A participant does not see the others: pass it "
-            "its number from fax.index, and reduce its results with fax.sum, fax.mean, fax.max or "
+            f"{caller}: the mapped function uses {here.name} as an axis name, as in "
+            "jax.lax.axis_index or jax.lax.psum. A participant cannot see the others: pass its "
+            "number from fax.index, and reduce its results with fax.sum, fax.mean, fax.max or "
             "fax.min after the map."
         ) from error
 
 
 def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
-    """Checks that a client function neither shares nor makes mutable arrays."""
+    """Checks that a client function neither shares nor creates mutable arrays."""
     shared = [c for c in consts if not is_array(c)]
     if shared:
         raise PlacementError(
@@ -166,7 +154,7 @@ def no_refs(caller: str, jaxpr: ClosedJaxpr, consts: Sequence[Any]) -> None:
     if jaxpr.effects and not jaxpr.effects.isdisjoint(_effects_of_refs()):
         raise PlacementError(
             f"{caller}: the mapped function uses jax.new_ref, which fax does not differentiate. "
-            "Pass values on from step to step instead, as jax.lax.scan does."
+            "Carry values from step to step instead, as jax.lax.scan does."
         )
 
 
@@ -176,14 +164,6 @@ def _effects_of_refs() -> Any:
 
 
 def key(caller: str, value: Any) -> jax.Array:
-    """Checks that a value is one random key."""
-    if is_array(value):
-        array = jnp.asarray(value)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
-            return array
-        if array.dtype == jnp.uint32 and array.shape in ((2,), (4,)):
-            return array
-    raise PlacementError(
-        f"{caller}: key is {describe(value)}, expected one random key at the server, as made by "
-        "jax.random.key. It is folded with each participant's number."
-    )
+    """Checks that a value is a single random key."""
+    _arguments.key(caller, "key", value, error=PlacementError)
+    return jnp.asarray(value)

@@ -1,15 +1,145 @@
-"""Differences between versions of JAX, and what it does not export."""
+"""Differences between versions of JAX, and what it does not export.
+
+Other modules know JAX by exported names, and equations by exported primitives and the parameters
+that are operands of JAX's own functions. Whatever else they have to know of it is here, and
+``tests/test_compat.py`` holds each of these functions against the version at hand.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive
+from jax.extend.core import primitives as p
 from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding
+
+# Equations
+
+
+class Named:
+    """The names of primitives that JAX does not export."""
+
+    CUSTOM_VMAP = "custom_vmap_call"
+    PURE_CALLBACK = "pure_callback"
+    PSUM_INVARIANT = "psum_invariant"
+    PVARY = "pvary"
+    RESHARD = "reshard"
+    SHARD_MAP = "shard_map"
+    SPLIT = "split"
+    STACK = "stack"
+    UNSTACK = "unstack"
+
+
+# What only calls a jaxpr where nothing is differentiated, and the parameter that it is in.
+CALLS = {
+    p.jit_p: "jaxpr",
+    p.custom_jvp_call_p: "call_jaxpr",
+    p.custom_vjp_call_p: "call_jaxpr",
+}
+
+# The parameters that are rules, which JAX runs when the equation is long traced, by primitive.
+RULES = {
+    p.custom_jvp_call_p.name: ("jvp_jaxpr_fun",),
+    p.custom_vjp_call_p.name: ("fwd_jaxpr_thunk", "bwd"),
+    Named.CUSTOM_VMAP: ("rule",),
+}
+
+
+def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    The parameters that say so were renamed in JAX 0.11. But what is neither has one axis less in
+    the body, where the results are carried values and rows.
+    """
+
+    def alike(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
+        return sum(a.aval.ndim == aval.ndim for a, aval in zip(atoms, avals, strict=True))
+
+    body = eqn.params["jaxpr"]
+    carried = alike(eqn.outvars, body.out_avals)
+    return alike(eqn.invars, body.in_avals) - carried, carried
+
+
+def checkpoint_params(params: Mapping[str, Any], jaxpr: Jaxpr, extra: int) -> dict[str, Any]:
+    """Parameters of a `jax.checkpoint` with another jaxpr, of more operands, which come last."""
+    params = dict(params, jaxpr=jaxpr)
+    if isinstance(params["prevent_cse"], tuple):  # one for each operand
+        params["prevent_cse"] += (True,) * extra
+    return params
+
+
+def sharding_asked_for(eqn: JaxprEqn) -> NamedSharding | None:
+    """The sharding of the result, for an equation that does nothing but ask for one."""
+    if eqn.primitive is p.sharding_constraint_p:
+        return eqn.params["sharding"]
+    return eqn.params["dst_sharding"] if eqn.primitive.name == Named.RESHARD else None
+
+
+def has_sharding(eqn: JaxprEqn) -> bool:
+    """Whether an equation says how values are to be sharded."""
+    return eqn.primitive.name in (p.sharding_constraint_p.name, Named.RESHARD, Named.SHARD_MAP)
+
+
+def without_varying(eqn: JaxprEqn, axes: frozenset[str]) -> JaxprEqn | None:
+    """An equation as it is where nobody checks what varies over some manual axes.
+
+    That is in a `jax.shard_map` with ``check_vma=False``. None if it only passes its operand on.
+    """
+    if eqn.primitive.name == Named.PVARY:
+        left = tuple(axis for axis in eqn.params["axes"] if axis not in axes)
+        return eqn.replace(params=dict(axes=left)) if left else None
+    if eqn.primitive.name == Named.PSUM_INVARIANT and axes.issuperset(eqn.params["axes"]):
+        params = dict(axes=eqn.params["axes"], axis_index_groups=None)
+        return eqn.replace(primitive=p.psum_p, params=params)
+    return eqn
+
+
+def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
+    """A type that does not say whether values vary over manual axes, or over some of them."""
+    known = aval.manual_axis_type
+    left = {
+        kind: frozenset() if axes is None else getattr(known, kind).difference(axes)
+        for kind in ("varying", "unreduced", "reduced")
+    }
+    return aval.update(manual_axis_type=known.update(**left))
+
+
+def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:
+    """Parameters of an equation where some axes are manual, which a `jax.shard_map` makes so."""
+    axes = params.get("newly_manual_axes")
+    return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
+
+
+def is_named_axis(effect: Any) -> bool:
+    """Whether an effect only says that the name of an axis is used."""
+    return type(effect).__name__ == "NamedAxisEffect"
+
+
+# Rules of primitives
+
+
+def register_dead_code(
+    primitive: Primitive,
+    rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
+) -> None:
+    """Lets JAX leave out results of a primitive that nobody uses.
+
+    Args:
+      primitive: the primitive.
+      rule: takes which results are used, and the equation, and returns which operands are, and
+        what is left of the equation.
+    """
+
+    def with_equation_last(used: list[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
+        return rule(used, rest[-1])  # JAX 0.12 says before it which operands are alive
+
+    pe.dce_rules[primitive] = with_equation_last
 
 
 def register_lowering_of_jaxprs(

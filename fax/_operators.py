@@ -1,4 +1,4 @@
-"""The operators: broadcast, distribute, collect, map, and who a participant is."""
+"""The operators: broadcast, distribute, collect, map, index and keys."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def broadcast(x: PyTree, *, placement: str | None = None) -> PyTree:
 
     Args:
       x: a server pytree. Python scalars count as arrays; other leaves that are not arrays
-        are returned as they are.
-      placement: which placement, where several are in scope.
+        are returned unchanged.
+      placement: which placement, if several are in scope.
 
     Returns:
       The placed pytree with ``y[i] = x``: a leaf of shape [...] becomes one of shape [n, ...] and
       of the same dtype. A map that takes it sees x itself; the n copies are never made.
 
     Raises:
-      PlacementError: outside a program, or if no or several placements could be meant.
+      PlacementError: outside a program, or if the placement is ambiguous.
 
     Example:
 
@@ -67,7 +67,7 @@ def distribute(x: PyTree, *, placement: str | None = None) -> PyTree:
 
     Args:
       x: a server pytree of arrays of shape [n, ...].
-      placement: which placement, where several are in scope.
+      placement: which placement, if several are in scope.
 
     Returns:
       The placed pytree of the same shapes and dtypes. The transpose is `fax.collect`.
@@ -91,11 +91,11 @@ def distribute(x: PyTree, *, placement: str | None = None) -> PyTree:
 def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
     """Sends every participant's row to the server, which costs n times what a sum does.
 
-    For what needs every row: robust aggregation, ensembles, a look at single participants.
+    Use it if you need every row: for robust aggregation, ensembles, or to inspect participants.
 
     Args:
       x: a placed pytree of arrays of shape [n, ...].
-      placement: which placement, where several are in scope.
+      placement: which placement, if several are in scope.
 
     Returns:
       The server pytree of the same shapes and dtypes. The transpose is `fax.distribute`.
@@ -123,34 +123,34 @@ def map(
     convolutions: str = "auto",
     placement: str | None = None,
 ) -> PyTree:
-    """Runs a function at every participant, on its own rows.
+    """Runs a function for every participant, on its own rows.
 
     Args:
       fn: takes each of ``args`` without its leading axis and returns a pytree of arrays. It
         may close over arrays, which are server values whatever their shape. It may contain
         loops, `jax.grad`, `jax.checkpoint`, randomness, and maps over other placements.
-      *args: placed pytrees of arrays of shape [n, ...]. Leaves that are not arrays reach
-        ``fn`` as they are.
-      vectorize: how many participants a device works on at once. It changes results by rounding
-        only, but for what `jax.vmap` itself changes: keys of ``impl="rbg"`` or ``"unsafe_rbg"``
-        draw other numbers when they are vectorised. Batches are vectorised with `jax.vmap` and
-        follow one another in a loop. With 1, ``fn`` itself is run, so that a `jax.lax.cond` in it
-        is a real branch. Default: 1 on CPU, 16 elsewhere.
-      convolutions: how those in ``fn`` and in its derivatives are computed; values change by
-        rounding only. ``"auto"`` takes what measurements prefer. On CPU that is XLA's own fast
-        convolution, rearranged to be fast in loops as well, or slices and matrix products.
-        Other platforms have not been measured: there, only convolutions whose kernels differ
-        between participants, where several are worked on at once, become matrix products.
-        ``"xla"`` leaves all to the compiler, ``"matmul"`` makes matrix products of all. Nested
-        maps have settings of their own.
-      placement: which placement, where several are in scope.
+      *args: placed pytrees of arrays of shape [n, ...]. Leaves that are not arrays are passed
+        to ``fn`` unchanged.
+      vectorize: the number of participants that a device works on at once. These are vectorized
+        with `jax.vmap`, and such batches follow one another in a loop. With 1, ``fn`` itself
+        runs, so that a `jax.lax.cond` in it is a real branch. Results change only by rounding,
+        except where `jax.vmap` changes them: keys of ``impl="rbg"`` or ``"unsafe_rbg"`` draw
+        different numbers when vectorized. Default: 1 on CPU, 16 elsewhere.
+      convolutions: how convolutions in ``fn`` and its derivatives are computed. Results change
+        only by rounding. ``"auto"`` chooses what was fastest in measurements. On CPU that is
+        XLA's own fast convolution, rearranged to be fast in loops as well, or slices and matrix
+        products. Other platforms have not been measured; there, convolutions become matrix
+        products only if participants are vectorized and their kernels differ. ``"xla"`` leaves
+        all convolutions to the compiler, and ``"matmul"`` turns all into matrix products. Nested
+        maps have their own settings.
+      placement: which placement, if several are in scope.
 
     Returns:
       The placed pytree with ``y[i] = fn(*args[i])``, of leaves of shape [n, ...].
 
     Raises:
       PlacementError: if a leading axis is not n, if ``fn`` returns something other than
-        arrays, if ``vectorize`` is not a positive int, if ``convolutions`` is none of the
+        arrays, if ``vectorize`` is not a positive int, if ``convolutions`` is not one of the
         three, or outside a program.
 
     Example:
@@ -169,7 +169,7 @@ def map(
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
 
-    def of_rows(*rows):
+    def on_rows(*rows):
         nonlocal out_tree
         own = iter(rows)
         seen = [next(own) if is_array(leaf) else leaf for _, leaf in leaves]
@@ -180,13 +180,13 @@ def map(
                 raise PlacementError(
                     f"fax.map: the mapped function returned {_checks.describe(leaf)} at "
                     f"result{keystr(path)}, expected arrays. Return only what each participant "
-                    "computes; what is the same for all can stay outside of fax.map."
+                    "computes; values that are the same for all can stay outside fax.map."
                 )
         return [jnp.asarray(leaf) for _, leaf in out]
 
     inputs = (PLACED,) * len(rows)
     try:
-        jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
+        jaxpr, consts = _jaxpr.trace(on_rows, seen_avals(rows, inputs), about=fn)
     except NameError as error:
         _checks.no_collectives("fax.map", error, here)
         raise
@@ -204,16 +204,16 @@ def map(
 
 
 def index(*, placement: str | None = None) -> jax.Array:
-    """Every participant's own number.
+    """Returns the index of each participant.
 
     Args:
-      placement: which placement, where several are in scope.
+      placement: which placement, if several are in scope.
 
     Returns:
-      The placed int32 array [0, 1, ..., n - 1]. Nothing is sent for it.
+      The placed int32 array [0, 1, ..., n - 1]. It needs no communication.
 
     Raises:
-      PlacementError: outside a program, or if no or several placements could be meant.
+      PlacementError: outside a program, or if the placement is ambiguous.
 
     Example:
 
@@ -228,20 +228,20 @@ def index(*, placement: str | None = None) -> jax.Array:
 
 
 def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
-    """A random key for every participant, from one at the server.
+    """Derives a random key for every participant from one key at the server.
 
-    Participant i gets ``jax.random.fold_in(key, i)``. In nested maps the number of the outer
-    participant is not mixed in: pass it the key that it got.
+    Participant i gets ``jax.random.fold_in(key, i)``. In nested maps the index of the outer
+    participant is not folded in: pass the key that the outer participant received.
 
     Args:
       key: a server key, typed (`jax.random.key`) or raw (`jax.random.PRNGKey`).
-      placement: which placement, where several are in scope.
+      placement: which placement, if several are in scope.
 
     Returns:
-      The placed keys: an array of keys of shape [n], or raw ones of shape [n, ...].
+      The placed keys: typed keys of shape [n], or raw keys of shape [n, ...].
 
     Raises:
-      PlacementError: if ``key`` is not one key, or outside a program.
+      PlacementError: if ``key`` is not a single key, or outside a program.
 
     Example:
 

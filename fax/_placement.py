@@ -22,10 +22,10 @@ class Placement:
     """A group of participants.
 
     Attributes:
-      name: what it is called.
+      name: its name.
       size: the number of participants.
-      axes: the mesh axes that they are spread over where the mesh has them, or None for an
-        axis of the placement's own name.
+      axes: the mesh axes over which they are spread, or None for the axis with the placement's
+        name. Axes that the mesh does not have are ignored.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Placement:
 
     @staticmethod
     def of(params: Mapping[str, Any]) -> Placement:
-        """The placement that the parameters of a primitive speak of."""
+        """The placement in the parameters of a primitive."""
         return Placement(params["placement"], params["size"], params.get("axes"))
 
     @property
     def params(self) -> dict[str, Any]:
-        """Parameters for a primitive. Those that say nothing are left out."""
+        """The parameters for a primitive, without ``axes`` if it is None."""
         params = {"placement": self.name, "size": self.size}
         return params if self.axes is None else params | {"axes": self.axes}
 
@@ -51,7 +51,7 @@ Scope = tuple[Placement, ...]
 
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("fax_scope", default=None)
 
-# JAX remembers traces of jitted functions. One that calls an operator must not be
+# JAX caches traces of jitted functions. A trace that contains an operator must not be
 # reused under placements of other sizes, so the scope is part of JAX's cache key.
 _jit_cache_key = jax.make_user_context(None)
 
@@ -60,25 +60,20 @@ def declare(sizes: Mapping[str, int]) -> Scope:
     """Checks the keyword arguments of `fax.program`."""
     if not sizes:
         raise PlacementError(
-            "fax.program needs at least one placement, a name and a number of "
+            "fax.program needs at least one placement, with a name and a number of "
             "participants, as in @fax.program(clients=64)."
         )
-    return tuple(Placement(name, _positive(name, size)) for name, size in sizes.items())
+    return tuple(Placement(name, _size(name, size)) for name, size in sizes.items())
 
 
-def _positive(name: str, size: int) -> int:
-    try:
-        return _arguments.count("fax.program", name, size)
-    except ValueError:
-        raise PlacementError(
-            f"The size of placement {name!r} must be a positive int known before tracing, "
-            f"got {size!r}. Pass a Python int, as in @fax.program({name}=64)."
-        ) from None
+def _size(name: str, size: Any) -> int:
+    what = f"the number of participants, known before tracing, as in @fax.program({name}=64)"
+    return _arguments.count("fax.program", name, size, what=what, error=PlacementError)
 
 
 @contextlib.contextmanager
 def scope(placements: Scope) -> Iterator[None]:
-    """Makes ``placements``, and no others, visible to operators."""
+    """Makes exactly these placements visible to operators."""
     token = _scope.set(placements)
     try:
         with _jit_cache_key(placements):
@@ -88,10 +83,10 @@ def scope(placements: Scope) -> Iterator[None]:
 
 
 def placements() -> dict[str, int]:
-    """The placements in scope, name to size.
+    """Returns the placements in scope, as a dict from name to size.
 
-    Inside a program these are its placements, inside a `fax.map` those that are left
-    when the mapped one is taken away, and outside any program there are none.
+    Inside a program these are its placements. Inside a `fax.map` they are the same without the
+    mapped one. Outside any program there are none.
 
     Example:
 
@@ -108,7 +103,7 @@ def placements() -> dict[str, int]:
 
 
 def resolve(name: str | None, caller: str) -> Placement:
-    """The placement an operator works on: the one named, or the only one in scope."""
+    """The placement that an operator works on: the named one, or the only one in scope."""
     visible = _scope.get()
     if visible is None:
         raise PlacementError(
@@ -119,9 +114,9 @@ def resolve(name: str | None, caller: str) -> Placement:
     if name is None:
         if not visible:
             raise PlacementError(
-                f"{caller} was called where no placement is in scope: inside a fax.map its "
-                "own placement is gone. Move the call out of the mapped function, or give "
-                "the program one more placement for it."
+                f"{caller} was called where no placement is in scope: inside a fax.map, the "
+                "mapped placement is not. Move the call out of the mapped function, or declare "
+                "another placement for it."
             )
         if len(visible) > 1:
             raise PlacementError(
@@ -132,14 +127,14 @@ def resolve(name: str | None, caller: str) -> Placement:
         if placement.name == name:
             return placement
     raise PlacementError(
-        f"{caller} got placement={name!r}, which is not in scope. "
+        f"{caller}: placement is {name!r}, which is not in scope. "
         f"In scope here: {known or 'none'}. A placement is in scope in the program that "
         "declares it, except inside a fax.map over it."
     )
 
 
 def in_program() -> bool:
-    """Whether this is called within a program."""
+    """Whether a program is being traced."""
     return _scope.get() is not None
 
 

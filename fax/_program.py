@@ -13,54 +13,56 @@ import numpy as np
 from jax.api_util import debug_info
 from jax.core import eval_context
 from jax.extend import linear_util as lu
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params, take_current_trace
+from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
 from fax._checks import function, is_array
-from fax._compat import is_jet
+from fax._compat import has_sharding, is_jet
 from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
-from fax.primitives._invalid import watch_program
-from fax.primitives._structure import Structure, execute
+from fax.primitives._compile_key import Structure, execute
+from fax.primitives._debug_nans import watch_program
 from fax.sharding._mesh import laid_out, other_axes, split_axes
 
 F = TypeVar("F", bound=Callable)
 
 
 def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
-    """Declares placements for a function that is written with fax's operators.
+    """Declares placements for a function that uses fax's operators.
 
-    A placement is a named group of participants. A value placed there is a pytree of arrays
-    whose leading axis has one row for each of them; every other value is the server's.
+    A placement is a named group of participants. A placed value is a pytree of arrays whose
+    leading axis has one row for each participant. Every other value belongs to the server.
 
-    The result is an ordinary JAX function, to be jitted, differentiated, vectorised, exported
-    and called in other functions. When called it traces the body, fuses what it finds into
-    rounds of communication, and evaluates those where it was called. Called with arrays and
-    outside of any transformation, it is compiled as a whole, once for arguments alike. Python
-    scalars are constants then, and each value compiles anew: pass what varies as an array.
+    The result is an ordinary JAX function that can be jitted, differentiated, vectorized, exported
+    and called in other functions. A call traces the body, fuses its operators into rounds of
+    communication, and evaluates these in place. If it is called with arrays outside any
+    transformation, the whole program is compiled, once for each set of argument shapes and dtypes.
+    Python scalars are then constants, and each new value compiles again: pass values that vary as
+    arrays.
 
-    Such a call does not trace the body again if an earlier call was alike, and if the body still
-    reads the same: the numbers, strings, arrays, containers and functions that it closes over
-    or names as globals. After a change of these the next call sees it. If the body reads something
-    else, such as a module or an object of a class of yours, this cannot be told, and every call
-    traces. As with `jax.jit`, the body should have no side effects: what it prints, draws from
-    `numpy.random`, or reads from a clock or a file belongs to the trace, not to the call.
+    Such a call does not trace the body again if an earlier call had the same kind of arguments and
+    everything that the body reads is unchanged: the numbers, strings, arrays, containers and
+    functions that it closes over or uses as globals. After a change, the next call traces again.
+    If the body reads anything else, such as a module or an object of your own class, fax cannot
+    detect changes, and every call traces. As with `jax.jit`, the body should have no side effects:
+    printing, drawing from `numpy.random`, and reading a clock or a file happen when the body is
+    traced, not at every call.
 
     Args:
-      **placements: the number of participants, a positive int, by the name of the placement.
-        Several placements can be nested by maps inside maps.
+      **placements: the name of each placement and its number of participants, a positive int.
+        Several placements can be nested by nesting maps.
 
     Returns:
       A decorator. Arguments and results of the decorated function can be pytrees. Leaves that
-      are not arrays (functions, strings, Python scalars, None) go in and come out as they are,
-      so that ``range(steps)`` works on an argument.
+      are not arrays (functions, strings, Python scalars, None) are passed and returned unchanged,
+      so that ``range(steps)`` works with an argument.
 
     Raises:
       PlacementError: if there is no placement, or a size is not a positive int. The operators
-        raise it, too, when the program is called; see each.
+        also raise it when the program is called; see each operator.
 
     Example:
 
@@ -75,8 +77,8 @@ def program(*undecorated: Any, **placements: int) -> Callable[[F], F]:
     """
     if undecorated:
         raise PlacementError(
-            "fax.program takes placements by name and returns a decorator: write "
-            "@fax.program(clients=64), with brackets and a number of participants."
+            "fax.program takes placements as keyword arguments and returns a decorator: write "
+            "@fax.program(clients=64), with parentheses and a number of participants."
         )
     declared = declare(placements)
 
@@ -104,13 +106,13 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     avals = tuple(map(jax.typeof, operands))
     others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
     if _evaluates_now():
-        traced = traces.remembered(declared, treedef, others, avals)
+        traced = traces.get(declared, treedef, others, avals)
         run = functools.partial(execute, traced.structure)
     else:
         traced = _trace(traces.fn, declared, treedef, others, avals)
         run = functools.partial(_jaxpr.evaluate, traced.jaxpr)
         with take_current_trace() as current:
-            if is_jet(current):  # which fails in rules of custom derivatives, as means have them
+            if is_jet(current):  # jet fails in custom derivative rules, which means have
                 run = functools.partial(_jaxpr.evaluate_in_steps, traced.jaxpr, plain=True)
     _warn_of_idle_mesh(declared, operands, traced)
     outs = iter(watch_program(run, traced.jaxpr, [*traced.captured, *operands]))
@@ -125,8 +127,8 @@ class _Trace:
     Attributes:
       jaxpr: the program, fused.
       captured: the arrays or tracers that it closes over, its leading operands.
-      results: what it returned, with a mark for each of the jaxpr's results.
-      out_tree: the structure of that.
+      results: the leaves that it returned, with ``_TRACED`` for each result of the jaxpr.
+      out_tree: the tree structure of ``results``.
     """
 
     jaxpr: ClosedJaxpr
@@ -141,13 +143,13 @@ class _Trace:
     @functools.cached_property
     def has_shardings(self) -> bool:
         """Whether something in it says how it is to be sharded."""
-        return _has_shardings(self.jaxpr.jaxpr)
+        return _jaxpr.any_equation(self.jaxpr, has_sharding)
 
 
 def _trace(
     fn: Callable, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
 ) -> _Trace:
-    """Traces and fuses a program, called with the leaves and, where they are marked, arrays."""
+    """Traces and fuses a program. Leaves that are ``_TRACED`` stand for arrays of ``avals``."""
     results: list[Any] = []
     out_tree: Any = None
 
@@ -158,7 +160,7 @@ def _trace(
         args, kwargs = tree_unflatten(treedef, seen)
         with scope(declared):
             outs, out_tree = tree_flatten(fn(*args, **kwargs))
-        # What is traced must not outlive its trace.
+        # Tracers must not outlive their trace.
         results = [_TRACED if _is_traced(leaf) else leaf for leaf in outs]
         return [leaf for leaf in outs if _is_traced(leaf)]
 
@@ -168,20 +170,20 @@ def _trace(
 
 
 class _Traces(Reader):
-    """The traces of a program, which hold as long as the function reads what it did before."""
+    """A program's traces, which are valid as long as everything that it reads is unchanged."""
 
     def __init__(self, fn: Callable, declared: Scope):
         self.fn = fn
         self.declared = declared
-        self._known: tuple[Hashable, dict[Hashable, _Trace]] = None, {}  # what it read, by call
+        self._known: tuple[Hashable, dict[Hashable, _Trace]] = None, {}  # what it read; by call
 
     def reads(self) -> tuple[Any, ...]:
         return self.fn, [(p.name, p.size) for p in self.declared]
 
-    def remembered(
+    def get(
         self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
     ) -> _Trace:
-        """The trace of a call alike, or a new one if there is none that still holds."""
+        """The trace of an earlier call that is still valid, or a new one."""
         key = self._key(declared, treedef, leaves, avals)
         reads, traces = self._known
         if reads is None or reads != snapshot(self.fn):
@@ -190,15 +192,15 @@ class _Traces(Reader):
             return traces[key]
         trace = _trace(self.fn, declared, treedef, leaves, avals)
         if key is not None and snapshot(_constants(trace.results)) is not None:
-            # What the function itself changes when it is traced is no reason to trace it again.
-            recent = list(traces.items())[1 - _TRACES_KEPT :]
+            # If tracing itself changes what the function reads, that must not trace it again.
+            recent = list(traces.items())[1 - _MAX_TRACES :]
             self._known = snapshot(self.fn), dict([*recent, (key, trace)])
         return trace
 
     def _key(
         self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
     ) -> Hashable | None:
-        """How the function is called, or None where calls cannot be compared."""
+        """A key for this call, or None if it cannot be compared with other calls."""
         others = snapshot(_constants(leaves))
         if others is None or jax.config.jax_disable_jit:
             return None
@@ -211,16 +213,16 @@ class _Traces(Reader):
 
 
 def _constants(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that are not arrays, at their places."""
+    """The leaves that are not arrays, with None in place of arrays."""
     return [None if leaf is _TRACED else leaf for leaf in leaves]
 
 
-_TRACES_KEPT = 64
+_MAX_TRACES = 64
 
 
 @lu.cache
 def _context(nothing: lu.WrappedFun) -> object:
-    """An object for each context that JAX traces in: a mesh, settings, and the like."""
+    """A different object for each context in which JAX traces, such as its mesh and settings."""
     del nothing
     return object()
 
@@ -235,7 +237,7 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def _evaluates_now() -> bool:
-    """Whether no transformation is under way, so that operations are carried out at once."""
+    """Whether operations are evaluated at once, because no transformation is in progress."""
     with take_current_trace() as current:
         pass
     with eval_context(), take_current_trace() as evaluation:
@@ -244,7 +246,7 @@ def _evaluates_now() -> bool:
 
 
 def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
-    """Data spread over an axis that the program does not know of would be gathered."""
+    """Warns if data are sharded over an axis of a mesh that is not in scope: they are gathered."""
     in_scope = jax.sharding.get_abstract_mesh().axis_names
     of_axis = {axis: p.name for p in declared for axis in p.axes or (p.name,)}
     names = set(of_axis).difference(in_scope)
@@ -263,15 +265,15 @@ def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
             return
 
 
-# What programs were warned of: the axes of a mesh, and the placements of the program.
+# The mesh axes and placements for which the following warning was already issued.
 _idle: set[Any] = set()
 
 
 def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], traced: _Trace) -> None:
-    """Without an axis for its participants, all devices of a mesh do the same work.
+    """Warns if no axis belongs to a placement, so that all devices of a mesh do the same work.
 
-    Unless the participants' functions use them, as far as that can be seen, or whoever calls the
-    program in a `jax.shard_map`.
+    Does not warn if the client functions visibly use the axes, or if the program is called in a
+    `jax.shard_map`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = other_axes((), mesh)
@@ -289,8 +291,8 @@ def _warn_of_idle_mesh(declared: Scope, operands: Sequence[Any], traced: _Trace)
     warnings.warn(
         f"A program over {' and '.join(names)} runs under a mesh of {axes}, which has no axis "
         f"{one!r}, so that all of its devices do the same work. Name an axis {one!r}, or use "
-        f"fax.sharding.layout({one}={free[0]!r}). If the mesh is for the participants' own "
-        f"functions, say so by fax.sharding.layout({one}=()).",
+        f"fax.sharding.layout({one}={free[0]!r}). If only the client functions should use the "
+        f"mesh, use fax.sharding.layout({one}=()).",
         stacklevel=4,
     )
 
@@ -300,14 +302,6 @@ def _is_sharded(x: Any) -> bool:
     return any(
         isinstance(s, NamedSharding) and any(_as_tuple(entry) != (None,) for entry in s.spec)
         for s in shardings
-    )
-
-
-def _has_shardings(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in ("sharding_constraint", "shard_map", "reshard")
-        or any(map(_has_shardings, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
     )
 
 

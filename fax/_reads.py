@@ -1,8 +1,8 @@
-"""What a function reads besides its arguments, to tell whether a trace of it still holds.
+"""Snapshots of what a function reads besides its arguments, to decide if a trace is still valid.
 
-A function of Python reads what it closes over and the globals that it names. Of numbers, strings,
-arrays, containers and functions of those it can be told whether they are the same as before. Of
-other objects it cannot, and then the answer is None: such a function has to be traced anew.
+A Python function reads what it closes over and the globals that it names. Numbers, strings, arrays,
+containers of these, and functions can be compared with their earlier values. If a function reads
+other objects, its snapshot is None, and it has to be traced again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-# A longer look would take as long as a trace.
-_MOST_OBJECTS, _MOST_BYTES = 10_000, 2**20
+# Beyond these limits, a comparison would take as long as a trace.
+_MAX_OBJECTS, _MAX_BYTES = 10_000, 2**20
 _INSTALLED = (
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.dirname(__file__),
@@ -29,34 +29,33 @@ _INSTALLED = (
 
 
 def snapshot(*values: Any) -> Hashable | None:
-    """A key that is equal to another one if the values are the same in all that they read.
+    """A key that is equal to an earlier one if the values, and all that they read, are unchanged.
 
-    Numbers, strings and containers are compared by what they are, NumPy's arrays by their
-    elements and those of JAX, which do not change, by identity. Functions are compared by their
-    code, and by what they close over and name. Modules and classes that are installed, and
-    functions in them, are taken not to change.
+    Numbers, strings, containers and NumPy arrays are compared by value, and JAX arrays, which are
+    immutable, by identity. Functions are compared by their code and by what they close over and
+    name. Installed modules, their classes and functions are assumed not to change.
 
-    Returns None if there is something that cannot be compared.
+    Returns None if anything cannot be compared.
     """
     try:
         return _Snapshot().of(values)
-    except (_UnknownError, RecursionError):
+    except (_NotComparableError, RecursionError):
         return None
 
 
 class Reader:
-    """An object of which it is known what it reads."""
+    """An object that lists what it reads."""
 
     def reads(self) -> tuple[Any, ...]:
         raise NotImplementedError
 
 
-class _UnknownError(Exception):
+class _NotComparableError(Exception):
     pass
 
 
-class _Same:
-    """Stands in a key for an object that is equal to itself alone, and keeps it alive."""
+class _ById:
+    """Wraps an object for comparison by identity, and keeps it alive."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -65,12 +64,12 @@ class _Same:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
 
 class _Snapshot:
     def __init__(self) -> None:
-        self._seen: dict[int, int] = {}  # by identity, for it may go round in circles
+        self._seen: dict[int, int] = {}  # by id, because references may be circular
         self._alive: list[Any] = []
 
     def of(self, value: Any) -> Hashable:
@@ -78,25 +77,25 @@ class _Snapshot:
         if value is None or kind in (bool, int, str, bytes):
             return kind, value
         if kind in (float, complex):
-            return kind, repr(value)  # tells zeros apart, and NaN is equal to itself
+            return kind, repr(value)  # distinguishes 0.0 from -0.0, and NaN equals itself
         if isinstance(value, np.dtype):
             return np.dtype, value
         if isinstance(value, np.generic):
             return kind, value.dtype, value.tobytes()
-        if _never_changes(value):
-            return _Same(value)
+        if _compared_by_id(value):
+            return _ById(value)
         number = self._seen.setdefault(id(value), len(self._seen))
         if number < len(self._alive):
             return "seen", number
-        if number == _MOST_OBJECTS:
-            raise _UnknownError
+        if number == _MAX_OBJECTS:
+            raise _NotComparableError
         self._alive.append(value)
         return kind, *self._parts(value)
 
     def _parts(self, value: Any) -> Iterator[Hashable]:
         if type(value) is np.ndarray:
-            if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
-                raise _UnknownError
+            if value.dtype.hasobject or value.nbytes > _MAX_BYTES:
+                raise _NotComparableError
             yield from (value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest())
         elif type(value) in (tuple, list) or _is_namedtuple(value):
             yield from map(self.of, value)
@@ -115,10 +114,10 @@ class _Snapshot:
         elif isinstance(value, _WITH_RULES):
             yield self.of(vars(value))
         else:
-            raise _UnknownError
+            raise _NotComparableError
 
     def _of_function(self, function: FunctionType) -> Iterator[Hashable]:
-        yield from (function.__code__, _Same(function.__globals__))
+        yield from (function.__code__, _ById(function.__globals__))
         yield self.of((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
@@ -134,7 +133,7 @@ class _Snapshot:
                     yield name, self.of(function.__globals__[name])
 
 
-def _never_changes(value: Any) -> bool:
+def _compared_by_id(value: Any) -> bool:
     if isinstance(value, ModuleType):
         return _is_installed(value.__name__)
     if isinstance(value, type):
@@ -143,7 +142,7 @@ def _never_changes(value: Any) -> bool:
         return not isinstance(value, jax.core.Tracer)
     if isinstance(value, np.ufunc):
         return getattr(np, value.__name__, None) is value
-    return isinstance(value, _JITTED)  # JAX traces these once, whatever they read
+    return isinstance(value, _JITTED)  # JAX traces these only once, whatever they read
 
 
 _JITTED = type(jax.jit(lambda: None))
@@ -151,7 +150,7 @@ _WITH_RULES = (jax.custom_jvp, jax.custom_vjp, custom_vmap)
 
 
 def _is_namedtuple(value: Any) -> bool:
-    """Whether a value is a tuple with names, of a class that is installed."""
+    """Whether a value is a named tuple of an installed class."""
     kind = type(value)
     named = issubclass(kind, tuple) and hasattr(kind, "_fields")
     return named and _is_installed(kind.__module__)
@@ -159,13 +158,13 @@ def _is_namedtuple(value: Any) -> bool:
 
 @functools.cache
 def _is_installed(name: str | None) -> bool:
-    """Whether a module is one of Python's, of fax's or of an installed package."""
+    """Whether a module belongs to Python, to fax or to an installed package."""
     file = getattr(sys.modules.get(name or ""), "__file__", None)
     return name in sys.builtin_module_names if file is None else file.startswith(_INSTALLED)
 
 
 @functools.lru_cache
 def _names(code: CodeType) -> tuple[str, ...]:
-    """The names of globals, attributes and imports in a function and in those it defines."""
+    """The names of globals, attributes and imports in a function and its nested functions."""
     inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
     return tuple(sorted({*code.co_names, *(name for names in inner for name in names)}))

@@ -14,30 +14,30 @@ from jax.extend.core import Primitive
 from jax.tree_util import tree_unflatten
 
 from fax import _checks
+from fax._arithmetic import accumulator_dtype
 from fax._placement import Placement, resolve
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import PLACED, Out, rowwise
-from fax.sharding._schedule import accumulator_dtype
 
 PyTree = Any
 
 
 def sum(x: PyTree, *, where: jax.Array | None = None, placement: str | None = None) -> PyTree:
-    """Adds up the rows of a placed value at the server.
+    """Sums the rows of a placed value at the server.
 
     Args:
       x: a placed pytree of numeric arrays of shape [n, ...].
-      where: a placed bool array of shape [n]. Participants for which it is false are left out,
-        whatever they hold: neither values nor gradients can be reached by their NaN or inf.
-      placement: which placement, where several are in scope.
+      where: a placed bool array of shape [n]. Participants for which it is false are left out.
+        If they hold NaN or inf, neither values nor gradients are affected.
+      placement: which placement, if several are in scope.
 
     Returns:
       The server pytree sum_i x[i], with leaves of shape [...]. Integers and bools are promoted
-      as `jnp.sum` does; floats shorter than float32 are added in float32 and cast last.
+      as `jnp.sum` does; floats narrower than float32 are added in float32 and cast at the end.
 
-      However many participants there are, and whatever the batch size, a float32 sum is at most
-      ``1e-6 sum_i |x[i]|`` off; of a leaf of more than 256 elements it may be 1e-4 of it, if all
-      rows are equal. ``docs/how_it_works.md`` says when.
+      The error of a float32 sum is at most ``1e-6 sum_i |x[i]|``, whatever the number of
+      participants and ``vectorize``. For leaves of more than 256 elements whose rows are all
+      equal it can be up to 1e-4 times that sum. ``docs/how_it_works.md`` says when.
 
     Raises:
       PlacementError: if a leading axis is not n, a leaf is not numeric, ``where`` is not bool
@@ -77,18 +77,18 @@ def mean(
 
     Args:
       x: a placed pytree of numeric arrays of shape [n, ...].
-      weights: a placed array of real numbers, of shape [n], which serves every leaf. They may be
+      weights: a placed array of real numbers of shape [n], used for every leaf. They may be
         negative or zero. A weight of zero does not mask: zero times NaN is NaN. Bools are
-        refused, because they mean a mask: pass those as ``where``.
-      where: a placed bool array of shape [n]. Participants for which it is false are left out,
-        whatever they hold: neither values nor gradients can be reached by their NaN or inf.
-      placement: which placement, where several are in scope.
+        rejected, because they are masks: pass them as ``where``.
+      where: a placed bool array of shape [n]. Participants for which it is false are left out.
+        If they hold NaN or inf, neither values nor gradients are affected.
+      placement: which placement, if several are in scope.
 
     Returns:
-      The server pytree of leaves of shape [...]. Floats keep their dtype (those shorter than
-      float32 are added and divided in float32), integers and bools become floats. If the
-      weights add up to zero the mean is zero, and so are its gradients. Sums of products and
-      of weights are as accurate as those of `fax.sum`.
+      The server pytree of leaves of shape [...]. Floats keep their dtype (those narrower than
+      float32 are added and divided in float32); integers and bools become floats. If the
+      weights sum to zero, the mean and its gradients are zero. The sums of products and of
+      weights are as accurate as those of `fax.sum`.
 
     Raises:
       PlacementError: if a leading axis is not n, a leaf is not numeric, ``weights`` is not real
@@ -138,20 +138,20 @@ def max(
     initial: jax.Array | float | None = None,
     placement: str | None = None,
 ) -> PyTree:
-    """The largest of the rows of a placed value, element by element.
+    """Takes the elementwise maximum over the rows of a placed value.
 
     Args:
       x: a placed pytree of real arrays of shape [n, ...].
       where: a placed bool array of shape [n]. Participants for which it is false are left out,
         whatever they hold.
-      initial: a scalar that takes part in the comparison, as in `jnp.max`, and so is the result
-        where no participant is left. Without it, that is the least value of the dtype.
-      placement: which placement, where several are in scope.
+      initial: a scalar that takes part in the comparison, as in `jnp.max`. It is the result if
+        no participant is left. By default, that is the smallest value of the dtype.
+      placement: which placement, if several are in scope.
 
     Returns:
-      The server pytree max_i x[i], with leaves of shape [...] and the dtypes of ``x``. Its
-      gradient goes to the participants that attain it, in equal parts if there are several;
-      where none is left, or the maximum is NaN, it is zero.
+      The server pytree max_i x[i], with leaves of shape [...] and the dtypes of ``x``. The
+      participants that attain the maximum share its gradient equally. The gradient is zero if no
+      participant is left, or if the maximum is NaN.
 
     Raises:
       PlacementError: if a leading axis is not n, a leaf is not real, ``where`` is not bool of
@@ -175,9 +175,9 @@ def min(
     initial: jax.Array | float | None = None,
     placement: str | None = None,
 ) -> PyTree:
-    """The smallest of the rows of a placed value, element by element.
+    """Takes the elementwise minimum over the rows of a placed value.
 
-    As `fax.max`, with the greatest value of the dtype where no participant is left.
+    Works like `fax.max`. If no participant is left, the result is the largest value of the dtype.
 
     Example:
 
@@ -191,10 +191,10 @@ def min(
 
 
 def masked(x: PyTree, where: jax.Array) -> PyTree:
-    """The rows for which ``where`` is true, and zero elsewhere, as a placed value.
+    """Keeps the rows for which ``where`` is true and sets the others to zero. Nothing is reduced.
 
-    As in a reduction, neither values nor gradients can be reached by what is left out, though it
-    is not reduced here. ``jnp.where`` would send zeros back into singular client functions.
+    As in a reduction, rows that are left out affect neither values nor gradients. With
+    ``jnp.where``, zero cotangents would reach client functions with infinite derivatives.
     """
     here = resolve(None, "fax.aggregators")
     leaves, treedef = _checks.rows("fax.aggregators", x, here)
@@ -243,7 +243,7 @@ def _reduce(
     where: jax.Array | None,
     here: Placement,
 ) -> list[jax.Array]:
-    """Reduces the ``count`` arrays that ``fn`` makes of each participant's rows, by one map."""
+    """Reduces the ``count`` arrays that ``fn`` returns for each participant, in one map."""
 
     def masked(*seen):
         return [*fn(*seen[: len(rows)]), *seen[len(rows) :]]
@@ -255,10 +255,10 @@ def _reduce(
 
 @jax.custom_jvp
 def _quotient(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x / y, and zero with derivatives of zero where y is zero.
+    """x / y; zero, with zero derivatives, where y is zero.
 
-    Its derivative is written with the quotient, which is there anyway, so that the gradient of
-    a mean with respect to weights does not have to keep the sum: one model less.
+    The derivative uses the quotient, which is available anyway. So the gradient of a mean with
+    respect to weights does not have to keep the sum, which saves the memory of one model.
     """
     some = y != 0
     ratio = x / lax.select(some, y, jnp.ones_like(y))
@@ -273,11 +273,11 @@ def _quotient_jvp(primals, tangents):
 
 
 def _result_dtypes(fn: Callable, leaves: Sequence[jax.Array]) -> list[Any]:
-    """The dtypes that a reduction of `jax.numpy` gives these leaves."""
+    """The dtypes that a `jax.numpy` reduction returns for these leaves."""
     return [_result_dtype(fn, leaf.dtype, jax.config.jax_enable_x64) for leaf in leaves]
 
 
 @functools.lru_cache
 def _result_dtype(fn: Callable, dtype: Any, x64: bool) -> Any:
-    del x64  # part of the cache's key only
+    del x64  # only part of the cache key
     return jax.eval_shape(fn, jax.ShapeDtypeStruct((1,), dtype)).dtype

@@ -1,7 +1,8 @@
-"""Rules of `jax.custom_jvp` and its like, which JAX runs when the program is long gone.
+"""Keeps placements in scope for custom derivative and batching rules.
 
-Operators in such a rule mean the placements of the program, or of the client function, that
-it is written in. So what JAX will run carries that scope along.
+JAX runs the rules of `jax.custom_jvp`, `jax.custom_vjp` and `custom_vmap` after the program has
+been traced. Operators in such a rule refer to the placements of the program, or of the client
+function, in which the rule is written. So the functions that JAX will run carry that scope.
 """
 
 from __future__ import annotations
@@ -13,57 +14,41 @@ from typing import Any
 from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from fax import _compat
 from fax._placement import Scope, scope
 from fax.primitives import _jaxpr
-from fax.primitives._fusion import has_operators
+from fax.primitives._fusion import has_operators, is_operator
+from fax.primitives._jaxpr import AnyJaxpr
 from fax.primitives._round import federated_map_p
 
-# The parameters that are run later, by primitive.
-_RULES = {
-    "custom_jvp_call": ("jvp_jaxpr_fun",),
-    "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd"),
-    "custom_vmap_call": ("rule",),
-}
 
-
-def bind_scope(jaxpr: ClosedJaxpr, placements: Scope) -> ClosedJaxpr:
-    """Lets the rules in a jaxpr see the placements, if operators are involved."""
+def bind_scope(jaxpr: AnyJaxpr, placements: Scope) -> AnyJaxpr:
+    """Makes the placements visible to the rules in a jaxpr, if it contains operators."""
     if not has_operators(jaxpr):
         return jaxpr
-    return ClosedJaxpr(_bind(jaxpr.jaxpr, placements), jaxpr.consts)
+    return _jaxpr.rewrite(jaxpr, functools.partial(_bind_equation, placements))
 
 
-def _bind(jaxpr: Jaxpr, placements: Scope) -> Jaxpr:
-    return jaxpr.replace(eqns=[_bind_equation(eqn, placements) for eqn in jaxpr.eqns])
-
-
-def _bind_equation(eqn: JaxprEqn, placements: Scope) -> JaxprEqn:
-    # The client function of a map has a scope of its own, which it already carries.
-    if eqn.primitive is federated_map_p or not any(map(has_operators, _jaxpr.inner(eqn))):
+def _bind_equation(placements: Scope, eqn: JaxprEqn) -> JaxprEqn:
+    # The client function of a map already carries its own scope.
+    if eqn.primitive is federated_map_p or not _jaxpr.any_inside(eqn, is_operator):
         return eqn
-    later = _RULES.get(eqn.primitive.name, ())
-    params = {
-        name: _within(placements, value) if name in later else _inside(value, placements)
-        for name, value in eqn.params.items()
-    }
-    return eqn.replace(params=params)
-
-
-def _inside(value: Any, placements: Scope) -> Any:
-    if type(value) in (tuple, list):
-        return type(value)(_inside(x, placements) for x in value)
-    if isinstance(value, ClosedJaxpr):
-        return bind_scope(value, placements)
-    return _bind(value, placements) if isinstance(value, Jaxpr) else value
+    later = _compat.RULES.get(eqn.primitive.name, ())
+    rules = {name: _within(placements, eqn.params[name]) for name in later}
+    eqn = _jaxpr.map_jaxprs(lambda jaxpr: bind_scope(jaxpr, placements), eqn)
+    return eqn.replace(params=dict(eqn.params, **rules))
 
 
 def _within(placements: Scope, rule: Any) -> Any:
     wrapped = isinstance(rule, lu.WrappedFun)
     call: Callable = rule.call_wrapped if wrapped else rule
 
+    def bind(leaf: Any) -> Any:
+        return bind_scope(leaf, placements) if isinstance(leaf, ClosedJaxpr | Jaxpr) else leaf
+
     @functools.wraps(call)
     def run(*args, **kwargs):
         with scope(placements):
-            return _inside(call(*args, **kwargs), placements)
+            return _jaxpr.map_leaves(bind, call(*args, **kwargs))
 
     return lu.wrap_init(run, debug_info=rule.debug_info) if wrapped else run

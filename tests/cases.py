@@ -39,6 +39,7 @@ class Case:
       argnums: the differentiable arguments; all their leaves are floats.
       refuses: for ``reverse`` and ``forward``, where JAX cannot differentiate what a client
         does in that mode, the error that it raises.
+      kind: what is special about it, shared with other cases.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     args: tuple
     argnums: tuple[int, ...]
     refuses: Mapping[str, tuple[type[Exception], str]]
+    kind: str
 
     def program(self, vectorize: int | None, client: Callable = lambda fn: fn) -> Callable:
         """The program, its maps run at a batch size, ``client`` applied to each mapped function."""
@@ -70,6 +72,20 @@ class Case:
 
 CASES: list[Case] = []
 
+# Cases of a kind go through the same rules in other combinations. Those that JAX refuses to
+# differentiate in a mode are a kind of their own.
+KINDS = {
+    name: kind
+    for kind, names in {
+        "values": ("scalars", "pytrees", "closures", "nested"),
+        "masks": ("masks", "weights", "branches"),
+        "reductions": ("extremes", "rows", "noise", "side_outputs"),
+        "clients": ("custom_jvp_client", "convolutions", "local_training"),
+        "programs": ("rounds_inside", "rounds_outside", "programs_inside", "inner_gradient"),
+    }.items()
+    for name in names
+}
+
 
 @functools.cache
 def of_size(n: int) -> list[Case]:
@@ -88,7 +104,8 @@ def case(
     argnums = tuple(range(len(args))) if argnums is None else argnums
 
     def enter(build):
-        CASES.append(Case(build.__name__, build, reference, args, argnums, refuses))
+        kind = "refusing" if refuses else KINDS[build.__name__]
+        CASES.append(Case(build.__name__, build, reference, args, argnums, refuses, kind))
         return build
 
     return enter

@@ -4,11 +4,12 @@ import collections
 import functools
 import itertools
 import os
+import random
 
 # Tests compile much and compute little. XLA's own passes stay on, and with them what tests assert
-# on; only the machine code is less polished.
-QUICKLY = "--xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}".strip()
+# on; LLVM makes machine code without optimising it, which takes about half as long.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -36,32 +37,75 @@ ABOVE_THE_CORE = (
 ON_THE_NEWEST = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
 # An older JAX gets one in so many of a file's tests above the core, and of a test's cases below.
 ABOVE_ONE_IN, BELOW_ONE_IN = 3, 2
+# Files with the longest tests come first, so that no process is left alone with one at the end.
+FIRST = (
+    *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
+    *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+)
+MARKERS = (
+    "long: takes long, and runs with --all or if its file is named; something shorter runs always",
+    "kinds(**of): which values of parameters are alike, see subsets.py",
+)
 
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run every case of every test")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        choose_examples(config.option)
+
+
+def choose_examples(option):
+    """Every run of `make test` has the same random examples, and of `make test-all` new ones."""
+    import hypothesis
+
+    same = dict(max_examples=15, derandomize=True, database=None)
+    how = dict(max_examples=60, print_blob=True) if option.all else same
+    hypothesis.settings.register_profile("fax", deadline=None, **how)
+    hypothesis.settings.load_profile("fax")
+    if option.all and option.hypothesis_seed is None:
+        option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+
+
+def pytest_report_header(config):
+    seed = getattr(config.option, "hypothesis_seed", None)
+    return f"random examples: --hypothesis-seed={seed} repeats them" if seed else None
+
+
+def name_of(item):
+    return item.path.stem.removeprefix("test_")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Chooses cases where all tests run: pairs of parameters, and on an older JAX fewer."""
-    if config.option.all or config.args != config.getini("testpaths"):
+    """Chooses cases where all tests run: those that cover, and on an older JAX fewer."""
+    if config.args != config.getini("testpaths"):
+        return
+    items.sort(key=lambda item: name_of(item) not in FIRST)
+    if config.option.all:
         return
     older, left_out = jax.__version_info__ < (0, 12), set()
     by_test = collections.defaultdict(list)
     for item in items:
-        by_test[item.path.stem.removeprefix("test_"), item.originalname].append(item)
+        by_test[name_of(item), item.originalname].append(item)
     so_far: dict[str, int] = collections.Counter()
     for (name, _), own in by_test.items():
         cases = [item.callspec.params if hasattr(item, "callspec") else {} for item in own]
-        keep = subsets.pairwise(cases)
+        kinds = own[0].get_closest_marker("kinds")
+        keep = subsets.covering(cases, kinds.kwargs if kinds else {})
+        keep = [kept and not item.get_closest_marker("long") for item, kept in zip(own, keep)]
         if older and name in ON_THE_NEWEST:
             keep = [False] * len(own)
-        elif older and name in ABOVE_THE_CORE:
-            keep = [(so_far[name] + number) % ABOVE_ONE_IN == 0 for number in range(len(own))]
         elif older:
-            chosen = itertools.count()
-            keep = [kept and next(chosen) % BELOW_ONE_IN == 0 for kept in keep]
-        so_far[name] += len(own)
+            above = name in ABOVE_THE_CORE
+            chosen = itertools.count(so_far[name] if above else 0)
+            one_in = ABOVE_ONE_IN if above else BELOW_ONE_IN
+            so_far[name] += sum(keep)
+            keep = [kept and next(chosen) % one_in == 0 for kept in keep]
         left_out.update(item for item, kept in zip(own, keep, strict=True) if not kept)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
@@ -15,7 +15,7 @@ from jaxprs import equations, operators
 from meshes import mesh, put
 
 import fax
-from fax.primitives._convolutions import rewrite
+from fax.lowering.convolutions._rewrite import rewrite
 
 SETTINGS = ("auto", "matmul")
 CHANNELS_LAST = {0: "bf_io->bf", 1: "b0f_0io->b0f", 2: "b01f_01io->b01f", 3: "b012f_012io->b012f"}
@@ -100,7 +100,6 @@ def convolution(draw, max_dims=3):
 
 
 @given(convolution(), st.sampled_from([*SETTINGS, "vectorised"]))
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_values_and_gradients_of_random_convolutions(case, setting):
     conv, x, w = case
 
@@ -270,18 +269,18 @@ def test_what_is_rewritten_for_a_platform(platform):
     jaxpr = jax.make_jaxpr(conv)(IMAGES[0], KERNELS[0])
 
     def rewritten(vectorised, **how):
-        how = dict(platform=platform, vectorised=vectorised, spread=False) | how
+        how = dict(platform=platform, vectorised=vectorised, sharded=False) | how
         return jaxpr_as_fun(rewrite(jaxpr, "auto", **how))
 
     gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(conv(IMAGES[0], w) ** 2)))(KERNELS[0])
-    left = rewrite(gradient, "auto", platform, vectorised=False, spread=False)
+    left = rewrite(gradient, "auto", platform, vectorised=False, sharded=False)
     assert (left is gradient) == (platform != "cpu")
 
     several = jax.jit(jax.vmap(rewritten(vectorised=True)))
     assert_close(several(IMAGES, KERNELS)[0], jax.vmap(conv)(IMAGES, KERNELS))
     assert not convolutions_in(several, IMAGES, KERNELS)
     assert len(convolutions_in(jax.vmap(rewritten(True), (0, None)), IMAGES, KERNELS[0])) == 1
-    assert len(convolutions_in(jax.vmap(rewritten(True, spread=True)), IMAGES, KERNELS)) == 1
+    assert len(convolutions_in(jax.vmap(rewritten(True, sharded=True)), IMAGES, KERNELS)) == 1
 
 
 # Where a convolution can stand
@@ -450,7 +449,7 @@ def test_gradients_keep_it():
 
 @pytest.mark.parametrize("value", ["fast", None, True, 1])
 def test_a_setting_that_does_not_exist(value):
-    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', .* 'xla', .* 'matmul'"
+    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', 'xla' or 'matmul'"
     with pytest.raises(fax.PlacementError, match=message):
         mapped(conv, value, IMAGES, KERNELS)
 

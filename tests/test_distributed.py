@@ -151,30 +151,30 @@ def test_processes_compute_what_a_single_one_computes(together):
 ERRORS = {
     "twice": "RuntimeError: fax.sharding.initialize was called a second time",
     "no mesh": "one of 2 processes and no mesh is in scope. Use jax.set_mesh",
-    "all rows": "tree has 8 rows for n=8, but process {me} must pass those of participants {rows}",
-    "odd rows": "tree has 3 rows, .* process {me} are 2 of the 4 .* a multiple of 2",
+    "all rows": "for n=8, expected 4: process {me} must pass those of participants {rows}",
+    "odd rows": "tree has 3 rows, expected a multiple of 2, .* process {me} has 2 of the 4 dev",
     "rows of all": (
-        "the rows of process 1 were refused. See its message.",
-        "rows are 0-7, but with n=16 process 1 .* 8-15.* Participant 0 belongs to process 0.",
+        "process 1 passed invalid rows. See its error message.",
+        "rows are 0-7, but for n=16 process 1 .* 8-15.* Participant 0 belongs to process 0.",
     ),
     "rows of the other": (
-        "rows are 4-7, but with n=8 process 0 .* 0-3, .* Participant 4 belongs to process 1.",
-        "rows are 0-3, but with n=8 process 1 .* 4-7, .* Participant 0 belongs to process 0.",
+        "rows are 4-7, but for n=8 process 0 .* 0-3, .* Participant 4 belongs to process 1.",
+        "rows are 0-3, but for n=8 process 1 .* 4-7, .* Participant 0 belongs to process 0.",
     ),
-    "rows in another order": "rows are .*, but with n=8 process {me} .* {rows}, in this order",
+    "rows in another order": "rows are .*, but for n=8 process {me} .* {rows}, in this order",
     "one has another n": (
         "process 0 has rows for n=4 participants, but process 1 for n=8",
         "process 1 has rows for n=8 participants, but process 0 for n=4",
     ),
     "one has another shape": (
-        r"process 1 has other leaves.* process 0, which has tree: rows of float32\[1\].* pad",
-        r"process 0 has other leaves.* process 1, which has tree: rows of float32\[2\].* pad",
+        r"process 1 has different leaves.* process 0, which has tree: rows of float32\[1\].* pad",
+        r"process 0 has different leaves.* process 1, which has tree: rows of float32\[2\].* pad",
     ),
-    "one is refused": ("tree has 3 rows", "the rows of process 0 were refused"),
+    "one is refused": ("tree has 3 rows", "process 0 passed invalid rows"),
     "uneven": "7 participants cannot be divided evenly over the 4 devices along clients.* of 4",
     "uneven place": "7 participants cannot be divided evenly over the 4 devices along clients",
-    "no axis": "the mesh in scope has the axes clients, and none for 'sensors'.*layout",
-    "placed": "tree is spread over several processes already",
+    "no axis": "the mesh in scope has the axes clients, but none for 'sensors'.*layout",
+    "placed": "tree is already spread over several processes",
     "mesh": "the mesh in scope has no device of process 1. .*make_mesh",
 }
 
@@ -237,7 +237,7 @@ def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, m
     assert "lost" in errs.pop(victim) or status < 0
     for own, err in zip(statuses, errs):
         assert re.search(message, err)
-        assert own in (_peers.BEREFT, -signal.SIGABRT)
+        assert own in (_peers.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
 def test_when_a_process_stands_still_the_others_end_and_say_which():
@@ -246,7 +246,7 @@ def test_when_a_process_stands_still_the_others_end_and_say_which():
         errs = [processes[i].communicate(timeout=60)[1] for i in (0, 2)]
     assert any(re.search(r"unhealthy \(stopped sending heartbeats\):\s+1\b", err) for err in errs)
     for err in errs:
-        assert re.search(r"fax: process 1 on \S+ (has sent no heartbeat|stands still)", err)
+        assert re.search(r"fax: process 1 on \S+ (has sent no heartbeat|is not responding)", err)
         assert not re.search(r"process [02]( on \S+)? died", err)
 
 
@@ -284,27 +284,28 @@ def test_processes_meet_in_any_order():
 def test_processes_that_do_not_come_are_named_to_all():
     for message in meeting(4, 0, 2, timeout=0.5):
         assert "process 0 waited 0.5 s" in message
-        assert "for 3 others, and processes 1, 3 did not come" in message
+        assert "for 3 others, but processes 1, 3 did not connect" in message
 
 
 def test_a_process_that_does_not_find_the_first_one_says_so():
     (message,) = meeting(2, 1, timeout=0.3)
-    assert re.search(r"process 1 did not meet process 0 at localhost:\d+ within 0.3 s", message)
+    wanted = r"process 1 could not connect to process 0 at localhost:\d+ within 0.3 s"
+    assert re.search(wanted, message)
     with socket.create_server(("", 0)) as other:  # somebody else, who says nothing
         (message,) = meeting(2, 1, timeout=0.3, port=other.getsockname()[1])
-        assert "whoever is there did not answer as process 0 of this run" in message
+        assert "the server at this address did not answer as process 0 of this run" in message
 
 
 def test_two_processes_with_one_number_are_refused():
     first, *others = meeting(3, 0, 1, 1)
-    assert "two processes are number 1: one on" in first
+    assert "two processes have process_id 1: one on" in first
     assert "its own process_id" in first
     assert any(first == other for other in others)
 
 
 def test_processes_that_expect_different_numbers_are_refused():
     first, second = meeting(2, 0, 1, counts={1: 3})
-    assert "there is one of 3 processes, but process 0 was started as one of 2" in first
+    assert "has num_processes=3, but process 0 has num_processes=2" in first
     assert first == second
 
 
@@ -312,7 +313,7 @@ def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         (message,) = meeting(2, 0, port=port)
-    assert f"process 0 cannot listen at port {port}" in message
+    assert f"process 0 cannot listen on port {port}" in message
 
 
 def test_strangers_at_the_port_do_not_count():
@@ -370,10 +371,10 @@ def test_initialising_without_all_that_is_needed_is_refused():
         "found in the environment.* srun or mpiexec. A single process needs none",
         "no id": "process_id is neither passed nor .* where coordinator_address='localhost:.*2",
         "no port": "coordinator_address is 'localhost', expected the host and port of process 0",
-        "id": "process_id is 2, expected a number from 0 up to num_processes, which is 2",
-        "count": "num_processes is 0, expected at least 1",
+        "id": "process_id is 2, expected an int from 0 to 1, because num_processes is 2",
+        "count": "num_processes is 0, expected an int of at least 1",
         "type": "process_id is '0', expected an int",
-        "absent": "process 0 waited 0.5 s .* and process 1 did not come",
+        "absent": "process 0 waited 0.5 s .* but process 1 did not connect",
         "environment": "the environment has SLURM_NTASKS='two', expected an int",
     }
     assert errors.keys() == wanted.keys()

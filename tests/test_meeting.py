@@ -1,4 +1,4 @@
-"""How processes meet: strangers, tokens, numbers and addresses."""
+"""How processes connect: unknown connections, tokens, numbers and addresses."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def connected(port, host="127.0.0.1"):
 def known(port, me, count=2, token=TOKEN):
     """A connection that process 0 has let in, with nobody behind it."""
     connection = _connection.Connection(connected(port))
-    key, deadline = _handshake.key_of(token, ""), time.monotonic() + 10
+    key, deadline = _handshake.run_key(token, ""), time.monotonic() + 10
     assert _joining._introduce(connection, count, me, key, deadline) == ""
     return connection
 
@@ -69,7 +69,7 @@ def hello(nonce, token=TOKEN, **changed):
     """What process 1 of 2 says."""
     said = {"nonce": secrets.token_hex(16), "process": 1, "of": 2, "host": "here"} | changed
     order = [said[name] for name in ("nonce", "process", "of", "host")]
-    proof = _handshake.proof(_handshake.key_of(token, ""), "hello", nonce, *order)
+    proof = _handshake.proof(_handshake.run_key(token, ""), "hello", nonce, *order)
     return {"fax": _handshake.VERSION, "proof": proof, **said} | changed
 
 
@@ -106,7 +106,7 @@ def test_strangers_neither_end_nor_delay_the_start():
             nonce = json.loads(stranger.makefile().readline())["nonce"]
             with contextlib.suppress(OSError):  # it has enough
                 stranger.sendall(words(nonce))
-        for _ in range(2 * _meeting._STRANGERS):  # some of whom have to go, so that others come
+        for _ in range(2 * _meeting._MAX_UNKNOWN):  # some of whom have to go, so that others come
             stack.enter_context(connected(port))
         assert outcomes(first, Meeting(port, 1)) == ["met", "met"]
 
@@ -134,7 +134,7 @@ def test_a_stranger_in_the_place_of_process_0_is_not_believed():
             peer.makefile().readline()
             peer.sendall(b'{"welcome": 1}\n{"go": 1}\n{"refused": "all of you"}\n')
             (message,) = outcomes(rank)
-    assert "whoever is there did not answer as process 0 of this run" in message
+    assert "the server at this address did not answer as process 0 of this run" in message
 
 
 def test_processes_of_other_runs_are_strangers():
@@ -143,12 +143,12 @@ def test_processes_of_other_runs_are_strangers():
     first = Meeting(port, 0, timeout=1.5)
     late = [Meeting(port, 1, timeout=1.0, **options) for options in others.values()]
     missing, *refused = outcomes(first, *late)
-    assert "process 1 did not come" in missing
+    assert "but process 1 did not connect" in missing
     assert re.search(
-        r"connections were turned away: one from 127.0.0.1 did not know the tok", missing
+        r"connections were rejected, the last from 127.0.0.1, which did not know the tok", missing
     )
     for message in refused:
-        assert "it has another token, or is of another run" in message
+        assert "it has another token, or belongs to another run" in message
 
 
 def test_what_processes_print_of_each_other_is_harmless():
@@ -172,12 +172,12 @@ def test_a_double_is_refused_whoever_comes_first():
     port = free_port()
     first, *doubles = [Meeting(port, 0, count=3), *(Meeting(port, 2, count=3) for _ in range(2))]
     messages = outcomes(first, *doubles)
-    assert all("two processes are number 2: one on" in message for message in messages)
+    assert all("two processes have process_id 2: one on" in message for message in messages)
     coordinator = Meeting(port, 0, count=3)
     other = known(port, 0, 3)
     (message,) = outcomes(coordinator)
     other.socket.close()
-    assert "two processes are number 0: one on the coordinator, one on" in message
+    assert "two processes have process_id 0: one on the coordinator, one on" in message
 
 
 def test_one_who_came_and_does_not_answer_is_named():
@@ -187,7 +187,7 @@ def test_one_who_came_and_does_not_answer_is_named():
     second = Meeting(port, 2, count=3)
     messages = outcomes(first, second)
     silent.socket.close()
-    assert all("for 2 others, and process 1 did not answer" in message for message in messages)
+    assert all("for 2 others, but process 1 did not answer" in message for message in messages)
 
 
 # Addresses
@@ -217,7 +217,7 @@ def test_names_and_addresses_of_both_kinds():
 
 
 def test_addresses_where_process_0_cannot_listen(monkeypatch):
-    with pytest.raises(RuntimeError, match=r"192.0.2.1 is no address of its machine.*BIND_ADDRESS"):
+    with pytest.raises(RuntimeError, match=r"192.0.2.1 is not an address of its .*BIND_ADDRESS"):
         _address.listen("192.0.2.1:4000")
     with pytest.raises(RuntimeError, match=r"cannot find the address of 'no\.such\.host"):
         _address.listen("no.such.host.invalid:4000")
@@ -225,7 +225,7 @@ def test_addresses_where_process_0_cannot_listen(monkeypatch):
     with pytest.raises(RuntimeError, match=r"cannot find the address of 'a\.\.b'"):
         _address.listen("a..b:4000")
     (message,) = outcomes(Meeting(port, 1, timeout=0.3, host="a..b"))
-    assert "did not meet process 0 at a..b" in message
+    assert "could not connect to process 0 at a..b" in message
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "7")
     with pytest.raises(ValueError, match="JAX_COORDINATOR_BIND_ADDRESS is '7', expected the host"):
         _distributed._check("192.0.2.1:4000", 2, 0)
@@ -260,9 +260,9 @@ def test_without_a_token_others_are_warned_of():
 
 def test_tokens_and_ports_that_cannot_be(monkeypatch):
     start = fax.sharding.initialize
-    with pytest.raises(ValueError, match="token has 5 characters, expected at least 16"):
+    with pytest.raises(ValueError, match="token has 5 characters, expected a str of at least 16"):
         _distributed._token("short")
-    with pytest.raises(ValueError, match="token is no str"):
+    with pytest.raises(ValueError, match="token is not a str"):
         _distributed._token(b"x" * 20)
     monkeypatch.setenv("FAX_TOKEN", "")
     with pytest.raises(ValueError, match="environment variable FAX_TOKEN has 0 characters"):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import fax
+from fax.aggregators._per_client import each
 
 LAYERS, UNITS, EXAMPLES = 16, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
@@ -103,6 +104,25 @@ def test_its_gradient_with_respect_to_parameters_and_weights(variant):
     assert max(found) - min(found) < 0.02
 
 
+def test_the_gradient_of_masks_that_are_vectorised():
+    """Each of two models at a time leaves out other participants."""
+    found = []
+    for n in COUNTS[:2]:
+        program = program_of(n, jax.checkpoint(update), "masked")
+
+        def objective(params, data, weights, masks, program=program):
+            def of_one(scale, where):
+                return square(program([scale * p for p in params], data, weights, where))
+
+            return jnp.sum(jax.vmap(of_one)(jnp.arange(1, 3, dtype=jnp.float32), masks))
+
+        params, data, weights, mask = arguments(n)
+        masks = jax.ShapeDtypeStruct((2, *mask.shape), mask.dtype)
+        found.append(temporary(jax.grad(objective), params, data, weights, masks))
+    assert max(found) - min(found) < 0.02
+    assert max(found) <= 2 * 4.2
+
+
 def test_the_gradient_of_a_scan_over_rounds():
     """It holds the parameters of each round, and nothing of the participants."""
     rounds, found = 5, []
@@ -174,6 +194,23 @@ def test_vectorised_batches_are_bounded():
 
     assert abs(found(256, 4) - found(64, 4)) < 0.02
     assert found(64, 4) <= 2 * 4
+
+
+def test_a_map_of_an_aggregator_alone_and_with_others():
+    """It runs like the map that it is fused with, and by itself like a user's map by default."""
+
+    def found(n, vectorize):
+        @fax.program(clients=n)
+        def program(x):
+            rows = x if vectorize is None else fax.map(jnp.sin, x, vectorize=vectorize)
+            return fax.sum(each(lambda x: jnp.sort(jnp.outer(x, x).ravel())[7], rows))
+
+        rows = jax.ShapeDtypeStruct((n, UNITS), jnp.float32)
+        return temporary(program, rows) * LAYERS  # in arrays of the client function
+
+    assert found(64, None) == found(8, None) <= 1.1
+    assert found(64, 1) <= 1.1
+    assert 3 < found(64, 4) <= 4.1
 
 
 def test_a_vmap_grows():

@@ -145,7 +145,7 @@ def test_make_mesh_infers_a_size():
         (dict(clients=-1, model=3), "'model': 3} do not multiply"),
         (dict(clients=4, model=1), "do not multiply"),
         (dict(clients=-1, model=-1), "only one of the sizes {'clients': -1, 'model': -1} can be"),
-        (dict(clients=0), "clients is 0, expected a positive int, or -1"),
+        (dict(clients=0), "clients is 0, expected an int of at least 1, or -1"),
         (dict(clients=-2), "clients is -2"),
         (dict(clients=True), "clients is True"),
         (dict(clients="8"), "clients is '8'"),
@@ -163,10 +163,10 @@ def test_make_mesh_says_what_is_wrong(kwargs, message):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(clients="pod"), "clients is to be spread over the mesh axis 'pod'"),
+        (dict(clients="pod"), "clients names the mesh axis 'pod', but"),
         (dict(clients=("clients", "pod")), "the mesh in scope has the axes clients, model"),
         (dict(clients=("model", "model")), "clients names the mesh axis 'model' twice"),
-        (dict(clients="model", regions="model"), "both to be spread over the mesh axis 'model'"),
+        (dict(clients="model", regions="model"), "both name the mesh axis 'model'"),
     ],
 )
 def test_layout_says_what_is_wrong(axes, message):

@@ -110,11 +110,11 @@ def test_programs_take_placed_data_without_moving_it(mesh):
     [
         (lambda: place(X), r"place needs placement=, because it could be any of clients, model\."),
         (lambda: local_rows(8), "local_rows needs placement=, because it could be any of clients"),
-        (lambda: place(X, "clients", n=9), r"tree has 8 rows for n=9, but needs all"),
-        (lambda: place(X, "clients", n=0), "n is 0, expected a positive int"),
-        (lambda: local_rows(2.5, "clients"), "local_rows: n is 2.5, expected a positive int"),
-        (lambda: local_rows(True, "clients"), "n is True, expected a positive int"),
-        (lambda: place(X[:0], "clients"), "n is 0, expected a positive int"),
+        (lambda: place(X, "clients", n=9), r"tree has 8 rows for n=9, expected 9\."),
+        (lambda: place(X, "clients", n=0), "n is 0, expected an int of at least 1"),
+        (lambda: local_rows(2.5, "clients"), "local_rows: n is 2.5, expected an int of at least 1"),
+        (lambda: local_rows(True, "clients"), "n is True, expected an int of at least 1"),
+        (lambda: place(X[:0], "clients"), "n is 0, expected an int of at least 1"),
         (
             lambda: place({"x": X, "y": X[:5]}, "clients"),
             r"tree\['x'\] has 8 rows, but tree\['y'\], of shape \(5, 3\), has 5",
@@ -124,12 +124,12 @@ def test_programs_take_placed_data_without_moving_it(mesh):
         (lambda: place(np.array(["a"]), "clients"), "tree is ndarray array.*expected an array"),
         (
             lambda: place(X, "clients", rows=np.arange(8)[::-1]),
-            r"rows are 7, 6, 5, 4, 3, 2, \.\.\., but with n=8 process 0 .* 0-7, in this order",
+            r"rows are 7, 6, 5, 4, 3, 2, \.\.\., but for n=8 process 0 .* 0-7, in this order",
         ),
         (lambda: place(X, "clients", rows=np.ones(8)), r"rows are array\(\[1\., 1\."),
         (
             lambda: jax.jit(lambda x: place(x, "clients"))(X),
-            "place was called in a function that JAX traces. Data are loaded and placed outside",
+            "place was called in a function that JAX traces. Load and place data outside",
         ),
     ],
 )

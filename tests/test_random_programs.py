@@ -16,13 +16,7 @@ import fax
 
 Tree = Any
 
-few_examples = settings(
-    max_examples=40 if jax.__version_info__ >= (0, 12) else 15,
-    deadline=None,  # most of an example is compilation
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+few_examples = settings(suppress_health_check=[HealthCheck.too_slow])  # most is compilation
 
 # What a client does to each leaf. Nothing amplifies much, so that tolerances can be tight, and
 # different rows stay different, so that it is clear which of them is the largest.

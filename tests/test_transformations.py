@@ -4,8 +4,9 @@ What a transformed program must give follows from the values and the derivatives
 reference, taken in forward mode alone, and from the chain rule in NumPy. So no rule of fax's,
 and no reverse mode, is on both sides of a comparison.
 
-`make test` runs a part in which every pair of case, transformation and batch size comes up, and
-`make test-all` the full product. Users compute in float32 mostly, so every case also goes
+`make test` runs a part in which every transformation meets programs of every kind, and every
+program transformations of every kind, and each meets every batch size; `make test-all` runs the
+full product. Users compute in float32 mostly, so every case also goes
 through a few transformations without float64.
 """
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subsets
 from cases import BATCH_SIZES, CASES, Case
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -424,6 +426,17 @@ def export(s: Subject) -> None:
 
 # The product
 
+KINDS = {
+    "as it is": ("eager", "jit", "eval_shape", "donation", "export"),
+    "forward": ("jvp", "linearize", "jacfwd", "custom_jvp"),
+    "reverse": ("grad", "value_and_grad", "vjp", "jacrev", "custom_vjp"),
+    "again": ("hessian", "reverse_over_reverse", "checkpoint_outside", "checkpoint_inside"),
+    "vectorised": ("vmap", "vmap_of_vmap", "vmap_of_grad", "grad_of_vmap"),
+    "control flow": ("scan", "while_loop", "cond"),
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+COVERING = pytest.mark.kinds(case=lambda c: c.kind, check=lambda f: KIND_OF[f.__name__])
+
 IN_CASES = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 IN_BATCHES = pytest.mark.parametrize("vectorize", BATCH_SIZES)
 
@@ -433,6 +446,7 @@ def transformed(names: Sequence[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("mode", "check"), checks)
 
 
+@COVERING
 @IN_BATCHES
 @transformed([name for name, *_ in TRANSFORMATIONS])
 @IN_CASES
@@ -459,6 +473,7 @@ def in_float32(case: Case) -> Case:
     return dataclasses.replace(case, args=jax.tree.map(short, case.args))
 
 
+@pytest.mark.kinds(case=lambda c: c.kind, check=subsets.alike, vectorize=subsets.alike)
 @IN_BATCHES
 @transformed(["eager", "grad", "jvp", "vmap"])
 @IN_CASES

@@ -1,13 +1,13 @@
 """The fastest federated averaging that we could write for CPUs in JAX alone.
 
-The examples of all clients are on the device, and the host sends the order of their rows.
+All clients' examples are on the device, and the host sends the order of their rows.
 
 - `threads-2`: the host dispatches one jitted epoch for each client, from two threads.
 - `cond-N`, `gather-N`, `pre-N`: the whole round is one jitted program, a scan over the clients
   of each of N devices. Padded steps are skipped by a branch (cond) or by a traced number of steps
   (gather); pre gathers all batches of the round first.
 
-Several devices share the cores, one thread each, and the clients are dealt out to them by steps.
+Each device has one core and one thread, and clients are divided so that steps are balanced.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class OneProgram:
         self.train = train
 
     def work(self, params, x, y, rows, mask, steps, counts, keys):
-        """What a device does: the sum of its clients' updates, weighted."""
+        """The work of a device: the weighted sum of its clients' updates."""
         start = jax.tree.map(jnp.zeros_like, params)
         if DEVICES > 1:
             start, params = jax.tree.map(
@@ -184,7 +184,7 @@ class OneProgram:
 
 
 def dealt(drawn: np.ndarray) -> np.ndarray:
-    """The clients in an order that gives each device as many, with about as many steps."""
+    """Orders clients so that each device gets equally many, with about as many steps."""
     devices = [[] for _ in range(DEVICES)]
     loads = [0] * DEVICES
     for client in sorted(drawn, key=lambda c: -workloads.sizes()[c]):

@@ -1,7 +1,7 @@
 """fax, on as many virtual CPU devices as there are cores.
 
-Variants: `matmul` has the models of `models.py`, in which convolutions are matrix products;
-`nnx` has the stock layers of flax.nnx, whose convolutions fax rewrites.
+Variants: `matmul` uses the models of `models.py`, in which convolutions are matrix products;
+`nnx` uses the stock layers of flax.nnx, whose convolutions fax rewrites.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peers import harness, models, workloads
 
 
 def matmul(workload: workloads.Workload):
-    """Initial parameters, a loss, and what makes `harness` parameters of the trained ones."""
+    """Returns initial parameters, a loss, and a conversion to the parameters of `harness`."""
 
     def loss(params, batch, key):
         key = key if workload.convolutional else None

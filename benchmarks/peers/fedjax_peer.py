@@ -1,4 +1,4 @@
-"""FedJAX 0.0.17, as its examples write federated averaging. Variants: its jit and pmap backends."""
+"""FedJAX 0.0.17: federated averaging as in its examples. Variants: its jit and pmap backends."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main() -> None:
         cohorts.append(list(diagnostics))
 
     report.run(one_round, lambda: [jax.device_get(state.params[name]) for name in names])
-    for drawn in cohorts:  # counted afterwards, since FedJAX does not say
+    for drawn in cohorts:  # counted afterwards, since FedJAX does not report it
         batches = (clients[int(c)].shuffle_repeat_batch(batching) for c in drawn)
         report.cohort(drawn, sum(1 for own in batches for _ in own))
     report.finish()

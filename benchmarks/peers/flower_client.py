@@ -1,7 +1,7 @@
-"""What a client of the Flower simulation does: imported by each of its worker processes.
+"""A client of the Flower simulation, imported by each of its worker processes.
 
-An epoch is one jitted loop with a traced number of steps, compiled once in a worker. Examples come
-from memory-mapped files, so that no worker holds or makes a copy of its own.
+An epoch is one jitted loop with a traced number of steps, compiled once per worker. Examples come
+from memory-mapped files, so that no worker needs its own copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = "FAX_BENCHMARK_DATA"
 
 
 def store(folder: str, clients: list[int]) -> None:
-    """Writes the examples of clients, once, where the workers find them."""
+    """Writes the clients' examples once, for all workers."""
     os.environ[FOLDER] = folder
     offsets = np.concatenate([[0], np.cumsum(workloads.sizes()[clients])])
     rows = int(offsets[-1])
@@ -53,7 +53,7 @@ def epoch(params, key, x, y, mask, steps):
 
 
 def train(arrays: list[np.ndarray], client: int, number: int) -> tuple[list[np.ndarray], int, int]:
-    """An epoch. Returns new parameters, the number of examples, and that of steps."""
+    """Runs an epoch. Returns new parameters and the numbers of examples and steps."""
     params = [{"w": w, "b": b} for w, b in zip(arrays[::2], arrays[1::2], strict=True)]
     all_x, all_y, starts = stored()
     order = workloads.epoch_order(number, client)

@@ -1,7 +1,7 @@
 """Flower's simulation on Ray: a node for each place in the cohort, two workers, FedAdam.
 
-Its FedAdam is not quite the Adam of the others: it counts rounds from two in the bias correction,
-and adds epsilon before the correction of the second moment. So its losses are close and no more.
+Its FedAdam differs from the Adam of the others: it starts counting rounds at two in the bias
+correction, and adds epsilon before the correction of the second moment. So its losses differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 
-# Before Flower is imported, for the workers too: they say nothing to anybody, nor look for memory.
+# Before Flower is imported, also for the workers: no telemetry, and no memory monitor.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -44,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 class Timed(FedAdam):
-    """FedAdam on the benchmark's cohorts, with a clock."""
+    """FedAdam on the benchmark's cohorts, with timing."""
 
     def __init__(self, report: harness.Report, **options):
         super().__init__(**options)
@@ -74,7 +74,7 @@ class Timed(FedAdam):
 
 
 class Memory(threading.Thread):
-    """The peak of what all processes together hold, pages that they share counted once."""
+    """The peak memory of all processes together, with shared pages counted once."""
 
     def __init__(self):
         super().__init__(daemon=True)

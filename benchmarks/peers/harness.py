@@ -1,8 +1,8 @@
-"""How a peer is run: its options, its clock, and the line of JSON in which it reports.
+"""Runs a peer: its options, its timing, and its report as a line of JSON.
 
     python -m peers.PEER --workload W1|W2|W3 [--variant NAME] [--warm-up 3] [--rounds 12]
 
-Nothing but NumPy is imported here, since every peer has an environment of its own.
+This file imports only NumPy, because every peer has its own environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECKED = 6  # rounds after which losses are compared: about half of the first i
 
 
 def options(variants: Sequence[str]) -> argparse.Namespace:
-    """What the command line says, with the `Workload` itself in place of its name."""
+    """Parses the command line, and adds the `Workload` with the given name."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=workloads.WORKLOADS, required=True)
     parser.add_argument("--variant", choices=variants, default=variants[0])
@@ -38,7 +38,7 @@ def options(variants: Sequence[str]) -> argparse.Namespace:
 
 
 def virtual_devices(count: int) -> None:
-    """Lets JAX see so many CPU devices. To be called before JAX is imported.
+    """Makes JAX see ``count`` CPU devices. Call it before JAX is imported.
 
     Several devices share the cores, so each has a single thread.
     """
@@ -48,7 +48,7 @@ def virtual_devices(count: int) -> None:
 
 
 class Report:
-    """What a process has to say about its rounds."""
+    """The report of a process about its rounds."""
 
     def __init__(self, chosen: argparse.Namespace, packages: Iterable[str]):
         self.chosen = chosen
@@ -57,10 +57,10 @@ class Report:
         self.cohorts: list[str] = []
         self._versions = {name: metadata.version(name) for name in packages}
         self._before: float | None = None
-        self._params: dict[int, workloads.Params] = {}  # after so many rounds
+        self._params: dict[int, workloads.Params] = {}  # by number of rounds
 
     def load(self) -> list[int]:
-        """Makes the examples of all clients that the rounds will touch. Returns their numbers."""
+        """Makes the examples of all clients in the cohorts. Returns the clients' numbers."""
         count = self.chosen.workload.clients
         cohorts = [workloads.cohort(number, count) for number in range(self.chosen.total)]
         loaded = [int(client) for client in np.unique(np.concatenate(cohorts))]
@@ -68,13 +68,13 @@ class Report:
         return loaded
 
     def cohort(self, clients: Iterable[int], steps: int) -> None:
-        """Notes which clients a round had and how many steps of SGD it ran, as the peer saw it."""
+        """Records the clients and the number of SGD steps of a round, as the peer reports them."""
         drawn = np.sort(np.asarray(list(clients), np.int32))
         self.cohorts.append(f"{zlib.crc32(drawn.tobytes()):08x}")
         self.steps.append(int(steps))
 
     def run(self, one_round: Callable[[int], None], params: Callable[[], workloads.Params]) -> None:
-        """Times rounds. ``one_round`` returns when the server's new state is there."""
+        """Times rounds. ``one_round`` returns when the server's new state is ready."""
         self.start()
         for number in range(self.chosen.total):
             start = time.perf_counter()
@@ -82,11 +82,11 @@ class Report:
             self.done(time.perf_counter() - start, params)
 
     def start(self) -> None:
-        """Notes the memory before the first round. For peers with a loop of their own."""
+        """Records the memory before the first round. For peers with their own loop."""
         self._before = resident()
 
     def done(self, seconds: float, params: Callable[[], workloads.Params]) -> None:
-        """Notes the end of a round, and keeps the parameters of which the loss will be told."""
+        """Records the end of a round, and keeps the parameters if their loss is reported."""
         self.seconds.append(seconds)
         if len(self.seconds) in (CHECKED, self.chosen.total):
             self._params[len(self.seconds)] = [
@@ -120,6 +120,6 @@ class Report:
 
 
 def resident() -> float:
-    """MiB of memory that this process holds."""
+    """The memory of this process, in MiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

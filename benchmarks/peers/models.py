@@ -1,7 +1,7 @@
-"""The models in plain JAX, and a local step, for the programs written with JAX alone.
+"""The models and a local step in plain JAX, for the handwritten programs.
 
-Convolutions are slices and one matrix product: inside a loop XLA's own convolution is tens of
-times slower on CPUs.
+Convolutions are slices and one matrix product: in a loop on CPUs, XLA's own convolution is tens of
+times slower.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peers import workloads
 
 
 def logits(params: Any, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Scores of the classes. With a key dropout is active, in models that have it."""
+    """Scores of the classes. With a key, dropout is active in models that have it."""
     convolutions = [layer for layer in params if layer["w"].ndim == 4]
     dense = params[len(convolutions) :]
     before, last = None, None
@@ -59,7 +59,7 @@ def losses(params: Any, x: jax.Array, y: jax.Array, key: jax.Array | None) -> ja
 
 
 def step(params: Any, key: jax.Array, x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple:
-    """A step of SGD on a batch whose mask is 0 where it is padding. Returns the next key too."""
+    """A step of SGD on a batch whose mask is 0 for padding. Also returns the next key."""
     use = None
     if params[0]["w"].ndim == 4:  # the others need no random numbers
         key, use = jax.random.split(key)

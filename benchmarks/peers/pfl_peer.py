@@ -65,7 +65,7 @@ class Network(nn.Module):
         return {"loss": Weighted(float(self.loss(x, y)) * len(y), len(y))}
 
     def turned(self, weight: np.ndarray, to_torch: bool) -> np.ndarray:
-        """A weight with its axes as PyTorch has them, or back. It puts channels first."""
+        """Converts a weight to PyTorch's order of axes, channels first, or back."""
         if weight.ndim == 4:
             return weight.transpose(3, 2, 0, 1) if to_torch else weight.transpose(2, 3, 1, 0)
         after_pooling = self.convolutional and 9216 in weight.shape
@@ -89,7 +89,7 @@ class Network(nn.Module):
 
 
 class Clock(TrainingProcessCallback):
-    """Times rounds, and says what they worked on."""
+    """Times rounds, and reports their cohorts and steps."""
 
     def __init__(self, report: harness.Report, network: Network, visited: list[int]):
         self.report, self.network, self.visited = report, network, visited

@@ -1,12 +1,12 @@
-"""What every peer works on: synthetic clients, cohorts, initial parameters. NumPy alone.
+"""The data of all peers: synthetic clients, cohorts, initial parameters. Needs only NumPy.
 
 The data have the shape of EMNIST by writer: 3,400 clients of 28 to 500 examples, images of 784
-pixels in 62 classes. They follow from the seeds in this file. So do the cohorts and the order of
-each client's examples, and all peers start from the same parameters: where two of them run the
-same algorithm, their losses at the end can be compared.
+pixels in 62 classes. They are derived from the seeds in this file, and so are the cohorts and the
+order of each client's examples. All peers start from the same parameters. So if two peers run the
+same algorithm, their final losses can be compared.
 
-Parameters are lists of layers `{"w": ..., "b": ...}`. A layer of four dimensions is a convolution,
-which a ReLU follows; after the last of them come 2 x 2 max pooling and dropout.
+Parameters are lists of layers `{"w": ..., "b": ...}`. A layer of four dimensions is a convolution
+followed by a ReLU. After the last convolution come 2 x 2 max pooling and dropout.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Params = list[dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model, by the shapes of its layers, and the number of clients of a round."""
+    """A model, given by the shapes of its layers, and the number of clients per round."""
 
     title: str
     layers: tuple[tuple[int, ...], ...]
@@ -57,27 +57,27 @@ WORKLOADS = {
 
 @functools.cache
 def sizes() -> np.ndarray:
-    """How many examples each client has."""
+    """The number of examples of each client."""
     spread = 0.6
     draws = np.random.default_rng(SEED).lognormal(np.log(200) - spread**2 / 2, spread, CLIENTS)
     return np.clip(draws.astype(int), 10, MAX_EXAMPLES)
 
 
 def steps(clients: np.ndarray) -> np.ndarray:
-    """How many batches an epoch has at each of the clients."""
+    """The number of batches in an epoch of each client."""
     return -(-sizes()[clients] // BATCH)
 
 
 @functools.cache
 def templates() -> np.ndarray:
-    """A picture for each class."""
+    """One image for each class."""
     draws = np.random.default_rng(SEED + 1).random((CLASSES, PIXELS))
     return (draws < 0.2).astype(np.float32)
 
 
 @functools.cache
 def examples(client: int) -> tuple[np.ndarray, np.ndarray]:
-    """A client's noisy pictures and their classes. Kept, as if they had been loaded before."""
+    """A client's noisy images and their classes, cached as if they had been loaded before."""
     rng = np.random.default_rng((SEED, 7, client))
     y = rng.integers(0, CLASSES, sizes()[client]).astype(np.int32)
     noise = rng.random((len(y), PIXELS), dtype=np.float32)
@@ -90,12 +90,12 @@ def cohort(number: int, count: int) -> np.ndarray:
 
 
 def epoch_order(number: int, client: int) -> np.ndarray:
-    """The order of a client's examples in a round, for the peers that let us choose it."""
+    """The order of a client's examples in a round, for peers that can use it."""
     return np.random.default_rng((number, client)).permutation(sizes()[client])
 
 
 def initial(workload: Workload) -> Params:
-    """Where training starts: truncated normal weights scaled by the fan-in, and no biases."""
+    """Initial parameters: truncated normal weights scaled by the fan-in, and zero biases."""
     rng = np.random.default_rng(SEED + 2)
     return [
         {
@@ -109,7 +109,7 @@ def initial(workload: Workload) -> Params:
 
 
 def evaluate(params: Params) -> float:
-    """The cross-entropy on five clients' examples, by a forward pass in NumPy."""
+    """The cross-entropy on five clients' examples, computed in NumPy."""
     x, y = map(np.concatenate, zip(*map(examples, range(1, 6)), strict=True))
     losses = []
     for start in range(0, len(y), 100):

@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._aggregator import aggregator_of
+from fax.aggregators._chain import aggregator_of
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._personal import PersonalLoss, bare
 from fax.data import Cohort, Cohorts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import JaxprEqn
 from jax.sharding import AbstractMesh
 
 from fax import _compat
@@ -30,7 +30,7 @@ _ORDERED_AT_ONCE = (
 
 
 def has_effects(this: Round) -> bool:
-    return any(type(effect).__name__ != "NamedAxisEffect" for effect in this.jaxpr.effects)
+    return not all(map(_compat.is_named_axis, this.jaxpr.effects))
 
 
 def is_ordered(this: Round) -> bool:
@@ -55,16 +55,12 @@ def check(
       at_once: how many of so many participants a device works on at once.
     """
     name = this.group.name
-    if along and others and (has_effects(this) or _calls_back(this.jaxpr)):
+    if along and others and (has_effects(this) or _jaxpr.any_equation(this.jaxpr, _calls_back)):
         raise PlacementError(_LEFT_TO_THE_COMPILER.format(name, ", ".join(others)))
     if is_ordered(this) and at_once(this.group.size) > 1:
         raise PlacementError(_ORDERED_AT_ONCE.format(name, this.vectorize))
 
 
-def _calls_back(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+def _calls_back(eqn: JaxprEqn) -> bool:
     """Whether Python is called without an effect."""
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return any(
-        eqn.primitive.name == "pure_callback" or any(map(_calls_back, _jaxpr.inner(eqn)))
-        for eqn in inner.eqns
-    )
+    return eqn.primitive.name == _compat.Named.PURE_CALLBACK

@@ -21,16 +21,16 @@ from typing import Any
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
+from fax._arithmetic import accumulator_dtype
 from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._compose import Find, MapBuilder
 from fax.primitives._jaxpr import Atom
+from fax.primitives._map_builder import Find, MapBuilder
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import In, federated_map_p
 from fax.primitives._rowwise import as_map, is_elementwise, may_be_rowwise
-from fax.sharding._schedule import accumulator_dtype
 from fax.sharding._types import row_aval
 
 _REDUCTIONS = (sum_p, mean_p, max_p, min_p)
@@ -49,7 +49,7 @@ def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     jaxpr, consts = _jaxpr.inline_jit(jaxpr, may_be_rowwise)
     assert not consts
     for eqn in jaxpr.jaxpr.eqns:
-        eqn = eqn.replace(params={name: _fuse_inside(x) for name, x in eqn.params.items()})
+        eqn = _jaxpr.map_jaxprs(_fuse_inside, eqn)
         if eqn.primitive is federated_map_p:
             program.add_map(eqn)
         elif eqn.primitive in _REDUCTIONS:
@@ -62,30 +62,26 @@ def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     return _jaxpr.prune(fused, [True] * len(fused.out_avals), keep_inputs=True)[0]
 
 
-def _fuse_inside(param: Any) -> Any:
-    """Fuses the jaxprs in a parameter of an equation."""
-    if type(param) in (tuple, list):
-        return type(param)(map(_fuse_inside, param))
-    if not isinstance(param, ClosedJaxpr | Jaxpr) or not has_operators(param):
-        return param
-    closed = isinstance(param, ClosedJaxpr)
-    if param.consts if closed else param.constvars:
-        return param
+def _fuse_inside(jaxpr: ClosedJaxpr | Jaxpr) -> Any:
+    """Fuses a jaxpr in an equation, unless it has constants of its own."""
+    inner = _jaxpr.opened(jaxpr)
+    if inner.constvars or not has_operators(inner):
+        return jaxpr
 
     def wanted(eqn: JaxprEqn) -> bool:
         return has_operators(eqn.params["jaxpr"]) and not eqn.params["jaxpr"].consts
 
-    fused = _fuse(_jaxpr.inline_jit(param if closed else ClosedJaxpr(param, []), wanted)[0])
-    return fused if closed else fused.jaxpr
+    fused = _fuse(_jaxpr.inline_jit(ClosedJaxpr(inner, []), wanted)[0])
+    return fused.jaxpr if inner is jaxpr else fused
 
 
 def has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
     """Whether an operator is used, however deep."""
-    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return any(
-        eqn.primitive in _OPERATORS or any(map(has_operators, _jaxpr.inner(eqn)))
-        for eqn in inner.eqns
-    )
+    return _jaxpr.any_equation(jaxpr, is_operator)
+
+
+def is_operator(eqn: JaxprEqn) -> bool:
+    return eqn.primitive in _OPERATORS
 
 
 class _Step:
@@ -190,7 +186,7 @@ class _Program:
         maker.builder.reduce(rows, "sum", total)
         self._maker[total] = maker
         division = _division(total.aval, eqn.params["size"], aval.dtype)
-        eqns, (quotient,), _ = _jaxpr.splice(division, [total])
+        eqns, (quotient,) = _jaxpr.splice(division, [total])
         eqns[-1] = eqns[-1].replace(
             outvars=[result if v is quotient else v for v in eqns[-1].outvars]
         )

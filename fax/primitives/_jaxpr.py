@@ -1,29 +1,28 @@
-"""Tools to trace, rebuild, prune and splice the jaxprs that fax's primitives carry.
+"""The toolbox for jaxprs: to trace, evaluate, search, rewrite, prune and splice them.
 
-All of these jaxprs are closed and hold no constants: what a function closes over becomes
-leading inputs, so that arrays and tracers of an outer transformation are treated alike.
+The jaxprs that fax's primitives carry are closed and hold no constants: what a function closes
+over becomes leading inputs, so that arrays and tracers of an outer transformation are treated
+alike. Nothing here knows of placements.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 from jax.api_util import debug_info
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
-from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
+from jax.extend.core.primitives import jit_p, remat_p
 from jax.interpreters import partial_eval as pe
 
 from fax import _compat
 
 Atom: TypeAlias = Any  # a Var or a Literal
-
-# What only calls a jaxpr where nothing is differentiated, and the parameter that it is in.
-CALLS = {jit_p: "jaxpr", custom_jvp_call_p: "call_jaxpr", custom_vjp_call_p: "call_jaxpr"}
+AnyJaxpr = TypeVar("AnyJaxpr", bound=ClosedJaxpr | Jaxpr)
 
 
 def trace(
@@ -93,26 +92,44 @@ def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -
     ``plain`` leaves out rules for differentiation, where JAX does not look for NaN and jet fails.
     That is right where nothing is left to be differentiated by them.
     """
-    env: dict[Atom, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
 
-    def read(atom: Atom) -> Any:
-        return env[atom] if isinstance(atom, Var) else atom.val
-
-    for eqn in jaxpr.jaxpr.eqns:
-        values, called = list(map(read, eqn.invars)), _called(eqn)
-        outs = None
+    def step(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        called = _called(eqn)
         if called is None or eqn.primitive is jit_p or not plain:
             try:
-                outs = bind(eqn, values)
+                return bind(eqn, values)
             except Exception as error:
                 if called is None or not _compat.is_invalid_result_of_jit(error):
                     raise
-        if outs is None:
-            assert called is not None
-            outs = evaluate_in_steps(called, *values, plain=plain)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return list(map(read, jaxpr.jaxpr.outvars))
+        return evaluate_in_steps(called, *values, plain=plain)
+
+    return interpret(jaxpr, operands, step)
+
+
+def interpret(
+    jaxpr: ClosedJaxpr,
+    operands: Iterable[Any],
+    step: Callable[[JaxprEqn, list[Any]], Iterable[Any]],
+    constant: Callable[[Any], Any] = lambda value: value,
+) -> list[Any]:
+    """The outputs of a jaxpr whose equations mean what ``step`` says.
+
+    Args:
+      jaxpr: the jaxpr.
+      operands: of any kind.
+      step: takes an equation and its operands, and returns its results.
+      constant: makes an operand of a constant or of a literal's value.
+    """
+    inner = jaxpr.jaxpr
+    env: dict[Var, Any] = dict(zip(inner.constvars, map(constant, jaxpr.consts), strict=True))
+    env.update(zip(inner.invars, operands, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return env[atom] if isinstance(atom, Var) else constant(atom.val)
+
+    for eqn in inner.eqns:
+        env.update(zip(eqn.outvars, step(eqn, list(map(read, eqn.invars))), strict=True))
+    return list(map(read, inner.outvars))
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -126,12 +143,99 @@ def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """What an equation calls, if it does nothing else."""
     if eqn.primitive is remat_p:
         return ClosedJaxpr(eqn.params["jaxpr"], [])
-    return eqn.params[CALLS[eqn.primitive]] if eqn.primitive in CALLS else None
+    name = _compat.CALLS.get(eqn.primitive)
+    return None if name is None else eqn.params[name]
 
 
-def inner(eqn: JaxprEqn) -> list[Jaxpr]:
-    """The jaxprs in an equation's parameters."""
-    return list(jaxprs_in_params(eqn.params))
+def opened(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    """The jaxpr without its constants."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def any_equation(
+    jaxpr: ClosedJaxpr | Jaxpr,
+    test: Callable[[JaxprEqn], bool],
+    inside: Callable[[JaxprEqn], bool] = lambda eqn: True,
+) -> bool:
+    """Whether an equation passes a test, however deep. ``inside`` says where to look."""
+    return any(
+        test(eqn) or (inside(eqn) and any_inside(eqn, test, inside)) for eqn in opened(jaxpr).eqns
+    )
+
+
+def any_inside(
+    eqn: JaxprEqn,
+    test: Callable[[JaxprEqn], bool],
+    inside: Callable[[JaxprEqn], bool] = lambda eqn: True,
+) -> bool:
+    """Whether an equation in the jaxprs of an equation passes a test."""
+    return any(any_equation(jaxpr, test, inside) for jaxpr in jaxprs_in_params(eqn.params))
+
+
+def map_leaves(fn: Callable[[Any], Any], param: Any) -> Any:
+    """An equation's parameter with a function applied to what is in its tuples and lists."""
+    if type(param) in (tuple, list):
+        return type(param)(map_leaves(fn, x) for x in param)
+    if isinstance(param, tuple) and hasattr(param, "_fields"):
+        return type(param)(*(map_leaves(fn, x) for x in param))
+    return fn(param)
+
+
+def map_jaxprs(fn: Callable[[Any], Any], eqn: JaxprEqn) -> JaxprEqn:
+    """An equation with a function applied to the jaxprs in its parameters."""
+
+    def apply(leaf: Any) -> Any:
+        return fn(leaf) if isinstance(leaf, ClosedJaxpr | Jaxpr) else leaf
+
+    return eqn.replace(params={name: map_leaves(apply, x) for name, x in eqn.params.items()})
+
+
+# What stands for an equation: another one of the same results, or equations and their results.
+Replacement = JaxprEqn | tuple[list[JaxprEqn], Sequence[Atom]]
+
+
+def rewrite(
+    jaxpr: AnyJaxpr,
+    replace: Callable[[JaxprEqn], Replacement],
+    renew: Callable[[Atom], Atom] = lambda atom: atom,
+) -> AnyJaxpr:
+    """A jaxpr with its equations replaced.
+
+    Args:
+      jaxpr: the jaxpr, whose constants stay.
+      replace: takes an equation, on the variables that it has by now.
+      renew: makes the new variable of a variable, and the new literal of a literal.
+    """
+    old = opened(jaxpr)
+    env: dict[Var, Atom] = {v: renew(v) for v in (*old.constvars, *old.invars)}
+    constvars, invars = [env[v] for v in old.constvars], [env[v] for v in old.invars]
+    eqns, outvars = _rewritten(old, env, replace, renew)
+    made = old.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
+    return cast(AnyJaxpr, made if jaxpr is old else ClosedJaxpr(made, jaxpr.consts))
+
+
+def _rewritten(
+    jaxpr: Jaxpr,
+    env: dict[Var, Atom],
+    replace: Callable[[JaxprEqn], Replacement],
+    renew: Callable[[Atom], Atom],
+) -> tuple[list[JaxprEqn], list[Atom]]:
+    """The equations and outputs of a jaxpr, where ``env`` has what stands for its inputs."""
+
+    def read(atom: Atom) -> Atom:
+        return env[atom] if isinstance(atom, Var) else renew(atom)
+
+    eqns: list[JaxprEqn] = []
+    for eqn in jaxpr.eqns:
+        env.update((var, renew(var)) for var in eqn.outvars)
+        outvars = [env[var] for var in eqn.outvars]
+        new = replace(eqn.replace(invars=list(map(read, eqn.invars)), outvars=outvars))
+        if isinstance(new, JaxprEqn):
+            eqns.append(new)
+        else:
+            eqns += new[0]
+            env.update(zip(eqn.outvars, new[1], strict=True))
+    return eqns, list(map(read, jaxpr.outvars))
 
 
 def prune(
@@ -178,34 +282,24 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
     return [atom for atom in atoms if isinstance(atom, Var)]
 
 
-def splice(
-    jaxpr: ClosedJaxpr, operands: Sequence[Atom]
-) -> tuple[list[JaxprEqn], list[Atom], list[tuple[Var, Any]]]:
-    """The equations of a jaxpr on other operands, for use in another jaxpr.
+def splice(jaxpr: ClosedJaxpr, operands: Sequence[Atom]) -> tuple[list[JaxprEqn], list[Atom]]:
+    """The equations of a jaxpr without constants on other operands, for use in another jaxpr.
 
-    Returns them, the atoms that hold its outputs, and its constants.
+    Returns them, in variables of their own, and the atoms that hold the outputs.
     """
-    inner = jaxpr.jaxpr
-    consts = [(Var(v.aval), c) for v, c in zip(inner.constvars, jaxpr.consts, strict=True)]
-    env: dict[Var, Atom] = dict(zip(inner.constvars, (v for v, _ in consts), strict=True))
-    env.update(zip(inner.invars, operands, strict=True))
-
-    def read(atom: Atom) -> Atom:
-        return env[atom] if isinstance(atom, Var) else atom
-
-    eqns = []
-    for eqn in inner.eqns:
-        env.update((var, Var(var.aval)) for var in eqn.outvars)
-        eqns.append(
-            eqn.replace(invars=list(map(read, eqn.invars)), outvars=list(map(read, eqn.outvars)))
-        )
-    return eqns, list(map(read, inner.outvars)), consts
+    env = dict(zip(jaxpr.jaxpr.invars, operands, strict=True))
+    return _rewritten(
+        jaxpr.jaxpr,
+        env,
+        replace=lambda eqn: eqn,
+        renew=lambda atom: Var(atom.aval) if isinstance(atom, Var) else atom,
+    )
 
 
 def renamed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """The same jaxpr in variables of its own."""
     invars = [Var(var.aval) for var in jaxpr.jaxpr.invars]
-    eqns, outvars, _ = splice(jaxpr, invars)
+    eqns, outvars = splice(jaxpr, invars)
     return rebuild(jaxpr, invars, outvars, eqns)
 
 
@@ -217,30 +311,25 @@ def inline_jit(
     Returns the jaxpr and the constants of the calls, its new leading inputs.
     """
     consts: list[tuple[Var, Any]] = []
-    env: dict[Var, Atom] = {}
 
-    def read(atom: Atom) -> Atom:
-        return env.get(atom, atom) if isinstance(atom, Var) else atom
+    def is_wanted(eqn: JaxprEqn) -> bool:
+        return eqn.primitive is jit_p and wanted(eqn)
 
-    def flatten(eqns: Iterable[JaxprEqn]) -> list[JaxprEqn]:
-        flat = []
-        for eqn in eqns:
-            eqn = eqn.replace(invars=list(map(read, eqn.invars)))
-            if eqn.primitive is jit_p and wanted(eqn):
-                inner, outs, captured = splice(eqn.params["jaxpr"], eqn.invars)
-                consts.extend(captured)
-                flat.extend(flatten(inner))
-                env.update(zip(eqn.outvars, map(read, outs), strict=True))
-            else:
-                flat.append(eqn)
-        return flat
+    def replace(eqn: JaxprEqn) -> Replacement:
+        if not is_wanted(eqn):
+            return eqn
+        called = eqn.params["jaxpr"]
+        inner, values = inline_jit(close(called.jaxpr), wanted)
+        leading = [Var(v.aval) for v in inner.jaxpr.invars[: len(values) + len(called.consts)]]
+        consts.extend(zip(leading[len(values) :], called.consts, strict=True))
+        consts.extend(zip(leading, values, strict=False))
+        return splice(inner, [*leading, *eqn.invars])
 
-    if not any(eqn.primitive is jit_p and wanted(eqn) for eqn in jaxpr.jaxpr.eqns):
+    if not any(map(is_wanted, jaxpr.jaxpr.eqns)):
         return jaxpr, []
-    eqns = flatten(jaxpr.jaxpr.eqns)
-    invars = [*(var for var, _ in consts), *jaxpr.jaxpr.invars]
-    flat = rebuild(jaxpr, invars, map(read, jaxpr.jaxpr.outvars), eqns)
-    return flat, [value for _, value in consts]
+    flat = rewrite(jaxpr, replace).jaxpr
+    invars = [*(var for var, _ in consts), *flat.invars]
+    return rebuild(jaxpr, invars, flat.outvars, flat.eqns), [value for _, value in consts]
 
 
 def touched(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:

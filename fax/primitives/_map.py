@@ -29,19 +29,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Var
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.interpreters import partial_eval as pe
-from jax.sharding import AxisType
 
-from fax._compat import register_lowering_of_jaxprs
+from fax._arithmetic import accumulator_dtype
+from fax._compat import register_dead_code, register_lowering_of_jaxprs
 from fax._placement import Placement
 from fax.primitives import _effects, _jaxpr
-from fax.primitives._agree import agree
-from fax.primitives._convolutions import rewrite
-from fax.primitives._cut import depends, partial_eval, partial_eval_custom, without_outputs
-from fax.primitives._invalid import watch_round
-from fax.primitives._mask import by_mask, mask_within, masked
-from fax.primitives._retype import Retyping
+from fax.primitives._mask import by_mask, mask_within
+from fax.primitives._partial_eval import (
+    depends,
+    partial_eval,
+    partial_eval_custom,
+    without_outputs,
+)
 from fax.primitives._round import (
     PLACED,
     SERVER,
@@ -50,98 +51,20 @@ from fax.primitives._round import (
     Out,
     Round,
     bind_traced,
+    expand,
     federated_map_p,
     pick,
     rowwise,
-    scatter,
     seen_avals,
 )
-from fax.primitives._structure import Structure, execute
-from fax.sharding import _devices, _schedule
-from fax.sharding._mesh import other_axes, split_axes
-from fax.sharding._types import placed_aval, unchecked, without_explicit_axes
 
-# Evaluation
-
-
-def _impl(*operands, **params):
-    return watch_round(functools.partial(_run, **params), Round.of(params), operands)
-
-
-def _run(*operands, **params):
-    if jax.config.jax_disable_jit:
-        return _compute(*operands, platform=jax.default_backend(), **params)
-    jaxpr, _ = _jaxpr.trace(lambda *xs: Round.of(params).bind(*xs), map(jax.typeof, operands))
-    return execute(Structure(jaxpr), *operands)
+# Types. What else a map is when it is evaluated and compiled is in `fax.lowering`.
 
 
 def _abstract_eval(*_, **params):
     this = Round.of(params)
     _effects.check_order(this, jax.sharding.get_abstract_mesh())
-    avals = [
-        placed_aval(aval, this.group) if out.mode == "placed" else aval
-        for out, aval in zip(this.outputs, this.value_avals, strict=True)
-    ]
-    return avals, this.jaxpr.effects
-
-
-def _compute(*operands, platform, **params):
-    this = Round.of(params)
-    work = functools.partial(_work, platform=platform, this=this)
-    avals, _ = _abstract_eval(*map(jax.typeof, operands), **params)
-    return without_explicit_axes(work, [aval.sharding.spec for aval in avals])(*operands)
-
-
-def _work(*operands, platform, this):
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if jax.config.jax_disable_jit else split_axes(this.group)
-    along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
-    if this.vectorize is None and _effects.is_ordered(this):
-        this = this.replace(vectorize=1)
-    at_once = functools.partial(_schedule.vectorized_for, platform, this.vectorize)
-    _effects.check(this, along, others, at_once)
-    # JAX allows for effects where all axes are manual, those of one device as well.
-    manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes
-    kinds = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
-    typed = this if mesh.empty else this.replace(jaxpr=Retyping(kinds, along)(this.jaxpr))
-    vectorised = at_once(this.group.size) > 1
-    typed = typed.replace(
-        jaxpr=rewrite(
-            typed.jaxpr, this.convolutions, platform, vectorised=vectorised, spread=bool(others)
-        )
-    )
-    in_step = bool(along and others)
-    varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
-
-    def work(*rows):
-        jaxpr = agree(typed.jaxpr, varies, along) if in_step else typed.jaxpr
-        return masked(typed, _jaxpr.evaluate(jaxpr, *rows))
-
-    outs = _devices.run(
-        work,
-        operands,
-        [i.mode for i in this.inputs],
-        [out.mode for out in this.outputs],
-        typed.value_avals,
-        this.group,
-        at_once,
-        axes,
-        manual,
-    )
-    return [x.astype(aval.dtype) for x, aval in zip(outs, this.value_avals, strict=True)]
-
-
-def _lowering(platform):
-    """The rule for a platform. In a `jax.shard_map` nothing is checked below this level."""
-    rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
-
-    def lower(ctx, *operands, **params):
-        own = ctx.replace(avals_in=list(map(unchecked, ctx.avals_in)))
-        outs = rule(own, *operands, **params)
-        ctx.set_tokens_out(own.tokens_out)  # what ordered effects wait for
-        return outs
-
-    return lower
+    return this.result_avals, this.jaxpr.effects
 
 
 # Batching
@@ -249,7 +172,7 @@ def reduce_late(
 ) -> list[tuple[Any, Any]]:
     """The maxima or minima of placed rows, with their tangents: the mean over who attains them."""
     given = [mask for mask in masks if mask is not None]
-    numbers = scatter((mask is not None for mask in masks), range(len(given)))
+    numbers = expand((mask is not None for mask in masks), range(len(given)))
     outs = [Out(mode, number) for mode, number in zip(modes, numbers, strict=True)]
     placed = [PLACED] * (len(rows) + len(given))
     best = rowwise(lambda *xs: xs, [*rows, *given], placed, outs, group)
@@ -257,11 +180,11 @@ def reduce_late(
     def winners(*seen):
         own = iter(seen)
         best, values, tangents = ([next(own) for _ in rows] for _ in range(3))
-        counts = scatter((mask is not None for mask in masks), own)
+        counts = expand((mask is not None for mask in masks), own)
         sums = []
         for top, value, tangent, mask in zip(best, values, tangents, counts, strict=True):
             wins = value == top if mask is None else mask & (value == top)
-            wide = _schedule.accumulator_dtype(tangent.dtype)
+            wide = accumulator_dtype(tangent.dtype)
             chosen = lax.select(wins, tangent, lax.full_like(tangent, 0))
             sums += [chosen.astype(wide), wins.astype(wide)]
         return sums
@@ -299,7 +222,7 @@ def _transpose(cotangents, *operands, **params):
 
     def transposed(*rows):
         fixed, cotangents = rows[: sum(is_fixed)], rows[sum(is_fixed) :]
-        seen = scatter(is_fixed, fixed)
+        seen = expand(is_fixed, fixed)
         results = []
         for members, (jaxpr, needed), own in zip(groups.values(), parts, reached, strict=True):
 
@@ -342,8 +265,7 @@ def _transpose(cotangents, *operands, **params):
 # Dead code
 
 
-def _dce(used_outputs, *rest):
-    eqn = rest[-1]  # newer versions of JAX pass more arguments before it
+def _dead_code(used_outputs, eqn):
     if not any(used_outputs) and not eqn.effects:
         return [False] * len(eqn.invars), None
     if all(used_outputs):
@@ -352,14 +274,11 @@ def _dce(used_outputs, *rest):
     return used, reduced
 
 
-federated_map_p.def_impl(_impl)
 federated_map_p.def_effectful_abstract_eval(_abstract_eval)
-mlir.register_lowering(federated_map_p, _lowering("cpu"), platform="cpu")
-mlir.register_lowering(federated_map_p, _lowering("accelerator"))
 batching.fancy_primitive_batchers[federated_map_p] = _batch
 ad.primitive_jvps[federated_map_p] = _jvp
 ad.primitive_transposes[federated_map_p] = _transpose
 pe.custom_partial_eval_rules[federated_map_p] = partial_eval
 pe.partial_eval_jaxpr_custom_rules[federated_map_p] = partial_eval_custom
-pe.dce_rules[federated_map_p] = _dce
+register_dead_code(federated_map_p, _dead_code)
 register_lowering_of_jaxprs(federated_map_p, federated_map_p.bind, "jaxpr")

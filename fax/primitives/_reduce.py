@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from fax._arithmetic import accumulator_dtype, reduce_rows
 from fax._placement import Placement
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._map import reduce_late
-from fax.sharding import _schedule
 from fax.sharding._types import row_aval
 
 sum_p = Primitive("sum")
@@ -31,8 +31,8 @@ min_p = Primitive("min")
 
 def _compute(x, *, mode, **params):
     if mode == "mean":
-        return (_schedule.reduce_rows("sum", x) / params["size"]).astype(x.dtype)
-    return _schedule.reduce_rows(mode, x).astype(x.dtype)
+        return (reduce_rows("sum", x) / params["size"]).astype(x.dtype)
+    return reduce_rows(mode, x).astype(x.dtype)
 
 
 def _abstract_eval(x, **params):
@@ -58,7 +58,7 @@ def _transpose_sum(cotangent, x, **params):
 
 def _transpose_mean(cotangent, x, **params):
     del x
-    wide = cotangent.astype(_schedule.accumulator_dtype(cotangent.dtype))
+    wide = cotangent.astype(accumulator_dtype(cotangent.dtype))
     return [broadcast_p.bind((wide / params["size"]).astype(cotangent.dtype), **params)]
 
 

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, Var
+from jax.extend.core.primitives import conv_general_dilated_p, select_and_scatter_add_p
 
 from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._jaxpr import Atom
-from fax.sharding import _schedule
-from fax.sharding._types import row_aval
+from fax.sharding._types import placed_aval, row_aval
 
 federated_map_p = Primitive("federated_map")
 federated_map_p.multiple_results = True
+
+# How convolutions are computed.
+CONVOLUTIONS = ("auto", "xla", "matmul")
+
+
+class Vectorize(enum.Enum):
+    """How many participants a device works on at once, where fax's own maps do not say a number.
+
+    Such a map runs like the one that it is fused with. By itself it runs
+
+      ALL        for everybody at once: the few element-wise operations of an operator.
+      INHERITED  as users' maps do by default: what aggregators do with every update.
+    """
+
+    ALL = "all"
+    INHERITED = "inherited"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class In(NamedTuple):
@@ -72,12 +92,12 @@ class Round:
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
         contributions to the results, followed by the masks, which are scalar bools.
-      convolutions: how convolutions are computed, one of `_convolutions.SETTINGS`. A printed
+      convolutions: how convolutions are computed, one of `CONVOLUTIONS`. A printed
         equation shows it where it is not ``"auto"``.
     """
 
     group: Placement
-    vectorize: int | str | None
+    vectorize: int | Vectorize | None
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     jaxpr: ClosedJaxpr
@@ -111,6 +131,14 @@ class Round:
     def value_avals(self) -> list[ShapedArray]:
         """The types of one participant's contributions, masks left out."""
         return self.jaxpr.out_avals[: len(self.outputs)]
+
+    @property
+    def result_avals(self) -> list[ShapedArray]:
+        """The types of the results, on the mesh in scope."""
+        return [
+            placed_aval(aval, self.group) if out.mode == "placed" else aval
+            for out, aval in zip(self.outputs, self.value_avals, strict=True)
+        ]
 
     @property
     def mask_count(self) -> int:
@@ -182,10 +210,9 @@ def rowwise(
     outputs: Sequence[Out],
     group: Placement,
 ) -> list[Any]:
-    """Maps a few element-wise operations, which fuse with a map of any batch size."""
+    """Maps a few element-wise operations, which fuse with any map."""
     nothing, _ = _jaxpr.trace(list, [])
-    vectorize = _schedule.ALL_AT_ONCE
-    like = Round(group, vectorize, tuple(inputs), tuple(outputs), nothing)
+    like = Round(group, Vectorize.ALL, tuple(inputs), tuple(outputs), nothing)
     return bind_traced(fn, operands, like)
 
 
@@ -204,7 +231,19 @@ def pick(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
     return [item for item, wanted in zip(items, which, strict=True) if wanted]
 
 
-def scatter(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
+def expand(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
     """The items at the places that are marked, and None at the others."""
     rest = iter(items)
     return [next(rest) if wanted else None for wanted in which]
+
+
+def is_convolution(eqn: JaxprEqn) -> bool:
+    """Whether the setting for convolutions is about an equation; it is about pooling, too."""
+    return eqn.primitive in (conv_general_dilated_p, select_and_scatter_add_p)
+
+
+def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
+    """Whether there are convolutions, however deep. Nested maps have settings of their own."""
+    return _jaxpr.any_equation(
+        jaxpr, is_convolution, inside=lambda eqn: eqn.primitive is not federated_map_p
+    )

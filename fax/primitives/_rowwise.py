@@ -17,10 +17,10 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.extend.core import primitives as p
 from jax.sharding import NamedSharding
 
+from fax._compat import Named
 from fax.primitives import _jaxpr
-from fax.primitives._compose import Find, MapBuilder
-from fax.primitives._round import SERVER, Contribution, In
-from fax.sharding._schedule import ALL_AT_ONCE
+from fax.primitives._map_builder import Find, MapBuilder
+from fax.primitives._round import SERVER, Contribution, In, Vectorize
 from fax.sharding._types import row_aval
 
 Atom = Any
@@ -125,8 +125,9 @@ _RULES: dict[Any, Rule] = {
 }
 
 
-# Primitives that have no exported name.
-_NAMED_RULES: dict[str, Rule] = dict.fromkeys(("split", "stack", "unstack"), _along_axis)
+_NAMED_RULES: dict[str, Rule] = dict.fromkeys(
+    (Named.SPLIT, Named.STACK, Named.UNSTACK), _along_axis
+)
 
 
 def _rule(eqn: Equation) -> Rule | None:
@@ -162,7 +163,7 @@ def as_map(
     if params is None or any(isinstance(x, NamedSharding) for x in params.values()):
         return None
     vanishing = _vanishing(eqn, masked)
-    this = MapBuilder(like.like.replace(vectorize=ALL_AT_ONCE), like.eqn)
+    this = MapBuilder(like.like.replace(vectorize=Vectorize.ALL), like.eqn)
     invars: list[Atom] = []
     for atom in eqn.invars:
         if not isinstance(atom, Var):
@@ -174,7 +175,7 @@ def as_map(
         mode = In("placed", atom in vanishing) if placed else SERVER
         row = this.see(*find(atom, mode), Var(aval))
         if not placed and aval.shape:
-            extra, (row,), _ = _jaxpr.splice(_without_leading_axis(aval), [row])
+            extra, (row,) = _jaxpr.splice(_without_leading_axis(aval), [row])
             this.eqns += extra
         invars.append(row)
     outvars = [Var(row_aval(result.aval)) for result in eqn.outvars]

@@ -1,4 +1,4 @@
-"""Where process 0 listens: at the coordinator's address, and nowhere else."""
+"""Where process 0 listens: only at the coordinator's address."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import socket
 from fax.sharding._connection import Connection
 
 _WHERE = "fax.sharding.initialize"
-BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # which JAX knows, too
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX uses this variable, too
 
 
 def listen(address: str) -> list[socket.socket]:
-    """Sockets that listen at all addresses of the coordinator's name.
+    """Returns sockets that listen on all addresses of the coordinator's name.
 
-    A machine's own name may mean a loopback address on the machine itself, where no other one gets
-    to. Only then, or if ``JAX_COORDINATOR_BIND_ADDRESS`` says so, this listens everywhere.
+    On a machine itself, its own name may resolve to a loopback address, which no other machine can
+    reach. Only then, or if ``JAX_COORDINATOR_BIND_ADDRESS`` says so, this listens on all addresses
+    of the machine.
 
     Raises:
-      RuntimeError: if the port is taken, or this machine has no such address.
+      RuntimeError: if the port is in use, or this machine does not have the address.
     """
     host, _, port = (os.environ.get(BIND) or address).rpartition(":")
     host = host.strip("[]")
@@ -29,7 +30,7 @@ def listen(address: str) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         raise RuntimeError(
             f"{_WHERE}: process 0 cannot find the address of {host!r}: {error}. Pass a "
-            "coordinator_address that all processes can find."
+            "coordinator_address that all processes can resolve."
         ) from error
     places = list(dict.fromkeys((family, place) for family, *_, place in found))
     if all(is_loopback(str(place[0])) for _, place in places) and _is_own_name(host):
@@ -44,25 +45,25 @@ def listen(address: str) -> list[socket.socket]:
             listeners.append(socket.create_server(place, family=family, dualstack_ipv6=both))
         except OSError as error:
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                continue  # a name may have addresses of both kinds where the machine has one
+                continue  # a name may have IPv4 and IPv6 addresses, and the machine only one
             for listener in listeners:
                 listener.close()
             raise RuntimeError(
-                f"{_WHERE}: process 0 cannot listen at port {port} of {address}: "
+                f"{_WHERE}: process 0 cannot listen on port {port} of {address}: "
                 f"{error.strerror}. Choose a free port."
             ) from error
     if not listeners:
         raise RuntimeError(
-            f"{_WHERE}: process 0 cannot listen at {address}, because {host} is no address of its "
-            "machine. Pass its own address as coordinator_address. If the others reach it by "
-            f"another one, as behind a service of Kubernetes, set {BIND} to the host and port "
+            f"{_WHERE}: process 0 cannot listen on {address}, because {host} is not an address of "
+            "its machine. Pass its own address as coordinator_address. If the others reach it "
+            f"through another one, as behind a Kubernetes service, set {BIND} to the host and port "
             "where it should listen."
         )
     return listeners
 
 
 def bind_address(listeners: list[socket.socket], peers: list[Connection]) -> str | None:
-    """Where JAX should listen at process 0: where the others have come to. None: everywhere."""
+    """The address to which the others connected, where JAX should listen, or None for all."""
     ends = [peer.socket for peer in peers] or listeners[:1]
     host_and_port = {end.getsockname()[:2] for end in ends}
     hosts = sorted({host.removeprefix("::ffff:") for host, _ in host_and_port})
@@ -73,7 +74,7 @@ def bind_address(listeners: list[socket.socket], peers: list[Connection]) -> str
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine gets to an address."""
+    """Whether only this machine can reach an address."""
     return ipaddress.ip_address(host.partition("%")[0] or "0.0.0.0").is_loopback
 
 

@@ -1,4 +1,4 @@
-"""Messages between processes, over sockets that hold nobody up."""
+"""Messages between processes, over sockets that never block."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 
 Message = dict[str, Any]
 
-_SENDING = 2.0  # seconds that a message may take to leave
-_LONGEST = 1 << 16  # bytes of a message
+_SEND_TIMEOUT = 2.0  # seconds
+_MAX_BYTES = 1 << 16  # of a message
 
 
 class Connection:
-    """Messages, a line of JSON each, over a socket.
+    """Sends and receives messages over a socket, one line of JSON each.
 
     Attributes:
       socket: the socket, which never blocks.
-      host: the name of the other process' host, as far as it is known.
-      heard: when something came last, by `time.monotonic`.
-      finished: whether the other process has said that it ends.
-      closed: whether nothing can come any more, or what came was no message.
+      host: the host name of the other process, or "?" if it is not known.
+      last_received: the `time.monotonic` at which data were last received.
+      finished: whether the other process has announced that it finished.
+      closed: whether the connection has ended, or received something that is not a message.
     """
 
     def __init__(self, peer: socket.socket):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that is cut off says nothing. This notices it after half a minute.
+        # A machine that loses its network closes nothing. This detects it after half a minute.
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, option):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         peer.setblocking(False)
         self.socket = peer
         self.host = "?"
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
         self.finished = False
         self.closed = False
         self._lines = b""
@@ -45,9 +45,9 @@ class Connection:
         self._sending = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """Sends a message. Who is gone, or takes nothing, is noticed when reading."""
+        """Sends a message. If that fails, reading from the connection will show it."""
         data = json.dumps(message).encode() + b"\n"
-        deadline = time.monotonic() + _SENDING
+        deadline = time.monotonic() + _SEND_TIMEOUT
         with self._sending, contextlib.suppress(OSError):
             while data:
                 try:
@@ -56,10 +56,10 @@ class Connection:
                     if not self._ready(selectors.EVENT_WRITE, deadline):
                         return
 
-    def take(self) -> list[Message]:
-        """The messages that have come, without waiting."""
+    def read(self) -> list[Message]:
+        """Returns the messages that have arrived, without waiting."""
         try:
-            data = self.socket.recv(_LONGEST)
+            data = self.socket.recv(_MAX_BYTES)
         except (BlockingIOError, InterruptedError):
             return []
         except OSError:
@@ -67,7 +67,7 @@ class Connection:
         if not data:
             self.closed = True
             return []
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
         *lines, self._lines = (self._lines + data).split(b"\n")
         found: list[Message] = []
         for line in lines:
@@ -76,40 +76,40 @@ class Connection:
                 self.closed = True
                 return found
             found.append(message)
-        self.closed = len(self._lines) > _LONGEST
+        self.closed = len(self._lines) > _MAX_BYTES
         return found
 
     def receive(self, deadline: float) -> Message | None:
-        """The next message, or None when the connection is closed or time is up."""
+        """Returns the next message, or None if the connection closes or the deadline passes."""
         while not self._messages and not self.closed:
             if not self._ready(selectors.EVENT_READ, deadline):
                 return None
-            self._messages.extend(self.take())
+            self._messages.extend(self.read())
         return self._messages.popleft() if self._messages else None
 
     def _ready(self, event: int, deadline: float) -> bool:
-        """Waits until the socket is ready, but not longer than until the deadline."""
+        """Waits until the socket is ready or the deadline has passed."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, event)
             return bool(selector.select(max(deadline - time.monotonic(), 0)))
 
 
 def close(connections: list[Connection]) -> None:
-    """Closes connections so that what was sent arrives, if the others are there to read it."""
+    """Closes connections, and lets sent messages arrive first if the other side reads them."""
     deadline = time.monotonic() + 1
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.socket.shutdown(socket.SHUT_WR)
     for connection in connections:
-        # A socket that is closed with something left to read would take back what was sent.
+        # Closing a socket with unread data would discard what was sent.
         while connection.receive(deadline) is not None:
             pass
         connection.socket.close()
 
 
-def printable(text: Any, most: int = 300) -> str:
-    """What somebody else sent, without anything that a terminal would act on."""
-    return "".join(c for c in str(text)[:most] if c.isprintable())
+def printable(text: Any, limit: int = 300) -> str:
+    """Removes control characters from received text, so that it is safe to print."""
+    return "".join(c for c in str(text)[:limit] if c.isprintable())
 
 
 def _message(line: bytes) -> Message | None:

@@ -1,4 +1,4 @@
-"""A machine's CPU as several devices: one thread for each, and a mesh over them."""
+"""Uses a CPU as several devices with one thread each, and makes a mesh over them."""
 
 from __future__ import annotations
 
@@ -12,51 +12,49 @@ from fax import _arguments
 from fax._placement import PlacementError
 from fax.sharding._mesh import make_mesh
 
+_WHERE = "fax.sharding.use_cpu_devices"
 _SINGLE_THREADED = "--xla_cpu_multi_thread_eigen=false"
 
 
 def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
-    """Makes devices of the CPU's cores, with a thread each, and a mesh of them.
+    """Makes each CPU core a device with one thread, and returns a mesh of these devices.
 
-    A program on this mesh works for one client on each core. For small models that is about twice
-    as fast as one device with two threads, whose matrix products are too small to share. Call it
-    before anything else of JAX runs::
+    A program on this mesh works on one client on each core. For small models this is about twice as
+    fast as one device with two threads, whose matrix products are too small to share. Call it
+    before any other use of JAX::
 
         jax.set_mesh(fax.sharding.use_cpu_devices())
 
     Args:
-      count: how many devices. Default: one for each core that this process may use.
+      count: the number of devices. Default: one for each core that this process may use.
       axis: the name of the mesh axis.
 
     Returns:
       The mesh, for `jax.set_mesh`.
 
     Raises:
-      PlacementError: if JAX has set up other devices already, or ``count`` is not positive.
+      PlacementError: if JAX has already set up other devices, or ``count`` is not positive.
 
     Example:
 
       >>> jax.set_mesh(fax.sharding.use_cpu_devices())  # doctest: +SKIP
     """
     count = _arguments.count(
-        "use_cpu_devices",
+        _WHERE,
         "count",
         _cores() if count is None else count,
-        expected="a positive int",
         error=PlacementError,
     )
-    _arguments.text(
-        "use_cpu_devices", "axis", axis, "the name of a mesh axis", error=PlacementError
-    )
+    _arguments.text(_WHERE, "axis", axis, "the name of a mesh axis", error=PlacementError)
     flags = os.environ.get("XLA_FLAGS", "")
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the devices are there already
+    except RuntimeError:  # JAX has already set up its devices
         found = len(jax.devices("cpu"))
         if found != count:
             raise PlacementError(
-                f"use_cpu_devices: JAX has set up {found} CPU devices already, so that they cannot "
-                f"be {count}. Call it before the first computation."
+                f"{_WHERE}: JAX has already set up {found} CPU devices, expected {count}. "
+                "Call it before the first computation."
             ) from None
     else:
         if count > 1 and _SINGLE_THREADED not in flags:

@@ -1,9 +1,8 @@
-"""One program in several processes: who they are and where they meet."""
+"""One program in several processes: their number, and the address of process 0."""
 
 from __future__ import annotations
 
 import math
-import operator
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fax._arguments import number
+from fax import _arguments
 from fax.sharding import _peers
 from fax.sharding._address import BIND
 
@@ -32,55 +31,56 @@ def initialize(
 ) -> None:
     """Makes this process one of several that run the same program together.
 
-    Every process calls this once, before anything else is done with JAX. Afterwards
-    `jax.devices` lists the devices of all processes, and a mesh may span them. CPUs communicate by
-    gloo, so that this works on any machine.
+    Call this once in every process, before any other use of JAX. Afterwards `jax.devices` lists
+    the devices of all processes, and a mesh may span them. CPUs communicate through gloo, so this
+    works on any machine.
 
-    What is not passed is taken from the environment, where there is
+    Arguments that are not passed are taken from the environment, which may be
 
     - ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
     - Slurm (``srun``),
-    - MPI (``mpiexec`` of Open MPI, MPICH, MVAPICH and Intel MPI). If its processes are on several
-      hosts, all but Open MPI 4 have to be told where process 0 is,
-    - a TPU pod, on GKE too, or an indexed job of Kubernetes, as `jax.distributed.initialize` finds
+    - MPI (``mpiexec`` of Open MPI, MPICH, MVAPICH and Intel MPI). If the processes are on several
+      hosts, all but Open MPI 4 also need the address of process 0,
+    - a TPU pod, also on GKE, or an indexed Kubernetes job, as `jax.distributed.initialize` finds
       them.
 
-    With Slurm and MPI every process uses the GPU of its local number, unless ``local_device_ids``
-    says otherwise.
+    With Slurm and MPI, every process uses the GPU with its local number, unless
+    ``local_device_ids`` says otherwise.
 
-    When a process dies or an exception ends it, all others print which one it was and end at once,
-    with exit status 3. One that stands still is named by all others after a third of
-    ``heartbeat_timeout``; while JAX is being set up they end after that time, later JAX's own
-    heartbeats abort them, within about that time. On a TPU pod or Kubernetes there are these
-    alone. A process that leaves by `sys.exit` counts as finished.
+    When a process dies or ends with an exception, all others print which one it was and exit at
+    once, with status 3. A process that stops responding is named by the others after a third of
+    ``heartbeat_timeout``. While JAX is being set up, they exit after ``heartbeat_timeout``; later
+    JAX's own heartbeats abort them after about the same time. On a TPU pod or Kubernetes only JAX's
+    heartbeats are available. A process that exits through `sys.exit` counts as finished.
 
-    Until all have met, a process that dies may be started again within ``heartbeat_timeout``. If it
-    is not, or stands still for as long, all others raise an error that names it.
+    Until all processes have connected, one that dies may be restarted within ``heartbeat_timeout``.
+    If it is not restarted, or stops responding for that long, all others raise an error that names
+    it.
 
-    Process 0 listens at the coordinator's address only, first for the others and then for JAX.
-    Whoever comes without the token is turned away and changes nothing. The token guards the
-    meeting; what JAX sends afterwards is neither authenticated nor encrypted, so run on a network
+    Process 0 listens only at the coordinator's address, first for the others and then for JAX.
+    Connections without the token are rejected and have no effect. The token protects only the
+    start; what JAX sends afterwards is neither authenticated nor encrypted, so run on a network
     that you trust.
 
     Args:
       coordinator_address: host and port of process 0, as in ``"10.0.0.1:1234"``,
-        ``"[fd00::1]:1234"`` or ``"node7:1234"``. The port must be free. If process 0 does not
-        have this address itself, ``JAX_COORDINATOR_BIND_ADDRESS`` says where it listens.
-      num_processes: how many processes there are.
-      process_id: the number of this one, from 0.
-      local_device_ids: which of the host's GPUs are this process's own.
+        ``"[fd00::1]:1234"`` or ``"node7:1234"``. The port must be free. If the machine of process
+        0 does not have this address, ``JAX_COORDINATOR_BIND_ADDRESS`` says where it listens.
+      num_processes: the number of processes.
+      process_id: the number of this process, starting from 0.
+      local_device_ids: which of the host's GPUs belong to this process.
       token: a secret of at least 16 characters that the processes of this run share. Default: the
-        environment variable ``FAX_TOKEN``. Make a new one for each run. Without it, the job's
-        number that Slurm or Open MPI gives keeps other runs apart, but is no secret; if process 0
-        can be reached from other machines, it warns.
+        environment variable ``FAX_TOKEN``. Create a new one for each run. Without a token, the job
+        number of Slurm or Open MPI separates runs, but it is not secret; process 0 warns if other
+        machines can reach it.
       initialization_timeout: how many seconds to wait for the other processes to start.
       heartbeat_timeout: after how many seconds of silence a process counts as dead.
-      shutdown_timeout: how many seconds a process that has finished waits for the others to finish.
+      shutdown_timeout: how many seconds a finished process waits for the others to finish.
 
     Raises:
-      ValueError: if something is neither passed nor found in the environment, or does not fit.
-      RuntimeError: if JAX is in use already, this was called before, the processes do not all
-        meet in time, or process 0 cannot listen.
+      ValueError: if an argument is invalid, or neither passed nor found in the environment.
+      RuntimeError: if JAX is already in use, this was called before, not all processes connect in
+        time, or process 0 cannot listen.
 
     Example:
 
@@ -99,21 +99,21 @@ def initialize(
         ("heartbeat_timeout", heartbeat_timeout),
         ("shutdown_timeout", shutdown_timeout),
     ):
-        number("fax.sharding.initialize", name, value, above=0)
+        _arguments.number("fax.sharding.initialize", name, value, above=0)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
         "local_device_ids": local_device_ids,
         "initialization_timeout": math.ceil(initialization_timeout),
-        # JAX looks once a second, and should have ended this process by then.
+        # JAX checks once a second, and should have ended this process by then.
         "heartbeat_timeout_seconds": max(math.ceil(heartbeat_timeout) - 1, 1),
         "shutdown_timeout_seconds": math.ceil(shutdown_timeout),
     }
     if address is None or count is None or me is None:
         if token is not None:
             warnings.warn(
-                "fax.sharding.initialize: the token is not used, because the processes find each "
-                "other by JAX alone here. Pass coordinator_address, num_processes and process_id.",
+                "fax.sharding.initialize: the token is not used, because here JAX alone connects "
+                "the processes. To use it, pass coordinator_address, num_processes and process_id.",
                 stacklevel=2,
             )
         _detect(address, count, me, options)
@@ -149,23 +149,23 @@ def _check_unused() -> None:
     if jax.distributed.is_initialized():
         raise RuntimeError(
             "fax.sharding.initialize was called a second time, or after "
-            "jax.distributed.initialize. Call it once, at the start of the program."
+            "jax.distributed.initialize. Call it only once, at the start of the program."
         )
     try:
-        # JAX exports no question whether it is in use, but asks it itself before it looks at
-        # arguments, and these it refuses.
+        # JAX exports no test for whether it is in use. But it tests this before it looks at the
+        # arguments, and these arguments it refuses.
         jax.distributed.initialize("localhost:0", 1, 1, cluster_detection_method="deactivate")
     except ValueError:
         return
     except RuntimeError as error:
         raise RuntimeError(
             "fax.sharding.initialize was called after JAX had been used. Call it at the start of "
-            "the program, before arrays are made or jax.devices is called."
+            "the program, before you create arrays or call jax.devices."
         ) from error
 
 
 def _check(address: str | None, count: int | None, me: int | None) -> None:
-    """Refuses what cannot be right. None is what is not known."""
+    """Checks the arguments that are known. The others are None."""
     where = "fax.sharding.initialize"
     for name, value in (("coordinator_address", address), (BIND, os.environ.get(BIND))):
         if value is None:
@@ -178,42 +178,35 @@ def _check(address: str | None, count: int | None, me: int | None) -> None:
         if not 0 < int(value.rsplit(":", 1)[1]) < 1 << 16:
             raise ValueError(f"{where}: {name} is {value!r}, expected a port from 1 to 65535.")
     if count is not None and count < 1:
-        raise ValueError(f"{where}: num_processes is {count}, expected at least 1.")
+        raise ValueError(f"{where}: num_processes is {count}, expected an int of at least 1.")
     if me is not None and (me < 0 or (count is not None and me >= count)):
-        raise ValueError(
-            f"{where}: process_id is {me}, expected a number from 0 up to num_processes, which is "
-            f"{'not given' if count is None else count}."
-        )
+        bound = "of at least 0"
+        if count is not None:
+            bound = f"from 0 to {count - 1}, because num_processes is {count}"
+        raise ValueError(f"{where}: process_id is {me}, expected an int {bound}.")
 
 
 def _token(token: str | None) -> str | None:
-    """The token that is passed or in the environment, if it is one that cannot be guessed."""
+    """Returns the token that is passed or in the environment, after checking its length."""
     name = "token" if token is not None else "the environment variable FAX_TOKEN"
     found = os.environ.get("FAX_TOKEN") if token is None else token
     if found is not None and (not isinstance(found, str) or len(found) < 16):
-        what = f"has {len(found)} characters" if isinstance(found, str) else "is no str"
+        what = f"has {len(found)} characters" if isinstance(found, str) else "is not a str"
         raise ValueError(
-            f"fax.sharding.initialize: {name} {what}, expected at least 16 characters of a str "
-            "that nobody can guess, as `openssl rand -hex 16` makes it."
+            f"fax.sharding.initialize: {name} {what}, expected a str of at least 16 characters "
+            "that cannot be guessed, such as the output of `openssl rand -hex 16`."
         )
     return found
 
 
 def _int(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"fax.sharding.initialize: {name} is {value!r}, expected an int."
-        ) from None
+    return _arguments.count("fax.sharding.initialize", name, value, least=None)
 
 
 def _detect(
     address: str | None, count: int | None, me: int | None, options: Mapping[str, Any]
 ) -> None:
-    """Leaves to JAX what is still unknown: it can ask a TPU pod or Kubernetes."""
+    """Lets JAX find what is still unknown, on a TPU pod or on Kubernetes."""
     try:
         jax.distributed.initialize(address, count, me, **options)
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
@@ -224,16 +217,16 @@ def _detect(
             f"fax.sharding.initialize: {unknown} is neither passed nor found in the environment"
             f"{f', where {known}' if known else ''}. Pass coordinator_address, num_processes and "
             "process_id, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or "
-            f"start the processes by srun or mpiexec. A single process needs none of this. (JAX: "
+            f"start the processes with srun or mpiexec. A single process needs none of this. (JAX: "
             f"{error})"
         ) from error
 
 
-# What launchers say in the environment
+# The environment variables of launchers
 
 
 class Found(NamedTuple):
-    """What the environment says. None is what it does not say."""
+    """What the environment specifies. The other fields are None."""
 
     address: str | None = None
     processes: int | None = None
@@ -250,8 +243,8 @@ class _Launcher(NamedTuple):
     local_processes: str
 
 
-# MPI comes first: where mpiexec starts processes in a job of Slurm, they see the variables of the
-# step that belongs to mpiexec itself.
+# MPI comes before Slurm: processes that mpiexec starts in a Slurm job also see the variables of
+# the step that runs mpiexec itself.
 _LAUNCHERS = (
     _Launcher("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "", ""),
     _Launcher(*(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
@@ -259,11 +252,11 @@ _LAUNCHERS = (
     _Launcher("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     _Launcher("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", ""),
 )
-_FIRST_PORT, _PORTS = 61440, 4096  # where a port is not given, one from the end of the range
+_FIRST_PORT, _PORTS = 61440, 4096  # if no port is given, choose one from the end of the range
 
 
 def find(env: Mapping[str, str]) -> Found:
-    """What a launcher says about this process in the environment ``env``."""
+    """Returns what the environment ``env`` specifies about this process."""
     launcher = _launcher(env)
     if launcher is None:
         return Found(
@@ -282,7 +275,7 @@ def find(env: Mapping[str, str]) -> Found:
 
 
 def job_of(env: Mapping[str, str]) -> str:
-    """What a launcher calls the run, alike in all of its processes, or nothing."""
+    """Returns the launcher's name of the run, the same in all its processes, or ""."""
     launcher = _launcher(env)
     if launcher is None:
         return ""
@@ -294,7 +287,7 @@ def job_of(env: Mapping[str, str]) -> str:
 
 def _launcher(env: Mapping[str, str]) -> _Launcher | None:
     for launcher in _LAUNCHERS:
-        # The script of a job of Slurm is no step of it, and runs but once.
+        # The script of a Slurm job is not one of its steps, and runs only once.
         if launcher.processes == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" not in env:
             continue
         if launcher.processes in env and launcher.number in env:
@@ -314,7 +307,7 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 
 def _coordinator(env: Mapping[str, str], launcher: _Launcher, on_one_host: bool) -> str | None:
-    """Where all processes would look for process 0, by the same rules as in JAX."""
+    """Returns the address of process 0, by the same rules as JAX, or None."""
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
     at = re.match(r"(\d+)\..*?;tcp6?://(?:\[([^,\]]+)|([^,:]+))", uri)
     if on_one_host:

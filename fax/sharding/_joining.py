@@ -1,4 +1,4 @@
-"""Any other process comes to process 0, and waits there for the rest."""
+"""How a process other than process 0 joins a run: it connects to process 0 and waits there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import time
 
 from fax.sharding._connection import Connection, printable
-from fax.sharding._handshake import HELLO, VERSION, proof, proves
+from fax.sharding._handshake import HELLO_TIMEOUT, VERSION, has_proof, proof
 
 _WHERE = "fax.sharding.initialize"
 
@@ -15,15 +15,15 @@ _WHERE = "fax.sharding.initialize"
 def join(
     address: str, count: int, me: int, key: bytes, timeout: float, heartbeat: float
 ) -> Connection:
-    """Any other process: a connection to process 0, which may not have started yet.
+    """Returns a connection to process 0, which may not have started yet.
 
     Raises:
-      RuntimeError: if process 0 is not there in time, dies, or refuses.
+      RuntimeError: if process 0 does not start in time, dies, or refuses the connection.
     """
     host, port = address.rsplit(":", 1)
     deadline = time.monotonic() + timeout
-    reason, comes_back = "nobody answered", deadline
-    while (left := min(deadline, comes_back) - time.monotonic()) > 0:
+    reason, restart_deadline = "no answer", deadline
+    while (left := min(deadline, restart_deadline) - time.monotonic()) > 0:
         try:
             peer = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5))
         except (OSError, UnicodeError) as error:
@@ -32,59 +32,60 @@ def join(
             continue
         connection = Connection(peer)
         try:
-            reason = _introduce(connection, count, me, key, min(deadline, time.monotonic() + HELLO))
+            until = min(deadline, time.monotonic() + HELLO_TIMEOUT)
+            reason = _introduce(connection, count, me, key, until)
             if not reason:
-                # Process 0 may have started later, and says who is missing when its time is up.
+                # Process 0 may have started later, and reports who is missing at its own deadline.
                 reason = _wait(connection, address, deadline + 5, heartbeat)
                 if not reason:
                     return connection
-                comes_back = time.monotonic() + heartbeat
+                restart_deadline = time.monotonic() + heartbeat
         except BaseException:
             peer.close()
             raise
         peer.close()
         time.sleep(max(min(0.1, left), 0))
-    if comes_back < deadline:
+    if restart_deadline < deadline:
         raise RuntimeError(
-            f"{_WHERE}: process 0 at {address} died before all processes had met, and was not "
-            f"started again within {heartbeat:g} s. Look for errors in its output."
+            f"{_WHERE}: process 0 at {address} died before all processes had connected, and was "
+            f"not restarted within {heartbeat:g} s. Look for errors in its output."
         )
     raise RuntimeError(
-        f"{_WHERE}: process {me} did not meet process 0 at {address} within {timeout:g} s "
-        f"({reason}). Check that process 0 runs, that coordinator_address is its address, and that "
-        "no firewall is in between."
+        f"{_WHERE}: process {me} could not connect to process 0 at {address} within {timeout:g} s "
+        f"({reason}). Check that process 0 is running, that coordinator_address is its address, "
+        "and that no firewall blocks the port."
     )
 
 
 def _introduce(connection: Connection, count: int, me: int, key: bytes, deadline: float) -> str:
-    """Says who this is. Returns why that did not work, or nothing."""
-    stranger = "whoever is there did not answer as process 0 of this run"
+    """Identifies this process. Returns the reason if that failed, or an empty string."""
+    unknown = "the server at this address did not answer as process 0 of this run"
     challenge = connection.receive(deadline) or {}
     if not isinstance(challenge.get("nonce"), str):
-        return stranger
+        return unknown
     if challenge.get("fax") != VERSION:
         return "process 0 runs another version of fax"
     host, nonce = socket.gethostname(), secrets.token_hex(16)
-    said = (challenge["nonce"], nonce, me, count, host)
+    claims = (challenge["nonce"], nonce, me, count, host)
     connection.send(
         fax=VERSION,
         process=me,
         of=count,
         host=host,
         nonce=nonce,
-        proof=proof(key, "hello", *said),
+        proof=proof(key, "hello", *claims),
     )
-    if proves(connection.receive(deadline) or {}, proof(key, "welcome", *said)):
+    if has_proof(connection.receive(deadline) or {}, proof(key, "welcome", *claims)):
         return ""
-    closed = "process 0 closed the connection: it has another token, or is of another run"
-    return closed if connection.closed else stranger
+    rejected = "process 0 closed the connection: it has another token, or belongs to another run"
+    return rejected if connection.closed else unknown
 
 
 def _wait(connection: Connection, address: str, deadline: float, heartbeat: float) -> str:
-    """Waits until all may go. Returns why it came to nothing, or nothing.
+    """Waits until process 0 starts the run. Returns the reason if it does not, or "".
 
     Raises:
-      RuntimeError: if process 0 refuses, or stands still.
+      RuntimeError: if process 0 refuses this process, or stops responding.
     """
     while True:
         silent = min(deadline, time.monotonic() + heartbeat)
@@ -93,11 +94,11 @@ def _wait(connection: Connection, address: str, deadline: float, heartbeat: floa
             return "process 0 died"
         if message is None and silent < deadline:
             raise RuntimeError(
-                f"{_WHERE}: process 0 at {address} stands still: it has sent nothing for "
-                f"{heartbeat:g} s."
+                f"{_WHERE}: process 0 at {address} is not responding: it has sent nothing for "
+                f"{heartbeat:g} s. Look for errors in its output."
             )
         if message is None:
-            return "process 0 is there, but not all of the others are"
+            return "process 0 is running, but other processes are missing"
         if "refused" in message:
             raise RuntimeError(f"{_WHERE}: {printable(message['refused'], 2000)}")
         if "go" in message:

@@ -1,4 +1,4 @@
-"""Meshes, and which of their axes the participants of a placement are spread over."""
+"""Meshes, and the axes over which the participants of a placement are spread."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from fax import _arguments
 from fax._placement import Placement, PlacementError, Scope
 
+_MAKE_MESH, _LAYOUT = "fax.sharding.make_mesh", "fax.sharding.layout"
+
 # Meshes
 
 
@@ -26,18 +28,18 @@ def make_mesh(
     axis_types: AxisType | Sequence[AxisType] = AxisType.Auto,
     **axes: int,
 ) -> Mesh:
-    """A mesh of devices whose axes have names, for `jax.set_mesh`.
+    """Makes a mesh of devices with named axes, for `jax.set_mesh`.
 
     A program over ``clients`` that is called under ``jax.set_mesh(make_mesh(clients=4,
-    model=2))`` spreads its clients over the axis ``clients``. The client function is free to
-    use the other axes. Axes that come first are laid over the slowest connections: with
-    several hosts or slices, the first axes run across them and the last ones stay inside.
+    model=2))`` spreads its clients over the axis ``clients``. The client function can use the
+    other axes. The first axes use the slowest connections: with several hosts or slices, the
+    first axes extend across them, and the last ones stay within one.
 
     Args:
-      devices: the devices, all of them by default.
+      devices: the devices. Default: all devices.
       axis_types: how sharding is decided along the axes: by the compiler (Auto) or in types
         (Explicit). One for all axes, or one for each.
-      **axes: the size of each axis, by name. One of them may be -1: it takes what is left.
+      **axes: the size of each axis, by name. One size may be -1, for the remaining devices.
 
     Returns:
       The mesh.
@@ -54,8 +56,8 @@ def make_mesh(
     """
     if not isinstance(devices, Sequence | np.ndarray | None):
         raise PlacementError(
-            f"make_mesh: devices is {_arguments.shown(devices)}, expected a list of devices, such "
-            "as jax.devices()."
+            f"{_MAKE_MESH}: devices is {_arguments.shown(devices)}, expected a list of devices, "
+            "such as jax.devices()."
         )
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(axes, len(devices))
@@ -66,38 +68,35 @@ def make_mesh(
         types = tuple(axis_types)
     if len(types) != len(axes) or not all(isinstance(t, AxisType) for t in types):
         raise PlacementError(
-            f"make_mesh: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or one "
-            f"for each of the axes {', '.join(axes)}."
+            f"{_MAKE_MESH}: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or "
+            f"one for each of the axes {', '.join(axes)}."
         )
     return Mesh(_arrange(sizes, devices), tuple(axes), axis_types=types)
 
 
 def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
-    """The sizes of axes over ``count`` devices, with -1 replaced."""
+    """The sizes of the axes over ``count`` devices, with -1 replaced."""
     if not axes:
-        raise PlacementError("make_mesh needs at least one axis, as in make_mesh(clients=4).")
+        raise PlacementError(f"{_MAKE_MESH} needs at least one axis, as in make_mesh(clients=4).")
     sizes = []
     for name, size in axes.items():
-        expected = "a positive int, or -1 for what is left"
-        least = -1 if isinstance(size, int) and size == -1 else 1
-        sizes.append(
-            _arguments.count(
-                "make_mesh", name, size, least=least, expected=expected, error=PlacementError
-            )
-        )
+        if not (isinstance(size, int) and size == -1):
+            what = "or -1 for the remaining devices"
+            size = _arguments.count(_MAKE_MESH, name, size, what=what, error=PlacementError)
+        sizes.append(size)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
-        raise PlacementError(f"make_mesh: only one of the sizes {dict(axes)} can be -1.")
+        raise PlacementError(f"{_MAKE_MESH}: only one of the sizes {dict(axes)} can be -1.")
     if count % known or (known != count and -1 not in sizes):
         raise PlacementError(
-            f"make_mesh: the sizes {dict(axes)} do not multiply to the number of devices, {count}. "
-            "Change a size, write -1 for one of them, or pass devices=."
+            f"{_MAKE_MESH}: the sizes {dict(axes)} do not multiply to the number of devices, "
+            f"{count}. Change a size, set one of them to -1, or pass devices=."
         )
     return [count // known if size == -1 else size for size in sizes]
 
 
 def _arrange(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
-    """Devices in the shape of a mesh, neighbours along the last axes."""
+    """Arranges devices in the shape of a mesh, with neighbors along the last axes."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
     granules = len(slices) if len(slices) > 1 else len({d.process_index for d in devices})
     left, between = granules, []
@@ -117,24 +116,26 @@ def _arrange(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
 
 # Layouts
 
-Layout = tuple[tuple[str, tuple[str, ...]], ...]  # the axes of each placement
-
-_layout: contextvars.ContextVar[Layout] = contextvars.ContextVar("fax_layout", default=())
+# The axes of each placement.
+_layout: contextvars.ContextVar[tuple[tuple[str, tuple[str, ...]], ...]] = contextvars.ContextVar(
+    "fax_layout", default=()
+)
 _jit_cache_key = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def layout(**axes: str | Sequence[str]) -> Iterator[None]:
-    """Says which mesh axes placements are spread over, where it is not the one of their name.
+    """Sets the mesh axes over which placements are spread, if not the axis with their name.
+
+    Programs that are called under the layout follow it. Without a mesh in scope, all participants
+    are on one device, whatever the layout.
 
     Args:
-      **axes: a mesh axis, or several, the slowest first, by the name of the placement.
-        A program that is called under the layout follows it. Without any mesh in scope all
-        participants are on one device, whatever the layout.
+      **axes: for each placement, the name of a mesh axis, or several names, the slowest first.
 
     Raises:
-      PlacementError: if an axis is not in the mesh in scope, is named twice, or two placements
-        share one.
+      PlacementError: if an axis is not in the mesh in scope, is named twice, or is shared by two
+        placements.
 
     Example:
 
@@ -146,7 +147,7 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
         names = [a] if isinstance(a, str) else a
         if not isinstance(names, Sequence) or not all(isinstance(axis, str) for axis in names):
             raise PlacementError(
-                f"layout: {name} is {_arguments.shown(a)}, expected the name of a mesh axis, or "
+                f"{_LAYOUT}: {name} is {_arguments.shown(a)}, expected the name of a mesh axis, or "
                 "several names."
             )
     wanted = {name: (a,) if isinstance(a, str) else tuple(a) for name, a in axes.items()}
@@ -162,7 +163,7 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
 
 
 def named_in_layout() -> list[str]:
-    """The placements that the layout in scope speaks of."""
+    """The placements in the layout in scope."""
     return [name for name, _ in _layout.get()]
 
 
@@ -173,21 +174,21 @@ def _check(layouts: Mapping[str, tuple[str, ...]]) -> None:
         for axis in axes:
             if not mesh.empty and axis not in mesh.axis_names:
                 raise PlacementError(
-                    f"layout: {name} is to be spread over the mesh axis {axis!r}, but the mesh in "
-                    f"scope has the axes {', '.join(mesh.axis_names)}."
+                    f"{_LAYOUT}: {name} names the mesh axis {axis!r}, but the mesh in scope has "
+                    f"the axes {', '.join(mesh.axis_names)}."
                 )
             if axis in owner:
                 raise PlacementError(
-                    f"layout: {name} and {owner[axis]} are both to be spread over the mesh axis "
-                    f"{axis!r}. Give each placement axes of its own."
+                    f"{_LAYOUT}: {name} and {owner[axis]} both name the mesh axis {axis!r}. Give "
+                    "each placement axes of its own."
                     if owner[axis] != name
-                    else f"layout: {name} names the mesh axis {axis!r} twice."
+                    else f"{_LAYOUT}: {name} names the mesh axis {axis!r} twice."
                 )
             owner[axis] = name
 
 
 def laid_out(declared: Scope) -> Scope:
-    """The placements of a program with the axes of the layout in scope."""
+    """Adds the axes of the layout in scope to the placements of a program."""
     layouts = dict(_layout.get())
     scope = tuple(
         dataclasses.replace(p, axes=layouts[p.name]) if p.name in layouts else p for p in declared
@@ -201,7 +202,7 @@ def _axis_names() -> tuple[str, ...]:
 
 
 def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str, ...]:
-    """The mesh axes that the participants are spread over.
+    """The mesh axes over which the participants are spread.
 
     An axis that is already manual, in a `jax.shard_map`, is not split again.
     """
@@ -210,12 +211,12 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
     return tuple(a for a in wanted if a in mesh.axis_names and a not in mesh.manual_axes)
 
 
-def ways(axes: Sequence[str], mesh: AbstractMesh) -> int:
-    """How many parts the axes make."""
+def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:
+    """The number of devices along the axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def other_axes(axes: Sequence[str], mesh: AbstractMesh) -> list[str]:
-    """The axes of more than one device that are the client function's own."""
+    """The axes of more than one device that the client function can use."""
     taken = {*axes, *mesh.manual_axes}
     return [a for a in mesh.axis_names if a not in taken and mesh.shape[a] > 1]

@@ -1,4 +1,4 @@
-"""Data on meshes: host arrays become placed arrays, and each process loads its own rows."""
+"""Data on meshes: puts host arrays on devices, and says which rows each process loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
 from fax._placement import PlacementError
-from fax.sharding._spread import Spread, listed, positive, spread_in_scope
+from fax.sharding._row_sharding import RowSharding, listed, positive, row_sharding_in_scope
 
 PyTree = Any
 
@@ -23,33 +23,33 @@ def place(
     n: int | None = None,
     rows: np.ndarray | None = None,
 ) -> PyTree:
-    """Puts host arrays with a row for each participant onto the devices of the mesh in scope.
+    """Puts host arrays with one row per participant onto the devices of the mesh in scope.
 
-    The rows are spread over the mesh axes of the placement, in order: over ``w`` devices,
-    participant ``i`` of ``n`` is on device ``i // (n / w)`` along these axes, and the same on all
-    devices along the others. A program then finds every row where it is worked on. If ``n`` is no
-    multiple of ``w``, all rows are on every device, and a program divides them. Without a mesh
-    they are on the default device.
+    The rows are spread over the mesh axes of the placement, in order. With ``w`` devices along
+    these axes, participant ``i`` of ``n`` is on device ``i // (n / w)``, with a copy on each device
+    along the other axes. A program then finds each row on the device that needs it. If ``n`` is not
+    a multiple of ``w``, every device holds all rows, and the program divides the work. Without a
+    mesh, the rows are on the default device.
 
-    In a run of several processes each process passes the rows of the participants `local_rows`
-    lists and no others; no rows are sent between processes. ``n`` is inferred from their number
-    unless it is passed. It then has to be a multiple of ``w``.
+    In a run of several processes, each process passes exactly the rows of the participants that
+    `local_rows` lists; no rows are sent between processes. ``n`` is inferred from their number
+    unless it is passed, and has to be a multiple of ``w``.
 
     Args:
-      tree: a pytree of arrays with a common leading axis, random keys among them.
-      placement: the name of the placement. It can be left out if the layout in scope has one
-        placement only or, without a layout, the mesh one axis only.
-      n: the number of participants, to be checked. In several processes that do not pass it, all
-        processes have to call this together, and compare by a small collective what they infer,
-        the shapes and the dtypes. With it nothing is communicated.
-      rows: which participants' rows they are, as `local_rows` gave them, to be checked.
+      tree: a pytree of arrays with a common leading axis. They may be random keys.
+      placement: the name of the placement. Optional if the layout in scope has only one placement
+        or, without a layout, if the mesh has only one axis.
+      n: the number of participants, to be checked. In a run of several processes that do not pass
+        it, all processes have to call this together: they compare the inferred ``n``, the shapes
+        and the dtypes in a small collective. If it is passed, nothing is communicated.
+      rows: the participants whose rows these are, as returned by `local_rows`, to be checked.
 
     Returns:
       The placed pytree: global arrays of shape [n, ...].
 
     Raises:
       PlacementError: if a leaf has no leading axis or one of another size, the rows are not those
-        of this process, the placement cannot be told, or the mesh does not fit the processes.
+        of this process, the placement is ambiguous, or the mesh does not fit the processes.
 
     Example:
 
@@ -60,7 +60,7 @@ def place(
       ((16, 3), True)
     """
     where = "fax.sharding.place"
-    spread = spread_in_scope(where, placement)
+    spread = row_sharding_in_scope(where, placement)
     flat, treedef = tree_flatten_with_path(tree)
     if not flat:
         return tree
@@ -73,8 +73,8 @@ def place(
         _check_rows(where, count, rows, own, n, spread)
     except PlacementError as refused:
         error = refused
-    if compare:  # in any case, for the others wait
-        _agree(where, flat, n if error is None else None)
+    if compare:  # also after an error, because the others wait
+        _check_that_processes_agree(where, flat, n if error is None else None)
     if error is not None:
         raise error
     assert n is not None
@@ -82,22 +82,22 @@ def place(
 
 
 def local_rows(n: int, placement: str | None = None) -> np.ndarray:
-    """Which participants' data this process must load, on the mesh in scope.
+    """Returns the participants whose data this process must load, on the mesh in scope.
 
-    Those whose rows are on one of its devices. Two processes have rows in common where another
-    axis of the mesh runs across them, for then both work for these participants. A single process
-    loads all rows.
+    These are the participants whose rows are on one of its devices. Two processes share rows if
+    another axis of the mesh extends across them, because then both work on these participants. A
+    single process loads all rows.
 
     Args:
       n: the number of participants.
       placement: the name of the placement, as in `place`.
 
     Returns:
-      The participants' numbers in ascending order, an int array for `place`.
+      The participants' numbers in ascending order, as an int array for `place`.
 
     Raises:
-      PlacementError: if ``n`` is not a positive int or, in several processes, no multiple of the
-        number of devices along the placement's axes; if the placement cannot be told or the mesh
+      PlacementError: if ``n`` is not a positive int or, in several processes, not a multiple of
+        the number of devices along the placement's axes; if the placement is ambiguous, or the mesh
         does not fit the processes.
 
     Example:
@@ -112,11 +112,11 @@ def local_rows(n: int, placement: str | None = None) -> np.ndarray:
       (16,)
     """
     where = "fax.sharding.local_rows"
-    return spread_in_scope(where, placement).own_rows(where, positive(where, n))
+    return row_sharding_in_scope(where, placement).own_rows(where, positive(where, n))
 
 
 def _leading_axis(where: str, flat: list[tuple[Any, Any]]) -> int:
-    """The number of rows that all leaves have."""
+    """Checks that all leaves have the same number of rows, and returns it."""
     first: tuple[str, int] | None = None
     for path, leaf in flat:
         name = f"tree{keystr(path)}"
@@ -125,13 +125,13 @@ def _leading_axis(where: str, flat: list[tuple[Any, Any]]) -> int:
             found = f"{type(leaf).__name__} {leaf!r:.60}" if shape is None else "a scalar"
             raise PlacementError(
                 f"{where}: {name} is {found}, expected an array with a row for each participant. "
-                "Server values need not be placed."
+                "Server values do not need to be placed."
             )
         if isinstance(leaf, jax.Array) and not (
             leaf.is_fully_addressable or leaf.is_fully_replicated
         ):
             raise PlacementError(
-                f"{where}: {name} is spread over several processes already. Pass arrays that "
+                f"{where}: {name} is already spread over several processes. Pass arrays that "
                 "this process has loaded."
             )
         if first is None:
@@ -139,55 +139,60 @@ def _leading_axis(where: str, flat: list[tuple[Any, Any]]) -> int:
         elif shape[0] != first[1]:
             raise PlacementError(
                 f"{where}: {first[0]} has {first[1]} rows, but {name}, of shape {shape}, has "
-                f"{shape[0]}. All leaves need a row for each participant."
+                f"{shape[0]}. All leaves need one row for each participant."
             )
     assert first is not None
     return first[1]
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:
-    """The shape of an array or a number, and None for anything else."""
+    """The shape of an array or a number, or None for anything else."""
     try:
         return getattr(jax.typeof(leaf), "shape", None)
     except TypeError:
         return None
 
 
-def _inferred(where: str, count: int, spread: Spread) -> int:
-    """The number of participants if a process has rows of ``count`` of them."""
+def _inferred(where: str, count: int, spread: RowSharding) -> int:
+    """Infers the number of participants from the ``count`` rows of one process."""
     if jax.process_count() == 1:
         return positive(where, count)
-    parts = len(spread.own_rows(where, spread.ways))
+    parts = len(spread.own_rows(where, spread.num_shards))
     if count == 0 or count % parts:
         raise PlacementError(
-            f"{where}: tree has {count} rows, but the devices of process {jax.process_index()} are "
-            f"{parts} of the {spread.ways} that the rows are spread over, so that it must have a "
-            f"multiple of {parts}. Pass those of fax.sharding.local_rows(n)."
+            f"{where}: tree has {count} rows, expected a multiple of {parts}, because process "
+            f"{jax.process_index()} has {parts} of the {spread.num_shards} devices over which the "
+            "rows are spread. Pass the rows of fax.sharding.local_rows(n)."
         )
-    return count // parts * spread.ways
+    return count // parts * spread.num_shards
 
 
-def _check_rows(where: str, count: int, rows: Any, own: np.ndarray, n: int, spread: Spread) -> None:
-    """Checks that rows are those of this process."""
+def _check_rows(
+    where: str, count: int, rows: Any, own: np.ndarray, n: int, spread: RowSharding
+) -> None:
+    """Checks that the rows are those of this process."""
     me = jax.process_index()
     wanted = f"process {me} must pass those of participants {_ranges(own)}"
     if count != len(own):
-        mend = f"{wanted}, as fax.sharding.local_rows({n}) says" if len(own) < n else "needs all"
-        raise PlacementError(f"{where}: tree has {count} rows for n={n}, but {mend}.")
+        expected = f"{len(own)}" if len(own) == n else f"{len(own)}: {wanted}"
+        raise PlacementError(
+            f"{where}: tree has {count} rows for n={n}, expected {expected}. See "
+            "fax.sharding.local_rows."
+        )
     if rows is None:
         return
     given = np.asarray(rows)
     if given.shape == own.shape and (given == own).all():
         return
-    message = f"{where}: rows are {_ranges(given)}, but with n={n} {wanted}, in this order."
-    strange = sorted(set(given.ravel().tolist()) - set(own.tolist()))
-    if strange and strange[0] in (owners := spread.owners(n) if spread.mesh else {}):
-        message += f" Participant {strange[0]} belongs to process {listed(owners[strange[0]])}."
+    message = f"{where}: rows are {_ranges(given)}, but for n={n} {wanted}, in this order."
+    foreign = sorted(set(given.ravel().tolist()) - set(own.tolist()))
+    if foreign and foreign[0] in (owners := spread.owners(n) if spread.mesh else {}):
+        message += f" Participant {foreign[0]} belongs to process {listed(owners[foreign[0]])}."
     raise PlacementError(f"{message} See fax.sharding.local_rows.")
 
 
 def _ranges(rows: np.ndarray) -> str:
-    """Numbers as they are shown in a message: 0-3, 8-11."""
+    """Formats numbers in a message: 0-3, 8-11."""
     rows = np.asarray(rows).reshape(-1)
     if not np.issubdtype(rows.dtype, np.integer):
         return repr(rows)
@@ -196,30 +201,30 @@ def _ranges(rows: np.ndarray) -> str:
     return listed(shown + ["..."] * (len(runs) > 6)) or "none"
 
 
-def _agree(where: str, flat: list[tuple[Any, Any]], n: int | None) -> None:
-    """Compares what all processes are about to place; None is what was refused."""
+def _check_that_processes_agree(where: str, flat: list[tuple[Any, Any]], n: int | None) -> None:
+    """Compares what all processes are about to place. After an error, ``n`` is None."""
     avals = [(keystr(path), getattr(leaf, "dtype", None), _shape(leaf)) for path, leaf in flat]
     kinds = ", ".join(f"tree{path}: rows of {dtype}{[*(s or ())][1:]}" for path, dtype, s in avals)
     mine = np.array([0 if n is None else n, zlib.crc32(kinds.encode()) >> 1], np.int32)
     theirs = multihost_utils.process_allgather(mine)
-    refused = np.flatnonzero(theirs[:, 0] == 0)
+    invalid = np.flatnonzero(theirs[:, 0] == 0)
     if n is None:
         return
     me = jax.process_index()
-    if len(refused):
+    if len(invalid):
         raise PlacementError(
-            f"{where}: the rows of process {listed(refused)} were refused. See its message."
+            f"{where}: process {listed(invalid)} passed invalid rows. See its error message."
         )
     differ = np.flatnonzero(theirs[:, 0] != n)
     if len(differ):
         raise PlacementError(
             f"{where}: process {me} has rows for n={n} participants, but process {differ[0]} for "
-            f"n={theirs[differ[0], 0]}."
+            f"n={theirs[differ[0], 0]}. See fax.sharding.local_rows."
         )
     differ = np.flatnonzero(theirs[:, 1] != mine[1])
     if len(differ):
         raise PlacementError(
-            f"{where}: process {differ[0]} has other leaves, dtypes or shapes than process {me}, "
-            f"which has {kinds}. Rows need the same shape in all processes: pad to a size that "
-            "all of them know."
+            f"{where}: process {differ[0]} has different leaves, dtypes or shapes from process "
+            f"{me}, which has {kinds}. Rows need the same shape in all processes: pad to a size "
+            "that all of them know."
         )

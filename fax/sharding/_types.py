@@ -7,7 +7,7 @@ Auto axes the same is a constraint for the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import lax
@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
 
 from fax._placement import Placement
-from fax.sharding._mesh import split_axes, ways
+from fax.sharding._mesh import num_shards, split_axes
 
 
 def placed_aval(row: ShapedArray, group: Placement) -> ShapedArray:
@@ -65,16 +65,6 @@ def as_before(x: jax.Array, before: ShapedArray) -> jax.Array:
     """A value with the sharding of another one's type, as its cotangent must have it."""
     wanted = _in_scope(before)
     return _with_sharding(x, before.update(sharding=wanted)) if wanted.mesh.explicit_axes else x
-
-
-def unchecked(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
-    """A type that does not say whether values vary over manual axes, or over some of them."""
-    known = aval.manual_axis_type
-    left = {
-        kind: frozenset() if axes is None else getattr(known, kind).difference(axes)
-        for kind in ("varying", "unreduced", "reduced")
-    }
-    return aval.update(manual_axis_type=known.update(**left))
 
 
 def without_explicit_axes(fn: Callable, out_specs: Sequence[PartitionSpec]) -> Callable:
@@ -129,5 +119,5 @@ def _explicit_axes(group: Placement) -> tuple[str, ...]:
 def _even_axes(group: Placement, kind: AxisType) -> tuple[str, ...]:
     """The axes of a type that rows are spread over: none if they cannot be divided evenly."""
     mesh = jax.sharding.get_abstract_mesh()
-    uneven = group.size % ways(split_axes(group), mesh)
+    uneven = group.size % num_shards(split_axes(group), mesh)
     return () if uneven else _axes_of_type(group, kind)

@@ -1,0 +1,74 @@
+"""The arithmetic of reductions: what sums, maxima and minima start from, add up in and combine by.
+
+A reduction over participants is a commutative monoid: an operation, and an identity that changes
+nothing. That is all that a schedule needs to divide the work in any way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+from jax.interpreters import ad
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+    """The dtype to add up in: float32 for shorter floats, else the same."""
+    short = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return np.dtype("float32") if short else dtype
+
+
+def total_dtype(mode: str, dtype: Any) -> Any:
+    """A sum needs more precision than its terms; a maximum is one of them."""
+    return accumulator_dtype(dtype) if mode == "sum" else dtype
+
+
+def identity(mode: str, dtype: Any) -> Any:
+    """What a reduction over nobody gives."""
+    if mode == "sum":
+        return np.zeros((), dtype)
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return np.asarray(mode == "min")
+    if jnp.issubdtype(dtype, jnp.floating):
+        infinite = np.asarray(np.inf).astype(dtype)
+        if np.isnan(infinite):  # a short format without infinities
+            infinite = np.asarray(jnp.finfo(dtype).max).astype(dtype)
+        return -infinite if mode == "max" else infinite
+    limits = jnp.iinfo(dtype)
+    return np.asarray(limits.min if mode == "max" else limits.max, dtype)
+
+
+def combine(mode: str, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Reduces two totals."""
+    return {"sum": lax.add, "max": lax.max, "min": lax.min}[mode](one, other)
+
+
+def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
+    """Reduces over the leading axis, in the total's dtype."""
+    if mode == "sum":
+        return jnp.sum(rows, axis=0, dtype=total_dtype(mode, rows.dtype))
+    return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
+
+
+def nothing(mode: str, aval: ShapedArray) -> jax.Array:
+    """A total over nobody, or rows of nobody, which can hold anything."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return _no_keys(aval)
+    zeros = ad.zeros_like_aval(aval.update(weak_type=False))
+    return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros
+
+
+def _no_keys(aval: ShapedArray) -> jax.Array:
+    """Random keys of a type, which only an array or a tracer tells the kind of."""
+    kinds = []
+
+    def data_of(keys):
+        kinds.append(jax.random.key_impl(keys))
+        return jax.random.key_data(keys)
+
+    data = jax.eval_shape(data_of, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=kinds[0])

@@ -1,0 +1,138 @@
+"""The schedule of a map across devices: which of them works for whom.
+
+The participants are divided evenly over the devices along their placement's mesh axes, in
+order. If that leaves some over, the first devices work for one more each, and the others do
+nothing or, where all devices have to keep in step, the same work for nothing. No participant
+is made up, so there is no padding to be seen. Rows that are left over are on all devices, as
+JAX has no uneven arrays, and each picks its own. Reduced outputs are reduced on each device
+and then, once, across devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from fax import _arithmetic
+from fax.primitives._round import Round, pick
+from fax.sharding._mesh import num_shards, other_axes
+from fax.sharding._types import gather_rows
+
+Arrays = Sequence[jax.Array]
+
+
+def run(
+    on_one: Callable[[Arrays, int], Arrays],
+    this: Round,
+    operands: Arrays,
+    axes: tuple[str, ...],
+    manual: tuple[str, ...],
+) -> Arrays:
+    """Runs a round for every participant, on all devices along ``axes`` of the mesh in scope.
+
+    Args:
+      on_one: runs the round on one device, for the rows in its operands and so many participants.
+      this: the round.
+      operands: a value each for mode ``server``, a row for each participant for mode ``placed``.
+      axes: the mesh axes that participants are spread over; without any, all are on one device.
+      manual: these axes, and others of one device that ``on_one`` has as manual ones, too.
+
+    Returns:
+      The outputs, each in its mode, and totals in the dtype in which they are added up.
+    """
+    group = this.group
+    if not axes:
+        return on_one(operands, group.size)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, others = num_shards(axes, mesh), other_axes(axes, mesh)
+    even, left = divmod(group.size, devices)
+    in_placed = [i.mode == "placed" for i in this.inputs]
+    out_modes = [out.mode for out in this.outputs]
+    out_placed = [mode == "placed" for mode in out_modes]
+
+    def rows_from(operands, start, count):
+        """What a device sees where all devices have all rows."""
+        return [
+            lax.dynamic_slice_in_dim(x, start, count) if placed else x
+            for x, placed in zip(operands, in_placed, strict=True)
+        ]
+
+    def on_device(*operands):
+        parts: list[Arrays] = []
+        number: Any = lax.axis_index(axes) if left else 0
+        if even:
+            seen = rows_from(operands, number * even, even) if left else operands
+            parts.append(on_one(seen, even))
+        if left:
+            last = jnp.minimum(even * devices + number, group.size - 1)
+            one = rows_from(operands, last, 1)
+
+            def one_more():
+                return on_one(one, 1)
+
+            parts.append(_if(number < left, one_more, out_modes, bool(others)))
+        rows = [pick(out_placed, part) for part in parts]
+        totals = [
+            functools.reduce(functools.partial(_arithmetic.combine, mode), values)
+            for mode, *values in zip(out_modes, *parts, strict=True)
+            if mode != "placed"
+        ]
+        return rows, _across(axes, [mode for mode in out_modes if mode != "placed"], totals)
+
+    if left:
+        operands = [
+            gather_rows(x, group) if placed else x
+            for x, placed in zip(operands, in_placed, strict=True)
+        ]
+    split, same = PartitionSpec(axes), PartitionSpec()
+    parts, totals = jax.shard_map(
+        on_device,
+        in_specs=tuple(split if placed and not left else same for placed in in_placed),
+        out_specs=(split, same),
+        axis_names=set(manual).difference(mesh.manual_axes),
+        check_vma=False,
+    )(*operands)
+    if left:
+        parts = [[gather_rows(x, group) for x in part] for part in parts]
+        parts[-1] = [x[:left] for x in parts[-1]]
+    placed, reduced = map(_joined, zip(*parts, strict=True)), iter(totals)
+    return [next(placed if p else reduced) for p in out_placed]
+
+
+def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], always: bool) -> Arrays:
+    """The outputs of work for one participant, or what changes nothing."""
+    avals = jax.make_jaxpr(work)().out_avals
+
+    def nothing():
+        return [_arithmetic.nothing(mode, aval) for mode, aval in zip(modes, avals, strict=True)]
+
+    if not always:
+        return lax.cond(mine, work, nothing)
+    return [lax.select(mine, made, none) for made, none in zip(work(), nothing(), strict=True)]
+
+
+def _joined(parts: Arrays) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list[jax.Array]:
+    """Reduces each device's totals over all devices, with one collective for all sums."""
+    reduced = list(totals)
+    for mode, collective in (("sum", lax.psum), ("max", lax.pmax), ("min", lax.pmin)):
+        which = [i for i, own in enumerate(modes) if own == mode]
+        wide = [_sendable(totals[i].dtype) for i in which]
+        values = [totals[i].astype(dtype) for i, dtype in zip(which, wide, strict=True)]
+        for i, value in zip(which, collective(values, axes) if values else (), strict=True):
+            reduced[i] = value.astype(totals[i].dtype)
+    return reduced
+
+
+def _sendable(dtype: Any) -> Any:
+    """A dtype that XLA reduces across devices. On CPU its compiler aborts at maxima of bfloat16."""
+    return jnp.int32 if jnp.issubdtype(dtype, jnp.bool_) else _arithmetic.accumulator_dtype(dtype)

@@ -1,0 +1,109 @@
+"""How one `federated_map` becomes XLA, from top to bottom.
+
+    evaluate          a map that is called is compiled, once for maps alike, and run
+    lowered           a map in something that is compiled: what JAX calls for each platform
+    _compute          explicit mesh axes end here
+    _run              one map on the mesh in scope, in five steps:
+
+      manual axes           the client function is typed for one device along the placement's axes
+      convolutions          become what is fast in a loop
+      uniform control flow  where the client function is sharded, devices branch together
+      schedule              one device goes through its participants, batch after batch
+      devices               participants are divided over devices, and totals reduced across them
+
+No rule of differentiation or vectorisation meets any of this: it happens when they are done.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import mlir
+from jax.sharding import AxisType
+
+from fax import _compat
+from fax.lowering import _devices, _schedule
+from fax.lowering._manual_axes import with_axis_types
+from fax.lowering._uniform_control_flow import make_uniform
+from fax.lowering.convolutions._rewrite import rewrite as rewrite_convolutions
+from fax.primitives import _effects, _jaxpr
+from fax.primitives._compile_key import Structure, execute
+from fax.primitives._debug_nans import watch_round
+from fax.primitives._mask import apply_masks
+from fax.primitives._round import Round
+from fax.sharding._mesh import other_axes, split_axes
+from fax.sharding._types import without_explicit_axes
+
+
+def evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
+    """The results of a map that is called outside of any transformation."""
+    return watch_round(functools.partial(_evaluate, **params), Round.of(params), operands)
+
+
+def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
+    if jax.config.jax_disable_jit:
+        return _compute(*operands, platform=jax.default_backend(), **params)
+    jaxpr, _ = _jaxpr.trace(lambda *xs: Round.of(params).bind(*xs), map(jax.typeof, operands))
+    return execute(Structure(jaxpr), *operands)
+
+
+def lowered(platform: str) -> Callable:
+    """JAX's rule for a platform. In a `jax.shard_map` nothing is checked below this level."""
+    rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
+
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        own = ctx.replace(avals_in=list(map(_compat.type_without_varying, ctx.avals_in)))
+        outs = rule(own, *operands, **params)
+        ctx.set_tokens_out(own.tokens_out)  # what ordered effects wait for
+        return outs
+
+    return lower
+
+
+def _compute(*operands: Any, platform: str, **params: Any) -> Sequence[Any]:
+    this = Round.of(params)
+    run = functools.partial(_run, this, platform)
+    return without_explicit_axes(run, [a.sharding.spec for a in this.result_avals])(*operands)
+
+
+def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if jax.config.jax_disable_jit else split_axes(this.group)
+    along, others = (*mesh.manual_axes, *axes), other_axes(axes, mesh)
+    if this.vectorize is None and _effects.is_ordered(this):
+        this = this.replace(vectorize=1)
+    vectorized = functools.partial(_schedule.vectorized_for, platform, this.vectorize)
+    _effects.check(this, along, others, vectorized)
+    dtypes = [aval.dtype for aval in this.value_avals]
+
+    # Manual axes. JAX allows for effects where all axes are manual, those of one device as well.
+    manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes
+    types = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
+    if not mesh.empty:
+        this = this.replace(jaxpr=with_axis_types(this.jaxpr, types, unchecked=along))
+
+    # Convolutions
+    together, sharded = vectorized(this.group.size) > 1, bool(others)
+    fast = rewrite_convolutions(
+        this.jaxpr, this.convolutions, platform, vectorised=together, sharded=sharded
+    )
+    this = this.replace(jaxpr=fast)
+
+    # Uniform control flow, of a client function that is traced where the axes are in scope.
+    varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
+    uniform = bool(along and others)
+
+    def client(*rows: Any) -> list[Any]:
+        jaxpr = make_uniform(this.jaxpr, varies, along) if uniform else this.jaxpr
+        return apply_masks(this, _jaxpr.evaluate(jaxpr, *rows))
+
+    # Schedule
+    def on_one_device(operands: Sequence[Any], size: int) -> Sequence[Any]:
+        return _schedule.run(client, this, operands, size, vectorized(size))
+
+    # Devices
+    outs = _devices.run(on_one_device, this, operands, axes, manual)
+    return [x.astype(dtype) for x, dtype in zip(outs, dtypes, strict=True)]

@@ -1,0 +1,200 @@
+"""The schedule of a map: which participants one device works on, and when.
+
+A batch of participants is worked on at once, vectorised. Batches follow one another in a
+scan which carries the accumulators of the reduced outputs, so that the rows behind a
+reduced output never exist together.
+
+Rounding errors of a sum grow with the number of terms, and those of equal terms all point in
+one direction: a float32 total of 1e6 times 0.1 is 1 % too large, and one of ones stops at 2^24.
+So a long sum has two accumulators. One adds up 16 participants; it is then added to the other
+one and goes on with what rounding took from that sum. The error of 16 terms remains.
+
+Where participants are worked on one by one, a second accumulator for all parameters of a model
+could double the memory of a round. So large arrays have one for more than 4,096 batches only. Up to
+there a total is at most 1e-4 off, if all terms are equal, and 1e-6 if they are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import ShapedArray
+
+from fax._arithmetic import combine, nothing, reduce_rows, total_dtype
+from fax.primitives._round import Round, Vectorize, pick
+
+ByIndex = dict[int, jax.Array]
+
+# Participants vectorised where the user does not say. On CPU a batch of small
+# matrix products is slower than a loop over them, and a loop keeps `lax.cond` a branch.
+# Elsewhere a batch fills the device; it is bounded because memory grows with it.
+_VECTORIZE_ON_CPU = 1
+_VECTORIZE_ELSEWHERE = 16
+
+# How many terms, participants or batches, one accumulator adds up.
+_TERMS = 16
+# Arrays of more elements are large, and have a second accumulator for more batches only.
+_LARGE, _MANY_BATCHES = 256, 4096
+
+
+def vectorized_for(platform: str, asked: int | Vectorize | None, size: int) -> int:
+    """How many of a device's participants are vectorised at once."""
+    if asked is Vectorize.ALL:
+        return size
+    if asked is None or asked is Vectorize.INHERITED:
+        asked = _VECTORIZE_ON_CPU if platform == "cpu" else _VECTORIZE_ELSEWHERE
+    return min(int(asked), size)
+
+
+def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
+    """Reduces the rows of a batch, on one device.
+
+    XLA adds rows up in a tree, unless they are products, as in a weighted mean, of which it makes
+    a product of matrices. On CPU that adds them up one by one, and sums of 1,000 equal rows are
+    1e-5 off. So small rows are added up 16 at a time; for large ones it would take too long.
+    """
+    inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
+    if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= _LARGE:
+        rows = rows.astype(total_dtype(mode, rows.dtype))
+        others = rows.ndim - 1
+        window, zero = (_TERMS, *[1] * others), np.zeros((), rows.dtype)
+        while len(rows) > _TERMS:
+            padding = [(0, -len(rows) % _TERMS), *[(0, 0)] * others]
+            rows = lax.reduce_window(rows, zero, lax.add, window, window, padding)
+    return reduce_rows(mode, rows)
+
+
+def _needs_two(mode: str, total: jax.Array, batches: int, vectorize: int) -> bool:
+    """Whether a total is added up in two accumulators."""
+    if mode != "sum" or not jnp.issubdtype(total.dtype, jnp.inexact) or batches <= _TERMS:
+        return False
+    # Beside a batch of many rows another one of them is little.
+    return total.size <= _LARGE or batches > _MANY_BATCHES or vectorize >= _TERMS
+
+
+def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded sum of two floats, and what rounding took from it, without any error.
+
+    This is Knuth's TwoSum, in The Art of Computer Programming, volume 2, section 4.2.2.
+    """
+    total = x + y
+    added = total - x
+    lost = (x - (total - added)) + (y - added)
+    # Where the sum is infinite this is NaN, and must not be added to anything.
+    return total, lax.select(jnp.isfinite(lost), lost, jnp.zeros_like(lost))
+
+
+def _move(due: Any, totals: ByIndex, wholes: ByIndex) -> tuple[ByIndex, ByIndex]:
+    """Adds totals to the accumulators behind them if it is due. What does not fit in stays."""
+    moved = {i: _move_one(due, wholes[i], total) for i, total in totals.items()}
+    return {i: lost for i, (_, lost) in moved.items()}, {i: w for i, (w, _) in moved.items()}
+
+
+def _move_one(due: Any, whole: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if due is True:
+        return _add_exactly(whole, total)
+    # Unlike a branch, a loop that runs once or never works in place.
+    start = due, whole, total
+    return lax.while_loop(
+        lambda state: state[0],
+        lambda state: (jnp.zeros_like(due), *_add_exactly(*state[1:])),
+        start,
+    )[1:]
+
+
+def run(
+    client: Callable[..., Sequence[jax.Array]],
+    this: Round,
+    operands: Sequence[jax.Array],
+    size: int,
+    vectorize: int,
+) -> list[jax.Array]:
+    """Runs a round for some participants on one device.
+
+    Args:
+      client: maps operands as one participant sees them to its contributions to the outputs.
+      this: the round, which says how each operand is seen and what becomes of contributions.
+      operands: a value each for mode ``server``, ``size`` rows each for mode ``placed``.
+      size: the number of participants.
+      vectorize: how many are worked on at once.
+
+    Returns:
+      The outputs, each in its mode, and totals in the dtype in which they are added up.
+    """
+    in_placed = [i.mode == "placed" for i in this.inputs]
+    out_placed = [out.mode == "placed" for out in this.outputs]
+    reduced = [out.mode for out in this.outputs if out.mode != "placed"]
+    rows = pick(in_placed, operands)
+
+    def one(rows):
+        own = iter(rows)
+        return client(*(next(own) if p else x for x, p in zip(operands, in_placed, strict=True)))
+
+    def split(outs):
+        return pick(out_placed, outs), pick((not p for p in out_placed), outs)
+
+    def single(rows):
+        placed, parts = split(one(rows))
+        dtypes = (total_dtype(m, x.dtype) for m, x in zip(reduced, parts, strict=True))
+        return placed, [x.astype(dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+
+    def several(rows, count):
+        if count == 1:
+            placed, parts = single([x[0] for x in rows])
+            return [x[None] for x in placed], parts
+        placed, parts = split(jax.vmap(one, axis_size=count)(rows))
+        return placed, [_reduce_batch(m, x) for m, x in zip(reduced, parts, strict=True)]
+
+    def combine_all(totals, parts):
+        return [combine(m, t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
+
+    batches, rest = divmod(size, vectorize)
+    wholes: ByIndex = {}  # the second accumulators, by their totals' places
+    if batches == 1:
+        placed, totals = several([x[:vectorize] for x in rows], vectorize)
+    else:
+        often = -(-_TERMS // vectorize)  # how many batches go between two moves
+
+        def step(carry, rows):
+            number, totals, wholes = carry
+            placed, parts = single(rows) if vectorize == 1 else several(rows, vectorize)
+            totals = combine_all(totals, parts)
+            if wholes:
+                due = True if often == 1 else number % often == often - 1
+                moved, wholes = _move(due, {i: totals[i] for i in wholes}, wholes)
+                totals = [moved.get(i, total) for i, total in enumerate(totals)]
+                number = number + 1
+            return (number, totals, wholes), placed
+
+        xs = [x[: batches * vectorize] for x in rows]
+        if vectorize > 1:
+            xs = [x.reshape(batches, vectorize, *x.shape[1:]) for x in xs]
+        avals = pick((not p for p in out_placed), this.value_avals)
+        totals = [_start(mode, aval) for mode, aval in zip(reduced, avals, strict=True)]
+        wholes = {
+            i: jnp.zeros_like(total)
+            for i, (mode, total) in enumerate(zip(reduced, totals, strict=True))
+            if _needs_two(mode, total, batches, vectorize)
+        }
+        start = jnp.int32(0), totals, wholes
+        (_, totals, wholes), placed = lax.scan(step, start, xs, length=batches)
+        if vectorize > 1:
+            placed = [x.reshape(batches * vectorize, *x.shape[2:]) for x in placed]
+    if rest:
+        last, parts = several([x[batches * vectorize :] for x in rows], rest)
+        placed = [jnp.concatenate(pair) for pair in zip(placed, last, strict=True)]
+        totals = combine_all(totals, parts)
+    totals = [wholes[i] + total if i in wholes else total for i, total in enumerate(totals)]
+
+    next_placed, next_total = iter(placed), iter(totals)
+    return [next(next_placed if p else next_total) for p in out_placed]
+
+
+def _start(mode: str, aval: ShapedArray) -> jax.Array:
+    return nothing(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))

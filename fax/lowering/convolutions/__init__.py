@@ -1,0 +1,1 @@
+"""Convolutions that are fast in loops: one step of the lowering of a map."""

@@ -1,0 +1,90 @@
+"""Names and versions agree between files, and the README's promises have tests."""
+
+import ast
+import functools
+import pathlib
+import re
+import tomllib
+
+import pytest
+
+import fax
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+PROJECT = tomllib.loads(read("pyproject.toml"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+
+
+def requirement(name, of):
+    """The versions that are asked for, as in `>=1,<2`."""
+    (found,) = [line for line in of if re.match(rf"{name}(?![\w-])", line)]
+    return found.removeprefix(name)
+
+
+# The distribution
+
+
+def test_the_distribution_has_a_name_of_its_own():
+    """`fax` on the package index is another project, which nobody should install by mistake."""
+    assert PROJECT["project"]["name"] == "fax-jax"
+    for line in (line for lines in EXTRAS.values() for line in lines):
+        assert re.match(r"[\w.-]+", line).group() != "fax"
+    pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    for text in map(read, [*pages, "Makefile", *(ROOT / "fax").rglob("*.py")]):
+        for command in re.findall(r"pip install ([^`\n]*)", text):
+            assert not re.search(r"(?<![\w/.-])fax(?![\w-])", command)
+        for extras in re.findall(r"fax-jax\[([\w,]+)\]", text):
+            assert set(extras.split(",")) <= EXTRAS.keys()
+
+
+def test_versions_agree():
+    oldest = re.match(r">=([\d.]+),<", requirement("jax", PROJECT["project"]["dependencies"]))
+    assert f"jax=={oldest[1]}" in read(".ci/run")
+    assert f"jax {oldest[1]}" in read("README.md")
+    assert f"version: {fax.__version__}\n" in read("CITATION.cff")
+    released = re.findall(r"^## \[([^\]]+)\]", read("CHANGELOG.md"), re.M)
+    assert released[0] == "Unreleased"
+    assert released[1:] in ([], [fax.__version__, *released[2:]])
+    ruff = "ruff" + requirement("ruff", EXTRAS["test"])
+    assert set(re.findall(r"ruff==[\d.]+", read(".pre-commit-config.yaml"))) == {ruff}
+
+
+def test_changes_are_of_the_kinds_that_the_format_has():
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.*)$", read("CHANGELOG.md"), re.M)) <= kinds
+
+
+# Promises
+
+
+def promises():
+    lines = [line for line in read("docs/promises.md").splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines if not line.startswith("| promise |")]
+
+
+def plain(text):
+    """Markdown as it is read."""
+    return " ".join(re.sub(r"\]\([^)]*\)|[\[\]*]", "", text).split())
+
+
+@functools.cache
+def functions(file):
+    return [node.name for node in ast.parse(read(file)).body if isinstance(node, ast.FunctionDef)]
+
+
+README = plain(read("README.md"))
+
+
+@pytest.mark.parametrize(("promise", "tests"), promises(), ids=[p for p, _ in promises()])
+def test_promises_are_made_and_held(promise, tests):
+    assert plain(promise) in README
+    names = re.findall(r"`(test_\w+\.py)::(\w+)`", tests)
+    assert names
+    for file, name in names:
+        assert name in functions(f"tests/{file}")
