@@ -3,10 +3,11 @@
 #   make quickstart   train a federated model on real data
 #   make test         run the tests, of products of cases a part that has every pair
 #   make test-all     run every case of every test
+#   make mutants      change the code in small ways, and count the changes that no test notices
 #   make check        lint, format and types
 #   make docs         build the documentation
-#   make pages        draw the house, and list the public names, from the source
-#   make package      build sdist and wheel, and test the wheel where nothing else of fax is
+#   make pages        generate the drawing of the house and the list of public names
+#   make package      build the sdist and the wheel, and test the wheel in a new environment
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -23,7 +24,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test test-all check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart test test-all mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -33,6 +34,11 @@ test: $(VENV)/test.$(WITH)
 
 test-all: $(VENV)/test.$(WITH)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
+
+# This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
+mutants: $(VENV)/test.$(WITH)
+	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
+	$(BIN)/python tests/mutants.py core $(MUTANTS)
 
 check: $(VENV)/test.$(WITH)
 	$(BIN)/ruff check .

@@ -1,10 +1,9 @@
-"""Looks at the wheel that is installed in an environment with jax and NumPy alone.
+"""Checks the wheel in an environment that has only jax and NumPy beside it.
 
-Its path is the argument.
+The argument is the path of the environment.
 """
 
 import importlib.metadata
-import importlib.resources
 import pathlib
 import re
 import sys
@@ -12,8 +11,8 @@ import sys
 import fax
 
 
-def expect(true: object, otherwise: str) -> None:
-    if not true:
+def expect(condition: object, otherwise: str) -> None:
+    if not condition:
         sys.exit(otherwise)
 
 
@@ -22,16 +21,16 @@ expect(home.is_relative_to(pathlib.Path(sys.argv[1]).resolve()), f"fax comes fro
 expect((home.parent / "py.typed").is_file(), "the wheel has no py.typed")
 
 metadata = importlib.metadata.metadata("fax-jax")
-expect(metadata["Version"] == fax.__version__, f"the wheel is of {metadata['Version']}")
+expect(metadata["Version"] == fax.__version__, f"the wheel has version {metadata['Version']}")
 required = {
     (re.split(r"[^\w.-]", line)[0], "extra ==" in line)
     for line in importlib.metadata.requires("fax-jax") or ()
 }
 always = {name for name, of_extra in required if not of_extra}
-expect(always == {"jax", "numpy"}, f"the core asks for {sorted(always)}")
-expect(("fax", True) not in required, "an extra asks for somebody else's distribution")
+expect(always == {"jax", "numpy"}, f"the core requires {sorted(always)}")
+expect(("fax", True) not in required, "an extra requires fax, which is another project")
 
-# What needs an extra says which one.
+# Subpackages that need an extra name it.
 extras = metadata.get_all("Provides-Extra")
 for module in ("aggregators", "algorithms", "models", "tasks"):
     try:

@@ -67,9 +67,9 @@ ALGORITHMS: dict[str, tuple[Callable[[], algorithms.Algorithm], str]] = {
         lambda: algorithms.hyp_cluster(LOSS, SGD, num_clusters=2),
         "first evaluates every model",
     ),
-    "reptile": (lambda: algorithms.reptile(LOSS, SGD, 0.5), SAME),
+    "reptile": (lambda: algorithms.reptile(LOSS, SGD, optax.sgd(0.5)), SAME),
     "maml": (
-        lambda: algorithms.maml(LOSS, RATE, optax.sgd(0.1)),
+        lambda: algorithms.maml(LOSS, SGD, optax.sgd(0.1)),
         "differentiates through the steps",
     ),
     "local_sgd": (lambda: algorithms.local_sgd(LOSS, SGD, replicas=CLIENTS), "keeps replicas"),
@@ -79,7 +79,7 @@ ALGORITHMS: dict[str, tuple[Callable[[], algorithms.Algorithm], str]] = {
         "keeps replicas and what is on its way",
     ),
     "papa": (
-        lambda: algorithms.papa(LOSS, SGD, replicas=CLIENTS, every=2),
+        lambda: algorithms.papa(LOSS, SGD, replicas=CLIENTS, steps=2),
         "keeps replicas, which come together several times a round",
     ),
 }

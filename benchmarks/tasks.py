@@ -264,7 +264,7 @@ def at_once(name: str, turns: int) -> dict[str, Any]:
     task = TASKS[name]
     model, rounds = fax.models.create(name), {}
     params = model.init(jax.random.key(0))
-    # Neighbours of similar length, as for whoever vectorises them.
+    # Neighbors of similar length, as is best for vectorization.
     cohort = by_length(training_cohort(task))
     for number in AT_ONCE:
         algorithm = fax.algorithms.fedavg(model.loss, optax.sgd(RATE), vectorize=number)

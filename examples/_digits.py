@@ -19,7 +19,7 @@ def load(seed):
 
 def dirichlet_partition(labels, clients, alpha, rng):
     """Returns the owner of each example, [n], as chosen by `fax.data.partition.dirichlet`."""
-    arrays = {"label": labels, "number": np.arange(len(labels))}
+    arrays = {"y": labels, "number": np.arange(len(labels))}
     data = fax.data.partition.dirichlet(arrays, clients, alpha=alpha, seed=rng)
     owner = np.empty(len(labels), int)
     for client, client_id in enumerate(data.client_ids()):
@@ -38,7 +38,7 @@ def stack(images, labels, owner, clients, multiple_of=1):
     mask = np.arange(slots) < counts[:, None]
     by_owner = np.argsort(owner, kind="stable")
     stacked = {"mask": mask}
-    for name, values in {"image": images, "label": labels}.items():
+    for name, values in {"x": images, "y": labels}.items():
         stacked[name] = np.zeros((clients, slots, *values.shape[1:]), values.dtype)
         stacked[name][mask] = values[by_owner]
     return stacked

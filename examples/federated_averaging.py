@@ -46,7 +46,7 @@ def main():
 
     (images, labels), test = _digits.load(options.seed)
     data = fax.data.partition.dirichlet(
-        {"image": images, "label": labels}, CLIENTS, alpha=ALPHA, seed=options.seed
+        {"x": images, "y": labels}, CLIENTS, alpha=ALPHA, seed=options.seed
     )
     cohorts = fax.data.cohorts(
         data, options.clients_per_round, BATCH_SIZE, epochs=EPOCHS, seed=options.seed
@@ -55,8 +55,8 @@ def main():
     graph, params = nnx.split(Network(nnx.Rngs(options.seed)))
 
     def loss(params, batch, key):
-        logits = nnx.merge(graph, params)(batch["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        logits = nnx.merge(graph, params)(batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
     @jax.jit
     def accuracy(params, images, labels):

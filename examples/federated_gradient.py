@@ -33,8 +33,8 @@ ROUNDS, LOCAL_STEPS, LOCAL_RATE = 10, 5, 0.5
 
 
 def mean_loss(params, examples):
-    logits = examples["image"] @ params["kernel"] + params["bias"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
+    logits = examples["x"] @ params["kernel"] + params["bias"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["y"])
     return jnp.mean(losses, where=examples["mask"])
 
 
@@ -99,7 +99,7 @@ def main():
     shuffled = owner < CORRUPTED
     labels[shuffled] = rng.permutation(labels[shuffled])
     clients = _digits.stack(images, labels, owner, CLIENTS)
-    validation = {"image": held_out, "label": answers, "mask": np.ones(len(answers), bool)}
+    validation = {"x": held_out, "y": answers, "mask": np.ones(len(answers), bool)}
     data = jax.device_put((clients, validation))
 
     meta = (jnp.zeros(()), jnp.zeros(CLIENTS))  # a rate of one, and equal weights

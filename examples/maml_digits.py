@@ -106,7 +106,7 @@ def main():
     adam = optax.adam(optax.cosine_decay_schedule(0.01, options.rounds))
     algorithms = {
         "FedAvg": (fax.algorithms.fedavg(model.loss, optax.sgd(0.1)), {"epochs": 5}),
-        "MAML": (fax.algorithms.maml(model.loss, RATE, adam), {}),
+        "MAML": (fax.algorithms.maml(model.loss, optax.sgd(RATE), adam), {}),
     }
     untrained = new_clients.accuracies(start)
     results = {}

@@ -52,9 +52,7 @@ def logits(params, images):
 
 
 def mean_loss(params, batch):
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits(params, batch["image"]), batch["label"]
-    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
     return jnp.sum(losses, where=batch["mask"]) / jnp.maximum(batch["mask"].sum(), 1)
 
 

@@ -56,13 +56,13 @@ def main():
 
     # Train on the small part and test on the large one, to measure small differences.
     test, (images, labels) = _digits.load(options.seed)
-    examples = {"image": images, "label": labels}
+    examples = {"x": images, "y": labels}
     data = fax.data.InMemory({f"model {i}": examples for i in range(options.models)})
     graph, _ = nnx.split(Network(nnx.Rngs(0)))
 
     def loss(params, batch, key):
-        logits = nnx.merge(graph, params)(augment(batch["image"], key))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        logits = nnx.merge(graph, params)(augment(batch["x"], key))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
     @jax.jit
     def accuracy(params):
@@ -76,7 +76,7 @@ def main():
     runs = {}
     for name, alpha in (("alone", 1.0), ("PAPA", ALPHA)):
         algorithm = fax.algorithms.papa(
-            loss, optax.sgd(rate, momentum=0.9), replicas=options.models, alpha=alpha, every=EVERY
+            loss, optax.sgd(rate, momentum=0.9), replicas=options.models, alpha=alpha, steps=EVERY
         )
         cohorts = fax.data.cohorts(
             data,

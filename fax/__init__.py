@@ -11,7 +11,8 @@ All movement between the server and the participants goes through a few operator
 JAX primitive, so the program can be jitted, differentiated, vectorized and inspected.
 """
 
-from fax import aggregators as aggregators
+import typing as _typing
+
 from fax import data as data
 from fax import lowering as _lowering  # noqa: F401  (says how maps are compiled)
 from fax import metrics as metrics
@@ -32,10 +33,16 @@ from fax._reductions import sum as sum
 
 __version__ = "0.1.0"
 
+if _typing.TYPE_CHECKING:
+    from fax import aggregators as aggregators
+    from fax import algorithms as algorithms
+    from fax import models as models
+    from fax import tasks as tasks
+
 
 def __getattr__(name: str) -> object:
     """Imports the subpackages that need optax or flax on first use."""
-    if name in ("algorithms", "models", "tasks"):
+    if name in ("aggregators", "algorithms", "models", "tasks"):
         import importlib
 
         return importlib.import_module(f"fax.{name}")

@@ -1,6 +1,8 @@
 """Checks of arguments. Errors say what was passed, what was expected, and how to fix it.
 
-A traced argument has no value to check, only a shape and a dtype.
+Every check is passed the names of the function that was called and of the argument. It raises
+`ValueError`, or the subclass that is passed as ``error``. CONTRIBUTING.md says which error is for
+which mistake. A traced argument has no value to check, only a shape and a dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +28,22 @@ def number(
     least: float = -np.inf,
     below: float = np.inf,
     most: float = np.inf,
+    what: str = "",
     error: type[ValueError] = ValueError,
 ) -> Any:
-    """Checks that a scalar is finite and in a range, and returns it as it is."""
+    """Checks that a scalar is finite and in a range, and returns it as it is.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      above: the number has to be greater than this.
+      least: the smallest number that is allowed.
+      below: the number has to be less than this.
+      most: the largest number that is allowed.
+      what: what the number stands for, to end the message.
+      error: what to raise.
+    """
     traced = isinstance(value, jax.core.Tracer)
     if traced and np.ndim(value) == 0:
         return value
@@ -48,12 +63,12 @@ def number(
     not_a_number = traced or isinstance(value, bool | np.bool_ | str | bytes)
     try:
         found = np.nan if not_a_number or np.ndim(value) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
         came = shown(value) if traced else f"{value!r:.80}"
-        raise error(f"{caller}: {name} is {came}, expected {expected}.")
+        raise error(f"{caller}: {name} is {came}, expected {expected}{what and f', {what}'}.")
     return value
 
 
@@ -62,33 +77,73 @@ def count(
     name: str,
     value: Any,
     *,
-    least: int = 1,
+    least: int | None = 1,
     most: int | None = None,
+    what: str = "",
     expected: str | None = None,
     error: type[ValueError] = ValueError,
 ) -> int:
-    """Checks an int, whose value has to be known when a program is traced."""
+    """Checks an int, which has to be known when a program is traced.
+
+    Args:
+      caller: the function that was called.
+      name: of the argument.
+      value: what came.
+      least: the smallest int that is allowed, or None.
+      most: the largest int that is allowed, or None.
+      what: what the number stands for, to end the message.
+      expected: what to expect instead of an int in this range, if the range depends on others.
+      error: what to raise.
+    """
     try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
+        found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        found = least - 1
-    if found < least or (most is not None and found > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        expected = expected or f"an int {wanted}"
-        raise error(f"{caller}: {name} is {value!r:.80}, expected {expected}.")
+        found = None
+    fits = found is not None and (least is None or found >= least)
+    if found is None or not fits or (most is not None and found > most):
+        wanted = "an int"
+        if least is not None:
+            wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
+        wanted = expected or wanted
+        raise error(f"{caller}: {name} is {value!r:.80}, expected {wanted}{what and f', {what}'}.")
     return found
 
 
-def numbers(caller: str, name: str, values: Any, size: int, what: str) -> Any:
-    """Checks a sequence of real numbers, and returns them as an array."""
+def seed(caller: str, value: Any, *, error: type[ValueError] = ValueError) -> int:
+    """Checks a seed: an int that NumPy and JAX can both make random numbers from."""
+    return count(caller, "seed", value, least=0, most=2**31 - 1, error=error)
+
+
+def numbers(
+    caller: str,
+    name: str,
+    values: Any,
+    size: int,
+    what: str,
+    *,
+    least: float = -np.inf,
+    error: type[ValueError] = ValueError,
+) -> Any:
+    """Checks a sequence of real numbers, and returns them as an array.
+
+    If there is a ``least`` number, all of them have to be finite.
+    """
+    known = concrete(values)
     try:
-        array = np.asarray(values, float) if concrete(values) else jax.numpy.asarray(values)
+        array = np.asarray(values, float) if known else jax.numpy.asarray(values)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {values!r:.80}, expected {size} numbers, {what}."
         ) from None
     if array.shape != (size,):
-        raise ValueError(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+        raise error(f"{caller}: {name} has shape {array.shape}, expected ({size},), {what}.")
+    if known and least > -np.inf:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= least)))
+        if len(bad):
+            raise error(
+                f"{caller}: {name}[{bad[0]}] is {array[bad[0]]:g}, expected finite numbers of at "
+                f"least {least:g}, {what}."
+            )
     return array
 
 
@@ -111,6 +166,14 @@ def choice(
     if not isinstance(value, str) or value not in known:
         raise error(f"{caller}: {name} is {value!r:.80}, expected {either(known)}.")
     return value
+
+
+def options(caller: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Checks the names of keyword arguments that are passed on. An unknown one is a `TypeError`."""
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        has = f"It has {', '.join(map(repr, known))}." if known else "It has none."
+        raise TypeError(f"{caller} has no option {unknown[0]!r}. {has}")
 
 
 def text(
@@ -225,12 +288,12 @@ def optimizer(caller: str, name: str, value: Any) -> None:
     )
 
 
-def key(caller: str, name: str, value: Any) -> None:
+def key(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> None:
     """Checks that a value is a single random key."""
     dtype, shape = dtype_of(value), getattr(value, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == np.uint32 and shape in ((2,), (4,))):
-        raise ValueError(
+        raise error(
             f"{caller}: {name} is {shown(value)}, expected a random key, as in jax.random.key(0)."
         )
 
@@ -243,6 +306,17 @@ def arrays(name: str, tree: Any, *, keys: bool) -> None:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} is {shown(leaf)}, expected an array of "
                 "numbers or bools."
+            )
+
+
+def floats(name: str, tree: Any) -> None:
+    """Checks that the leaves of a pytree are arrays of real floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = dtype_of(leaf)
+        if dtype is None or not jax.dtypes.issubdtype(dtype, np.floating):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} is {shown(leaf)}, expected an array of real "
+                "floats. What is counted, and not trained, belongs in the model_state."
             )
 
 

@@ -118,25 +118,17 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
 
 
 def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
-    """Checks how many participants to work on at once. Only fax itself passes a `Vectorize`."""
+    """Checks the argument ``vectorize`` of a map. Only fax itself passes a `Vectorize`."""
     if value is None or isinstance(value, Vectorize):
         return value
-    expected = (
-        "a positive int, the number of participants that a device works on at once, or None to "
-        "leave it to fax"
-    )
-    count = _arguments.count("fax.map", "vectorize", value, expected=expected, error=PlacementError)
+    what = "the participants that a device works on at once, or None to leave it to fax"
+    count = _arguments.count("fax.map", "vectorize", value, what=what, error=PlacementError)
     return min(count, here.size)
 
 
 def convolutions(value: Any) -> str:
-    """Checks how convolutions are to be computed."""
-    if isinstance(value, str) and value in CONVOLUTIONS:
-        return value
-    raise PlacementError(
-        f"fax.map: convolutions is {value!r}, expected 'auto', which chooses the fastest, 'xla', "
-        "which leaves all to the compiler, or 'matmul', which turns all into matrix products."
-    )
+    """Checks the argument ``convolutions`` of a map."""
+    return _arguments.choice("fax.map", "convolutions", value, CONVOLUTIONS, error=PlacementError)
 
 
 def no_collectives(caller: str, error: NameError, here: Placement) -> None:
@@ -173,13 +165,5 @@ def _effects_of_refs() -> Any:
 
 def key(caller: str, value: Any) -> jax.Array:
     """Checks that a value is a single random key."""
-    if is_array(value):
-        array = jnp.asarray(value)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) and array.ndim == 0:
-            return array
-        if array.dtype == jnp.uint32 and array.shape in ((2,), (4,)):
-            return array
-    raise PlacementError(
-        f"{caller}: key is {describe(value)}, expected one random key at the server, as in "
-        "jax.random.key(0). Each participant's number is folded into it."
-    )
+    _arguments.key(caller, "key", value, error=PlacementError)
+    return jnp.asarray(value)

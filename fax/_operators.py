@@ -169,7 +169,7 @@ def map(
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
 
-    def of_rows(*rows):
+    def on_rows(*rows):
         nonlocal out_tree
         own = iter(rows)
         seen = [next(own) if is_array(leaf) else leaf for _, leaf in leaves]
@@ -186,7 +186,7 @@ def map(
 
     inputs = (PLACED,) * len(rows)
     try:
-        jaxpr, consts = _jaxpr.trace(of_rows, seen_avals(rows, inputs), about=fn)
+        jaxpr, consts = _jaxpr.trace(on_rows, seen_avals(rows, inputs), about=fn)
     except NameError as error:
         _checks.no_collectives("fax.map", error, here)
         raise

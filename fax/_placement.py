@@ -66,12 +66,9 @@ def declare(sizes: Mapping[str, int]) -> Scope:
     return tuple(Placement(name, _size(name, size)) for name, size in sizes.items())
 
 
-def _size(name: str, size: int) -> int:
-    expected = (
-        "a positive int known before tracing, the number of participants, as in "
-        f"@fax.program({name}=64)"
-    )
-    return _arguments.count("fax.program", name, size, expected=expected, error=PlacementError)
+def _size(name: str, size: Any) -> int:
+    what = f"the number of participants, known before tracing, as in @fax.program({name}=64)"
+    return _arguments.count("fax.program", name, size, what=what, error=PlacementError)
 
 
 @contextlib.contextmanager

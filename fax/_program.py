@@ -106,7 +106,7 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     avals = tuple(map(jax.typeof, operands))
     others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
     if _evaluates_now():
-        traced = traces.remembered(declared, treedef, others, avals)
+        traced = traces.get(declared, treedef, others, avals)
         run = functools.partial(execute, traced.structure)
     else:
         traced = _trace(traces.fn, declared, treedef, others, avals)
@@ -180,7 +180,7 @@ class _Traces(Reader):
     def reads(self) -> tuple[Any, ...]:
         return self.fn, [(p.name, p.size) for p in self.declared]
 
-    def remembered(
+    def get(
         self, declared: Scope, treedef: PyTreeDef, leaves: Sequence[Any], avals: Sequence[Any]
     ) -> _Trace:
         """The trace of an earlier call that is still valid, or a new one."""
@@ -193,7 +193,7 @@ class _Traces(Reader):
         trace = _trace(self.fn, declared, treedef, leaves, avals)
         if key is not None and snapshot(_constants(trace.results)) is not None:
             # If tracing itself changes what the function reads, that must not trace it again.
-            recent = list(traces.items())[1 - _TRACES_KEPT :]
+            recent = list(traces.items())[1 - _MAX_TRACES :]
             self._known = snapshot(self.fn), dict([*recent, (key, trace)])
         return trace
 
@@ -217,7 +217,7 @@ def _constants(leaves: Sequence[Any]) -> list[Any]:
     return [None if leaf is _TRACED else leaf for leaf in leaves]
 
 
-_TRACES_KEPT = 64
+_MAX_TRACES = 64
 
 
 @lu.cache

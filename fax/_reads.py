@@ -21,7 +21,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 # Beyond these limits, a comparison would take as long as a trace.
-_MOST_OBJECTS, _MOST_BYTES = 10_000, 2**20
+_MAX_OBJECTS, _MAX_BYTES = 10_000, 2**20
 _INSTALLED = (
     *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.dirname(__file__),
@@ -39,7 +39,7 @@ def snapshot(*values: Any) -> Hashable | None:
     """
     try:
         return _Snapshot().of(values)
-    except (_UnknownError, RecursionError):
+    except (_NotComparableError, RecursionError):
         return None
 
 
@@ -50,11 +50,11 @@ class Reader:
         raise NotImplementedError
 
 
-class _UnknownError(Exception):
+class _NotComparableError(Exception):
     pass
 
 
-class _Same:
+class _ById:
     """Wraps an object for comparison by identity, and keeps it alive."""
 
     def __init__(self, value: Any):
@@ -64,7 +64,7 @@ class _Same:
         return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
 
 class _Snapshot:
@@ -82,20 +82,20 @@ class _Snapshot:
             return np.dtype, value
         if isinstance(value, np.generic):
             return kind, value.dtype, value.tobytes()
-        if _never_changes(value):
-            return _Same(value)
+        if _compared_by_id(value):
+            return _ById(value)
         number = self._seen.setdefault(id(value), len(self._seen))
         if number < len(self._alive):
             return "seen", number
-        if number == _MOST_OBJECTS:
-            raise _UnknownError
+        if number == _MAX_OBJECTS:
+            raise _NotComparableError
         self._alive.append(value)
         return kind, *self._parts(value)
 
     def _parts(self, value: Any) -> Iterator[Hashable]:
         if type(value) is np.ndarray:
-            if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
-                raise _UnknownError
+            if value.dtype.hasobject or value.nbytes > _MAX_BYTES:
+                raise _NotComparableError
             yield from (value.dtype, value.shape, hashlib.blake2b(value.tobytes()).digest())
         elif type(value) in (tuple, list) or _is_namedtuple(value):
             yield from map(self.of, value)
@@ -114,10 +114,10 @@ class _Snapshot:
         elif isinstance(value, _WITH_RULES):
             yield self.of(vars(value))
         else:
-            raise _UnknownError
+            raise _NotComparableError
 
     def _of_function(self, function: FunctionType) -> Iterator[Hashable]:
-        yield from (function.__code__, _Same(function.__globals__))
+        yield from (function.__code__, _ById(function.__globals__))
         yield self.of((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
@@ -133,7 +133,7 @@ class _Snapshot:
                     yield name, self.of(function.__globals__[name])
 
 
-def _never_changes(value: Any) -> bool:
+def _compared_by_id(value: Any) -> bool:
     if isinstance(value, ModuleType):
         return _is_installed(value.__name__)
     if isinstance(value, type):

@@ -23,14 +23,14 @@ from fax.primitives._round import federated_map_p
 
 
 def bind_scope(jaxpr: AnyJaxpr, placements: Scope) -> AnyJaxpr:
-    """Lets the rules in a jaxpr see the placements, if operators are involved."""
+    """Makes the placements visible to the rules in a jaxpr, if it contains operators."""
     if not has_operators(jaxpr):
         return jaxpr
     return _jaxpr.rewrite(jaxpr, functools.partial(_bind_equation, placements))
 
 
 def _bind_equation(placements: Scope, eqn: JaxprEqn) -> JaxprEqn:
-    # The client function of a map has a scope of its own, which it already carries.
+    # The client function of a map already carries its own scope.
     if eqn.primitive is federated_map_p or not _jaxpr.any_inside(eqn, is_operator):
         return eqn
     later = _compat.RULES.get(eqn.primitive.name, ())

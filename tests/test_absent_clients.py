@@ -20,7 +20,7 @@ PARAMS = {"b": np.array([0.5, 2.0]), "w": np.linspace(0.5, 2, 12).reshape(4, 3)}
 
 TRANSFORMATIONS = {
     "none": None,
-    "adaptive_clip": a.adaptive_clip(initial=0.5),
+    "adaptive_clip": a.adaptive_clip(initial_clip_norm=0.5),
     "clip_by_norm": a.clip_by_norm(0.5),
     "drive": a.drive(),
     "e3m0": a.e3m0(),
@@ -32,7 +32,7 @@ TRANSFORMATIONS = {
     "uniform_quantization": a.uniform_quantization(4, entropy_coded=True),
 }
 AGGREGATORS = {
-    "dp_ftrl": a.dp_ftrl(1.0, 0.5, population=N, separation=2, participations=3),
+    "dp_ftrl": a.dp_ftrl(1.0, 0.5, num_clients=N, separation=2, participations=3),
     "gaussian": a.gaussian(1.0, 0.5, quantile=0.5, count_noise=2.0),
     "geometric_median": a.geometric_median(),
     "krum": a.krum(1),

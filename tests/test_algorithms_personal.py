@@ -115,8 +115,8 @@ class Agnostic:
 
     def check(self, state):
         assert_trees_close(state.params, self.params)
-        np.testing.assert_allclose(state.domain_weights, self.weights, rtol=1e-10)
-        np.testing.assert_allclose(state.domain_window, self.window, rtol=1e-10)
+        np.testing.assert_allclose(state.server.weights, self.weights, rtol=1e-10)
+        np.testing.assert_allclose(state.server.window, self.window, rtol=1e-10)
 
 
 class APFL:
@@ -156,7 +156,8 @@ class APFL:
         mixtures = [self.mixture(i) for i in range(N)]
         expected = combine(lambda *x: np.stack(x), *mixtures)
         algorithm = apfl(Logistic.loss, optax.sgd(1.0), **self.options)
-        assert_trees_close(algorithm.params(state), expected)
+        assert_trees_close(algorithm.models(state), expected)
+        assert_trees_close(algorithm.params(state), self.w)
 
 
 class HypCluster:
@@ -186,7 +187,10 @@ class HypCluster:
         return {"clients/cluster": chosen}
 
     def check(self, state):
-        assert_trees_close(state.params, combine(lambda *x: np.stack(x), *self.models))
+        models = combine(lambda *x: np.stack(x), *self.models)
+        algorithm = hyp_cluster(Logistic.loss, optax.sgd(1.0), **self.options)
+        assert_trees_close(algorithm.models(state), models)
+        assert_trees_close(algorithm.params(state), combine(lambda x: x.mean(0), models))
 
 
 ALGORITHMS = {Agnostic: agnostic_fedavg, APFL: apfl, HypCluster: hyp_cluster}
@@ -278,7 +282,7 @@ def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
     )
     state, _ = alone.round(alone.init(Logistic.start()), next(cohorts(data)))
     every = jax.tree.map(lambda x: np.broadcast_to(x, (N, *x.shape)), state.params)
-    assert_trees_close(alone.params(state), every)
+    assert_trees_close(alone.models(state), every)
 
 
 def test_one_cluster_is_fedavg(data, averaged):
@@ -331,11 +335,11 @@ def test_planted_clusters_are_recovered_and_evaluated():
     assert state is None
     algorithm = hyp_cluster(squares, optax.sgd(0.1), num_clusters=3)
     state, _ = many_rounds(algorithm, algorithm.init(params), fax.data.cohorts(data, 5, 6), 40)
-    np.testing.assert_allclose(np.sort(algorithm.params(state)), means, atol=0.2)
+    np.testing.assert_allclose(np.sort(algorithm.models(state)), means, atol=0.2)
     choice = np.zeros(9, int)
-    chosen = hyp_cluster_choice(squares, algorithm.params(state), everyone)
+    chosen = hyp_cluster_choice(squares, algorithm.models(state), everyone)
     choice[np.asarray(everyone.positions)] = chosen
-    own = algorithm.params(state)[choice]
+    own = algorithm.models(state)[choice]
     np.testing.assert_allclose(own, means[truth], atol=0.2)
     error = {
         "error": lambda batch, scores: fax.metrics.Mean(
@@ -407,9 +411,9 @@ def test_domains_without_examples_keep_weight_and_counts():
     state = algorithm.init(np.zeros(()))
     state, metrics = algorithm.round(state, next(fax.data.cohorts(data, 2, 3)))
     assert np.isnan(metrics["domains/loss"][2])
-    np.testing.assert_allclose(state.domain_window, [[3, 2, 7]])
+    np.testing.assert_allclose(state.server.window, [[3, 2, 7]])
     raised = np.array([0.3, 0.5]) * np.exp(2.0 * np.array([(0 + 1 + 1) / 3, (4 + 0) / 2]))
-    np.testing.assert_allclose(state.domain_weights, [*(0.8 * raised / raised.sum()), 0.2])
+    np.testing.assert_allclose(state.server.weights, [*(0.8 * raised / raised.sum()), 0.2])
     assert np.isfinite(state.params)
 
 
@@ -419,14 +423,14 @@ def test_a_domain_that_there_is_not_makes_nan():
         algorithm = agnostic_fedavg(squares, optax.sgd(0.1), num_domains=2, domain_learning_rate=1)
         state, _ = algorithm.round(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
         assert np.isnan(state.params)
-        assert np.isnan(state.domain_weights).all()
+        assert np.isnan(state.server.weights).all()
 
 
 def test_large_losses_do_not_overflow():
     data = fax.data.InMemory({"ann": {"x": np.array([0.0, 1e4]), "domain": np.arange(2)}})
     algorithm = agnostic_fedavg(squares, optax.sgd(0.0), num_domains=2, domain_learning_rate=1.0)
     state, _ = algorithm.round(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
-    np.testing.assert_array_equal(state.domain_weights, [0, 1])
+    np.testing.assert_array_equal(state.server.weights, [0, 1])
 
 
 def test_a_cluster_that_nobody_chooses_keeps_its_model_and_optimizer(data):
@@ -543,7 +547,8 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, paper):
         state, _ = lax.scan(
             lambda state, _: algorithm.round(state, cohort), algorithm.init(start), length=2
         )
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(algorithm.params(state)))
+        models = algorithm.params if algorithm.models is None else algorithm.models
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(models(state)))
 
     rates = jnp.array([0.05, 0.4])
     jitted = jax.jit(final)
@@ -596,7 +601,7 @@ def test_a_round_is_one_all_reduce(data, paper):
     ("make", "message"),
     [
         (
-            lambda: apfl(None, None, num_clients=0),
+            lambda: apfl(squares, optax.sgd(0.1), num_clients=0),
             "num_clients is 0, expected an int of at least",
         ),
         (
@@ -662,7 +667,7 @@ def agnostic(**kwargs):
                 optax.sgd(0.1),
                 num_clients=N,
             ),
-            "loss returned a metric 'personal/loss', which is what the mixture's is called",
+            "loss returned a metric 'personal/loss', which is what one of apfl's is called",
         ),
     ],
 )

@@ -18,8 +18,7 @@ from problems import SIZES, Quadratic, assert_trees_close
 
 import fax
 from fax.aggregators import Aggregator, PerClient
-from fax.algorithms import Algorithm, ClientStore, apfl, fedavg
-from fax.algorithms._clients import rows_of, with_rows
+from fax.algorithms import Algorithm, ClientStore, apfl, fedavg, gather_rows, scatter_rows
 
 N = len(SIZES)
 
@@ -63,12 +62,15 @@ def counting(num_clients=N, size=2, start=0.0):
         return {"rounds": jnp.zeros(()), "clients": PerClient(rows)}
 
     def round(state, cohort):
-        own = rows_of(state, cohort)["clients"].rows
+        own = gather_rows(state, cohort)["clients"].rows
         new = {"seen": own["seen"] + 1, "id": own["id"] * 10 + 7}
         after = {"rounds": state["rounds"] + 1, "clients": PerClient(new)}
-        return with_rows(state, after, cohort), {}
+        return scatter_rows(state, after, cohort), {}
 
-    return Algorithm(init, round, lambda state: state["clients"].rows["seen"])
+    def models(state):
+        return state["clients"].rows["seen"]
+
+    return Algorithm(init, round, lambda state: models(state)[0], models)
 
 
 def cohort_of(ids, sharding=None):
@@ -97,8 +99,8 @@ SPECS = [P(), P("clients"), P(None, None, "model"), P("clients", None, "model")]
 @pytest.mark.parametrize(("kind", "axes"), MESHES)
 def test_rows_wherever_they_are(kind, axes, ids):
     def double(state, cohort):
-        rows = rows_of(state, cohort)
-        return rows, with_rows(state, jax.tree.map(lambda x: 2 * x, rows), cohort)
+        rows = gather_rows(state, cohort)
+        return rows, scatter_rows(state, jax.tree.map(lambda x: 2 * x, rows), cohort)
 
     step = jax.jit(double, donate_argnums=0)
     with jax.set_mesh(meshes.mesh(kind, **axes)):
@@ -142,7 +144,7 @@ def test_clients_without_a_row():
     with pytest.raises(ValueError, match=r"num_clients=3, but the cohort has .* position 3"):
         jax.jit(algorithm.round)(state, cohort_of([0, 1, 2, 1]))
     # Positions are unknown to the compiler, but what they lead to is not kept quiet.
-    rows = jax.jit(rows_of)(state, cohort)["clients"].rows
+    rows = jax.jit(gather_rows)(state, cohort)["clients"].rows
     np.testing.assert_array_equal(rows["seen"], [[0, 0], [np.nan, np.nan]])
 
 
@@ -163,7 +165,7 @@ def test_rounds_are_those_of_the_algorithm(data, tmp_path, setting, in_file):
             state, metrics = store.round(state, cohort)
             assert_trees_close(metrics, expected_metrics)
         assert_trees_close(jax.device_get(state.params), expected.params)
-        assert_trees_close(store.params(state, range(N)), algorithm.params(expected))
+        assert_trees_close(store.models(state, range(N)), algorithm.models(expected))
         every, _ = store.gather(state, cohort_of(range(N)))
         assert_trees_close(jax.device_get(every), jax.device_get(expected))
 
@@ -174,7 +176,7 @@ def test_a_million_clients_need_memory_for_those_who_take_part():
     state = store.init(None)
     for ids in ([3, 999_999], [999_999, 0]):
         state, _ = store.round(state, cohort_of(ids))
-    seen = store.params(state, [3, 999_999, 0, 17])
+    seen = store.models(state, [3, 999_999, 0, 17])
     np.testing.assert_array_equal(seen[:, -1], [1, 2, 1, 0])
     assert store.rounds == state["rounds"] == 2
 
@@ -186,7 +188,7 @@ def test_a_run_goes_on_where_it_stopped(data, tmp_path):
         expected = store.init(Quadratic.start())
         for cohort in every:
             expected, _ = store.round(expected, cohort)
-        rows = store.params(expected, range(N))
+        rows = store.models(expected, range(N))
     with ClientStore(algorithm, path) as store:
         state = store.init(Quadratic.start())
         for cohort in every[:2]:
@@ -196,7 +198,7 @@ def test_a_run_goes_on_where_it_stopped(data, tmp_path):
         assert store.rounds == 2
         for cohort in every[2:]:
             state, _ = store.round(state, cohort)
-        assert_trees_close(store.params(state, range(N)), rows)
+        assert_trees_close(store.models(state, range(N)), rows)
     assert_trees_close(state.params, expected.params)
 
 
@@ -205,7 +207,7 @@ def test_rows_of_those_who_come_later_are_those_of_the_first_start(tmp_path):
         store.init(None)
     with ClientStore(counting(start=9.0), tmp_path / "clients.db", resume=True) as store:
         state = store.init(None)
-        np.testing.assert_array_equal(store.params(state, [1]), [[5, 5]])
+        np.testing.assert_array_equal(store.models(state, [1]), [[5, 5]])
 
 
 def test_what_was_not_flushed_is_undone(tmp_path):
@@ -217,7 +219,7 @@ def test_what_was_not_flushed_is_undone(tmp_path):
             state, _ = store.round(state, cohort_of([0, 1]))
             store.flush()
             state, _ = store.round(state, cohort_of([1, 2]))
-            np.testing.assert_array_equal(store.params(state, [0, 1, 2])[:, 0], [1, 2, 1])
+            np.testing.assert_array_equal(store.models(state, [0, 1, 2])[:, 0], [1, 2, 1])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +227,7 @@ def test_what_was_not_flushed_is_undone(tmp_path):
     with ClientStore(counting(), path, resume=True) as store:
         state = store.init(None)
         assert store.rounds == 1
-        np.testing.assert_array_equal(store.params(state, [0, 1, 2])[:, 0], [1, 1, 0])
+        np.testing.assert_array_equal(store.models(state, [0, 1, 2])[:, 0], [1, 1, 0])
 
 
 def test_a_process_that_dies_leaves_no_half_of_a_round(tmp_path):
@@ -251,7 +253,7 @@ def test_a_process_that_dies_leaves_no_half_of_a_round(tmp_path):
     with ClientStore(counting(size=100_000), path, resume=True) as store:
         state = store.init(None)
         assert store.rounds == 1
-        np.testing.assert_array_equal(store.params(state, range(6)), 1)
+        np.testing.assert_array_equal(store.models(state, range(6)), 1)
 
 
 def test_types_are_kept(tmp_path):
@@ -260,13 +262,16 @@ def test_types_are_kept(tmp_path):
             {"half": jnp.full((N, 3), 0.1, jnp.bfloat16), "flag": jnp.ones(N, bool), "none": None}
         )
 
-    algorithm = Algorithm(init, lambda state, cohort: (state, {}), lambda state: state.rows)
+    def rows(state):
+        return state.rows
+
+    algorithm = Algorithm(init, lambda state, cohort: (state, {}), rows, rows)
     for resume in (False, True):
         with ClientStore(algorithm, tmp_path / "clients.db", resume=resume) as store:
             state, _ = store.round(store.init(None), cohort_of([0, 2]))
             expected = jax.tree.map(lambda x: x[:2], init(None).rows)
-            jax.tree.map(np.testing.assert_array_equal, store.params(state, [0, 1]), expected)
-            assert store.params(state, [0])["half"].dtype == jnp.bfloat16
+            jax.tree.map(np.testing.assert_array_equal, store.models(state, [0, 1]), expected)
+            assert store.models(state, [0])["half"].dtype == jnp.bfloat16
 
 
 # Mistakes
@@ -310,7 +315,7 @@ def test_a_damaged_row_is_noticed(tmp_path):
     file.close()
     store = opened(path, resume=True)
     with pytest.raises(ValueError, match=r"the row of client 4 .* is damaged"):
-        store.params(None, [4])
+        store.models(None, [4])
 
 
 def test_cohorts_that_cannot_be(data):
@@ -323,13 +328,13 @@ def test_cohorts_that_cannot_be(data):
     with pytest.raises(ValueError, match="no row for client 6: the algorithm was made for num_cli"):
         store.round(state, cohort_of([3, 6]))
     with pytest.raises(ValueError, match=r"positions is float64\[1\], expected ints"):
-        store.params(state, [0.5])
+        store.models(state, [0.5])
+    with pytest.raises(ValueError, match="has one model for all"):
+        opened(None, Algorithm(*counting()[:3])).models(state, [0])
     with pytest.raises(ValueError, match="no part of a jitted function"):
         jax.jit(store.round)(state, cohort_of([3]))
     own = ClientStore(personal())
-    own_state = own.init(Quadratic.start())
-    with pytest.raises(ValueError, match="Pass positions=, whose"):
-        own.params(own_state)
+    assert_trees_close(own.params(own.init(Quadratic.start())), Quadratic.start())
     with pytest.raises(ValueError, match="init was called before"):
         store.init(None)
     store.close()

@@ -9,7 +9,7 @@ import pytest
 
 import fax
 from fax import aggregators as a
-from fax.aggregators._norms import l1_norm, l2_norm, toward_zero
+from fax.aggregators._norms import cast_toward_zero, l1_norm, l2_norm
 
 KEY = jax.random.key(0)
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -89,7 +89,7 @@ def test_no_update_can_pass_a_private_sum(dtype):
         weights = jnp.array([1.0, 5.0, 0.0])
         like = jax.tree.map(jnp.zeros_like, row)
         one = dict(expected_clients=1)
-        ftrl = a.dp_ftrl(limit, 0.0, population=3, separation=1, participations=1, key=KEY, **one)
+        ftrl = a.dp_ftrl(limit, 0.0, num_clients=3, separation=1, participations=1, key=KEY, **one)
         private = {
             "gaussian": a.gaussian(limit, 0.0, key=KEY, **one),
             "adaptive": a.gaussian(limit, 0.0, quantile=0.5, count_noise=1.0, key=KEY, **one),
@@ -155,7 +155,7 @@ def test_casts_round_toward_zero():
     x = 2.0 ** rng.uniform(-30, 15.9, 5000).astype(np.float32) * rng.choice([-1, 1], 5000)
     x = jnp.asarray(np.concatenate([x, [1, -65504, 1e-30]]), jnp.float32)
     for dtype in (jnp.float16, jnp.bfloat16):
-        found = jax.jit(lambda x, dtype=dtype: toward_zero(x, dtype))(x)
+        found = jax.jit(lambda x, dtype=dtype: cast_toward_zero(x, dtype))(x)
         assert found.dtype == dtype
         found, true = np.asarray(found, np.float64), np.asarray(x, np.float64)
         away = np.asarray(
@@ -163,7 +163,7 @@ def test_casts_round_toward_zero():
         )
         assert (np.abs(found) <= np.abs(true)).all()
         assert (np.abs(away.astype(np.float64)) >= np.abs(true)).all()
-        slope = jax.grad(lambda x, dtype=dtype: toward_zero(x, dtype).astype(x.dtype))(x[0])
+        slope = jax.grad(lambda x, dtype=dtype: cast_toward_zero(x, dtype).astype(x.dtype))(x[0])
         assert slope == 1
 
 
@@ -171,7 +171,7 @@ def test_casts_round_toward_zero():
 
 
 def test_the_norm_stays_if_nobody_counts_and_grows_again_from_zeros():
-    clip = a.chain(a.non_finite(), a.adaptive_clip(initial=0.1, rate=2.0))
+    clip = a.chain(a.non_finite(), a.adaptive_clip(initial_clip_norm=0.1, learning_rate=2.0))
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     @fax.program(clients=3)

@@ -29,7 +29,7 @@ def population(sizes=SIZES):
         {
             f"client {i}": {
                 "x": np.float32(1000 * i) + np.arange(n, dtype=np.float32)[:, None] * HALVES,
-                "label": np.arange(n, dtype=np.int32),
+                "y": np.arange(n, dtype=np.int32),
             }
             for i, n in enumerate(sizes)
         }
@@ -38,7 +38,7 @@ def population(sizes=SIZES):
 
 def examples(cohort):
     """The labels of each client's real examples, in order, by its position in the data."""
-    labels, mask = np.asarray(cohort.batches["label"]), np.asarray(cohort.mask)
+    labels, mask = np.asarray(cohort.batches["y"]), np.asarray(cohort.mask)
     return {
         int(client): [own[m].tolist() for own, m in zip(labels[row], mask[row])]
         for row, client in enumerate(cohort.positions)
@@ -51,7 +51,7 @@ def same(one, other):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     np.testing.assert_array_equal(*(jax.random.key_data(c.keys) for c in (one, other)))
     mask = np.asarray(one.mask)
-    for name in ("x", "label"):
+    for name in ("x", "y"):
         np.testing.assert_array_equal(one.batches[name][mask], other.batches[name][mask])
 
 
@@ -73,7 +73,7 @@ def flat(lists):
 )
 def test_an_epoch_has_every_example_once(n, batch_size, epochs, max_steps, drop_remainder, shuffle):
     batching = Batching(batch_size, epochs, max_steps, drop_remainder, shuffle)
-    plan = _batching.plan(batching, np.array([0]), np.array([n]), 0, 0, None)
+    plan = _batching.plan_epochs(batching, np.array([0]), np.array([n]), 0, 0, None)
     batches = [index[mask].tolist() for index, mask in zip(plan.rows[0], plan.mask[0])]
 
     of_epoch = n // batch_size if drop_remainder else -(-n // batch_size)
@@ -204,16 +204,16 @@ def test_shapes_are_few():
 
 def test_buckets_by_hand():
     expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 12, 12: 12, 13: 16, 17: 24}
-    assert {steps: _batching.bucket(steps, None) for steps in expected} == expected
+    assert {steps: _batching.padded_steps(steps, None) for steps in expected} == expected
     # Up to twice the bucket, it is the most that any client has.
-    assert [_batching.bucket(3, most) for most in (3, 6, 7)] == [3, 6, 3]
+    assert [_batching.padded_steps(3, most) for most in (3, 6, 7)] == [3, 6, 3]
 
 
 @given(st.integers(0, 10**6), st.none() | st.integers(1, 10**6))
 def test_buckets_hold_what_they_are_for(steps, most):
     if most is not None:
         steps = min(steps, most)
-    size = _batching.bucket(steps, most)
+    size = _batching.padded_steps(steps, most)
     assert size >= steps
     assert size <= max(1, 1.5 * steps) or (size == most and most <= 3 * steps)
     assert most is None or size <= most
@@ -356,7 +356,7 @@ def test_a_device_needs_enough_clients_with_a_weight(monkeypatch):
     data = population([8] * 12)
     monkeypatch.setattr(_resident, "_CPU_BYTES", 600)
     with jax.set_mesh(meshes.mesh(clients=4)):
-        pools = fax.data.cohorts(data, 4, 4)._make.home.pools
+        pools = fax.data.cohorts(data, 4, 4)._builder.resident.pools
         weights = np.ones(12)
         weights[pools[2]] = 0
         with pytest.raises(fax.data.DataError, match=r"only 0 clients of those .* 4 devices"):
@@ -411,9 +411,9 @@ def test_a_function_chooses():
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9))
 def test_devices_have_about_the_same_number_of_steps(steps, ways):
     steps = np.array(steps)
-    order = _batching.balanced(steps, ways)
+    order = _batching.balanced_order(steps, ways)
     assert sorted(order) == list(range(len(steps)))
-    rows = _batching.spans(len(steps), ways)
+    rows = _batching.rows_of_devices(len(steps), ways)
     assert sorted(flat(rows)) == list(range(len(steps)))
     loads = [steps[order[own]].sum() for own in rows if own]
     for own in rows:
@@ -429,7 +429,7 @@ def test_little_of_what_is_computed_is_padding():
         rounds = []
         for _ in range(20):
             steps = -(-np.clip(rng.lognormal(5, 0.6, clients), 10, 500).astype(int) // 20)
-            rounds.append(steps[_batching.balanced(steps, ways)])
+            rounds.append(steps[_batching.balanced_order(steps, ways)])
         at_once = _batching.vectorized_clients(rounds, ways)
         needed = sum(steps.sum() for steps in rounds)
         computed = sum(_batching.computed_steps(steps, ways, at_once) for steps in rounds)
@@ -452,7 +452,7 @@ def test_how_many_at_once_does_not_depend_on_where_rounds_begin(sampler):
             start=start,
             prefetch=1,
         )
-        found.add(rounds._make._at_once())
+        found.add(rounds._builder._choose_vectorize())
     assert len(found) == 1
     assert found != {16}  # which is what clients of equal length have
 
@@ -470,7 +470,7 @@ def test_padding_is_reported():
     assert rounds.padding == 0
     next(rounds)
     assert rounds.padding == 0  # on CPU a device works for one client at a time
-    rounds._make.at_once = 3
+    rounds._builder.vectorize = 3
     steps = next(rounds).mask.any(2).sum(1)
     first = np.asarray(steps)
     computed = 3 * first[0] + 3 * first[3]
@@ -491,7 +491,7 @@ def trace_of_steps(cohort, vectorize):
             def step(carry, batch, mask, key):
                 jax.debug.callback(lambda: ran.append(1))
                 total, keys = carry
-                total = 3 * total + jnp.sum(jnp.where(mask, batch["label"] + 1.0, 0))
+                total = 3 * total + jnp.sum(jnp.where(mask, batch["y"] + 1.0, 0))
                 return total, keys + jax.random.uniform(key)
 
             return own.scan(step, (jnp.zeros(()), jnp.zeros(())))
@@ -571,10 +571,10 @@ def test_a_step_keeps_the_types_of_what_it_carries():
     counted = total(0, lambda n, b, m, k: n + jnp.sum(m))
     np.testing.assert_array_equal(counted, cohort.num_examples)
     with pytest.raises(
-        TypeError, match=r"carry\['a'\] is float32\[\], and float32\[4\] after a step"
+        TypeError, match=r"carry\['a'\] is float32\[\], but float32\[4\] after a step"
     ):
         total({"a": np.float32(0)}, lambda c, b, m, k: {"a": c["a"] + b["x"][:, 0]})
-    with pytest.raises(TypeError, match="step returned another structure"):
+    with pytest.raises(TypeError, match="step returned a carry of another structure"):
         total((0, 1), lambda c, b, m, k: c[0])
 
 
@@ -718,7 +718,7 @@ class Gate:
 
 
 def test_closing_does_not_wait_for_a_function_that_is_stuck(monkeypatch):
-    monkeypatch.setattr(_prefetch, "_FAREWELL", 0.01)
+    monkeypatch.setattr(_prefetch, "_JOIN_SECONDS", 0.01)
     before, gate = set(threads()), Gate("client 3")
     data = fax.data.map(population(), gate.preprocess)
     order = [[0, 1], [2, 3], [4, 5]]
@@ -740,7 +740,7 @@ def test_closing_ends_a_round_between_two_clients():
     gate = Gate("client 3")
     data = fax.data.map(population(), gate.preprocess)
     rounds = fax.data.cohorts(data, 8, 4, sampler=lambda r: range(2, 10), resident=False)
-    rounds._items = _prefetch.Prefetch(rounds._make, 0, 1)
+    rounds._items = _prefetch.Prefetch(rounds._builder, 0, 1)
     assert gate.here.wait(60)
     rounds._items._stop.set()  # as close does first
     gate.open.set()
@@ -857,7 +857,7 @@ def test_the_interpreter_does_not_wait_for_a_function_that_is_stuck():
     code = """
 import threading, numpy as np, fax
 from fax.data import _prefetch
-_prefetch._FAREWELL = 0.1
+_prefetch._JOIN_SECONDS = 0.1
 here = threading.Event()
 def stuck(client_id, examples):
     if client_id == "b":
@@ -931,21 +931,21 @@ X = np.zeros((4, 2), np.float32)
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        (dict(x=X, label=LABEL[:3]), r"'odd' has 4 examples by feature 'x', but 3 by 'label'"),
+        (dict(x=X, y=LABEL[:3]), r"'odd' has 4 examples by feature 'x', but 3 by 'y'"),
         (
-            dict(x=X.astype(float), label=LABEL),
+            dict(x=X.astype(float), y=LABEL),
             r"'odd', feature 'x' is float64\[2\] .* float32\[2\] at",
         ),
-        (dict(x=X[:, :1], label=LABEL), r"'odd', feature 'x' is float32\[1\] .* float32\[2\] at"),
-        (dict(x=X), r"'odd' has the features \['x'\], but client 'client 0' has \['label', 'x'\]"),
-        (dict(x=np.float32(3), label=LABEL), r"'odd', feature 'x' is a scalar"),
-        (dict(x=X[:0], label=LABEL[:0]), r"'odd' has no examples"),
+        (dict(x=X[:, :1], y=LABEL), r"'odd', feature 'x' is float32\[1\] .* float32\[2\] at"),
+        (dict(x=X), r"'odd' has the features \['x'\], but client 'client 0' has \['x', 'y'\]"),
+        (dict(x=np.float32(3), y=LABEL), r"'odd', feature 'x' is a scalar"),
+        (dict(x=X[:0], y=LABEL[:0]), r"'odd' has no examples"),
         (
-            dict(x=X + np.float32([0, np.nan]), label=LABEL),
+            dict(x=X + np.float32([0, np.nan]), y=LABEL),
             r"'odd', feature 'x' has 4 .* not finite",
         ),
-        (dict(x=X + np.float32([0, np.inf]), label=LABEL), r"'x' has 4 .* example 0: inf"),
-        (dict(x={"nested": X}, label=LABEL), r"'odd', feature 'x' is a dict, .* names of its own"),
+        (dict(x=X + np.float32([0, np.inf]), y=LABEL), r"'x' has 4 .* first is inf in example 0"),
+        (dict(x={"nested": X}, y=LABEL), r"'odd', feature 'x' is a dict, .* a feature of its own"),
     ],
 )
 def test_clients_that_differ_are_named(resident, odd, message):
@@ -959,9 +959,9 @@ def test_what_num_examples_says_has_to_be_true():
         def num_examples(self, client_id):
             return 5 if client_id == "bob" else 4
 
-    data = Wrong({"ann": {"label": LABEL}, "bob": {"label": LABEL}})
+    data = Wrong({"ann": {"y": LABEL}, "bob": {"y": LABEL}})
     with pytest.raises(
-        fax.data.DataError, match=r"'bob', feature 'label' has 4 examples, .* are 5"
+        fax.data.DataError, match=r"'bob', feature 'y' has 4 examples, .* returns 5"
     ):
         next(fax.data.cohorts(data, 2, 4))
 
@@ -983,7 +983,7 @@ class Counted(Unchecked):
         (2.5, "client 1: num_examples is 2.5, expected an int"),
         (None, "client 1: num_examples is None, expected an int"),
         (-1, "client 1 has no examples"),
-        (2**31, "client 1 has 2147483648 examples, more than the 2147483647 that int32"),
+        (2**31, "client 1 has 2147483648 examples, but int32 can number at most 2147483647"),
     ],
 )
 def test_counts_are_ints_that_an_index_holds(count, message):
@@ -1000,7 +1000,7 @@ def test_counts_of_few_bits_do_not_overflow():
 def test_more_rows_than_int32_numbers_stay_on_the_host():
     data = Counted([2**30] * 3)  # whose examples take no memory
     assert not fax.data.cohorts(data, 1, 4, max_steps=1).resident
-    with pytest.raises(fax.data.DataError, match=r"3221225472 examples on a device .* int32"):
+    with pytest.raises(fax.data.DataError, match="would have 3221225472 examples, but int32"):
         fax.data.cohorts(data, 1, 4, max_steps=1, resident=True)
 
 
@@ -1021,10 +1021,10 @@ def test_rounds_are_counted_without_overflow(sampler):
 
 
 def test_text_and_large_numbers_are_refused():
-    text = Unchecked({"ann": {"words": np.array(["a", "b"]), "label": LABEL[:2]}})
+    text = Unchecked({"ann": {"words": np.array(["a", "b"]), "y": LABEL[:2]}})
     with pytest.raises(fax.data.DataError, match=r"'ann', feature 'words' has dtype <U1, but only"):
         fax.data.cohorts(text, 1, 1)
-    large = Unchecked({"ann": {"x": np.array([1, 2**40]), "label": LABEL[:2]}})
+    large = Unchecked({"ann": {"x": np.array([1, 2**40]), "y": LABEL[:2]}})
     with (
         jax.enable_x64(False),
         pytest.raises(fax.data.DataError, match=r"'x' has numbers such as 1099511627776, which"),
@@ -1042,7 +1042,7 @@ def test_text_and_large_numbers_are_refused():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(clients=13), "clients=13 is more than the 12 clients"),
+        (dict(clients=13), "clients is 13, but data has only 12 clients"),
         (dict(clients=0), "clients is 0, expected an int of at least 1"),
         (dict(clients=2, batch_size=0), "batch_size is 0"),
         (dict(clients=2, batch_size=2.5), "batch_size is 2.5"),
@@ -1052,39 +1052,39 @@ def test_text_and_large_numbers_are_refused():
         (dict(clients=2, seed=-1), "seed is -1"),
         (
             dict(clients=2, seed=2**40),
-            "seed is 1099511627776, expected an int of at most 2147483647",
+            "seed is 1099511627776, expected an int from 0 to 2147483647",
         ),
         (
             dict(clients=12, sampler="stream", max_steps=2, epochs=2),
-            "knows no epochs, but epochs=2",
+            "epochs=2 has no meaning for sampler='stream'",
         ),
         (
             dict(clients=2, sampler="random"),
-            "sampler='random', expected a function or one of 'uniform'",
+            "sampler is 'random', expected 'uniform'",
         ),
         (dict(clients=2, sampler="weighted"), r"sampler='weighted' needs weights=, a number for"),
         (
             dict(clients=2, weights=[1] * 12),
-            r"weights= belongs to sampler='weighted', but .*'uniform'",
+            r"weights are for sampler='weighted' only, but .*'uniform'",
         ),
         (
             dict(clients=2, sampler="weighted", weights=[1, 2]),
-            r"weights has shape \(2,\), expected 12",
+            r"weights has shape \(2,\), expected \(12,\)",
         ),
         (
             dict(clients=2, sampler="weighted", weights=[1] + [0] * 11),
             "only 1 clients have a positive",
         ),
-        (dict(clients=2, sampler="weighted", weights=[-1] + [1] * 11), "not negative"),
+        (dict(clients=2, sampler="weighted", weights=[-1] + [1] * 11), r"weights\[0\] is -1"),
         (dict(clients=2, sampler="stream"), "sampler='stream' needs max_steps="),
-        (dict(clients=2, sampler="stream", max_steps=1), r"all clients in every round, clients=12"),
+        (dict(clients=2, sampler="stream", max_steps=1), "all 12 clients of data"),
         (
             dict(clients=2, sampler=lambda r: [1]),
             r"sampler\(0\) returned int64\[1\], expected 2 ints",
         ),
         (dict(clients=2, sampler=lambda r: [1, 12]), r"positions from 1 to 12, but .* 0 to 11"),
         (dict(clients=2, sampler=lambda r: [3, 3]), r"sampler\(0\) returned the same client more"),
-        (dict(clients=13, sampler=lambda r: [*range(13)]), "clients=13 is more than the 12"),
+        (dict(clients=13, sampler=lambda r: [*range(13)]), "clients is 13, but data has only 12"),
         (dict(clients=12, batch_size=2, drop_remainder=True), r"'client 0' has fewer examples"),
     ],
 )

@@ -602,7 +602,7 @@ def test_memory_does_not_grow_with_the_cohort():
 @pytest.mark.parametrize("name", EVERY)
 def test_leaves_that_are_no_floats(name):
     tree = {**updates(), "n": np.ones((N, 2), np.int32)}
-    message = r"updates\['n'\] is an array of int32, expected real floats"
+    message = r"updates\['n'\] is int32\[(4,)?2\], expected an array of real floats"
     with pytest.raises(ValueError, match=message):
         EVERY[name]().init(rows(tree))
     aggregator = EVERY[name]()
@@ -618,11 +618,11 @@ def test_leaves_that_are_no_floats(name):
         (lambda: quantization(2.0), "levels is 2.0, expected an int"),
         (lambda: terngrad(0), "clip is 0, expected a number above 0"),
         (lambda: top_k(0), "k is 0, expected an int of at least 1"),
-        (lambda: top_k(1.5), "k is 1.5, expected a fraction"),
+        (lambda: top_k(1.5), "k is 1.5, expected an int of at least 1, or a fraction"),
         (lambda: top_k(True), "k is True, expected an int"),
-        (lambda: top_k(3, per=2), "k is 3, but a chunk has per=2 coordinates"),
+        (lambda: top_k(3, per=2), "k is 3, expected at most per=2"),
         (lambda: top_k(3, per="layer"), "per is 'layer', expected 'update', 'leaf', or an int"),
-        (lambda: top_k(3, per=0), "per is 0, expected an int of at least 1"),
+        (lambda: top_k(3, per=0), "per is 0, expected .* an int of at least 1"),
         (lambda: error_feedback(top_k(3), num_clients=0), "num_clients is 0, expected an int of"),
         (
             lambda: error_feedback(top_k(3), num_clients=2, decay=1.5),
@@ -639,5 +639,5 @@ def test_settings_out_of_range(make, message):
 
 
 def test_what_is_rotated_is_a_transformation():
-    with pytest.raises(TypeError, match=r"expected a fax\.aggregators\.Transformation"):
+    with pytest.raises(ValueError, match=r"expected a fax\.aggregators\.Transformation"):
         hadamard(mean())

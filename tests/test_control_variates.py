@@ -70,9 +70,9 @@ class Scaffold:
 
     def check(self, state):
         assert_trees_close(state.params, self.x)
-        assert_trees_close(state.control, self.c)
+        assert_trees_close(state.server, self.c)
         rows = combine(lambda *rows: np.stack(rows), *self.c_i)
-        assert_trees_close(state.client_controls.rows, rows)
+        assert_trees_close(state.clients.rows, rows)
         # What the paper's update of c keeps true.
         assert_trees_close(self.c, weighted(self.c_i, np.ones(N)))
 
@@ -128,7 +128,7 @@ class Mime:
     def check(self, state):
         assert_trees_close(state.params, self.x)
         m, v, t = self.s
-        adam = state.optimizer[0]
+        adam = state.server[0]
         assert_trees_close(adam.mu, m)
         assert_trees_close(adam.nu, v)
         assert adam.count == t
@@ -215,7 +215,7 @@ def test_scaffold_reaches_it_with_some_of_the_clients_at_a_time():
     algorithm = scaffold(drifting_loss, SLOW, num_clients=3)
     state, _ = many_rounds(algorithm, algorithm.init(np.float64(4)), rounds, 600)
     np.testing.assert_allclose(algorithm.params(state), OPTIMUM, rtol=1e-6)
-    np.testing.assert_allclose(state.client_controls.rows, A * (OPTIMUM - B), rtol=1e-5)
+    np.testing.assert_allclose(state.clients.rows, A * (OPTIMUM - B), rtol=1e-5)
 
 
 # Identities
@@ -280,11 +280,11 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
     idle = cohort.positions[1]
     mask = cohort.mask.at[1].set(False)
     new, metrics = step(state, dataclasses.replace(cohort, mask=mask))
-    was, now = (jax.tree.map(lambda x: x[idle], s.client_controls.rows) for s in (state, new))
+    was, now = (jax.tree.map(lambda x: x[idle], s.clients.rows) for s in (state, new))
     jax.tree.map(np.testing.assert_array_equal, now, was)
     assert metrics["clients/loss"][1] == 0
-    rows = new.client_controls.rows
-    assert_trees_close(new.control, jax.tree.map(lambda x: x.mean(0), rows))
+    rows = new.clients.rows
+    assert_trees_close(new.server, jax.tree.map(lambda x: x.mean(0), rows))
 
 
 # Transformations

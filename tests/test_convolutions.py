@@ -15,7 +15,7 @@ from jaxprs import equations, operators
 from meshes import mesh, put
 
 import fax
-from fax.lowering.convolutions import rewrite
+from fax.lowering.convolutions._rewrite import rewrite
 
 SETTINGS = ("auto", "matmul")
 CHANNELS_LAST = {0: "bf_io->bf", 1: "b0f_0io->b0f", 2: "b01f_01io->b01f", 3: "b012f_012io->b012f"}
@@ -449,7 +449,7 @@ def test_gradients_keep_it():
 
 @pytest.mark.parametrize("value", ["fast", None, True, 1])
 def test_a_setting_that_does_not_exist(value):
-    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', .* 'xla', .* 'matmul'"
+    message = rf"fax\.map: convolutions is {value!r}, expected 'auto', 'xla' or 'matmul'"
     with pytest.raises(fax.PlacementError, match=message):
         mapped(conv, value, IMAGES, KERNELS)
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import fax
 from fax.data import DataError, FederatedData, Files, InMemory, SQLite
-from fax.data._check import check_numeric
+from fax.data._check_examples import check_numeric
 
 FEATURES = {"pixels": (np.float32, (2, 3)), "label": (np.int32, ()), "text": (bytes, ())}
 
@@ -176,8 +176,11 @@ def test_images_in_bytes_or_ints(tmp_path):
         ({"label": (np.int32, (2,))}, "example 0 has 1 values, expected 2"),
         ({"pixels": (np.float32, (3, 3))}, "has 6 values, expected 9"),
         ({"pixels": (np.int32, (2, 3))}, "float32, expected int32"),
-        ({"text": (np.float32, ())}, "For byte strings say bytes"),
-        ({"score": (np.int32, ())}, r"'score': example 0 lacks it, and has \['label', 'pixels'"),
+        ({"text": (np.float32, ())}, "For byte strings pass the dtype bytes"),
+        (
+            {"score": (np.int32, ())},
+            r"'score': example 0 does not have it, but \['label'",
+        ),
     ],
 )
 def test_tff_features_that_do_not_fit(tmp_path, features, message):
@@ -275,7 +278,7 @@ def test_compressed_files(tmp_path):
         plain.unlink()
         for keep in (10, len(packed.read_bytes()) // 2, len(packed.read_bytes()) - 1):
             packed.write_bytes(lzma.compress(content, form)[:keep])
-            with pytest.raises(DataError, match=r"cannot be decompressed|no SQLite file|bytes of"):
+            with pytest.raises(DataError, match=r"be decompressed|not an SQLite file|bytes of"):
                 SQLite(packed)
             plain.unlink(missing_ok=True)
         packed.unlink()
@@ -453,12 +456,12 @@ def test_tff_rows_are_counted(tmp_path, extra):
 
 def test_strange_files(tmp_path):
     (tmp_path / "a.sqlite").write_bytes(b"not SQLite" * 20)
-    with pytest.raises(DataError, match="no SQLite file"):
+    with pytest.raises(DataError, match="not an SQLite file"):
         SQLite(tmp_path / "a.sqlite")
-    with pytest.raises(DataError, match=r"no .npz files"):
+    with pytest.raises(DataError, match=r"neither .npz files"):
         Files(tmp_path).client_ids()
     np.savez(tmp_path / "a:b.npz", x=np.ones(2))
-    with pytest.raises(DataError, match=r"not named as a client's file.*a%3Ab.npz"):
+    with pytest.raises(DataError, match=r"not the name of a client's file.*a%3Ab.npz"):
         Files(tmp_path).client_ids()
     (tmp_path / "a:b.npz").unlink()
     np.savez(tmp_path / "objects.npz", x=np.array([b"a"], object))
@@ -561,8 +564,8 @@ def test_an_interruption_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("write", "clients", "message"),
     [
-        (SQLite.write, {1: {"x": [1]}}, "client 1 is named by a int"),
-        (Files.write, {b"1": {"x": [1]}}, "client b'1' is named by a bytes"),
+        (SQLite.write, {1: {"x": [1]}}, "client 1 has an id of type int"),
+        (Files.write, {b"1": {"x": [1]}}, "client b'1' has an id of type bytes"),
         (SQLite.write, {"a": {"x": ["text"]}}, "client 'a' cannot be written: feature 'x' .*<U4"),
         (Files.write, {"a": {"x": np.array([b"a"], object)}}, "feature 'x' has dtype object"),
         (Files.write, {"a": {"x": ["text"]}}, "feature 'x' has dtype <U4"),
@@ -597,7 +600,7 @@ GOOD = {"x": np.ones(2), "y": np.ones((2, 3))}
             r"'b', feature 'x' is int64\[\] .* float64\[\] at client 'a'",
         ),
         ({**GOOD, "y": np.ones((2, 4))}, r"'b', feature 'y' is float64\[4\] .* float64\[3\]"),
-        ({**GOOD, "x": [[1], [1, 2]]}, "'b', feature 'x' is no array"),
+        ({**GOOD, "x": [[1], [1, 2]]}, "'b', feature 'x' cannot be made an array"),
         ({**GOOD, "x": np.array([[1], None], object)}, "'b', feature 'x' has dtype object"),
         ({**GOOD, "x": np.zeros(2, "i4,f4")}, "'b', feature 'x' has dtype .*f0"),
         ({**GOOD, "x": np.ma.masked_array([1.0, 2.0])}, "feature 'x' is a masked array"),
@@ -630,7 +633,7 @@ def test_no_clients(clients):
         InMemory(clients)
     with pytest.raises(DataError, match="on_bad is 'ignore'"):
         InMemory({"a": GOOD}, on_bad="ignore")
-    with pytest.raises(DataError, match="named by a tuple"):
+    with pytest.raises(DataError, match="has an id of type tuple"):
         InMemory({("a",): GOOD})
 
 
@@ -653,7 +656,7 @@ def test_only_numbers_can_be_batched():
     check_numeric("a", {"x": np.ones(2, bool), "y": np.ones(2, np.int8)})
     for strings in (["a"], [b"a"], np.array(["a"], object), np.array(["2020-01-01"], "M8[D]")):
         data = InMemory({"a": {"text": strings}})
-        with pytest.raises(DataError, match=r"'a', feature 'text' has dtype .* by fax.data.map"):
+        with pytest.raises(DataError, match=r"'a', feature 'text' has dtype .* with fax.data.map"):
             check_numeric("a", data.client("a"))
     InMemory({"a": {"text": ["a"]}, "b": {"text": ["longer"]}})
 
@@ -786,8 +789,8 @@ def broken(client_id, examples):
         (lambda d: fax.data.subset(d, ["c1", "c2", "c1"]), "ids has 'c1' more than once"),
         (lambda d: fax.data.subset(d, []), "no client is left of 8"),
         (lambda d: fax.data.slice(d, 5, 2), r"slice\(5, 2\): no client is left"),
-        (lambda d: fax.data.split(d, 0.0), "held_out is 0.0 of 8 clients"),
-        (lambda d: fax.data.split(d, 8), "held_out is 8 of 8 clients"),
+        (lambda d: fax.data.split(d, 0.0), "held_out is 0.0, expected a number above 0"),
+        (lambda d: fax.data.split(d, 8), "held_out is 8, expected an int from 1 to 7"),
         (lambda d: fax.data.split(d, 1.0), "held_out is 1.0"),
         (lambda d: fax.data.split(d, float("nan")), "held_out is nan"),
         (lambda d: fax.data.map(d, 3), "fn is 3"),
@@ -795,7 +798,7 @@ def broken(client_id, examples):
         (lambda d: fax.data.concatenate([d]), "argument 0 is a list"),
         (
             lambda d: fax.data.concatenate(d, d),
-            "argument 1 has 8 clients that came before, 'c0', 'c1', 'c2', ...",
+            "argument 1 has 8 clients of earlier arguments, 'c0', 'c1', 'c2', ...",
         ),
     ],
 )

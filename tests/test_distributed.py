@@ -152,7 +152,7 @@ ERRORS = {
     "twice": "RuntimeError: fax.sharding.initialize was called a second time",
     "no mesh": "one of 2 processes and no mesh is in scope. Use jax.set_mesh",
     "all rows": "for n=8, expected 4: process {me} must pass those of participants {rows}",
-    "odd rows": "tree has 3 rows, .* process {me} are 2 of the 4 .* a multiple of 2",
+    "odd rows": "tree has 3 rows, expected a multiple of 2, .* process {me} has 2 of the 4 dev",
     "rows of all": (
         "process 1 passed invalid rows. See its error message.",
         "rows are 0-7, but for n=16 process 1 .* 8-15.* Participant 0 belongs to process 0.",

@@ -128,7 +128,7 @@ def test_the_first_checksum_is_written_down_where_none_is_published(server, tmp_
     path = tmp_path / "some.sqlite.lzma"
     path.write_bytes(CONTENT[:-1])
     for _ in range(2):  # it is not forgotten
-        with pytest.raises(DownloadError, match=f"{SHA256} is in .*damaged or of another version"):
+        with pytest.raises(DownloadError, match=f"{SHA256} is in .*damaged, or another version"):
             files(tmp_path, Source(server.url))
     path.unlink()
     server.content = b"a new edition"  # whoever removes a file gets what there is
@@ -146,7 +146,7 @@ def test_a_checksum_that_cannot_be_written_down_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, "no space is left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(_download, "synchronize", full)
+        patched.setattr(_download, "sync_to_disk", full)
         with pytest.raises(OSError, match="no space"):
             files(tmp_path, Source(server.url))
     assert left(tmp_path) == [path.name]
@@ -281,7 +281,7 @@ def test_a_wrong_file(server, tmp_path):
     server.content = CONTENT[::-1]
     with pytest.raises(DownloadError) as raised:
         files(tmp_path, Source(server.url, SHA256))
-    for part in (SHA256, hashlib.sha256(CONTENT[::-1]).hexdigest(), server.url, "thrown away"):
+    for part in (SHA256, hashlib.sha256(CONTENT[::-1]).hexdigest(), server.url, "removed"):
         assert part in str(raised.value)
     assert left(tmp_path) == []
 
@@ -338,7 +338,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
     server.faults = [("cut", 30_000)]
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", opened)
-        with pytest.raises(OSError, match=r"no space is left.*make room") as raised:
+        with pytest.raises(OSError, match=r"no space is left.*Free some space") as raised:
             files(tmp_path, Source(server.url, SHA256))
     assert raised.value.errno == errno.ENOSPC
     kept = tmp_path / "some.sqlite.lzma.part"

@@ -258,9 +258,9 @@ def test_chains_of_transformations_are_transformations():
 
     problems.assert_trees_close(*jax.jit(both)(tree))
     for wrong in (mean(), chain(top_k(5), mean()), top_k):
-        with pytest.raises(TypeError, match="or a chain of them alone"):
+        with pytest.raises(ValueError, match="or a chain of transformations alone"):
             error_feedback(wrong, num_clients=N)
-    with pytest.raises(TypeError, match="An Aggregator stands at the end"):
+    with pytest.raises(ValueError, match="Only the last part may be an Aggregator"):
         chain(chain(top_k(5), mean()), mean())
 
 

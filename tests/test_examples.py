@@ -105,13 +105,13 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
     assert (shares == 0).mean() > 0.2  # many clients lack a digit
 
     clients = _digits.stack(images, labels, owner, 103, multiple_of=4)
-    assert clients["image"].shape[0] == 103
-    assert clients["image"].shape[1] % 4 == 0
+    assert clients["x"].shape[0] == 103
+    assert clients["x"].shape[1] % 4 == 0
     assert (clients["mask"].sum(axis=1) == np.bincount(owner, minlength=103)).all()
-    assert not clients["image"][~clients["mask"]].any()
-    own = clients["image"][7][clients["mask"][7]]
+    assert not clients["x"][~clients["mask"]].any()
+    own = clients["x"][7][clients["mask"][7]]
     np.testing.assert_array_equal(own, images[owner == 7])
-    np.testing.assert_array_equal(clients["label"][7][clients["mask"][7]], labels[owner == 7])
+    np.testing.assert_array_equal(clients["y"][7][clients["mask"][7]], labels[owner == 7])
 
 
 @pytest.mark.long

@@ -40,11 +40,10 @@ def test_compare_algorithms_keeps_its_promise(run, tmp_path):
     own = {name: numbers(r"(\S+)%(?:  \*)?$", row)[0] for name, row in rows.items()}
     assert min(own.values()) > 80
     assert own["reptile"] > own["fedavg"]  # for it adapts to each client
-    central = {name: numbers(r"(\S+)% +\S+%", rows[name])[0] for name in names[:3]}
-    assert min(central.values()) > 75
+    central = {name: numbers(r"(\S+)% +\S+%", rows[name])[0] for name in names}
+    assert min(central[name] for name in names[:3]) > 75
     # The server's model is that of FedAvg.
     assert rows["apfl"].split()[1:3] == rows["fedavg"].split()[1:3]
-    assert rows["hyp_cluster"].split()[1:3] == ["-", "-"]
     best = max(central, key=central.__getitem__)
     assert f"best on the central test: {best} with {central[best]}%" in printed
     assert is_figure(tmp_path / "runs" / "compare_algorithms.png")

@@ -104,7 +104,11 @@ CASES = {
         plain(0.7),
         MU,
     ),
-    "reptile": (lambda loss, **k: reptile(loss, optax.sgd(RATE), 0.4, **k), plain(0.4), 0.0),
+    "reptile": (
+        lambda loss, **k: reptile(loss, optax.sgd(RATE), optax.sgd(0.4), **k),
+        plain(0.4),
+        0.0,
+    ),
 }
 PAIRS = [
     (case, [Logistic, Quadratic][(i + j) % 2], setting)
@@ -144,7 +148,7 @@ def test_what_federated_averaging_is(data):
     for other in (
         fedopt(loss, client, server_momentum(momentum=0.0)),
         fedprox(loss, client, mu=0.0),
-        reptile(loss, client, 1.0),
+        reptile(loss, client),
     ):
         assert_trees_close(end(other, data), average, rtol=1e-12)
 
@@ -259,7 +263,10 @@ def test_updates_go_through_the_aggregator(data, make):
         (lambda: server_adam(0.1, tau=0), r"server_adam: tau is 0, expected a number above 0"),
         (lambda: server_yogi(-0.1), "server_yogi: learning_rate is -0.1, expected"),
         (lambda: server_adagrad(float("nan")), "learning_rate is nan, expected"),
-        (lambda: reptile(None, None, -1.0), "reptile: server_learning_rate is -1.0, expected"),
+        (
+            lambda: reptile(Logistic.loss, optax.sgd(1.0), -1.0),
+            "reptile: server_optimizer is -1.0, ",
+        ),
     ],
 )
 def test_mistakes(make, message):

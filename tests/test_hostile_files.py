@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from formats import fedjax_file, mp_ext, mp_list, mp_str, npy, npz, tff_file
 
-from fax.data import DataError, Files, InMemory, SQLite, _connection, _decompress, _msgpack
+from fax.data import DataError, Files, InMemory, SQLite, _decompress, _msgpack, _sqlite_connection
 
 MIB = 1 << 20
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
@@ -56,17 +56,17 @@ def test_a_file_that_decompresses_to_too_much(tmp_path, suffix):
     stored = packed.stat().st_size
     message = (
         rf"a.sqlite.{suffix}: {stored} compressed bytes become at least \d+. The limit is 2097152 "
-        r"bytes \(max_bytes\). If the data can be trusted, pass a larger max_bytes"
+        r"bytes \(max_bytes\). If you trust the data, pass a larger max_bytes"
     )
     with memory(8 * MIB), pytest.raises(DataError, match=message):
         SQLite(packed, max_bytes=2 * MIB)
     assert list(tmp_path.iterdir()) == [packed]
     # without max_bytes, 256 MiB or 100 times as much
-    assert _decompress.limit(None, 1000) == 256 * MIB
-    assert _decompress.limit(None, 10 * MIB) == 1000 * MIB
+    assert _decompress.size_limit(None, 1000) == 256 * MIB
+    assert _decompress.size_limit(None, 10 * MIB) == 1000 * MIB
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_decompress, "_LEAST", MIB)
-        with pytest.raises(DataError, match=r"bytes \(256 MiB, or 100 times that if it is more\)"):
+        with pytest.raises(DataError, match=r"bytes \(256 MiB, or 100 times as much"):
             SQLite(packed)
     packed.write_bytes(lzma.compress(content, form))
     assert same(SQLite(packed, max_bytes=len(content)))
@@ -109,7 +109,7 @@ def test_a_client_that_decompresses_to_too_much(tmp_path):
     for extra, cut in ((b"more", None), (b"", -1)):
         blob = zlib.compress(b"\x80") + extra
         path = fedjax_file(tmp_path / f"{len(extra)}.sqlite", CLIENTS, lambda _, b=blob[:cut]: b)
-        with pytest.raises(DataError, match="incomplete, or something follows"):
+        with pytest.raises(DataError, match="incomplete, or other data follow"):
             SQLite(path).client("ada")
 
 
@@ -163,7 +163,7 @@ def test_tables_that_are_computed(tmp_path):
 
 def test_no_value_is_longer_than_its_file(tmp_path):
     path = fedjax_file(tmp_path / "a.sqlite", CLIENTS)
-    connection = _connection.Connection(path, alone=False)
+    connection = _sqlite_connection.ReadOnlyConnection(path, alone=False)
     with memory(8 * MIB), pytest.raises(sqlite3.DataError, match="too big"):
         connection.execute("SELECT zeroblob(50000000)").fetchone()
     big = {"ada": {"label": np.random.default_rng(0).integers(0, 2**62, 3 * MIB // 8)}}
@@ -234,13 +234,13 @@ def test_rows_that_never_end(tmp_path, monkeypatch):
 
     data = SQLite(path, "train", FEATURES)
     data.client_ids()
-    execute = _connection.Connection.execute
+    execute = _sqlite_connection.ReadOnlyConnection.execute
 
     def endless(self, query, *args):
         rows = execute(self, query, *args)
         return Endless(self) if "serialized" in query else rows
 
-    monkeypatch.setattr(_connection.Connection, "execute", endless)
+    monkeypatch.setattr(_sqlite_connection.ReadOnlyConnection, "execute", endless)
     with pytest.raises(DataError, match="it should have 1099511627776 examples, but has"):
         data.client("ada")
     assert len(read) * 1000 < path.stat().st_size + 2000
@@ -298,6 +298,8 @@ def test_methods_without_a_limit(tmp_path, method):
 @pytest.mark.parametrize("max_bytes", [0, -1, 2.5, True, "1"])
 def test_limits_that_are_none(tmp_path, max_bytes):
     for source in (SQLite, Files):
-        where = f"fax.data.{source.__name__}: max_bytes is {max_bytes!r}, expected a positive int"
+        where = (
+            f"fax.data.{source.__name__}: max_bytes is {max_bytes!r}, expected an int of at least"
+        )
         with pytest.raises(DataError, match=where):
             source(tmp_path, max_bytes=max_bytes)

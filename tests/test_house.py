@@ -1,4 +1,4 @@
-"""Imports go downwards, and what is drawn and listed of the source is what the source says."""
+"""Imports go downward, and the generated pages are up to date."""
 
 import importlib
 import pathlib
@@ -103,7 +103,7 @@ def public_names():
     for name in ["fax", *(m for m in inside if not any(p[0] == "_" for p in m.split(".")))]:
         home = importlib.import_module(name)
         for own, value in vars(home).items():
-            where = getattr(value, "__module__", None) or name
+            where = getattr(value, "__module__", "")
             there = where.startswith("fax") if hasattr(home, "__path__") else where == name
             if own[0] != "_" and there and not isinstance(value, types.ModuleType):
                 yield f"{name}.{own}"

@@ -38,7 +38,7 @@ ALGORITHMS = {
     "scaffold": lambda loss: algorithms.scaffold(loss, 0.1, num_clients=2),
     "mime": lambda loss: algorithms.mime(loss, KEEPING),
     "mime_lite": lambda loss: algorithms.mime_lite(loss, KEEPING),
-    "maml": lambda loss: algorithms.maml(loss, 0.1, KEEPING),
+    "maml": lambda loss: algorithms.maml(loss, SGD, KEEPING),
     "agnostic_fedavg": lambda loss: algorithms.agnostic_fedavg(
         loss, SGD, KEEPING, num_domains=2, domain_learning_rate=0.1
     ),

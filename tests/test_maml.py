@@ -117,7 +117,7 @@ def test_rounds_are_those_of_the_paper(data, problem, first_order, setting):
     with context:
         algorithm = maml(
             problem.loss,
-            RATE,
+            optax.sgd(RATE),
             optax.sgd(SERVER),
             first_order=first_order,
             vectorize=at_once,
@@ -143,7 +143,10 @@ def test_a_linear_problem_in_closed_form():
     y = s + slope * (x - s)
     for first_order, expected in ((False, slope * (y - q)), (True, y - q)):
         algorithm = maml(
-            lambda p, b, key: (p - b["b"]) ** 2 / 2, a, optax.sgd(1.0), first_order=first_order
+            lambda p, b, key: (p - b["b"]) ** 2 / 2,
+            optax.sgd(a),
+            optax.sgd(1.0),
+            first_order=first_order,
         )
         state, metrics = algorithm.round(algorithm.init(np.float64(x)), cohort)
         np.testing.assert_allclose(algorithm.params(state), x - expected, rtol=1e-12)
@@ -153,8 +156,8 @@ def test_a_linear_problem_in_closed_form():
 def test_without_support_it_is_a_gradient_and_without_queries_nothing(data):
     """Neither is NaN."""
     cohort = next(cohorts(data, clients=6, epochs=1, resident=False))
-    step = jax.jit(maml(Logistic.loss, RATE, optax.sgd(SERVER)).round)
-    start = maml(Logistic.loss, RATE, optax.sgd(SERVER)).init(Logistic.start())
+    step = jax.jit(maml(Logistic.loss, optax.sgd(RATE), optax.sgd(SERVER)).round)
+    start = maml(Logistic.loss, optax.sgd(RATE), optax.sgd(SERVER)).init(Logistic.start())
 
     def where_all_are(query):
         batches = {**cohort.batches, "query": jnp.full(cohort.mask.shape, query)}
@@ -213,7 +216,8 @@ def test_meta_learned_parameters_adapt_better():
         return jax.vmap(loss, (0, 0, None))(own, queries, None).mean()
 
     ends = []
-    for algorithm in (maml(loss, 0.1, optax.sgd(0.1)), reptile(loss, optax.sgd(0.1), 0.5)):
+    sgd = optax.sgd(0.1)
+    for algorithm in (maml(loss, sgd, sgd), reptile(loss, sgd, optax.sgd(0.5))):
         state, _ = many_rounds(algorithm, algorithm.init(start), cohorts, 300)
         ends.append(judged(algorithm.params(state)))
     assert ends[0] < 0.2 * ends[1] < 0.2 * judged(start)
@@ -228,7 +232,7 @@ def test_hyperparameters_can_be_differentiated_and_swept(data):
 
     @jax.jit
     def final_loss(rates):
-        algorithm = maml(Quadratic.loss, rates[0], optax.sgd(rates[1]))
+        algorithm = maml(Quadratic.loss, optax.sgd(rates[0]), optax.sgd(rates[1]))
         state = algorithm.init(Quadratic.start())
         for cohort in two:
             state, _ = algorithm.round(state, cohort)
@@ -248,7 +252,8 @@ def test_memory_does_not_grow_with_the_cohort():
         cohort = next(
             fax.data.cohorts(fax.data.InMemory(dict.fromkeys(range(clients), own)), clients, 4)
         )
-        algorithm = maml(lambda w, b, k: jnp.sum(jnp.tanh(b["x"] @ w) ** 2, 1), 0.1, optax.sgd(0.1))
+        loss, sgd = lambda w, b, k: jnp.sum(jnp.tanh(b["x"] @ w) ** 2, 1), optax.sgd(0.1)
+        algorithm = maml(loss, sgd, sgd)
         lowered = jax.jit(algorithm.round).lower(algorithm.init(np.ones((100, 100))), cohort)
         return lowered.compile().memory_analysis().temp_size_in_bytes / (8 * 100 * 100)
 
@@ -258,7 +263,7 @@ def test_memory_does_not_grow_with_the_cohort():
 
 def test_only_the_mean_is_reduced_across_devices(data):
     with jax.set_mesh(meshes.mesh(clients=2)):
-        algorithm = maml(lambda *a: Logistic.loss(*a)[0], RATE, optax.sgd(SERVER))
+        algorithm = maml(lambda *a: Logistic.loss(*a)[0], optax.sgd(RATE), optax.sgd(SERVER))
         state, cohort = algorithm.init(Logistic.start()), next(cohorts(data))
         text = jax.jit(algorithm.round).lower(state, cohort).compile().as_text()
     assert sum(" all-reduce(" in line for line in text.splitlines()) == 1
@@ -272,7 +277,7 @@ def test_model_state_goes_through_the_local_steps(data):
     def loss(params, model_state, batch, key):
         return *Logistic.loss(params, batch, key), {"steps": model_state["steps"] + 1.0}
 
-    algorithm = maml(loss, RATE, optax.sgd(SERVER))
+    algorithm = maml(loss, optax.sgd(RATE), optax.sgd(SERVER))
     cohort = next(cohorts(data, resident=False))
     state, _ = algorithm.round(algorithm.init(Logistic.start(), {"steps": 2.0}), cohort)
     steps = [sum(not q.all() for *_, q in own) for own in batches_of(cohort)]
@@ -290,16 +295,16 @@ def test_updates_go_through_the_aggregator(data):
     cohort = next(cohorts(data))
     ends = []
     for chosen in (aggregator, None):
-        algorithm = maml(Quadratic.loss, RATE, optax.sgd(SERVER), aggregator=chosen)
+        algorithm = maml(Quadratic.loss, optax.sgd(RATE), optax.sgd(SERVER), aggregator=chosen)
         ends.append(jax.jit(algorithm.round)(algorithm.init(Quadratic.start()), cohort))
     assert_trees_close(ends[0][0].params, ends[1][0].params)
     assert ends[0][1]["clients/bits"].shape == (4,)
 
 
 def test_mistakes(data):
-    with pytest.raises(ValueError, match="maml: inner_learning_rate is -1, expected"):
-        maml(None, -1, optax.sgd(1.0))
-    algorithm = maml(Logistic.loss, RATE, optax.sgd(SERVER))
+    with pytest.raises(ValueError, match="maml: client_optimizer is -1, expected"):
+        maml(Logistic.loss, -1, optax.sgd(1.0))
+    algorithm = maml(Logistic.loss, optax.sgd(RATE), optax.sgd(SERVER))
     state = algorithm.init(Logistic.start())
     for resident in (True, False):
         cohort = next(fax.data.cohorts(problems.data(), 2, 4, resident=resident))
@@ -310,4 +315,4 @@ def test_mistakes(data):
     with pytest.raises(ValueError, match=r"feature 'x' is float64\[4\] for each example, expected"):
         personalize(Logistic.loss, optax.sgd(RATE), query="x")(Logistic.start(), cohort)
     with pytest.raises(ValueError, match=r"feature 'y' is int64\[\] for each example, expected"):
-        maml(Logistic.loss, RATE, optax.sgd(1.0), query="y").round(state, cohort)
+        maml(Logistic.loss, optax.sgd(RATE), optax.sgd(1.0), query="y").round(state, cohort)

@@ -147,7 +147,7 @@ def test_make_mesh_infers_a_size():
         (dict(clients=-1, model=3), "'model': 3} do not multiply"),
         (dict(clients=4, model=1), "do not multiply"),
         (dict(clients=-1, model=-1), "only one of the sizes {'clients': -1, 'model': -1} can be"),
-        (dict(clients=0), "clients is 0, expected a positive int, or -1"),
+        (dict(clients=0), "clients is 0, expected an int of at least 1, or -1"),
         (dict(clients=-2), "clients is -2"),
         (dict(clients=True), "clients is True"),
         (dict(clients="8"), "clients is '8'"),

@@ -363,20 +363,22 @@ def test_one_shape_is_compiled_and_batches_are_full():
 
 
 def test_evaluation_is_a_federated_program():
-    from fax.metrics._programs import stats_of_rows
-    from fax.metrics._rows import Rows
+    from fax.metrics._packing import PackedBatches
+    from fax.metrics._programs import stats_of_batches
 
     mask, slots = np.ones((4, 8), bool), np.zeros((4, 8), np.int32)
-    rows = Rows({"x": np.ones((4, 8, 4)), "y": np.ones((4, 8), int)}, mask, slots)
+    rows = PackedBatches({"x": np.ones((4, 8, 4)), "y": np.ones((4, 8), int)}, mask, slots)
     metrics = (("accuracy", fm.Accuracy()),)
     params = {"w": np.ones((4, CLASSES))}
     with jax.set_mesh(meshes.mesh(clients=4)):
         text = (
-            stats_of_rows.lower(linear, metrics, None, "clients", params, rows).compile().as_text()
+            stats_of_batches.lower(linear, metrics, None, "clients", params, rows)
+            .compile()
+            .as_text()
         )
     assert sum(" all-reduce(" in line for line in text.splitlines()) <= 2
     assert "all-gather" not in text
-    jaxpr = jax.make_jaxpr(stats_of_rows, static_argnums=(0, 1, 2, 3))(
+    jaxpr = jax.make_jaxpr(stats_of_batches, static_argnums=(0, 1, 2, 3))(
         linear, metrics, None, "clients", params, rows
     )
     assert "federated_map" in str(jaxpr)
@@ -429,17 +431,23 @@ class Nobody:
     ("change", "message"),
     [
         (dict(metrics={}), r"fax.metrics.evaluate: metrics is {}, expected a mapping from names"),
-        (dict(metrics={"a": fm.Accuracy}), r"metric 'a' is <class .*such as fax.metrics.Accuracy"),
+        (
+            dict(metrics={"a": fm.Accuracy}),
+            r"metric 'a' is the class .*as fax.metrics.Accuracy",
+        ),
         (
             dict(metrics={"a": lambda b, s: s.mean()}),
             r"metric 'a' returned .*expected a statistic, such as fax.metrics.Mean",
         ),
         (
             dict(metrics={"a": lambda b, s: fm.Mean(s.mean(), 1)}),
-            r"metric 'a' returned .total of shape \(\), expected \(66, ...\): a statistic of each",
+            r"metric 'a' returned .total of shape \(\), expected \(66, ...\), a statistic of each",
         ),
         (dict(metrics={"a": fm.Accuracy("z")}), r"metric 'a' needs the feature 'z', but clients"),
-        (dict(metrics={"a": fm.ConfusionMatrix(9)}), r"num_classes=9, but there are scores of 5"),
+        (
+            dict(metrics={"a": fm.ConfusionMatrix(9)}),
+            r"num_classes is 9, but there are scores of",
+        ),
         (dict(batch_size=0), "batch_size is 0, expected an int of at least 1"),
         (dict(data=Nobody()), "data has no clients"),
     ],
@@ -460,7 +468,7 @@ def test_params_without_a_row_for_each_client():
 def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     data, apply, params, metrics = case("classes")
     ready = fm.prepare(data)
-    with pytest.raises(ValueError, match=r"batch_size=3 comes too late for data that are prepared"):
+    with pytest.raises(ValueError, match=r"batch_size=3 has no effect on prepared data"):
         fm.evaluate(apply, params, ready, metrics, batch_size=3)
     with (
         jax.set_mesh(meshes.mesh(clients=2)),
@@ -468,13 +476,13 @@ def test_prepared_data_cannot_be_used_for_something_else(monkeypatch):
     ):
         fm.evaluate(apply, params, ready, metrics)
     own = jax.tree.map(lambda x: np.stack([x] * len(SIZES)), params)
-    with pytest.raises(ValueError, match="personal=True takes clients one by one"):
+    with pytest.raises(ValueError, match="personal=True evaluates clients one by one"):
         fm.evaluate_clients(apply, own, ready, metrics, personal=True)
     few = {"a": fm.PerDomain(fm.Accuracy(), 2)}
     with pytest.raises(fax.data.DataError, match=r"feature 'domain' has 2, expected numbers from"):
         fm.evaluate(apply, params, ready, few)
-    monkeypatch.setattr("fax.metrics._rows.fits", lambda rows, bytes_per_row, spread: False)
-    with pytest.raises(fax.data.DataError, match="GiB, more than there is room"):
+    monkeypatch.setattr("fax.metrics._packing.fits", lambda rows, bytes_per_row, spread: False)
+    with pytest.raises(fax.data.DataError, match="GiB on each device, which does not"):
         fm.prepare(data)
 
 

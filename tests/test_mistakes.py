@@ -96,8 +96,8 @@ TRAINED = (
     "and statistics may be the model_state."
 )
 AGGREGATOR = "expected one of fax.aggregators, such as fax.aggregators.mean()."
-CHAINED = "expected a fax.aggregators.Transformation. An Aggregator stands at the end."
-STATE_OF = "for the state, expected the FedAvgState that init(params) or the last round returned."
+CHAINED = "expected a fax.aggregators.Transformation. Only the last part may be an Aggregator."
+STATE_OF = "for the state, expected the State that init(params) or the last round returned."
 FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
     "row for each example."
@@ -106,7 +106,8 @@ COLUMNS = "{name: frame[name].to_numpy() for name in frame.columns}"
 FEDERATED = "expected federated data, such as fax.data.InMemory."
 ORDER = "The order is evaluate(apply, params, data, metrics)."
 SAMPLERS = (
-    "expected a function or one of 'uniform', 'shuffled', 'minimum_reuse', 'weighted', 'stream'."
+    "expected 'uniform', 'shuffled', 'minimum_reuse', 'weighted' or 'stream', or a function "
+    "sampler(round)."
 )
 
 # What is done by mistake, and what is said.
@@ -150,7 +151,7 @@ MISTAKES = {
     "an optimizer that is a transformation": (
         lambda: algorithms.papa(loss, aggregators.clip_by_norm(1.0), replicas=2),
         ValueError,
-        f"fax.algorithms.papa: optimizer is a Transformation, {OPTIMIZER} Pass one, as in "
+        f"fax.algorithms.papa: inner_optimizer is a Transformation, {OPTIMIZER} Pass one, as in "
         "optax.sgd(0.1).",
     ),
     "an optimizer for a loss": (
@@ -225,13 +226,13 @@ MISTAKES = {
         "Call it: fax.aggregators.mean(...).",
     ),
     "a transformation that was not called": (
-        lambda: algorithms.maml(loss, 0.1, SGD, aggregator=aggregators.top_k),
+        lambda: algorithms.maml(loss, SGD, SGD, aggregator=aggregators.top_k),
         ValueError,
         f"fax.algorithms.maml: aggregator is the function fax.aggregators.top_k, {AGGREGATOR} "
         "Call it: fax.aggregators.top_k(...).",
     ),
     "a list of transformations": (
-        lambda: algorithms.reptile(loss, SGD, 1.0, aggregator=[aggregators.clip_by_norm(1.0)]),
+        lambda: algorithms.reptile(loss, SGD, SGD, aggregator=[aggregators.clip_by_norm(1.0)]),
         ValueError,
         f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} For several in a row: "
         "fax.aggregators.chain(*parts).",
@@ -243,21 +244,21 @@ MISTAKES = {
     ),
     "a chain of what was not called": (
         lambda: aggregators.chain(aggregators.clip_by_norm, aggregators.mean()),
-        TypeError,
+        ValueError,
         "fax.aggregators.chain: part 0 is the function fax.aggregators.clip_by_norm, "
         f"{CHAINED} Call it: fax.aggregators.clip_by_norm(...).",
     ),
     "an aggregator before the end": (
         lambda: aggregators.chain(aggregators.mean(), aggregators.clip_by_norm(1.0)),
-        TypeError,
+        ValueError,
         f"fax.aggregators.chain: part 0 is Aggregator(mean), {CHAINED}",
     ),
     "a rotation of what was not called": (
         lambda: aggregators.hadamard(aggregators.uniform_quantization),
-        TypeError,
+        ValueError,
         "fax.aggregators.hadamard: transformation is the function "
         "fax.aggregators.uniform_quantization, expected a fax.aggregators.Transformation, or a "
-        "chain of them alone. Call it: fax.aggregators.uniform_quantization(...).",
+        "chain of transformations alone. Call it: fax.aggregators.uniform_quantization(...).",
     ),
     "no client at once": (
         lambda: algorithms.fedavg(loss, SGD, vectorize=0),
@@ -295,7 +296,7 @@ MISTAKES = {
     "a number that is text": (
         lambda: aggregators.gaussian("1", 1.0),
         ValueError,
-        "fax.aggregators.gaussian: clip is '1', expected a number above 0.",
+        "fax.aggregators.gaussian: clip_norm is '1', expected a number above 0.",
     ),
     "a traced number that is an array": (
         lambda: jax.eval_shape(
@@ -310,7 +311,7 @@ MISTAKES = {
         "fax.algorithms.diloco: weighted is 'no', expected True or False.",
     ),
     "the name of a feature that is a number": (
-        lambda: algorithms.maml(loss, 0.1, SGD, query=3),
+        lambda: algorithms.maml(loss, SGD, SGD, query=3),
         ValueError,
         "fax.algorithms.maml: query is 3, expected a string, the name of a feature.",
     ),
@@ -366,7 +367,8 @@ MISTAKES = {
     "another algorithm's state": (
         lambda: STATEFUL.round(algorithms.apfl(loss, SGD, num_clients=2).init(PARAMS), COHORT),
         ValueError,
-        f"fax.algorithms.fedavg: round got an APFLState {STATE_OF}",
+        "fax.algorithms.fedavg: round got the State of another algorithm, or one without the rows "
+        "of clients, expected the State that init(params) or the last round returned.",
     ),
     "the cohort before the state": (
         lambda: ALGORITHM.round(COHORT, STATE),
@@ -478,20 +480,20 @@ MISTAKES = {
     "a metric's class": (
         lambda: metrics.evaluate(apply, PARAMS, DATA, {"accuracy": metrics.Accuracy}),
         ValueError,
-        "fax.metrics.evaluate: metric 'accuracy' is <class 'fax.metrics._classes.Accuracy'>, "
-        "expected a function of a batch and scores, such as fax.metrics.Accuracy().",
+        "fax.metrics.evaluate: metric 'accuracy' is the class fax.metrics.Accuracy, expected a "
+        "function metric(batch, scores), such as fax.metrics.Accuracy().",
     ),
     "a metric without a name": (
         lambda: metrics.evaluate(apply, PARAMS, DATA, metrics.Accuracy()),
         ValueError,
-        "fax.metrics.evaluate: metrics is Accuracy(target='y'), expected a mapping from names "
+        "fax.metrics.evaluate: metrics is Accuracy(label='y'), expected a mapping from names "
         "to metrics, such as {'accuracy': fax.metrics.Accuracy()}.",
     ),
     "one score for each example": (
         lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ACCURACY),
         ValueError,
-        "scores have shape (5,) and the labels (5,), expected scores of shape (5, 'classes'): a "
-        "row of them for each label. If z are the logits of class 1 of two, return "
+        "scores have shape (5,) and labels (5,), expected scores of shape (5, 'classes'), one for "
+        "each label and class. If z are logits of class 1 of 2, return "
         "jnp.stack([jnp.zeros_like(z), z], -1).",
     ),
     "a word for personal": (
@@ -536,25 +538,25 @@ MISTAKES = {
         lambda: data.InMemory(DataFrame()),
         data.DataError,
         "fax.data.InMemory: clients is DataFrame, expected a mapping from client ids to their "
-        "features. Make clients of a table by fax.data.partition, such as "
-        f"by_column({COLUMNS}, ...).",
+        "features. Partition a table into clients: "
+        f"fax.data.partition.by_column({COLUMNS}, ...).",
     ),
     "a table for a client": (
         lambda: data.InMemory({"ann": DataFrame()}),
         data.DataError,
-        f"client 'ann' is a DataFrame, {FEATURES} Take the columns of a table: {COLUMNS}.",
+        f"client 'ann' is a DataFrame, {FEATURES} Pass the columns of a table: {COLUMNS}.",
     ),
     "a table for arrays": (
         lambda: data.partition.iid(DataFrame(), 2),
         data.DataError,
-        f"fax.data.partition.iid: arrays is a DataFrame, {FEATURES} Take the columns of a "
+        f"fax.data.partition.iid: arrays is a DataFrame, {FEATURES} Pass the columns of a "
         f"table: {COLUMNS}.",
     ),
     "a table for data": (
         lambda: data.cohorts(DataFrame(), 1, 1),
         data.DataError,
-        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} Make clients of a table by "
-        f"fax.data.partition, such as by_column({COLUMNS}, ...).",
+        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} Partition a table into "
+        f"clients: fax.data.partition.by_column({COLUMNS}, ...).",
     ),
     "examples that differ in number": (
         lambda: data.partition.iid({"x": np.ones(2), "y": np.ones(3)}, 2),
@@ -576,23 +578,22 @@ MISTAKES = {
     "weights that nobody samples by": (
         lambda: cohorts(weights=[1.0, 2.0]),
         data.DataError,
-        "fax.data.cohorts: weights= belongs to sampler='weighted', but sampler is 'uniform'.",
+        "fax.data.cohorts: weights are for sampler='weighted' only, but sampler is 'uniform'.",
     ),
     "weights that are no numbers": (
         lambda: cohorts(sampler="weighted", weights="ab"),
         data.DataError,
-        "fax.data.cohorts: weights has shape (), expected 2 finite numbers that are not "
-        "negative, one for each client of the data.",
+        "fax.data.cohorts: weights is 'ab', expected 2 numbers, one for each client of the data.",
     ),
     "a sampler that there is not": (
         lambda: cohorts(sampler="random"),
         data.DataError,
-        f"fax.data.cohorts: sampler='random', {SAMPLERS}",
+        f"fax.data.cohorts: sampler is 'random', {SAMPLERS}",
     ),
     "a list for a sampler": (
         lambda: cohorts(sampler=[0, 1]),
         data.DataError,
-        f"fax.data.cohorts: sampler=[0, 1], {SAMPLERS}",
+        f"fax.data.cohorts: sampler is [0, 1], {SAMPLERS}",
     ),
     "a sampler without an argument": (
         lambda: cohorts(sampler=lambda: [0, 1]),
@@ -613,13 +614,13 @@ MISTAKES = {
     "a key for a seed": (
         lambda: data.split(DATA, 1, seed="a"),
         data.DataError,
-        "fax.data.split: seed is 'a', expected an int of at least 0 or a numpy.random.Generator.",
+        "fax.data.split: seed is 'a', expected an int from 0 to 2147483647.",
     ),
     "a share that is text": (
         lambda: data.split(DATA, "a"),
         data.DataError,
-        "fax.data.split: held_out is 'a' of 2 clients, expected a share between 0 and 1 or a "
-        "number, so that at least one client is held out and one is not.",
+        "fax.data.split: held_out is 'a', expected an int from 1 to 1, so that a client is left to "
+        "train with, or a share of the clients between 0 and 1.",
     ),
     "a function of examples alone": (
         lambda: data.map(DATA, lambda examples: examples),
@@ -655,19 +656,19 @@ MISTAKES = {
     "a model that there is not": (
         lambda: fax.models.create("emnist"),
         ValueError,
-        "no model is named 'emnist'. There are char_lstm, cifar100_logistic, dense, "
-        "emnist_conv, emnist_dense, emnist_logistic, resnet18, shakespeare_lstm, "
-        "stackoverflow_lstm.",
+        "fax.models.create: name is 'emnist', expected 'char_lstm', 'cifar100_logistic', 'dense', "
+        "'emnist_conv', 'emnist_dense', 'emnist_logistic', 'resnet18', 'shakespeare_lstm' or "
+        "'stackoverflow_lstm'.",
     ),
     "no class": (
         lambda: fax.models.create("emnist_conv", num_classes=0),
         ValueError,
-        "model 'emnist_conv': num_classes is 0, expected an int of at least 1.",
+        "fax.models.create('emnist_conv'): num_classes is 0, expected an int of at least 1.",
     ),
     "a size for sizes": (
         lambda: fax.models.create("dense", sizes=10),
         ValueError,
-        "model 'dense': sizes is 10, expected a sequence of ints of at least 1, as in "
+        "fax.models.create('dense'): sizes is 10, expected a sequence of ints of at least 1, as in "
         "sizes=(64, 512, 10).",
     ),
     "a module for what makes it": (
@@ -679,14 +680,14 @@ MISTAKES = {
     "a batch before its scores": (
         lambda: fax.models.cross_entropy({"y": jnp.zeros(2, int)}, jnp.zeros((2, 3))),
         ValueError,
-        "fax.models.cross_entropy: batch is float64[2,3], expected a mapping that has the "
+        "fax.models.cross_entropy: batch is float64[2,3], expected a mapping with the "
         "labels 'y'. Call cross_entropy(scores, batch).",
     ),
     "a task that there is not": (
         lambda: fax.tasks.load("mnist"),
         ValueError,
-        "fax.tasks.load: no task 'mnist'. There are ['cifar100', 'digits', 'emnist', "
-        "'pystdlib', 'shakespeare', 'stackoverflow'].",
+        "fax.tasks.load: name is 'mnist', expected 'cifar100', 'digits', 'emnist', 'pystdlib', "
+        "'shakespeare' or 'stackoverflow'.",
     ),
     "a folder that is a number": (
         lambda: fax.tasks.load("digits", 3),
@@ -695,14 +696,14 @@ MISTAKES = {
     ),
     "half a word": (
         lambda: fax.tasks.Words(["a"]).sequences([b"a"], 0.5),
-        data.DataError,
-        "fax.tasks.Words: length is 0.5, expected a positive int.",
+        ValueError,
+        "fax.tasks.Words: length is 0.5, expected an int of at least 1.",
     ),
     "a size that is text": (
         lambda: fax.sharding.make_mesh(clients="2"),
         fax.PlacementError,
-        "fax.sharding.make_mesh: clients is '2', expected a positive int, or -1 for the remaining "
-        "devices.",
+        "fax.sharding.make_mesh: clients is '2', expected an int of at least 1, or -1 for the "
+        "remaining devices.",
     ),
     "a type that is none": (
         lambda: fax.sharding.make_mesh(clients=-1, axis_types=1),
@@ -713,7 +714,7 @@ MISTAKES = {
     "half a device": (
         lambda: fax.sharding.use_cpu_devices(0.5),
         fax.PlacementError,
-        "fax.sharding.use_cpu_devices: count is 0.5, expected a positive int.",
+        "fax.sharding.use_cpu_devices: count is 0.5, expected an int of at least 1.",
     ),
     "an axis that is a number": (
         lambda: fax.sharding.layout(clients=2).__enter__(),
@@ -723,7 +724,8 @@ MISTAKES = {
     "half a participant": (
         lambda: fax.sharding.local_rows(0.5),
         fax.PlacementError,
-        "fax.sharding.local_rows: n is 0.5, expected a positive int, the number of participants.",
+        "fax.sharding.local_rows: n is 0.5, expected an int of at least 1, the number of "
+        "participants.",
     ),
     "a placement that is a number": (
         lambda: fax.sharding.place(jnp.ones(2), 2),
@@ -778,10 +780,10 @@ MISTAKES = {
         ValueError,
         "fax.aggregators.gaussian: count_noise is -1, expected a number above 0.",
     ),
-    "a number for a target": (
+    "a number for a label": (
         lambda: metrics.Accuracy(3),
         ValueError,
-        "Accuracy: target is 3, expected a string, the name of a feature.",
+        "Accuracy: label is 3, expected a string, the name of a feature.",
     ),
     "None for a placement": (
         lambda: metrics.evaluate(apply, PARAMS, DATA, ACCURACY, placement=None),
@@ -797,11 +799,11 @@ MISTAKES = {
     "half a seed": (
         lambda: fax.tasks.load("digits", seed=0.5),
         ValueError,
-        "fax.tasks.load: seed is 0.5, expected an int from 0 to 4294967295.",
+        "fax.tasks.load('digits'): seed is 0.5, expected an int from 0 to 2147483647.",
     ),
     "a word for words": (
         lambda: fax.tasks.Words("to be"),
-        data.DataError,
+        ValueError,
         "fax.tasks.Words: vocabulary is 'to be', expected a list of words.",
     ),
     "a number for devices": (
@@ -852,6 +854,7 @@ def test_a_cohort_is_not_drawn_for_what_is_refused():
 
 # Packages, what needs them, and the extra that brings them.
 EXTRAS = [
+    ("optax", "fax.aggregators", "algorithms"),
     ("optax", "fax.algorithms", "algorithms"),
     ("flax", "fax.models", "models"),
     ("optax", "fax.tasks", "tasks"),
@@ -862,7 +865,7 @@ EXTRAS = [
 @pytest.mark.parametrize(("package", "module", "extra"), EXTRAS)
 def test_an_extra_that_is_not_installed(monkeypatch, package, module, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError) as caught:
         importlib.import_module(module)
     assert str(caught.value) == (
@@ -953,7 +956,7 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         return lambda params, batch: scale * batch["x"]
 
     message = (
-        "fax.metrics.evaluate: apply is a lambda that is made anew for every call, at "
+        "fax.metrics.evaluate: apply is a lambda that is defined anew for every call, at "
         f"{__file__}:{three_times.__code__.co_firstlineno + 2}, and so is compiled in every call. "
         "Define it once, outside of the loop."
     )
@@ -961,10 +964,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         three_times()
     assert len(caught) == 1
     assert [evaluate(made(factor)) for factor in (1.0, 3.0)] == [5, 15]  # others, each of its own
-    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is made anew"):
+    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is defined anew"):
         twice()
     with pytest.warns(
-        UserWarning, match=r"apply is a partial that is made anew for every call and"
+        UserWarning, match=r"apply is a partial that is defined anew for every call and"
     ):
         of_parts()
 

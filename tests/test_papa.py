@@ -95,7 +95,7 @@ def test_papa_is_that_of_the_paper(data, alpha):
     )
     here = np.ones((6, REPLICAS), bool)
     here[2:4, lost] = False
-    algorithm = papa(loss, optax.adamw(INNER), replicas=REPLICAS, every=2, alpha=alpha)
+    algorithm = papa(loss, optax.adamw(INNER), replicas=REPLICAS, steps=2, alpha=alpha)
     state, metrics = run(algorithm, rounds, PerClient(start))
     w = numpy_papa(Logistic, start, rounds, 2, alpha, here)
     problems.assert_trees_close(state.replicas.rows.params, stacked(w))
@@ -108,7 +108,7 @@ def test_papa_is_that_of_the_paper(data, alpha):
 def test_without_a_share_of_ones_own_papa_is_averaging(data):
     rounds = cohorts(data, 3, 2)
     kwargs = {"replicas": REPLICAS}
-    one = papa(quadratic, optax.adamw(INNER), alpha=0, every=1, **kwargs)
+    one = papa(quadratic, optax.adamw(INNER), alpha=0, steps=1, **kwargs)
     state, _ = run(one, rounds, Quadratic.start())
     other, _ = run(
         local_sgd(quadratic, optax.adamw(INNER), steps=1, **kwargs), rounds, Quadratic.start()
@@ -174,7 +174,7 @@ def test_results_do_not_depend_on_where_models_are(data):
             context, at_once = problems.setting(name, "replicas")
             with context:
                 algorithm = make(
-                    quadratic, optax.sgd(INNER), replicas=REPLICAS, every=2, vectorize=at_once
+                    quadratic, optax.sgd(INNER), replicas=REPLICAS, steps=2, vectorize=at_once
                 )
                 state, metrics = run(algorithm, cohorts(data, 2), start)
                 results.append((algorithm.params(state), state, metrics))
@@ -185,7 +185,7 @@ def test_results_do_not_depend_on_where_models_are(data):
 def test_a_push_costs_one_all_reduce_and_steps_none(data):
     mesh = meshes.mesh(replicas=2, model=2)
     with jax.set_mesh(mesh):
-        algorithm = papa(quadratic, optax.sgd(INNER), replicas=REPLICAS, every=2)
+        algorithm = papa(quadratic, optax.sgd(INNER), replicas=REPLICAS, steps=2)
         state, (cohort,) = algorithm.init(Quadratic.start()), cohorts(data, 2)
         compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
     assert [(c.op, c.axes) for c in collectives(compiled, mesh)] == [("all-reduce", {"replicas"})]
@@ -196,7 +196,7 @@ def test_rates_can_be_differentiated(data):
     (cohort,) = cohorts(data, 4)
 
     def after(rates):
-        algorithm = papa(quadratic, optax.sgd(rates[0]), replicas=REPLICAS, every=2, alpha=rates[1])
+        algorithm = papa(quadratic, optax.sgd(rates[0]), replicas=REPLICAS, steps=2, alpha=rates[1])
         state = algorithm.init(PerClient(different_starts(Quadratic)))
         state, metrics = algorithm.round(state, cohort)
         return metrics["loss"] + jnp.sum(algorithm.params(state)["w"] ** 2)
@@ -209,7 +209,7 @@ def test_the_soup_has_a_model_state(data):
     def with_state(params, model_state, batch, key):
         return quadratic(params, batch, key), {}, {"mean": batch["x"].mean(0), "n": 1}
 
-    algorithm = papa(with_state, optax.sgd(0.0), replicas=REPLICAS, every=2, alpha=0.75)
+    algorithm = papa(with_state, optax.sgd(0.0), replicas=REPLICAS, steps=2, alpha=0.75)
     (cohort,) = cohorts(data, 2)
     state = algorithm.init(Quadratic.start(), {"mean": np.zeros(4), "n": 0})
     state, _ = jax.jit(algorithm.round)(state, cohort)
@@ -222,11 +222,11 @@ def test_the_soup_has_a_model_state(data):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (papa, {"every": 0}, "papa: every is 0, expected an int of at least 1"),
+        (papa, {"steps": 0}, "papa: steps is 0, expected an int of at least 1"),
         (papa, {"alpha": -0.1}, r"papa: alpha is -0\.1, expected a number from 0 to 1"),
         (papa_2, {"replicas": 1}, "papa_2: replicas is 1, expected at least 2, for pairs"),
-        (papa, {"every": 4}, "has 6 batches for each replica, expected a multiple of every=4"),
-        (papa, {}, "has 6 batches for each replica, expected a multiple of every=10"),
+        (papa, {"steps": 4}, "has 6 batches for each replica, expected a multiple of steps=4"),
+        (papa, {}, "has 6 batches for each replica, expected a multiple of steps=10"),
         (papa, {"replicas": 3}, r"rows\['w'\] has shape \(6, 4\), expected a row for each"),
     ],
 )

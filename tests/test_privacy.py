@@ -96,7 +96,7 @@ def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
         "laplace": laplace(3.0, 0.0),
         "of 8": gaussian(2.0, 0.0, expected_clients=8),
         "adaptive": gaussian(2.0, 0.0, quantile=0.5),
-        "ftrl": dp_ftrl(2.0, 0.0, population=9, separation=3, participations=2),
+        "ftrl": dp_ftrl(2.0, 0.0, num_clients=9, separation=3, participations=2),
     }
 
     @jax.jit
@@ -131,7 +131,7 @@ def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
         (laplace(2.0, 1.5), 2.0 * 1.5 * 2**0.5 / CLIENTS, 6),
         # One band is independent noise, for three rounds that a client takes part in.
         (
-            dp_ftrl(2.0, 1.5, population=CLIENTS, separation=2, participations=3, bands=1),
+            dp_ftrl(2.0, 1.5, num_clients=CLIENTS, separation=2, participations=3, bands=1),
             2.0 * 1.5 * 3**0.5 / CLIENTS,
             3,
         ),
@@ -192,7 +192,7 @@ def test_no_client_moves_the_sum_by_more_than_the_norm():
 
 
 def test_the_norm_adapts_as_in_the_paper():
-    private = gaussian(0.7, 0.0, quantile=0.3, rate=0.5, count_noise=1e-9)
+    private = gaussian(0.7, 0.0, quantile=0.3, learning_rate=0.5, count_noise=1e-9)
     u, norm = updates(), 0.7
     state, round = private.init(first(u)), jax.jit(one_round(private))
     for _ in range(6):
@@ -206,7 +206,7 @@ def test_the_norm_adapts_as_in_the_paper():
 
 def test_noise_is_split_between_updates_and_the_count():
     z, sigma = 1.5, 2.0
-    private = gaussian(2.0, z, quantile=0.5, rate=0.2, count_noise=sigma)
+    private = gaussian(2.0, z, quantile=0.5, learning_rate=0.2, count_noise=sigma)
     found, (_, norm), _ = draws(private, updates())
     on_updates = np.concatenate([np.ravel(x - x.mean(0)) for x in found.values()]).std()
     on_updates *= CLIENTS / 2.0
@@ -226,7 +226,7 @@ def test_the_private_norm_converges_to_the_quantile():
         def round(state, key):
             size = fax.map(lambda k: jnp.exp(jax.random.normal(k)), fax.keys(key))
             _, state, _ = private.aggregate(size, fax.broadcast(1.0), state, key)
-            return state, state.norm
+            return state, state.clip_norm
 
         return jax.lax.scan(round, state, jax.random.split(key, 300))[1]
 
@@ -246,12 +246,12 @@ def factors(rounds, bands):
 
 
 @pytest.mark.parametrize(("bands", "participations"), [(1, 1), (4, 2), (7, 3)])
-def test_noise_of_prefix_sums_is_that_of_the_factorisation(bands, participations):
+def test_noise_of_prefix_sums_is_that_of_the_factorization(bands, participations):
     rounds, z, clip = 12, 1.5, 2.0
     private = dp_ftrl(
         clip,
         z,
-        population=2,
+        num_clients=2,
         separation=7,
         participations=participations,
         bands=bands,
@@ -306,7 +306,7 @@ def test_sensitivity_covers_all_ways_to_take_part():
 
 
 def test_clients_that_come_too_soon_or_too_often_are_refused():
-    private = dp_ftrl(9.0, 0.0, population=3, separation=3, participations=2, expected_clients=1)
+    private = dp_ftrl(9.0, 0.0, num_clients=3, separation=3, participations=2, expected_clients=1)
     state, round = private.init(jnp.zeros(())), jax.jit(one_round(private, 3))
     u = np.array([1.0, 10.0, 100.0]) / 20
     # Who comes in a round, of three clients, and who is let in.
@@ -321,13 +321,13 @@ def test_clients_that_come_too_soon_or_too_often_are_refused():
 
 def test_dp_ftrl_in_training_refuses_nobody_who_waits():
     """The cohorts that its docstring promises, over their last round and one more."""
-    clients, population, rounds = 2, 6, 7
+    clients, num_clients, rounds = 2, 6, 7
     private = dp_ftrl(
         1.0,
         0.1,
-        population=population,
-        separation=population // clients,
-        participations=-(-rounds * clients // population),
+        num_clients=num_clients,
+        separation=num_clients // clients,
+        participations=-(-rounds * clients // num_clients),
     )
     algorithm = fedavg(Logistic.loss, optax.sgd(0.1), aggregator=chain(non_finite(), private))
     cohorts = fax.data.cohorts(problems.data(), clients, 4, sampler="minimum_reuse")
@@ -410,14 +410,14 @@ def test_epsilon_is_that_of_dp_accounting():
     event = dp_accounting.GaussianDpEvent(4.0)
     assert epsilon(4.0, 30, 1e-5) == composed(event, 30, 1e-5)
     sampled = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(1.1))
-    found = epsilon(1.1, 200, 1e-5, clients=20, population=1000, sampling="poisson")
+    found = epsilon(1.1, 200, 1e-5, sampling_rate=0.02, sampling="poisson")
     assert found == composed(sampled, 200, 1e-5)
     # Whoever is missing is replaced, so the noise counts half.
-    assert found == epsilon(2.2, 200, 1e-5, clients=20, population=1000)
+    assert found == epsilon(2.2, 200, 1e-5, sampling_rate=0.02)
     sampled = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.LaplaceDpEvent(2.0))
-    found = epsilon(4.0, 50, 1e-5, clients=20, population=1000, mechanism="laplace")
+    found = epsilon(4.0, 50, 1e-5, sampling_rate=0.02, mechanism="laplace")
     assert found == composed(sampled, 50, 1e-5)
-    everyone = epsilon(4.0, 30, 1e-5, clients=1000, population=1000)
+    everyone = epsilon(4.0, 30, 1e-5, sampling_rate=1)
     assert everyone == epsilon(4.0, 30, 1e-5)
 
 
@@ -459,7 +459,7 @@ def test_uniform_sampling_costs_no_more_than_epsilon_says(z):
         pairs = ((with_client, without), (without, with_client))
         return max(np.maximum(p - math.exp(eps) * q, 0).sum() * (x[1] - x[0]) for p, q in pairs)
 
-    setting = dict(clients=clients, population=population)
+    setting = dict(sampling_rate=clients / population)
     assert exact(epsilon(z, 1, delta, **setting)) == pytest.approx(delta, rel=1e-2)
     assert exact(epsilon(z, 1, delta, **setting, sampling="poisson")) > 1.5 * delta
 
@@ -470,7 +470,7 @@ def test_losses_that_are_no_privacy_take_no_minutes():
 
 
 def test_calibrated_noise_costs_what_was_asked_for():
-    setting = {"clients": 50, "population": 1000}
+    setting = {"sampling_rate": 0.05}
     z = calibrate(3.0, 20, 1e-4, **setting)
     assert 0.998 * 3 <= epsilon(z, 20, 1e-4, **setting) <= 3
     # With noise above some amount this delta alone is enough.
@@ -483,7 +483,7 @@ def counted(count, key=0):
 
 
 def test_a_budget_is_spent_release_by_release():
-    setting = dict(delta=1e-4, noise_multiplier=3.0, clients=20, population=100)
+    setting = dict(delta=1e-4, noise_multiplier=3.0, sampling_rate=0.2)
     budget = Budget(2.5, **setting)
     assert epsilon(rounds=budget.rounds, **setting) <= 2.5
     assert epsilon(rounds=budget.rounds + 1, **setting) > 2.5
@@ -496,8 +496,8 @@ def test_a_budget_is_spent_release_by_release():
     budget.spend(counted(budget.rounds))
     assert budget.epsilon == epsilon(rounds=budget.rounds, **setting)
     message = (
-        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 at delta=0.0001 "
-        rf"is enough for {budget.rounds} only, of which {budget.rounds} are spent"
+        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 with "
+        rf"delta=0.0001 allows only {budget.rounds}, and {budget.rounds} are spent"
     )
     with pytest.raises(PrivacyBudgetError, match=message):
         budget.spend(counted(budget.rounds + 1))
@@ -508,22 +508,22 @@ def test_a_budget_is_spent_release_by_release():
     state = renewed(counted(budget.rounds - 2))
     assert releases(state) == 0
     assert (state["own"].key != counted(0)["own"].key).any()
-    with pytest.raises(PrivacyBudgetError, match="enough for"):
+    with pytest.raises(PrivacyBudgetError, match="allows only"):
         resumed.spend(counted(3, key=1))
     assert resumed.spent == budget.rounds - 2
     resumed.spend(counted(2, key=1))
     with pytest.raises(PrivacyBudgetError, match="noise was used twice"):
         resumed.spend(counted(1, key=1))
-    with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, for"):
+    with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, which"):
         Budget(2.5, **setting, record={"key": 99_999})
     nothing = Budget(1e-3, 1e-4, 0.5)
-    with pytest.raises(PrivacyBudgetError, match="is enough for 0 only"):
+    with pytest.raises(PrivacyBudgetError, match="allows only 0"):
         nothing.spend(counted(1))
 
 
 def test_processes_have_to_agree_on_a_key(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="another one in each of the 2 processes"):
+    with pytest.raises(ValueError, match="would differ between the 2 processes"):
         fax.aggregators.gaussian(1.0, 1.0).init(jnp.ones(2))
     gaussian(1.0, 1.0).init(jnp.ones(2))
 
@@ -540,55 +540,61 @@ def test_accounting_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gaussian(0.0, 1.0), r"gaussian: clip is 0.0, expected a number above 0"),
+        (lambda: gaussian(0.0, 1.0), r"gaussian: clip_norm is 0.0, expected a number above 0"),
         (lambda: gaussian(1.0, -1), "noise_multiplier is -1, expected a number of at least 0"),
         (lambda: gaussian(1.0, np.inf), "noise_multiplier is inf"),
         (lambda: gaussian(1.0, 1.0, quantile=1.5), "quantile is 1.5, .* above 0 and below 1"),
-        (lambda: gaussian(1.0, 1.0, count_noise=3), "count_noise=3 is for a norm that adapts"),
+        (
+            lambda: gaussian(1.0, 1.0, count_noise=3),
+            "count_noise is 3, but the clip norm does not adapt",
+        ),
         (lambda: gaussian(1.0, 1.0, expected_clients=0), "expected_clients is 0"),
         (
             lambda: run(gaussian(1.0, 1.0, quantile=0.5), updates()),
             r"count_noise is 0.25, by default .*, expected more than noise_multiplier / 2 = 0.5",
         ),
-        (lambda: laplace(-1.0, 1.0), r"laplace: clip is -1.0"),
+        (lambda: laplace(-1.0, 1.0), r"laplace: clip_norm is -1.0"),
         (lambda: laplace(1.0, None), "noise_multiplier is None"),
-        (lambda: dp_ftrl(0, 1, population=2, separation=1, participations=1), "clip is 0"),
-        (lambda: dp_ftrl(1, 1, population=0, separation=1, participations=1), "population is 0"),
-        (lambda: dp_ftrl(1, 1, population=2, separation=0, participations=1), "separation is 0"),
+        (lambda: dp_ftrl(0, 1, num_clients=2, separation=1, participations=1), "clip_norm is 0"),
+        (lambda: dp_ftrl(1, 1, num_clients=0, separation=1, participations=1), "num_clients is 0"),
+        (lambda: dp_ftrl(1, 1, num_clients=2, separation=0, participations=1), "separation is 0"),
         (
-            lambda: dp_ftrl(1, 1, population=2, separation=1, participations=0.5),
+            lambda: dp_ftrl(1, 1, num_clients=2, separation=1, participations=0.5),
             "participations is 0.5, expected an int of at least 1",
         ),
         (
-            lambda: dp_ftrl(1, 1, population=9, separation=3, participations=1, bands=4),
-            "bands=4 is above separation=3",
+            lambda: dp_ftrl(1, 1, num_clients=9, separation=3, participations=1, bands=4),
+            "bands is 4, expected from 1 to separation=3",
         ),
         (lambda: epsilon(-1, 1, 1e-5), "epsilon: noise_multiplier is -1"),
         (lambda: epsilon(1, -1, 1e-5), "rounds is -1, expected an int of at least 0"),
         (lambda: epsilon(1, 1, 0), "delta is 0, expected a number above 0 and below 1"),
-        (lambda: epsilon(1, 1, 1e-5, clients=3), "clients is 3 and population is None, expected"),
-        (lambda: epsilon(1, 1, 1e-5, clients=3, population=2), "clients=3 is more than the pop"),
+        (
+            lambda: epsilon(1, 1, 1e-5, sampling_rate=0),
+            "sampling_rate is 0, expected a number above 0",
+        ),
+        (lambda: epsilon(1, 1, 1e-5, sampling_rate=1.5), "sampling_rate is 1.5, expected a number"),
         (
             lambda: epsilon(1, 1, 1e-5, sampling="shuffled"),
-            "sampling is 'shuffled', expected one of 'uniform', 'poisson'",
+            "sampling is 'shuffled', expected 'uniform' or 'poisson'",
         ),
-        (lambda: epsilon(1, 1, 1e-5, mechanism="cauchy"), "mechanism is 'cauchy', expected one"),
+        (lambda: epsilon(1, 1, 1e-5, mechanism="cauchy"), "mechanism is 'cauchy', expected 'g"),
         (lambda: calibrate(0, 1, 1e-5), "calibrate: epsilon is 0, expected a number above 0"),
         (lambda: Budget(1.0, 2.0, 1.0), "Budget: delta is 2.0"),
-        (lambda: Budget(1.0, 1e-5, 1.0, record=3), "record is 3, expected the record of the bud"),
+        (lambda: Budget(1.0, 1e-5, 1.0, record=3), "record is 3, expected the record of an"),
         (lambda: Budget(1.0, 1e-5, 1.0, record={"a": -1}), r"record\['a'\] is -1, expected an int"),
-        (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "no aggregator in the state counts releases"),
+        (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "no aggregator in state counts releases"),
         (
             lambda: Budget(1.0, 1e-5, 1.0).spend(jax.tree.map(lambda x: x[None], counted(1))),
-            r"the state is of \(1,\) trainings, expected that of one",
+            r"state is that of several training runs, of shape \(1,\), expected that of one",
         ),
         (
             lambda: fax.aggregators.gaussian(1.0, 1.0, key=7).init(()),
-            "gaussian: key is 7, expected one random key, as made by jax.random.key",
+            r"gaussian: key is 7, expected a random key, as in jax\.random\.key\(0\)",
         ),
         (
             lambda: jax.jit(fax.aggregators.laplace(1.0, 1.0).init)(jnp.ones(2)),
-            "laplace: init draws a fresh secret key, but is called where JAX traces",
+            "laplace: init draws a fresh secret key, but is called in a function that JAX traces",
         ),
     ],
 )

@@ -112,7 +112,7 @@ def adaptive():
 
 
 def ftrl():
-    return aggregators.dp_ftrl(1.0, 1.0, population=3, separation=1, participations=9)
+    return aggregators.dp_ftrl(1.0, 1.0, num_clients=3, separation=1, participations=9)
 
 
 MODELS = jax.tree.map(lambda x: jnp.stack([x, x + 1]), PARAMS)
@@ -157,12 +157,12 @@ CASES = {
         STREAM,
     ),
     "papa": (
-        lambda loss, a: algorithms.papa(loss, SGD, every=2, aggregator=a, **REPLICAS),
+        lambda loss, a: algorithms.papa(loss, SGD, steps=2, aggregator=a, **REPLICAS),
         PARAMS,
         STREAM,
     ),
     "papa_2": (
-        lambda loss, a: algorithms.papa_2(loss, SGD, every=2, **REPLICAS),
+        lambda loss, a: algorithms.papa_2(loss, SGD, steps=2, **REPLICAS),
         PARAMS,
         STREAM,
     ),
@@ -232,7 +232,7 @@ def test_noise_of_clusters_does_not_cancel_and_hides_who_has_nobody():
 
 def test_words_of_a_client_for_two_clusters_do_not_open_each_other(monkeypatch):
     seen = {}
-    masked = _secure_sum.masked
+    masked = _secure_sum.with_masks
 
     def watched(words, key, neighbors):
         sent = masked(words, key, neighbors)
@@ -243,8 +243,8 @@ def test_words_of_a_client_for_two_clusters_do_not_open_each_other(monkeypatch):
         jax.debug.callback(note, *fax.collect((words, sent)), ordered=False)
         return sent
 
-    monkeypatch.setattr(_secure_sum, "masked", watched)
-    secret = aggregators.secure_sum(clip=4.0, max_weight=4)
+    monkeypatch.setattr(_secure_sum, "with_masks", watched)
+    secret = aggregators.secure_sum(max_value=4.0, max_weight=4)
     algorithm = algorithms.hyp_cluster(Split.loss, SGD, num_clusters=2, aggregator=secret)
     jax.block_until_ready(
         algorithm.round(algorithm.init(Split.start()), Split.cohort(1.0, 2.0, 9.5))
@@ -330,8 +330,10 @@ def test_the_law_of_the_noise_is_as_private_as_epsilon_says():
 
 def test_draws_are_integers_of_this_law():
     ratio = jnp.float32(1.37 * 2**20)
-    for law, of in zip((_noise.normal, _noise.laplace), laws(1.37 * 2**20)):
-        found = np.asarray(law(KEY, (4000,), ratio if law is _noise.normal else ratio / 4), float)
+    for law, of in zip((_noise.normal_integers, _noise.laplace_integers), laws(1.37 * 2**20)):
+        found = np.asarray(
+            law(KEY, (4000,), ratio if law is _noise.normal_integers else ratio / 4), float
+        )
         assert (found == np.round(found)).all()
         assert np.abs(found).max() < 2**24
         # The share of draws below each of some quantiles, which is binomial.
@@ -400,8 +402,8 @@ TAKEN = {
     "fedavg": lambda a, loss=loss: algorithms.fedavg(loss, SGD, aggregator=a),
     "fedopt": lambda a, loss=loss: algorithms.fedopt(loss, SGD, SGD, aggregator=a),
     "fedprox": lambda a, loss=loss: algorithms.fedprox(loss, SGD, mu=0.1, aggregator=a),
-    "reptile": lambda a, loss=loss: algorithms.reptile(loss, SGD, 0.1, aggregator=a),
-    "maml": lambda a, loss=loss: algorithms.maml(loss, 0.1, SGD, aggregator=a),
+    "reptile": lambda a, loss=loss: algorithms.reptile(loss, SGD, SGD, aggregator=a),
+    "maml": lambda a, loss=loss: algorithms.maml(loss, SGD, SGD, aggregator=a),
     "apfl": lambda a, loss=loss: algorithms.apfl(loss, SGD, num_clients=3, aggregator=a),
     "hyp_cluster": lambda a, loss=loss: algorithms.hyp_cluster(
         loss, SGD, num_clusters=2, aggregator=a

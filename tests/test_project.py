@@ -1,4 +1,4 @@
-"""Files that say the same thing say the same, and README's promises have tests."""
+"""Names and versions agree between files, and the README's promises have tests."""
 
 import ast
 import functools
@@ -31,13 +31,14 @@ def requirement(name, of):
 
 
 def test_the_distribution_has_a_name_of_its_own():
-    """`fax` on the package index is something else, and must never be what an extra brings."""
+    """`fax` on the package index is another project, which nobody should install by mistake."""
     assert PROJECT["project"]["name"] == "fax-jax"
     for line in (line for lines in EXTRAS.values() for line in lines):
         assert re.match(r"[\w.-]+", line).group() != "fax"
     pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
     for text in map(read, [*pages, "Makefile", *(ROOT / "fax").rglob("*.py")]):
-        assert not re.search(r"install [^\n]*\bfax(?!-jax)(\[|'|\"|`|\s|$)", text)
+        for command in re.findall(r"pip install ([^`\n]*)", text):
+            assert not re.search(r"(?<![\w/.-])fax(?![\w-])", command)
         for extras in re.findall(r"fax-jax\[([\w,]+)\]", text):
             assert set(extras.split(",")) <= EXTRAS.keys()
 

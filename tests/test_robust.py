@@ -283,7 +283,7 @@ def test_directions_survive_where_squares_overflow(scale, dtype):
 
 
 def test_the_norm_adapts_as_in_the_paper():
-    clip = chain(adaptive_clip(0.3, initial=0.5, rate=0.7))
+    clip = chain(adaptive_clip(0.3, initial_clip_norm=0.5, learning_rate=0.7))
     u, w = updates(), WEIGHTS
     state, norm = clip.init({"w": u["w"][0], "b": u["b"][0]}), 0.5
     for _ in range(5):
@@ -298,7 +298,7 @@ def test_the_norm_adapts_as_in_the_paper():
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.8])
 def test_the_norm_converges_to_the_quantile(quantile):
     """From far away, in one compiled loop, of norms that are new in each round."""
-    aggregator = chain(adaptive_clip(quantile, initial=1e-4))
+    aggregator = chain(adaptive_clip(quantile, initial_clip_norm=1e-4))
 
     @jax.jit
     @fax.program(clients=200)
@@ -493,13 +493,16 @@ def test_bits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: clip_by_norm(0), r"clip_by_norm: norm is 0, expected a number above 0"),
-        (lambda: clip_by_norm(np.nan), "norm is nan"),
-        (lambda: clip_by_norm("one"), "norm is 'one'"),
+        (lambda: clip_by_norm(0), r"clip_by_norm: clip_norm is 0, expected a number above 0"),
+        (lambda: clip_by_norm(np.nan), "clip_norm is nan"),
+        (lambda: clip_by_norm("one"), "clip_norm is 'one'"),
         (lambda: adaptive_clip(1.0), "quantile is 1.0, expected a number above 0 and below 1"),
-        (lambda: adaptive_clip(initial=-1), "initial is -1, expected a number above 0"),
-        (lambda: adaptive_clip(rate=0), "rate is 0"),
-        (lambda: trimmed_mean(), "expected either fraction.* fraction is None and count is None"),
+        (
+            lambda: adaptive_clip(initial_clip_norm=-1),
+            "initial_clip_norm is -1, expected a number above 0",
+        ),
+        (lambda: adaptive_clip(learning_rate=0), "learning_rate is 0"),
+        (lambda: trimmed_mean(), "fraction is None and count is None, expected one of the two"),
         (lambda: trimmed_mean(0.1, count=1), "fraction is 0.1 and count is 1"),
         (lambda: trimmed_mean(0.5), "fraction is 0.5, expected a number of at least 0 and below 0"),
         (lambda: trimmed_mean(count=-1), "count is -1, expected an int of at least 0"),
@@ -518,10 +521,16 @@ def test_arguments_out_of_range(make, message):
 @pytest.mark.parametrize(
     ("aggregator", "message"),
     [
-        (krum(2), r"krum: byzantine=2 attackers among n=6 clients, expected n > 2 f \+ 2.* 7 cli"),
-        (multi_krum(3, 1), r"byzantine=3 attackers among n=6 .* or at most 1 attackers"),
-        (multi_krum(1, 6), r"select=6 of n=6 clients with byzantine=1, expected at most .* = 5"),
-        (trimmed_mean(count=3), r"count=3 on each side leaves none of the 6 .* at most 2"),
+        (krum(2), "krum: byzantine is 2 in a round of 6 clients, expected at most 1. .* 7 cl"),
+        (
+            multi_krum(3, 1),
+            "byzantine is 3 in a round of 6 .*, expected at most 1. .* at least 9 cl",
+        ),
+        (
+            multi_krum(1, 6),
+            r"select is 6 in a round of 6 clients with byzantine=1, expected at most 5",
+        ),
+        (trimmed_mean(count=3), r"count is 3, which leaves none of the 6 .* at most 2"),
     ],
 )
 def test_too_few_clients(aggregator, message):

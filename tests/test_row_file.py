@@ -26,7 +26,7 @@ FULL = (
 
 
 def seen(store, ids=range(N)):
-    return np.asarray(store.params({"clients": PerClient(None)}, list(ids)))[:, 0].tolist()
+    return np.asarray(store.models({"clients": PerClient(None)}, list(ids)))[:, 0].tolist()
 
 
 def claimed(path, size):
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_noticed(tmp_path):
     path.write_bytes(content)
     store = opened(path, resume=True)
     with pytest.raises(ValueError, match=r"row of client 2 in .* cannot be read .*malformed"):
-        store.params(None, [2])
+        store.models(None, [2])
 
 
 # Killed
@@ -284,10 +284,10 @@ def test_an_algorithm_of_ones_own_has_an_init_of_one_argument():
     def init(params):
         return {"params": params, "own": PerClient(jnp.zeros((3, 2)) + params)}
 
-    store = ClientStore(Algorithm(init, lambda s, c: (s, {}), lambda s: s["own"].rows))
+    store = ClientStore(Algorithm(init, lambda s, c: (s, {}), *[lambda s: s["own"].rows] * 2))
     state = store.init(jnp.float32(4))
     state, _ = store.round(state, cohort_of([0, 2]))
-    np.testing.assert_array_equal(store.params(state, [1]), [[4, 4]])
+    np.testing.assert_array_equal(store.models(state, [1]), [[4, 4]])
 
 
 def test_a_store_whose_init_failed_can_be_tried_again(tmp_path):

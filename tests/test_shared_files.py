@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from formats import fedjax_file
 
-from fax.data import DataError, Files, InMemory, SQLite, _connection, _decompress, _sqlite
+from fax.data import DataError, Files, InMemory, SQLite, _decompress, _sqlite, _sqlite_connection
 
 CLIENTS = {"ada": {"label": np.arange(3)}, "bob": {"label": np.arange(5)}}
 
@@ -107,7 +107,7 @@ def test_a_checksum_does_not_hold_for_a_journal(tmp_path):
 
 
 def test_a_locked_file_is_not_called_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(_connection, "_PATIENCE", 0.01)
+    monkeypatch.setattr(_sqlite_connection, "_LOCK_SECONDS", 0.01)
     path = fedjax_file(tmp_path / "a.sqlite", CLIENTS)
     data = SQLite(path)
     data.client_ids()
@@ -142,7 +142,7 @@ def test_a_file_that_is_gone(tmp_path):
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     plain, verified = (pickle.loads(pickle.dumps(SQLite(path, sha256=c))) for c in (None, checksum))
     path.unlink()
-    with pytest.raises(DataError, match=r"cannot be opened. See whether it is still there"):
+    with pytest.raises(DataError, match=r"cannot be opened. Check that it still exists"):
         plain.client("ada")
     with pytest.raises(DataError, match=r"cannot read the clients' ids: .*No such file"):
         verified.client("ada")
@@ -188,14 +188,14 @@ def test_two_that_decompress_one_file(tmp_path, monkeypatch):
     packed, plain, checksum = compressed(tmp_path)
     barrier, found = threading.Barrier(2), []
 
-    class Slow(_decompress.LZMA):
+    class Slow(_decompress.LZMAReader):
         def __init__(self, *args):
             super().__init__(*args)
             with contextlib.suppress(threading.BrokenBarrierError):
                 barrier.wait(60)
                 barrier.abort()  # only the first two wait for each other
 
-    monkeypatch.setattr(_sqlite, "LZMA", Slow)
+    monkeypatch.setattr(_sqlite, "LZMAReader", Slow)
 
     def read():
         found.append(same(SQLite(packed, sha256=checksum)))

@@ -1,11 +1,12 @@
-"""Lists the public names of fax with what each is there for, from the docstrings in its source.
+"""Lists the public names of fax and what each is for, from the docstrings in its source.
 
     python tools/api.py
 
-writes docs/api.md and needs nothing but Python.
+writes docs/api.md and needs only Python.
 
-Public is what `fax/__init__.py` and those of its packages export by `from ... import x as x`, and
-what a module without an underscore defines. The reason is the first sentence of the docstring.
+The public names are those that the `__init__.py` of fax and of its packages export by
+`from ... import x as x`, and those that a module without a leading underscore defines. The first
+sentence of a docstring says what the name is for.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = "docs/api.md"
 INTRODUCTION = """# Public names
 
-All public names, and what each is there for. Everything else is private and can change at any
-time; see [versions and compatibility](versions.md). The [reference](reference.md) has the details.
-Classes that end in `State` are public so that code can name what it restores from a checkpoint.
+This page lists all public names and what each is for. Everything else is private and may change in
+any release; see [versions and compatibility](versions.md). The [reference](reference.md) has the
+details. Classes whose names end in `State` are public so that code can name what it restores from a
+checkpoint.
 
-This page is made by `make pages` from the docstrings.
+`make pages` generates this page from the docstrings.
 """
 
 
@@ -33,7 +35,7 @@ def home(root: pathlib.Path, module: str) -> pathlib.Path:
 
 
 def public_modules(root: pathlib.Path) -> list[str]:
-    """fax and the modules in it whose names have no underscore."""
+    """fax and all of its modules without a leading underscore."""
     found = []
     for path in sorted((root / "fax").rglob("*.py")):
         names = path.relative_to(root).with_suffix("").parts
@@ -44,7 +46,7 @@ def public_modules(root: pathlib.Path) -> list[str]:
 
 
 def definition(root: pathlib.Path, module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
-    """Where a name is defined, through the modules that it is imported from."""
+    """The definition of a name, which the module may import from another one."""
     for node in ast.parse(home(root, module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node
@@ -56,7 +58,7 @@ def definition(root: pathlib.Path, module: str, name: str) -> ast.FunctionDef | 
 
 
 def exported(root: pathlib.Path, module: str) -> list[str]:
-    """The public names of a module, without the modules among them, in the order of the source."""
+    """The public functions and classes of a module, in the order of the source."""
     path, names = home(root, module), []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if path.name == "__init__.py" and isinstance(node, ast.ImportFrom):
@@ -71,13 +73,13 @@ def exported(root: pathlib.Path, module: str) -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
-def reason(root: pathlib.Path, module: str, name: str) -> str:
+def purpose(root: pathlib.Path, module: str, name: str) -> str:
     """The first sentence of a docstring."""
     text = ast.get_docstring(definition(root, module, name))
     if not text:
         raise LookupError(f"{module}.{name} has no docstring")
     first = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", first)[0]
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z0-9`])", first)[0]
 
 
 def page(root: pathlib.Path) -> str:
@@ -86,8 +88,8 @@ def page(root: pathlib.Path) -> str:
     for module in public_modules(root):
         names = exported(root, module)
         if names:
-            rows = [f"| `{module}.{n}` | {reason(root, module, n)} |" for n in names]
-            parts += [f"## {module}\n", "| name | what for |", "|---|---|", *rows, ""]
+            rows = [f"| `{module}.{n}` | {purpose(root, module, n)} |" for n in names]
+            parts += [f"## {module}\n", "| name | what it is for |", "|---|---|", *rows, ""]
     return "\n".join(parts)
 
 

@@ -1,12 +1,12 @@
-"""Draws the house: which part of fax stands on which, from the imports in its source.
+"""Draws which part of fax imports from which, from the imports in its source.
 
     python tools/house.py
 
-writes docs/house.svg, or says what is wrong with the imports. It needs nothing but Python.
+writes docs/house.svg, or reports what is wrong with the imports. It needs only Python.
 
-A part is a package, such as `fax/data/`, or one of two groups of the modules right in `fax/`: those
-that import no package are the foundations, the others the operators. FLOORS is the order of the
-parts. Everything else is read from the source.
+A part is a package, such as `fax/data/`, or one of two groups of modules directly in `fax/`: those
+that import no package of fax are the foundations, the others the operators. FLOORS defines the
+order of the parts. Everything else comes from the source.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 import ast
 import html
 import pathlib
+import re
 import sys
 import textwrap
 
 ROOT = pathlib.Path(__file__).parent.parent
 DRAWING = "docs/house.svg"
 
-# From the ground up: the parts on a floor, each with what it knows. A part imports from floors
-# below its own, and from parts beside it as long as there is no circle.
+# From the bottom up: the parts on a floor, and what each is responsible for. A part imports from
+# lower floors, and from parts on its own floor as long as there is no circle.
 FLOORS = (
     {"foundations": "placements and their scope, checks of arguments, versions of JAX"},
     {
@@ -44,15 +45,15 @@ FLOORS = (
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
-# What `pip install fax-jax` brings, and `import fax` may need.
+# The requirements of the core: all that `import fax` may need.
 DEPENDENCIES = {"jax", "numpy"}
 
 
 class _WithoutTypeChecking(ast.NodeTransformer):
-    """Leaves out what type checkers alone import."""
+    """Removes imports that only type checkers run."""
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if re.fullmatch(r"(\w+\.)?TYPE_CHECKING", ast.unparse(node.test)):
             return node.orelse
         return self.generic_visit(node)
 

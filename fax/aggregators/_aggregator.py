@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-import fax._operators as operators
-import fax._reductions as reductions
-from fax import _arguments, _keys
-from fax.primitives._round import Vectorize
+from fax import _arguments
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
 
 
 class Aggregator(NamedTuple):
-    """Makes one update of all clients', as pure functions.
+    """Makes one update from the updates of all clients, as pure functions.
 
     Attributes:
-      init: ``init(params) -> state``, from the model's parameters, of which updates have the
+      init: ``init(params) -> state``, from the parameters of the model. Updates have their
         structure, shapes and dtypes.
-      aggregate: ``aggregate(updates, weights, state, key) -> (update, state, metrics)``, to be
-        called in a program. ``updates`` are placed, leaves [clients, ...], and so are ``weights``
-        [clients]. ``key`` is a random key of the server's. The update is a server value. Among the
-        metrics is ``"clients/bits"``, float [clients], what each client sends.
-      encodes: whether clients send an encoding that the aggregator makes of their updates, so that
-        ``"clients/bits"`` is what it says, whatever transformations before it say.
-      transformation: of a `chain` of transformations alone, what it is without the mean at its end;
-        so it can be a part of something else. Else None.
-      private: whether the update is differentially private for clients. Algorithms that send more
-        than updates refuse such an aggregator, and all others let it work in every round, even if
-        nobody takes part.
+      aggregate: ``aggregate(updates, weights, state, key) -> (update, state, metrics)``, which is
+        called in a program. ``updates`` and ``weights`` are placed, with leaves [clients, ...] and
+        [clients]. ``key`` is a random key of the server. The update is a server value. The metrics
+        include ``"clients/bits"``, float [clients], the number of bits that each client sends.
+      encodes: whether the aggregator encodes the updates itself. Then ``"clients/bits"`` is what
+        the aggregator says, and not what the transformations before it say.
+      transformation: of a `chain` that consists of transformations alone, the chain without the
+        mean at its end, so that it can be part of something else. None otherwise.
+      private: whether the update is differentially private for clients. Algorithms whose clients
+        send more than updates refuse such an aggregator. All others call it in every round, even
+        if no client takes part.
+
+    Example:
+
+      >>> aggregator = fax.aggregators.median()
+      >>> aggregator
+      Aggregator(median)
+      >>> aggregator.init(jnp.zeros(3))
+      ()
     """
 
     init: Callable[[PyTree], PyTree]
@@ -50,14 +55,23 @@ class Aggregator(NamedTuple):
 
 
 class Transformation(NamedTuple):
-    """Changes clients' updates before they are aggregated, as pure functions.
+    """Changes the updates of clients before they are aggregated, as pure functions.
 
     Attributes:
       init: ``init(params) -> state``.
-      update: ``update(updates, weights, state, key) -> (updates, weights, state, metrics)``, to be
-        called in a program, of placed updates and weights. A transformation that compresses says
-        what a client sends by the metric ``"clients/bits"``. Clients of weight zero are left out:
-        what they hold reaches nothing, and their rows of the state stay as they are.
+      update: ``update(updates, weights, state, key) -> (updates, weights, state, metrics)``, which
+        is called in a program, with placed updates and weights. A transformation that compresses
+        updates reports what a client sends in the metric ``"clients/bits"``. Clients of weight zero
+        do not take part: nothing that they hold reaches any result, and their rows of the state
+        stay as they are.
+
+    Example:
+
+      >>> transformation = fax.aggregators.clip_by_norm(1.0)
+      >>> transformation
+      Transformation(clip_by_norm)
+      >>> fax.aggregators.chain(transformation, fax.aggregators.median())
+      Aggregator(chain)
     """
 
     init: Callable[[PyTree], PyTree]
@@ -67,93 +81,112 @@ class Transformation(NamedTuple):
         return f"Transformation({made_by(self.update)})"
 
 
-def made_by(fn: Any) -> str:
-    """The function that made a function, for a repr."""
-    return getattr(fn, "__qualname__", type(fn).__name__).partition(".<locals>")[0]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerClient:
-    """A part of a state that has a row for each client.
+    """A part of a state that has one row for each client.
 
-    Between rounds there are rows for all clients of the population. In a round of a cohort, the
-    algorithm gives the aggregator those of the cohort's clients, as a placed value, and puts back
-    what comes out.
+    Between rounds it has rows for all clients of the data. In a round, the algorithm passes the
+    rows of the cohort's clients to the aggregator, as a placed value, and writes back the rows that
+    come out.
 
     Attributes:
       rows: leaves [clients, ...].
+
+    Example:
+
+      >>> part = fax.aggregators.error_feedback(fax.aggregators.top_k(1), num_clients=100)
+      >>> state = part.init({"w": jnp.zeros(3)})
+      >>> state.memory.rows["w"].shape
+      (100, 3)
     """
 
     rows: PyTree
 
 
-def mean() -> Aggregator:
-    """The mean weighted by ``weights``: sum_i w_i u_i / sum_i w_i.
+def made_by(fn: Any) -> str:
+    """The public function that made a function, for a repr."""
+    return getattr(fn, "__qualname__", type(fn).__name__).partition(".<locals>")[0]
 
-    A client sends all bits of its update. One of weight zero is left out, whatever it holds, as if
-    it were masked; so `non_finite` can drop clients.
 
-    Returns:
-      The aggregator, without state.
+def stateless_aggregator(
+    name: str,
+    aggregate: Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, Metrics]],
+    *,
+    encodes: bool = False,
+) -> Aggregator:
+    """An aggregator without state.
 
-    Raises:
-      PlacementError: when used, if updates or weights are not placed, or outside a program.
-
-    Example:
-
-      >>> @fax.program(clients=2)
-      ... def average(updates, weights):
-      ...     update, _, metrics = fax.aggregators.mean().aggregate(
-      ...         updates, weights, (), jax.random.key(0)
-      ...     )
-      ...     return update, metrics
-      >>> average(jnp.array([[1.0, 2.0], [5.0, 2.0]]), jnp.array([3, 1]))
-      (Array([2., 2.], dtype=float32), {'clients/bits': Array([64., 64.], dtype=float32)})
+    Args:
+      name: of the function that makes it.
+      aggregate: ``aggregate(updates, weights, key) -> (update, metrics)``. Without
+        ``"clients/bits"`` among the metrics, clients send all bits of their updates.
+      encodes: as in `Aggregator`.
     """
 
-    def aggregate(
+    def whole(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, PyTree, Metrics]:
-        update = reductions.mean(updates, weights=weights, where=weights != 0)
-        return update, state, {"clients/bits": all_bits(updates)}
+        update, metrics = aggregate(updates, weights, key)
+        if "clients/bits" not in metrics:
+            metrics = {"clients/bits": all_bits(updates), **metrics}
+        return update, state, metrics
 
-    return Aggregator(lambda params: (), aggregate)
-
-
-def each(fn: Callable, *args: PyTree) -> Any:
-    """`fax.map` for as many at once as the map that makes the arguments, so that the two fuse.
-
-    So updates are encoded as clients finish, and where a mean follows they never exist together.
-    In gradients they are made again if the clients' function is under `jax.checkpoint`.
-    """
-    return operators.map(fn, *args, vectorize=cast(Any, Vectorize.INHERITED))
+    return Aggregator(_no_state, _named(name, whole), encodes=encodes)
 
 
-def each_present(fn: Callable, updates: PyTree, weights: jax.Array, *args: PyTree) -> Any:
-    """`each`, where ``fn(update, *args)`` sees zeros in place of updates whose weight is zero.
+def stateless_transformation(
+    name: str,
+    update: Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, jax.Array, Metrics]],
+) -> Transformation:
+    """A transformation without state.
 
-    This is for values. Derivatives stop where a reduction leaves these clients out.
+    Args:
+      name: of the function that makes it.
+      update: ``update(updates, weights, key) -> (updates, weights, metrics)``.
     """
 
-    def own(update: PyTree, weight: jax.Array, *args: PyTree) -> Any:
-        return fn(where(weight != 0, update), *args)
+    def whole(
+        updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
+    ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
+        updates, weights, metrics = update(updates, weights, key)
+        return updates, weights, state, metrics
 
-    return each(own, updates, weights, *args)
-
-
-def where(flag: jax.Array, values: PyTree) -> PyTree:
-    """The values, or zeros."""
-    return jax.tree.map(lambda x: jnp.where(flag, x, jnp.zeros_like(x)), values)
+    return Transformation(_no_state, _named(name, whole))
 
 
-def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
-    """The rows of clients whose weight is not zero, and zeros for the others.
+Part = TypeVar("Part", Aggregator, Transformation)
 
-    Neither what those hold nor its derivatives, be they NaN, get any further. In gradients these
-    rows are kept, and not made again; see `each_present`.
+
+def of_floats(name: str, part: Part) -> Part:
+    """The same aggregator or transformation, which refuses updates that are not real floats.
+
+    Args:
+      name: of the function that makes it.
+      part: the aggregator or transformation.
     """
-    return reductions.masked(rows, weights != 0)
+
+    def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(tree: PyTree, *args: Any) -> Any:
+            _arguments.floats(f"fax.aggregators.{name}: updates", tree)
+            return fn(tree, *args)
+
+        return _named(name, call)
+
+    if isinstance(part, Aggregator):
+        return part._replace(init=checked(part.init), aggregate=checked(part.aggregate))
+    return part._replace(init=checked(part.init), update=checked(part.update))
+
+
+def _no_state(params: PyTree) -> tuple[()]:
+    return ()
+
+
+def _named(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the name of what made it; see `made_by`."""
+    fn.__qualname__ = name
+    return fn
 
 
 def all_bits(updates: PyTree) -> jax.Array:
@@ -163,139 +196,25 @@ def all_bits(updates: PyTree) -> jax.Array:
     return jnp.full(len(leaves[0]), bits, jnp.float32)
 
 
-def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """The new rows of clients whose weight is not zero, and the old ones of others, to the bit.
-
-    Derivatives do not reach what makes new rows of clients that are left out, even if they are
-    singular: the mask is on what a map returns. The barrier keeps the selection out of that map.
-    """
-    new = lax.optimization_barrier(present_rows(new, weights))
-    return each(
-        lambda weight, new, old: jax.tree.map(lambda a, b: jnp.where(weight != 0, a, b), new, old),
-        *(weights, new, old),
-    )
-
-
-def as_transformation(caller: str, part: Any) -> Transformation:
-    """A transformation, also of a chain of transformations."""
+def as_transformation(name: str, part: Any, argument: str = "transformation") -> Transformation:
+    """Checks that a part is a transformation, or a chain of transformations alone."""
     if isinstance(part, Aggregator) and part.transformation is not None:
         return part.transformation
     if not isinstance(part, Transformation):
-        raise TypeError(
-            f"fax.aggregators.{caller}: transformation is {_shown(part)}, expected a "
-            f"fax.aggregators.Transformation, or a chain of them alone.{_call(part)}"
+        raise ValueError(
+            f"fax.aggregators.{name}: {argument} is {shown(part)}, expected a "
+            f"fax.aggregators.Transformation, or a chain of transformations alone.{fix(part)}"
         )
     return part
 
 
-def chain(*parts: Transformation | Aggregator) -> Aggregator:
-    """An aggregator of updates that go through transformations first, in this order.
-
-    Args:
-      *parts: transformations, and one aggregator at the end; without one, `mean`. A chain of
-        transformations alone is a transformation, too.
-
-    Returns:
-      The aggregator. Its metrics are those of all parts; ``"clients/bits"`` is what the last part
-      says that changes what is sent.
-
-    Raises:
-      TypeError: if a part is neither, or an aggregator stands before the end.
-      ValueError: in ``init``, if a transformation before a private aggregator has a state other
-        than the rows of single clients, `PerClient`.
-
-    Example:
-
-      >>> aggregator = fax.aggregators.chain(fax.aggregators.mean())
-    """
-    alone = not parts or isinstance(parts[-1], Transformation)
-    if alone:
-        parts = (*parts, mean())
-    *before, last = parts
-    before = [getattr(part, "transformation", None) or part for part in before]
-    parts = (*before, last)
-    for number, part in enumerate(parts):
-        expected = Aggregator if number == len(before) else Transformation
-        if not isinstance(part, expected):
-            raise TypeError(
-                f"fax.aggregators.chain: part {number} is {_shown(part)}, expected a "
-                "fax.aggregators.Transformation. An Aggregator stands at the end."
-                f"{_call(part)}"
-            )
-    transformations = cast("list[Transformation]", before)
-    aggregator = cast(Aggregator, last)
-
-    def init(params: PyTree) -> tuple:
-        states = tuple(part.init(params) for part in parts)
-        if aggregator.private:
-            for number, state in enumerate(states[:-1]):
-                _check_own(number, state)
-        return states
-
-    def through(
-        updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
-    ) -> tuple[PyTree, jax.Array, tuple, Metrics]:
-        states: list[PyTree] = []
-        metrics: Metrics = {}
-        for number, (part, own) in enumerate(zip(transformations, state)):
-            own_key = _keys.derive(key, _keys.Use.LINK, number)
-            updates, weights, own, more = part.update(updates, weights, own, own_key)
-            states.append(own)
-            metrics |= more
-        return updates, weights, tuple(states), metrics
-
-    def aggregate(
-        updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array
-    ) -> tuple[PyTree, tuple, Metrics]:
-        updates, weights, states, metrics = through(updates, weights, state, key)
-        own_key = _keys.derive(key, _keys.Use.LINK, len(transformations))
-        update, own, more = aggregator.aggregate(updates, weights, state[-1], own_key)
-        metrics = {**metrics, **more} if aggregator.encodes else {**more, **metrics}
-        return update, (*states, own), metrics
-
-    def update(updates: PyTree, weights: jax.Array, state: tuple, key: jax.Array) -> tuple:
-        return through(updates, weights, state, key)
-
-    def init_alone(params: PyTree) -> tuple:
-        return tuple(part.init(params) for part in transformations)
-
-    transformation = Transformation(init_alone, update) if alone else None
-    return Aggregator(init, aggregate, private=aggregator.private, transformation=transformation)
-
-
-def _check_own(number: int, state: PyTree) -> None:
-    """That what a client sent does not change, through a state, what others send later."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PerClient))
-    if any(not isinstance(leaf, PerClient) for leaf in leaves):
-        raise ValueError(
-            f"fax.aggregators.chain: part {number} has a state that all clients share, but the "
-            "aggregator is private. One client could change, through this state, what others send, "
-            "and noise is only for what it sends itself. In place of adaptive_clip use "
-            "gaussian(..., quantile=), which has noise for it."
-        )
-
-
-def aggregator_of(caller: str, value: Any) -> Aggregator | None:
-    """The aggregator that a user passes to an algorithm, or None. A transformation is a chain."""
-    if value is None or isinstance(value, Aggregator):
-        return value
-    if isinstance(value, Transformation):
-        return chain(value)
-    fix = _call(value)
-    if isinstance(value, list | tuple):
-        fix = " For several in a row: fax.aggregators.chain(*parts)."
-    raise ValueError(
-        f"{caller}: aggregator is {_shown(value)}, expected one of fax.aggregators, such as "
-        f"fax.aggregators.mean().{fix}"
-    )
-
-
-def _shown(part: Any) -> str:
+def shown(part: Any) -> str:
+    """What came in place of an aggregator or a transformation, in a message."""
     known = isinstance(part, Aggregator | Transformation)
     return repr(part) if known else _arguments.shown(part)
 
 
-def _call(part: Any) -> str:
-    """How to fix it, where the function came and not what it returns."""
+def fix(part: Any) -> str:
+    """How to fix it, if a function was passed and not what it returns."""
     name = _arguments.shown(part).removeprefix("the function ")
     return f" Call it: {name}(...)." if name.startswith("fax.aggregators.") else ""

@@ -1,4 +1,4 @@
-"""A budget: a limit on epsilon, of which releases are taken, as states have counted them."""
+"""A privacy budget: a limit on epsilon, which is spent by the releases that states count."""
 
 from __future__ import annotations
 
@@ -12,37 +12,49 @@ import jax.numpy as jnp
 import numpy as np
 
 from fax import _arguments
-from fax.aggregators._accounting import epsilon_of, setting_of
-from fax.aggregators._noise import NoiseState, noise_states, secret
-
-PyTree = Any
+from fax.aggregators._accounting import Setting
+from fax.aggregators._aggregator import PyTree
+from fax.aggregators._noise import NoiseState, noise_states, secret_words
 
 
 class PrivacyBudgetError(RuntimeError):
-    """A state cost more privacy than the budget has, or used noise that was used before."""
+    """A state costs more privacy than the budget has left, or reused noise.
+
+    Example:
+
+      >>> private = fax.aggregators.gaussian(clip_norm=1.0, noise_multiplier=20.0)
+      >>> state = private.init(jnp.zeros(3))
+      >>> state = state._replace(noise=state.noise._replace(releases=jnp.int32(29)))
+      >>> budget = fax.aggregators.Budget(epsilon=1.0, delta=1e-5, noise_multiplier=20.0)
+      >>> try:
+      ...     budget.spend(state)
+      ... except fax.aggregators.PrivacyBudgetError:
+      ...     print(f"{budget.rounds} releases were allowed")
+      28 releases were allowed
+    """
 
 
 class Budget:
-    """A limit on epsilon that releases are taken from, as the states of a training count them.
+    """A limit on epsilon, which the releases of a training run spend.
 
-    Show it each state before anything of it is published, saved, or looked at: ``spend(state)``. It
-    takes from the budget what the state's aggregators have released since, however many releases a
-    round made.
+    Call ``spend(state)`` with each state, before you publish, save, or look at anything in it. It
+    takes from the budget what the aggregators in the state have released since the last call,
+    however many releases a round makes.
 
-    Noise must not be used twice. So a budget remembers how far each key was used: ``record``, which
-    belongs into a checkpoint. Training that resumes takes ``Budget(..., record=...)`` and a state
-    with a new key, from `renewed`, as nobody knows what was released after the checkpoint with the
-    old one.
+    Noise must never be used twice. So a budget records how often each key was used. Save ``record``
+    in each checkpoint. To resume training, use ``Budget(..., record=...)`` and a state with a new
+    key, from `renewed`, since more may have been released with the old key after the checkpoint.
 
     Attributes:
-      rounds: how many releases the budget is for in all.
-      record: of each key the number of releases, a dict of a hash to an int.
+      limit: the limit on epsilon.
+      delta: delta.
+      rounds: how many releases the budget allows in all.
+      record: the number of releases with each key, a dict from a hash to an int.
 
     Args:
       epsilon: the limit.
-      delta, noise_multiplier, clients, population, sampling, mechanism: see
-        `fax.aggregators.epsilon`.
-      record: that of the budget before, when training is resumed.
+      delta, noise_multiplier, sampling_rate, sampling, mechanism: see `fax.aggregators.epsilon`.
+      record: the record of the earlier budget, when training is resumed.
 
     Raises:
       ValueError: if an argument is out of range, or more was spent than the limit allows.
@@ -52,7 +64,7 @@ class Budget:
 
       >>> import optax
       >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2
-      >>> private = fax.aggregators.gaussian(clip=1.0, noise_multiplier=20.0)
+      >>> private = fax.aggregators.gaussian(clip_norm=1.0, noise_multiplier=20.0)
       >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), aggregator=private)
       >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(2)}})
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
@@ -71,35 +83,33 @@ class Budget:
         delta: float,
         noise_multiplier: float,
         *,
-        clients: float | None = None,
-        population: int | None = None,
+        sampling_rate: float | None = None,
         sampling: str = "uniform",
         mechanism: str = "gaussian",
         record: Mapping[str, int] | None = None,
-    ):
+    ) -> None:
         caller = "fax.aggregators.Budget"
-        self.limit = _arguments.number(caller, "epsilon", epsilon, above=0)
-        self.delta = _arguments.number(caller, "delta", delta, above=0, below=1)
+        self.limit: float = _arguments.number(caller, "epsilon", epsilon, above=0)
+        self.delta: float = _arguments.number(caller, "delta", delta, above=0, below=1)
         if not isinstance(record, Mapping | None):
             raise ValueError(
-                f"{caller}: record is {record!r:.80}, expected the record of the budget before."
+                f"{caller}: record is {_arguments.shown(record)}, expected the record of an "
+                "earlier budget, a dict from a hash to a number of releases."
             )
-        self.record = {
+        self.record: dict[str, int] = {
             name: _arguments.count(caller, f"record[{name!r}]", count, least=0)
             for name, count in (record or {}).items()
         }
         self._old = frozenset(self.record)
-        self._setting = setting_of(
-            caller, noise_multiplier, clients, population, sampling, mechanism
-        )
+        self._setting = Setting.of(caller, noise_multiplier, sampling_rate, sampling, mechanism)
         most = 1
         while self._of(most) <= epsilon and most < 2**24:
             most *= 2
-        self.rounds = bisect.bisect_right(range(1, most + 1), epsilon, key=self._of)
+        self.rounds: int = bisect.bisect_right(range(1, most + 1), epsilon, key=self._of)
         if self.spent > self.rounds:
             raise ValueError(
-                f"{caller}: record has {self.spent} releases, expected at most {self.rounds}, for "
-                f"which epsilon={epsilon:g} is enough. Start anew with more noise."
+                f"{caller}: record has {self.spent} releases, expected at most {self.rounds}, "
+                f"which epsilon={epsilon:g} allows. Start again with more noise."
             )
 
     def __repr__(self) -> str:
@@ -109,40 +119,42 @@ class Budget:
         )
 
     def _of(self, rounds: int) -> float:
-        return epsilon_of(*self._setting, rounds, self.delta)
+        return self._setting.epsilon(rounds, self.delta)
 
     @property
     def spent(self) -> int:
-        """How many releases were spent so far."""
+        """The number of releases so far."""
         return sum(self.record.values())
 
     @property
     def epsilon(self) -> float:
-        """What was spent so far."""
+        """The epsilon of the releases so far."""
         return self._of(self.spent)
 
     def spend(self, state: PyTree) -> None:
-        """Takes from the budget what a state has released since the last one.
+        """Takes from the budget what a state has released since the last call.
 
-        It waits for the state, so that in a tight loop every tenth may be enough, or that of
-        `fax.algorithms.many_rounds`; just publish none before.
+        It waits until the state is computed. To wait less often, call it for every tenth state, or
+        for the state that `fax.algorithms.many_rounds` returns. Just do not publish any state
+        before it.
 
         Args:
-          state: of an algorithm, or an aggregator's.
+          state: of an algorithm or an aggregator.
 
         Raises:
-          PrivacyBudgetError: if the budget is not enough for the state, or if it went on with a key
-            of an earlier training, or from an older state. Then nothing is taken, and
-            nothing of this state may be published.
-          ValueError: if no aggregator in the state counts releases, or if it is of several
-            trainings.
+          PrivacyBudgetError: if the budget does not allow the state, or if training continued with
+            a key of an earlier training run or from an older state. Nothing is spent then, and
+            nothing in this state may be published.
+          ValueError: if no aggregator in the state counts releases, or if the state is that of
+            several training runs.
         """
         caller = "fax.aggregators.Budget.spend"
         found = noise_states(caller, state)
         if not found:
             raise ValueError(
-                f"{caller}: no aggregator in the state counts releases, as gaussian and laplace do."
-                " All of a training by dp_ftrl is one event: epsilon(noise_multiplier, rounds=1)."
+                f"{caller}: no aggregator in state counts releases, as gaussian and laplace do. A "
+                "whole training run with dp_ftrl is a single event: its cost is "
+                "epsilon(noise_multiplier, rounds=1, delta=...)."
             )
         counts: dict[str, int] = {}
         for own in found:
@@ -153,9 +165,9 @@ class Budget:
             known = record.get(name, 0)
             if count and (name in self._old or count < known):
                 raise PrivacyBudgetError(
-                    f"{caller}: the state has made {count} releases with a key of which {known} "
-                    "are in the record, so that noise was used twice. Go on with "
-                    "fax.aggregators.renewed(state) where training is resumed."
+                    f"{caller}: state has made {count} releases with a key for which the record "
+                    f"has {known} already, so noise was used twice. To resume training, use "
+                    "fax.aggregators.renewed(state)."
                 )
             if count:
                 record[name] = count
@@ -163,8 +175,8 @@ class Budget:
         if total > self.rounds:
             raise PrivacyBudgetError(
                 f"{caller}: with this state there are {total} releases, but epsilon={self.limit:g} "
-                f"at delta={self.delta:g} is enough for {self.rounds} only, of which {self.spent} "
-                "are spent. Do not publish it: the last one that was spent is the result."
+                f"with delta={self.delta:g} allows only {self.rounds}, and {self.spent} are spent. "
+                "Do not publish this state. The result is the last state that was spent."
             )
         self.record = record
 
@@ -172,23 +184,24 @@ class Budget:
 def renewed(state: PyTree, key: jax.Array | None = None) -> PyTree:
     """A state whose noise comes from a new key, to resume training from a checkpoint.
 
-    Rounds that were run after the checkpoint are run again. With the same noise, whoever has seen
-    both could subtract one from the other.
+    Rounds after the checkpoint are run again. If they had the same noise, anyone who has seen both
+    results could subtract one from the other.
 
     Args:
-      state: of an algorithm, or an aggregator's.
+      state: of an algorithm or an aggregator.
       key: see `gaussian`.
 
     Returns:
-      The state, whose aggregators have counted no release yet. The state of `dp_ftrl` is left as it
-      is, for its noise goes on where it was: resume from the last state that was published.
+      The state, with aggregators that have not counted any release yet. The state of `dp_ftrl`
+      stays as it is, since its noise depends on earlier rounds: resume it from the last state that
+      was published.
 
     Raises:
-      ValueError: as `gaussian` for its key.
+      ValueError: as for ``key`` in `gaussian`.
 
     Example:
 
-      >>> private = fax.aggregators.gaussian(clip=1.0, noise_multiplier=1.0)
+      >>> private = fax.aggregators.gaussian(clip_norm=1.0, noise_multiplier=1.0)
       >>> state = private.init(jnp.zeros(3))
       >>> bool((fax.aggregators.renewed(state).noise.key != state.noise.key).any())
       True
@@ -200,7 +213,7 @@ def renewed(state: PyTree, key: jax.Array | None = None) -> PyTree:
         if not isinstance(x, NoiseState):
             return x
         own, count = None if key is None else jax.random.fold_in(key, count), count + 1
-        words = secret("fax.aggregators.renewed", own, x)
+        words = secret_words("fax.aggregators.renewed", own, x)
         return NoiseState(words, jnp.zeros_like(x.releases))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, NoiseState))

@@ -6,30 +6,30 @@ import jax
 import jax.numpy as jnp
 
 from fax.aggregators._aggregator import Transformation
-from fax.aggregators._leaves import bits_of, leafwise, straight_through
+from fax.aggregators._encoding import bits_of, leafwise, straight_through
 from fax.aggregators._rotation import padded_size, random_signs, rotate, unrotate
 
 
 def drive() -> Transformation:
     """DRIVE: sends the signs of a randomly rotated leaf, and one number.
 
-    With the random rotation R of `hadamard`, of a leaf x padded to d = 2^m numbers, the server
+    A leaf x is padded to d = 2^m numbers. With the random rotation R of `hadamard`, the server
     decodes
 
         x' = S R^T sign(R x),    S = ‖x‖_2^2 / ‖R x‖_1
 
-    This scale makes x' unbiased under a uniformly random rotation, and the expected squared error
-    (pi / 2 - 1) ‖x‖^2 for large d. The rotation here is the structured one of the paper's section
-    6: quick, and close to this for updates with many coordinates that matter; it is not unbiased
-    for all x, as for the few numbers of a tiny leaf. Each client rotates by signs of its
-    own, which the server draws again from the client's key, since with common ones the errors of
-    similar updates would be alike and would not average out. Each leaf has a scale of its own, for
-    layers differ in scale. To derivatives it is the identity, as those of its expectation are.
+    With a uniformly random rotation, this scale makes x' unbiased, and the expected squared error
+    is (pi / 2 - 1) ‖x‖^2 for large d. The rotation here is the structured one from section 6 of the
+    paper. It is fast, and behaves similarly for updates in which many coordinates matter. It is not
+    unbiased for every x, for example not for leaves of a few numbers. Each client has its own
+    random signs, which the server draws again from the client's key. With common signs, the errors
+    of similar updates would be similar, and would not average out. Each leaf has its own scale,
+    since layers differ in scale. The derivative is that of the identity.
 
-    A client sends for each leaf d bits, and S, in float32 for shorter floats.
+    For each leaf, a client sends d bits, and S, in float32 for shorter floats.
 
     Returns:
-      The transformation. Its metric ``"clients/bits"`` is what each client sends.
+      The transformation. Its metric ``"clients/bits"`` is how many bits each client sends.
 
     Raises:
       ValueError: when used, if a leaf does not hold floats.

@@ -1,4 +1,4 @@
-"""Updates sent in four bits: a sign and three bits of exponent."""
+"""E3M0: updates in four bits, a sign and three bits of exponent."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fax.aggregators._aggregator import Metrics, PyTree, Transformation, each_present
-from fax.aggregators._leaves import check_floats
+from fax.aggregators._aggregator import (
+    Metrics,
+    PyTree,
+    Transformation,
+    of_floats,
+    stateless_transformation,
+)
 from fax.aggregators._norms import largest_of, unit_of, wide
+from fax.aggregators._per_client import each_present
 
-BITS = 4
+_BITS = 4
 _LEVELS = [2.0**e for e in range(-6, 1)]
-# A number is rounded up from the middle between its neighbours on.
+# A number is rounded up from the middle between its neighbors on.
 _STEPS = [((low + high) / 2, high - low) for low, high in zip([0.0, *_LEVELS], _LEVELS)]
 
 
 def e3m0() -> Transformation:
-    """Rounds updates to four bits, E3M0: a sign, three bits of exponent and none of mantissa.
+    """Rounds updates to four bits, E3M0: a sign, three bits of exponent, and no mantissa.
 
-    Each leaf u of a client's update is sent as a scale s = max abs(u), to the precision of float32,
-    and for every entry the nearest of
+    A client sends each leaf u of its update as a scale s = max abs(u), in float32, and for every
+    number the nearest of
 
         ±s {0, 2^-6, 2^-5, ..., 1/2, 1}
 
-    where a tie goes away from zero; what is less than s 2^-7 becomes zero. Nothing else is
-    rounded: weights stay what they are, and the updates come out in float32, or float64 if they
-    were, so that whatever follows adds them up in that precision. The derivative is that of the
-    rounded value, which moves with s alone. What is simulated is the rounding; between devices
-    the sum travels in float32.
+    Ties are rounded away from zero, and numbers smaller than s 2^-7 become zero. The rounded
+    updates are float32, or float64 if the updates were, so that whatever follows adds them up in
+    that precision. The derivative is that of the rounded value, which depends on s alone. Only the
+    rounding is simulated: between devices, sums travel in float32.
 
     Returns:
-      The transformation. A client sends 4 bits for each entry and 32 for each leaf.
+      The transformation. Its metric ``"clients/bits"`` is how many bits each client sends:
+      4 for each number, and 32 for each leaf.
 
     Raises:
-      ValueError: when updates have a leaf that is not of real floats.
+      ValueError: when used, if a leaf does not hold real floats.
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, arXiv:2501.18512.
@@ -54,19 +60,17 @@ def e3m0() -> Transformation:
     """
 
     def update(
-        updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
-    ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        leaves = jax.tree.leaves(updates)
-        check_floats("e3m0", updates)
-        bits = sum(BITS * math.prod(x.shape[1:]) + 32 for x in leaves)
-        sent = each_present(lambda update: jax.tree.map(rounded, update), updates, weights)
-        return sent, weights, state, {"clients/bits": jnp.full(len(leaves[0]), bits, jnp.float32)}
+        updates: PyTree, weights: jax.Array, key: jax.Array
+    ) -> tuple[PyTree, jax.Array, Metrics]:
+        bits = sum(_BITS * math.prod(x.shape[1:]) + 32 for x in jax.tree.leaves(updates))
+        sent = each_present(lambda update: jax.tree.map(_rounded, update), updates, weights)
+        return sent, weights, {"clients/bits": jnp.full(weights.shape, bits, jnp.float32)}
 
-    return Transformation(lambda params: (), update)
+    return of_floats("e3m0", stateless_transformation("e3m0", update))
 
 
-def rounded(x: jax.Array) -> jax.Array:
-    """One leaf, as it arrives."""
+def _rounded(x: jax.Array) -> jax.Array:
+    """One leaf, as the server decodes it."""
     x = x.astype(wide(x))
     unit = unit_of(largest_of([x], x.dtype))
     x = x * unit.inverse

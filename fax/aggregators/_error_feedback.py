@@ -1,11 +1,12 @@
-"""Error feedback: clients remember what a compression of their updates lost, and send it later."""
+"""Error feedback: clients remember what compression lost of their updates, and send it later."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import fax._operators as operators
 from fax import _arguments
@@ -13,24 +14,28 @@ from fax.aggregators._aggregator import (
     Aggregator,
     Metrics,
     PerClient,
+    PyTree,
     Transformation,
     as_transformation,
-    each,
-    each_present,
-    rows_after,
+    of_floats,
 )
-from fax.aggregators._leaves import check_floats, saturated
+from fax.aggregators._encoding import cast_saturating
 from fax.aggregators._norms import difference, wide
-
-PyTree = Any
+from fax.aggregators._per_client import all_finite, each, each_present, rows_after
 
 
 class ErrorFeedbackState(NamedTuple):
     """The state of `error_feedback`.
 
     Attributes:
-      memory: `PerClient`, what clients have not sent yet.
-      inner: the state of the transformation.
+      memory: `PerClient`, what each client has not sent yet.
+      inner: the state of the inner transformation.
+
+    Example:
+
+      >>> part = fax.aggregators.error_feedback(fax.aggregators.top_k(1), num_clients=2)
+      >>> part.init(jnp.zeros(3)).memory.rows.shape
+      (2, 3)
     """
 
     memory: PerClient
@@ -43,36 +48,36 @@ def error_feedback(
     num_clients: int,
     decay: float | jax.Array = 1.0,
 ) -> Transformation:
-    """Adds to each update what the transformation lost of the client's updates before.
+    """Adds to each update what the transformation lost of the client's earlier updates.
 
-    Of a client's update u and its memory m, which starts at zero, the transformation T sends
+    With a client's update u and its memory m, which starts at zero, the transformation T sends
 
         sent = T(β m + u),    m' = β m + u - sent
 
-    With β = 1, what a client sent in all rounds and its memory add up to its updates: what is not
-    sent now is sent later, so that a biased compression has no lasting bias. With β < 1 old errors
-    fade, which helps where memories are out of date when they are sent.
+    With β = 1, what a client has sent in all rounds and its memory add up to its updates: what is
+    not sent now is sent later, so that a biased compression has no lasting bias. With β < 1 old
+    errors fade, which helps if clients take part rarely and their memories are out of date.
 
-    The memory knows what T sends, and nothing of what follows in a chain. So all that compresses
-    belongs inside, as in ``error_feedback(chain(top_k(0.01), e3m0()), num_clients=n)``, and what
-    may leave clients out, such as `non_finite`, before it or inside.
+    The memory takes into account what T sends, and nothing that follows in a chain. So everything
+    that compresses belongs inside, as in
+    ``error_feedback(chain(top_k(0.01), e3m0()), num_clients=n)``. Whatever may leave clients out,
+    such as `non_finite`, belongs inside or before.
 
-    A client of weight zero keeps its memory as it is, to the bit. So does one whose memory would
-    not be finite any more: such an update is sent, but not remembered.
+    A client of weight zero keeps its memory as it is, to the bit. So does a client whose new memory
+    would not be finite: such an update is sent, but not remembered.
 
     Args:
-      transformation: T. Or a `chain` of transformations alone.
-      num_clients: the size of the population, for its memories: a copy of the model for each
-        client, in at least float32.
+      transformation: T. It may be a `chain` of transformations alone.
+      num_clients: how many clients the data have. The state has a memory for each of them, a copy
+        of the model in at least float32.
       decay: β, from 0 to 1. It may be traced.
 
     Returns:
-      The transformation, whose state is `ErrorFeedbackState`. Its metrics are those of T.
+      The transformation. Its state is an `ErrorFeedbackState`. Its metrics are those of T.
 
     Raises:
-      TypeError: if T is not a transformation.
-      ValueError: if ``num_clients`` or ``decay`` is out of range; when used, if a leaf does not
-        hold floats.
+      ValueError: if ``transformation`` is not a transformation, or ``num_clients`` or ``decay`` is
+        out of range; when used, if a leaf does not hold real floats.
 
     References:
       Seide et al., 1-bit stochastic gradient descent and its application to data-parallel
@@ -98,37 +103,32 @@ def error_feedback(
     caller = "fax.aggregators.error_feedback"
     transformation = as_transformation("error_feedback", transformation)
     num_clients = _arguments.count(caller, "num_clients", num_clients)
-    _arguments.number(caller, "decay", decay, least=0)
-    if _arguments.concrete(decay) and decay > 1:
-        raise ValueError(f"{caller}: decay is {decay!r:.80}, expected a number from 0 to 1.")
+    _arguments.number(caller, "decay", decay, least=0, most=1)
 
     def init(params: PyTree) -> ErrorFeedbackState:
-        check_floats("error_feedback", params)
         return ErrorFeedbackState(memory_of(num_clients, params), transformation.init(params))
 
     def update(
         updates: PyTree, weights: jax.Array, state: ErrorFeedbackState, key: jax.Array
     ) -> tuple[PyTree, jax.Array, ErrorFeedbackState, Metrics]:
-        check_floats("error_feedback", updates)
         memory = state.memory.rows
 
-        def wanted(update: PyTree, memory: PyTree, decay: Any) -> tuple[PyTree, PyTree]:
-            total = jax.tree.map(lambda u, m: decay * m + u.astype(m.dtype), update, memory)
-            total = jax.tree.map(lambda x, m: x.astype(m.dtype), total, memory)
-            return total, jax.tree.map(told, total, update)
+        def remind(update: PyTree, memory: PyTree, decay: jax.Array) -> tuple[PyTree, PyTree]:
+            total = optax.tree.add_scale(optax.tree.cast_like(update, memory), decay, memory)
+            total = optax.tree.cast_like(total, memory)
+            return total, jax.tree.map(_in_dtype_of, total, update)
 
-        total, asked = each_present(wanted, updates, weights, memory, operators.broadcast(decay))
-        sent, weights, inner, metrics = transformation.update(asked, weights, state.inner, key)
-        left = each(lambda *rows: jax.tree.map(difference, *rows), total, sent)
-        rows = remembered(weights, left, memory)
+        totals, short = each_present(remind, updates, weights, memory, operators.broadcast(decay))
+        sent, weights, inner, metrics = transformation.update(short, weights, state.inner, key)
+        rows = memory_after(weights, each(difference, totals, sent), memory)
         return sent, weights, ErrorFeedbackState(PerClient(rows), inner), metrics
 
-    return Transformation(init, update)
+    return of_floats("error_feedback", Transformation(init, update))
 
 
-def told(total: jax.Array, update: jax.Array) -> jax.Array:
-    """A sum in the dtype of the update. What is too large for that is remembered."""
-    short = saturated(total, update.dtype)
+def _in_dtype_of(total: jax.Array, update: jax.Array) -> jax.Array:
+    """A sum in the dtype of the update. Whatever is too large for that dtype is sent later."""
+    short = cast_saturating(total, update.dtype)
     return jnp.where(jnp.isfinite(total), short, total.astype(update.dtype))
 
 
@@ -139,11 +139,10 @@ def memory_of(num_clients: int, params: PyTree) -> PerClient:
     )
 
 
-def remembered(weights: jax.Array, left: PyTree, memory: PyTree) -> PyTree:
-    """The memories after a round: what is left, of the clients that took part and are finite."""
+def memory_after(weights: jax.Array, left: PyTree, memory: PyTree) -> PyTree:
+    """The memories after a round: what is left, if a client took part and that is finite."""
 
-    def is_finite(weight: jax.Array, left: PyTree) -> jax.Array:
-        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(left)]
-        return (weight != 0) & jnp.all(jnp.stack([jnp.bool_(True), *finite]))
+    def remembers(weight: jax.Array, left: PyTree) -> jax.Array:
+        return (weight != 0) & all_finite(left)
 
-    return rows_after(each(is_finite, weights, left), left, memory)
+    return rows_after(each(remembers, weights, left), left, memory)

@@ -1,4 +1,4 @@
-"""Stochastic quantisation: numbers are rounded at random to a few levels, right on average."""
+"""Stochastic quantization: numbers are rounded at random to a few levels, without bias."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ import jax.numpy as jnp
 
 from fax import _arguments
 from fax.aggregators._aggregator import Transformation
-from fax.aggregators._leaves import bits_of, leafwise, straight_through
+from fax.aggregators._encoding import bits_of, leafwise, straight_through
 
 
 def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transformation:
-    """Rounds each number at random to one of its neighbours among evenly spaced levels.
+    """Rounds each number at random to one of the two nearest of evenly spaced levels.
 
-    A leaf x with d numbers between a = min_j x_j and b = max_j x_j has k levels:
+    A leaf x of d numbers between a = min_j x_j and b = max_j x_j has k levels:
 
         B_r = a + r (b - a) / (k - 1),   r = 0 ... k - 1
 
-    A number between two of them becomes the upper one with probability
-    (x_j - B_r) / (B_{r+1} - B_r), so that it is right on average. Its variance is at most
-    ((b - a) / (k - 1))^2 / 4, so that E ‖x' - x‖^2 <= d ‖x‖^2 / (2 (k - 1)^2). Each leaf has levels
-    of its own, for layers differ in scale; and each client has random numbers of its own, so that
-    errors of n clients average out as 1 / n. Derivatives are those of the expectation, x: the
-    quantiser is the identity to them. Behind `hadamard`, b - a is smaller.
+    A number between B_r and B_{r+1} becomes B_{r+1} with probability
+    (x_j - B_r) / (B_{r+1} - B_r), so that the result is unbiased. Its variance is at most
+    ((b - a) / (k - 1))^2 / 4, so that E ‖x' - x‖^2 <= d ‖x‖^2 / (2 (k - 1)^2). Each leaf has its
+    own levels, since layers differ in scale. Each client has its own random numbers, so that the
+    mean squared error of a mean of n clients falls as 1 / n. Derivatives are those of the
+    expectation, x, as if nothing were rounded. Inside `hadamard`, b - a is smaller.
 
-    A client sends for each leaf d ceil(log2 k) bits, and a and b, in float32 for shorter floats.
+    For each leaf, a client sends d ceil(log2 k) bits, and a and b, in float32 for shorter floats.
 
     Args:
       levels: k, an int from 2 to 65536.
-      entropy_coded: counts the bits of an arithmetic code instead. If h_r numbers are at level r,
-        it takes sum_r h_r log2(d / h_r) + 2 bits, and the histogram k log2((d + k) e / k).
+      entropy_coded: whether to count the bits of an arithmetic code instead. If h_r numbers are at
+        level r, the code takes sum_r h_r log2(d / h_r) + 2 bits, and the histogram takes
+        k log2((d + k) e / k) bits.
 
     Returns:
-      The transformation. Its metric ``"clients/bits"`` is what each client sends.
+      The transformation. Its metric ``"clients/bits"`` is how many bits each client sends.
 
     Raises:
-      ValueError: if ``levels`` is out of range; when used, if a leaf does not hold floats.
+      ValueError: if ``levels`` is out of range; when used, if a leaf does not hold real floats.
 
     References:
       Suresh et al., Distributed mean estimation with limited communication, arXiv:1611.00429,
@@ -54,15 +55,16 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
       >>> average(updates, jnp.ones(2), jax.random.key(0))
       (Array([2., 4., 6.], dtype=float32), {'clients/bits': Array([70., 70.], dtype=float32)})
     """
-    _arguments.count("fax.aggregators.uniform_quantization", "levels", levels, least=2, most=65536)
-    _arguments.flag("fax.aggregators.uniform_quantization", "entropy_coded", entropy_coded)
+    caller = "fax.aggregators.uniform_quantization"
+    levels = _arguments.count(caller, "levels", levels, least=2, most=65536)
+    entropy_coded = _arguments.flag(caller, "entropy_coded", entropy_coded)
 
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         low, high = jnp.min(x), jnp.max(x)
         step = (high - low) / (levels - 1)
-        scaled = (x - low) / jnp.where(step > 0, step, 1)
-        below = jnp.clip(jnp.floor(scaled), 0, levels - 2)
-        level = below + (random < scaled - below)
+        position = (x - low) / jnp.where(step > 0, step, 1)
+        below = jnp.clip(jnp.floor(position), 0, levels - 2)
+        level = below + (random < position - below)
         fixed = x.size * math.ceil(math.log2(levels))
         bits = _arithmetic_code(level, levels) if entropy_coded else fixed
         return straight_through(x, low + level * step), bits + 2 * bits_of(x.dtype)

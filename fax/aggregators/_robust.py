@@ -7,37 +7,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
-from fax.aggregators._aggregator import Aggregator, Metrics, all_bits, each, present_rows
+from fax.aggregators._aggregator import (
+    Aggregator,
+    Metrics,
+    PyTree,
+    all_bits,
+    stateless_aggregator,
+)
 from fax.aggregators._norms import difference, l2_norm, wide
+from fax.aggregators._per_client import each, present_rows
 
-PyTree = Any
-
-_GAIN = 2.0**24  # of all β_i, so that those of the largest updates are not denormal
+_GAIN = 2.0**24  # A factor of all β_i, so that those of the largest updates are not subnormal.
 
 
 def median() -> Aggregator:
-    """The median of each coordinate, the mean of the two in the middle if clients are even.
+    """The median of each coordinate: the mean of the two in the middle for an even number.
 
-    As long as attackers are fewer than half, every coordinate lies between two of honest clients'.
-    NaN counts as more than any number. Every client's update is sent to the server as it is.
+    If fewer than half of the clients are attackers, every coordinate lies between coordinates of
+    two honest clients. NaN counts as greater than any number. Every update is sent to the server as
+    it is.
 
-    Weights only tell who takes part: clients of weight zero are left out, and all others count the
-    same, as one could lie about its weight. If none is left the update is zero.
+    Weights only say who takes part: clients of weight zero are left out, and all others count the
+    same, since an attacker could lie about its weight. If no client is left, the update is zero.
+
+    Returns:
+      The aggregator, without state.
+
+    Raises:
+      PlacementError: when used, outside a program.
 
     References:
       Yin et al., Byzantine-robust distributed learning: towards optimal statistical rates,
       arXiv:1803.01498.
-
-    Returns:
-      The aggregator. It has no state.
-
-    Raises:
-      PlacementError: when it is used outside of a program.
 
     Example:
 
@@ -56,7 +63,7 @@ def median() -> Aggregator:
         )
         return jnp.where(count > 0, low / 2 + high / 2, 0)
 
-    return _of_coordinates(middle, lambda clients: None)
+    return _of_coordinates("median", middle, lambda clients: None)
 
 
 def trimmed_mean(
@@ -64,29 +71,28 @@ def trimmed_mean(
 ) -> Aggregator:
     """The mean of each coordinate without its b largest and b smallest values.
 
-    As long as at most b clients are attackers, every coordinate lies between two of honest
-    clients'. NaN counts as more than any number. Every client's update is sent to the server as it
-    is.
+    If at most b clients are attackers, every coordinate lies between coordinates of two honest
+    clients. NaN counts as greater than any number. Every update is sent to the server as it is.
 
-    Weights only tell who takes part: clients of weight zero are left out, and all others count the
-    same. If that leaves 2 b clients or fewer, as many are trimmed as leave one or two; if it leaves
-    none the update is zero.
+    Weights only say who takes part: clients of weight zero are left out, and all others count the
+    same. If that leaves 2 b clients or fewer, fewer are trimmed, so that one or two remain. If it
+    leaves none, the update is zero.
 
     Args:
-      fraction: of the m clients that take part: b is ``fraction`` times m, rounded down. From 0 to
-        below 1/2. It may be traced.
-      count: b. Give either of the two.
+      fraction: b as a fraction of the clients that take part, rounded down. At least 0 and below
+        1/2. It may be traced.
+      count: b. Give either ``fraction`` or ``count``.
+
+    Returns:
+      The aggregator, without state.
+
+    Raises:
+      ValueError: if both or neither are given, or one is out of range; when used, if a round has
+        2 b clients or fewer.
 
     References:
       Yin et al., Byzantine-robust distributed learning: towards optimal statistical rates,
       arXiv:1803.01498.
-
-    Returns:
-      The aggregator. It has no state.
-
-    Raises:
-      ValueError: if both or neither are given, one is out of range, or 2 b clients or fewer are
-        in a round.
 
     Example:
 
@@ -100,8 +106,8 @@ def trimmed_mean(
     caller = "fax.aggregators.trimmed_mean"
     if (fraction is None) == (count is None):
         raise ValueError(
-            f"{caller}: expected either fraction, of the clients that are trimmed on each side, or "
-            f"count, their number, but fraction is {fraction!r} and count is {count!r}."
+            f"{caller}: fraction is {fraction!r:.80} and count is {count!r:.80}, expected one of "
+            "the two: the fraction of clients to trim on each side, or their number."
         )
     if count is None:
         _arguments.number(caller, "fraction", fraction, least=0, below=0.5)
@@ -111,12 +117,12 @@ def trimmed_mean(
     def check(clients: int) -> None:
         if count is not None and 2 * count >= clients:
             raise ValueError(
-                f"{caller}: count={count} on each side leaves none of the {clients} clients of a "
+                f"{caller}: count is {count}, which leaves none of the {clients} clients of a "
                 f"round, expected at most {(clients - 1) // 2}."
             )
 
     def trimmed(ordered: jax.Array, present: jax.Array) -> jax.Array:
-        # A fraction such as 0.29 of 100 is 29, and a little less in floating point.
+        # 0.29 of 100 is 29, and in floating point a little less.
         b: Any = count
         if fraction is not None:
             b = jnp.floor(fraction * present + 1e-4).astype(jnp.int32)
@@ -126,22 +132,24 @@ def trimmed_mean(
         total = jnp.sum(jnp.where(kept, ordered, 0), axis=0)
         return total / jnp.maximum(present - 2 * b, 1).astype(total.dtype)
 
-    return _of_coordinates(trimmed, check)
+    return _of_coordinates("trimmed_mean", trimmed, check)
 
 
 def _of_coordinates(
-    combine: Callable[[jax.Array, jax.Array], jax.Array], check: Callable[[int], None]
+    name: str,
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    check: Callable[[int], None],
 ) -> Aggregator:
-    """An aggregator of each coordinate's values in order.
+    """An aggregator of the ordered values of each coordinate.
 
     Args:
-      combine: ``combine(ordered, count)``, an array [clients, ...] of which ``count`` rows count.
-      check: is given the number of clients.
+      name: of the function that makes it.
+      combine: ``combine(ordered, count)``, of an array [clients, ...] whose first ``count`` rows
+        count.
+      check: checks the number of clients in a round.
     """
 
-    def aggregate(
-        updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
-    ) -> tuple[PyTree, PyTree, Metrics]:
+    def aggregate(updates: PyTree, weights: jax.Array, key: jax.Array) -> tuple[PyTree, Metrics]:
         check(len(weights))
         rows = operators.collect(present_rows(updates, weights))
         present = operators.collect(weights != 0)
@@ -149,46 +157,45 @@ def _of_coordinates(
 
         def one(rows: jax.Array) -> jax.Array:
             shape = (-1,) + (1,) * (rows.ndim - 1)
-            # NaN comes last, that of clients which do not count and that of attackers.
+            # NaN comes last: clients that are left out, and attackers that send it.
             ordered = jnp.sort(jnp.where(present.reshape(shape), rows, jnp.nan), axis=0)
             return combine(ordered.astype(wide(rows)), count).astype(rows.dtype)
 
-        metrics = {"clients/bits": all_bits(updates)}
-        return jax.tree.map(one, rows), state, metrics
+        return jax.tree.map(one, rows), {}
 
-    return Aggregator(lambda params: (), aggregate)
+    return stateless_aggregator(name, aggregate)
 
 
 def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6) -> Aggregator:
-    """The point whose distances to clients' updates have the least weighted sum (RFA).
+    """The geometric median: the point with the smallest weighted sum of distances to the updates.
 
         argmin_v sum_i w_i ‖v - u_i‖
 
-    As long as attackers have less than half of the weight it stays near the honest clients'
-    updates, whatever they send. It is computed by iterations of the smoothed Weiszfeld algorithm,
-    from v = 0, where the server's model is:
+    If attackers have less than half of the weight, it stays near the updates of honest clients,
+    whatever the attackers send. It is computed as in RFA, by the smoothed Weiszfeld algorithm,
+    starting from v = 0, the current model of the server:
 
         β_i = w_i / max(ν, ‖v - u_i‖),        v' = v + sum_i β_i (u_i - v) / sum_i β_i
 
-    Each iteration is a mean, so that no client's update is seen at the server. Clients are sent v
-    again each time, and keep their updates. An update that is not finite spoils the mean;
-    put `non_finite` before.
+    Each iteration is a mean, so the server does not see single updates. It sends v to the clients
+    in each iteration, and they keep their updates. An update that is not finite makes the result
+    NaN; put `non_finite` before.
 
-    Weights count as in a mean; clients of weight zero are left out. Attackers can lie about
-    theirs, so bound them if clients tell them themselves.
+    Weights count as in a mean, and clients of weight zero are left out. Attackers can lie about
+    their weights, so bound the weights if clients report them.
 
     Args:
-      iterations: how many, a positive int. The paper finds three enough.
-      smoothing: ν, positive.
-
-    References:
-      Pillutla et al., Robust aggregation for federated learning, arXiv:1912.13445.
+      iterations: the number of iterations, a positive int. In the paper three are enough.
+      smoothing: ν, positive. It may be traced.
 
     Returns:
-      The aggregator. It has no state. A client sends β_i (u_i - v) and β_i in each iteration.
+      The aggregator, without state. In each iteration, a client sends β_i (u_i - v) and β_i.
 
     Raises:
       ValueError: if an argument is out of range.
+
+    References:
+      Pillutla et al., Robust aggregation for federated learning, arXiv:1912.13445.
 
     Example:
 
@@ -203,20 +210,19 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
     iterations = _arguments.count(caller, "iterations", iterations, least=1)
     _arguments.number(caller, "smoothing", smoothing, above=0)
 
-    def aggregate(
-        updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
-    ) -> tuple[PyTree, PyTree, Metrics]:
+    def aggregate(updates: PyTree, weights: jax.Array, key: jax.Array) -> tuple[PyTree, Metrics]:
+        bits = iterations * (all_bits(updates) + 32)
         updates = present_rows(updates, weights)
 
-        def step(update, weight, v):
-            """β_i (u_i - v), which is of the size of w_i wherever the two are, and β_i."""
-            away = jax.tree.map(difference, update, v)
+        def step(update: PyTree, weight: jax.Array, v: PyTree) -> tuple[PyTree, jax.Array]:
+            """β_i (u_i - v), whose size is about w_i wherever u_i and v are, and β_i."""
+            away = difference(update, v)
             norm = l2_norm(away)
             share = _GAIN * weight / jnp.maximum(smoothing * norm.unit.inverse, norm.size)
             moves = jax.tree.map(lambda x: (x * norm.unit.inverse * share).astype(x.dtype), away)
             return moves, share * norm.unit.inverse
 
-        def iterate(v, _):
+        def iterate(v: PyTree, _: None) -> tuple[PyTree, None]:
             moves, beta = each(step, updates, weights, operators.broadcast(v))
             move, total = reductions.sum((moves, beta), where=weights != 0)
             total = jnp.where(total == 0, 1, total)
@@ -224,8 +230,6 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
 
         start = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], wide(x)), updates)
         v, _ = lax.scan(iterate, start, length=iterations)
-        v = jax.tree.map(lambda x, u: x.astype(u.dtype), v, updates)
-        bits = all_bits(updates)
-        return v, state, {"clients/bits": iterations * (bits + 32)}
+        return optax.tree.cast_like(v, updates), {"clients/bits": bits}
 
-    return Aggregator(lambda params: (), aggregate)
+    return stateless_aggregator("geometric_median", aggregate)

@@ -1,4 +1,4 @@
-"""TernGrad: each number becomes -s, 0 or s."""
+"""TernGrad: each number becomes -s, 0, or s."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import jax.numpy as jnp
 
 from fax import _arguments
 from fax.aggregators._aggregator import Transformation
-from fax.aggregators._leaves import bits_of, leafwise, straight_through
+from fax.aggregators._encoding import bits_of, leafwise, straight_through
 
 
 def terngrad(clip: float | None = 2.5) -> Transformation:
-    """TernGrad: clips each leaf, and rounds its numbers at random to -s, 0 or s.
+    """TernGrad: clips each leaf, and rounds its numbers at random to -s, 0, or s.
 
         g_j = max(-c sigma, min(c sigma, x_j)),    s = max_j abs(g_j)
         x'_j = s sign(g_j) b_j,    b_j = 1 with probability abs(g_j) / s, else 0
 
-    x' is g on average, with variance s abs(g_j) - g_j^2: clipping trades a bias for a smaller s.
-    sigma is the deviation from zero, sqrt(mean_j x_j^2): in the paper's model of gradients, whose
-    mean is zero, it is the standard deviation, and a leaf of a single number or of equal
-    numbers is not clipped away. Each leaf has a scale of its own, as in the paper, for layers
-    differ in scale; so has each client. Derivatives are those of the expectation, g.
+    On average x' is g, with variance s abs(g_j) - g_j^2: clipping trades a bias for a smaller s.
+    sigma is the root mean square, sqrt(mean_j x_j^2). For gradients of mean zero, as in the paper,
+    it is the standard deviation. Unlike the standard deviation, it does not clip away a leaf of a
+    single number or of equal numbers. Each leaf of each client has its own scale, since layers
+    differ in scale. Derivatives are those of the expectation, g.
 
-    A client sends for each leaf with d numbers 2 d bits, and s, in float32 for shorter floats.
+    For each leaf of d numbers, a client sends 2 d bits, and s, in float32 for shorter floats.
 
     Args:
-      clip: c, a positive number. None: nothing is clipped, and x' is unbiased.
+      clip: c, a positive number. With None nothing is clipped, and x' is unbiased.
 
     Returns:
-      The transformation. Its metric ``"clients/bits"`` is what each client sends.
+      The transformation. Its metric ``"clients/bits"`` is how many bits each client sends.
 
     Raises:
       ValueError: if ``clip`` is not positive; when used, if a leaf does not hold floats.
@@ -53,7 +53,7 @@ def terngrad(clip: float | None = 2.5) -> Transformation:
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
         if clip is not None:
             square = jnp.mean(x**2)
-            # The selection keeps the square root's derivative finite; zeros are not clipped.
+            # The selection keeps the derivative of the root finite. Zeros are not clipped.
             sigma = jnp.sqrt(jnp.where(square > 0, square, 1))
             x = jnp.clip(x, -(clip * sigma).astype(x.dtype), (clip * sigma).astype(x.dtype))
         size = jnp.abs(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,49 +15,25 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import (
-    aggregate,
-    check_private,
-    next_model_state,
-    server_step,
-    strong,
-)
-from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import rows_of, with_rows
-from fax.algorithms._local import Tally, difference, metrics_of, no_tally, per_example, train
-from fax.data import Client, Cohort
+from fax.algorithms._checks import arguments
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import examples_of, local_steps, no_metrics, per_example
+from fax.data import Client
 
 PyTree = Any
 WHERE = "fax.algorithms.agnostic_fedavg"
 
 
-class AgnosticState(NamedTuple):
-    """The server's state.
+class Domains(NamedTuple):
+    """What the server knows of the domains.
 
     Attributes:
-      params: the server's model.
-      optimizer: the state of the server's optimizer.
-      model_state: what the model has besides parameters, or None.
-      aggregator: the state of the aggregator, or None.
-      domain_weights: lambda, [num_domains].
-      domain_window: numbers of examples in the last rounds, [window, num_domains].
+      weights: lambda, [num_domains].
+      window: numbers of examples in the last rounds, [window, num_domains].
     """
 
-    params: PyTree
-    optimizer: PyTree
-    model_state: PyTree
-    aggregator: PyTree
-    domain_weights: jax.Array
-    domain_window: jax.Array
-
-
-class _Sent(NamedTuple):
-    update: PyTree
-    model_state: PyTree
-    tally: Tally
-    beta: jax.Array
-    domain_losses: jax.Array
-    domain_counts: jax.Array
+    weights: jax.Array
+    window: jax.Array
 
 
 def agnostic_fedavg(
@@ -113,9 +88,9 @@ def agnostic_fedavg(
       vectorize: as for `fedavg`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `AgnosticState`. Metrics are those
-      of `fedavg`, unweighted, and ``"domains/loss"``, F [num_domains], NaN for a domain without an
-      example, and ``"domains/weight"``, the lambda of the round.
+      The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``server`` is
+      `Domains`. Metrics are those of `fedavg`, unweighted, and ``"domains/loss"``, F [num_domains],
+      NaN for a domain without an example, and ``"domains/weight"``, the lambda of the round.
 
     Raises:
       ValueError: if an argument is out of range or ``aggregator`` private, and in a round if the
@@ -157,26 +132,17 @@ def agnostic_fedavg(
         )
     _arguments.number(WHERE, "domain_learning_rate", domain_learning_rate, least=0)
     _arguments.text(WHERE, "domain", domain, "the name of a feature")
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    aggregator = arguments(
-        WHERE,
-        loss,
-        aggregator,
-        vectorize,
-        client_optimizer=client_optimizer,
-        server_optimizer=server_optimizer,
-    )
-    check_private(WHERE, aggregator, "losses and counts of domains are added up over clients")
+    arguments(WHERE, loss, client_optimizer=client_optimizer)
 
-    def init(params: PyTree, model_state: PyTree = None) -> AgnosticState:
-        params, model_state = jax.tree.map(strong, (params, model_state))
-        own = None if aggregator is None else aggregator.init(params)
+    def domains(params: PyTree) -> Domains:
         dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(params)), jnp.float32)
         seen = jnp.tile(jnp.asarray(counts, dtype), (window, 1))
-        weights = jnp.asarray(start, dtype)
-        return AgnosticState(params, server_optimizer.init(params), model_state, own, weights, seen)
+        return Domains(jnp.asarray(start, dtype), seen)
 
-    def local(params: PyTree, model_state: PyTree, alpha: jax.Array, client: Client) -> _Sent:
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        params, model_state = server.params, server.model_state
+        alpha = server.state.weights / jnp.mean(server.state.window, 0)
+
         def measure(totals, batch, mask, key):
             values, _ = per_example(loss, params, model_state, batch, mask, key)
             number = _domain_of(batch, domain, mask)
@@ -186,69 +152,49 @@ def agnostic_fedavg(
             found = jnp.where(strange, jnp.nan, jnp.sum(mine, 0, dtype))
             return totals[0] + losses, totals[1] + found
 
-        dtype = no_tally(loss, params, model_state, client).examples.dtype
+        dtype = examples_of(no_metrics(loss, params, data, model_state)).dtype
         nothing = jnp.zeros(num_domains, dtype)
-        losses, found = client.scan(measure, (nothing, nothing))
+        losses, found = data.scan(measure, (nothing, nothing))
         # Batches may hold each example several times, or only some of them.
-        share = client.num_examples / jnp.maximum(jnp.sum(found), 1)
+        share = data.num_examples / jnp.maximum(jnp.sum(found), 1)
         losses, found = losses * share, found * share
         beta = jnp.sum(alpha.astype(dtype) * found)
-        scale = jnp.where(beta == 0, 0, client.num_examples / jnp.where(beta == 0, 1, beta))
+        scale = jnp.where(beta == 0, 0, data.num_examples / jnp.where(beta == 0, 1, beta))
 
-        def factors(batch):
+        def weights(batch: Mapping[str, jax.Array]) -> jax.Array:
             return (alpha * scale)[batch[domain]]
 
-        trained = train(loss, client_optimizer, params, model_state, client, factors=factors)
-        return _Sent(*difference(trained, params), beta, losses, found)
-
-    def round(state: AgnosticState, cohort: Cohort) -> tuple[AgnosticState, dict[str, jax.Array]]:
-        alpha = state.domain_weights / jnp.mean(state.domain_window, 0)
-
-        @fax.program(clients=cohort.size)
-        def work(
-            params: PyTree, model_state: PyTree, alpha: jax.Array, own: PyTree, cohort: Cohort
-        ) -> tuple:
-            sent = fax.map(
-                jax.checkpoint(local),
-                fax.broadcast(params),
-                fax.broadcast(model_state),
-                fax.broadcast(alpha),
-                cohort.clients(),
-                vectorize=vectorize or cohort.vectorize,
-            )
-            weighted = dataclasses.replace(cohort, num_examples=sent.beta)
-            update, own, more = aggregate(aggregator, sent.update, own, weighted)
-            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
-            domains = fax.sum((sent.domain_losses, sent.domain_counts))
-            return update, mean_state, own, domains, {**metrics_of(sent.tally), **more}
-
-        update, mean_state, own, (losses, counts), metrics = work(
-            state.params, state.model_state, alpha, rows_of(state.aggregator, cohort), cohort
+        trained = local_steps(
+            loss, client_optimizer, params, data, model_state, example_weights=weights
         )
-        params, optimizer = server_step(server_optimizer, update, state.optimizer, state.params)
+        return ClientResult.of(trained, server, weight=beta, extra=(losses, found))
+
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        losses, counts = fax.sum(received.results.extra)
+        before = state.server
         seen = counts != 0
         losses = losses / jnp.where(seen, counts, 1)
-        weights = _ascend(state.domain_weights, losses, seen, domain_learning_rate)
-        next_window = jnp.concatenate([state.domain_window[1:], counts[None]])
-        next_window = jnp.where(jnp.any(next_window != 0, 0), next_window, state.domain_window)
+        weights = _ascend(before.weights, losses, seen, domain_learning_rate)
+        window = jnp.concatenate([before.window[1:], counts[None]])
+        window = jnp.where(jnp.any(window != 0, 0), window, before.window)
+        after = Domains(weights, window.astype(before.window.dtype))
         metrics = {
-            **metrics,
             "domains/loss": jnp.where(seen, losses, jnp.nan),
-            "domains/weight": state.domain_weights,
+            "domains/weight": before.weights,
         }
-        model_state = next_model_state(mean_state, state.model_state)
-        own = with_rows(state.aggregator, own, cohort)
-        new = AgnosticState(
-            params,
-            optimizer,
-            model_state,
-            own,
-            weights,
-            next_window.astype(state.domain_window.dtype),
-        )
-        return new, metrics
+        return step(received.update)._replace(server=after), metrics
 
-    return Algorithm(*guarded(WHERE, loss, AgnosticState, init, round, lambda state: state.params))
+    return federated(
+        WHERE,
+        loss,
+        client,
+        server_optimizer,
+        server=server,
+        server_state=domains,
+        not_private="losses and counts of domains are added up over clients",
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:

@@ -24,12 +24,15 @@ class Algorithm(NamedTuple):
       round: ``round(state, cohort) -> (state, metrics)``. The number of clients is the cohort's.
         The metrics are a flat dict: means over the cohort's examples, taken before each step, and
         ``clients/...`` of shape [clients].
-      params: ``params(state)``, the parameters that one evaluates.
+      params: ``params(state)``, the parameters of one model, which one evaluates.
+      models: ``models(state)``, of an algorithm that has several, leaves [models, ...]: one for
+        each client, cluster or replica, as the algorithm says. None if it has a single one.
     """
 
     init: Callable[..., Any]
     round: Callable[..., tuple[Any, dict[str, jax.Array]]]
     params: Callable[[Any], PyTree]
+    models: Callable[[Any], PyTree] | None = None
 
     def __repr__(self) -> str:
         """Who made it, such as ``Algorithm(fedavg)``."""
@@ -88,7 +91,7 @@ def many_rounds(
 
 def check_algorithm(where: str, algorithm: Any) -> None:
     """Checks that there are the functions of an algorithm, one of fax's or of a user's own."""
-    if not all(callable(getattr(algorithm, part, None)) for part in Algorithm._fields):
+    if not all(callable(getattr(algorithm, part, None)) for part in ("init", "round", "params")):
         raise ValueError(
             f"{where}: algorithm is {_arguments.shown(algorithm)}, expected an Algorithm, such as "
             "fax.algorithms.fedavg(loss, optax.sgd(0.1))."

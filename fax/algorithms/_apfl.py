@@ -9,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import fax
 from fax import _arguments
-from fax.aggregators import Aggregator, PerClient
+from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import (
-    aggregate,
-    check_model_state,
-    next_model_state,
-    server_step,
-    strong,
-)
-from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import rows_of, with_rows
-from fax.algorithms._local import Tally, mean_loss, metrics_of, no_tally
-from fax.data import Client, Cohort
+from fax.algorithms._checks import arguments, check_scalar_optimizer
+from fax.algorithms._federated import ClientResult, Server, State, federated
+from fax.algorithms._local import Metrics, batch_gradient, batch_loss, no_metrics
+from fax.data import Client
 
 PyTree = Any
+
+
+_NO_SCALAR = (
+    "alpha_optimizer, which is client_optimizer if it is not given, does not work on alpha, a "
+    "scalar. Where client_optimizer is made for the leaves of the parameters, as by "
+    "optax.multi_transform or optax.masked, pass another one for alpha, as in "
+    "alpha_optimizer=optax.sgd(0.1)."
+)
 
 
 class Personal(NamedTuple):
@@ -40,31 +40,6 @@ class Personal(NamedTuple):
     params: PyTree
     alpha: jax.Array
     started: jax.Array
-
-
-class APFLState(NamedTuple):
-    """The server's state, and the clients'.
-
-    Attributes:
-      params: w, the global model.
-      optimizer: the state of the server's optimizer.
-      model_state: what the model has besides parameters, or None.
-      aggregator: the state of the aggregator, or None.
-      clients: `Personal`, leaves [num_clients, ...].
-    """
-
-    params: PyTree
-    optimizer: PyTree
-    model_state: PyTree
-    aggregator: PyTree
-    clients: PerClient
-
-
-class _Sent(NamedTuple):
-    update: PyTree
-    model_state: PyTree
-    tally: Tally
-    personal: Personal
 
 
 def apfl(
@@ -106,12 +81,13 @@ def apfl(
       vectorize: as for `fedavg`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `APFLState`. A client's local
-      model is the server's until it takes part for the first time. ``params(state)`` are the
-      mixtures, leaves [num_clients, ...], to be evaluated by `fax.metrics.evaluate_clients` with
-      ``personal=True``; the global model is ``state.params``. Where so many models do not fit, see
-      `ClientStore`. Metrics are those of `fedavg` for the global model, ``"personal/..."`` the same
-      for the mixtures, and ``"clients/alpha"`` after the round.
+      The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``clients`` are
+      `Personal`. A client's local model is the server's until it takes part for the first time.
+      ``params(state)`` is the global model, and ``models(state)`` are the mixtures, leaves
+      [num_clients, ...], to be evaluated by `fax.metrics.evaluate_clients` with ``personal=True``.
+      Where so many models do not fit, see `ClientStore`. Metrics are those of `fedavg` for the
+      global model, ``"personal/..."`` the same for the mixtures, and ``"clients/alpha"`` after the
+      round.
 
     Raises:
       ValueError: if ``num_clients`` is not a positive int or ``alpha`` not from 0 to 1; and in a
@@ -130,48 +106,29 @@ def apfl(
       >>> state = algorithm.init(jnp.zeros(()))
       >>> for _ in range(200):
       ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))
-      >>> print(state.params.round(2), algorithm.params(state).round(2))
+      >>> print(algorithm.params(state).round(2), algorithm.models(state).round(2))
       0.5 [1. 0.]
     """
-    caller = "fax.algorithms.apfl"
-    _arguments.count(caller, "num_clients", num_clients)
-    _arguments.number(caller, "alpha", alpha, least=0, most=1)
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    name = "fax.algorithms.apfl"
+    _arguments.number(name, "alpha", alpha, least=0, most=1)
     alpha_optimizer = client_optimizer if alpha_optimizer is None else alpha_optimizer
-    aggregator = arguments(
-        caller,
-        loss,
-        aggregator,
-        vectorize,
-        client_optimizer=client_optimizer,
-        server_optimizer=server_optimizer,
-        alpha_optimizer=alpha_optimizer,
-    )
+    arguments(name, loss, client_optimizer=client_optimizer, alpha_optimizer=alpha_optimizer)
 
-    def init(params: PyTree, model_state: PyTree = None) -> APFLState:
-        check_model_state("fax.algorithms.apfl", aggregator, model_state)
-        params, model_state = jax.tree.map(strong, (params, model_state))
-        own = None if aggregator is None else aggregator.init(params)
+    def personal(params: PyTree) -> Personal:
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        _check_alpha_optimizer(caller, alpha_optimizer, dtype)
-        everyone = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)),
-            Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool)),
-        )
-        optimizer = server_optimizer.init(params)
-        return APFLState(params, optimizer, model_state, own, PerClient(everyone))
+        check_scalar_optimizer(name, alpha_optimizer, _NO_SCALAR, dtype)
+        return Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool))
 
-    def local(params: PyTree, model_state: PyTree, own: Personal, client: Client) -> _Sent:
+    def client(server: Server, own: Personal, data: Client) -> ClientResult:
         def step(carry, batch, mask, key):
-            (w, v, alpha), states, model_state, tally = carry
-
-            def global_loss(w):
-                return mean_loss(loss, w, model_state, batch, mask, key)
+            (w, v, alpha), states, model_state, metrics = carry
 
             def personal_loss(v, alpha):
-                return mean_loss(loss, _mixture(v, alpha, w), model_state, batch, mask, key)
+                return batch_loss(loss, _mixture(v, alpha, w), batch, mask, key, model_state)
 
-            w_gradient, (seen, model_state_of_w) = jax.grad(global_loss, has_aux=True)(w)
+            w_gradient, (seen, model_state_of_w) = batch_gradient(
+                loss, w, batch, mask, key, model_state
+            )
             (v_gradient, alpha_gradient), (seen_by_own, _) = jax.grad(
                 personal_loss, (0, 1), has_aux=True
             )(v, alpha)
@@ -184,70 +141,40 @@ def apfl(
             w, v, alpha = (
                 optax.apply_updates(x, move) for x, (move, _) in zip((w, v, alpha), moves)
             )
-            tally = jax.tree.map(jnp.add, tally, _both(seen, seen_by_own))
+            metrics = optax.tree.add(metrics, _both(seen, seen_by_own))
             states = tuple(state for _, state in moves)
-            return (w, v, jnp.clip(alpha, 0, 1)), states, model_state_of_w, tally
+            return (w, v, jnp.clip(alpha, 0, 1)), states, model_state_of_w, metrics
 
+        w, model_state = server.params, server.model_state
         optimizers = (client_optimizer, client_optimizer, alpha_optimizer)
-        v = _local_model(own, params)
-        start = (params, v, own.alpha)
+        start = (w, _local_model(own, w), own.alpha)
         states = tuple(optimizer.init(x) for optimizer, x in zip(optimizers, start))
-        nothing = no_tally(loss, params, model_state, client)
-        (w, v, alpha), _, model_state, tally = client.scan(
+        nothing = no_metrics(loss, w, data, model_state)
+        (w, v, alpha), _, model_state, metrics = data.scan(
             step, (start, states, model_state, _both(nothing, nothing))
         )
-        update = jax.tree.map(jnp.subtract, w, params)
-        return _Sent(update, model_state, tally, Personal(v, alpha, jnp.ones((), bool)))
+        update = optax.tree.sub(w, server.params)
+        own = Personal(v, alpha, jnp.ones((), bool))
+        return ClientResult(update, {**metrics, "alpha": alpha}, model_state, own=own)
 
-    def round(state: APFLState, cohort: Cohort) -> tuple[APFLState, dict[str, jax.Array]]:
-        @fax.program(clients=cohort.size)
-        def work(
-            params: PyTree, model_state: PyTree, own: PyTree, clients: Personal, cohort: Cohort
-        ) -> tuple:
-            sent = fax.map(
-                jax.checkpoint(local),
-                fax.broadcast(params),
-                fax.broadcast(model_state),
-                clients,
-                cohort.clients(),
-                vectorize=vectorize or cohort.vectorize,
-            )
-            update, own, more = aggregate(aggregator, sent.update, own, cohort)
-            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
-            metrics = {**metrics_of(sent.tally), "clients/alpha": sent.personal.alpha, **more}
-            return update, mean_state, own, sent.personal, metrics
-
-        before = rows_of(state, cohort)
-        update, mean_state, own, clients, metrics = work(
-            state.params, state.model_state, before.aggregator, before.clients.rows, cohort
-        )
-        params, optimizer = server_step(server_optimizer, update, state.optimizer, state.params)
-        model_state = next_model_state(mean_state, state.model_state)
-        after = APFLState(params, optimizer, model_state, own, PerClient(clients))
-        return with_rows(state, after, cohort), metrics
-
-    def params(state: APFLState) -> PyTree:
+    def models(state: State) -> PyTree:
         def mixture(own: Personal) -> PyTree:
             return _mixture(_local_model(own, state.params), own.alpha, state.params)
 
+        assert state.clients is not None
         return jax.vmap(mixture)(state.clients.rows)
 
-    return Algorithm(*guarded(caller, loss, APFLState, init, round, params))
-
-
-def _check_alpha_optimizer(
-    caller: str, optimizer: optax.GradientTransformation, dtype: Any
-) -> None:
-    """Checks that the optimizer works on a scalar: one made for the parameters' leaves may not."""
-    try:
-        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{caller}: alpha_optimizer, which is client_optimizer if it is not given, does not "
-            "work on alpha, a scalar. Where client_optimizer is made for the leaves of the "
-            "parameters, as by optax.multi_transform or optax.masked, pass another one for alpha, "
-            "as in alpha_optimizer=optax.sgd(0.1)."
-        ) from error
+    return federated(
+        name,
+        loss,
+        client,
+        server_optimizer,
+        client_state=personal,
+        num_clients=num_clients,
+        models=models,
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )
 
 
 def _local_model(own: Personal, params: PyTree) -> PyTree:
@@ -262,12 +189,12 @@ def _mixture(v: PyTree, alpha: jax.Array, w: PyTree) -> PyTree:
     return jax.tree.map(mix, v, w)
 
 
-def _both(seen: Tally, seen_by_own: Tally) -> Tally:
-    """One tally of the global model's metrics and those of the mixture, over the same examples."""
-    own = {f"personal/{name}": total for name, total in seen_by_own.sums.items()}
-    if taken := own.keys() & seen.sums.keys():
+def _both(seen: Metrics, seen_by_own: Metrics) -> Metrics:
+    """The global model's metrics, and those of the mixture over the same examples."""
+    own = {f"personal/{name}": total for name, total in seen_by_own.items()}
+    if taken := ({*own, "alpha"} & seen.keys()):
         raise ValueError(
-            f"apfl: loss returned a metric {min(taken)!r}, which is what the mixture's is called. "
+            f"apfl: loss returned a metric {min(taken)!r}, which is what one of apfl's is called. "
             "Call it something else."
         )
-    return Tally({**seen.sums, **own}, seen.examples)
+    return {**seen, **own}

@@ -12,17 +12,10 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import PerClient
-from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_state, guarded
-from fax.algorithms._local import metrics_of, told_of_padding
-from fax.algorithms._replicas import (
-    Parts,
-    Replica,
-    inner_steps,
-    population,
-    soup,
-)
-from fax.data import Cohort
+from fax.algorithms._federated import next_model_state
+from fax.algorithms._local import told_of_padding
+from fax.algorithms._replicas import Part, Replica, inner_steps, models, population, rounds, soup
 
 PyTree = Any
 _WHERE = "fax.algorithms.branch_train_merge"
@@ -50,6 +43,7 @@ class BranchTrainMerge(NamedTuple):
       round: ``round(state, cohort) -> (state, metrics)``. Expert i trains on row i, and sends
         nothing.
       params: ``params(state)``, the merged model: the experts' mean, weighted by the prior.
+      models: ``models(state)``, the experts', leaves [replicas, ...].
       branch: ``branch(state, weights) -> state``. With weights [replicas] all experts start anew
         from that mixture of experts; with weights [replicas, replicas] expert i from the mixture of
         row i. Weights are divided by their sums. Optimizers start anew.
@@ -65,6 +59,7 @@ class BranchTrainMerge(NamedTuple):
     init: Callable[..., BranchTrainMergeState]
     round: Callable[..., tuple[BranchTrainMergeState, dict[str, jax.Array]]]
     params: Callable[[BranchTrainMergeState], PyTree]
+    models: Callable[[BranchTrainMergeState], PyTree]
     branch: Callable[..., BranchTrainMergeState]
     posterior: Callable[..., jax.Array]
     ensemble: Callable[..., jax.Array]
@@ -75,7 +70,7 @@ class BranchTrainMerge(NamedTuple):
 
 def branch_train_merge(
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
     *,
     replicas: int,
     vectorize: int | None = None,
@@ -93,7 +88,7 @@ def branch_train_merge(
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      optimizer: the experts', from optax.
+      inner_optimizer: the experts', from optax.
       replicas: how many experts there are. Expert i is row i of the cohort; see `diloco`.
       vectorize: how many experts one device works on at once; see `diloco`.
 
@@ -134,25 +129,18 @@ def branch_train_merge(
       Array(1, dtype=int32)
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
-    arguments(_WHERE, loss, None, vectorize, optimizer=optimizer)
+    arguments(_WHERE, loss, None, vectorize, inner_optimizer=inner_optimizer)
     program = fax.program(replicas=replicas)
 
     def init(params: PyTree, model_state: PyTree = None) -> BranchTrainMergeState:
-        rows = population(_WHERE, params, optimizer, model_state, replicas)
+        rows = population(_WHERE, params, inner_optimizer, model_state, replicas)
         return BranchTrainMergeState(rows, jnp.full(replicas, 1 / replicas))
 
-    def round(
-        state: BranchTrainMergeState, cohort: Cohort
-    ) -> tuple[BranchTrainMergeState, dict[str, jax.Array]]:
-        @program
-        def work(rows: Replica, cohort: Cohort) -> tuple:
-            Parts(_WHERE, cohort, replicas, None)
-            rows, tally = inner_steps(loss, optimizer, rows, cohort, 0, vectorize)
-            bits = {"replicas/bits": jnp.zeros(replicas, jnp.float32)}
-            return rows, {**metrics_of(tally, each="replicas"), **bits}
-
-        rows, metrics = work(state.replicas.rows, cohort)
-        return state._replace(replicas=PerClient(rows)), metrics
+    def part(state: BranchTrainMergeState, part: Part) -> tuple:
+        state, metrics = inner_steps(
+            loss, inner_optimizer, state, part.batches, part.first, vectorize
+        )
+        return state, (metrics, None, {"replicas/bits": jnp.zeros(replicas, jnp.float32)})
 
     def branch(state: BranchTrainMergeState, weights: jax.Array) -> BranchTrainMergeState:
         check_state(_WHERE, "branch", BranchTrainMergeState, state)
@@ -162,7 +150,7 @@ def branch_train_merge(
         shares = weights / weights.sum(-1, keepdims=True)
 
         def one(params: PyTree, model_state: PyTree, own: PyTree) -> Replica:
-            return Replica(params, optimizer.init(params), next_model_state(model_state, own))
+            return Replica(params, inner_optimizer.init(params), next_model_state(model_state, own))
 
         @program
         def start(rows: Replica, shares: jax.Array) -> Replica:
@@ -224,8 +212,11 @@ def branch_train_merge(
     def params(state: BranchTrainMergeState) -> PyTree:
         return soup(state.replicas.rows.params, replicas, state.prior)
 
-    checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params)
-    return BranchTrainMerge(*checked, branch, posterior, ensemble)
+    round = rounds(_WHERE, replicas, None, part, keyed=False)
+    checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params, models)
+    return BranchTrainMerge(
+        checked.init, checked.round, checked.params, models, branch, posterior, ensemble
+    )
 
 
 def _weights_error(name: str, weights: jax.Array, expected: str) -> ValueError:

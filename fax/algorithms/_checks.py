@@ -13,7 +13,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._aggregator import aggregator_of
+from fax.aggregators._chain import aggregator_of
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._personal import PersonalLoss, bare
 from fax.data import Cohort, Cohorts
 
 PyTree = Any
@@ -28,7 +30,8 @@ def arguments(
     **optimizers: Any,
 ) -> Aggregator | None:
     """Checks what all algorithms take, where it is passed, and returns the aggregator."""
-    check_loss(caller, loss)
+    forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
+    _arguments.function(caller, "loss", bare(loss), forms, keywords=["mask"])
     for name, value in optimizers.items():
         _arguments.optimizer(caller, name, value)
     if vectorize is not None:
@@ -36,16 +39,16 @@ def arguments(
     return aggregator_of(caller, aggregator)
 
 
-def check_loss(caller: str, loss: Any) -> None:
-    """Checks that a loss is a function of what losses are given."""
-    forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
-    _arguments.function(caller, "loss", loss, forms, keywords=["mask"])
-
-
 def guarded(
-    caller: str, loss: Callable, kind: type, init: Callable, round: Callable, params: Callable
-) -> tuple[Callable, Callable, Callable]:
-    """The functions of an algorithm, with checks of what they are given.
+    caller: str,
+    loss: Callable,
+    kind: type,
+    init: Callable,
+    round: Callable,
+    params: Callable,
+    models: Callable | None = None,
+) -> Algorithm:
+    """An algorithm of these functions, with checks of what they are given.
 
     Args:
       caller: the algorithm, for messages.
@@ -55,6 +58,7 @@ def guarded(
         donate the state, and does not compile again for params that were made without the mesh.
       round: of the algorithm.
       params: of the algorithm.
+      models: of the algorithm, or None.
     """
 
     @functools.wraps(init)
@@ -76,13 +80,37 @@ def guarded(
         check_cohort(f"{caller}: round", cohort)
         return round(state, cohort)
 
-    @functools.wraps(params)
-    def checked_params(state: Any) -> PyTree:
-        check_state(caller, "params", kind, state)
-        return params(state)
+    def of_state(name: str, fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def checked(state: Any) -> PyTree:
+            check_state(caller, name, kind, state)
+            return fn(state)
 
+        return checked
+
+    check_whole(caller, loss)
     checked_round.__qualname__ = f"{caller.rpartition('.')[2]}.round"
-    return checked_init, checked_round, checked_params
+    one, every = of_state("params", params), models and of_state("models", models)
+    return Algorithm(checked_init, checked_round, one, every)
+
+
+def check_whole(caller: str, loss: Any) -> None:
+    """Refuses a loss with personal parts, where these have no meaning."""
+    if isinstance(loss, PersonalLoss):
+        raise ValueError(
+            f"{caller}: loss is {loss!r}, but only an algorithm that trains one model for all "
+            "clients, such as fax.algorithms.fedavg, can have personal parts. Pass the loss itself."
+        )
+
+
+def check_scalar_optimizer(
+    caller: str, optimizer: Any, problem: str, dtype: Any = jnp.float32
+) -> None:
+    """Checks that an optimizer works on a scalar: one made for the parameters' leaves may not."""
+    try:
+        jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{caller}: {problem}") from error
 
 
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:
@@ -92,6 +120,47 @@ def check_state(caller: str, function: str, kind: type, state: Any) -> None:
             f"{caller}: {function} got {_arguments.shown(state)} for the state, expected the "
             f"{kind.__name__} that init(params) or the last round returned."
         )
+
+
+def check_like(what: str, new: PyTree, like: PyTree) -> None:
+    """Checks that a pytree has the structure, shapes and dtypes of another."""
+    structures: Any = [jax.tree.structure(x) for x in (new, like)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"{what} is {_shape(new)}, expected {_shape(like)}.")
+    for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):
+        found, expected = (jax.typeof(jnp.asarray(own)) for own in (x, y))
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"{what}{keystr(path)} is {found.str_short()}, expected {expected.str_short()}."
+            )
+
+
+def _shape(tree: PyTree) -> str:
+    """The structure of a pytree, in a message: ``{'w': *, 'b': *}``."""
+    return str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")[:200]
+
+
+def check_private(
+    caller: str,
+    aggregator: Any,
+    sent: str,
+    instead: str = "another algorithm, such as fax.algorithms.fedavg",
+) -> None:
+    """Refuses a private aggregator where the server gets more from clients than their updates."""
+    if getattr(aggregator, "private", False):
+        raise ValueError(
+            f"{caller}: aggregator is private, but {sent} without it, so that its epsilon would "
+            f"not hold. Use an aggregator that is not private, or {instead}."
+        )
+
+
+def check_averaged_state(caller: str, aggregator: Any, model_state: PyTree) -> None:
+    """Refuses a private aggregator for a model with state, which is averaged without noise."""
+    for path, leaf in tree_leaves_with_path(model_state):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            name = f"model_state{keystr(path)}"
+            instead = "a model without such state, with GroupNorm in place of BatchNorm"
+            check_private(caller, aggregator, f"{name} is averaged over clients", instead)
 
 
 def check_cohort(where: str, cohort: Any) -> None:

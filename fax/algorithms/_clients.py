@@ -16,14 +16,35 @@ from fax.sharding._types import without_explicit_axes
 PyTree = Any
 
 
-def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
+def gather_rows(state: PyTree, cohort: Cohort) -> PyTree:
     """A state with the rows of the cohort's clients, of those of all clients.
 
-    On a mesh the rows are spread like the cohort, however those of all clients are.
+    Rows are in `fax.aggregators.PerClient`, anywhere in the state; the rest stays as it is. On a
+    mesh they are spread like the cohort, however those of all clients are.
+
+    Args:
+      state: a pytree.
+      cohort: the clients.
+
+    Returns:
+      The state, in which rows have a leading axis [clients] in place of [num_clients].
 
     Raises:
       ValueError: if the cohort has clients that the state has no row for. Where positions are
         traced, rows of such clients are NaN.
+
+    Example:
+
+      >>> data = fax.data.InMemory({name: {"x": jnp.ones(1)} for name in ("ann", "bob", "cy")})
+      >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=1))
+      >>> state = {"seen": fax.aggregators.PerClient(jnp.zeros(3)), "rounds": 0}
+      >>> own = fax.algorithms.gather_rows(state, cohort)
+      >>> own["seen"].rows.shape
+      (2,)
+      >>> own = {"seen": fax.aggregators.PerClient(own["seen"].rows + 1), "rounds": 1}
+      >>> state = fax.algorithms.scatter_rows(state, own, cohort)
+      >>> print(state["seen"].rows.sum(), state["rounds"])
+      2.0 1
     """
 
     def take(x: jax.Array) -> jax.Array:
@@ -38,10 +59,30 @@ def rows_of(state: PyTree, cohort: Cohort) -> PyTree:
     return map_rows(take, state)
 
 
-def with_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
+def scatter_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
     """A state of all clients, with new rows for those of the cohort.
 
     The clients of a cohort are different ones; of two rows for one client either may be kept.
+
+    Args:
+      state: that `gather_rows` was given.
+      new: what has become of what it returned.
+      cohort: the clients.
+
+    Returns:
+      The new state, with rows for all clients.
+
+    Raises:
+      ValueError: if the states have different structures.
+
+    Example:
+
+      >>> data = fax.data.InMemory({name: {"x": jnp.ones(1)} for name in ("ann", "bob", "cy")})
+      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=1))
+      >>> rows = fax.aggregators.PerClient(jnp.zeros(3))
+      >>> new = fax.aggregators.PerClient(jnp.ones(1))
+      >>> print(fax.algorithms.scatter_rows(rows, new, cohort).rows.sum())
+      1.0
     """
 
     def put(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -63,6 +104,13 @@ def map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
         return others[-1] if others else x
 
     return jax.tree.map(one, state, *new, is_leaf=is_per_client)
+
+
+def without_rows(state: PyTree) -> PyTree:
+    """A state with nothing for clients."""
+    return jax.tree.map(
+        lambda x: PerClient(None) if is_per_client(x) else x, state, is_leaf=is_per_client
+    )
 
 
 def is_per_client(x: Any) -> bool:

@@ -14,10 +14,11 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax
 from fax import _arguments, _keys
-from fax.algorithms._averaging import strong
-from fax.algorithms._checks import arguments, check_cohort, check_trained
-from fax.algorithms._local import mean_loss, no_tally, train
+from fax.algorithms._checks import arguments, check_cohort, check_trained, check_whole
+from fax.algorithms._federated import strong
+from fax.algorithms._local import batch_loss, examples_of, local_steps, no_metrics
 from fax.data import Client, Cohort
+from fax.metrics import Mean
 
 PyTree = Any
 
@@ -39,7 +40,7 @@ def hyp_cluster_choice(
 
     Args:
       loss: see `fedavg`.
-      params: of `hyp_cluster`, leaves [num_clusters, ...].
+      params: ``models(state)`` of `hyp_cluster`, leaves [num_clusters, ...].
       cohort: the clients.
       model_state: of the models, leaves [num_clusters, ...], if they have one.
       vectorize: as for `fedavg`.
@@ -62,6 +63,7 @@ def hyp_cluster_choice(
       >>> params[in_order]  # one model for each client, in the order of the data
       Array([0.8, 0.1], dtype=float32)
     """
+    check_whole("fax.algorithms.hyp_cluster_choice", loss)
     arguments("fax.algorithms.hyp_cluster_choice", loss, None, vectorize)
     check_cohort("fax.algorithms.hyp_cluster_choice", cohort)
     check_models(params, model_state, None)
@@ -125,6 +127,7 @@ def hyp_cluster_start(
       Array([0., 1.], dtype=float32)
     """
     caller = "fax.algorithms.hyp_cluster_start"
+    check_whole(caller, loss)
     arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     check_trained(f"{caller}: params", params)
     check_cohort(caller, cohort)
@@ -140,7 +143,7 @@ def hyp_cluster_start(
     def start(params: PyTree, model_state: PyTree, cohort: Cohort, first: jax.Array) -> PyTree:
         def of_chosen(params, model_state, chosen, client, number):
             def make(_):
-                trained = train(loss, client_optimizer, params, model_state, client)
+                trained = local_steps(loss, client_optimizer, params, client, model_state)
                 return trained.params, trained.model_state
 
             nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, None))
@@ -175,20 +178,19 @@ def hyp_cluster_start(
 def _mean_losses(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> jax.Array:
     """The mean loss of each cluster's model over all batches of a client, [num_clusters]."""
 
-    def step(totals, batch, mask, key):
+    def step(total, batch, mask, key):
         def one(model):
             params, model_state = model
-            return mean_loss(loss, params, model_state, batch, mask, key)[1][0]
+            return batch_loss(loss, params, batch, mask, key, model_state)[1][0]["loss"]
 
         # One after the other, for a client has memory for one model's activations.
-        found = lax.map(one, lax.stop_gradient((params, model_state)))
-        return totals[0] + found.sums["loss"], totals[1] + found.examples
+        return optax.tree.add(total, lax.map(one, lax.stop_gradient((params, model_state))))
 
-    first = one_model(params, 0), one_model(model_state, 0)
-    dtype = no_tally(loss, first[0], first[1], client).examples.dtype
+    first, first_state = one_model((params, model_state), 0)
+    dtype = examples_of(no_metrics(loss, first, client, first_state)).dtype
     nothing = jnp.zeros(len(jax.tree.leaves(params)[0]), dtype)
-    totals, examples = client.scan(step, (nothing, nothing))
-    return totals / jnp.maximum(examples, 1)
+    total = client.scan(step, Mean(nothing, nothing))
+    return total.total / jnp.maximum(total.weight, 1)
 
 
 def best_model(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> jax.Array:

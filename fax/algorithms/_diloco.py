@@ -11,24 +11,22 @@ import optax
 from jax import lax
 
 import fax
-from fax import _arguments, _keys
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import check_model_state, next_model_state, server_key, strong
-from fax.algorithms._checks import arguments, guarded
+from fax.algorithms._checks import arguments, check_averaged_state, guarded
+from fax.algorithms._federated import next_model_state, strong
 from fax.algorithms._replicas import (
-    Parts,
+    Part,
     Replica,
-    choose,
-    difference,
     identical,
     inner_steps,
     mean_state,
     mean_update,
-    round_metrics,
+    models,
+    rounds,
     taking_part,
 )
-from fax.data import Cohort
 
 PyTree = Any
 
@@ -180,7 +178,7 @@ def outer_steps(
     )
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
-        check_model_state(where, aggregator, model_state)
+        check_averaged_state(where, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         start = identical(params, inner_optimizer.init(params), model_state, replicas)
         own = None if aggregator is None else aggregator.init(params)
@@ -193,19 +191,19 @@ def outer_steps(
     ) -> tuple[DiLoCoState, dict[str, jax.Array]]:
         """Brings the replicas together that are here."""
         rows, weights = state.replicas.rows, n if weighted else None
-        updates = fax.map(difference, rows.params, fax.broadcast(state.params))
+        updates = fax.map(optax.tree.sub, rows.params, fax.broadcast(state.params))
         mean, heard, aggregator_state, metrics = mean_update(
             aggregator, updates, here, weights, state.aggregator, key
         )
         delta = jax.tree.map(jnp.negative, mean)
         moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)
         new = optax.apply_updates(state.params, moves), optimizer
-        params, optimizer = choose(heard, new, (state.params, state.optimizer))
+        params, optimizer = optax.tree.where(heard, new, (state.params, state.optimizer))
         model_state = mean_state(rows.model_state, here, weights, heard, state.model_state)
 
         def adopt(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
             new = params, next_model_state(model_state, own.model_state)
-            params, model_state = choose(here, new, (own.params, own.model_state))
+            params, model_state = optax.tree.where(here, new, (own.params, own.model_state))
             return Replica(params, own.optimizer, model_state)
 
         rows = fax.map(adopt, here, rows, fax.broadcast(params), fax.broadcast(model_state))
@@ -214,46 +212,96 @@ def outer_steps(
         state = DiLoCoState(params, optimizer, rows, model_state, aggregator_state, clock)
         return state, metrics
 
-    def round(state: DiLoCoState, cohort: Cohort) -> tuple[DiLoCoState, dict[str, jax.Array]]:
-        @fax.program(replicas=replicas)
-        def work(state: DiLoCoState, cohort: Cohort) -> tuple:
-            parts = Parts(where, cohort, replicas, 1 if callable(steps) else steps)
-            key = None if aggregator is None else server_key(cohort)
+    def part(state: DiLoCoState, part: Part) -> tuple:
+        state, metrics = inner_steps(
+            loss, inner_optimizer, state, part.batches, part.first, vectorize
+        )
+        n = part.cohort.num_examples
+        if not callable(steps):
+            state, sent = outer_step(state, taking_part(part.batches), n, part.key)
+            return state, (metrics, fax.sum(metrics), sent)
+        here = taking_part(part.cohort)
+        assert state.clock is not None
+        clock = Clock(state.clock.since + 1, state.clock.outer_steps)
 
-            def part(state: DiLoCoState, own: tuple) -> tuple:
-                number, rows, mask = own
-                batches = parts.cohort_of(rows, mask)
-                first = number * parts.steps
-                rows, tally = inner_steps(
-                    loss, inner_optimizer, state.replicas.rows, batches, first, vectorize
-                )
-                state = state._replace(replicas=PerClient(rows))
-                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
-                if callable(steps):
-                    state, sent = when_due(state, steps, own_key)
-                    return state, (tally, None, sent)
-                here = taking_part(batches)
-                state, sent = outer_step(state, here, cohort.num_examples, own_key)
-                return state, (tally, fax.sum(tally), sent)
+        def due(state: DiLoCoState) -> tuple:
+            return outer_step(state, here, n, part.key)
 
-            def when_due(state: DiLoCoState, steps: Callable, key: jax.Array | None) -> tuple:
-                here = taking_part(cohort)
-                assert state.clock is not None
-                clock = Clock(state.clock.since + 1, state.clock.outer_steps)
+        def wait(state: DiLoCoState) -> tuple:
+            _, metrics = jax.eval_shape(due, state)
+            return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
 
-                def due(state: DiLoCoState) -> tuple:
-                    return outer_step(state, here, cohort.num_examples, key)
+        state = state._replace(clock=clock)
+        due_now = clock.since >= steps(clock.outer_steps)
+        state, sent = lax.cond(due_now, due, wait, state)
+        return state, (metrics, None, sent)
 
-                def wait(state: DiLoCoState) -> tuple:
-                    _, metrics = jax.eval_shape(due, state)
-                    return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    size = 1 if callable(steps) else steps
+    round = rounds(where, replicas, size, part, keyed=aggregator is not None)
+    return guarded(where, loss, DiLoCoState, init, round, lambda state: state.params, models)
 
-                state = state._replace(clock=clock)
-                return lax.cond(clock.since >= steps(clock.outer_steps), due, wait, state)
 
-            state, metrics = parts.scan(part, state)
-            return state, round_metrics(*metrics)
+def local_sgd(
+    loss: Callable,
+    inner_optimizer: optax.GradientTransformation,
+    *,
+    replicas: int,
+    steps: int | Callable[[jax.Array], jax.Array] | None = None,
+    weighted: bool = False,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """Local SGD: after H steps of their own, replicas go on from the mean of their parameters.
 
-        return work(state, cohort)
+        θ_i takes H steps of the optimizer on shard i;        θ_i' = mean_j θ_j
 
-    return Algorithm(*guarded(where, loss, DiLoCoState, init, round, lambda state: state.params))
+    The replicas' optimizers keep their states. This is `diloco` with SGD of rate 1 for outer
+    optimizer, and has its arguments, metrics and state. A schedule for ``steps`` makes it
+    post-local SGD: ``lambda averages: jnp.where(averages < 1000, 1, 16)`` averages after every
+    step at first.
+
+    Args:
+      loss: see `fax.algorithms.fedavg`.
+      inner_optimizer: the replicas', from optax.
+      replicas: how many there are. All start from the same parameters.
+      steps: H, or a schedule; see `diloco`. Default: all batches of the round.
+      weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
+      aggregator: from `fax.aggregators`, what makes the mean way of the replicas' ways since the
+        last mean. Default: the mean.
+      vectorize: how many replicas one device works on at once; see `diloco`.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`.
+
+    Raises:
+      ValueError: as `diloco`.
+
+    References:
+      Stich, Local SGD converges fast and communicates little, arXiv:1805.09767. Lin et al., Don't
+      use large mini-batches, use local SGD, arXiv:1808.07217.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> algorithm = fax.algorithms.local_sgd(loss, optax.sgd(0.5), replicas=2, steps=2)
+      >>> data = fax.data.InMemory({"shard 0": {"x": jnp.ones(9)}, "shard 1": {"x": jnp.zeros(9)}})
+      >>> rounds = fax.data.cohorts(
+      ...     data, 2, batch_size=3, sampler="stream", max_steps=2, placement="replicas"
+      ... )
+      >>> state, metrics = algorithm.round(algorithm.init(jnp.zeros(())), next(rounds))
+      >>> algorithm.params(state)  # the mean of 0.75 and 0
+      Array(0.375, dtype=float32)
+    """
+    caller = "fax.algorithms.local_sgd"
+    return outer_steps(
+        caller,
+        loss,
+        inner_optimizer,
+        optax.sgd(1.0),
+        replicas,
+        steps,
+        weighted,
+        aggregator,
+        vectorize,
+    )

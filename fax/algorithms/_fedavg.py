@@ -1,4 +1,4 @@
-"""Federated averaging: the server takes the clients' mean update for a gradient."""
+"""Federated averaging, and its variants with another server, a proximal term, or another name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import optax
 
+from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import averaging
 from fax.algorithms._checks import arguments
-from fax.algorithms._local import Local, difference, train
+from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._local import local_steps, proximal
 from fax.data import Client
 
 PyTree = Any
@@ -81,37 +82,189 @@ def fedavg(
       >>> sorted(metrics)
       ['clients/loss', 'loss']
     """
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    return local_steps(
-        "fax.algorithms.fedavg",
-        loss,
-        client_optimizer,
-        server_optimizer,
-        aggregator,
-        vectorize,
-    )
+    name = "fax.algorithms.fedavg"
+    return averaging(name, loss, client_optimizer, server_optimizer, aggregator, vectorize)
 
 
-def local_steps(
-    caller: str,
+def fedopt(
     loss: Callable,
     client_optimizer: optax.GradientTransformation,
     server_optimizer: optax.GradientTransformation,
+    *,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """Federated optimization (FedOpt): FedAvg with an optimizer at the server.
+
+    In a round every client i of the cohort starts from the server's parameters x, takes a step of
+    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
+    of the updates, weighted by the numbers of examples n_i, for a gradient:
+
+        D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
+
+    ``optax.sgd(1.0)`` is FedAvg, what `fedavg` does by default; `server_momentum` is
+    FedAvgM; `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi.
+    Any other of optax will do, too.
+
+    Args:
+      loss: see `fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: one of the above.
+      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
+      vectorize: how many clients one device works on at once; see `fedavg`.
+
+    Returns:
+      The algorithm, with states and metrics as of `fedavg`.
+
+    Raises:
+      ValueError: as `fedavg`.
+
+    References:
+      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithms 1 and 2.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] - params) ** 2
+      >>> algorithm = fax.algorithms.fedopt(
+      ...     loss, optax.sgd(0.1), fax.algorithms.server_yogi(0.1)
+      ... )
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(3)}})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=3)
+      >>> state = algorithm.init(jnp.ones(()))
+      >>> state, _ = fax.algorithms.many_rounds(algorithm, state, rounds, 100)
+      >>> print(f"{algorithm.params(state):.2f}")
+      0.50
+    """
+    name = "fax.algorithms.fedopt"
+    arguments(name, loss, server_optimizer=server_optimizer)  # there is no default
+    return averaging(name, loss, client_optimizer, server_optimizer, aggregator, vectorize)
+
+
+def fedprox(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    mu: Any,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """FedProx: FedAvg whose clients do not go far from the server's parameters.
+
+    In a round every client i of the cohort starts from the server's parameters x, and takes a step
+    of its optimizer on each of its batches, to minimise
+
+        h_i(y; x) = f_i(y) + mu/2 ‖y - x‖^2,    of gradient    grad f_i(y) + mu (y - x),
+
+    where f_i is its mean loss. The server does what it does in `fedavg`. With mu = 0
+    it is federated averaging.
+
+    Args:
+      loss: see `fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
+      mu: the weight of the proximal term; the paper tries 0.001, 0.01, 0.1 and 1. It may be traced.
+      aggregator: from `fax.aggregators`. Default: the mean, weighted by the numbers of examples.
+      vectorize: how many clients one device works on at once; see `fedavg`.
+
+    Returns:
+      The algorithm, with states and metrics as of `fedavg`. The losses are f_i,
+      without the proximal term.
+
+    Raises:
+      ValueError: if ``mu`` is negative, and as `fedavg`.
+
+    References:
+      Li et al., Federated optimization in heterogeneous networks, arXiv:1812.06127, Algorithm 2.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, batch, key):
+      ...     return (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=3, epochs=100))
+      >>> for mu in (0.0, 1.0):  # to 1, or half the way
+      ...     algorithm = fax.algorithms.fedprox(loss, optax.sgd(0.1), mu=mu)
+      ...     state, _ = algorithm.round(algorithm.init(jnp.zeros(())), cohort)
+      ...     print(f"{algorithm.params(state):.2f}")
+      1.00
+      0.50
+    """
+    name = "fax.algorithms.fedprox"
+    _arguments.number(name, "mu", mu, least=0)
+    return averaging(name, loss, client_optimizer, server_optimizer, aggregator, vectorize, mu)
+
+
+def reptile(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """Reptile: towards where clients' local steps lead. It is `fedavg`, by a name of its own.
+
+        x' = server_optimizer(x, gradient = mean_i(x - y_i))
+
+    where y_i is what client i of the cohort has after a step of its optimizer on each of its
+    batches, and the mean is weighted by the numbers of examples. `personalize` adapts x to clients.
+
+    Args:
+      loss: see `fedavg`.
+      client_optimizer: from optax; its state starts anew at each client and round.
+      server_optimizer: from optax. The paper's step size epsilon is ``optax.sgd(epsilon)``, 0.1 to
+        1 in its experiments; it also proposes Adam. Default: ``optax.sgd(1.0)``.
+      aggregator: from `fax.aggregators`. Default: the mean above.
+      vectorize: how many clients one device works on at once; see `fedavg`.
+
+    Returns:
+      The algorithm, with states and metrics as of `fedavg`.
+
+    Raises:
+      ValueError: as `fedavg`.
+
+    References:
+      Nichol, Achiam and Schulman, On first-order meta-learning algorithms, arXiv:1803.02999. Jiang
+      et al., Improving federated learning personalization via model agnostic meta learning,
+      arXiv:1909.12488.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> algorithm = fax.algorithms.reptile(loss, optax.sgd(1.0), optax.sgd(0.25))
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=3))
+      >>> state, _ = algorithm.round(algorithm.init(jnp.zeros(())), cohort)
+      >>> print(algorithm.params(state))
+      0.25
+    """
+    name = "fax.algorithms.reptile"
+    return averaging(name, loss, client_optimizer, server_optimizer, aggregator, vectorize)
+
+
+def averaging(
+    name: str,
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None,
     aggregator: Aggregator | None,
     vectorize: int | None,
+    mu: Any = None,
 ) -> Algorithm:
-    """The algorithm of `fedavg`, for ``caller``."""
-    aggregator = arguments(
-        caller,
-        loss,
-        aggregator,
-        vectorize,
-        client_optimizer=client_optimizer,
-        server_optimizer=server_optimizer,
+    """The algorithm of `fedavg`, with a proximal term if there is a ``mu``."""
+    arguments(name, loss, client_optimizer=client_optimizer)
+
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        x = server.params
+        correct = None if mu is None else proximal(x, mu)
+        trained = local_steps(loss, client_optimizer, x, data, server.model_state, correct=correct)
+        return ClientResult.of(trained, server)
+
+    return federated(
+        name, loss, client, server_optimizer, aggregator=aggregator, vectorize=vectorize
     )
-
-    def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
-        trained = train(loss, client_optimizer, params, model_state, client)
-        return difference(trained, params)
-
-    return averaging(caller, loss, local, server_optimizer, aggregator, vectorize)

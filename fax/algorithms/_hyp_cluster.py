@@ -10,50 +10,24 @@ import jax.numpy as jnp
 import optax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import (
-    aggregate,
-    check_model_state,
-    next_model_state,
-    server_step,
-    strong,
-)
-from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._clients import is_per_client, rows_of, with_rows
+from fax.algorithms._checks import arguments, check_trained, check_whole
+from fax.algorithms._clients import is_per_client
 from fax.algorithms._clusters import best_model, check_models, one_model
-from fax.algorithms._local import Tally, metrics_of, train
-from fax.data import Client, Cohort
+from fax.algorithms._federated import (
+    ClientResult,
+    Received,
+    Server,
+    State,
+    federated,
+    next_model_state,
+)
+from fax.algorithms._local import examples_of, local_steps
+from fax.data import Client
 
 PyTree = Any
-
-
-class HypClusterState(NamedTuple):
-    """The server's state.
-
-    Attributes:
-      params: the clusters' models, leaves [num_clusters, ...].
-      optimizer: the states of the server's optimizer, leaves [num_clusters, ...].
-      model_state: what the models have besides parameters, leaves [num_clusters, ...], or None.
-      aggregator: the state of the aggregator for each cluster, a tuple; of a private one there is
-        one state for all; or None.
-    """
-
-    params: PyTree
-    optimizer: PyTree
-    model_state: PyTree
-    aggregator: PyTree
-
-
-class _Sent(NamedTuple):
-    """What a client sends: for each cluster an update and a weight, zero but for its own."""
-
-    updates: list[PyTree]
-    weights: list[jax.Array]
-    model_state: PyTree
-    tally: Tally
-    choice: jax.Array
 
 
 def hyp_cluster(
@@ -95,12 +69,14 @@ def hyp_cluster(
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` takes leaves [num_clusters, ...] and makes
-      a `HypClusterState`; ``params(state)`` has the same leaves, of which `hyp_cluster_choice` says
-      which is whose. Metrics are those of `fedavg`, and ``"clients/cluster"``, int32 [clients], and
-      ``"clusters/examples"`` [num_clusters]. Those of an aggregator that are not ``"clients/..."``
-      have a leading axis [num_clusters], but for a private one, of which ``"clients/bits"`` counts
-      the places of all clusters. How many clients picked which is a metric, and as all metrics not
-      private.
+      its `State`, whose ``optimizer`` and ``model_state`` have such leaves, too; ``aggregator`` is
+      a tuple with a state for each cluster, or of a private one a single state. ``models(state)``
+      are the clusters' models, of which `hyp_cluster_choice` says which is whose, and
+      ``params(state)`` is their mean, for those who cannot choose. Metrics are those of `fedavg`,
+      and ``"clients/cluster"``, int32 [clients], and ``"clusters/examples"`` [num_clusters]. Those
+      of an aggregator that are not ``"clients/..."`` have a leading axis [num_clusters], but for a
+      private one, of which ``"clients/bits"`` counts the places of all clusters. How many clients
+      picked which is a metric, and as all metrics not private.
 
     Raises:
       ValueError: if ``num_clusters`` is not a positive int, and in ``init`` if a leaf has no row
@@ -121,101 +97,118 @@ def hyp_cluster(
       >>> state = algorithm.init(jnp.array([-0.1, 0.1]))
       >>> for _ in range(40):
       ...     state, metrics = jax.jit(algorithm.round)(state, next(rounds))
-      >>> algorithm.params(state).round(2)
+      >>> algorithm.models(state).round(2)
       Array([-1.,  1.], dtype=float32)
     """
-    caller = "fax.algorithms.hyp_cluster"
-    k = _arguments.count(caller, "num_clusters", num_clusters)
+    name = "fax.algorithms.hyp_cluster"
+    check_whole(name, loss)
+    k = _arguments.count(name, "num_clusters", num_clusters)
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    aggregator = arguments(
-        caller,
-        loss,
-        aggregator,
-        vectorize,
-        client_optimizer=client_optimizer,
-        server_optimizer=server_optimizer,
+    optimizers = {"client_optimizer": client_optimizer, "server_optimizer": server_optimizer}
+    aggregator = arguments(name, loss, aggregator, **optimizers)
+    private = aggregator is not None and aggregator.private
+    of_each = optax.GradientTransformation(
+        jax.vmap(server_optimizer.init),
+        lambda gradient, state, params: jax.vmap(server_optimizer.update)(gradient, state, params),
     )
+
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        choice = best_model(loss, server.params, server.model_state, data)
+        before, model_state = one_model((server.params, server.model_state), choice)
+        trained = local_steps(loss, client_optimizer, before, data, model_state)
+        update = optax.tree.sub(trained.params, before)
+        mine = [choice == j for j in range(k)]
+        updates = [_where(own, update, optax.tree.zeros_like(update)) for own in mine]
+        # Floats, so that they are added up over devices together with the rest.
+        count = data.num_examples.astype(examples_of(trained.metrics).dtype)
+        weights = [jnp.where(own, count, 0) for own in mine]
+        return ClientResult(
+            updates,
+            {**trained.metrics, "cluster": choice},
+            weight=_Weight(data.num_examples, choice, weights),
+            extra=None if private else trained.model_state,
+        )
+
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        results = received.results
+        after = step(_stack(received.update))
+        examples = jnp.stack(fax.sum(results.weight.of_clusters))
+        if not private:
+            found = examples > 0
+            means = [
+                fax.mean(results.extra, weights=weights, where=results.weight.choice == j)
+                for j, weights in enumerate(results.weight.of_clusters)
+            ]
+            model_state = next_model_state(_stack(means), state.model_state)
+            new = after.params, after.optimizer, model_state
+            params, optimizer, model_state = _where(found, new, state[:3])
+            after = after._replace(params=params, optimizer=optimizer, model_state=model_state)
+        return after, {"clusters/examples": examples}
+
+    algorithm = federated(
+        name,
+        loss,
+        client,
+        of_each,
+        server=server,
+        models=lambda state: state.params,
+        params=lambda state: jax.tree.map(lambda x: jnp.mean(x, 0, dtype=x.dtype), state.params),
+        aggregator=_of_clusters(aggregator, k),
+        vectorize=vectorize,
+    )
+
+    def init(params: PyTree, model_state: PyTree = None) -> State:
+        check_trained(f"{name}: init: params", params)
+        check_models(params, model_state, k)
+        return algorithm.init(params, model_state)
+
+    return algorithm._replace(init=init)
+
+
+class _Weight(NamedTuple):
+    """What a client's updates count for.
+
+    Attributes:
+      of_all: the number of examples.
+      choice: the number of the cluster.
+      of_clusters: for each cluster the number of examples, zero but for its own.
+    """
+
+    of_all: jax.Array
+    choice: jax.Array
+    of_clusters: list[jax.Array]
+
+
+def _of_clusters(aggregator: Aggregator | None, k: int) -> Aggregator:
+    """Aggregates a list of updates, of the clusters one after the other, or of all as one."""
     private = aggregator is not None and aggregator.private
 
-    def init(params: PyTree, model_state: PyTree = None) -> HypClusterState:
-        check_models(params, model_state, k)
-        check_model_state("hyp_cluster", aggregator, model_state)
-        params, model_state = jax.tree.map(strong, (params, model_state))
-        own = None
-        if aggregator is not None:
-            models = [one_model(params, j) for j in range(k)]
-            own = aggregator.init(models) if private else tuple(map(aggregator.init, models))
-        return HypClusterState(params, jax.vmap(server_optimizer.init)(params), model_state, own)
+    def init(params: PyTree) -> PyTree:
+        models = [one_model(params, j) for j in range(k)]
+        if aggregator is None:
+            return None
+        return aggregator.init(models) if private else tuple(map(aggregator.init, models))
 
-    def local(params: PyTree, model_state: PyTree, client: Client) -> _Sent:
-        choice = best_model(loss, params, model_state, client)
-        before = one_model(params, choice)
-        trained = train(loss, client_optimizer, before, one_model(model_state, choice), client)
-        update = jax.tree.map(jnp.subtract, trained.params, before)
-        mine = [choice == j for j in range(k)]
-        updates = [_where(own, update, jax.tree.map(jnp.zeros_like, update)) for own in mine]
-        # Floats, so that they are added up over devices together with the rest.
-        count = client.num_examples.astype(trained.tally.examples.dtype)
-        weights = [jnp.where(own, count, 0) for own in mine]
-        return _Sent(updates, weights, trained.model_state, trained.tally, choice)
-
-    def round(
-        state: HypClusterState, cohort: Cohort
-    ) -> tuple[HypClusterState, dict[str, jax.Array]]:
-        @fax.program(clients=cohort.size)
-        def work(params: PyTree, model_state: PyTree, own: PyTree, cohort: Cohort) -> tuple:
-            sent = fax.map(
-                jax.checkpoint(local),
-                fax.broadcast(params),
-                fax.broadcast(model_state),
-                cohort.clients(),
-                vectorize=vectorize or cohort.vectorize,
-            )
-            if private:
-                update, after, more = aggregate(aggregator, sent.updates, own, cohort)
-            else:
-                update, after, each = zip(
-                    *(
-                        aggregate(aggregator, updates, own and own[j], cohort, weights, j)
-                        for j, (updates, weights) in enumerate(zip(sent.updates, sent.weights))
-                    )
-                )
-                more = _of_clusters(each, sent.choice)
-            mean_state = [
-                fax.mean(sent.model_state, weights=weights, where=sent.choice == j)
-                for j, weights in enumerate(sent.weights)
+    def aggregate(updates: list, weight: _Weight, state: PyTree, key: jax.Array) -> tuple:
+        if aggregator is None:
+            means = [
+                fax.mean(own, weights=weights) for own, weights in zip(updates, weight.of_clusters)
             ]
-            examples = jnp.stack(fax.sum(sent.weights))
-            metrics = {**metrics_of(sent.tally), **more}
-            return _stack(update), _stack(mean_state), after, examples, sent.choice, metrics
+            return means, None, {}
+        if private:
+            return aggregator.aggregate(updates, weight.of_all, state, key)
+        made = [
+            aggregator.aggregate(*own, _keys.derive(key, _keys.Use.CLUSTER, j))
+            for j, own in enumerate(zip(updates, weight.of_clusters, state))
+        ]
+        update, after, metrics = zip(*made)
+        after = tuple(
+            _of_members(weight.choice == j, fax.sum(weight.of_clusters[j]) > 0, new, old)
+            for j, (new, old) in enumerate(zip(after, state))
+        )
+        return list(update), after, _metrics_of_clusters(metrics, weight.choice)
 
-        before = rows_of(state.aggregator, cohort)
-        update, mean_state, own, examples, choice, metrics = work(
-            state.params, state.model_state, before, cohort
-        )
-        params, optimizer = jax.vmap(lambda *args: server_step(server_optimizer, *args))(
-            update, state.optimizer, state.params
-        )
-        found = examples > 0
-        after = own if private else None
-        if aggregator is not None and not private:
-            after = tuple(
-                _of_members(choice == j, found[j], *pair) for j, pair in enumerate(zip(own, before))
-            )
-        if not private:
-            params = _where(found, params, state.params)
-            optimizer = _where(found, optimizer, state.optimizer)
-        new = HypClusterState(
-            params,
-            optimizer,
-            _where(found, next_model_state(mean_state, state.model_state), state.model_state),
-            with_rows(state.aggregator, after, cohort),
-        )
-        return new, {**metrics, "clients/cluster": choice, "clusters/examples": examples}
-
-    return Algorithm(
-        *guarded(caller, loss, HypClusterState, init, round, lambda state: state.params)
-    )
+    return Aggregator(init, aggregate, private=private)
 
 
 def _stack(models: Sequence[PyTree]) -> PyTree:
@@ -241,7 +234,7 @@ def _of_members(mine: jax.Array, found: jax.Array, new: PyTree, old: PyTree) -> 
     return jax.tree.map(one, old, new, is_leaf=is_per_client)
 
 
-def _of_clusters(metrics: Sequence[dict], choice: jax.Array) -> dict[str, jax.Array]:
+def _metrics_of_clusters(metrics: Sequence[dict], choice: jax.Array) -> dict[str, jax.Array]:
     """What aggregators say, each client's from its own cluster's."""
     together = {}
     for name in metrics[0]:

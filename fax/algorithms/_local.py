@@ -11,80 +11,254 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import fax._reductions as reductions
 from fax import _arguments
+from fax.algorithms._personal import PersonalLoss, check_seen, put
 from fax.data import Client
+from fax.metrics import Mean, Statistic
 
 PyTree = Any
-
-
-class Tally(NamedTuple):
-    """Sums over examples.
-
-    Attributes:
-      sums: by the name of the metric, float scalars; ``"loss"`` is one of them.
-      examples: how many examples these are, a float scalar, so that it is summed up over devices
-        together with the rest.
-    """
-
-    sums: dict[str, jax.Array]
-    examples: jax.Array
+Metrics = dict[str, Statistic]
 
 
 class Trained(NamedTuple):
-    """What a client has after its local steps."""
+    """What a client has after its local steps.
+
+    Attributes:
+      params: its parameters.
+      model_state: what the model has besides parameters, or None.
+      metrics: ``"loss"`` and the loss function's metrics by name, `fax.metrics.Statistic` of all
+        examples that it has seen, each before the step that its batch is used in.
+      optimizer: the state of its optimizer.
+    """
 
     params: PyTree
     model_state: PyTree
-    tally: Tally
+    metrics: Metrics
     optimizer: PyTree
 
 
-class Local(NamedTuple):
-    """What a client sends.
+def local_steps(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    data: Client,
+    model_state: PyTree = None,
+    *,
+    correct: Callable[..., PyTree] | None = None,
+    example_weights: Callable[[PyTree], jax.Array] | None = None,
+    optimizer_state: PyTree = None,
+    first: Any = 0,
+    branch: bool = True,
+) -> Trained:
+    """Local training: one step of an optimizer on each of a client's batches.
 
-    Attributes:
-      update: to be added to the server's parameters, as far as the client is concerned.
-      model_state: None if the model has none.
-      tally: of the losses and metrics on the way.
+        y <- y + optimizer(gradient of the mean loss of a batch's real examples at y)
+
+    To be called in the function that `fax.map` runs for each client, as that of `federated`.
+
+    Args:
+      loss: see `fedavg`.
+      optimizer: from optax.
+      params: to start from.
+      data: the client, of which all batches are used in order; steps without examples are no steps.
+      model_state: to start from, if the model has one.
+      correct: ``correct(gradient, y, batch, mask, key)``, what the optimizer gets in place of a
+        batch's gradient at y. Default: the gradient.
+      example_weights: ``example_weights(batch)``, [batch], what each example's loss is multiplied
+        by before the mean is taken. Metrics do not see them. Default: 1.
+      optimizer_state: to start from. Default: a fresh one.
+      first: the number of the first step, from which steps get their keys.
+      branch: see `fax.data.Client.scan`.
+
+    Returns:
+      What the client has after the last step.
+
+    Raises:
+      ValueError: if the loss does not return one number for each example.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(4)}, "bob": {"x": jnp.zeros(2)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=2))
+      >>> @fax.program(clients=2)
+      ... def train(params, cohort):
+      ...     def client(params, data):
+      ...         return fax.algorithms.local_steps(loss, optax.sgd(0.5), params, data).params
+      ...     return fax.map(client, fax.broadcast(params), cohort.clients())
+      >>> print(train(jnp.zeros(()), cohort).sort())  # after one step and two
+      [0.   0.75]
     """
 
-    update: PyTree
-    model_state: PyTree
-    tally: Tally
+    def step(trained, batch, mask, key):
+        params, model_state, metrics, optimizer_state = trained
+        weights = None if example_weights is None else example_weights(batch)
+        gradient, (new, model_state) = batch_gradient(
+            loss, params, batch, mask, key, model_state, weights
+        )
+        if correct is not None:
+            gradient = correct(gradient, params, batch, mask, key)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        return Trained(params, model_state, optax.tree.add(metrics, new), optimizer_state)
+
+    optimizer_state = optimizer.init(params) if optimizer_state is None else optimizer_state
+    start = Trained(
+        params, model_state, no_metrics(loss, params, data, model_state), optimizer_state
+    )
+    return data.scan(step, start, first=first, branch=branch)
 
 
-def difference(trained: Trained, params: PyTree) -> Local:
-    """The way that a client went from the server's parameters."""
-    update = jax.tree.map(jnp.subtract, trained.params, params)
-    return Local(update, trained.model_state, trained.tally)
+def proximal(x: PyTree, mu: Any) -> Callable[..., PyTree]:
+    """What `local_steps` takes for ``correct`` so that mu/2 ‖y - x‖^2 is added to the loss at y."""
+
+    def correct(gradient: PyTree, y: PyTree, *step: Any) -> PyTree:
+        return jax.tree.map(lambda g, y, x: g + (mu * (y - x)).astype(g.dtype), gradient, y, x)
+
+    return correct
 
 
-def mean_loss(
+def local_gradient(
+    loss: Callable, params: PyTree, data: Client, model_state: PyTree = None
+) -> tuple[PyTree, Metrics]:
+    """The gradient of the mean loss over all batches of a client, at the same parameters.
+
+    Args:
+      loss: see `fedavg`.
+      params: where.
+      data: the client.
+      model_state: if the model has one. Each batch sees this one.
+
+    Returns:
+      The gradient, zero without any example, and metrics as of `local_steps`.
+
+    Raises:
+      ValueError: if the loss does not return one number for each example.
+
+    Example:
+
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(3.0)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=2))
+      >>> @fax.program(clients=1)
+      ... def gradients(params, cohort):
+      ...     def client(params, data):
+      ...         return fax.algorithms.local_gradient(loss, params, data)[0]
+      ...     return fax.map(client, fax.broadcast(params), cohort.clients())
+      >>> print(gradients(jnp.zeros(()), cohort))
+      [-1.]
+    """
+
+    def step(carry, batch, mask, key):
+        total, metrics = carry
+        gradient, (new, _) = batch_gradient(loss, params, batch, mask, key, model_state)
+        count = examples_of(new)
+        total = jax.tree.map(lambda t, g: t + (count * g).astype(t.dtype), total, gradient)
+        return total, optax.tree.add(metrics, new)
+
+    def zeros(x):  # half precision is added up in float32
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+    start = jax.tree.map(zeros, params), no_metrics(loss, params, data, model_state)
+    total, metrics = data.scan(step, start)
+    count = jnp.maximum(examples_of(metrics), 1)
+    return jax.tree.map(lambda t, p: (t / count).astype(p.dtype), total, params), metrics
+
+
+def batch_gradient(
     loss: Callable,
     params: PyTree,
-    model_state: PyTree,
     batch: PyTree,
     mask: jax.Array,
     key: jax.Array,
-    factors: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Tally, PyTree]]:
-    """The mean loss of a batch's real examples; their tally, and the model's next state.
+    model_state: PyTree = None,
+    weights: jax.Array | None = None,
+) -> tuple[PyTree, tuple[Metrics, PyTree]]:
+    """The gradient of `batch_loss` with respect to the parameters, and what comes with it.
 
     Args:
-      loss: see `fax.algorithms.fedavg`.
-      params: what the loss is differentiated by.
-      model_state: None if the model has none.
+      loss, params, batch, mask, key, model_state, weights: see `batch_loss`.
+
+    Returns:
+      The gradient, like the parameters; and the pair of metrics and the model's next state.
+
+    Raises:
+      ValueError: as `batch_loss`.
+
+    Example:
+
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> batch, mask = {"x": jnp.array([1.0, 2.0, 0.0])}, jnp.array([True, True, False])
+      >>> gradient, _ = fax.algorithms.batch_gradient(
+      ...     loss, jnp.zeros(()), batch, mask, jax.random.key(0)
+      ... )
+      >>> print(gradient)
+      -1.5
+    """
+
+    def of(params: PyTree, state: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+        return batch_loss(loss, params, batch, mask, key, state, weights)
+
+    if not isinstance(loss, PersonalLoss):
+        return jax.grad(of, has_aux=True)(params, model_state)
+    seen = check_seen(model_state)  # whose personal parameters take a step of their own
+    (gradient, own), (metrics, seen) = jax.grad(
+        lambda params, own: of(params, seen.with_params(own)), (0, 1), has_aux=True
+    )(params, seen.parts.params)
+    return gradient, (metrics, seen.step(loss.optimizer, own))
+
+
+def batch_loss(
+    loss: Callable,
+    params: PyTree,
+    batch: PyTree,
+    mask: jax.Array,
+    key: jax.Array,
+    model_state: PyTree = None,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+    """The mean loss of a batch's real examples, 0 if there is none.
+
+    Args:
+      loss: see `fedavg`.
+      params: the model's parameters.
       batch: leaves [batch, ...].
-      mask: bool [batch].
+      mask: bool [batch], False for padding.
       key: for the loss.
-      factors: [batch], what each example's loss counts in the mean, not in the tally. Default: 1.
+      model_state: if the model has one.
+      weights: [batch], what each example's loss is multiplied by before the mean is taken, over
+        all real examples; metrics do not see them. Default: 1.
+
+    Returns:
+      The mean; and a pair of metrics, by name `fax.metrics.Statistic` of the real examples, and of
+      the model's next state.
+
+    Raises:
+      ValueError: if the loss does not return one number for each example.
+
+    Example:
+
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> batch, mask = {"x": jnp.array([1.0, 2.0, 0.0])}, jnp.array([True, True, False])
+      >>> mean, (metrics, _) = fax.algorithms.batch_loss(
+      ...     loss, jnp.zeros(()), batch, mask, jax.random.key(0)
+      ... )
+      >>> print(mean, metrics["loss"].result())
+      1.25 1.25
     """
     values, model_state = per_example(loss, params, model_state, batch, mask, key)
-    sums = {name: _total(own, mask) for name, own in values.items()}
-    count = jnp.sum(mask, dtype=sums["loss"].dtype)
-    objective = sums["loss"] if factors is None else _total(values["loss"] * factors, mask)
-    return objective / jnp.maximum(count, 1), (Tally(sums, count), model_state)
+    total = _total(values["loss"], mask)
+    count = jnp.sum(mask, dtype=total.dtype)
+
+    def pooled(name: str, own: Any) -> Statistic:
+        if isinstance(own, Statistic):
+            return own.sum(where=mask)
+        return Mean(total if name == "loss" else _total(own, mask), count)
+
+    metrics = {name: pooled(name, own) for name, own in values.items()}
+    objective = total if weights is None else _total(values["loss"] * weights, mask)
+    return objective / jnp.maximum(count, 1), (metrics, model_state)
 
 
 def per_example(
@@ -94,8 +268,14 @@ def per_example(
     batch: PyTree,
     mask: jax.Array,
     key: jax.Array,
-) -> tuple[dict[str, jax.Array], PyTree]:
+) -> tuple[dict[str, Any], PyTree]:
     """``"loss"`` and the loss function's metrics of each example, and the model's next state."""
+    if isinstance(loss, PersonalLoss):
+        seen = check_seen(model_state)
+        params = put(params, seen.parts.params)
+        model_state = put(seen.model_state, seen.parts.model_state)
+        named, new = per_example(loss.loss, params, model_state, batch, mask, key)
+        return named, seen.after(new)
     loss = told_of_padding(loss, mask)
     if model_state is None:
         out = loss(params, batch, key)
@@ -111,6 +291,9 @@ def per_example(
         )
     named = {"loss": losses, **metrics}
     for name, values in named.items():
+        if isinstance(values, Statistic) and name != "loss":
+            _check_statistic(name, values, mask)
+            continue
         dtype = _arguments.dtype_of(values)
         if dtype is None:
             raise ValueError(
@@ -133,6 +316,16 @@ def per_example(
     return named, model_state
 
 
+def _check_statistic(name: str, values: Statistic, mask: jax.Array) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+        if jnp.shape(leaf)[:1] != mask.shape:
+            raise ValueError(
+                f"loss returned {name!r} with {jax.tree_util.keystr(path)} of shape "
+                f"{jnp.shape(leaf)}, expected ({len(mask)}, ...): a statistic of each example of "
+                "the batch. fax adds them up, without padding."
+            )
+
+
 def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
     """The loss, with the batch's mask if it has a parameter of that name."""
     try:
@@ -140,55 +333,6 @@ def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
     except (TypeError, ValueError):  # something built in, which has no signature
         asks = False
     return functools.partial(loss, mask=mask) if asks else loss
-
-
-def mean_gradient(
-    loss: Callable,
-    params: PyTree,
-    model_state: PyTree,
-    batch: PyTree,
-    mask: jax.Array,
-    key: jax.Array,
-    factors: jax.Array | None = None,
-) -> tuple[PyTree, tuple[Tally, PyTree]]:
-    """The gradient of `mean_loss` with respect to the parameters, and what comes with it."""
-
-    def of(params: PyTree) -> tuple[jax.Array, tuple[Tally, PyTree]]:
-        return mean_loss(loss, params, model_state, batch, mask, key, factors)
-
-    return jax.grad(of, has_aux=True)(params)
-
-
-def full_gradient(
-    loss: Callable,
-    params: PyTree,
-    model_state: PyTree,
-    client: Client,
-) -> tuple[PyTree, Tally]:
-    """The gradient of the mean loss over all batches of a client, at the same parameters.
-
-    Without any example it is zero.
-
-    Args:
-      loss: see `fax.algorithms.fedavg`.
-      params: where.
-      model_state: None if the model has none. Each batch sees this one.
-      client: its batches.
-    """
-
-    def step(carry, batch, mask, key):
-        total, tally = carry
-        gradient, (new, _) = mean_gradient(loss, params, model_state, batch, mask, key)
-        total = jax.tree.map(lambda t, g: t + (new.examples * g).astype(t.dtype), total, gradient)
-        return total, jax.tree.map(jnp.add, tally, new)
-
-    def zeros(x):  # half precision is added up in float32
-        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-    start = jax.tree.map(zeros, params), no_tally(loss, params, model_state, client)
-    total, tally = client.scan(step, start)
-    count = jnp.maximum(tally.examples, 1)
-    return jax.tree.map(lambda t, p: (t / count).astype(p.dtype), total, params), tally
 
 
 def _parts(out: Any, *expected: str) -> Any:
@@ -212,74 +356,17 @@ def _total(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, values, 0), dtype=dtype)
 
 
-def train(
-    loss: Callable,
-    optimizer: optax.GradientTransformation,
-    params: PyTree,
-    model_state: PyTree,
-    client: Client,
-    correct: Callable[[PyTree, PyTree], PyTree] = lambda gradient, params: gradient,
-    factors: Callable[[PyTree], jax.Array | None] = lambda batch: None,
-    optimizer_state: PyTree = None,
-    **scan: Any,
-) -> Trained:
-    """Runs a client's local steps.
+def examples_of(metrics: Metrics) -> jax.Array:
+    """How many examples metrics are of, a float scalar."""
+    loss = metrics["loss"]
+    assert isinstance(loss, Mean)
+    return loss.weight
 
-    Args:
-      loss: see `fax.algorithms.fedavg`.
-      optimizer: the client's.
-      params: to start from.
-      model_state: None if the model has none.
-      client: its batches.
-      correct: ``correct(gradient, params)``, the gradient that the optimizer gets at ``params``.
-      factors: ``factors(batch)``, [batch]; see `mean_loss`.
-      optimizer_state: to start from. Default: a fresh one.
-      **scan: arguments of `Client.scan`.
-    """
 
-    def step(trained, batch, mask, key):
-        params, optimizer_state, model_state, tally = trained
-        gradient, (new, model_state) = mean_gradient(
-            loss, params, model_state, batch, mask, key, factors(batch)
-        )
-        gradient = correct(gradient, params)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, optimizer_state, model_state, jax.tree.map(jnp.add, tally, new)
-
-    start = (
-        params,
-        optimizer.init(params) if optimizer_state is None else optimizer_state,
-        model_state,
-        no_tally(loss, params, model_state, client),
+def no_metrics(loss: Callable, params: PyTree, data: Client, model_state: PyTree) -> Metrics:
+    """The metrics of no examples."""
+    _, (metrics, _) = jax.eval_shape(
+        lambda batch, mask, key: batch_loss(loss, params, batch, mask, key, model_state),
+        *jax.eval_shape(lambda: (data.batch(0), data.mask[0], data.key)),
     )
-    params, optimizer_state, model_state, tally = client.scan(step, start, **scan)
-    return Trained(params, model_state, tally, optimizer_state)
-
-
-def no_tally(loss: Callable, params: PyTree, model_state: PyTree, client: Client) -> Tally:
-    """The tally of no examples."""
-    _, (tally, _) = jax.eval_shape(
-        lambda *own: mean_loss(loss, params, model_state, *own),
-        *jax.eval_shape(lambda: (client.batch(0), client.mask[0], client.key)),
-    )
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tally)
-
-
-def metrics_of(
-    tally: Tally, total: Tally | None = None, each: str = "clients"
-) -> dict[str, jax.Array]:
-    """Means over all examples, and ``clients/...``, over those of each client.
-
-    Args:
-      tally: placed; to be called in a program.
-      total: its sum, if that is known.
-      each: what participants are called.
-    """
-    total = reductions.sum(tally) if total is None else total
-    metrics = {name: value / jnp.maximum(total.examples, 1) for name, value in total.sums.items()}
-    own = {
-        f"{each}/{name}": value / jnp.maximum(tally.examples, 1)
-        for name, value in tally.sums.items()
-    }
-    return {**metrics, **own}
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)

@@ -7,75 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import averaging, strong
-from fax.algorithms._checks import arguments, check_cohort
-from fax.algorithms._fedavg import local_steps
-from fax.algorithms._local import Local, full_gradient, train
+from fax.algorithms._checks import arguments, check_cohort, check_whole
+from fax.algorithms._federated import ClientResult, Server, federated, strong
+from fax.algorithms._local import examples_of, local_gradient, local_steps
 from fax.data import Client, Cohort
 
 PyTree = Any
 
 
-def reptile(
-    loss: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_learning_rate: Any,
-    *,
-    aggregator: Aggregator | None = None,
-    vectorize: int | None = None,
-) -> Algorithm:
-    """Reptile: towards where clients' local steps lead. It is FedAvg with a server learning rate.
-
-        x' = x + server_learning_rate mean_i(y_i - x)
-
-    where y_i is what client i of the cohort has after a step of its optimizer on each of its
-    batches, and the mean is weighted by the numbers of examples. `personalize` adapts x to clients.
-
-    Args:
-      loss: see `fax.algorithms.fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
-      server_learning_rate: the paper's epsilon, 0.1 to 1 in its experiments; it may be traced.
-      aggregator: from `fax.aggregators`. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
-
-    Returns:
-      The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
-
-    Raises:
-      ValueError: if ``server_learning_rate`` is negative, and as `fax.algorithms.fedavg`.
-
-    References:
-      Nichol, Achiam and Schulman, On first-order meta-learning algorithms, arXiv:1803.02999. Jiang
-      et al., Improving federated learning personalization via model agnostic meta learning,
-      arXiv:1909.12488.
-
-    Example:
-
-      >>> import optax
-      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
-      >>> algorithm = fax.algorithms.reptile(loss, optax.sgd(1.0), 0.25)
-      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}})
-      >>> cohort = next(fax.data.cohorts(data, clients=1, batch_size=3))
-      >>> state, _ = algorithm.round(algorithm.init(jnp.zeros(())), cohort)
-      >>> print(algorithm.params(state))
-      0.25
-    """
-    caller = "fax.algorithms.reptile"
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    server_optimizer = optax.sgd(server_learning_rate)
-    return local_steps(caller, loss, client_optimizer, server_optimizer, aggregator, vectorize)
-
-
 def maml(
     loss: Callable,
-    inner_learning_rate: Any,
+    client_optimizer: optax.GradientTransformation,
     server_optimizer: optax.GradientTransformation,
     *,
     query: str = "query",
@@ -87,10 +35,11 @@ def maml(
 
     A client's examples are of two kinds: by those for support it adapts the parameters, by those
     for queries it is judged. In a round every client i of the cohort starts from the server's
-    parameters x, takes a step of SGD on the support examples of each of its batches, and ends with
-    y_i(x). Its meta-gradient is that of the mean loss q_i of its query examples, through the steps:
+    parameters x, takes a step of its optimizer on the support examples of each of its batches, and
+    ends with y_i(x). Its meta-gradient is that of the mean loss q_i of its query examples, through
+    the steps:
 
-        y <- y - inner_learning_rate grad f_i(y; batch)
+        y <- client_optimizer(y, gradient = grad f_i(y; batch))
         G_i = d q_i(y_i(x)) / dx        or, of first order,    G_i = grad q_i(y_i)
         x' = server_optimizer(x, gradient = mean_i G_i)
 
@@ -101,24 +50,24 @@ def maml(
     ``jax.checkpoint(loss)`` in place of the loss it keeps the parameters of each step alone.
 
     Args:
-      loss: see `fax.algorithms.fedavg`. It also sees the feature ``query``.
-      inner_learning_rate: of the local SGD; it may be traced.
+      loss: see `fedavg`. It also sees the feature ``query``.
+      client_optimizer: from optax, ``optax.sgd(inner_learning_rate)`` in the papers; its state
+        starts anew at each client and round, and derivatives go through it.
       server_optimizer: from optax.
       query: the name of a feature of the examples, a bool for each: True for a query, False for
         support.
       first_order: whether the local steps are taken for a constant shift (FOMAML, Per-FedAvg (FO)).
         This needs no second derivatives of the loss.
       aggregator: from `fax.aggregators`, of the updates -G_i. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states as of `fax.algorithms.fedavg`. Metrics are those of the query
-      examples after the local steps. The model's state is handed on through the local steps, and
-      not differentiated; the new one is the mean of the clients', weighted by examples.
+      The algorithm, with states as of `fedavg`. Metrics are those of the query examples after the
+      local steps. The model's state is handed on through the local steps, and not differentiated;
+      the new one is the mean of the clients', weighted by examples.
 
     Raises:
-      ValueError: if ``inner_learning_rate`` is negative; in a round, if examples have no bool
-        feature ``query``; and as `fax.algorithms.fedavg`.
+      ValueError: in a round, if examples have no bool feature ``query``; and as `fedavg`.
 
     References:
       Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep networks,
@@ -130,7 +79,7 @@ def maml(
       >>> import optax
       >>> def loss(params, batch, key):
       ...     return (batch["x"] - params) ** 2 / 2
-      >>> algorithm = fax.algorithms.maml(loss, 0.5, optax.sgd(1.0))
+      >>> algorithm = fax.algorithms.maml(loss, optax.sgd(0.5), optax.sgd(1.0))
       >>> query = jnp.array([False, False, True])
       >>> data = fax.data.InMemory(
       ...     {
@@ -150,35 +99,35 @@ def maml(
       >>> print(own[jnp.argsort(cohort.positions)].round(2))
       [2.5 3.5]
     """
-    caller = "fax.algorithms.maml"
-    _arguments.number(caller, "inner_learning_rate", inner_learning_rate, least=0)
-    _arguments.text(caller, "query", query, "the name of a feature")
-    _arguments.flag(caller, "first_order", first_order)
-    aggregator = arguments(caller, loss, aggregator, vectorize, server_optimizer=server_optimizer)
+    name = "fax.algorithms.maml"
+    _arguments.text(name, "query", query, "the name of a feature")
+    _arguments.flag(name, "first_order", first_order)
+    optimizers = {"client_optimizer": client_optimizer, "server_optimizer": server_optimizer}
+    arguments(name, loss, **optimizers)
 
-    def local(params: PyTree, model_state: PyTree, client: Client) -> Local:
-        support, queries = _split(caller, client, query)
-        sgd = optax.sgd(inner_learning_rate)
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        support, queries = _split(name, data, query)
 
         def adapted(x: PyTree) -> tuple[PyTree, PyTree]:
-            trained = train(loss, sgd, x, model_state, support)
+            trained = local_steps(loss, client_optimizer, x, support, server.model_state)
             return trained.params, trained.model_state
 
         def through(y: PyTree) -> tuple[PyTree]:
             return (y,)
 
         if first_order:
-            y, model_state = adapted(params)
+            y, model_state = adapted(server.params)
         else:
-            y, through, model_state = jax.vjp(adapted, params, has_aux=True)
-        gradient, tally = full_gradient(loss, y, model_state, queries)
+            y, through, model_state = jax.vjp(adapted, server.params, has_aux=True)
+        gradient, metrics = local_gradient(loss, y, queries, model_state)
         (meta_gradient,) = through(gradient)
-        return Local(jax.tree.map(jnp.negative, meta_gradient), model_state, tally)
+        examples = examples_of(metrics)
+        weight = (examples > 0).astype(examples.dtype)
+        return ClientResult(optax.tree.scale(-1, meta_gradient), metrics, model_state, weight)
 
-    def weights(sent: Local, cohort: Cohort) -> jax.Array:
-        return (sent.tally.examples > 0).astype(sent.tally.examples.dtype)
-
-    return averaging(caller, loss, local, server_optimizer, aggregator, vectorize, weights)
+    return federated(
+        name, loss, client, server_optimizer, aggregator=aggregator, vectorize=vectorize
+    )
 
 
 def personalize(
@@ -191,12 +140,12 @@ def personalize(
     """Parameters that are adapted to each client by local steps, to be evaluated.
 
     Args:
-      loss: see `fax.algorithms.fedavg`.
+      loss: see `fedavg`.
       client_optimizer: from optax; it takes a step on each of a client's batches. For what `maml`
-        adapts by, ``optax.sgd(inner_learning_rate)``.
+        adapts by, its own.
       query: the name of a bool feature of the examples; those where it is True are left out.
         Default: all examples are used.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
       ``adapt(params, cohort, model_state=None) -> params``, a pure function. Leaves of what it
@@ -219,14 +168,15 @@ def personalize(
       [0.5 0. ]
     """
     caller = "fax.algorithms.personalize"
+    check_whole(caller, loss)
     arguments(caller, loss, None, vectorize, client_optimizer=client_optimizer)
     if query is not None:
         _arguments.text(caller, "query", query, "the name of a feature")
 
-    def local(params: PyTree, model_state: PyTree, client: Client) -> PyTree:
+    def local(params: PyTree, model_state: PyTree, data: Client) -> PyTree:
         if query is not None:
-            client, _ = _split(caller, client, query)
-        return train(loss, client_optimizer, params, model_state, client).params
+            data, _ = _split(caller, data, query)
+        return local_steps(loss, client_optimizer, params, data, model_state).params
 
     def adapt(params: PyTree, cohort: Cohort, model_state: PyTree = None) -> PyTree:
         check_cohort(f"{caller}: adapt", cohort)

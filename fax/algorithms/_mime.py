@@ -6,35 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import (
-    FedAvgState,
-    aggregate,
-    check_private,
-    moved,
-    next_model_state,
-    rows_of,
-    strong,
-    with_rows,
-)
-from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._local import (
-    Local,
-    full_gradient,
-    mean_gradient,
-    metrics_of,
-    no_tally,
-)
-from fax.data import Client, Cohort
+from fax.algorithms._checks import arguments
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import batch_gradient, local_gradient, local_steps
+from fax.data import Client
 
 PyTree = Any
-_SENT = "gradients for the optimizer's statistics are averaged over clients"
 
 
 def mime(
@@ -64,21 +47,21 @@ def mime(
     Adam's in the second moment, too, and so does FedJAX's.
 
     Args:
-      loss: see `fax.algorithms.fedavg`.
+      loss: see `fedavg`.
       base_optimizer: from optax. With ``optax.sgd`` it has no statistics, and Mime is like SVRG.
-      server_learning_rate: 1 in the paper; it may be traced.
+      server_learning_rate: of the server, whose step is the paper's, with 1; it may be traced.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean
         above. Gradients are not sent through it, so that it cannot be a private one.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes a `FedAvgState`, whose ``optimizer``
-      is s. Metrics and the model's state are as of `fax.algorithms.fedavg`. A batch costs three
-      gradients, and a round goes through the batches twice, all of its epochs.
+      The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``server`` is s.
+      Metrics and the model's state are as of `fedavg`. A batch costs three gradients, and a round
+      goes through the batches twice, all of its epochs.
 
     Raises:
       ValueError: if ``server_learning_rate`` is negative or ``aggregator`` private, and as
-        `fax.algorithms.fedavg`.
+        `fedavg`.
 
     References:
       Karimireddy et al., Mime: mimicking centralized stochastic algorithms in federated learning,
@@ -127,23 +110,23 @@ def mime_lite(
     ``optax.sgd`` for an optimizer, which has no statistics, it is federated averaging.
 
     Args:
-      loss: see `fax.algorithms.fedavg`.
+      loss: see `fedavg`.
       base_optimizer: from optax.
-      server_learning_rate: 1 in the paper; it may be traced.
+      server_learning_rate: of the server, whose step is the paper's, with 1; it may be traced.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean,
         weighted by the numbers of examples. Gradients are not sent through it, so that it cannot be
         a private one.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states and metrics as of `fax.algorithms.mime`. A batch costs two
+      The algorithm, with states and metrics as of `mime`. A batch costs two
       gradients.
 
     Raises:
-      ValueError: as `fax.algorithms.mime`.
+      ValueError: as `mime`.
 
     References:
-      As of `fax.algorithms.mime`.
+      As of `mime`.
 
     Example:
 
@@ -169,7 +152,7 @@ def mime_lite(
 
 
 def _mimicking(
-    caller: str,
+    name: str,
     loss: Callable,
     base_optimizer: optax.GradientTransformation,
     server_learning_rate: Any,
@@ -177,74 +160,46 @@ def _mimicking(
     vectorize: int | None,
     lite: bool,
 ) -> Algorithm:
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    aggregator = arguments(caller, loss, aggregator, vectorize, base_optimizer=base_optimizer)
-    check_private(caller, aggregator, _SENT)
+    _arguments.number(name, "server_learning_rate", server_learning_rate, least=0)
+    arguments(name, loss, base_optimizer=base_optimizer)
 
-    def init(params: PyTree, model_state: PyTree = None) -> FedAvgState:
-        params, model_state = jax.tree.map(strong, (params, model_state))
-        own = None if aggregator is None else aggregator.init(params)
-        return FedAvgState(params, base_optimizer.init(params), model_state, own)
+    def gradient(server: Server, own: None, data: Client) -> PyTree:
+        return local_gradient(loss, server.params, data, server.model_state)[0]
 
-    def gradient_of(x: PyTree, model_state: PyTree, client: Client) -> PyTree:
-        return full_gradient(loss, x, model_state, client)[0]
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        x, s, c = server.params, server.state, server.first
 
-    def local(x: PyTree, s: PyTree, c: PyTree, model_state: PyTree, client: Client) -> Local:
-        def one(carry: tuple, batch: PyTree, mask: jax.Array, key: jax.Array) -> tuple:
-            y, own_state, tally = carry
-            gradient, (new, own_state) = mean_gradient(loss, y, own_state, batch, mask, key)
-            if not lite:
-                at_x, _ = mean_gradient(loss, x, model_state, batch, mask, key)
-                gradient = jax.tree.map(lambda g, h, c: g - h + c, gradient, at_x, c)
-            updates, _ = base_optimizer.update(gradient, s, y)
-            y = optax.apply_updates(y, updates)
-            return y, own_state, jax.tree.map(jnp.add, tally, new)
+        def update(gradient: PyTree, own: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+            return base_optimizer.update(gradient, s, y)[0], own  # U: s stays what it is
 
-        start = (x, model_state, no_tally(loss, x, model_state, client))
-        y, own_state, tally = client.scan(one, start)
-        return Local(jax.tree.map(jnp.subtract, y, x), own_state, tally)
+        def corrected(
+            gradient: PyTree, y: PyTree, batch: PyTree, mask: jax.Array, key: jax.Array
+        ) -> PyTree:
+            at_x, _ = batch_gradient(loss, x, batch, mask, key, server.model_state)
+            return jax.tree.map(lambda g, h, c: g - h + c, gradient, at_x, c)
 
-    def local_lite(x: PyTree, s: PyTree, model_state: PyTree, client: Client) -> tuple:
-        return local(x, s, None, model_state, client), gradient_of(x, model_state, client)
+        optimizer = optax.GradientTransformation(lambda params: (), update)
+        correct = None if lite else corrected
+        trained = local_steps(loss, optimizer, x, data, server.model_state, correct=correct)
+        extra = gradient(server, own, data) if lite else None
+        return ClientResult.of(trained, server, extra=extra)
 
-    def round(state: FedAvgState, cohort: Cohort) -> tuple[FedAvgState, dict[str, jax.Array]]:
-        at_once = vectorize or cohort.vectorize
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        c = received.first
+        if lite:
+            c = fax.mean(received.results.extra, weights=received.cohort.num_examples)
+        _, statistics = base_optimizer.update(c, state.server, state.params)
+        return step(received.update)._replace(server=statistics), {}
 
-        @fax.program(clients=cohort.size)
-        def mean_update(
-            x: PyTree, s: PyTree, model_state: PyTree, aggregator_state: PyTree, cohort: Cohort
-        ) -> tuple:
-            def each(fn: Callable, *shared: PyTree) -> Any:
-                # Under jax.checkpoint gradients of a round do not store steps.
-                shared = fax.broadcast((*shared, model_state))
-                return fax.map(jax.checkpoint(fn), *shared, cohort.clients(), vectorize=at_once)
-
-            if lite:
-                sent, gradients = each(local_lite, x, s)
-                c = fax.mean(gradients, weights=cohort.num_examples)
-            else:
-                c = fax.mean(each(gradient_of, x), weights=cohort.num_examples)
-                sent = each(local, x, s, c)
-            update, aggregator_state, more = aggregate(
-                aggregator, sent.update, aggregator_state, cohort
-            )
-            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
-            return update, c, mean_state, aggregator_state, {**metrics_of(sent.tally), **more}
-
-        update, c, mean_state, aggregator_state, metrics = mean_update(
-            state.params,
-            state.optimizer,
-            state.model_state,
-            rows_of(state.aggregator, cohort),
-            cohort,
-        )
-        _, statistics = base_optimizer.update(c, state.optimizer, state.params)
-        state = FedAvgState(
-            moved(state.params, update, server_learning_rate),
-            statistics,
-            next_model_state(mean_state, state.model_state),
-            with_rows(state.aggregator, aggregator_state, cohort),
-        )
-        return state, metrics
-
-    return Algorithm(*guarded(caller, loss, FedAvgState, init, round, lambda state: state.params))
+    return federated(
+        name,
+        loss,
+        client,
+        optax.sgd(server_learning_rate),
+        server=server,
+        server_state=base_optimizer.init,
+        first=None if lite else gradient,
+        not_private="gradients for the optimizer's statistics are averaged over clients",
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )

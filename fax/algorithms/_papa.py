@@ -15,23 +15,22 @@ from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import check_private, next_model_state, server_key, strong
-from fax.algorithms._checks import arguments, guarded
+from fax.algorithms._checks import arguments, check_private, guarded
+from fax.algorithms._federated import next_model_state, strong
 from fax.algorithms._replicas import (
-    Parts,
+    Part,
     Replica,
-    choose,
     inner_steps,
     mean_state,
     mean_update,
     mixed,
+    models,
     population,
-    round_metrics,
+    rounds,
     sent_metrics,
     soup,
     taking_part,
 )
-from fax.data import Cohort
 
 PyTree = Any
 
@@ -54,17 +53,17 @@ class PAPAState(NamedTuple):
 
 def papa(
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
     *,
     replicas: int,
     alpha: Any = 0.99,
-    every: int | None = 10,
+    steps: int | None = 10,
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
     """PAPA, population parameter averaging: models are slowly pushed towards their average.
 
-    Every model i of a population trains on its own, and after every ``every`` steps
+    Every model i of a population trains on its own, and after every ``steps`` steps
 
         w_i' = α w_i + (1 - α) mean_j w_j
 
@@ -78,11 +77,11 @@ def papa(
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      optimizer: the models', from optax. Its states are never averaged.
+      inner_optimizer: the models', from optax. Its states are never averaged.
       replicas: how many models there are.
       alpha: α, from 0 to 1, or a schedule, a function from the number of averages so far. The
         paper's .99 is for training from scratch; .9995 is for fine-tuning.
-      every: a divisor of the number of batches that a cohort has. None: all of them.
+      steps: a divisor of the number of batches that a cohort has. None: all of them.
       aggregator: from `fax.aggregators`, what makes the mean of the w_i. Default: the plain mean.
         It cannot be a private one, for the soup is the plain mean in any case.
       vectorize: how many models one device works on at once; see `diloco`.
@@ -94,7 +93,7 @@ def papa(
 
     Raises:
       ValueError: if an argument is out of range, or when a round is traced, if the cohort has
-        another number of replicas or no multiple of ``every`` batches.
+        another number of replicas or no multiple of ``steps`` batches.
 
     References:
       Jolicoeur-Martineau et al., PopulAtion Parameter Averaging (PAPA), arXiv:2304.03094.
@@ -118,9 +117,10 @@ def papa(
         _arguments.function(where, "alpha", alpha, {1: "alpha(averages)"})
     else:
         _arguments.number(where, "alpha", alpha, least=0, most=1)
-    aggregator = arguments(where, loss, aggregator, vectorize, optimizer=optimizer)
+    aggregator = arguments(where, loss, aggregator, vectorize, inner_optimizer=inner_optimizer)
 
-    def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array | None) -> tuple:
+    def push(state: PAPAState, here: jax.Array, key: jax.Array | None) -> tuple:
+        rows = state.replicas.rows
         mean, heard, own, metrics = mean_update(
             aggregator, rows.params, here, None, state.aggregator, key
         )
@@ -129,21 +129,21 @@ def papa(
 
         def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
             before = own.params, own.model_state
-            new = choose(here, mixed(before, (params, model_state), share), before)
+            new = optax.tree.where(here, mixed(before, (params, model_state), share), before)
             return Replica(new[0], own.optimizer, new[1])
 
         rows = fax.map(mix, here, rows, fax.broadcast(mean), fax.broadcast(model_state))
         return PAPAState(PerClient(rows), model_state, own, state.averages + 1), metrics
 
-    return _population(where, loss, optimizer, replicas, every, aggregator, vectorize, push)
+    return _population(where, loss, inner_optimizer, replicas, steps, aggregator, vectorize, push)
 
 
 def papa_all(
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
     *,
     replicas: int,
-    every: int | None = None,
+    steps: int | None = None,
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
@@ -152,9 +152,9 @@ def papa_all(
         w_i' = mean_j w_j
 
     Args:
-      loss, optimizer, replicas, aggregator, vectorize: see `papa`.
-      every: steps from one average to the next. Default: a round. The paper's 5 epochs are a round
-        of ``fax.data.cohorts(..., epochs=5)``.
+      loss, inner_optimizer, replicas, aggregator, vectorize: see `papa`.
+      steps: inner steps from one average to the next. Default: a round. The paper's 5 epochs are a
+        round of ``fax.data.cohorts(..., epochs=5)``.
 
     Returns:
       The algorithm, as of `papa` with ``alpha=0``.
@@ -173,10 +173,10 @@ def papa_all(
     """
     return papa(
         loss,
-        optimizer,
+        inner_optimizer,
         replicas=replicas,
         alpha=0,
-        every=every,
+        steps=steps,
         aggregator=aggregator,
         vectorize=vectorize,
     )
@@ -184,10 +184,10 @@ def papa_all(
 
 def papa_2(
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
     *,
     replicas: int,
-    every: int | None = None,
+    steps: int | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
     """PAPA-2: rarely, every model of a population is replaced by the average of a random pair.
@@ -198,8 +198,8 @@ def papa_2(
     memory. Pairs are drawn among those who take part; if there is one only, nothing happens.
 
     Args:
-      loss, optimizer, replicas, vectorize: see `papa`.
-      every: steps from one average to the next. Default: a round.
+      loss, inner_optimizer, replicas, vectorize: see `papa`.
+      steps: inner steps from one average to the next. Default: a round.
 
     Returns:
       The algorithm; see `papa`.
@@ -220,7 +220,8 @@ def papa_2(
     if _arguments.count(where, "replicas", replicas) < 2:
         raise ValueError(f"{where}: replicas is {replicas}, expected at least 2, for pairs.")
 
-    def push(rows: Replica, here: jax.Array, state: PAPAState, key: jax.Array) -> tuple:
+    def push(state: PAPAState, here: jax.Array, key: jax.Array) -> tuple:
+        rows = state.replicas.rows
         present, *everyone = fax.collect((here, rows.params, rows.model_state))
         enough = jnp.sum(present) > 1
         keys = jax.vmap(functools.partial(_keys.derive, key, _keys.Use.PAIR))(jnp.arange(replicas))
@@ -230,7 +231,9 @@ def papa_2(
 
         def mix(here: jax.Array, own: Replica, of_pair: list) -> Replica:
             # Who is not here keeps its own model, whoever is drawn.
-            params, model_state = choose(here & enough, of_pair, [own.params, own.model_state])
+            params, model_state = optax.tree.where(
+                here & enough, of_pair, [own.params, own.model_state]
+            )
             return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
 
         rows = fax.map(mix, here, rows, pairs)
@@ -238,7 +241,7 @@ def papa_2(
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
 
-    return _population(where, loss, optimizer, replicas, every, None, vectorize, push, True)
+    return _population(where, loss, inner_optimizer, replicas, steps, None, vectorize, push, True)
 
 
 def pair(here: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -251,50 +254,36 @@ def pair(here: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _population(
     where: str,
     loss: Callable,
-    optimizer: optax.GradientTransformation,
+    inner_optimizer: optax.GradientTransformation,
     replicas: int,
-    every: int | None,
+    steps: int | None,
     aggregator: Aggregator | None,
     vectorize: int | None,
     push: Callable,
     draws: bool = False,
 ) -> Algorithm:
-    """Models that train on their own, and after every ``every`` steps do ``push``."""
+    """Models that train on their own, and after every ``steps`` steps do ``push``."""
     replicas = _arguments.count(where, "replicas", replicas)
-    every = None if every is None else _arguments.count(where, "every", every)
-    arguments(where, loss, None, vectorize, optimizer=optimizer)
+    steps = None if steps is None else _arguments.count(where, "steps", steps)
+    arguments(where, loss, None, vectorize, inner_optimizer=inner_optimizer)
     check_private(where, aggregator, "the soup is the mean of the models")
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
-        rows = population(where, params, optimizer, model_state, replicas)
+        rows = population(where, params, inner_optimizer, model_state, replicas)
         own = None
         if aggregator is not None:
             own = aggregator.init(jax.tree.map(lambda x: x[0], rows.rows.params))
         return PAPAState(rows, jax.tree.map(strong, model_state), own, jnp.int32(0))
 
-    def round(state: PAPAState, cohort: Cohort) -> tuple[PAPAState, dict[str, jax.Array]]:
-        @fax.program(replicas=replicas)
-        def work(state: PAPAState, cohort: Cohort) -> tuple:
-            parts = Parts(where, cohort, replicas, every, "every")
-            key = server_key(cohort) if draws or aggregator is not None else None
-
-            def part(state: PAPAState, own: tuple) -> tuple:
-                number, rows, mask = own
-                batches = parts.cohort_of(rows, mask)
-                first = number * parts.steps
-                rows, tally = inner_steps(
-                    loss, optimizer, state.replicas.rows, batches, first, vectorize
-                )
-                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
-                state, sent = push(rows, taking_part(batches), state, own_key)
-                return state, (tally, fax.sum(tally), sent)
-
-            state, metrics = parts.scan(part, state)
-            return state, round_metrics(*metrics)
-
-        return work(state, cohort)
+    def part(state: PAPAState, part: Part) -> tuple:
+        state, metrics = inner_steps(
+            loss, inner_optimizer, state, part.batches, part.first, vectorize
+        )
+        state, sent = push(state, taking_part(part.batches), part.key)
+        return state, (metrics, fax.sum(metrics), sent)
 
     def params(state: PAPAState) -> PyTree:
         return soup(state.replicas.rows.params, replicas)
 
-    return Algorithm(*guarded(where, loss, PAPAState, init, round, params))
+    round = rounds(where, replicas, steps, part, keyed=draws or aggregator is not None)
+    return guarded(where, loss, PAPAState, init, round, params, models)

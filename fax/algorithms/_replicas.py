@@ -17,10 +17,12 @@ import optax
 from jax import lax
 
 import fax
+from fax import _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
-from fax.algorithms._averaging import next_model_state, strong
-from fax.algorithms._local import Tally, metrics_of, train
+from fax.algorithms._federated import next_model_state, server_key, strong
+from fax.algorithms._local import Metrics, local_steps
+from fax.algorithms._metrics import report
 from fax.data import Cohort
 from fax.data._cohort import Gathered
 
@@ -79,6 +81,11 @@ def population(
     return PerClient(start(*jax.tree.map(strong, (params.rows, model_state))))
 
 
+def models(state: Any) -> PyTree:
+    """The replicas' parameters, leaves [replicas, ...]."""
+    return state.replicas.rows.params
+
+
 def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTree:
     """The mean of rows [replicas, ...], outside of a program."""
 
@@ -89,108 +96,151 @@ def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTre
     return mean(rows, weights)
 
 
-class Parts:
-    """A cohort's batches in parts of equally many steps, to be scanned over.
+class Part(NamedTuple):
+    """A part of a round, of equally many steps as the others.
+
+    Attributes:
+      batches: the cohort of its steps.
+      first: the number of its first step in the round.
+      key: a random key of the server's, or None.
+      cohort: that of the whole round.
+    """
+
+    batches: Cohort
+    first: Any
+    key: jax.Array | None
+    cohort: Cohort
+
+
+def rounds(
+    where: str,
+    replicas: int,
+    steps: int | None,
+    work: Callable[[Any, Part], tuple[Any, tuple]],
+    *,
+    keyed: bool,
+) -> Callable[[Any, Cohort], tuple[Any, dict[str, jax.Array]]]:
+    """The round of an algorithm that does ``work`` with one part of it after the other.
 
     Args:
       where: the algorithm, for messages.
-      cohort: one row for each replica.
-      replicas: how many there should be.
-      steps: the steps of a part. Default: all that the cohort has.
-      name: of the argument that ``steps`` comes from.
-
-    Attributes:
-      count: the number of parts.
-      steps: the steps of each.
-      arrays: what to scan over, leaves [count, ...].
+      replicas: how many there are; the cohort has a row for each.
+      steps: the steps of a part. None: all that the cohort has.
+      work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
+        `round_metrics`.
+      keyed: whether parts have a key.
     """
 
-    def __init__(
-        self, where: str, cohort: Cohort, replicas: int, steps: int | None, name: str = "steps"
-    ):
-        size, total = cohort.mask.shape[:2]
-        if size != replicas:
-            raise ValueError(
-                f"{where}: the cohort has {size} clients, expected one for each of the "
-                f"replicas={replicas}."
-            )
-        self.cohort, self.steps = cohort, steps or total
-        self.count, rest = divmod(total, self.steps)
-        if rest or not self.count:
-            raise ValueError(
-                f"{where}: the cohort has {total} batches for each replica, expected a multiple of "
-                f"{name}={self.steps}, so that none is lost. Choose max_steps= of "
-                "fax.data.cohorts accordingly."
-            )
-        batches = cohort.batches
-        rows = batches.rows if isinstance(batches, Gathered) else batches
-        split = jax.tree.map(self._split, (rows, cohort.mask))
-        self.arrays = (jnp.arange(self.count, dtype=jnp.int32), *split)
+    def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
+        count, size = _parts(where, cohort, replicas, steps)
 
-    def _split(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(len(x), self.count, self.steps, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+        @fax.program(replicas=replicas)
+        def run(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
+            key = server_key(cohort) if keyed else None
 
-    def cohort_of(
-        self, rows: PyTree, mask: jax.Array, begin: int = 0, end: int | None = None
-    ) -> Cohort:
-        """The cohort of a part, or of some of its steps."""
-        rows, mask = jax.tree.map(lambda x: x[:, begin:end], (rows, mask))
-        batches = self.cohort.batches
-        if isinstance(batches, Gathered):
-            rows = dataclasses.replace(batches, rows=rows)
-        return dataclasses.replace(self.cohort, batches=rows, mask=mask)
+            def part(state: Any, own: tuple) -> tuple:
+                number, rows, mask = own
+                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
+                batches = _with_batches(cohort, rows, mask)
+                return work(state, Part(batches, number * size, own_key, cohort))
 
-    def scan(self, fn: Callable, carry: PyTree) -> tuple[PyTree, PyTree]:
-        """``lax.scan``, without a loop around a single part."""
-        if self.count > 1:
-            return lax.scan(fn, carry, self.arrays)
-        carry, out = fn(carry, jax.tree.map(lambda x: x[0], self.arrays))
-        return carry, jax.tree.map(lambda x: x[None], out)
+            def split(x: jax.Array) -> jax.Array:
+                return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+
+            batches = _rows(cohort), cohort.mask
+            if count == 1:  # without a loop
+                state, metrics = part(state, (0, *batches))
+            else:
+                numbers = jnp.arange(count, dtype=jnp.int32)
+                state, metrics = lax.scan(part, state, (numbers, *jax.tree.map(split, batches)))
+                metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
+            return state, round_metrics(*metrics)
+
+        return run(state, cohort)
+
+    return round
+
+
+def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tuple[int, int]:
+    """How many parts a round has, and of how many steps each."""
+    found, total = cohort.mask.shape[:2]
+    if found != replicas:
+        raise ValueError(
+            f"{where}: the cohort has {found} clients, expected one for each of the "
+            f"replicas={replicas}."
+        )
+    size = steps or total
+    count, rest = divmod(total, size)
+    if rest or not count:
+        raise ValueError(
+            f"{where}: the cohort has {total} batches for each replica, expected a multiple of "
+            f"steps={size}, so that none is lost. Choose max_steps= of fax.data.cohorts "
+            "accordingly."
+        )
+    return count, size
+
+
+def _rows(cohort: Cohort) -> PyTree:
+    """What has an axis of steps, besides the mask."""
+    return cohort.batches.rows if isinstance(cohort.batches, Gathered) else cohort.batches
+
+
+def _with_batches(cohort: Cohort, rows: PyTree, mask: jax.Array) -> Cohort:
+    if isinstance(cohort.batches, Gathered):
+        rows = dataclasses.replace(cohort.batches, rows=rows)
+    return dataclasses.replace(cohort, batches=rows, mask=mask)
+
+
+def between(cohort: Cohort, begin: int, end: int) -> Cohort:
+    """The cohort of some of its steps."""
+    return _with_batches(
+        cohort, *jax.tree.map(lambda x: x[:, begin:end], (_rows(cohort), cohort.mask))
+    )
 
 
 def inner_steps(
     loss: Callable,
     optimizer: optax.GradientTransformation,
-    replicas: Replica,
+    state: Any,
     cohort: Cohort,
     first: Any,
     vectorize: int | None,
-) -> tuple[Replica, Tally]:
+) -> tuple[Any, Metrics]:
     """Trains each replica on its batches. Nothing is sent. To be called in a program.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
       optimizer: the replicas'.
-      replicas: placed.
+      state: the algorithm's, with ``replicas``, whose rows are placed.
       cohort: the batches.
       first: the number of the first step in the round.
       vectorize: see `fax.map`.
 
     Returns:
-      The replicas and their tallies, placed.
+      The state with other replicas, and their metrics, placed.
     """
 
-    def work(replica: Replica, client: Any) -> tuple[Replica, Tally]:
+    def work(replica: Replica, client: Any) -> tuple[Replica, Metrics]:
         # A branch would make devices wait for each other in every step.
-        params, model_state, tally, state = train(
+        trained = local_steps(
             loss,
             optimizer,
             replica.params,
-            replica.model_state,
             client,
+            replica.model_state,
             optimizer_state=replica.optimizer,
             first=first,
             branch=False,
         )
-        return Replica(params, state, model_state), tally
+        return Replica(trained.params, trained.optimizer, trained.model_state), trained.metrics
 
-    return fax.map(
+    rows, metrics = fax.map(
         jax.checkpoint(work),  # so that gradients of a round do not store steps
-        replicas,
+        state.replicas.rows,
         cohort.clients(),
         vectorize=vectorize or cohort.vectorize,
     )
+    return state._replace(replicas=PerClient(rows)), metrics
 
 
 def taking_part(cohort: Cohort) -> jax.Array:
@@ -224,7 +274,7 @@ def mean_update(
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
     here = fax.map(lambda on: on.astype(dtype), taking_part)
     zeros = fax.map(
-        lambda on, update: jax.tree.map(lambda x: jnp.where(on, x, jnp.zeros_like(x)), update),
+        lambda on, update: optax.tree.where(on, update, optax.tree.zeros_like(update)),
         taking_part,
         updates,
     )
@@ -238,7 +288,7 @@ def mean_update(
         mean = fax.mean(zeros, weights=weights)
     else:
         mean, new, metrics = aggregator.aggregate(zeros, weights, state, key)
-        state = choose(heard, new, state)
+        state = optax.tree.where(heard, new, state)
     metrics = sent_metrics(metrics, here, heard)
     mean = jax.tree.map(lambda x, rows: x.astype(rows.dtype), mean, updates)
     return mean, heard, state, metrics
@@ -261,16 +311,6 @@ def sent_metrics(
     return {**metrics, "outer_steps": heard.astype(jnp.float32)}
 
 
-def difference(own: PyTree, other: PyTree) -> PyTree:
-    """``own - other``."""
-    return jax.tree.map(jnp.subtract, own, other)
-
-
-def choose(flag: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """One pytree or the other."""
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
-
-
 def mean_state(
     rows: PyTree,
     taking_part: jax.Array,
@@ -280,7 +320,7 @@ def mean_state(
 ) -> PyTree:
     """The mean of the model states of those who take part. To be called in a program."""
     mean = fax.mean(rows, weights=num_examples, where=taking_part)
-    return choose(heard, next_model_state(mean, before), before)
+    return optax.tree.where(heard, next_model_state(mean, before), before)
 
 
 def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
@@ -295,20 +335,17 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
 
 
 def round_metrics(
-    tally: Tally, total: Tally | None, sent: dict[str, jax.Array]
+    metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The metrics of a round from those of its parts. To be called in a program.
+    """The metrics of a round from the sums of those of its parts. To be called in a program.
 
     Args:
-      tally: of each replica in each part, [parts, replicas].
-      total: of all replicas, [parts], if that is known.
-      sent: the metrics of each time that something was sent, [parts, ...]. Bits add up, and
-        so does ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
+      metrics: of each replica, [replicas].
+      total: of all replicas, if that is known.
+      sent: the metrics of each time that something was sent. Bits add up, and so does
+        ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
     """
-    tally, total, sent = jax.tree.map(lambda x: jnp.sum(x, 0), (tally, total, sent))
-    times = jnp.maximum(sent["outer_steps"], 1)
-    sent = {
-        name: x if name in ("replicas/bits", "outer_steps") else x / times
-        for name, x in sent.items()
-    }
-    return {**metrics_of(tally, total, "replicas"), **sent}
+    adding = ("replicas/bits", "outer_steps")
+    times = jnp.maximum(sent.get("outer_steps", 0), 1)
+    sent = {name: x if name in adding else x / times for name, x in sent.items()}
+    return {**report(metrics, total, "replicas"), **sent}

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fax.data._write import whole
+from fax.data._atomic_write import atomic_write
 
 WHERE = "fax.algorithms.ClientStore"
 START = -1  # the row of clients that have not taken part
@@ -144,7 +144,7 @@ def create(path: str, facts: dict[str, str], start: bytes) -> None:
     """
     consequence = "Nothing is left behind: make room, and call init again"
     target = Path(path).absolute()
-    with whole(WHERE, target) as temporary, _written(path, "the file", consequence):
+    with atomic_write(WHERE, target) as temporary, _written(path, "the file", consequence):
         file = _connect(os.fspath(temporary))
         try:
             _fill(file, facts, start)

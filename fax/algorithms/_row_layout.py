@@ -150,10 +150,5 @@ def rows_in(state: PyTree) -> list[jax.Array]:
     return [x for part in parts if is_per_client(part) for x in jax.tree.leaves(part)]
 
 
-def without_rows(state: PyTree) -> PyTree:
-    """A state with nothing for clients."""
-    return _of_parts(lambda part: PerClient(None), state)
-
-
 def _of_parts(fn: Callable[[PerClient], PerClient], state: PyTree) -> PyTree:
     return jax.tree.map(lambda x: fn(x) if is_per_client(x) else x, state, is_leaf=is_per_client)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +11,13 @@ import optax
 
 import fax
 from fax import _arguments
-from fax.aggregators import Aggregator, PerClient
+from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import (
-    aggregate,
-    check_private,
-    moved,
-    next_model_state,
-    rows_of,
-    strong,
-    with_rows,
-)
-from fax.algorithms._checks import arguments, guarded
-from fax.algorithms._local import Local, difference, metrics_of, train
-from fax.data import Client, Cohort
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import local_steps
+from fax.data import Client
 
 PyTree = Any
-
-
-class ScaffoldState(NamedTuple):
-    """The state of SCAFFOLD.
-
-    Attributes:
-      params: the server's model x.
-      control: the server's control variate c, like ``params``.
-      client_controls: those of all clients, c_i, leaves [num_clients, ...].
-      model_state: what the model has besides parameters, or None.
-      aggregator: the state of the aggregator, or None.
-    """
-
-    params: PyTree
-    control: PyTree
-    client_controls: PerClient
-    model_state: PyTree
-    aggregator: PyTree = None
 
 
 def scaffold(
@@ -74,19 +47,20 @@ def scaffold(
     start at 0, so that the first round is FedAvg's.
 
     Args:
-      loss: see `fax.algorithms.fedavg`.
+      loss: see `fedavg`.
       client_learning_rate: of the local SGD; it may be traced. There is no other optimizer, for
         c_i' is the mean of the client's gradients if steps are those of SGD with one rate only.
-      server_learning_rate: of the server; it may be traced.
-      num_clients: N, the size of the population, ``len(data)``.
+      server_learning_rate: of the server, whose step is the paper's; it may be traced.
+      num_clients: N, how many clients the data have, ``len(data)``.
       aggregator: from `fax.aggregators`, what makes one update of all y_i - x; its weights are 1.
         Default: the mean above. Control variates are not sent through it, so that it cannot be a
         private one.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
+      vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `ScaffoldState`, which has the
-      size of N + 2 models. Metrics and the model's state are as of `fax.algorithms.fedavg`.
+      The algorithm. ``init(params, model_state=None)`` makes its `State`, which has the size of
+      N + 2 models: ``server`` is c, and ``clients`` are the c_i. Metrics and the model's state are
+      as of `fedavg`.
 
     Raises:
       ValueError: if ``client_learning_rate`` is not positive, ``server_learning_rate`` negative,
@@ -120,89 +94,44 @@ def scaffold(
       0.63
       0.80
     """
-    caller = "fax.algorithms.scaffold"
-    _arguments.number(caller, "client_learning_rate", client_learning_rate, above=0)
-    _arguments.number(caller, "server_learning_rate", server_learning_rate, least=0)
-    num_clients = _arguments.count(caller, "num_clients", num_clients)
-    aggregator = arguments(caller, loss, aggregator, vectorize)
-    check_private(caller, aggregator, "changes of control variates are averaged over clients")
+    name = "fax.algorithms.scaffold"
+    _arguments.number(name, "client_learning_rate", client_learning_rate, above=0)
+    _arguments.number(name, "server_learning_rate", server_learning_rate, least=0)
 
-    def init(params: PyTree, model_state: PyTree = None) -> ScaffoldState:
-        params, model_state = jax.tree.map(strong, (params, model_state))
-        rows = jax.tree.map(lambda x: jnp.zeros((num_clients, *x.shape), x.dtype), params)
-        own = None if aggregator is None else aggregator.init(params)
-        control = jax.tree.map(jnp.zeros_like, params)
-        return ScaffoldState(params, control, PerClient(rows), model_state, own)
+    def client(server: Server, c_i: PyTree, data: Client) -> ClientResult:
+        x, c = server.params, server.state
 
-    def local(
-        x: PyTree, c: PyTree, c_i: PyTree, model_state: PyTree, client: Client
-    ) -> tuple[Local, PyTree]:
-        def corrected(gradient: PyTree, own: PyTree) -> PyTree:
+        def corrected(gradient: PyTree, *step: Any) -> PyTree:
             return jax.tree.map(lambda g, c_i, c: g - c_i + c, gradient, c_i, c)
 
         sgd = optax.sgd(client_learning_rate)
-        sent = difference(train(loss, sgd, x, model_state, client, corrected), x)
-        steps = jnp.sum(jnp.any(client.mask, axis=1))  # K_i
+        trained = local_steps(loss, sgd, x, data, server.model_state, correct=corrected)
+        result = ClientResult.of(trained, server, weight=1.0)
+        steps = jnp.sum(jnp.any(data.mask, axis=1))  # K_i
 
         def next_control(c_i: jax.Array, c: jax.Array, update: jax.Array) -> jax.Array:
             scale = (jnp.maximum(steps, 1) * client_learning_rate).astype(update.dtype)
             return jnp.where(steps > 0, c_i - c - update / scale, c_i)
 
-        return sent, jax.tree.map(next_control, c_i, c, sent.update)
+        own = jax.tree.map(next_control, c_i, c, result.update)
+        return result._replace(own=own, extra=optax.tree.sub(own, c_i))
 
-    def round(state: ScaffoldState, cohort: Cohort) -> tuple[ScaffoldState, dict[str, jax.Array]]:
-        if cohort.size > num_clients:
-            raise ValueError(
-                f"{caller}: a cohort of {cohort.size} clients, but num_clients={num_clients}. "
-                "It is the size of the whole population, len(data)."
-            )
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        share = received.cohort.size / num_clients
+        change = fax.mean(received.results.extra)
+        after = step(received.update)
+        return after._replace(server=optax.tree.add_scale(state.server, share, change)), {}
 
-        @fax.program(clients=cohort.size)
-        def mean_update(
-            x: PyTree,
-            c: PyTree,
-            c_i: PyTree,
-            model_state: PyTree,
-            aggregator_state: PyTree,
-            cohort: Cohort,
-        ) -> tuple:
-            sent, new_c_i = fax.map(
-                jax.checkpoint(local),  # so that gradients of a round do not store steps
-                fax.broadcast(x),
-                fax.broadcast(c),
-                c_i,
-                fax.broadcast(model_state),
-                cohort.clients(),
-                vectorize=vectorize or cohort.vectorize,
-            )
-            update, aggregator_state, more = aggregate(
-                aggregator,
-                sent.update,
-                aggregator_state,
-                cohort,
-                weights=jnp.ones_like(cohort.num_examples),
-            )
-            change = fax.mean(jax.tree.map(jnp.subtract, new_c_i, c_i))
-            mean_state = fax.mean(sent.model_state, weights=cohort.num_examples)
-            metrics = {**metrics_of(sent.tally), **more}
-            return update, change, new_c_i, mean_state, aggregator_state, metrics
-
-        update, change, rows, mean_state, aggregator_state, metrics = mean_update(
-            state.params,
-            state.control,
-            rows_of(state.client_controls, cohort).rows,
-            state.model_state,
-            rows_of(state.aggregator, cohort),
-            cohort,
-        )
-        share = cohort.size / num_clients
-        state = ScaffoldState(
-            moved(state.params, update, server_learning_rate),
-            moved(state.control, change, share),
-            with_rows(state.client_controls, PerClient(rows), cohort),
-            next_model_state(mean_state, state.model_state),
-            with_rows(state.aggregator, aggregator_state, cohort),
-        )
-        return state, metrics
-
-    return Algorithm(*guarded(caller, loss, ScaffoldState, init, round, lambda state: state.params))
+    return federated(
+        name,
+        loss,
+        client,
+        optax.sgd(server_learning_rate),
+        server=server,
+        server_state=optax.tree.zeros_like,
+        client_state=optax.tree.zeros_like,
+        num_clients=num_clients,
+        not_private="changes of control variates are averaged over clients",
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )

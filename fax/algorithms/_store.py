@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 
 from fax import _arguments
 from fax.algorithms._algorithm import Algorithm, check_algorithm
+from fax.algorithms._clients import without_rows
 from fax.algorithms._row_file import WHERE, RowFile, create
-from fax.algorithms._row_layout import Layout, rows_in, without_rows
+from fax.algorithms._row_layout import Layout, rows_in
 from fax.data import Cohort
 
 PyTree = Any
@@ -58,7 +59,7 @@ class ClientStore:
       ...     state = store.init(jnp.zeros(()))
       ...     for _ in range(200):
       ...         state, metrics = store.round(state, next(rounds))
-      ...     print(store.params(state, [0, 1, 999_999]).round(2))
+      ...     print(store.models(state, [0, 1, 999_999]).round(2))
       [1.  0.  0.5]
     """
 
@@ -180,22 +181,24 @@ class ClientStore:
         self._gathered = None
         return without_rows(state)
 
-    def params(self, state: PyTree, positions: Sequence[int] | None = None) -> PyTree:
-        """``algorithm.params``, where it depends on clients' rows with those of some clients.
+    def params(self, state: PyTree) -> PyTree:
+        """``algorithm.params``, of a state that `round` returned."""
+        return self.algorithm.params(state)
+
+    def models(self, state: PyTree, positions: Sequence[int]) -> PyTree:
+        """``algorithm.models`` of some clients, leaves [positions, ...].
 
         Args:
           state: as `round` returned it.
-          positions: positions in the data. May be left out if the parameters are no client's.
+          positions: the clients' positions in the data.
+
+        Raises:
+          ValueError: if there are no such clients, or the algorithm has one model for all.
         """
-        if positions is not None:
-            rows = jax.device_put(self._read(self._positions(positions)))
-            return self.algorithm.params(self._layout.fill(state, rows))
-        try:
-            return self.algorithm.params(state)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{WHERE}: the parameters are clients' own. Pass positions=, whose."
-            ) from error
+        rows = jax.device_put(self._read(self._positions(positions)))
+        if self.algorithm.models is None:
+            raise ValueError(f"{WHERE}: {self.algorithm!r} has one model for all, params(state).")
+        return self.algorithm.models(self._layout.fill(state, rows))
 
     def flush(self) -> None:
         """Makes the file hold all rounds so far, all of them or, if that fails, none.

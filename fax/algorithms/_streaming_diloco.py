@@ -14,23 +14,22 @@ import fax
 from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import check_model_state, server_key, strong
-from fax.algorithms._checks import arguments, guarded
+from fax.algorithms._checks import arguments, check_averaged_state, guarded
+from fax.algorithms._federated import strong
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._replicas import (
-    Parts,
+    Part,
     Replica,
-    choose,
-    difference,
+    between,
     identical,
     inner_steps,
     mean_state,
     mean_update,
     mixed,
-    round_metrics,
+    models,
+    rounds,
     taking_part,
 )
-from fax.data import Cohort
 
 PyTree = Any
 _WHERE = "fax.algorithms.streaming_diloco"
@@ -200,7 +199,7 @@ def streaming_diloco(
     cut_up = functools.partial(cut, _WHERE, fragments)
 
     def init(params: PyTree, model_state: PyTree = None) -> StreamingDiLoCoState:
-        check_model_state(_WHERE, aggregator, model_state)
+        check_averaged_state(_WHERE, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
         parts = [pick(params, names) for names in cut_up(params)]
 
@@ -228,7 +227,7 @@ def streaming_diloco(
     ) -> tuple[StreamingDiLoCoState, InFlight, dict[str, jax.Array]]:
         rows, weights = state.replicas.rows, n if weighted else None
         outer = fax.broadcast(pick(state.params, names))
-        updates = fax.map(difference, pick(rows.params, names), outer)
+        updates = fax.map(optax.tree.sub, pick(rows.params, names), outer)
         own = state.aggregators[p]
         update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key)
         state = state._replace(aggregators=_with(state.aggregators, p, own))
@@ -244,7 +243,7 @@ def streaming_diloco(
         delta = jax.tree.map(jnp.negative, landing.update)
         moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
         new = optax.apply_updates(before[0], moves), optimizer
-        return choose(landing.heard, new, before)
+        return optax.tree.where(landing.heard, new, before)
 
     def land(
         p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
@@ -256,7 +255,7 @@ def streaming_diloco(
             if p == 0:
                 new = new[0], mixed(own.model_state, model_state, alpha)
             before = pick(own.params, names), own.model_state
-            params, model_state = choose(here & landing.heard, new, before)
+            params, model_state = optax.tree.where(here & landing.heard, new, before)
             return Replica(paste(own.params, params), own.optimizer, model_state)
 
         sent = fax.broadcast(outer), fax.broadcast(state.model_state)
@@ -267,52 +266,31 @@ def streaming_diloco(
             replicas=PerClient(rows),
         )
 
-    def round(
-        state: StreamingDiLoCoState, cohort: Cohort
-    ) -> tuple[StreamingDiLoCoState, dict[str, jax.Array]]:
+    def period(state: StreamingDiLoCoState, part: Part) -> tuple:
         names = cut_up(state.params)
-        events = events_of(steps, len(names), tau)
-
-        @fax.program(replicas=replicas)
-        def work(state: StreamingDiLoCoState, cohort: Cohort) -> tuple:
-            parts = Parts(_WHERE, cohort, replicas, steps)
-            key = server_key(cohort)
-
-            def period(state: StreamingDiLoCoState, own: tuple) -> tuple:
-                number, batches, mask = own
-                here = taking_part(parts.cohort_of(batches, mask))
-                own_key = _keys.derive(key, _keys.Use.PART, number)
-                keys = [_keys.derive(own_key, _keys.Use.FRAGMENT, p) for p in range(len(names))]
-                in_flight = list(state.in_flight)
-                begin, tallies, sent = 0, [], []
-                for event in events:
-                    rows, tally = inner_steps(
-                        loss,
-                        inner_optimizer,
-                        state.replicas.rows,
-                        parts.cohort_of(batches, mask, begin, event.step),
-                        number * steps + begin,
-                        vectorize,
-                    )
-                    begin, state = event.step, state._replace(replicas=PerClient(rows))
-                    tallies.append(tally)
-                    for p in event.sent:
-                        state, in_flight[p], metrics = send(
-                            p, names[p], state, here, cohort.num_examples, keys[p]
-                        )
-                        sent.append(metrics)
-                    for p in event.landing:
-                        landing, in_flight[p] = in_flight[p], None
-                        assert landing is not None  # either from this period or from the last
-                        state = land(p, names[p], state, landing, here)
-                state = state._replace(in_flight=tuple(in_flight))
-                tally = fax.map(total, *tallies)
-                return state, (tally, fax.sum(tally), total(*sent))
-
-            state, metrics = parts.scan(period, state)
-            return state, round_metrics(*metrics)
-
-        return work(state, cohort)
+        here = taking_part(part.batches)
+        assert part.key is not None
+        keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(names))]
+        in_flight = list(state.in_flight)
+        begin, trained, sent_metrics = 0, [], []
+        for event in events_of(steps, len(names), tau):
+            batches = between(part.batches, begin, event.step)
+            state, metrics = inner_steps(
+                loss, inner_optimizer, state, batches, part.first + begin, vectorize
+            )
+            begin = event.step
+            trained.append(metrics)
+            for p in event.sent:
+                n = part.cohort.num_examples
+                state, in_flight[p], sent = send(p, names[p], state, here, n, keys[p])
+                sent_metrics.append(sent)
+            for p in event.landing:
+                landing, in_flight[p] = in_flight[p], None
+                assert landing is not None  # either from this period or from the last
+                state = land(p, names[p], state, landing, here)
+        metrics = fax.map(total, *trained)
+        state = state._replace(in_flight=tuple(in_flight))
+        return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
     def params(state: StreamingDiLoCoState) -> PyTree:
         found = state.params
@@ -321,7 +299,8 @@ def streaming_diloco(
                 found = paste(found, outer_step(p, names, state, landing)[0])
         return found
 
-    return Algorithm(*guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params))
+    round = rounds(_WHERE, replicas, steps, period, keyed=True)
+    return guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params, models)
 
 
 def total(*trees: PyTree) -> PyTree:

@@ -13,13 +13,13 @@ from fax.data._cohort import Gathered as Gathered
 from fax.data._cohorts import Cohorts as Cohorts
 from fax.data._cohorts import cohorts as cohorts
 from fax.data._files import Files as Files
+from fax.data._mapped import map as map
 from fax.data._memory import InMemory as InMemory
 from fax.data._protocol import DataError as DataError
 from fax.data._protocol import FederatedData as FederatedData
 from fax.data._sqlite import SQLite as SQLite
+from fax.data._validate import validate as validate
 from fax.data._views import concatenate as concatenate
-from fax.data._views import map as map
 from fax.data._views import slice as slice
 from fax.data._views import split as split
 from fax.data._views import subset as subset
-from fax.data._views import validate as validate

@@ -1,8 +1,8 @@
-"""Which examples come in which batch, in NumPy: index arithmetic without any data.
+"""Which examples are in which batch: arithmetic on indices in NumPy, without any data.
 
-A round's plan names, for every client of its cohort, the examples of each batch. Clients are
-put in an order in which devices have about the same number of steps to run and neighbours on
-a device have about the same length.
+The plan of a round says for each client of its cohort which examples are in each batch. Clients
+are ordered so that all devices have about the same number of steps, and neighbours on a device
+have about the same length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from fax.data._protocol import DataError
 
-# What a seed is used for, so that no two uses draw the same numbers.
+# Different uses of a seed, which must not draw the same numbers. `_samplers` has another one.
 _ORDERS, _STREAMS = 1, 2
 
 
@@ -32,7 +32,7 @@ class Batching:
     shuffle: bool
 
     def steps(self, num_examples: np.ndarray) -> np.ndarray:
-        """How many batches clients of so many examples have."""
+        """How many batches clients with these numbers of examples have."""
         steps = self.epochs * self._steps_of_epoch(num_examples)
         return steps if self.max_steps is None else np.minimum(steps, self.max_steps)
 
@@ -42,9 +42,9 @@ class Batching:
         ) // self.batch_size
 
     def fill(self, rng: np.random.Generator, n: int, index: np.ndarray, mask: np.ndarray) -> None:
-        """Writes a client's examples into flat ``index`` and ``mask``, epoch after epoch.
+        """Writes the order of ``n`` examples into flat ``index`` and ``mask``, epoch by epoch.
 
-        What is padding stays as it was.
+        Padding is left unchanged.
         """
         whole = int(self._steps_of_epoch(np.asarray(n))) * self.batch_size
         used = min(n, whole)
@@ -56,12 +56,12 @@ class Batching:
             mask[start : start + count] = True
 
 
-class Plan(NamedTuple):
-    """What a round works on.
+class RoundPlan(NamedTuple):
+    """The clients of a round, and which examples are in each of their batches.
 
     Attributes:
       positions: int [clients], the clients' positions in the data.
-      rows: int32 [clients, steps, batch], numbers of a client's own examples. Padding is 0.
+      rows: int32 [clients, steps, batch], which of the client's examples. Padding is 0.
       mask: bool [clients, steps, batch].
     """
 
@@ -74,55 +74,55 @@ class Plan(NamedTuple):
         """How many steps each client has."""
         return self.mask.any(axis=2).sum(axis=1)
 
-    def padded(self, steps: int) -> Plan:
-        """The same plan with room for more steps."""
+    def padded(self, steps: int) -> RoundPlan:
+        """The same plan, padded to more steps."""
         width = ((0, 0), (0, steps - self.mask.shape[1]), (0, 0))
         return self._replace(rows=np.pad(self.rows, width), mask=np.pad(self.mask, width))
 
 
-def bucket(steps: int, most: int | None) -> int:
-    """A capacity for so many steps, one of few: 1, 2, 3, 4, 6, 8, 12, 16, ..., or ``most``.
+def padded_steps(steps: int, most: int | None) -> int:
+    """Rounds a number of steps up to one of few: 1, 2, 3, 4, 6, 8, 12, 16, ..., or ``most``.
 
-    A step that is not run costs next to nothing, and a new shape has to be compiled. So it is the
-    most that any client has, if that is no more than twice as much.
+    A step of padding costs next to nothing, but each new shape has to be compiled. So the result
+    is ``most``, the most steps that any client has, if that is at most twice as many.
     """
     size = 1 << max(steps - 1, 0).bit_length()
     size = size * 3 // 4 if steps <= size * 3 // 4 else size
     return size if most is None or most > 2 * size else most
 
 
-def plan(
+def plan_epochs(
     batching: Batching,
     positions: np.ndarray,
     num_examples: np.ndarray,
     seed: int,
     number: int,
     most: int | None,
-) -> Plan:
-    """An epoch, or several, for each client of a cohort.
+) -> RoundPlan:
+    """One or several epochs of each client of a cohort.
 
     Args:
       batching: how examples become batches.
       positions: the clients.
       num_examples: how many examples each of them has.
-      seed: of everything random.
-      number: the round's.
-      most: the most steps that any client in the data has, if that is known.
+      seed: of the orders.
+      number: of the round.
+      most: the most steps that any client of the data has, or None if that is not known.
     """
     rng = np.random.default_rng((seed, _ORDERS, number))
-    steps = bucket(int(batching.steps(num_examples).max()), most)
+    steps = padded_steps(int(batching.steps(num_examples).max()), most)
     shape = (len(positions), steps, batching.batch_size)
     rows, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for client, n in enumerate(num_examples):
         batching.fill(rng, int(n), rows[client].reshape(-1), mask[client].reshape(-1))
-    return Plan(positions, rows, mask)
+    return RoundPlan(positions, rows, mask)
 
 
-def stream(batching: Batching, number: int, num_examples: np.ndarray, seed: int) -> Plan:
-    """The next ``max_steps`` batches of every client, of a stream that repeats its examples.
+def plan_stream(batching: Batching, number: int, num_examples: np.ndarray, seed: int) -> RoundPlan:
+    """The next ``max_steps`` batches of each client, from a stream that repeats its examples.
 
-    Round ``number`` goes on where the one before stopped. Each repetition is in an order of its
-    own; a batch may hold the last examples of one and the first of the next.
+    A round continues where the one before it stopped. Each repetition is in a new order. A batch
+    may have the last examples of one repetition and the first of the next.
     """
     assert batching.max_steps is not None
     size = batching.max_steps * batching.batch_size
@@ -137,31 +137,31 @@ def stream(batching: Batching, number: int, num_examples: np.ndarray, seed: int)
             index[row, filled : filled + count] = order[begin : begin + count]
             filled += count
     shape = (len(num_examples), batching.max_steps, batching.batch_size)
-    return Plan(np.arange(len(num_examples)), index.reshape(shape), np.ones(shape, bool))
+    return RoundPlan(np.arange(len(num_examples)), index.reshape(shape), np.ones(shape, bool))
 
 
 # Order
 
 
-def spans(size: int, ways: int) -> list[list[int]]:
-    """The rows that each of ``ways`` devices works on, as `fax.map` divides them."""
-    even, left = divmod(size, ways)
+def rows_of_devices(size: int, devices: int) -> list[list[int]]:
+    """The rows of a cohort that each device computes, as `fax.map` divides them."""
+    even, left = divmod(size, devices)
     return [
-        [*range(d * even, (d + 1) * even), *([even * ways + d] if d < left else [])]
-        for d in range(ways)
+        [*range(d * even, (d + 1) * even), *([even * devices + d] if d < left else [])]
+        for d in range(devices)
     ]
 
 
-def balanced(steps: np.ndarray, ways: int) -> np.ndarray:
-    """An order of clients in which devices have about the same number of steps.
+def balanced_order(steps: np.ndarray, devices: int) -> np.ndarray:
+    """An order of clients that gives all devices about the same number of steps.
 
-    Greedily: the longest client that is left goes to the device that has the fewest steps and
-    room. Each device has its clients in order of length, the longest first.
+    It is greedy: the longest client that is left goes to the device with the fewest steps among
+    those that have room. Each device has its longest clients first.
     """
-    rows = spans(len(steps), ways)
-    loads = [(0, device) for device in range(ways) if rows[device]]
+    rows = rows_of_devices(len(steps), devices)
+    loads = [(0, device) for device in range(devices) if rows[device]]
     order = np.empty(len(steps), int)
-    filled = [0] * ways
+    filled = [0] * devices
     for client in np.argsort(-steps, kind="stable"):
         load, device = heapq.heappop(loads)
         order[rows[device][filled[device]]] = client
@@ -171,52 +171,52 @@ def balanced(steps: np.ndarray, ways: int) -> np.ndarray:
     return order
 
 
-def sorted_within(steps: np.ndarray, shares: Sequence[int]) -> np.ndarray:
-    """The order that puts the longest first in each of consecutive shares of clients."""
+def order_within_shares(steps: np.ndarray, shares: Sequence[int]) -> np.ndarray:
+    """An order of clients with the longest first, within each of consecutive shares."""
     ends = itertools.pairwise(np.cumsum([0, *shares]))
     return np.concatenate([a + np.argsort(-steps[a:b], kind="stable") for a, b in ends])
 
 
-def computed_steps(steps: np.ndarray, ways: int, at_once: int) -> int:
-    """How many steps devices compute, if clients who are worked on at once wait for the longest."""
+def computed_steps(steps: np.ndarray, devices: int, vectorize: int) -> int:
+    """How many steps devices compute if vectorised clients wait for the longest of them."""
     total = 0
-    for rows in spans(len(steps), ways):
+    for rows in rows_of_devices(len(steps), devices):
         own = steps[rows]
         total += sum(
-            len(own[i : i + at_once]) * int(own[i : i + at_once].max())
-            for i in range(0, len(own), at_once)
+            len(own[i : i + vectorize]) * int(own[i : i + vectorize].max())
+            for i in range(0, len(own), vectorize)
         )
     return total
 
 
-# Vectorised clients wait for the longest among them. This much of the work may be for nothing.
+# Vectorised clients wait for the longest of them. This share of the work may be padding.
 _PADDING = 0.15
-_MOST_AT_ONCE = 16
+_MOST_VECTORIZED = 16
 
 
-def vectorized_clients(samples: Sequence[np.ndarray], ways: int) -> int:
-    """How many clients to work on at once so that little of what is computed is padding.
+def vectorized_clients(samples: Sequence[np.ndarray], devices: int) -> int:
+    """How many clients to vectorize such that little of the work is padding.
 
     Args:
-      samples: the clients' steps of some rounds, in order.
-      ways: over how many devices they are spread.
+      samples: of some rounds, the steps of each client, in order.
+      devices: over how many devices clients are spread.
     """
     needed = sum(int(steps.sum()) for steps in samples)
-    at_once = _MOST_AT_ONCE
-    while at_once > 1:
-        computed = sum(computed_steps(steps, ways, at_once) for steps in samples)
+    vectorize = _MOST_VECTORIZED
+    while vectorize > 1:
+        computed = sum(computed_steps(steps, devices, vectorize) for steps in samples)
         if needed >= (1 - _PADDING) * computed:
             break
-        at_once //= 2
-    return at_once
+        vectorize //= 2
+    return vectorize
 
 
-def check_lengths(steps: np.ndarray, positions: np.ndarray, ids: Sequence, batch_size: int) -> None:
-    """Raises if some client has no batch."""
+def check_batches(steps: np.ndarray, positions: np.ndarray, ids: Sequence, batch_size: int) -> None:
+    """Checks that every client has a batch."""
     empty = np.flatnonzero(steps == 0)
     if len(empty):
         raise DataError(
             f"fax.data.cohorts: client {ids[positions[empty[0]]]!r} has fewer examples than "
             f"batch_size={batch_size}, so that drop_remainder=True leaves it no batch. Leave such "
-            "clients out with fax.data.subset, or take a smaller batch_size."
+            "clients out with fax.data.subset, or pass a smaller batch_size."
         )

@@ -1,8 +1,8 @@
-"""The clients of one round and their batches, as a pytree that a jitted round takes.
+"""The clients of one round and their batches, as a pytree that is passed to a jitted round.
 
-The batches are either arrays, or rows of examples that live on the device. In the second case
-a step's batch is picked when the step runs, so that the batches of a cohort never exist
-together.
+The batches are either arrays, or the numbers of rows of examples that are on the devices. In the
+second case a batch is gathered when its step runs, so that the batches of a cohort never take up
+memory all at once.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ Carry = TypeVar("Carry")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gathered(Mapping[str, jax.Array]):
-    """Batches that are picked from examples on the device, feature by feature, on access.
+    """Batches that are gathered from examples on the devices when a feature is accessed.
 
     A mapping from features to arrays: ``batches["x"]`` is ``examples["x"][rows]``.
 
     Attributes:
       examples: feature -> array [examples, ...], of all clients. If the examples are split over
-        devices, [shards * examples, ...], and rows count from the start of the client's shard.
-      rows: int32 [clients, steps, batch], or what is left of it when clients and steps are
-        picked. Padding repeats a row of the same client.
-      axes: the mesh axes that the examples are split over. None: all examples are everywhere.
+        devices, [shards * examples, ...], and rows are counted from the start of the client's
+        shard.
+      rows: int32 [clients, steps, batch], or the part of it for one client or one step. Padding
+        repeats a row of the same client.
+      axes: the mesh axes that the examples are split over, or None if they are on all devices.
+
+    Example:
+
+      >>> examples = {"x": jnp.array([0.0, 10.0, 20.0, 30.0])}
+      >>> batches = fax.data.Gathered(examples, rows=jnp.array([[3, 1], [2, 2]]))
+      >>> list(batches), batches["x"].tolist()
+      (['x'], [[30.0, 10.0], [20.0, 20.0]])
     """
 
     examples: Mapping[str, jax.Array]
@@ -53,10 +61,10 @@ class Gathered(Mapping[str, jax.Array]):
             axis_names=set(self.axes),
         )(self.examples[feature], self.rows)
 
-    def __repr__(self) -> str:  # Mapping's own would gather all of it
+    def __repr__(self) -> str:  # that of Mapping would gather all features
         return f"Gathered({_features(self.examples, 1)})"
 
-    def __contains__(self, feature: object) -> bool:  # Mapping's own would gather it
+    def __contains__(self, feature: object) -> bool:  # that of Mapping would gather the feature
         return feature in self.examples
 
     def __iter__(self) -> Iterator[str]:
@@ -67,11 +75,11 @@ class Gathered(Mapping[str, jax.Array]):
 
 
 def _summary(x: Client | Cohort, *sizes: str) -> str:
-    """Sizes and features, on one line. In JAX's hands fields may be anything."""
+    """Sizes and features on one line. While JAX handles the pytree, fields can be anything."""
     shape = getattr(x.mask, "shape", ())
     if len(shape) < len(sizes):
         return f"{type(x).__name__}(...)"
-    names = ["rounds", *sizes][-len(shape) :]  # those of several rounds have one more axis
+    names = ["rounds", *sizes][-len(shape) :]  # several rounds have one more axis
     known = [f"{name}={size}" for name, size in zip(names, shape)]
     batches = x.batches
     gathered = isinstance(batches, Gathered)
@@ -96,16 +104,30 @@ class Client:
 
     Attributes:
       batches: leaves [steps, batch, ...].
-      mask: bool [steps, batch].
-      num_examples: int32 scalar.
-      client_id: int32 scalar, the client's position in the data.
-      key: a random key, the client's own in this round.
+      mask: bool [steps, batch], False for padding.
+      num_examples: int32 scalar, how many distinct examples the client has.
+      position: int32 scalar, the client's position in the data's ``client_ids()``.
+      key: a random key, different for each client and round.
+
+    Example:
+
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(3.0)}, "bob": {"x": jnp.ones(1)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=2))
+      >>> @fax.program(clients=2)
+      ... def means(cohort):
+      ...     def client(own):
+      ...         first = own.batch(0)["x"]
+      ...         return own.position, jnp.mean(first, where=own.mask[0])
+      ...     return fax.map(client, cohort.clients())
+      >>> positions, values = means(cohort)
+      >>> positions.shape, values.shape
+      ((2,), (2,))
     """
 
     batches: PyTree
     mask: jax.Array
     num_examples: jax.Array
-    client_id: jax.Array
+    position: jax.Array
     key: jax.Array
 
     def __repr__(self) -> str:
@@ -117,11 +139,11 @@ class Client:
 
     @property
     def _of_steps(self) -> PyTree:
-        """What has a leading axis of steps."""
+        """The arrays with a leading axis of steps: rows, or the batches themselves."""
         return self.batches.rows if isinstance(self.batches, Gathered) else self.batches
 
     def _fetch(self, x: PyTree) -> PyTree:
-        """A batch, from a step's part of `_of_steps`."""
+        """The batch of a step, from its part of `_of_steps`."""
         if isinstance(self.batches, Gathered):
             return dict(dataclasses.replace(self.batches, rows=x))
         return x
@@ -134,21 +156,25 @@ class Client:
         first: Any = 0,
         branch: bool = True,
     ) -> Carry:
-        """Goes through the client's batches in order.
+        """Loops over the client's batches in order, like `jax.lax.scan`.
 
         Steps without any example are not run. Where several clients are vectorised, a step runs
-        if one of them has examples left, and leaves the others as they are.
+        if any of them has examples left, and leaves the carries of the others unchanged.
 
         Args:
-          step: ``step(carry, batch, mask, key) -> carry``, of a batch with leaves [batch, ...],
-            its mask [batch] and a key of its own.
-          carry: a pytree of arrays, to start with.
-          first: the number of the first step, from which steps get their keys.
-          branch: whether a step without any example is not run. Else it is run and forgotten, for
-            where clients are sharded, devices have to agree on a branch.
+          step: ``step(carry, batch, mask, key) -> carry``. The batch has leaves [batch, ...], the
+            mask is [batch], and the key is different in each step.
+          carry: the initial carry, a pytree of arrays.
+          first: the number of the first step, from which the keys of steps are derived.
+          branch: whether to skip steps without any example by a branch. If False, they run, and
+            their result is dropped: where a client is sharded, its devices have to take the same
+            branch.
 
         Returns:
-          What the last step returned.
+          The carry after the last step.
+
+        Raises:
+          TypeError: if ``step`` returns a carry of another structure, shape or dtype.
 
         Example:
 
@@ -165,14 +191,14 @@ class Client:
           Array(9., dtype=float32)
         """
 
-        def at(carry, numbered):
+        def at(carry: Carry, numbered: tuple[jax.Array, PyTree, jax.Array]) -> tuple[Carry, None]:
             number, x, mask = numbered
             active = jnp.any(mask)
             someone, mine = any_active(active) if branch else (None, active)
 
-            def run(carry):
-                # Whoever only keeps others company repeats a step on real examples, so that
-                # nothing singular comes from padding, and forgets it.
+            def run(carry: Carry) -> Carry:
+                # A client without examples in this step repeats its first step and drops the
+                # result, so that padding never reaches a function that is singular there.
                 own, own_mask = _select(mine, (x, mask), (real, self.mask[0]))
                 own_key = jax.random.fold_in(self.key, number)
                 new = step(carry, self._fetch(own), own_mask, own_key)
@@ -186,7 +212,7 @@ class Client:
         real = jax.tree.map(lambda x: x[0], self._of_steps)
         carry = jax.tree.map(jnp.asarray, carry)
         if any(jax.typeof(x).weak_type for x in jax.tree.leaves(carry)):
-            # Python scalars have no dtype of their own; they take that of what follows.
+            # Weak types, such as those of Python scalars, take the dtype that a step returns.
             sample = jax.eval_shape(lambda: (self.batch(0), self.mask[0], self.key))
             new = jax.eval_shape(step, carry, *sample)
             if _same_structure(new, carry):
@@ -207,7 +233,7 @@ def _strong(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 def _check_carry(new: PyTree, old: PyTree) -> None:
     if not _same_structure(new, old):
         raise TypeError(
-            f"Client.scan: step returned another structure than it was given: "
+            "Client.scan: step returned a carry of another structure, "
             f"{jax.tree.structure(new)}, expected {jax.tree.structure(old)}."
         )
     for (path, before), after in zip(
@@ -216,8 +242,8 @@ def _check_carry(new: PyTree, old: PyTree) -> None:
         one, other = jax.typeof(before), jax.typeof(jnp.asarray(after))
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             raise TypeError(
-                f"Client.scan: carry{jax.tree_util.keystr(path)} is {one.str_short()}, and "
-                f"{other.str_short()} after a step. A step has to keep shapes and dtypes."
+                f"Client.scan: carry{jax.tree_util.keystr(path)} is {one.str_short()}, but "
+                f"{other.str_short()} after a step. A step must not change shapes and dtypes."
             )
 
 
@@ -228,18 +254,27 @@ def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cohort:
-    """The clients of one round.
+    """The clients of one round and their batches. `cohorts` makes them.
 
     Attributes:
-      batches: leaves [clients, steps, batch, ...]: arrays, or a mapping from features to arrays
-        that are gathered on access from examples on the device.
+      batches: leaves [clients, steps, batch, ...]: arrays, or `Gathered`, whose arrays are gathered
+        from examples on the devices when they are accessed.
       mask: bool [clients, steps, batch], False for padding. A client's real steps come first.
-      num_examples: int32 [clients], how many distinct examples the client has, whatever
-        part of them the batches hold and how often.
+      num_examples: int32 [clients], how many distinct examples each client has, no matter how many
+        of them are in the batches, or how often.
       positions: int32 [clients], positions in the data's ``client_ids()``.
-      keys: random keys [clients]; they depend on the seed, the round and the client.
-      vectorize: how many clients of neighbouring length one device should work on at once,
-        where the algorithm does not say; see `fax.map`.
+      keys: random keys [clients], which depend on the seed, the round and the client.
+      vectorize: how many clients a device should vectorise if the algorithm does not say; see
+        `fax.map`. Neighbours have about the same length.
+
+    Example:
+
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.arange(3.0)}, "bob": {"x": jnp.ones(1)}})
+      >>> cohort = next(fax.data.cohorts(data, clients=2, batch_size=2))
+      >>> cohort.size, cohort.batches["x"].shape, cohort.mask.shape
+      (2, (2, 2, 2), (2, 2, 2))
+      >>> [data.client_ids()[p] for p in cohort.positions], cohort.num_examples.tolist()
+      (['ann', 'bob'], [3, 1])
     """
 
     batches: PyTree
@@ -258,20 +293,20 @@ class Cohort:
         return self.mask.shape[0]
 
     def clients(self, *, placement: str | None = None) -> Client:
-        """The clients as a placed value, for `fax.map` in a program over ``size`` clients.
+        """The clients as a placed value, for `fax.map` in a program with ``size`` clients.
 
-        A client function sees a `Client`. Examples on the device are sent as a server value, of
-        which each step picks its rows.
+        A client function is called with a `Client`. Examples on the devices are broadcast, and each
+        step gathers its own rows of them.
 
         Args:
-          placement: which placement, where several are in scope.
+          placement: which placement, if several are in scope.
 
         Raises:
           PlacementError: outside a program.
         """
         batches = self.batches
         if isinstance(batches, Gathered):
-            # Split over devices they are no server value, and are picked before the map.
+            # Examples that are split over devices cannot be broadcast, so gather before the map.
             batches = (
                 dict(batches)
                 if batches.axes

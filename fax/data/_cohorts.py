@@ -1,4 +1,4 @@
-"""`cohorts`: an endless iterator over the clients of each round and their batches."""
+"""`cohorts`: an endless iterator over rounds, each with its clients and their batches."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from fax import _arguments
 from fax.data import _batching
+from fax.data._all_clients import WHERE, AllClients
 from fax.data._batching import Batching
-from fax.data._check import federated
+from fax.data._check_examples import check_federated
 from fax.data._cohort import Cohort
-from fax.data._maker import Maker
-from fax.data._population import WHERE, Population
+from fax.data._cohort_builder import CohortBuilder
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import DataError, FederatedData
-from fax.data._samplers import STREAM, check_sampler, chooser
+from fax.data._samplers import STREAM, check_sampler, make_sampler
 from fax.sharding._row_sharding import row_sharding_in_scope
 
-_LARGEST = 2**31 - 1  # that int32 holds, and so JAX in its usual configuration
+_LARGEST = 2**31 - 1  # the largest int32, which JAX uses by default
 
 
 def cohorts(
@@ -40,53 +40,53 @@ def cohorts(
     prefetch: int = 2,
     placement: str = "clients",
 ) -> Cohorts:
-    """The cohorts of all rounds, without end.
+    """An endless iterator over the cohorts of all rounds.
 
-    Round r is a function of ``seed`` and r alone, so that ``start=r`` resumes there. In an epoch a
-    client goes through all of its examples once, in an order of its own; its last batch may be
-    short, and is masked. A thread prepares the rounds to come while a device works.
+    Round r depends on ``seed`` and r alone, so that ``start=r`` resumes there. In an epoch a
+    client goes through all of its examples once, in a random order of its own; its last batch may
+    be short, and is masked. A thread prepares the next rounds while the devices compute.
 
-    Within a cohort clients are ordered such that devices have about the same number of steps to
-    run and neighbours have about the same length; ``positions`` says who is where. The number
-    of steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most that any client has
-    if that is not far, so that few shapes are compiled; see `Cohorts.shapes`. Steps that are
-    padding are not run; see `Client.scan`.
+    Clients of a cohort are ordered so that all devices have about the same number of steps, and
+    neighbours have about the same length; ``positions`` says which clients they are. The number of
+    steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most steps that any client
+    has if that is at most twice as many, so that few shapes are compiled; see `Cohorts.shapes`.
+    Steps that are only padding are not run; see `Client.scan`.
 
-    If the examples fit, they are brought to the devices once, and a round is sent the numbers of
-    rows. With a mesh in scope the cohort comes out sharded over the mesh axes of
-    ``placement``, and the examples are on every device, or split where they would not fit: a device
-    then has examples of its own clients, and a cohort takes equally many clients from each. So
-    it is with several processes, each of which reads the clients of its own devices only.
+    If the examples fit, they are copied to the devices once, and each round only needs the numbers
+    of rows. With a mesh in scope the cohort is sharded over the mesh axes of ``placement``. The
+    examples are then replicated on all devices or, if they would not fit, split: each device has
+    the examples of its own clients, and a cohort takes equally many clients from each device.
+    They are always split between several processes, each of which reads only its own clients.
 
     Args:
       data: the clients and their examples.
       clients: how many take part in a round.
       batch_size: examples in a batch.
       epochs: how often a client goes through its examples in a round.
-      max_steps: the most batches a client has in a round.
-      drop_remainder: whether an epoch ends with its last full batch.
-      shuffle: whether each epoch is in a random order, or all are in the order of the data.
+      max_steps: the most batches that a client has in a round.
+      drop_remainder: whether to drop the last batch of an epoch if it is short.
+      shuffle: whether each epoch is in a random order, rather than in the order of the data.
       sampler: who takes part. ``"uniform"``: any set of different clients. ``"weighted"``:
-        different clients, drawn one by one in proportion to ``weights``. ``"shuffled"``: passes
+        distinct clients, drawn one by one in proportion to ``weights``. ``"shuffled"``: passes
         through all clients, each in a new random order. ``"minimum_reuse"``: the same pass again
         and again, so that each client waits as long as it can. ``"stream"``: all clients, in the
-        order of the data; each goes on with ``max_steps`` batches where it stopped in the last
-        round, in a stream that repeats its examples without end. Or a function from the number
-        of a round to different positions in ``data.client_ids()``.
+        order of the data; each continues with the next ``max_steps`` batches of a stream that
+        repeats its examples without end. Or a function from the number of a round to distinct
+        positions in ``data.client_ids()``.
       weights: for ``"weighted"``, a number for each client of the data.
-      seed: of everything random.
+      seed: an int, from which everything random is derived.
       start: the first round.
-      resident: whether examples live on the devices. Default: if they fit.
+      resident: whether the examples are kept on the devices. Default: if they fit.
       prefetch: how many rounds may be prepared ahead.
-      placement: the placement that a round's program has for clients.
+      placement: the name of the clients' placement in the program of a round.
 
     Returns:
       The iterator.
 
     Raises:
-      DataError: if an argument is out of range, a cohort is larger than the population, a
-        client has no examples or others than the rest (then the message names client and feature).
-        What only shows when a client is read is raised by the iterator.
+      DataError: if an argument is out of range, or a cohort is larger than the number of clients.
+        The iterator raises it if a client that it reads has no examples, or other features than
+        the first client; the message names the client and the feature.
 
     Example:
 
@@ -97,7 +97,7 @@ def cohorts(
       >>> cohort.mask.shape, cohort.num_examples
       ((2, 6, 2), Array([2, 1], dtype=int32))
     """
-    federated(WHERE, "data", data)
+    check_federated(WHERE, "data", data)
     for name, value in (("drop_remainder", drop_remainder), ("shuffle", shuffle)):
         _arguments.flag(WHERE, name, value, error=DataError)
     if resident is not None:
@@ -105,98 +105,108 @@ def cohorts(
     _arguments.text(WHERE, "placement", placement, "the name of a placement", error=DataError)
     check_sampler(sampler, weights)
     batching = Batching(
-        _positive("batch_size", batch_size),
-        _positive("epochs", epochs),
-        None if max_steps is None else _positive("max_steps", max_steps),
+        _count("batch_size", batch_size),
+        _count("epochs", epochs),
+        None if max_steps is None else _count("max_steps", max_steps),
         drop_remainder,
         shuffle,
     )
-    clients = _positive("clients", clients)
-    prefetch = _positive("prefetch", prefetch)
-    start = _positive("start", start, least=0)
-    seed = _positive("seed", seed, least=0)
+    clients = _count("clients", clients)
+    prefetch = _count("prefetch", prefetch)
+    start = _count("start", start, least=0)
+    seed = _arguments.seed(WHERE, seed, error=DataError)
     if sampler == STREAM and max_steps is None:
         raise DataError(f"{WHERE}: sampler='stream' needs max_steps=, the batches of a round.")
     if sampler == STREAM and batching.epochs > 1:
         raise DataError(
-            f"{WHERE}: sampler='stream' knows no epochs, but epochs={epochs}. A round has "
-            "max_steps batches, wherever an epoch ends."
+            f"{WHERE}: epochs={epochs} has no meaning for sampler='stream', with which a round has "
+            "max_steps batches, wherever an epoch ends. Leave it out."
         )
-    population = Population(data, batching)
-    count = len(population.ids)
+    all_clients = AllClients(data, batching)
+    count = len(all_clients.ids)
     if clients > count:
-        raise DataError(
-            f"{WHERE}: clients={clients} is more than the {count} clients that the data have."
-        )
+        raise DataError(f"{WHERE}: clients is {clients}, but data has only {count} clients.")
     if sampler == STREAM and clients != count:
         raise DataError(
-            f"{WHERE}: sampler='stream' takes all clients in every round, clients={count}, but "
-            f"clients={clients}. Choose some with fax.data.subset."
+            f"{WHERE}: clients is {clients}, but with sampler='stream' all {count} clients of data "
+            "take part in every round. Choose clients with fax.data.subset."
         )
-    spread = row_sharding_in_scope(WHERE, placement)
-    at_home = population.bring(spread, resident, clients, sampler)
-    pools = [np.arange(count)] if at_home is None else at_home.pools
-    choose = chooser(sampler, weights, clients, seed, pools)
-    make = Maker(population, sampler, choose, clients, seed, spread, at_home)
-    return Cohorts(make, start, prefetch)
+    row_sharding = row_sharding_in_scope(WHERE, placement)
+    examples = all_clients.make_resident(row_sharding, resident, clients, sampler)
+    pools = [np.arange(count)] if examples is None else examples.pools
+    choose = make_sampler(sampler, weights, clients, seed, pools)
+    builder = CohortBuilder(all_clients, sampler, choose, clients, seed, row_sharding, examples)
+    return Cohorts(builder, start, prefetch)
 
 
 class Cohorts(Iterator[Cohort]):
     """What `cohorts` returns: an endless iterator over cohorts.
 
-    It may be used as a context manager; leaving it ends the thread that works ahead, as does
-    dropping it.
+    It can be used as a context manager, whose end closes the thread that works ahead. The thread
+    also ends when nothing refers to the iterator any more.
 
     Attributes:
       round: the number of the next cohort.
-      shapes: the shapes (clients, steps, batch) that cohorts had so far, and how many had
-        each. A jitted round is compiled once for each.
+      shapes: how many cohorts so far had each shape (clients, steps, batch). A jitted round is
+        compiled once for each shape.
+
+    Example:
+
+      >>> visits = {name: {"x": jnp.arange(5.0)} for name in ("ann", "bob", "eve")}
+      >>> with fax.data.cohorts(fax.data.InMemory(visits), clients=2, batch_size=2) as rounds:
+      ...     for _, cohort in zip(range(3), rounds):
+      ...         pass  # train on the cohort here
+      >>> rounds.round, rounds.shapes, rounds.padding
+      (3, {(2, 3, 2): 3}, 0.0)
     """
 
-    def __init__(self, make: Maker, start: int, ahead: int):
-        self._make, self._ahead = make, ahead
+    round: int
+    shapes: dict[tuple[int, ...], int]
+
+    def __init__(self, builder: CohortBuilder, start: int, ahead: int) -> None:
+        self._builder, self._ahead = builder, ahead
         self._items: Prefetch | None = None
         self._closed = False
         self._needed = self._computed = 0
         self.round = start
-        self.shapes: dict[tuple[int, ...], int] = {}
+        self.shapes = {}
 
     def __next__(self) -> Cohort:
         if self._closed:
             raise StopIteration
         if self._items is None:
-            self._items = Prefetch(self._make, self.round, self._ahead)
+            self._items = Prefetch(self._builder, self.round, self._ahead)
         cohort, steps = next(self._items)
         self._note(cohort.mask.shape, steps)
         self.round += 1
         return cohort
 
     def take(self, rounds: int) -> Cohort:
-        """The next cohorts, for a loop over rounds on the device.
+        """The next cohorts, for a loop over rounds on the devices.
 
         Args:
           rounds: how many.
 
         Returns:
-          A cohort whose arrays have a leading axis [rounds], but for the examples on the devices.
-          All rounds have the steps of the longest.
+          A cohort whose arrays have a leading axis [rounds], except for the examples on the
+          devices. All rounds are padded to the steps of the longest.
 
         Raises:
-          DataError: if the examples are not on the devices, ``rounds`` is not a positive int, or
-            the iterator is closed.
+          DataError: if the examples are not on the devices, ``rounds`` is less than 1, or the
+            iterator is closed.
         """
-        rounds = _positive("rounds", rounds)
+        rounds = _count("rounds", rounds)
         if self._closed:
             raise DataError(f"{WHERE}: take: the iterator is closed, and has no more cohorts.")
         if not self.resident:
             raise DataError(
                 f"{WHERE}: several rounds at once need examples on the devices, but these are on "
-                "the host. Ask for resident=True, or take one round after the other."
+                "the host. Pass resident=True, or take one round at a time."
             )
         if self._items is not None:
             self._items.close()
             self._items = None
-        cohort, steps = self._make.several(self.round, rounds)
+        cohort, steps = self._builder.several(self.round, rounds)
         for own in steps:
             self._note(cohort.mask.shape[1:], own)
         self.round += rounds
@@ -205,33 +215,33 @@ class Cohorts(Iterator[Cohort]):
     def _note(self, shape: tuple[int, ...], steps: np.ndarray) -> None:
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
         self._needed += int(steps.sum())
-        ways, at_once = self._make.spread.num_shards, self._make.at_once or 1
-        self._computed += _batching.computed_steps(steps, ways, at_once)
+        devices, vectorize = self._builder.row_sharding.num_shards, self._builder.vectorize or 1
+        self._computed += _batching.computed_steps(steps, devices, vectorize)
 
     @property
     def resident(self) -> bool:
-        """Whether the examples live on the devices."""
-        return self._make.home is not None
+        """Whether the examples are kept on the devices."""
+        return self._builder.resident is not None
 
     @property
     def padding(self) -> float:
-        """The share of the computed steps, so far, that were nobody's: a number in [0, 1)."""
+        """The share of the steps computed so far that were only padding: a number in [0, 1)."""
         return 1 - self._needed / self._computed if self._computed else 0.0
 
     def __repr__(self) -> str:
-        population, batching = self._make.population, self._make.population.batching
+        all_clients, batching = self._builder.all_clients, self._builder.all_clients.batching
         where = "devices" if self.resident else "host"
         return (
-            f"Cohorts(clients={self._make.clients} of {len(population.ids)}, "
+            f"Cohorts(clients={self._builder.clients} of {len(all_clients.ids)}, "
             f"batch_size={batching.batch_size}, epochs={batching.epochs}, round={self.round}, "
             f"examples on the {where})"
         )
 
     def close(self) -> None:
-        """Ends the thread that works ahead. The iterator has no more cohorts then.
+        """Ends the thread that works ahead. After that the iterator has no more cohorts.
 
-        It waits for a client that is being read, but for a few seconds at most. If a function that
-        prepares examples is stuck, a warning names it, and the thread ends when it returns.
+        It waits a few seconds at most for a client that is being read. If a function that reads or
+        prepares examples hangs, a warning names it, and the thread ends when the function returns.
         """
         self._closed = True
         if self._items is not None:
@@ -251,11 +261,11 @@ def _refuse(*_: Any) -> Any:
     )
 
 
-# JAX would say that it is not an array, and not what to do.
+# JAX's own message would only say that it is not an array, and not how to fix it.
 jax.tree_util.register_pytree_node(Cohorts, _refuse, _refuse)
 
 
-def _positive(name: str, value: Any, least: int = 1) -> int:
+def _count(name: str, value: Any, least: int = 1) -> int:
     number = _arguments.count(WHERE, name, value, least=least, error=DataError)
     if number > _LARGEST:
         raise DataError(f"{WHERE}: {name} is {value!r}, expected an int of at most {_LARGEST}.")

@@ -19,41 +19,49 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from fax import _arguments
-from fax.data._check import Schema, checked, encoded, federated, is_numeric, read
+from fax.data._atomic_write import atomic_write, sync_to_disk
+from fax.data._check_examples import (
+    Schema,
+    check_federated,
+    checked_examples,
+    is_numeric,
+    read_client,
+    utf8_of,
+)
 from fax.data._decompress import check_max_bytes, check_size
 from fax.data._protocol import ClientId, DataError, FederatedData
-from fax.data._write import synchronize, whole
 
-_READABLE = " +,=@()"  # left as they are in file names, besides letters, digits and _.-~
-_LONGEST_NAME = 255  # bytes, on nearly all disks
+_UNQUOTED = " +,=@()"  # not percent-encoded in file names, besides letters, digits and _.-~
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
 _LONGEST_FEATURE = 10_000  # characters; a zip archive holds 65,535 bytes
-_LONGEST_HEADER = 1 << 16  # bytes; NumPy's own are some hundred
+_LONGEST_HEADER = 1 << 16  # bytes; NumPy writes a few hundred
 _CHUNK = 1 << 20
 
 
 class Files:
     """Federated data in a folder: each client is one ``.npz`` file, with an array for each feature.
 
-    Nothing is read at the start, so that a folder may have millions of clients. `client` and
-    `num_examples` open the client's file and no other. The first call of `client_ids` or ``len``
-    lists the folder, and sorts the ids.
+    Nothing is read when the folder is opened, so it may have millions of clients. `client` and
+    `num_examples` open only the client's own file. The first call of `client_ids` or ``len`` lists
+    the folder and sorts the ids.
 
-    A client's file is ``<id>.npz``, either in the folder itself or, as `Files.write` puts it, in
-    one of 256 subfolders, by the first two hexadecimal digits of the id's SHA-256 checksum. In
-    file names, characters other than letters, digits, space and ``_.-~+,=@()`` are percent-encoded.
-    A file name has 255 bytes at most, which bounds the length of ids. Files may be compressed.
-    Their arrays are read without pickle, so they are of numbers, bools or strings of fixed width.
+    A client's file is ``<id>.npz``, either in the folder itself or, as `Files.write` writes it, in
+    one of 256 subfolders, named by the first two hexadecimal digits of the id's SHA-256 checksum.
+    In file names, characters other than letters, digits, space and ``_.-~+,=@()`` are
+    percent-encoded. File names have at most 255 bytes, which limits the length of ids. Files may be
+    compressed. Arrays are read without pickle, so they can be of numbers, bools or fixed-width
+    strings.
 
     Args:
-      folder: the folder.
+      folder: the path of the folder.
       max_bytes: the most bytes that a client's arrays may have. Default: 256 MiB, or 100 times the
         size of the client's file if that is more.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      DataError: when a client is read, if there is none of that id, or its file is damaged, becomes
-        too large or differs from the others; when the folder is listed, if it has no clients, or
-        files whose names are not those of clients.
+      DataError: when a client is read, if there is no such client, or its file is damaged, becomes
+        too large or has other features than the first client; when the folder is listed, if it has
+        no clients, or ``.npz`` files whose names are not those of clients.
 
     Example:
 
@@ -65,7 +73,7 @@ class Files:
       {'age': array([36], dtype=int32)}
     """
 
-    def __init__(self, folder: str | os.PathLike, *, max_bytes: int | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, max_bytes: int | None = None) -> None:
         self._max_bytes = check_max_bytes("fax.data.Files", max_bytes)
         _arguments.path("fax.data.Files", "folder", folder, error=DataError)
         self._folder = Path(folder).absolute()
@@ -76,56 +84,57 @@ class Files:
         self._lock = threading.Lock()
 
     @staticmethod
-    def write(folder: str | os.PathLike, data: FederatedData) -> Files:
-        """Writes federated data to a folder of files, in 256 subfolders.
+    def write(folder: str | os.PathLike[str], data: FederatedData) -> Files:
+        """Writes federated data to a folder, in 256 subfolders.
 
-        The folder gets its name when all of it is on the disk. Client ids are strings, features
-        numbers and bools.
+        The write is atomic: the folder appears under its name when all of it is on the disk. Client
+        ids have to be strings, and features numbers or bools.
 
         Args:
-          folder: the folder. It must not exist.
-          data: what to write.
+          folder: the path of the folder, which must not exist.
+          data: the data to write.
 
         Returns:
           The folder, opened.
 
         Raises:
           DataError: if the folder exists, or a client cannot be written.
-          OSError: if the disk is full. Nothing is left behind then.
+          OSError: if the disk is full. No part of the folder is left behind.
         """
-        federated("fax.data.Files.write", "data", data)
+        check_federated("fax.data.Files.write", "data", data)
         _arguments.path("fax.data.Files.write", "folder", folder, error=DataError)
         folder, schema = Path(folder).absolute(), Schema()
-        with whole("fax.data.Files.write", folder) as temporary:
+        with atomic_write("fax.data.Files.write", folder) as temporary:
             temporary.mkdir()
             for client_id in data.client_ids():
                 path = temporary / _file(client_id, sharded=True)
-                examples = read(data, client_id)
+                examples = read_client(data, client_id)
                 schema.check(client_id, examples)
                 for name, array in examples.items():
                     if not is_numeric(array.dtype) or array.dtype.kind == "V":
                         raise DataError(
                             f"client {client_id!r}, feature {name!r} has dtype {array.dtype}, but "
-                            "the files hold NumPy's numbers and bools. Convert it by fax.data.map, "
-                            "or use fax.data.SQLite.write, which can write byte strings."
+                            "files can hold only NumPy's numbers and bools. Convert it with "
+                            "fax.data.map, or use fax.data.SQLite.write, which can write byte "
+                            "strings."
                         )
                     if "\0" in name or len(name) > _LONGEST_FEATURE:
                         raise DataError(
-                            f"client {client_id!r}, feature {name!r:.80}: the files can hold names "
-                            f"of {_LONGEST_FEATURE} characters without null characters. Rename it "
-                            "by fax.data.map."
+                            f"client {client_id!r}, feature {name!r:.80}: the name of a feature "
+                            f"may have {_LONGEST_FEATURE} characters, and no null character. "
+                            "Rename it with fax.data.map."
                         )
                 path.parent.mkdir(exist_ok=True)
-                if path.exists():  # where upper and lower case are the same
+                if path.exists():  # on a file system that ignores case
                     raise DataError(f"client {client_id!r} has the file name of another client.")
                 try:
                     _save(path, examples)
                 except UnicodeEncodeError as error:
                     raise DataError(
-                        f"client {client_id!r} has a feature whose name is no text: {error}."
+                        f"client {client_id!r} has a feature whose name is not text: {error}."
                     ) from error
             for shard in (*temporary.iterdir(), temporary):
-                synchronize(shard)
+                sync_to_disk(shard)
         return Files(folder)
 
     def client_ids(self) -> tuple[str, ...]:
@@ -137,7 +146,7 @@ class Files:
 
     def num_examples(self, client_id: ClientId) -> int:
         with self._open(client_id) as file, self._reading(client_id):
-            # The header of the first array tells, and is all that is decompressed.
+            # Decompress nothing but the header of the first array.
             with (
                 zipfile.ZipFile(file) as archive,
                 _opened(archive, archive.infolist()[0]) as member,
@@ -150,7 +159,7 @@ class Files:
     def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
         with self._open(client_id) as file, self._reading(client_id):
             arrays = _load(file, f"client {client_id!r}", self._max_bytes)
-            examples = checked(client_id, arrays)
+            examples = checked_examples(client_id, arrays)
             self._schema.check(client_id, examples)
             return examples
 
@@ -175,7 +184,7 @@ class Files:
 
     @contextlib.contextmanager
     def _reading(self, client_id: ClientId) -> Iterator[None]:
-        """Puts into words whatever a damaged file may lead to."""
+        """Turns any error that a damaged file can cause into a `DataError`."""
         try:
             yield
         except DataError as error:
@@ -183,7 +192,7 @@ class Files:
         except Exception as error:
             raise DataError(
                 f"{self._folder}: client {client_id!r} cannot be read: {error}. Its file is "
-                "damaged or no .npz file: get it once more."
+                "damaged or not an .npz file. Get it again."
             ) from error
 
     def _listed(self) -> tuple[str, ...]:
@@ -198,7 +207,7 @@ class Files:
                         names = [inner.name for inner in shard if inner.name.endswith(".npz")]
                     ids += [_id(f"{entry.name}/{name}") for name in names]
         if not ids:
-            raise DataError(f"{self._folder} has no .npz files, nor folders of them.")
+            raise DataError(f"{self._folder} has neither .npz files nor folders of them.")
         ids.sort()
         for one, other in itertools.pairwise(ids):
             if one == other:
@@ -213,41 +222,41 @@ class Files:
 
 
 def _file(client_id: ClientId, sharded: bool) -> str:
-    """Where a client's file is in the folder."""
+    """The path of a client's file in the folder."""
     if not isinstance(client_id, str):
         raise DataError(
-            f"client {client_id!r:.80} is named by a {type(client_id).__name__}, but files are "
-            "named by strings."
+            f"client {client_id!r:.80} has an id of type {type(client_id).__name__}, but ids in "
+            "files are strings."
         )
     try:
-        raw = encoded(client_id)
+        raw = utf8_of(client_id)
     except ValueError as error:
         raise DataError(f"client {client_id!r:.80} has no file name: {error}.") from error
-    name = quote(raw, safe=_READABLE) + ".npz"
+    name = quote(raw, safe=_UNQUOTED) + ".npz"
     if len(name) > _LONGEST_NAME:
         raise DataError(
-            f"client {client_id!r:.80} has {len(client_id)} characters in its id, which make a "
-            f"file name of {len(name)} bytes, but {_LONGEST_NAME} are the most. Shorten ids, for "
-            "example to their checksums, or use fax.data.SQLite.write."
+            f"client {client_id!r:.80} has an id of {len(client_id)} characters, whose file name "
+            f"would have {len(name)} bytes, but at most {_LONGEST_NAME} are possible. Shorten ids, "
+            "for example to their checksums, or use fax.data.SQLite.write."
         )
     return f"{hashlib.sha256(raw).hexdigest()[:2]}/{name}" if sharded else name
 
 
 def _id(path: str) -> str:
-    """The client that a file belongs to, if `_file` finds it there again."""
+    """The client whose file has this path. `_file` is the inverse."""
     name = path.rpartition("/")[2].removesuffix(".npz")
     client_id = unquote(name, errors="surrogateescape")
     if path != _file(client_id, sharded="/" in path):
         raise DataError(
-            f"{path!r} is not named as a client's file. That of client {client_id!r} is "
-            f"{_file(client_id, False)} or {_file(client_id, True)}."
+            f"{path!r} is not the name of a client's file. The file of client {client_id!r} is "
+            f"{_file(client_id, False)} or {_file(client_id, True)}. Rename it."
         )
     return client_id
 
 
 def _save(path: Path, examples: dict[str, np.ndarray]) -> None:
     with path.open("xb") as file:
-        # allow_pickle=False is the promise of `Files`; a name such as "file" is fine in a zip.
+        # Not np.savez, which may pickle, and which cannot write a feature named "file".
         with zipfile.ZipFile(file, "w") as archive:
             for name, array in examples.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -257,32 +266,32 @@ def _save(path: Path, examples: dict[str, np.ndarray]) -> None:
 
 
 def _load(file: IO[bytes], where: str, max_bytes: int | None) -> dict[str, np.ndarray]:
-    """All arrays of a file. Members are read to their end, where their checksum is compared."""
+    """All arrays of a file. They are read to their end, where zipfile compares the checksum."""
     arrays: dict[str, np.ndarray] = {}
     stored = file.seek(0, os.SEEK_END)
     file.seek(max(0, stored - (1 << 16) - 22))
     content = file.read()
     with zipfile.ZipFile(file) as archive:
-        # zipfile does not compare the number of members with the one that the file ends with.
+        # zipfile does not compare the number of members with that at the end of the file.
         end = content.rfind(b"PK\5\6")
         if len(archive.infolist()) & 0xFFFF != int.from_bytes(
             content[end + 10 : end + 12], "little"
         ):
             raise ValueError("the list of its arrays is damaged")
-        # What the list says is all that is read.
+        # No more bytes are read than the list says.
         size = sum(info.file_size for info in archive.infolist())
         check_size(where, size, max_bytes, stored)
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename or name in arrays:
-                raise ValueError(f"{info.filename!r:.80} is no array, or comes twice")
+                raise ValueError(f"{info.filename!r:.80} is not an array, or occurs twice")
             with _opened(archive, info) as member:
                 arrays[name] = _array(name, member)
     return arrays
 
 
 def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
-    # The others decompress without a limit.
+    # zipfile's other methods decompress without a limit.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{info.filename!r:.80} is compressed by method {info.compress_type}")
     return archive.open(info)
@@ -309,7 +318,7 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         (2, 0): (4, np.lib.format.read_array_header_2_0),
     }
     if version not in readers:
-        raise ValueError(f"version {version} of NumPy's format is not for plain arrays")
+        raise ValueError(f"version {version} of NumPy's format is not used for plain arrays")
     size, reader = readers[version]
     length = member.read(size)
     if int.from_bytes(length, "little") > _LONGEST_HEADER:

@@ -7,22 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import Schema, checked, features_of, of_frame, sift, unknown
+from fax.data._check_examples import (
+    Schema,
+    checked_examples,
+    describe_features,
+    frame_hint,
+    unknown_client,
+    usable_clients,
+)
 from fax.data._protocol import ClientId, DataError
 
 
 class InMemory:
-    """Federated data from a mapping: each client's id to its features, and their names to arrays.
+    """Federated data in memory, from a mapping of client ids to mappings of features to arrays.
 
-    All of it is checked at once: every client has examples, the rows of its features match, and
-    all clients have the same features, dtypes and shapes. Arrays are not copied; `client` gives
-    read-only views of them. The order of clients is that of the mapping.
+    Everything is checked at once: each client has examples, its features have the same number of
+    rows, and all clients have the same features, dtypes and shapes. Arrays are not copied;
+    `client` returns read-only views of them. Clients are in the order of the mapping.
 
     Args:
       clients: maps ids (strings, bytes or ints) to mappings from names to arrays with a common
         leading axis.
       on_bad: ``"raise"``, or ``"skip"`` to leave out clients that cannot be used, with one warning
-        that counts them. The first good client says what features there are.
+        that counts them. The features are those of the first client that can be used.
 
     Raises:
       DataError: if there are no clients, or one of them cannot be used.
@@ -31,10 +38,10 @@ class InMemory:
 
       >>> import numpy as np
       >>> data = fax.data.InMemory({
-      ...     "ada": {"image": np.zeros((3, 28, 28)), "label": np.array([0, 4, 2])},
-      ...     "bob": {"image": np.zeros((1, 28, 28)), "label": np.array([4])},
+      ...     "ada": {"image": np.zeros((3, 28, 28)), "y": np.array([0, 4, 2])},
+      ...     "bob": {"image": np.zeros((1, 28, 28)), "y": np.array([4])},
       ... })
-      >>> data.client_ids(), data.num_examples("ada"), data.client("bob")["label"]
+      >>> data.client_ids(), data.num_examples("ada"), data.client("bob")["y"]
       (('ada', 'bob'), 3, array([4]))
     """
 
@@ -42,7 +49,7 @@ class InMemory:
         where = "fax.data.InMemory"
         if not isinstance(clients, Mapping) or not clients:
             found = "is empty" if isinstance(clients, Mapping) else f"is {type(clients).__name__}"
-            fix = of_frame(clients, clients=True)
+            fix = frame_hint(clients, clients=True)
             raise DataError(
                 f"{where}: clients {found}, expected a mapping from client ids to their features."
                 f"{fix or ' fax.data.partition makes clients of central arrays.'}"
@@ -53,14 +60,14 @@ class InMemory:
         def check(client_id: Any) -> None:
             if not isinstance(client_id, (str, bytes, int, np.integer)):
                 raise DataError(
-                    f"client {client_id!r} is named by a {type(client_id).__name__}, expected a "
-                    "string, bytes or an int."
+                    f"client {client_id!r} has an id of type {type(client_id).__name__}, expected "
+                    "a string, bytes or an int."
                 )
-            examples = checked(client_id, clients[client_id])
+            examples = checked_examples(client_id, clients[client_id])
             schema.check(client_id, examples)
             self._clients[client_id] = examples
 
-        self._ids = tuple(sift(where, clients, check, on_bad))
+        self._ids = tuple(usable_clients(where, clients, check, on_bad))
 
     def client_ids(self) -> tuple[ClientId, ...]:
         return self._ids
@@ -75,12 +82,12 @@ class InMemory:
         try:
             return self._clients[client_id]
         except (KeyError, TypeError):
-            raise unknown(client_id, self) from None
+            raise unknown_client(client_id, self) from None
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __repr__(self) -> str:
         examples = sum(map(self.num_examples, self._ids))
-        features = features_of(self._clients[self._ids[0]])
+        features = describe_features(self._clients[self._ids[0]])
         return f"InMemory(clients={len(self)}, examples={examples}, features={features})"

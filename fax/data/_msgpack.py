@@ -1,8 +1,14 @@
 """The examples of a client as FedJAX stores them: msgpack with arrays as extension types.
 
 A client is a map from names to arrays. An array of numbers is extension type 1, an array of byte
-strings type 4; their data are again msgpack, ``[shape, dtype's name, bytes in row-major order]``
-and ``[shape, [byte string, ...]]``. This reads and writes that much of msgpack and no more.
+strings type 4. Their data are msgpack again, ``[shape, dtype's name, bytes in row-major order]``
+and ``[shape, [byte string, ...]]``. This module reads and writes only that part of msgpack.
+
+The msgpack package is not used, because it cannot be bounded for files that nobody trusts. It
+allocates a list of the announced length at each of up to 1,024 levels of nesting before it reads an
+element, so that 21 kB of input take 76 times the limit of ``max_array_len`` in memory, and it
+accepts maps in which a name occurs twice. This reader bounds depth and memory, and reports both.
+`fax.data` also needs nothing but NumPy this way.
 """
 
 from __future__ import annotations
@@ -14,15 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fax.data._check import is_numeric
+from fax.data._check_examples import is_numeric
 
 ARRAY, BYTES_ARRAY = 1, 4
 
-_DEEPEST = 4  # lists and maps within each other; an array has two
+_DEEPEST = 4  # levels of nested lists and maps; an array has two
 _MOST_AXES = 64  # as in NumPy
 _BYTES_OF_A_VALUE = 64  # of memory, as a Python object and its place in a list
 
-# What follows the first byte of a value: the number it is, or the length of what comes after it.
+# What follows the first byte of a value: the number itself, or the length of the rest.
 _NUMBERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i"}
 _NUMBERS |= {0xD3: ">q", 0xCA: ">f", 0xCB: ">d"}
 _BYTES = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I", 0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}
@@ -36,9 +42,9 @@ class _Extension(NamedTuple):
 
 
 def unpack(data: bytes, most: int) -> dict[str, np.ndarray]:
-    """A client's features, if they take about ``most`` bytes of memory or less.
+    """The features of a client, which may take about ``most`` bytes of memory.
 
-    Raises `ValueError` for anything that is not exactly that.
+    Raises `ValueError` for any other input.
     """
     features = _unpacked(data, most)
     if not isinstance(features, dict):
@@ -49,10 +55,10 @@ def unpack(data: bytes, most: int) -> dict[str, np.ndarray]:
 def _array(name: str, value: Any, most: int) -> np.ndarray:
     where = f"feature {name!r:.80}"
     if not isinstance(value, _Extension) or value.kind not in (ARRAY, BYTES_ARRAY):
-        raise ValueError(f"{where} is no array")
+        raise ValueError(f"{where} is not an array")
     parts = _unpacked(value.data, most)
     if not isinstance(parts, list) or len(parts) != (3 if value.kind == ARRAY else 2):
-        raise ValueError(f"{where} is no array")
+        raise ValueError(f"{where} is not an array")
     shape, *dtype, content = parts
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"{where} has the shape {shape!r:.80}")
@@ -63,8 +69,8 @@ def _array(name: str, value: Any, most: int) -> np.ndarray:
         flat[:] = content
     else:
         if not isinstance(dtype[0], bytes) or not isinstance(content, bytes):
-            raise ValueError(f"{where} is no array")
-        # A name, and not any text that NumPy would make a dtype of.
+            raise ValueError(f"{where} is not an array")
+        # Only names, for NumPy would evaluate other text, too.
         kind = np.dtype(np.sctypeDict.get(dtype[0].decode(), np.void))
         if not is_numeric(kind):
             raise ValueError(f"{where} has dtype {dtype[0]!r:.80}")
@@ -80,14 +86,14 @@ def _array(name: str, value: Any, most: int) -> np.ndarray:
 def _unpacked(data: bytes, most: int) -> Any:
     value, end = _value(data, 0, 0, most)
     if end != len(data):
-        raise ValueError(f"{len(data) - end} bytes too many")
+        raise ValueError(f"{len(data) - end} bytes follow its end")
     return value
 
 
 def _value(data: bytes, at: int, depth: int, most: int) -> tuple[Any, int]:
-    """The value that begins at a byte, and where it ends. All strings are bytes."""
+    """The value that starts at a byte, and its end. All strings are bytes."""
     if depth > _DEEPEST:
-        raise ValueError("too deep")
+        raise ValueError("lists and maps are nested too deeply")
     code = _take(data, at, 1)[0]
     at += 1
     if code < 0x80:
@@ -116,7 +122,7 @@ def _value(data: bytes, at: int, depth: int, most: int) -> tuple[Any, int]:
     elif 0xD4 <= code <= 0xD8:
         length = 1 << (code - 0xD4)
     else:
-        raise ValueError(f"byte {at - 1} is {code:#x}, which begins nothing that is expected")
+        raise ValueError(f"byte {at - 1} is {code:#x}, which no expected value starts with")
     kind = _take(data, at, 1)[0]
     return _Extension(kind, _take(data, at + 1, length)), at + 1 + length
 
@@ -147,24 +153,24 @@ def _map(data: bytes, at: int, length: int, depth: int, most: int) -> tuple[dict
     for _ in range(length):
         key, at = _value(data, at, depth + 1, most)
         if not isinstance(key, bytes) or key in values:
-            raise ValueError(f"the name {key!r:.80} is no string, or comes twice")
+            raise ValueError(f"the name {key!r:.80} is not a string, or occurs twice")
         values[key], at = _value(data, at, depth + 1, most)
     return values, at
 
 
 def _check_length(data: bytes, at: int, length: int, most: int) -> None:
-    """Checks that there can be so many values, of a byte or more, and room for them."""
+    """Checks that there can be so many values, of at least a byte each, and memory for them."""
     if length > len(data) - at:
-        raise ValueError(f"{length} values begin where {len(data) - at} bytes are left")
+        raise ValueError(f"{length} values are announced, but only {len(data) - at} bytes are left")
     if length > most // _BYTES_OF_A_VALUE:
         raise ValueError(
             f"a list of {length} values takes about {length * _BYTES_OF_A_VALUE} bytes of memory, "
-            f"and the limit is {most}. If the data can be trusted, pass a larger max_bytes"
+            f"and the limit is {most}. If you trust the data, pass a larger max_bytes"
         )
 
 
 def pack(features: Mapping[str, np.ndarray]) -> bytes:
-    """The reverse of `unpack`. Raises `ValueError` for what the format cannot express."""
+    """The inverse of `unpack`. Raises `ValueError` for what the format cannot represent."""
     parts = [_head(0xDE, len(features), ">H")]
     for name, array in features.items():
         shape = _packed_list([_int(n) for n in array.shape])
@@ -174,8 +180,9 @@ def pack(features: Mapping[str, np.ndarray]) -> bytes:
             kind, rest = BYTES_ARRAY, [_packed_list([_bytes(v) for v in array.flat])]
         else:
             raise ValueError(
-                f"feature {name!r:.80} has dtype {array.dtype}; the file can hold numbers, bools, "
-                "and arrays of dtype object of byte strings. Convert it by fax.data.map"
+                f"feature {name!r:.80} has dtype {array.dtype}, but the file can hold only "
+                "numbers, bools, and byte strings in arrays of dtype object. Convert it with "
+                "fax.data.map"
             )
         data = _packed_list([shape, *rest])
         parts += [_string(name), _head(0xC9, len(data)), struct.pack(">b", kind), data]

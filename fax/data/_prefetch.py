@@ -1,4 +1,4 @@
-"""A thread that works ahead by a few items, hands errors on, and ends with its iterator."""
+"""A thread that works ahead by a few items, passes errors on, and ends with its iterator."""
 
 from __future__ import annotations
 
@@ -17,37 +17,36 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE = 0.5  # seconds until a thread that waits looks whether it still should
-_FAREWELL = 5.0  # seconds that a thread has to end
+_POLL_SECONDS = 0.5  # how often a thread that waits checks whether it should end
+_JOIN_SECONDS = 5.0  # how long to wait for a thread to end
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
 class Prefetch(Iterator[T], Generic[T]):
-    """``make(0), make(1), ...``, made ahead by a thread.
+    """``make(start), make(start + 1), ...``, computed ahead by a thread.
 
-    An error in ``make`` is raised when its item is due, and again whenever another is asked for.
-    The thread ends when the iterator is closed, when nobody holds it any more, or when it has
-    raised.
+    An error in ``make`` is raised when its item is asked for, and every time after that. The
+    thread ends when the iterator is closed or garbage-collected, or when ``make`` has raised.
 
     Args:
-      make: item ``number``; runs in the thread.
+      make: returns the item of a number. It runs in the thread.
       start: the first number.
-      ahead: how many items may wait.
+      ahead: how many items may wait to be asked for.
     """
 
     def __init__(self, make: Callable[[int], T], start: int, ahead: int):
         self._items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        # The thread knows the queue and not the iterator, so that it cannot keep it alive.
+        # The thread refers to the queue but not to the iterator, so it does not keep it alive.
         self._thread = threading.Thread(
             target=_work,
             args=(make, start, self._items, self._stop),
             name="fax.data.cohorts",
             daemon=True,
         )
-        # Garbage is collected at any time, in any thread, whatever locks are held: it must not
-        # wait for anybody. The thread finds out by itself.
+        # The garbage collector may run in any thread, whatever locks are held, so this must not
+        # wait for the thread to end. The thread will see that it should.
         weakref.finalize(self, self._stop.set).atexit = False
         _running[self._thread] = _Work(self._stop)
         self._thread.start()
@@ -56,13 +55,13 @@ class Prefetch(Iterator[T], Generic[T]):
         while self._error is None:
             if self._stop.is_set():
                 raise StopIteration
-            # What is made last is in the queue before its thread ends.
+            # A thread puts its last item into the queue before it ends.
             alive = self._thread.is_alive()
             try:
-                item, self._error = self._items.get(timeout=_PATIENCE if alive else 0)
+                item, self._error = self._items.get(timeout=_POLL_SECONDS if alive else 0)
             except queue.Empty:
                 if alive:
-                    continue  # and look whether somebody has closed the iterator
+                    continue  # after checking whether the iterator was closed
                 self._error = RuntimeError(
                     "fax.data.cohorts: the thread that prepares cohorts does not exist in this "
                     "process, which was forked from the one that made it. Make an iterator in each "
@@ -75,9 +74,9 @@ class Prefetch(Iterator[T], Generic[T]):
         raise self._error
 
     def close(self) -> None:
-        """Ends the thread, and waits until it has, but not for ever: it may be stuck."""
+        """Ends the thread, and waits for it for a while, but not forever: it may hang."""
         self._stop.set()
-        while True:  # if it waits for room in the queue it finds some
+        while True:  # make room in the queue, for which the thread may wait
             try:
                 self._items.get_nowait()
             except queue.Empty:
@@ -86,38 +85,40 @@ class Prefetch(Iterator[T], Generic[T]):
             _join([self._thread])
 
 
-def _work(make, number, items, stop):
+def _work(
+    make: Callable[[int], Any], number: int, items: queue.Queue[Any], stop: threading.Event
+) -> None:
     while not stop.is_set():
         try:
             result: tuple[Any, BaseException | None] = make(number), None
         except _Closed:
             return
-        except StopIteration as error:  # which would end the loop over cohorts without a word
+        except StopIteration as error:  # which would silently end the loop over cohorts
             result = None, RuntimeError(f"fax.data.cohorts: round {number} raised StopIteration.")
             result[1].__cause__ = error
         except BaseException as error:  # raised where the item is asked for
             result = None, error
         while not stop.is_set():
             try:
-                items.put(result, timeout=_PATIENCE)
+                items.put(result, timeout=_POLL_SECONDS)
                 break
             except queue.Full:
                 continue
         if result[1] is not None:
             return
-        del result  # so that no item is held while the next one is made
+        del result  # so that the item can be freed while the next one is computed
         number += 1
 
 
 class _Work:
-    """What a thread is at."""
+    """What a thread is doing."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop, self.client = stop, ""
 
 
 class _Closed(BaseException):
-    """Ends a thread whose iterator is closed, in the middle of a round."""
+    """Ends a thread in the middle of a round, because its iterator was closed."""
 
 
 _running: weakref.WeakKeyDictionary[threading.Thread, _Work] = weakref.WeakKeyDictionary()
@@ -125,7 +126,7 @@ _running: weakref.WeakKeyDictionary[threading.Thread, _Work] = weakref.WeakKeyDi
 
 @contextlib.contextmanager
 def reading(client_id: Any) -> Iterator[None]:
-    """Says which client is read, and ends a thread whose iterator is closed before it is read."""
+    """Notes which client is being read. Ends the thread first if its iterator was closed."""
     work = _running.get(threading.current_thread())
     if work is None:
         yield
@@ -140,31 +141,31 @@ def reading(client_id: Any) -> Iterator[None]:
 
 
 def _join(threads: list[threading.Thread]) -> None:
-    """Waits for threads that should end. Of one that does not it says where it is stuck."""
-    last = time.monotonic() + _FAREWELL
+    """Waits for threads that should end. A warning says where a thread hangs that does not."""
+    last = time.monotonic() + _JOIN_SECONDS
     for thread in threads:
         thread.join(max(0.0, last - time.monotonic()))
         work, frame = _running.get(thread), sys._current_frames().get(thread.ident or 0)
         if thread.is_alive() and work is not None and frame is not None:
             warnings.warn(
-                f"fax.data: the iterator is closed, but after {_FAREWELL:g} seconds the thread "
+                f"fax.data: the iterator is closed, but after {_JOIN_SECONDS:g} seconds the thread "
                 f"that reads ahead for it is still in {_place(frame)}{work.client}. It ends when "
-                "that returns. If it never does, look there for what it waits for, such as a lock, "
-                "a queue or a connection.",
+                "that function returns. If it never does, find out what it waits for there, such "
+                "as a lock, a queue or a connection.",
                 UserWarning,
                 stacklevel=4,
             )
 
 
 def _place(frame: Any) -> str:
-    """The function that fax has called, whatever that has called itself."""
+    """The function that fax called, whatever it has called itself."""
     stack = traceback.extract_stack(frame)
     ours = max(i for i, entry in enumerate(stack) if entry.filename.startswith(_PACKAGE))
     entry = stack[min(ours + 1, len(stack) - 1)]
     return f"{entry.name} ({entry.filename}, line {entry.lineno})"
 
 
-# Threads must not be in the middle of a computation when the interpreter goes away.
+# Threads must not be in the middle of a computation when the interpreter exits.
 @atexit.register
 def _end_all() -> None:
     running = list(_running.items())

@@ -1,4 +1,4 @@
-"""What federated data are: clients by name, and each client's examples."""
+"""The interface of federated data: clients by id, and the examples of each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ Examples = Mapping[str, np.ndarray]
 
 
 class DataError(ValueError):
-    """Data that cannot be used as they are. The message names the client and the feature."""
+    """Data, or an argument of `fax.data`, that cannot be used.
+
+    If a client's examples are to blame, the message names the client and the feature.
+
+    Example:
+
+      >>> fax.data.InMemory({"ada": {"x": []}})
+      Traceback (most recent call last):
+      fax.data._protocol.DataError: client 'ada' has no examples. Leave the client out, ...
+    """
 
 
 @runtime_checkable
 class FederatedData(Protocol):
     """The interface of all federated data: a read-only collection of clients.
 
-    Whatever has these four methods is federated data. They may be called from several threads at
-    once. Client ids are hashable; those in files are strings. An unknown id raises `DataError`.
+    Every object with these four methods is federated data. They may be called from several threads
+    at once. Client ids are hashable; those in files are strings. An unknown id is a `DataError`.
 
     Example:
 
@@ -30,15 +39,15 @@ class FederatedData(Protocol):
     """
 
     def client_ids(self) -> Sequence[ClientId]:
-        """The ids of all clients, each of them once, in an order that never changes."""
+        """The distinct ids of all clients, in an order that never changes."""
         ...
 
     def num_examples(self, client_id: ClientId) -> int:
-        """How many examples a client has. This does not read the examples."""
+        """How many examples a client has, found without reading them."""
         ...
 
     def client(self, client_id: ClientId) -> Examples:
-        """A client's examples: for each feature an array, all with the same leading axis.
+        """A client's examples: an array for each feature, all with the same leading axis.
 
         The arrays may be read-only.
         """

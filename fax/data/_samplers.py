@@ -1,4 +1,4 @@
-"""Which clients take part in a round. Each sampler is a function of the seed and the round."""
+"""Samplers: which clients take part in a round, as functions of the seed and the round."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ import numpy as np
 from fax import _arguments
 from fax.data._protocol import DataError
 
-# sample(pool, count, number, seed): positions of clients, out of a pool of positions.
+# sampler(pool, count, number, seed): ``count`` positions from a pool, for round ``number``.
 Sampler = Callable[[np.ndarray, int, int, tuple[int, ...]], np.ndarray]
 
 
 def uniform(pool: np.ndarray, count: int, number: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Any set of clients is as likely as any other."""
+    """All sets of ``count`` clients are equally likely."""
     return np.random.default_rng((*seed, number)).choice(pool, count, replace=False)
 
 
 def shuffled(pool: np.ndarray, count: int, number: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Passes through all clients, each in an order of its own.
+    """Passes through all clients, each in a new random order.
 
-    If the number of clients is no multiple of the cohort's size, those that come last in a
-    pass sit it out, others in every pass.
+    If the number of clients is not a multiple of the cohort's size, the last clients of a pass
+    do not take part in it; they are different ones in each pass.
     """
     epoch, part = divmod(number, len(pool) // count)
     return pool[_permutation(len(pool), (*seed, epoch))[part * count : (part + 1) * count]]
 
 
 def minimum_reuse(pool: np.ndarray, count: int, number: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Passes through all clients in the same order, so that each waits as long as it can."""
+    """Passes through all clients in one order, so that rounds of a client are far apart."""
     order = _permutation(len(pool), seed)
     return pool[order[np.arange(number * count, (number + 1) * count) % len(pool)]]
 
 
 def weighted(weights: np.ndarray) -> Sampler:
-    """Draws one client after the other, with probabilities in proportion to their weights.
+    """Draws clients one by one, without replacement, with probabilities proportional to weights.
 
-    The order of Gumbel variables with the logarithms of the weights added is the order of such
-    draws. They neither overflow nor tie, however far apart the weights are.
+    That is the order of the sums of log-weights and Gumbel variables (the Gumbel-top-k trick),
+    which neither overflow nor tie, however different the weights are.
     """
     with np.errstate(divide="ignore"):
         logs = np.log(weights)
 
-    def sample(pool, count, number, seed):
+    def sample(pool: np.ndarray, count: int, number: int, seed: tuple[int, ...]) -> np.ndarray:
         draws = np.random.default_rng((*seed, number)).gumbel(size=len(pool))
         first = np.argpartition(-draws - logs[pool], count - 1)[:count]
-        return pool[np.sort(first)]  # a partition's own order depends on the processor
+        return pool[np.sort(first)]  # the order of argpartition depends on the processor
 
     return sample
 
@@ -65,20 +65,20 @@ SAMPLERS: dict[str, Sampler] = {
     "minimum_reuse": minimum_reuse,
 }
 
-_SAMPLING = 3  # what the seed is used for, beside the uses in _batching.py
+_SAMPLING = 3  # another use of the seed than those in _batching.py
 _WHERE = "fax.data.cohorts"
 
 
 def check_sampler(sampler: Any, weights: Any) -> None:
-    """Checks that there is such a sampler, and weights if it needs them."""
+    """Checks that there is such a sampler, and that weights are passed if it needs them."""
     known = [*SAMPLERS, WEIGHTED, STREAM]
     if callable(sampler):
         form = {1: "sampler(round)"}
         _arguments.function(_WHERE, "sampler", sampler, form, error=DataError)
     elif not isinstance(sampler, str) or sampler not in known:
         raise DataError(
-            f"{_WHERE}: sampler={sampler!r:.80}, expected a function or one of "
-            f"{', '.join(map(repr, known))}."
+            f"{_WHERE}: sampler is {sampler!r:.80}, expected {_arguments.either(known)}, or a "
+            "function sampler(round)."
         )
     if sampler == WEIGHTED and weights is None:
         raise DataError(
@@ -86,23 +86,26 @@ def check_sampler(sampler: Any, weights: Any) -> None:
         )
     if weights is not None and sampler != WEIGHTED:
         raise DataError(
-            f"{_WHERE}: weights= belongs to sampler='weighted', but sampler is "
+            f"{_WHERE}: weights are for sampler='weighted' only, but sampler is "
             f"{_arguments.shown(sampler)}."
         )
 
 
-def chooser(
+def make_sampler(
     sampler: str | Callable[[int], Sequence[int]],
     weights: Sequence[float] | None,
     clients: int,
     seed: int,
     pools: Sequence[np.ndarray],
 ) -> Callable[[int], np.ndarray]:
-    """A function from a round's number to the positions of its clients, pool after pool.
+    """A function from the number of a round to the positions of its clients, pool by pool.
 
     Args:
-      sampler, weights, clients, seed: see `cohorts`.
-      pools: positions of clients; equally many are drawn from each pool.
+      sampler: see `cohorts`.
+      weights: see `cohorts`.
+      clients: see `cohorts`.
+      seed: see `cohorts`.
+      pools: positions of clients. Equally many clients are drawn from each pool.
     """
     count = sum(map(len, pools))
     if sampler == STREAM:
@@ -110,26 +113,17 @@ def chooser(
     if callable(sampler):
         return functools.partial(_checked, sampler, clients, count)
     if sampler == WEIGHTED:
-        try:
-            given = np.asarray(weights, float)
-        except (TypeError, ValueError):
-            given = np.array(np.nan)
-        if given.shape != (count,) or not np.isfinite(given).all() or (given < 0).any():
-            raise DataError(
-                f"{_WHERE}: weights has shape {given.shape}, expected {count} finite numbers that "
-                "are not negative, one for each client of the data."
-            )
+        what = "one for each client of the data"
+        given = _arguments.numbers(
+            _WHERE, "weights", weights, count, what, least=0, error=DataError
+        )
         for pool in pools:
-            positive, least = (given[pool] > 0).sum(), clients // len(pools)
-            if positive < least:
-                of = (
-                    ""
-                    if len(pools) == 1
-                    else f" of those whose examples one of {len(pools)} devices has"
-                )
+            positive, needed = (given[pool] > 0).sum(), clients // len(pools)
+            if positive < needed:
+                of = "" if len(pools) == 1 else f" of those on one of the {len(pools)} devices"
                 raise DataError(
-                    f"{_WHERE}: only {positive} clients{of} have a positive weight, fewer than the "
-                    f"{least} that clients={clients} asks for."
+                    f"{_WHERE}: only {positive} clients{of} have a positive weight, but "
+                    f"clients={clients} needs {needed}."
                 )
         sample = weighted(given)
     else:
@@ -164,6 +158,6 @@ def _checked(
     if len(np.unique(positions)) < clients:
         raise DataError(
             f"{_WHERE}: sampler({number}) returned the same client more than once. The clients of "
-            "a round must be different, as they have different keys and states."
+            "a round must be distinct, as each has its own key and state."
         )
     return positions

@@ -15,50 +15,57 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
-from fax.data._check import Schema, checked, federated, listed, unknown
-from fax.data._connection import DAMAGED, Connection, in_words
-from fax.data._decompress import LZMA, check_max_bytes
+from fax.data._atomic_write import atomic_write
+from fax.data._check_examples import (
+    Schema,
+    check_federated,
+    checked_examples,
+    first_ids,
+    unknown_client,
+)
+from fax.data._decompress import LZMAReader, check_max_bytes
 from fax.data._protocol import ClientId, DataError, FederatedData
-from fax.data._tables import TFF, FedJAX, rows
-from fax.data._write import whole
+from fax.data._sqlite_connection import DAMAGED, ReadOnlyConnection, describe_error
+from fax.data._sqlite_tables import FedJAXTable, TFFTables, fedjax_rows
 
 _MAGIC = b"SQLite format 3\0"
 
 
 class SQLite:
-    """Federated data in an SQLite file, of FedJAX's or TensorFlow Federated's format.
+    """Federated data in an SQLite file, in the format of FedJAX or TensorFlow Federated.
 
-    FedJAX's has a table ``federated_data`` with a row for each client, and says itself what the
-    features are. TensorFlow Federated's has a row for each example, a ``tf.train.Example``, in
-    several splits: ``split`` chooses one, and ``features`` which features to read and what they
-    are. Neither package is needed. A file that is compressed, ``.lzma`` or ``.xz``, is
-    decompressed once, to the path without that suffix. A file that is there already is used; with
-    ``sha256`` it has to be what the compressed file decompresses to.
+    FedJAX's format has a table ``federated_data`` with a row for each client, which describes its
+    own features. TensorFlow Federated's has a row for each example, a ``tf.train.Example``, in
+    several splits: ``split`` chooses one, and ``features`` says which features to read, with their
+    dtypes and shapes. Neither package is needed. A compressed file, ``.lzma`` or ``.xz``, is
+    decompressed once, to the path without that suffix. If that file exists already, it is used;
+    with ``sha256`` it is compared with what the compressed file decompresses to.
 
-    Client ids are strings; bytes, as FedJAX has them, are decoded as UTF-8 (with
-    ``surrogateescape``, so that none is lost). The order of clients is that of the rows in
-    FedJAX's, and that of sorted ids in TensorFlow Federated's. The ids and the numbers of examples
-    are read when they are first needed, a client's examples whenever the client is asked for. Each
-    thread reads by a connection of its own. The source can be pickled; what arrives opens the
-    file anew.
+    Client ids are strings. The bytes in FedJAX's files are decoded as UTF-8, with
+    ``surrogateescape`` so that no two ids become the same. Clients are in the order of rows in
+    FedJAX's format, and in that of sorted ids in TensorFlow Federated's. The ids and the numbers of
+    examples are read when they are first needed, and a client's examples whenever they are asked
+    for. Each thread has its own connection. The source can be pickled; the copy opens the file
+    again.
 
     Args:
-      path: of the file.
+      path: the path of the file.
       split: the name of the split, for example ``"train"``.
       features: maps the names of features to pairs of a dtype and the shape in one example. The
-        dtype ``bytes`` stands for byte strings; they become an array of dtype object.
-      sha256: the checksum in hexadecimal of the file at ``path``. It is compared when the file is
-        opened, and again if the file changes, and a journal beside the file is not read. A
-        compressed file is decompressed each time, to compare the result with what is there. To save
-        that, open the decompressed file with a checksum of its own.
-      max_bytes: the most bytes that a compressed file may decompress to, and a client's examples in
-        FedJAX's format. Default: 256 MiB, or 100 times the compressed size if that is more.
+        dtype ``bytes`` stands for byte strings, which become an array of dtype object.
+      sha256: the checksum of the file at ``path``, in hexadecimal. It is compared when the file is
+        opened, and again whenever the file changes, and a journal next to the file is not read. A
+        compressed file is decompressed each time, to compare the result with the existing file. To
+        avoid that, open the decompressed file with its own checksum.
+      max_bytes: the most bytes that a compressed file may decompress to, and that a client's
+        examples in FedJAX's format may. Default: 256 MiB, or 100 times the compressed size if that
+        is more.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      DataError: if the file is damaged or locked, or does not have the checksum or the split, or
-        would become larger than ``max_bytes``; when a client is read, if its row is damaged or
-        becomes too large.
+      DataError: if the file is damaged or locked, has another checksum, does not have the split, or
+        decompresses to more than ``max_bytes``; when a client is read, if its row is damaged or
+        decompresses to too much.
 
     Example:
 
@@ -69,7 +76,7 @@ class SQLite:
       >>> fax.data.SQLite(path).client("ada")
       {'age': array([36], dtype=int32)}
 
-      A file of TensorFlow Federated's is opened as::
+      A file of TensorFlow Federated is opened like this::
 
           SQLite(
               "emnist_all.sqlite.lzma",
@@ -80,7 +87,7 @@ class SQLite:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         split: str | None = None,
         features: Mapping[str, tuple[Any, tuple[int, ...]]] | None = None,
         *,
@@ -89,8 +96,8 @@ class SQLite:
     ) -> None:
         where = "fax.data.SQLite"
         _arguments.path(where, "path", path, error=DataError)
-        if sha256 is not None and not isinstance(sha256, str):
-            raise DataError(f"{where}: sha256 is {sha256!r:.80}, expected hexadecimal digits.")
+        if sha256 is not None:
+            _arguments.text(where, "sha256", sha256, "hexadecimal digits", error=DataError)
         self._given, self._sha256 = Path(path).absolute(), sha256
         self._max_bytes = check_max_bytes(where, max_bytes)
         if not self._given.is_file():
@@ -103,26 +110,26 @@ class SQLite:
             self._decompress()
         if compressed and self._path.stat().st_mtime < self._given.stat().st_mtime:
             raise DataError(
-                f"{self._path} is older than {self._given}, from which it should come. Remove it, "
-                "and it is decompressed anew; or open it without the suffix."
+                f"{self._path} is older than {self._given}. Remove it, so that it is decompressed "
+                "again, or open it by its own path, without the suffix."
             )
         self._verify()
         _check_header(self._path)
         self._schema = Schema()
         with self._reading("its tables") as connection:
             tables = connection.tables()
-            self._format: FedJAX | TFF
+            self._format: FedJAXTable | TFFTables
             if "federated_data" in tables:
-                self._format = FedJAX(connection, self._max_bytes)
+                self._format = FedJAXTable(connection, self._max_bytes)
             elif {"examples", "client_metadata"} <= set(tables):
-                self._format = TFF(self._path, connection, split, features)
+                self._format = TFFTables(self._path, connection, split, features)
             else:
                 raise DataError(
-                    f"{where}: {self._path} has the tables [{listed(tables, 20)}], expected "
+                    f"{where}: {self._path} has the tables [{first_ids(tables, 20)}], expected "
                     "federated_data (FedJAX) or examples and client_metadata (TensorFlow "
                     "Federated)."
                 )
-        if isinstance(self._format, FedJAX) and (split is not None or features is not None):
+        if isinstance(self._format, FedJAXTable) and (split is not None or features is not None):
             raise DataError(
                 f"{where}: {self._path} has FedJAX's format, which has neither splits nor a choice "
                 "of features. Leave out split and features."
@@ -135,40 +142,43 @@ class SQLite:
         self._clients: tuple[tuple[str, ...], Mapping[str, tuple[Any, int]]] | None = None
 
     @staticmethod
-    def write(path: str | os.PathLike, data: FederatedData) -> SQLite:
-        """Writes federated data to an SQLite file of FedJAX's format.
+    def write(path: str | os.PathLike[str], data: FederatedData) -> SQLite:
+        """Writes federated data to an SQLite file in FedJAX's format.
 
-        The file gets its name when it is whole and on the disk. Features can be numbers, bools,
-        and arrays of dtype object that hold byte strings. Client ids are strings or bytes.
+        The write is atomic: the file appears under its name when all of it is on the disk. Features
+        can be numbers, bools, and arrays of dtype object that hold byte strings. Client ids are
+        strings or bytes.
 
         Args:
-          path: of the file. It must not exist.
-          data: what to write.
+          path: the path of the file, which must not exist.
+          data: the data to write.
 
         Returns:
           The file, opened.
 
         Raises:
           DataError: if the file exists, or a client cannot be written.
-          OSError: if the disk is full. Nothing is left behind then.
+          OSError: if the disk is full. No part of the file is left behind.
         """
-        federated("fax.data.SQLite.write", "data", data)
+        check_federated("fax.data.SQLite.write", "data", data)
         _arguments.path("fax.data.SQLite.write", "path", path, error=DataError)
         path = Path(path).absolute()
-        with whole("fax.data.SQLite.write", path) as temporary:
+        with atomic_write("fax.data.SQLite.write", path) as temporary:
             connection = sqlite3.connect(temporary)
             try:
-                # No journal: if something goes wrong, the file is thrown away.
+                # Without a journal, because the file is removed if anything fails.
                 connection.execute("PRAGMA journal_mode = OFF")
                 connection.execute(
                     "CREATE TABLE federated_data (client_id BLOB NOT NULL PRIMARY KEY, "
                     "data BLOB NOT NULL, num_examples INTEGER NOT NULL)"
                 )
-                # The numbers of examples can be read without going through the examples.
+                # With this index, the numbers of examples are read without reading the examples.
                 connection.execute(
                     "CREATE INDEX client_sizes ON federated_data (client_id, num_examples)"
                 )
-                connection.executemany("INSERT INTO federated_data VALUES (?, ?, ?)", rows(data))
+                connection.executemany(
+                    "INSERT INTO federated_data VALUES (?, ?, ?)", fedjax_rows(data)
+                )
                 connection.commit()
             finally:
                 connection.close()
@@ -186,7 +196,7 @@ class SQLite:
         with self._reading(f"client {client_id!r}") as connection:
             found = self._format.read(connection, client_id, key, count)
         try:
-            examples = checked(client_id, self._format.parse(client_id, found))
+            examples = checked_examples(client_id, self._format.parse(client_id, found))
             length = len(next(iter(examples.values())))
             if length != count:
                 raise DataError(
@@ -208,10 +218,10 @@ class SQLite:
         try:
             return self._index()[1][client_id]  # type: ignore[index]
         except (KeyError, TypeError):
-            raise unknown(client_id, self) from None
+            raise unknown_client(client_id, self) from None
 
     def _index(self) -> tuple[tuple[str, ...], Mapping[str, tuple[Any, int]]]:
-        """The ids in order; and where each client is, and its number of examples."""
+        """The ids in order, and by id, the key of the client and its number of examples."""
         if self._clients is None:
             with self._lock:
                 if self._clients is None:
@@ -223,14 +233,14 @@ class SQLite:
         return self._clients
 
     @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[Connection]:
-        """This thread's connection. What SQLite complains about is put into words."""
+    def _reading(self, what: str) -> Iterator[ReadOnlyConnection]:
+        """This thread's connection. Errors of SQLite become a `DataError` that explains them."""
         mine = self._connections
         try:
-            # A connection must not be taken along to another process by a fork.
+            # A connection must not be used in a process that was forked from its own.
             version = os.getpid(), self._verify()
             if getattr(mine, "version", None) != version:
-                mine.connection = Connection(self._path, alone=self._sha256 is not None)
+                mine.connection = ReadOnlyConnection(self._path, alone=self._sha256 is not None)
                 mine.version = version
             else:
                 mine.connection.start()
@@ -238,10 +248,10 @@ class SQLite:
         except (sqlite3.Error, OSError, MemoryError, OverflowError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{self._path}: cannot read {what}: {in_words(error)}") from error
+            raise DataError(f"{self._path}: cannot read {what}: {describe_error(error)}") from error
 
     def _verify(self) -> Any:
-        """Compares what is read with the checksum, if there is one, whenever it has changed."""
+        """Compares the checksum, if there is one, whenever the file has changed."""
         if self._sha256 is None:
             return None
         with self._lock:
@@ -271,19 +281,19 @@ class SQLite:
     def _decompress(self) -> None:
         try:
             with (
-                whole("fax.data.SQLite", self._path) as temporary,
+                atomic_write("fax.data.SQLite", self._path) as temporary,
                 self._decompressed() as source,
                 temporary.open("wb") as target,
             ):
                 shutil.copyfileobj(source, target, 1 << 20)
             self._verified = self._version()
         except DataError as error:
-            # Another process may have decompressed it meanwhile.
+            # Another process may have decompressed it in the meantime.
             if not isinstance(error.__cause__, FileExistsError):
                 raise
 
     def _compare(self) -> None:
-        """Checks that what has been decompressed is what the compressed file has."""
+        """Checks that the existing file is what the compressed file decompresses to."""
         with self._decompressed() as source, self._path.open("rb") as file:
             while content := source.read(1 << 20):
                 if file.read(len(content)) != content:
@@ -291,20 +301,20 @@ class SQLite:
             if content or file.read(1):
                 raise DataError(
                     f"{self._path} is not what {self._given} decompresses to, which has the right "
-                    "checksum. Remove it, and it is decompressed anew."
+                    "checksum. Remove it, so that it is decompressed again."
                 )
 
     @contextlib.contextmanager
-    def _decompressed(self) -> Iterator[LZMA]:
+    def _decompressed(self) -> Iterator[LZMAReader]:
         import lzma  # some Pythons are built without it
 
         try:
-            with LZMA(self._given, self._max_bytes) as source:
+            with LZMAReader(self._given, self._max_bytes) as source:
                 yield source
         except (lzma.LZMAError, EOFError) as error:
             fix = DAMAGED
-            if "limit" in str(error):  # LZMA has no other sign of it
-                fix = "If the data can be trusted, pass a larger max_bytes."
+            if "limit" in str(error):  # lzma has no other way to say so
+                fix = "If you trust the data, pass a larger max_bytes."
             raise DataError(f"{self._given} cannot be decompressed: {error}. {fix}") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -317,11 +327,11 @@ class SQLite:
 
 
 def _check_header(path: Path) -> None:
-    """Checks that a file is SQLite's, and as long as it says itself."""
+    """Checks that a file is an SQLite file, and as long as its header says."""
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(_MAGIC):
-        raise DataError(f"fax.data.SQLite: {path} is no SQLite file. {DAMAGED}")
+        raise DataError(f"fax.data.SQLite: {path} is not an SQLite file. {DAMAGED}")
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
     pages = int.from_bytes(header[28:32], "big")

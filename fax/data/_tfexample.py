@@ -1,4 +1,4 @@
-"""The examples of TensorFlow Federated's files: `tf.train.Example` messages, read by their bytes.
+"""The examples in TensorFlow Federated's files, `tf.train.Example` messages, without TensorFlow.
 
 The message is, in the notation of protocol buffers::
 
@@ -7,8 +7,8 @@ The message is, in the notation of protocol buffers::
     Feature   { oneof { BytesList = 1, FloatList = 2, Int64List = 3 } }
     Int64List { repeated int64 value = 1 [packed] }
 
-A map is a repeated entry of a key, 1, and a value, 2. Every field begins with a varint of its
-number and its wire type. Anything else is an error, for it means that the bytes are damaged.
+A map is a repeated entry of a key, field 1, and a value, field 2. Every field starts with a varint
+of its number and its wire type. Anything else is an error, because the bytes must be damaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fax.data._check import is_numeric
+from fax.data._check_examples import is_numeric
 from fax.data._protocol import DataError
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -34,11 +34,11 @@ Features = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Values:
-    """The values of a feature, which are only read if there are as many as there should be.
+    """The values of a feature, which are decoded only if their number is as expected.
 
     Attributes:
-      kind: of what. None if there are none.
-      packed: the message of a list of byte strings, or all numbers, one after the other.
+      kind: `BYTES`, `FLOATS` or `INTS`, or None if there are no values.
+      packed: the message of a list of byte strings, or all numbers, one after another.
     """
 
     kind: int | None
@@ -46,7 +46,7 @@ class Values:
 
     def count(self) -> int:
         if self.kind == BYTES:
-            return sum(1 for _ in _only(self.packed, 1))
+            return sum(1 for _ in _values_of(self.packed, 1))
         if self.kind == INTS:
             return int(np.count_nonzero(np.frombuffer(self.packed, np.uint8) < 0x80))
         return len(self.packed) // 4
@@ -57,46 +57,46 @@ class Values:
             return _varints(self.packed)
         if self.kind == FLOATS:
             return np.frombuffer(self.packed, "<f4").astype(np.float32, copy=False)
-        values = list(_only(self.packed, 1))
+        values = list(_values_of(self.packed, 1))
         array = np.empty(len(values), object)
         array[:] = values
         return array
 
 
 def parse(message: bytes, wanted: Container[str] | None = None) -> dict[str, Values]:
-    """The features of an example, or those that are wanted.
+    """The features of an example, or those of them that are wanted.
 
-    Raises `ValueError` for anything that is not such a message.
+    Raises `ValueError` for any other message.
     """
     features: dict[str, Values] = {}
     for name, feature in _entries(message):
         if wanted is not None and name not in wanted:
             continue
         if name in features:
-            raise ValueError(f"feature {name!r:.80} comes twice")
-        features[name] = _values(name, feature)
+            raise ValueError(f"feature {name!r:.80} occurs twice")
+        features[name] = _list_of(name, feature)
     return features
 
 
 def _entries(message: bytes) -> Iterator[tuple[str, bytes]]:
-    for body in _only(message, 1):
-        for entry in _only(body, 1):
+    for body in _values_of(message, 1):
+        for entry in _values_of(body, 1):
             fields = list(itertools.islice(_fields(entry), 3))
             if [field[:2] for field in fields] != [(1, LENGTH), (2, LENGTH)]:
-                raise ValueError("an entry of the map of features is no pair of a name and values")
+                raise ValueError("an entry of the features is not a pair of a name and values")
             yield fields[0][2].decode(), fields[1][2]
 
 
-def _values(name: str, feature: bytes) -> Values:
-    """The one list of a feature. One that has none is like an empty list."""
+def _list_of(name: str, feature: bytes) -> Values:
+    """The list of a feature. A feature without a list is like an empty list."""
     fields = list(itertools.islice(_fields(feature), 2))
     if not fields:
         return Values(None, b"")
     (kind, wire, body), *more = fields
     if more or wire != LENGTH or kind not in (BYTES, FLOATS, INTS):
-        raise ValueError(f"feature {name!r:.80} is no list of bytes, floats or ints")
+        raise ValueError(f"feature {name!r:.80} is not a list of bytes, floats or ints")
     if kind == BYTES:
-        for _ in _only(body, 1):
+        for _ in _values_of(body, 1):
             pass
         return Values(kind, body)
     packed = bytearray()
@@ -108,11 +108,11 @@ def _values(name: str, feature: bytes) -> Values:
     return Values(kind, bytes(packed))
 
 
-def _only(message: bytes, number: int) -> Iterator[bytes]:
-    """The values of a message that has one kind of field, of that number and with a length."""
+def _values_of(message: bytes, number: int) -> Iterator[bytes]:
+    """The values of a message whose fields all have this number, and wire type `LENGTH`."""
     for found, wire, value in _fields(message):
         if (found, wire) != (number, LENGTH):
-            raise ValueError(f"field {found} of wire type {wire} in place of field {number}")
+            raise ValueError(f"field {found} of wire type {wire} instead of field {number}")
         yield value
 
 
@@ -137,7 +137,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, the lowest first, and where it ends."""
+    """A number in groups of 7 bits, the lowest first, and its end."""
     value = 0
     for i, byte in enumerate(message[at : at + 10]):
         value |= (byte & 0x7F) << (7 * i)
@@ -166,7 +166,8 @@ def feature_types(features: Any) -> Features:
     where = "fax.data.SQLite: features"
     if not isinstance(features, Mapping) or not features:
         raise DataError(
-            f"{where} is {features!r:.80}, expected such as {{'x': (float, (28, 28))}}."
+            f"{where} is {features!r:.80}, expected a mapping from names to pairs of a dtype and a "
+            "shape, as in {'x': (np.float32, (28, 28))}."
         )
     types = {}
     for name, value in features.items():
@@ -174,7 +175,7 @@ def feature_types(features: Any) -> Features:
             dtype, shape = value
             dtype = np.dtype(object if dtype in (bytes, "bytes") else dtype)
             shape = tuple(operator.index(n) for n in shape)
-        # NumPy evaluates the text of a dtype as Python, with whatever error comes of that.
+        # NumPy evaluates the text of a dtype as Python, which can raise any error.
         except Exception:
             raise DataError(
                 f"{where}[{name!r:.80}] is {value!r:.80}, expected a pair of a dtype, bytes for "
@@ -189,9 +190,9 @@ def feature_types(features: Any) -> Features:
 
 
 def describe(message: Any) -> str:
-    """What could be passed as features for a file that has such examples."""
+    """What to pass as ``features`` for a file with such examples."""
     if not isinstance(message, bytes):
-        raise ValueError(f"the first example is a {type(message).__name__} and no bytes")
+        raise ValueError(f"the first example is of type {type(message).__name__}, not bytes")
     shown = []
     for name, values in sorted(parse(message).items())[:20]:
         names: dict[int | None, str] = {INTS: "np.int64", FLOATS: "np.float32"}
@@ -208,7 +209,7 @@ def stack(client_id: str, messages: list[bytes], features: Features) -> dict[str
             examples.append(parse(message, features))
         except ValueError as error:
             raise DataError(
-                f"client {client_id!r}, example {i} is no tf.train.Example: {error}. "
+                f"client {client_id!r}, example {i} is not a tf.train.Example: {error}. "
                 "The file is damaged."
             ) from error
     arrays = {}
@@ -218,9 +219,9 @@ def stack(client_id: str, messages: list[bytes], features: Features) -> dict[str
         for i, example in enumerate(examples):
             if name not in example:
                 has = sorted(parse(messages[i]))[:20]
-                raise DataError(f"{where}: example {i} lacks it, and has {has}.")
+                raise DataError(f"{where}: example {i} does not have it, but {has}.")
             rows.append(_row(f"{where}, example {i}", example[name], dtype, size))
-        if len({row.dtype for row in rows}) > 1:  # some examples have ints, some the bytes of them
+        if len({row.dtype for row in rows}) > 1:  # some examples have ints, some have their bytes
             rows = [_cast(where, row, dtype) for row in rows]
         array = np.empty((len(rows), size), rows[0].dtype)
         for i, row in enumerate(rows):
@@ -230,14 +231,14 @@ def stack(client_id: str, messages: list[bytes], features: Features) -> dict[str
 
 
 def _row(where: str, values: Values, dtype: np.dtype, size: int) -> np.ndarray:
-    """The values of one example, of the kind of the dtype, and as many as there should be."""
+    """The values of one example, checked for the kind of their dtype and their number."""
     count = values.count()
     if values.kind == BYTES and count and not dtype.hasobject:  # the bytes of an array
-        lengths = [len(value) for value in itertools.islice(_only(values.packed, 1), 2)]
+        lengths = [len(value) for value in itertools.islice(_values_of(values.packed, 1), 2)]
         if lengths != [size * dtype.itemsize]:
             raise DataError(
                 f"{where} has {count} byte strings, the first of {lengths[0]} bytes, expected "
-                f"{size} values of {dtype}. For byte strings say bytes."
+                f"{size} values of {dtype}. For byte strings pass the dtype bytes."
             )
         return np.frombuffer(values.array()[0], dtype.newbyteorder("<"))
     if count != size:
@@ -251,12 +252,14 @@ def _row(where: str, values: Values, dtype: np.dtype, size: int) -> np.ndarray:
     kinds: dict[int | None, str] = {BYTES: "O", FLOATS: "fV", INTS: "biu"}
     if dtype.kind not in kinds[values.kind]:
         wanted = "byte strings" if dtype.hasobject else str(dtype)
-        raise DataError(f"{where} is {array.dtype}, expected {wanted}. Change it in features.")
+        raise DataError(
+            f"{where} is {array.dtype}, expected {wanted}. Change its dtype in features."
+        )
     return array
 
 
 def _cast(where: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Casts, unless numbers do not fit."""
+    """Casts to a dtype, if all numbers fit it."""
     if array.dtype == np.int64 and dtype != np.int64 and array.size:
         low, high = array.min(), array.max()
         limits = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)

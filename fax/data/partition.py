@@ -1,9 +1,9 @@
-"""Federated data from central arrays: who gets which examples.
+"""Partitions of central arrays into clients.
 
 Each function takes a mapping from the names of features to arrays with a common leading axis, and
-gives every example to exactly one client. The result is `fax.data.InMemory`, whose clients are
+gives every example to exactly one client. It returns a `fax.data.InMemory`, whose clients are
 slices of one copy of the arrays. Clients are named ``"00"``, ``"01"``, ... in order, with as many
-digits as it takes.
+digits as are needed.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from fax._arguments import count, flag
-from fax.data._check import checked, seed_of
+from fax import _arguments
+from fax.data._assignment import (
+    examples_by_client,
+    group_by_owner,
+    owners_by_proportions,
+    positions_in_runs,
+)
+from fax.data._check_examples import checked_examples
 from fax.data._memory import InMemory
-from fax.data._owners import by_owner, by_proportions, grouped, within
 from fax.data._protocol import DataError
 
-Seed = int | np.random.Generator
 
-
-def iid(arrays: Mapping[str, Any], clients: int, *, seed: Seed = 0) -> InMemory:
-    """Deals out shuffled examples. Numbers of examples differ by one at most.
+def iid(arrays: Mapping[str, Any], clients: int, *, seed: int = 0) -> InMemory:
+    """Deals out shuffled examples. All clients get the same number of examples, or one more.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
       clients: the number of clients, at most ``n``.
-      seed: an int or a generator.
+      seed: of the random numbers, an int.
 
     Returns:
       The clients.
 
     Raises:
-      DataError: if the arrays cannot be used, or there are too few examples.
+      DataError: if the arrays cannot be used, or ``n < clients``.
 
     Example:
 
@@ -44,7 +47,7 @@ def iid(arrays: Mapping[str, Any], clients: int, *, seed: Seed = 0) -> InMemory:
       [3, 3, 2, 2]
     """
     where = "iid"
-    arrays, n, clients = _arguments(where, arrays, clients)
+    arrays, n, clients = _checked(where, arrays, clients)
     order = _generator(where, seed).permutation(n)
     return _dealt(arrays, np.array_split(order, clients))
 
@@ -54,34 +57,35 @@ def dirichlet(
     clients: int,
     *,
     alpha: float,
-    label: str = "label",
+    label: str = "y",
     balanced: bool = False,
     min_examples: int = 1,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> InMemory:
-    """Gives each client a mix of labels of its own: the smaller ``alpha``, the more one-sided.
+    """Gives each client its own mix of labels: the smaller ``alpha``, the fewer labels dominate it.
 
-    By default every label is divided among the clients by proportions from a symmetric Dirichlet
-    distribution, Dir(alpha), as in Yurochkin et al., arXiv:1905.12022. Clients differ in their
-    numbers of examples then, and many would have none if alpha is small. Those with fewer than
-    ``min_examples`` get what they lack, example by example at random, from whoever has most.
+    By default the examples of each label are divided among the clients in proportions from a
+    symmetric Dirichlet distribution, Dir(alpha), as in Yurochkin et al., arXiv:1905.12022. Clients
+    then differ in their numbers of examples, and for a small alpha many would have none. A client
+    with fewer than ``min_examples`` is given random examples of the largest clients.
 
-    With ``balanced=True``, as in Hsu et al., arXiv:1909.06335, all clients have equally many
-    examples, give or take one. Each draws its proportions of the labels from Dir(alpha p), where p
-    are those of all examples, so that for K equally frequent labels the concentration is alpha / K;
-    then its examples by these proportions, which are renormalised whenever a label has run out.
+    With ``balanced=True``, as in Hsu et al., arXiv:1909.06335, all clients have the same number of
+    examples, or one more. Each client draws its proportions of labels from Dir(alpha p), where p
+    are the proportions of all examples, so that the concentration is alpha / K for K equally
+    frequent labels. It then draws its examples in these proportions, which are renormalised when
+    a label runs out.
 
-    Both tend to `iid` for a large alpha. For a small one, a label tends to have one client, or with
-    ``balanced=True`` a client one label.
+    For a large alpha both tend to `iid`. For a small alpha each label tends to belong to a single
+    client, or with ``balanced=True`` each client tends to have a single label.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
       clients: the number of clients.
       alpha: the concentration, a positive number.
       label: the name of the feature that has the labels, of shape ``[n]``.
-      balanced: whether all clients get equally many examples.
-      min_examples: how many examples a client has at least. A positive number.
-      seed: an int or a generator.
+      balanced: whether all clients get the same number of examples.
+      min_examples: the fewest examples that a client may have, an int of at least 1.
+      seed: of the random numbers, an int.
 
     Returns:
       The clients.
@@ -93,29 +97,29 @@ def dirichlet(
 
       >>> import numpy as np
       >>> labels = np.repeat(np.arange(3), 100)
-      >>> data = fax.data.partition.dirichlet({"label": labels}, 3, alpha=1e-3, balanced=True)
-      >>> [np.bincount(data.client(i)["label"], minlength=3).tolist() for i in data.client_ids()]
+      >>> data = fax.data.partition.dirichlet({"y": labels}, 3, alpha=1e-3, balanced=True)
+      >>> [np.bincount(data.client(i)["y"], minlength=3).tolist() for i in data.client_ids()]
       [[100, 0, 0], [0, 100, 0], [0, 0, 100]]
     """
     where = "dirichlet"
-    arrays, n, clients = _arguments(where, arrays, clients, min_examples)
-    alpha = _positive(where, "alpha", alpha)
-    flag(f"fax.data.partition.{where}", "balanced", balanced, error=DataError)
+    arrays, n, clients = _checked(where, arrays, clients, min_examples)
+    alpha = _concentration(where, alpha)
+    _arguments.flag(f"fax.data.partition.{where}", "balanced", balanced, error=DataError)
     rng = _generator(where, seed)
     labels, inverse = np.unique(_column(where, arrays, label), return_inverse=True)
-    pools = [rng.permutation(pool) for pool in grouped(inverse, len(labels))]
+    pools = [rng.permutation(pool) for pool in group_by_owner(inverse, len(labels))]
     if balanced:
         return _dealt(arrays, _balanced(pools, clients, alpha, rng))
     owner = np.empty(n, int)
     for pool in pools:
-        owner[pool] = by_proportions(len(pool), rng.dirichlet(np.full(clients, alpha)))
-    return _dealt(arrays, by_owner(owner, clients, min_examples, rng))
+        owner[pool] = owners_by_proportions(len(pool), rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, examples_by_client(owner, clients, min_examples, rng))
 
 
 def _balanced(
     pools: list[np.ndarray], clients: int, alpha: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Lets one client after the other draw from the pools of the labels, without replacement."""
+    """Lets one client after another draw from the pools of the labels, without replacement."""
     left = np.array([len(pool) for pool in pools])
     examples, ends = np.concatenate(pools), np.cumsum(left)
     sizes = [len(part) for part in np.array_split(np.arange(left.sum()), clients)]
@@ -127,8 +131,8 @@ def _balanced(
         while (lacking := size - taken.sum()) > 0:
             rest = left > taken
             if proportions[rest].sum() < 1e-9:
-                # What the client wants has run out. Proportions among the rest do not depend on
-                # it, and again have a Dirichlet distribution.
+                # The labels of this client have run out. The proportions among the other labels
+                # are independent of theirs, and again have a Dirichlet distribution.
                 proportions = np.zeros(len(pools))
                 proportions[rest] = rng.dirichlet(concentration[rest])
             wanted = np.where(rest, proportions, 0)
@@ -136,7 +140,7 @@ def _balanced(
             taken += np.minimum(draw, left - taken)
         ends -= taken
         left -= taken
-        parts.append(examples[np.repeat(ends, taken) + within(taken)])
+        parts.append(examples[np.repeat(ends, taken) + positions_in_runs(taken)])
     return parts
 
 
@@ -144,20 +148,21 @@ def shards(
     arrays: Mapping[str, Any],
     clients: int,
     *,
-    label: str = "label",
+    label: str = "y",
     shards_per_client: int = 2,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> InMemory:
-    """Cuts the examples, sorted by label, into shards, and deals these out.
+    """Cuts the examples, sorted by label, into shards, and deals out the shards.
 
-    With two shards, as in McMahan et al., arXiv:1602.05629, most clients have two labels.
+    With two shards for each client, as in McMahan et al., arXiv:1602.05629, most clients have
+    examples of two labels.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
       clients: the number of clients.
       label: the name of the feature to sort by, of shape ``[n]``.
-      shards_per_client: how many shards a client gets.
-      seed: an int or a generator.
+      shards_per_client: how many shards each client gets.
+      seed: of the random numbers, an int.
 
     Returns:
       The clients.
@@ -167,13 +172,13 @@ def shards(
 
     Example:
 
-      >>> data = fax.data.partition.shards({"label": jnp.arange(12) // 3}, 2)
-      >>> [data.client(i)["label"].tolist() for i in data.client_ids()]
+      >>> data = fax.data.partition.shards({"y": jnp.arange(12) // 3}, 2)
+      >>> [data.client(i)["y"].tolist() for i in data.client_ids()]
       [[2, 2, 2, 0, 0, 0], [1, 1, 1, 3, 3, 3]]
     """
     where = "shards"
     each = _count(where, "shards_per_client", shards_per_client)
-    arrays, _, clients = _arguments(where, arrays, clients, each)
+    arrays, _, clients = _checked(where, arrays, clients, each)
     order = np.argsort(_column(where, arrays, label), kind="stable")
     pieces = np.array_split(order, clients * each)
     deal = _generator(where, seed).permutation(len(pieces)).reshape(clients, each)
@@ -181,14 +186,14 @@ def shards(
 
 
 def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
-    """Makes a client of all examples that have the same value in a column, such as the author.
+    """Makes a client for each value in a column, such as the author of an example.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
       column: the name of a feature of shape ``[n]`` of ints, bools or strings. The clients keep it.
 
     Returns:
-      The clients, in the order of the values, whose texts are their ids.
+      The clients, in the order of the values. The id of a client is its value as a string.
 
     Raises:
       DataError: if the arrays cannot be used.
@@ -201,7 +206,7 @@ def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
       (('ada', 'bob'), array([1, 3]))
     """
     where = "by_column"
-    arrays, _, _ = _arguments(where, arrays, 1)
+    arrays, _, _ = _checked(where, arrays, 1)
     values = _column(where, arrays, column)
     if values.dtype.kind not in "biuOSU":
         raise DataError(
@@ -210,7 +215,7 @@ def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
         )
     found, inverse = np.unique(values, return_inverse=True)
     ids = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in found]
-    return _dealt(arrays, by_owner(inverse, len(found)), ids)
+    return _dealt(arrays, examples_by_client(inverse, len(found)), ids)
 
 
 def by_quantity(
@@ -219,20 +224,20 @@ def by_quantity(
     *,
     alpha: float,
     min_examples: int = 1,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> InMemory:
-    """Deals out shuffled examples in uneven numbers: the smaller ``alpha``, the more uneven.
+    """Deals out shuffled examples in different numbers: the smaller ``alpha``, the more different.
 
-    The clients' shares are from a symmetric Dirichlet distribution, Dir(alpha), as in Li et al.,
-    arXiv:2102.02079. Those with fewer than ``min_examples`` get what they lack from whoever has
-    most.
+    The clients' shares are drawn from a symmetric Dirichlet distribution, Dir(alpha), as in Li et
+    al., arXiv:2102.02079. A client with fewer than ``min_examples`` is given random examples of the
+    largest clients.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
       clients: the number of clients.
       alpha: the concentration, a positive number.
-      min_examples: how many examples a client has at least. A positive number.
-      seed: an int or a generator.
+      min_examples: the fewest examples that a client may have, an int of at least 1.
+      seed: of the random numbers, an int.
 
     Returns:
       The clients.
@@ -247,23 +252,23 @@ def by_quantity(
       [24, 1, 54, 21]
     """
     where = "by_quantity"
-    arrays, n, clients = _arguments(where, arrays, clients, min_examples)
-    alpha = _positive(where, "alpha", alpha)
+    arrays, n, clients = _checked(where, arrays, clients, min_examples)
+    alpha = _concentration(where, alpha)
     rng = _generator(where, seed)
     owner = np.empty(n, int)
-    owner[rng.permutation(n)] = by_proportions(n, rng.dirichlet(np.full(clients, alpha)))
-    return _dealt(arrays, by_owner(owner, clients, min_examples, rng))
+    owner[rng.permutation(n)] = owners_by_proportions(n, rng.dirichlet(np.full(clients, alpha)))
+    return _dealt(arrays, examples_by_client(owner, clients, min_examples, rng))
 
 
 def _dealt(
     arrays: Mapping[str, np.ndarray], parts: Sequence[np.ndarray], ids: Sequence[str] | None = None
 ) -> InMemory:
-    """The clients that have these examples."""
+    """The clients that have these parts of the examples."""
     order = np.concatenate(parts)
     ends = np.cumsum([len(part) for part in parts])
     if ids is None:
         ids = [str(i).zfill(len(str(len(parts) - 1))) for i in range(len(parts))]
-    if (order[1:] > order[:-1]).all():  # nothing moves, so nothing needs to be copied
+    if (order[1:] > order[:-1]).all():  # the order stays as it is, so nothing has to be copied
         sources = dict(arrays)
     else:
         sources = {name: array[order] for name, array in arrays.items()}
@@ -275,12 +280,12 @@ def _dealt(
     )
 
 
-def _arguments(
+def _checked(
     where: str, arrays: Any, clients: Any, each: Any = 1
 ) -> tuple[dict[str, np.ndarray], int, int]:
     """Checks the arrays, and that there are enough examples for all clients."""
     try:
-        checked_arrays = checked("of all examples", arrays)
+        checked_arrays = checked_examples("of all examples", arrays)
     except DataError as error:
         message = str(error).replace("client 'of all examples'", "arrays")
         message = re.sub(r" Leave the client out.*", "", message)
@@ -298,8 +303,8 @@ def _arguments(
 def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if not isinstance(name, str) or name not in arrays:
         raise DataError(
-            f"fax.data.partition.{where}: there is no feature {name!r:.80} to go by. The "
-            f"arrays are {sorted(arrays)}."
+            f"fax.data.partition.{where}: there is no feature {name!r:.80}. The arrays are "
+            f"{sorted(arrays)}. Pass the name of one of them."
         )
     if arrays[name].ndim != 1:
         raise DataError(
@@ -310,22 +315,20 @@ def _column(where: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarr
 
 
 def _count(where: str, name: str, value: Any) -> int:
+    return _arguments.count(f"fax.data.partition.{where}", name, value, error=DataError)
+
+
+def _concentration(where: str, alpha: Any) -> float:
+    # Outside of this range NumPy's Dirichlet distribution is numerically unstable.
     caller = f"fax.data.partition.{where}"
-    return count(caller, name, value, expected="a positive int", error=DataError)
-
-
-def _positive(where: str, name: str, value: Any) -> float:
-    try:
-        number = 0.0 if isinstance(value, (bool, str, bytes)) or np.ndim(value) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0.0
-    if not 1e-100 <= number <= 1e100:  # beyond, NumPy's Dirichlet distribution breaks down
-        raise DataError(
-            f"fax.data.partition.{where}: {name} is {value!r:.80}, expected a positive number from "
-            "1e-100 to 1e100. For clients that are alike use fax.data.partition.iid."
+    what = "or fax.data.partition.iid for clients that are alike"
+    return float(
+        _arguments.number(
+            caller, "alpha", alpha, least=1e-100, most=1e100, what=what, error=DataError
         )
-    return number
+    )
 
 
-def _generator(where: str, seed: Seed) -> np.random.Generator:
-    return np.random.default_rng(seed_of(f"fax.data.partition.{where}", seed))
+def _generator(where: str, seed: int) -> np.random.Generator:
+    caller = f"fax.data.partition.{where}"
+    return np.random.default_rng(_arguments.seed(caller, seed, error=DataError))

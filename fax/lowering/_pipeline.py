@@ -25,9 +25,10 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType
 
 from fax import _compat
-from fax.lowering import _devices, _schedule, convolutions
+from fax.lowering import _devices, _schedule
 from fax.lowering._manual_axes import with_axis_types
 from fax.lowering._uniform_control_flow import make_uniform
+from fax.lowering.convolutions._rewrite import rewrite as rewrite_convolutions
 from fax.primitives import _effects, _jaxpr
 from fax.primitives._compile_key import Structure, execute
 from fax.primitives._debug_nans import watch_round
@@ -86,7 +87,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
 
     # Convolutions
     together, sharded = vectorized(this.group.size) > 1, bool(others)
-    fast = convolutions.rewrite(
+    fast = rewrite_convolutions(
         this.jaxpr, this.convolutions, platform, vectorised=together, sharded=sharded
     )
     this = this.replace(jaxpr=fast)

@@ -1,19 +1,19 @@
 """Metrics: statistics that can be merged, and evaluation as a federated program.
 
 A metric is a function ``metric(batch, scores)`` that returns a statistic of each example, a
-`Mean` or a `Sum`. Statistics add up, over the examples of a batch, a client, a domain or all data,
-in any order. `evaluate` does so for all clients together, `evaluate_clients` for each.
+`Mean` or a `Sum`. Statistics are added up in any order: over a batch, a client, a domain or all
+data. `evaluate` adds up those of all clients, `evaluate_clients` those of each client.
 """
 
-from fax.metrics._classes import Accuracy as Accuracy
-from fax.metrics._classes import ConfusionMatrix as ConfusionMatrix
-from fax.metrics._classes import CrossEntropy as CrossEntropy
-from fax.metrics._classes import PerDomain as PerDomain
-from fax.metrics._classes import TopK as TopK
+from fax.metrics._classification import Accuracy as Accuracy
+from fax.metrics._classification import ConfusionMatrix as ConfusionMatrix
+from fax.metrics._classification import CrossEntropy as CrossEntropy
+from fax.metrics._classification import PerDomain as PerDomain
+from fax.metrics._classification import TopK as TopK
 from fax.metrics._evaluate import evaluate as evaluate
 from fax.metrics._evaluate import evaluate_clients as evaluate_clients
-from fax.metrics._rows import Prepared as Prepared
-from fax.metrics._rows import prepare as prepare
+from fax.metrics._packing import Prepared as Prepared
+from fax.metrics._packing import prepare as prepare
 from fax.metrics._sequences import OOVRate as OOVRate
 from fax.metrics._sequences import SequenceCount as SequenceCount
 from fax.metrics._sequences import SequenceLength as SequenceLength

@@ -1,4 +1,4 @@
-"""Metrics of sequences: a label for each position, some of which are not looked at."""
+"""Metrics of sequences, with a label for each position. Some labels are ignored, as padding is."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class _Sequences:
     """What metrics of sequences have in common.
 
     Attributes:
-      ignore: labels that do not count. By default those of padding.
-      target: the feature with the labels, int [batch, length].
+      ignore: labels that do not count. Default: 0, padding.
+      label: the feature with the labels, int [batch, length].
     """
 
     ignore: tuple[int, ...] = dataclasses.field(default=(PADDING,), kw_only=True)
-    target: str = dataclasses.field(default="y", kw_only=True)
+    label: str = dataclasses.field(default="y", kw_only=True)
 
     def __post_init__(self) -> None:
         self._ints("ignore")
-        _arguments.text(type(self).__name__, "target", self.target, "the name of a feature")
+        _arguments.text(type(self).__name__, "label", self.label, "the name of a feature")
 
     def _ints(self, name: str, example: str = "(0,)") -> None:
         values = getattr(self, name)
@@ -38,20 +38,21 @@ class _Sequences:
         object.__setattr__(self, name, own)
 
     def counts(self, batch: Batch) -> jax.Array:
-        """Which positions count, bool [batch, length]."""
-        labels = batch[self.target]
+        """Which positions count: bool [batch, length]."""
+        labels = batch[self.label]
         if labels.ndim != 2 or not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(
-                f"feature {self.target!r} is {labels.dtype} of shape {labels.shape}, expected "
+                f"feature {self.label!r} is {labels.dtype} of shape {labels.shape}, expected "
                 "integers of shape ('batch', 'length'), the numbers of tokens."
             )
-        return ~_among(labels, self.ignore)
+        return ~_is_one_of(labels, self.ignore)
 
     def limits(self, num_classes: int) -> dict[str, int]:
-        return {self.target: num_classes}
+        """The features that are indices, and how many values each can have."""
+        return {self.label: num_classes}
 
 
-def _among(labels: jax.Array, values: tuple[int, ...]) -> jax.Array:
+def _is_one_of(labels: jax.Array, values: tuple[int, ...]) -> jax.Array:
     return jnp.isin(labels, jnp.array(values, labels.dtype))
 
 
@@ -61,7 +62,7 @@ def _of_tokens(values: jax.Array, counts: jax.Array) -> Mean:
 
 
 def _of_sequences(values: jax.Array, counts: jax.Array) -> Mean:
-    """A mean over the sequences that have a token."""
+    """A mean over the sequences that have any token."""
     some = counts.any(-1)
     return Mean(jnp.where(some, values, 0), some)
 
@@ -69,28 +70,45 @@ def _of_sequences(values: jax.Array, counts: jax.Array) -> Mean:
 class TokenLoss(_Sequences):
     """The mean negative log-likelihood of a token.
 
-    Scores are [batch, length, tokens], logarithms of probabilities up to a constant.
+    Scores are [batch, length, tokens], log-probabilities up to a constant.
 
     Attributes:
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0]])}
+      >>> losses = fax.metrics.TokenLoss()(batch, jnp.zeros((1, 3, 4)))
+      >>> print(f"{losses.sum().result():.4f}")
+      1.3863
     """
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        return _of_tokens(_scores.losses_of(scores, batch[self.target]), self.counts(batch))
+        """The statistic of each example."""
+        return _of_tokens(_scores.losses_of(scores, batch[self.label]), self.counts(batch))
 
 
 class SequenceLoss(_Sequences):
     """The mean negative log-likelihood of a sequence, which is the sum over its tokens.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding. Nor does a sequence without others.
-      target: the feature with the labels, int [batch, length].
+      ignore: labels that do not count. Default: 0, padding. Sequences that have no other labels do
+        not count either.
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0]])}
+      >>> losses = fax.metrics.SequenceLoss()(batch, jnp.zeros((1, 3, 4)))
+      >>> print(f"{losses.sum().result():.4f}")
+      2.7726
     """
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
+        """The statistic of each example."""
         counts = self.counts(batch)
-        losses = _scores.losses_of(scores, batch[self.target])
+        losses = _scores.losses_of(scores, batch[self.label])
         return _of_sequences(jnp.sum(jnp.where(counts, losses, 0), -1), counts)
 
 
@@ -99,10 +117,17 @@ class TokenAccuracy(_Sequences):
     """The share of tokens that have the best score.
 
     Attributes:
-      exclude: tokens that are never guessed, such as "out of vocabulary": as labels they are
-        mistakes.
+      exclude: tokens that are never predicted, such as "out of vocabulary". As labels they count
+        as mistakes.
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0]])}
+      >>> scores = jax.nn.one_hot(jnp.array([[1, 1, 1]]), 4)
+      >>> print(fax.metrics.TokenAccuracy()(batch, scores).sum().result())
+      0.5
     """
 
     exclude: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
@@ -112,7 +137,8 @@ class TokenAccuracy(_Sequences):
         self._ints("exclude")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        return _of_tokens(_right(self, batch, scores, 1), self.counts(batch))
+        """The statistic of each example."""
+        return _of_tokens(_correct(self, batch, scores, 1), self.counts(batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +146,18 @@ class TokenTopK(_Sequences):
     """The share of tokens that are among the k best scores.
 
     Attributes:
-      k: how many.
-      exclude: tokens that are never guessed, such as "out of vocabulary": as labels they are
-        mistakes.
+      k: the number of scores.
+      exclude: tokens that are never predicted, such as "out of vocabulary". As labels they count
+        as mistakes.
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0]])}
+      >>> scores = jnp.array([[[0.0, 3.0, 2.0, 1.0]] * 3])
+      >>> print(fax.metrics.TokenTopK(2)(batch, scores).sum().result())
+      1.0
     """
 
     k: int
@@ -136,16 +169,19 @@ class TokenTopK(_Sequences):
         _arguments.count("TokenTopK", "k", self.k)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        return _of_tokens(_right(self, batch, scores, self.k), self.counts(batch))
+        """The statistic of each example."""
+        return _of_tokens(_correct(self, batch, scores, self.k), self.counts(batch))
 
 
-def _right(metric: TokenAccuracy | TokenTopK, batch: Batch, scores: jax.Array, k: int) -> jax.Array:
-    labels = batch[metric.target]
+def _correct(
+    metric: TokenAccuracy | TokenTopK, batch: Batch, scores: jax.Array, k: int
+) -> jax.Array:
+    labels = batch[metric.label]
     if metric.exclude:
-        never = _among(jnp.arange(scores.shape[-1]), metric.exclude)
+        never = _is_one_of(jnp.arange(scores.shape[-1]), metric.exclude)
         scores = jnp.where(never, -jnp.inf, scores)
     hits = _scores.hits(scores, labels) if k == 1 else _scores.ranks(scores, labels) < k
-    return hits & ~_among(labels, metric.exclude)
+    return hits & ~_is_one_of(labels, metric.exclude)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +189,15 @@ class OOVRate(_Sequences):
     """The share of tokens that are out of vocabulary.
 
     Attributes:
-      oov: the tokens that stand for words out of vocabulary.
+      oov: the tokens that stand for out-of-vocabulary words.
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 3, 0]])}
+      >>> print(fax.metrics.OOVRate(oov=(3,))(batch, jnp.zeros((1, 3, 4))).sum().result())
+      0.5
     """
 
     oov: tuple[int, ...]
@@ -165,17 +207,25 @@ class OOVRate(_Sequences):
         self._ints("oov", "(99,)")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        return _of_tokens(_among(batch[self.target], self.oov), self.counts(batch))
+        """The statistic of each example."""
+        return _of_tokens(_is_one_of(batch[self.label], self.oov), self.counts(batch))
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncationRate(_Sequences):
-    """The share of sequences that have no end, because they were cut.
+    """The share of sequences without an end token, because they were truncated.
 
     Attributes:
       eos: the token at the end of a sequence.
-      ignore: labels that do not count. Default: 0, padding. Nor does a sequence without others.
-      target: the feature with the labels, int [batch, length].
+      ignore: labels that do not count. Default: 0, padding. Sequences that have no other labels do
+        not count either.
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0], [1, 3, 3]])}
+      >>> print(fax.metrics.TruncationRate(eos=2)(batch, jnp.zeros((2, 3, 4))).sum().result())
+      0.5
     """
 
     eos: int
@@ -185,8 +235,9 @@ class TruncationRate(_Sequences):
         _arguments.count("TruncationRate", "eos", self.eos, least=0)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        cut = (batch[self.target] != self.eos).all(-1)
-        return _of_sequences(cut, self.counts(batch))
+        """The statistic of each example."""
+        truncated = (batch[self.label] != self.eos).all(-1)
+        return _of_sequences(truncated, self.counts(batch))
 
 
 class TokenCount(_Sequences):
@@ -194,22 +245,36 @@ class TokenCount(_Sequences):
 
     Attributes:
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0], [3, 0, 0]])}
+      >>> print(fax.metrics.TokenCount()(batch, jnp.zeros((2, 3, 4))).sum().result())
+      3
     """
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
+        """The statistic of each example."""
         return Sum(jnp.sum(self.counts(batch), -1))
 
 
 class SequenceCount(_Sequences):
-    """How many sequences have a token.
+    """How many sequences have any token.
 
     Attributes:
       ignore: labels that do not count. Default: 0, padding.
-      target: the feature with the labels, int [batch, length].
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0], [0, 0, 0]])}
+      >>> print(fax.metrics.SequenceCount()(batch, jnp.zeros((2, 3, 4))).sum().result())
+      1
     """
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
+        """The statistic of each example."""
         return Sum(self.counts(batch).any(-1))
 
 
@@ -217,10 +282,18 @@ class SequenceLength(_Sequences):
     """The mean number of tokens of a sequence.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding. Nor does a sequence without others.
-      target: the feature with the labels, int [batch, length].
+      ignore: labels that do not count. Default: 0, padding. Sequences that have no other labels do
+        not count either.
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0], [3, 0, 0]])}
+      >>> print(fax.metrics.SequenceLength()(batch, jnp.zeros((2, 3, 4))).sum().result())
+      1.5
     """
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
+        """The statistic of each example."""
         counts = self.counts(batch)
         return _of_sequences(jnp.sum(counts, -1), counts)

@@ -1,4 +1,4 @@
-"""Statistics: sums that add up in any order, and what is made of them in the end."""
+"""Statistics: sums over examples that can be merged in any order, and their final results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,27 @@ S = TypeVar("S", bound="Statistic")
 
 
 class Statistic:
-    """What is known of some examples: a pytree whose leaves are sums over them.
+    """A pytree whose leaves are sums over some examples.
 
-    So two are merged by addition, which is associative and commutative, and everything that adds
-    up pytrees, such as `fax.sum`, merges statistics. A statistic of its own is a subclass, a
-    frozen dataclass with `jax.tree_util.register_dataclass`, that says what its ``result`` is.
+    Two statistics are merged by addition, which is associative and commutative, so everything that
+    adds up pytrees, such as `fax.sum`, merges statistics. To define a statistic, write a subclass
+    that is a frozen dataclass, registered with `jax.tree_util.register_dataclass`, and that
+    implements ``result``.
+
+    Example:
+
+      >>> import dataclasses
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True)
+      ... class RootMeanSquare(fax.metrics.Statistic):
+      ...     squares: jax.Array
+      ...     count: jax.Array
+      ...
+      ...     def result(self):
+      ...         return (self.squares / self.count) ** 0.5
+      >>> of_each = RootMeanSquare(jnp.array([9.0, 16.0, 0.0]), jnp.ones(3))
+      >>> print(of_each.sum(where=jnp.array([True, True, False])).result())
+      3.535534
     """
 
     def result(self) -> Any:
@@ -29,37 +45,36 @@ class Statistic:
         """The statistic of the examples of both.
 
         Raises:
-          TypeError: if the other is of another kind or shape.
+          TypeError: if they differ in type or shapes.
         """
         mine, others = (jax.tree.map(np.shape, x) for x in (self, other))
         if type(self) is not type(other) or mine != others:
             raise TypeError(
                 f"cannot merge a {type(other).__name__} of shapes {_shapes(other)} with a "
-                f"{type(self).__name__} of shapes {_shapes(self)}. Both have to come from the same "
-                "metric."
+                f"{type(self).__name__} of shapes {_shapes(self)}. Merge statistics of the same "
+                "metric only."
             )
-        return jax.tree.map(lambda a, b: _counted(a) + _counted(b), self, other)
+        return jax.tree.map(lambda a, b: _widened(a) + _widened(b), self, other)
 
     def zero(self: S) -> S:
-        """The statistic of no examples: merging it changes nothing."""
-        return jax.tree.map(lambda x: np.zeros(np.shape(x), _counted(x).dtype), self)
+        """The statistic of no examples. Merging it changes nothing."""
+        return jax.tree.map(lambda x: np.zeros(np.shape(x), _widened(x).dtype), self)
 
     def sum(self: S, where: Array | None = None) -> S:
-        """The statistic of all examples together, of one of each.
+        """The statistic of all examples, from statistics with a row for each example.
 
         Args:
-          where: bool [batch], which of them count. What the others hold is not looked at.
+          where: bool [batch], which examples count. The values of the others have no effect.
 
         Returns:
-          Leaves without their leading axis; those that were bool count. What is shorter than 32
-          bits is added up in 32 bits and stays so. Evaluation loses less: see
-          `fax.metrics.evaluate`.
+          Leaves without their leading axis. Bools are counted. Dtypes of less than 32 bits are
+          added up in 32 bits, and so is the result. `fax.metrics.evaluate` adds up more precisely.
         """
 
-        def add(x):
+        def add(x: Array) -> Array:
             if where is not None:
                 x = jnp.where(jnp.reshape(where, (-1,) + (1,) * (jnp.ndim(x) - 1)), x, 0)
-            return jnp.sum(_counted(x), axis=0)
+            return jnp.sum(_widened(x), axis=0)
 
         return jax.tree.map(add, self)
 
@@ -68,7 +83,7 @@ def _shapes(x: Any) -> list[tuple[int, ...]]:
     return [np.shape(leaf) for leaf in jax.tree.leaves(x)]
 
 
-# What adds up: a kind of numbers, and what it takes at least, on the host and on devices.
+# Kinds of numbers, and the shortest dtypes that they are added up in, on the host and on devices.
 _WIDE: tuple[tuple[Any, Any, Any], ...] = (
     (np.bool_, np.int64, np.int32),
     (np.signedinteger, np.int64, np.int32),
@@ -77,8 +92,8 @@ _WIDE: tuple[tuple[Any, Any, Any], ...] = (
 )
 
 
-def _counted(x: Array) -> Array:
-    """An array as it is added up: bools count, and short numbers are made longer."""
+def _widened(x: Array) -> Array:
+    """An array in the dtype in which it is added up: bools become ints, short numbers longer."""
     on_host = not isinstance(x, jax.Array)
     x = np.asarray(x) if on_host else x
     for kind, host, device in _WIDE:
@@ -92,7 +107,7 @@ def _counted(x: Array) -> Array:
 class Mean(Statistic):
     """A weighted mean.
 
-    The mean of nothing, of weight 0, is NaN: whatever number stood there could be taken for a
+    The mean of no examples, with the weight 0, is NaN, because any number could be mistaken for a
     measurement.
 
     Attributes:
@@ -111,7 +126,7 @@ class Mean(Statistic):
 
     def result(self) -> Array:
         """The mean, ``total / weight``."""
-        # NumPy's own numbers have 64 bits, which JAX would cut.
+        # Numbers on the host have 64 bits, which JAX would truncate.
         xp: Any = jnp if isinstance(self.weight, jax.Array) else np
         nothing = self.weight == 0
         return xp.where(nothing, np.nan, self.total / xp.where(nothing, 1, self.weight))[()]

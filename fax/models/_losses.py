@@ -19,7 +19,7 @@ def _labels(name: str, batch: Batch) -> jax.Array:
         found = f"of {sorted(batch)}" if isinstance(batch, Mapping) else ""
         raise ValueError(
             f"fax.models.{name}: batch is {_arguments.shown(batch)} {found}".rstrip()
-            + f", expected a mapping that has the labels 'y'. Call {name}(scores, batch)."
+            + f", expected a mapping with the labels 'y'. Call {name}(scores, batch)."
         )
     return batch["y"]
 
@@ -28,14 +28,14 @@ def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
     """The negative log-likelihood of each example's label, and whether it has the best score.
 
     Args:
-      scores: [batch, classes], logarithms of probabilities up to a constant.
-      batch: ``"y"`` is int [batch], the labels. For one that is no class the loss is NaN.
+      scores: [batch, classes], log-probabilities up to a constant.
+      batch: ``"y"`` is int [batch], the labels. For a label that is not a class the loss is NaN.
 
     Returns:
-      The losses [batch], and ``{"accuracy": ...}``, each 0 or 1.
+      The losses [batch], and ``{"accuracy": ...}``, 0 or 1 for each example.
 
     Raises:
-      ValueError: if the shapes do not fit together.
+      ValueError: if the shapes do not match.
 
     Example:
 
@@ -53,24 +53,25 @@ def sequence_cross_entropy(
 ) -> Losses:
     """The mean negative log-likelihood of a sequence's tokens, and the share with the best score.
 
-    Token 0 is padding and does not count. A sequence that is all padding has the loss 0.
+    Token 0 is padding and does not count. The loss of a sequence of padding alone is 0.
 
-    FedJAX divides the sum over a sequence's tokens by another number: for Shakespeare by the
-    length with padding, ``length=80``, and for Stack Overflow by an expected length,
-    ``length=13.3``. Every token then weighs the same, whatever sequence it is in, and learning
-    rates that were tuned there fit.
+    FedJAX divides the sum over a sequence's tokens by a constant: for Shakespeare by the length
+    with padding, ``length=80``, and for Stack Overflow by an expected length, ``length=13.3``. Then
+    all tokens have the same weight, whatever sequence they are in. Pass that ``length`` to use
+    learning rates that were tuned with FedJAX.
 
     Args:
-      scores: [batch, length, tokens], logarithms of probabilities up to a constant.
-      batch: ``"y"`` is int [batch, length], what comes next. For a number that is no token the
+      scores: [batch, length, tokens], log-probabilities up to a constant.
+      batch: ``"y"`` is int [batch, length], the next tokens. For a number that is not a token the
         loss is NaN.
-      length: what to divide a sequence's sum of losses by. Default: how many tokens it has.
+      length: the number by which a sequence's sum of losses is divided. Default: its number of
+        tokens.
 
     Returns:
-      The losses [batch], and ``{"accuracy": ...}``, the share of tokens that were right.
+      The losses [batch], and ``{"accuracy": ...}``, the share of correct tokens in each sequence.
 
     Raises:
-      ValueError: if the shapes do not fit together.
+      ValueError: if the shapes do not match.
 
     Example:
 
@@ -85,6 +86,6 @@ def sequence_cross_entropy(
         _arguments.number("fax.models.sequence_cross_entropy", "length", length, above=0)
     real = labels != PADDING
     total = jnp.sum(jnp.where(real, losses_of(scores, labels), 0), axis=-1)
-    right = jnp.sum(real & hits(scores, labels), axis=-1)
+    correct = jnp.sum(real & hits(scores, labels), axis=-1)
     tokens = jnp.maximum(jnp.sum(real, axis=-1), 1).astype(total.dtype)
-    return total / (tokens if length is None else length), {"accuracy": right / tokens}
+    return total / (tokens if length is None else length), {"accuracy": correct / tokens}

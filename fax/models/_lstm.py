@@ -1,10 +1,10 @@
-"""A layer of long short-term memory whose gradient costs two products a step, not four.
+"""An LSTM layer whose gradient takes two matrix products a step instead of four.
 
-What a step does to its inputs does not depend on the step before, so that it is one product for all
-steps, before the loop. The same holds for the gradient by the recurrent weights: it is a sum over
-steps of outer products, which JAX would add up step by step. The derivative that is given here
-takes the products with the tangent of the weights out of the loop, and so its transpose has one
-product for all steps too.
+The product of the inputs with their weights does not depend on earlier steps, so it is one product
+for all steps, before the loop. The gradient with respect to the recurrent weights is a sum over
+steps of outer products, which JAX would add up step by step. The derivative rule in this module
+moves products with the tangent of the weights out of the loop, so that its transpose, too, is one
+product for all steps.
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from jax import lax
 
 
 class LSTM(nnx.Module):
-    """A layer of long short-term memory with a single bias, and 1 added at the forget gate.
+    """An LSTM layer with a single bias, and 1 added at the forget gate.
 
-    From the state zero, with ``z_t = x_t W + h_(t-1) U + b`` in four parts i, g, f, o:
+    With the initial state zero, and ``z_t = x_t W + h_(t-1) U + b`` in four parts i, g, f, o:
 
         c_t = sigmoid(f + 1) c_(t-1) + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(c_t)
 
-    The same as Haiku's, which FedJAX uses: 4 hidden (inputs + hidden + 1) parameters.
+    This is the layer of Haiku that FedJAX uses, with 4 hidden (inputs + hidden + 1) parameters. It
+    maps [batch, length, inputs] to h, [batch, length, hidden].
 
-    It takes [batch, length, inputs] and returns h, [batch, length, hidden].
+    Example:
+
+      >>> from flax import nnx
+      >>> fax.models.LSTM(3, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 3))).shape
+      (2, 7, 5)
     """
 
+    kernel: nnx.Param[jax.Array]
+    recurrent: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array]
+
     def __init__(self, inputs: int, hidden: int, *, rngs: nnx.Rngs):
-        # Haiku has one matrix for inputs and state, and so a common fan-in.
+        # Haiku has one matrix for inputs and state, and so one fan-in for both.
         init = initializers.truncated_normal((inputs + hidden) ** -0.5)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, 4 * hidden), jnp.float32))
         self.recurrent = nnx.Param(init(rngs.params(), (hidden, 4 * hidden), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(4 * hidden, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The states h of all steps, [batch, length, hidden]."""
         z = jnp.swapaxes(x, 0, 1) @ self.kernel[...] + self.bias[...]
         return jnp.swapaxes(recur(z, self.recurrent[...].astype(z.dtype)), 0, 1)
 
@@ -45,7 +55,7 @@ def recur(z: jax.Array, recurrent: jax.Array) -> jax.Array:
     """The states h of all steps.
 
     Args:
-      z: [length, batch, 4 hidden], what steps get from their inputs.
+      z: [length, batch, 4 hidden], the part of z that comes from the inputs.
       recurrent: [hidden, 4 hidden].
 
     Returns:
@@ -83,7 +93,7 @@ def _recur_jvp(primals, tangents):
 
 
 def _step(state, z, recurrent):
-    """The next state, and the slopes of c by z (of h for o), of c by c, and of h by c."""
+    """The next state, and the derivatives of c (for o, of h) by z, of c by c, and of h by c."""
     h, before = state
     i, g, f, o = jnp.split(z + h @ recurrent, 4, -1)
     i, f, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f + 1), jax.nn.sigmoid(o)

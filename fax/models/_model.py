@@ -1,4 +1,4 @@
-"""A flax.nnx module as pure functions of its parameters, as algorithms and evaluators take them."""
+"""A flax.nnx module as pure functions of its parameters, for algorithms and evaluation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ class Model(NamedTuple):
 
     Attributes:
       init: ``init(key) -> params``, nested dicts of arrays.
-      apply: ``apply(params, batch, key=None) -> scores``, of the feature ``"x"`` of a batch. With a
-        key it is training, and dropout is on.
-      loss: ``loss(params, batch, key) -> (losses, metrics)``, the losses of the examples, [batch],
-        and a dict of metrics of the same shape: what `fax.algorithms.fedavg` takes.
+      apply: ``apply(params, batch, key=None) -> scores`` of the feature ``"x"`` of a batch. With a
+        key, the module is in training mode, with dropout.
+      loss: ``loss(params, batch, key) -> (losses, metrics)``: the losses of the examples, [batch],
+        and a dict of metrics of the same shape, as in `fax.algorithms.fedavg`.
+
+    Example:
+
+      >>> model = fax.models.create("dense", sizes=(4, 3))
+      >>> params = model.init(jax.random.key(0))
+      >>> batch = {"x": jnp.ones((2, 4)), "y": jnp.array([0, 2])}
+      >>> losses, metrics = model.loss(params, batch, jax.random.key(1))
+      >>> model.apply(params, batch).shape, losses.shape, list(metrics)
+      ((2, 3), (2,), ['accuracy'])
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -43,17 +52,17 @@ def functional(
     """Makes pure functions of a flax.nnx module.
 
     Args:
-      build: ``build(rngs=rngs) -> module``, as a module's class does. The module is called with the
-        feature ``"x"`` of a batch and returns scores, one for each class.
+      build: ``build(rngs=rngs) -> module``, such as the module's class. The module is called with
+        the feature ``"x"`` of a batch and returns scores, one for each class.
       loss: ``loss(scores, batch) -> (losses, metrics)``, each [batch].
 
     Returns:
-      The model. Its functions do not depend on one another: the parameters are all there is.
+      The model. Its functions are pure and have no state besides the parameters.
 
     Raises:
-      ValueError: if an argument is something else, or the module has state besides parameters,
-        such as the statistics of a batch norm. Write a loss with ``model_state`` for it; see
-        `fax.algorithms.fedavg`.
+      ValueError: if an argument is not such a function, or the module has state besides its
+        parameters, such as the statistics of a batch norm. For such a module write a loss with
+        ``model_state``; see `fax.algorithms.fedavg`.
 
     Example:
 
@@ -83,10 +92,10 @@ def functional(
     for path, variable in nnx.to_flat_state(rest):
         if not isinstance(variable, nnx.RngState):
             raise ValueError(
-                f"build returned a {type(module).__name__} with state that is not trained, "
-                f"{type(variable).__name__} at {'.'.join(map(str, path))}. Use a layer without, "
-                "such as GroupNorm for BatchNorm, or write a loss that takes model_state; see "
-                "fax.algorithms.fedavg."
+                f"{where}: build returned a {type(module).__name__} with state that is not "
+                f"trained, {type(variable).__name__} at {'.'.join(map(str, path))}. Use a layer "
+                "without state, such as GroupNorm instead of BatchNorm, or write a loss with "
+                "model_state; see fax.algorithms.fedavg."
             )
 
     def init(key: jax.Array) -> PyTree:
@@ -94,7 +103,7 @@ def functional(
 
     def apply(params: PyTree, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         source = jax.random.key(0) if key is None else key
-        drawn = [_own(source, number, like) for number, like in enumerate(others)]
+        drawn = [_rng_state(source, number, like) for number, like in enumerate(others)]
         module = nnx.merge(graph, params, jax.tree.unflatten(structure, drawn))
         if key is None:
             module.eval()
@@ -102,14 +111,14 @@ def functional(
             module.train()
         return module(batch["x"])
 
-    def of_batch(params: PyTree, batch: Batch, key: jax.Array | None) -> tuple:
+    def loss_of_batch(params: PyTree, batch: Batch, key: jax.Array | None) -> Any:
         return loss(apply(params, batch, key), batch)
 
-    return Model(jax.jit(init), apply, of_batch)
+    return Model(jax.jit(init), apply, loss_of_batch)
 
 
-def _own(key: jax.Array, number: int, like: Any) -> jax.Array:
-    """The state of a stream of random numbers: a key of its own, or a count of draws."""
+def _rng_state(key: jax.Array, number: int, like: Any) -> jax.Array:
+    """The state of a stream of random numbers: its key, or its count of draws."""
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jnp.zeros(like.shape, like.dtype)
     own = jax.random.fold_in(key, number)

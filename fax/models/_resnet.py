@@ -1,4 +1,4 @@
-"""ResNet-18 with group normalisation, which has no statistics of batches that clients could mix."""
+"""ResNet-18 with group normalisation, which unlike batch normalisation has no state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _GROUPS = 2
 
 
 class _Block(nnx.Module):
-    """Two convolutions of 3 x 3, and what came in added to what comes out."""
+    """Two 3 x 3 convolutions with a residual connection."""
+
+    conv1: nnx.Conv
+    norm1: nnx.GroupNorm
+    conv2: nnx.Conv
+    norm2: nnx.GroupNorm
+    project: bool
+    shortcut: nnx.Conv
+    shortcut_norm: nnx.GroupNorm
 
     def __init__(self, channels: int, out: int, strides: int, *, rngs: nnx.Rngs):
         self.conv1 = _Conv(channels, out, (3, 3), strides, rngs=rngs)
@@ -36,14 +44,27 @@ class _Block(nnx.Module):
 
 
 class ResNet18(nnx.Module):
-    """ResNet-18 for small pictures, with normalisation over two groups of channels.
+    """ResNet-18 for small images, with normalisation over two groups of channels.
 
-    Like the model of arXiv:2003.00295 for CIFAR-100, after He et al., arXiv:1512.03385, and Hsieh
-    et al., arXiv:1910.00189. It starts with a convolution of 3 x 3 and has no pooling before the
-    end, as is usual for pictures of this size. 11,220,132 parameters for 100 classes.
+    Like the model for CIFAR-100 of arXiv:2003.00295, after He et al., arXiv:1512.03385, and Hsieh
+    et al., arXiv:1910.00189. It starts with a 3 x 3 convolution and has no pooling before the end,
+    as is usual for images of this size. 11,220,132 parameters for 100 classes.
 
     ``"x"`` is float [batch, height, width, channels].
+
+    Example:
+
+      >>> model = fax.models.create("resnet18", num_classes=10)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> params["out"]["kernel"].shape
+      (512, 10)
     """
+
+    channels: int
+    stem: nnx.Conv
+    norm: nnx.GroupNorm
+    blocks: nnx.List[_Block]
+    out: nnx.Linear
 
     def __init__(self, num_classes: int = 100, channels: int = 3, *, rngs: nnx.Rngs):
         self.channels = channels
@@ -56,6 +77,7 @@ class ResNet18(nnx.Module):
         self.out = Linear(512, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The scores, [batch, classes]."""
         if x.ndim != 4 or x.shape[-1] != self.channels:
             raise ValueError(
                 f"feature 'x' has shape {x.shape}, expected "

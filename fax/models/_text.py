@@ -1,4 +1,4 @@
-"""Language models: which token comes next. Token 0 is padding."""
+"""Language models, which predict the next token. Token 0 is padding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from fax.models._lstm import LSTM
 
 
 class _Embedding(nnx.Module):
-    """A vector for each token. What is no token gets NaN, not that of another."""
+    """A vector for each token. Numbers that are not tokens get NaN."""
+
+    embedding: nnx.Param[jax.Array]
 
     def __init__(self, tokens: int, size: int, *, rngs: nnx.Rngs):
-        init = initializers.truncated_normal(1.0)  # Haiku's
+        init = initializers.truncated_normal(1.0)  # as in Haiku
         self.embedding = nnx.Param(init(rngs.params(), (tokens, size), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -29,11 +31,23 @@ class _Embedding(nnx.Module):
 
 
 class ShakespeareLSTM(nnx.Module):
-    """Two layers of LSTM, 256 units each, on characters: FedJAX's, and of arXiv:1602.05629.
+    """Two LSTM layers of 256 units on characters, as in FedJAX and arXiv:1602.05629.
 
     820,522 parameters for 90 tokens: 86 characters, padding, begin, end, and out of vocabulary.
-    ``"x"`` is int [batch, length], and there are scores [batch, length, tokens].
+    It maps ``"x"``, int [batch, length], to scores, [batch, length, tokens].
+
+    Example:
+
+      >>> model = fax.models.create("shakespeare_lstm")
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> sum(x.size for x in jax.tree.leaves(params))
+      820522
     """
+
+    embed: _Embedding
+    lstm1: LSTM
+    lstm2: LSTM
+    out: nnx.Linear
 
     def __init__(self, num_tokens: int = 90, *, rngs: nnx.Rngs):
         self.embed = _Embedding(num_tokens, 8, rngs=rngs)
@@ -42,17 +56,32 @@ class ShakespeareLSTM(nnx.Module):
         self.out = Linear(256, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The scores, [batch, length, tokens]."""
         x = jnp.tanh(self.lstm1(self.embed(x)))
         return self.out(jnp.tanh(self.lstm2(x)))
 
 
 class StackOverflowLSTM(nnx.Module):
-    """A layer of LSTM, 670 units, projected to 96, on words: FedJAX's, and of arXiv:2003.00295.
+    """An LSTM layer of 670 units, projected to 96, on words, as in FedJAX and arXiv:2003.00295.
 
     4,050,748 parameters for 10,004 tokens: 10,000 words, padding, begin, end, and out of
-    vocabulary. ``"x"`` is int [batch, length], and there are scores [batch, length, tokens]. If
+    vocabulary. It maps ``"x"``, int [batch, length], to scores, [batch, length, tokens]. If it is
     ``tied``, words are scored by their embeddings, and there are 3,090,364 parameters.
+
+    Example:
+
+      >>> model = fax.models.create("stackoverflow_lstm", tied=True)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))
+      >>> sum(x.size for x in jax.tree.leaves(params))
+      3090364
     """
+
+    tied: bool
+    embed: _Embedding
+    lstm: LSTM
+    project: nnx.Linear
+    bias: nnx.Param[jax.Array]
+    out: nnx.Linear
 
     def __init__(self, num_tokens: int = 10_004, *, tied: bool = False, rngs: nnx.Rngs):
         self.tied = tied
@@ -65,15 +94,27 @@ class StackOverflowLSTM(nnx.Module):
             self.out = Linear(96, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The scores, [batch, length, tokens]."""
         x = self.project(jnp.tanh(self.lstm(self.embed(x))))
         return x @ self.embed.embedding[...].T + self.bias[...] if self.tied else self.out(x)
 
 
 class CharLSTM(nnx.Module):
-    """A layer of LSTM on characters, small enough to learn on a CPU.
+    """An LSTM layer on characters, small enough to be trained on a CPU.
 
-    ``"x"`` is int [batch, length], and there are scores [batch, length, tokens].
+    It maps ``"x"``, int [batch, length], to scores, [batch, length, tokens].
+
+    Example:
+
+      >>> from flax import nnx
+      >>> model = fax.models.CharLSTM(num_tokens=20, hidden=8, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 5), int)).shape
+      (2, 5, 20)
     """
+
+    embed: _Embedding
+    lstm: LSTM
+    out: nnx.Linear
 
     def __init__(self, num_tokens: int = 100, hidden: int = 192, *, rngs: nnx.Rngs):
         self.embed = _Embedding(num_tokens, 32, rngs=rngs)
@@ -81,4 +122,5 @@ class CharLSTM(nnx.Module):
         self.out = Linear(hidden, num_tokens, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The scores, [batch, length, tokens]."""
         return self.out(self.lstm(self.embed(x)))

@@ -8,6 +8,7 @@ tangents and cotangents are zero, even where the derivative of the client functi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ from fax.primitives import _jaxpr
 from fax.primitives._round import Out, Round, pick, select
 
 
-def apply_masks(this: Round, outs: Any) -> list[Any]:
+def apply_masks(
+    this: Round, outs: Any, select: Callable[..., jax.Array] = select
+) -> list[jax.Array]:
     """One participant's contributions, those that are masked replaced by what changes nothing."""
     return [
         value if mask is None else select(mask, value, _nothing(mode, value.dtype))
@@ -27,8 +30,13 @@ def apply_masks(this: Round, outs: Any) -> list[Any]:
     ]
 
 
-def _contribute(this: Round, *rows: Any) -> list[Any]:
-    return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows))
+def _contribute(this: Round, *rows: Any) -> list[jax.Array]:
+    return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows), _select)
+
+
+# Under `jax.vmap` a mask is broadcast to the shape of what it masks. Reverse differentiation is to
+# do so once more, and not to store it for each participant.
+_select = jax.checkpoint(select, prevent_cse=False, static_argnums=2)
 
 
 def _nothing(mode: str, dtype: Any) -> Any:
@@ -52,10 +60,8 @@ def mask_within(this: Round) -> Round:
             return _contribute(this, *rows)
         fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
         counts = this.masks(fixed)[mask]
-        seen = zip(rows, fixed, inexact, strict=True)
-        return _contribute(
-            this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
-        )
+        seen = zip(rows, inexact, strict=True)
+        return _contribute(this, *(_gate(counts, x) if i else x for x, i in seen))
 
     def derivative(primals, tangents):
         values, moved = [None] * len(this.outputs), [None] * len(this.outputs)
@@ -80,3 +86,20 @@ def by_mask(this: Round) -> dict[int | None, list[int]]:
     for k, out in enumerate(this.outputs):
         groups.setdefault(out.mask, []).append(k)
     return groups
+
+
+@jax.custom_jvp
+def _gate(counts: jax.Array, x: jax.Array) -> jax.Array:
+    """A value whose tangents are zero unless it counts.
+
+    A select would do the same, but what it makes of a server value is another one for each
+    participant, which reverse differentiation would store.
+    """
+    del counts
+    return x
+
+
+@_gate.defjvp
+def _gate_jvp(primals, tangents):
+    (counts, x), (_, dx) = primals, tangents
+    return x, _select(counts, dx, 0)

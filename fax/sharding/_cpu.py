@@ -43,7 +43,6 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         _WHERE,
         "count",
         _cores() if count is None else count,
-        expected="a positive int",
         error=PlacementError,
     )
     _arguments.text(_WHERE, "axis", axis, "the name of a mesh axis", error=PlacementError)

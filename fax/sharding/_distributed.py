@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fax._arguments import number
+from fax import _arguments
 from fax.sharding import _peers
 from fax.sharding._address import BIND
 
@@ -100,7 +99,7 @@ def initialize(
         ("heartbeat_timeout", heartbeat_timeout),
         ("shutdown_timeout", shutdown_timeout),
     ):
-        number("fax.sharding.initialize", name, value, above=0)
+        _arguments.number("fax.sharding.initialize", name, value, above=0)
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     options: dict[str, Any] = {
@@ -201,14 +200,7 @@ def _token(token: str | None) -> str | None:
 
 
 def _int(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"fax.sharding.initialize: {name} is {value!r}, expected an int."
-        ) from None
+    return _arguments.count("fax.sharding.initialize", name, value, least=None)
 
 
 def _detect(

@@ -178,7 +178,7 @@ class Coordinator:
         connection.send(welcome=number)
 
     def _resolve_duplicates(self, now: float) -> None:
-        """Keeps a process that answers, and otherwise replaces it by its duplicate, a restart."""
+        """Refuses the duplicate of a process that answers. Otherwise, the duplicate replaces it."""
         for number, (connection, question, deadline) in list(self._duplicates.items()):
             old = self._joined.get(number)
             if old is not None and self._answered.get(old, 0) >= question:
@@ -244,7 +244,8 @@ class Coordinator:
         for number, (host, _) in self._lost.items():
             who += f". Process {number} on {host} connected, but died"
         if self._num_rejected:
-            who += f". {self._num_rejected} connections were rejected, the last "
+            several = "s were" if self._num_rejected > 1 else " was"
+            who += f". {self._num_rejected} connection{several} rejected, the last "
             who += self._last_rejected
         self._refuse(
             f"process 0 waited {self._timeout:g} s at {self._address} for {self._count - 1} "

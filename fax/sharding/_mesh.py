@@ -80,13 +80,10 @@ def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
         raise PlacementError(f"{_MAKE_MESH} needs at least one axis, as in make_mesh(clients=4).")
     sizes = []
     for name, size in axes.items():
-        expected = "a positive int, or -1 for the remaining devices"
-        least = -1 if isinstance(size, int) and size == -1 else 1
-        sizes.append(
-            _arguments.count(
-                _MAKE_MESH, name, size, least=least, expected=expected, error=PlacementError
-            )
-        )
+        if not (isinstance(size, int) and size == -1):
+            what = "or -1 for the remaining devices"
+            size = _arguments.count(_MAKE_MESH, name, size, what=what, error=PlacementError)
+        sizes.append(size)
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1:
         raise PlacementError(f"{_MAKE_MESH}: only one of the sizes {dict(axes)} can be -1.")
@@ -215,11 +212,11 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
 
 
 def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:
-    """How many parts the axes make."""
+    """The number of devices along the axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def other_axes(axes: Sequence[str], mesh: AbstractMesh) -> list[str]:
-    """The axes of more than one device that are the client function's own."""
+    """The axes of more than one device that the client function can use."""
     taken = {*axes, *mesh.manual_axes}
     return [a for a in mesh.axis_names if a not in taken and mesh.shape[a] > 1]

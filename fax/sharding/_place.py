@@ -160,9 +160,9 @@ def _inferred(where: str, count: int, spread: RowSharding) -> int:
     parts = len(spread.own_rows(where, spread.num_shards))
     if count == 0 or count % parts:
         raise PlacementError(
-            f"{where}: tree has {count} rows, but the devices of process {jax.process_index()} are "
-            f"{parts} of the {spread.num_shards} that the rows are spread over, so that it must "
-            f"have a multiple of {parts}. Pass those of fax.sharding.local_rows(n)."
+            f"{where}: tree has {count} rows, expected a multiple of {parts}, because process "
+            f"{jax.process_index()} has {parts} of the {spread.num_shards} devices over which the "
+            "rows are spread. Pass the rows of fax.sharding.local_rows(n)."
         )
     return count // parts * spread.num_shards
 

@@ -40,9 +40,9 @@ class RowSharding(NamedTuple):
         if n % self.num_shards:
             raise PlacementError(
                 f"{where}: {n} participants cannot be divided evenly over the {self.num_shards} "
-                f"devices along {listed(self.axes)}. In a single process their rows would be "
-                "copied to all devices, but in several no process receives what others have "
-                f"loaded. Take a multiple of {self.num_shards}."
+                f"devices along {listed(self.axes)}. A single process would copy their rows to "
+                "all devices, but processes do not send each other the rows that they load. Use a "
+                f"multiple of {self.num_shards}."
             )
         indices = sharding.addressable_devices_indices_map((n,)).values()
         starts = sorted({rows.start or 0 for (rows,) in filter(None, indices)})
@@ -77,7 +77,7 @@ class RowSharding(NamedTuple):
 
 
 def row_sharding_in_scope(where: str, placement: str | None) -> RowSharding:
-    """How a placement is spread over the mesh in scope."""
+    """Returns how the rows of a placement are spread over the mesh in scope."""
     if placement is not None:
         what = "the name of a placement"
         _arguments.text(where, "placement", placement, what, error=PlacementError)
@@ -130,5 +130,4 @@ def listed(items: Any) -> str:
 
 
 def positive(where: str, n: Any) -> int:
-    expected = "a positive int, the number of participants"
-    return _arguments.count(where, "n", n, expected=expected, error=PlacementError)
+    return _arguments.count(where, "n", n, what="the number of participants", error=PlacementError)

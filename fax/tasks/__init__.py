@@ -1,4 +1,4 @@
-"""Benchmark tasks of federated learning: data, a model, what to measure, and settings."""
+"""Benchmark tasks of federated learning: data, a model, metrics and settings."""
 
 from fax import _arguments
 

@@ -1,10 +1,10 @@
-"""Published files: downloaded once, resumed where a download was cut, and checked ever after.
+"""Published files: downloaded once, resumed after an interruption, and checked every time.
 
-A file gets its name when all of it is on the disk and its checksum is right. Until then it is a
-``.part``, and beside it stands from which version of the server's file it comes: a download goes
-on only from that version. Where no checksum is published, that of the first download is written
-down beside the file, and is what the file has to have from then on. The same holds for what a file
-is decompressed to.
+Downloads are atomic: a file gets its name when all of it is on the disk and its checksum is right.
+Until then it is a ``.part`` file, next to a record of the version of the server's file. A download
+is resumed only from the same version. If no checksum is published, that of the first download is
+recorded next to the file, and the file must have it from then on. The same holds for decompressed
+files.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fax.data._write import synchronize
+from fax.data._atomic_write import sync_to_disk
 
 _TIMEOUT = 30.0  # seconds without a byte
-_ATTEMPTS = 5  # in a row that bring nothing new
+_ATTEMPTS = 5  # in a row without any progress
 _PAUSE = 1.0  # seconds before the second attempt; doubled each time
 _CHUNK = 1 << 18
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,15 +38,15 @@ _FINAL = (*_FULL, errno.EACCES, errno.EROFS, errno.ENETUNREACH)
 
 
 class DownloadError(OSError):
-    """A published file that cannot be had, or is not what was published.
+    """A published file that cannot be downloaded, or is not the published version.
 
-    The message names the file, its address, where to put it and its checksum.
+    The message says where to get the file, where to put it, and its checksum.
     """
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published file: its address, and its SHA-256 checksum where one is published."""
+    """A published file: its address, and its SHA-256 checksum if one is published."""
 
     url: str
     sha256: str | None = None
@@ -56,8 +56,8 @@ class Source:
         return self.url.rpartition("/")[2]
 
 
-def cache_folder(cache: str | os.PathLike | None = None) -> Path:
-    """Where files are kept: ``cache``, else ``FAX_CACHE``, else the user's folder for caches."""
+def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """The folder for files: ``cache``, or else ``FAX_CACHE``, or else the user's cache folder."""
     if cache is None:
         cache = os.environ.get("FAX_CACHE")
     if cache:
@@ -70,7 +70,7 @@ def cache_folder(cache: str | os.PathLike | None = None) -> Path:
 
 
 def files(folder: Path, *sources: Source) -> list[Path]:
-    """The paths of published files, downloaded if need be, with the right checksums."""
+    """The paths of published files, downloaded if necessary, with the right checksums."""
     paths = []
     for number, source in enumerate(sources):
         path = folder / source.name
@@ -78,8 +78,8 @@ def files(folder: Path, *sources: Source) -> list[Path]:
             missing = [s for s in sources[number:] if not (folder / s.name).exists()]
             _download(source, path, missing)
         fix = (
-            "Remove it and what was decompressed from it, and load again, or put there what "
-            f"{source.url} has."
+            "Remove it and the decompressed file, and load the task again, or download "
+            f"{source.url} to that path."
         )
         check(path, source.sha256, fix)
         paths.append(path)
@@ -87,52 +87,52 @@ def files(folder: Path, *sources: Source) -> list[Path]:
 
 
 def check(path: Path, published: str | None, fix: str) -> None:
-    """Compares a file with the checksum that is published, else with the one written down."""
+    """Compares a file with the published checksum, or else with the recorded one."""
     record = record_of(path)
     expected, known = published, "published"
     if expected is None and record.exists():
         expected, known = (record.read_text().split() or [""])[0], f"in {record}"
     found = _sha256(path)
     if expected is None:
-        # In one go, for another process may be reading it.
+        # This is atomic, because another process may be reading it.
         new = record.with_name(f"{record.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             new.write_text(f"{found}  {path.name}\n")
-            synchronize(new)
+            sync_to_disk(new)
             new.replace(record)
         finally:
             new.unlink(missing_ok=True)
     elif found != expected:
         raise DownloadError(
-            f"{path} has the SHA-256 checksum {found}, but {expected} is {known}: it is damaged or "
-            f"of another version. {fix}"
+            f"{path} has the SHA-256 checksum {found}, but {expected} is {known}. The file is "
+            f"damaged, or another version. {fix}"
         )
 
 
 def record_of(path: Path) -> Path:
-    """Where a file's checksum is written down."""
+    """The file in which the checksum of a file is recorded."""
     return path.with_name(path.name + ".sha256")
 
 
 def _download(source: Source, path: Path, missing: list[Source]) -> None:
-    """Brings a file to its path, or leaves none there."""
+    """Downloads a file to its path, or leaves no file there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            if path.exists():  # somebody else brought it meanwhile
+        with _exclusive(path):
+            if path.exists():  # another process has downloaded it in the meantime
                 return
             part = _Part(path, source.url)
             _receive(source, part)
             found = _sha256(part.path)
             if source.sha256 not in (None, found) and part.resumed:
-                part.clear()  # perhaps its parts do not belong together
+                part.clear()  # its parts may be of different versions
                 _receive(source, part)
                 found = _sha256(part.path)
             if source.sha256 not in (None, found):
                 part.clear()
                 raise DownloadError(
-                    f"what came from {source.url} has the SHA-256 checksum {found}, but "
-                    f"{source.sha256} is published. It was thrown away.{_mend(path, missing)}"
+                    f"the file from {source.url} has the SHA-256 checksum {found}, but "
+                    f"{source.sha256} is published. It was removed.{_by_hand(path, missing)}"
                 )
             part.finish()
     except DownloadError:
@@ -141,13 +141,13 @@ def _download(source: Source, path: Path, missing: list[Source]) -> None:
         if getattr(error, "errno", None) in _FULL:
             raise OSError(
                 errno.ENOSPC,
-                f"fax.tasks: no space is left on the disk for {source.url}. What has come so far "
-                "is in a .part beside; make room, and load again, and the download goes on",
+                f"fax.tasks: no space is left on the disk for {source.url}. Free some space, and "
+                "load the task again, which resumes the download from the .part file",
                 str(path),
             ) from error
         raise DownloadError(
             f"{source.name} cannot be downloaded from {source.url}: {_reason(error)}."
-            f"{_mend(path, missing)}"
+            f"{_by_hand(path, missing)}"
         ) from error
 
 
@@ -156,22 +156,22 @@ def _reason(error: Exception) -> str:
     return f"{reason}" or type(reason).__name__
 
 
-def _mend(path: Path, missing: list[Source]) -> str:
-    """Which files to put where."""
+def _by_hand(path: Path, missing: list[Source]) -> str:
+    """How to fix it: which files to download by hand, and where to put them."""
     each = (
         f"\n  {path.parent / s.name}\n    from {s.url}\n"
-        f"    SHA-256 {s.sha256 or 'not published; it is written down at first use'}"
+        f"    SHA-256 {s.sha256 or 'not published; it is recorded when the file is first used'}"
         for s in missing
     )
     return (
-        " Load again where there is a connection, or put there, by hand:"
+        " Try again when there is a connection, or download by hand:"
         + "".join(each)
-        + "\nThe folder can be chosen by cache= or the environment variable FAX_CACHE."
+        + "\nTo use another folder, pass cache= or set the environment variable FAX_CACHE."
     )
 
 
 class _Part:
-    """What has come of a file so far, and from which version of it."""
+    """The part of a file that has been received so far, and its version."""
 
     def __init__(self, path: Path, url: str) -> None:
         self.target, self.url = path, url
@@ -194,7 +194,7 @@ class _Part:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def start(self, version: str | None, total: int | None) -> None:
-        """Begins anew, with another version of the file."""
+        """Starts again, with another version of the file."""
         self.clear()
         self.version, self.total = version, total
         self._origin.write_text(json.dumps({"url": self.url, "version": version, "total": total}))
@@ -205,22 +205,22 @@ class _Part:
         self.version, self.total, self.resumed = None, None, False
 
     def finish(self) -> None:
-        """Gives the file its name."""
-        synchronize(self.path)
+        """Renames the complete file to its name."""
+        sync_to_disk(self.path)
         record_of(self.target).unlink(missing_ok=True)
         self.path.replace(self.target)
         self._origin.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            synchronize(self.target.parent)
+            sync_to_disk(self.target.parent)
 
 
 def _receive(source: Source, part: _Part) -> None:
-    """Receives a whole file, over as many connections as it takes."""
+    """Receives a whole file, over as many connections as necessary."""
     best, failures = part.size, 0
     while part.total is None or part.size < part.total:
         try:
             _connect(source, part)
-            if part.total is None:  # chunked, and whole
+            if part.total is None:  # chunked, and complete
                 return
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
@@ -229,11 +229,11 @@ def _receive(source: Source, part: _Part) -> None:
                 raise
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
-                if error.code == 416:  # the server's file is another one now
+                if error.code == 416:  # the server's file has changed
                     part.clear()
                 elif error.code < 500 and error.code not in (408, 429):
                     raise
-            # Only what has never come before counts, for some servers start over each time.
+            # Only bytes beyond the most so far count, because some servers start over each time.
             failures = 0 if part.size > best else failures + 1
             best = max(best, part.size)
             if failures >= _ATTEMPTS:
@@ -242,7 +242,7 @@ def _receive(source: Source, part: _Part) -> None:
 
 
 def _connect(source: Source, part: _Part) -> None:
-    """Receives as much as one connection gives."""
+    """Receives as much as one connection sends."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "fax"}
     if part.size and part.version:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.version}
@@ -257,7 +257,7 @@ def _connect(source: Source, part: _Part) -> None:
                 raise http.client.HTTPException("the server sent another range than asked for")
             part.resumed = True
         else:
-            # A weak version may stand for files that differ in their bytes.
+            # A weak ETag may stand for files that differ in their bytes.
             tag = response.headers["ETag"] or ""
             version = response.headers["Last-Modified"] if tag[:2] in ("", "W/") else tag
             length = response.headers["Content-Length"]
@@ -276,7 +276,7 @@ def _connect(source: Source, part: _Part) -> None:
 
 @contextlib.contextmanager
 def _progress(name: str, part: _Part) -> Iterator[Any]:
-    """A function to call with the number of bytes that came; it shows a bar if tqdm is there."""
+    """Yields a function to call with numbers of received bytes. With tqdm it shows a bar."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -294,10 +294,10 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process or thread is downloading the file, and keeps them out.
+def _exclusive(path: Path) -> Iterator[None]:
+    """Waits until no other process or thread downloads the file, and locks them out.
 
-    The lock goes with the process that holds it, so that a file of that name means nothing.
+    The lock ends with the process that holds it, whether or not the lock file exists.
     """
     with path.with_name(f".{path.name}.lock").open("a+b") as file:
         while not _locked(file):

@@ -1,4 +1,4 @@
-"""Tasks: data, a model, what to measure, and settings that are known to work."""
+"""Tasks: data, a model, metrics, and settings that are known to work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fax.metrics
 import fax.models
 from fax import _arguments
 from fax.data import FederatedData
-from fax.tasks import _offline, _published
+from fax.tasks import _local_datasets, _tff_datasets
 from fax.tasks._tokens import BOS, EOS, PAD
 
 
@@ -27,9 +27,15 @@ class Settings:
       batch_size: examples in a batch.
       epochs: how often a client goes through its examples in a round.
       max_steps: the most batches that a client has in a round, or None.
-      rounds: after how many the results are usually given.
-      client_optimizer: from optax.
-      server_optimizer: from optax.
+      rounds: the number of rounds after which results are usually reported.
+      client_optimizer: of optax.
+      server_optimizer: of optax.
+
+    Example:
+
+      >>> settings = fax.tasks.load("digits", clients=20).settings
+      >>> settings.clients, settings.batch_size, settings.epochs, settings.rounds
+      (20, 5, 5, 300)
     """
 
     clients: int
@@ -47,11 +53,17 @@ class Task:
 
     Attributes:
       name: of the task.
-      train: the clients' examples.
-      test: those to evaluate with.
-      model: a `fax.models.Model` for them.
-      metrics: what `fax.metrics.evaluate` is to measure, by name.
-      settings: with which the model learns well.
+      train: the clients to train with.
+      test: the clients to evaluate on.
+      model: the model.
+      metrics: metrics for `fax.metrics.evaluate`, by name.
+      settings: settings with which the model learns well.
+
+    Example:
+
+      >>> task = fax.tasks.load("digits", clients=20)
+      >>> task
+      Task('digits', train=20 clients, test=1 clients, metrics=loss, accuracy)
     """
 
     name: str
@@ -66,8 +78,8 @@ class Task:
         return f"Task({self.name!r}, {sizes}, metrics={', '.join(self.metrics)})"
 
 
-def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> Task:
-    """Loads a task, and downloads what it needs if it is not there yet.
+def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any) -> Task:
+    """Loads a task, and downloads its files if they are not there yet.
 
     ===================  ========================================  ================================
     task                 clients                                   options
@@ -86,23 +98,23 @@ def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> T
                          the next word                             ``vocabulary_size=10_000``
     ===================  ========================================  ================================
 
-    The first two need no network. The others are TensorFlow Federated's files. They are kept in
-    a folder: ``cache``, or the environment variable ``FAX_CACHE``, or the user's folder for
-    caches.
+    The first two need no network. The others use files of TensorFlow Federated, which are kept in
+    a folder: ``cache``, or else the environment variable ``FAX_CACHE``, or else the user's folder
+    for caches.
 
     Args:
       name: of the task.
       cache: the folder for downloaded files.
-      options: those of the task.
+      **options: the options of the task.
 
     Returns:
-      The task. Its data read a client when it is needed, its files are open.
+      The task. Clients of files are read when they are needed.
 
     Raises:
-      ValueError: if there is no such task or model.
+      ValueError: if there is no such task, or an option is out of range.
       TypeError: if the task has no such option.
-      DownloadError: if a file cannot be downloaded, or is not what was published. The message says
-        which file to put where.
+      DownloadError: if a file cannot be downloaded, or is not the published one. The message says
+        which files to download by hand, and where to put them.
 
     Example:
 
@@ -112,34 +124,29 @@ def load(name: str, cache: str | os.PathLike | None = None, **options: Any) -> T
     """
     if cache is not None:
         _arguments.path("fax.tasks.load", "cache", cache)
-    if not isinstance(name, str) or name not in _TASKS:
-        raise ValueError(f"fax.tasks.load: no task {name!r}. There are {sorted(_TASKS)}.")
-    build = _TASKS[name]
+    build = _TASKS[_arguments.choice("fax.tasks.load", "name", name, sorted(_TASKS))]
     known = [p for p in inspect.signature(build).parameters if p != "cache"]
-    if strange := sorted(set(options) - set(known)):
-        raise TypeError(f"fax.tasks.load: {name!r} has no option {strange[0]!r}, only {known}.")
+    _arguments.options(f"fax.tasks.load({name!r})", options, known)
     return build(cache, **options)
 
 
 def _chosen(task: str, model: Any, models: Mapping[str, Any]) -> Any:
-    if not isinstance(model, str) or model not in models:
-        raise ValueError(f"fax.tasks.load: {task!r} has no model {model!r}, only {list(models)}.")
-    return models[model]
+    return models[_arguments.choice(f"fax.tasks.load({task!r})", "model", model, list(models))]
 
 
-def _classes() -> dict[str, Any]:
-    """What is measured of a classifier."""
+def _classifier_metrics() -> dict[str, Any]:
+    """The metrics of a classifier."""
     return {"loss": fax.metrics.CrossEntropy(), "accuracy": fax.metrics.Accuracy()}
 
 
-def _tokens(oov: int) -> dict[str, Any]:
-    """What is measured of a language model: as FedJAX does, ends of texts need not be guessed."""
-    guessed = (PAD, EOS)
+def _language_metrics(oov: int) -> dict[str, Any]:
+    """The metrics of a language model. As in FedJAX, the ends of texts need not be predicted."""
+    ignore = (PAD, EOS)
     return {
         "loss": fax.metrics.TokenLoss(),
-        "accuracy": fax.metrics.TokenAccuracy(ignore=guessed),
+        "accuracy": fax.metrics.TokenAccuracy(ignore=ignore),
         "accuracy_in_vocabulary": fax.metrics.TokenAccuracy(
-            ignore=guessed, exclude=(PAD, BOS, EOS, oov)
+            ignore=ignore, exclude=(PAD, BOS, EOS, oov)
         ),
         "sequence_loss": fax.metrics.SequenceLoss(),
         "sequence_length": fax.metrics.SequenceLength(),
@@ -149,23 +156,23 @@ def _tokens(oov: int) -> dict[str, Any]:
 
 
 def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0) -> Task:
-    seed = _arguments.count("fax.tasks.load", "seed", seed, least=0, most=2**32 - 1)
+    seed = _arguments.seed("fax.tasks.load('digits')", seed)
     return Task(
         "digits",
-        *_offline.digits(clients, alpha, seed),
+        *_local_datasets.digits(clients, alpha, seed),
         fax.models.create("dense", sizes=(64, 512, 10)),
-        _classes(),
+        _classifier_metrics(),
         Settings(20, 5, 5, None, 300, optax.sgd(0.1), optax.sgd(0.2, momentum=0.9)),
     )
 
 
 def _pystdlib(cache: Any, *, length: int = 80) -> Task:
-    tokens = _offline.PYTHON_CHARACTERS.size
+    tokens = _local_datasets.PYTHON_CHARACTERS.size
     return Task(
         "pystdlib",
-        *_offline.pystdlib(length),
+        *_local_datasets.pystdlib(length),
         fax.models.create("char_lstm", num_tokens=tokens),
-        _tokens(tokens - 1),
+        _language_metrics(tokens - 1),
         Settings(16, 8, 1, 32, 300, optax.adam(2e-3), optax.sgd(1.0)),
     )
 
@@ -182,9 +189,9 @@ def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Ta
     chosen = _chosen("emnist", model, settings)
     return Task(
         "emnist",
-        *_published.emnist(cache, digits_only),
+        *_tff_datasets.emnist(cache, digits_only),
         fax.models.create(f"emnist_{model}", num_classes=10 if digits_only else 62),
-        _classes(),
+        _classifier_metrics(),
         chosen,
     )
 
@@ -193,40 +200,41 @@ def _cifar100(cache: Any, *, model: str = "logistic") -> Task:
     yogi = optax.yogi(0.1, b1=0.9, b2=0.999, eps=0.01)
     settings = {
         "logistic": Settings(10, 20, 1, None, 4000, optax.sgd(0.01), yogi),
-        # A first guess after Reddi et al., arXiv:2003.00295; fax has not tuned it.
+        # A first guess after Reddi et al., arXiv:2003.00295, which is not tuned.
         "resnet18": Settings(10, 20, 1, None, 4000, optax.sgd(10**-1.5), optax.sgd(1.0, 0.9)),
     }
     names = {"logistic": "cifar100_logistic", "resnet18": "resnet18"}
     chosen = _chosen("cifar100", model, settings)
     return Task(
         "cifar100",
-        *_published.cifar100(cache),
+        *_tff_datasets.cifar100(cache),
         fax.models.create(names[model]),
-        _classes(),
+        _classifier_metrics(),
         chosen,
     )
 
 
 def _shakespeare(cache: Any, *, length: int = 80) -> Task:
-    tokens = _published.SHAKESPEARE_CHARACTERS.size
+    tokens = _tff_datasets.SHAKESPEARE_CHARACTERS.size
     return Task(
         "shakespeare",
-        *_published.shakespeare(cache, length),
+        *_tff_datasets.shakespeare(cache, length),
         # FedJAX divides by the length of a sequence with its padding.
         fax.models.create("shakespeare_lstm", num_tokens=tokens, loss_length=length),
-        _tokens(tokens - 1),
+        _language_metrics(tokens - 1),
         Settings(10, 10, 1, None, 1500, optax.sgd(10**-1.5), optax.sgd(1.0)),
     )
 
 
 def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_000) -> Task:
-    tokens = 4 + _arguments.count("fax.tasks.load", "vocabulary_size", vocabulary_size)
+    where = "fax.tasks.load('stackoverflow')"
+    tokens = 4 + _arguments.count(where, "vocabulary_size", vocabulary_size)
     return Task(
         "stackoverflow",
-        *_published.stackoverflow(cache, length, vocabulary_size),
-        # FedJAX divides by the words that a sentence has on average.
+        *_tff_datasets.stackoverflow(cache, length, vocabulary_size),
+        # FedJAX divides by the average number of words of a sentence.
         fax.models.create("stackoverflow_lstm", num_tokens=tokens, loss_length=13.3),
-        {**_tokens(tokens - 1), "truncation_rate": fax.metrics.TruncationRate(EOS)},
+        {**_language_metrics(tokens - 1), "truncation_rate": fax.metrics.TruncationRate(EOS)},
         Settings(50, 16, 1, 500, 1500, optax.sgd(0.5), optax.adam(0.02)),
     )
 

@@ -1,8 +1,8 @@
-"""Text as sequences of integers, by characters or by words, as FedJAX makes them.
+"""Text as sequences of ints for characters or words, in the same way as FedJAX.
 
-In all of them 0 is padding, 1 the beginning of a text and 2 its end; what is in the vocabulary
-comes next, and what is not, the last number of all. A sequence is a pair: in ``x`` what a model
-reads, in ``y`` what comes next.
+0 is padding, 1 the beginning of a text, and 2 its end. The vocabulary has the numbers 3, 4, ...,
+and everything out of vocabulary has the last number. A sequence is a pair of features: ``x`` is
+what a model reads, and ``y`` the next number for each position.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 
 
 class Characters:
-    """Numbers for the bytes of texts.
+    """Numbers for the characters of texts, each of which is a byte.
 
     Args:
-      vocabulary: the bytes that have numbers of their own, 3, 4, ... in this order.
+      vocabulary: the bytes with the numbers 3, 4, ..., in this order.
 
     Raises:
-      DataError: if the vocabulary is not bytes, is empty or has a byte twice.
+      ValueError: if the vocabulary is not bytes, is empty or has a byte twice.
 
     Example:
 
@@ -34,28 +34,30 @@ class Characters:
              [1, 5, 3, 6]], dtype=int32)
     """
 
+    vocabulary: bytes
+
     def __init__(self, vocabulary: bytes) -> None:
         where = "fax.tasks.Characters"
         if not isinstance(vocabulary, bytes) or not vocabulary:
-            raise DataError(f"{where}: vocabulary is {vocabulary!r:.80}, expected bytes.")
+            raise ValueError(f"{where}: vocabulary is {vocabulary!r:.80}, expected bytes.")
         if len(set(vocabulary)) < len(vocabulary):
             twice = sorted({bytes([c]) for c in vocabulary if vocabulary.count(c) > 1})
-            raise DataError(f"{where}: vocabulary has {twice} more than once.")
+            raise ValueError(f"{where}: vocabulary has {twice} more than once.")
         self.vocabulary = vocabulary
         self._numbers = np.full(256, self.size - 1, np.int32)
         self._numbers[list(vocabulary)] = np.arange(FIRST, self.size - 1)
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """How many numbers there are, including padding, begin, end and out of vocabulary."""
         return FIRST + len(self.vocabulary) + 1
 
     def sequences(self, texts: Iterable[bytes], length: int) -> dict[str, np.ndarray]:
-        """Joins texts, and cuts them into sequences.
+        """Joins texts, and cuts the result into sequences.
 
-        Every text gets its beginning and its end, all follow one another, and the whole is cut
-        every ``length`` numbers. The next of each number is in ``y``, across cuts and texts. The
-        last sequence is padded. No character is lost.
+        The beginning and the end are added to each text, and the joined texts are cut every
+        ``length`` numbers. ``y`` is the next number, across cuts and texts. The last sequence is
+        padded. No character is lost.
 
         Args:
           texts: byte strings, at least one.
@@ -65,7 +67,8 @@ class Characters:
           ``{"x": ..., "y": ...}``, int32 [sequences, length].
 
         Raises:
-          DataError: if there is no text, or ``length`` is not positive.
+          DataError: if there is no text.
+          ValueError: if ``length`` is not an int of at least 1.
         """
         _check_length("fax.tasks.Characters", length)
         parts = []
@@ -73,7 +76,7 @@ class Characters:
             numbers = self._numbers[np.frombuffer(text, np.uint8)]
             parts.append(np.concatenate([[BOS], numbers, [EOS]]).astype(np.int32))
         if not parts:
-            raise DataError("fax.tasks.Characters: texts are empty, expected at least one.")
+            raise DataError("fax.tasks.Characters: there are no texts, expected at least one.")
         joined = np.concatenate(parts)
         missing = -(len(joined) - 1) % length
         x, y = (np.pad(part, (0, missing)) for part in (joined[:-1], joined[1:]))
@@ -81,13 +84,13 @@ class Characters:
 
 
 class Words:
-    """Numbers for the words of sentences. Words are what stands between single spaces.
+    """Numbers for the words of sentences. Words are separated by single spaces.
 
     Args:
-      vocabulary: the words that have numbers of their own, 3, 4, ... in this order.
+      vocabulary: the words with the numbers 3, 4, ..., in this order.
 
     Raises:
-      DataError: if the vocabulary is empty or has a word twice.
+      ValueError: if the vocabulary is not a list of words, is empty or has a word twice.
 
     Example:
 
@@ -98,36 +101,42 @@ class Words:
              [4, 2, 0]], dtype=int32)}
     """
 
+    vocabulary: tuple[str, ...]
+
     def __init__(self, vocabulary: Sequence[str]) -> None:
         where = "fax.tasks.Words"
         text = isinstance(vocabulary, str | bytes)
         if text or not isinstance(vocabulary, Sequence) or not vocabulary:
-            raise DataError(f"{where}: vocabulary is {vocabulary!r:.80}, expected a list of words.")
+            raise ValueError(
+                f"{where}: vocabulary is {vocabulary!r:.80}, expected a list of words."
+            )
         self.vocabulary = tuple(vocabulary)
         self._numbers: dict[bytes, int] = {}
         for number, word in enumerate(self.vocabulary, FIRST):
             if not isinstance(word, str) or not word or " " in word:
-                raise DataError(f"{where}: vocabulary has {word!r}, expected words without spaces.")
+                raise ValueError(
+                    f"{where}: vocabulary has {word!r}, expected words without spaces."
+                )
             if self._numbers.setdefault(word.encode(), number) != number:
-                raise DataError(f"{where}: vocabulary has {word!r} more than once.")
+                raise ValueError(f"{where}: vocabulary has {word!r} more than once.")
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """How many numbers there are, including padding, begin, end and out of vocabulary."""
         return FIRST + len(self.vocabulary) + 1
 
     def sequences(self, sentences: Iterable[bytes], length: int) -> dict[str, np.ndarray]:
-        """Makes one sequence of each sentence: padded, or cut to what fits.
+        """Makes a sequence of each sentence, which is padded or truncated.
 
         Args:
           sentences: byte strings.
-          length: of a sequence. A sentence of that many words keeps all of them, but not its end.
+          length: of a sequence. A sentence of that many words keeps all words, but not its end.
 
         Returns:
           ``{"x": ..., "y": ...}``, int32 [sentences, length].
 
         Raises:
-          DataError: if ``length`` is not positive.
+          ValueError: if ``length`` is not an int of at least 1.
         """
         _check_length("fax.tasks.Words", length)
         oov = self.size - 1
@@ -141,4 +150,4 @@ class Words:
 
 
 def _check_length(where: str, length: int) -> None:
-    _arguments.count(where, "length", length, expected="a positive int", error=DataError)
+    _arguments.count(where, "length", length)

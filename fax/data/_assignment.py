@@ -1,4 +1,4 @@
-"""Who owns which example of central arrays, so that nobody has too few."""
+"""Assigns the examples of central arrays to clients, so that no client has too few."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from typing import Any
 import numpy as np
 
 
-def by_proportions(n: int, proportions: np.ndarray) -> np.ndarray:
-    """Divides ``0, ..., n - 1`` into runs of these proportions: the run of each, ``[n]``."""
+def owners_by_proportions(n: int, proportions: np.ndarray) -> np.ndarray:
+    """The owner of each of ``n`` examples, which are divided into runs of these proportions."""
     ends = n * np.cumsum(proportions / proportions.sum())
     return np.searchsorted(ends[:-1], np.arange(n) + 0.5)
 
 
-def by_owner(
+def examples_by_client(
     owner: np.ndarray, clients: int, min_examples: int = 1, rng: Any = None
 ) -> list[np.ndarray]:
-    """Each client's examples, after those with too few got more from whoever has most."""
+    """The examples of each client. Clients with too few are given some of the largest clients."""
     sizes = np.bincount(owner, minlength=clients)
     lacking = np.maximum(min_examples - sizes, 0)
     if not lacking.any():
-        return grouped(owner, clients)
-    donors, left = _richest(sizes, int(lacking.sum()))
+        return group_by_owner(owner, clients)
+    donors, left = _donors(sizes, int(lacking.sum()))
     picks = (np.cumsum(sizes) - sizes)[donors] + rng.integers(left)
-    # What a client gives does not move the examples of the clients before it. So the gifts of the
-    # last client come first, and all are picks from one list.
+    # Taking an example from a client does not move the examples of earlier clients. So if the
+    # examples of the last client are taken first, all of them are picks from one list.
     last_first = np.argsort(-donors, kind="stable")
     given = np.empty_like(picks)
-    given[last_first] = _positions(picks[last_first])
+    given[last_first] = _original_positions(picks[last_first])
     order = np.argsort(owner, kind="stable")
     examples = np.concatenate([np.delete(order, given), order[given]])
     owner = owner[examples]
     owner[len(owner) - len(given) :] = np.repeat(np.arange(clients), lacking)
-    return [examples[part] for part in grouped(owner, clients)]
+    return [examples[part] for part in group_by_owner(owner, clients)]
 
 
-def _richest(sizes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Takes one example after the other from whoever has most, the first of them if several do.
+def _donors(sizes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The clients to take ``count`` examples from: each time one that has the most, the first one.
 
-    Returns who that is, ``[count]``, and how many examples the client has before it gives.
+    Returns these clients, ``[count]``, and how many examples each has before one is taken.
     """
     low, high = 0, int(sizes.max())
-    while low < high:  # the highest level above which there are enough
+    while low < high:  # find the highest level above which there are enough examples
         level = (low + high + 1) // 2
         enough = np.maximum(sizes - level, 0).sum() >= count
         low, high = (level, high) if enough else (low, level - 1)
     above = np.maximum(sizes - low, 0)
     donors = np.repeat(np.arange(len(sizes)), above)
-    left = np.repeat(sizes, above) - within(above)
+    left = np.repeat(sizes, above) - positions_in_runs(above)
     first = np.argsort(-left, kind="stable")[:count]
     return donors[first], left[first]
 
 
-def _positions(picks: np.ndarray) -> np.ndarray:
-    """Where in a list the items were that ``list.pop(pick)`` takes out, pick after pick.
+def _original_positions(picks: np.ndarray) -> np.ndarray:
+    """The original positions in a list of the items that ``list.pop(pick)`` returns, for all picks.
 
-    Picks are resolved in blocks. If a block takes out the positions p_0 < p_1 < ..., item k of what
-    it leaves was at position k + #{i: p_i - i <= k}. So two blocks become one of twice the size.
+    Picks are resolved in blocks. If a block takes out the positions p_0 < p_1 < ..., item k of the
+    rest was at position k + #{i: p_i - i <= k}. So two blocks make one of twice the size.
     """
     found = np.zeros(1 << (len(picks) - 1).bit_length(), np.int64)
     found[: len(picks)] = picks
@@ -71,12 +71,12 @@ def _positions(picks: np.ndarray) -> np.ndarray:
     return found[: len(picks)]
 
 
-def grouped(owner: np.ndarray, groups: int) -> list[np.ndarray]:
-    """The positions of each owner, in order."""
+def group_by_owner(owner: np.ndarray, groups: int) -> list[np.ndarray]:
+    """The positions of each owner's examples, in order."""
     ends = np.cumsum(np.bincount(owner, minlength=groups))[:-1]
     return np.split(np.argsort(owner, kind="stable"), ends)
 
 
-def within(lengths: np.ndarray) -> np.ndarray:
-    """``0, 1, ...`` for each of several runs, one after the other."""
+def positions_in_runs(lengths: np.ndarray) -> np.ndarray:
+    """``0, 1, ..., length - 1`` for each length, one after another."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,9 +1,9 @@
-"""What a client's examples must look like, and what to say if they do not."""
+"""Checks of clients' examples, and the messages for examples that cannot be used."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from fax import _arguments
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
-def federated(where: str, name: str, value: Any) -> None:
-    """Checks that an argument is federated data, or at least says that it has clients."""
+def check_federated(where: str, name: str, value: Any) -> None:
+    """Checks that an argument is federated data, as far as one can tell from its methods."""
     if callable(getattr(value, "client_ids", None)) and not isinstance(value, type):
         return
     fix = ""
@@ -25,42 +25,34 @@ def federated(where: str, name: str, value: Any) -> None:
         fix = " Pass its .train or .test."
     raise DataError(
         f"{where}: {name} is {_arguments.shown(value)}, expected federated data, such as "
-        f"fax.data.InMemory.{fix or of_frame(value, clients=True)}"
+        f"fax.data.InMemory.{fix or frame_hint(value, clients=True)}"
     )
 
 
-def of_frame(value: Any, *, clients: bool = False) -> str:
-    """How to fix it, where a table of pandas or polars came for examples or ``clients``."""
+def frame_hint(value: Any, *, clients: bool = False) -> str:
+    """How to fix it if a table of pandas or polars was passed for examples or ``clients``."""
     if not type(value).__name__.endswith("DataFrame"):
         return ""
     columns = "{name: frame[name].to_numpy() for name in frame.columns}"
     if clients:
-        return f" Make clients of a table by fax.data.partition, such as by_column({columns}, ...)."
-    return f" Take the columns of a table: {columns}."
+        return f" Partition a table into clients: fax.data.partition.by_column({columns}, ...)."
+    return f" Pass the columns of a table: {columns}."
 
 
-def seed_of(where: str, value: Any) -> Any:
-    """Checks what random numbers are made from: an int, or a generator of NumPy."""
-    if isinstance(value, np.random.Generator):
-        return value
-    expected = "an int of at least 0 or a numpy.random.Generator"
-    return _arguments.count(where, "seed", value, least=0, expected=expected, error=DataError)
-
-
-def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
-    """One client's features as read-only arrays with a common leading axis."""
+def checked_examples(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
+    """A client's features as read-only arrays with a common leading axis, after all checks."""
     if not isinstance(examples, Mapping):
         raise DataError(
             f"client {client_id!r} is a {type(examples).__name__}, expected a mapping from the "
             "names of features to arrays with a common leading axis, one row for each example."
-            f"{of_frame(examples)}"
+            f"{frame_hint(examples)}"
         )
     arrays: dict[str, np.ndarray] = {}
     for name, value in examples.items():
         if not isinstance(name, str):
             raise DataError(
                 f"client {client_id!r} has a feature named {name!r}, a {type(name).__name__}. "
-                "Features are named by strings."
+                "Names of features have to be strings."
             )
         arrays[name] = _array(f"client {client_id!r}, feature {name!r}", value)
     if not arrays:
@@ -75,62 +67,75 @@ def checked(client_id: ClientId, examples: Any) -> dict[str, np.ndarray]:
             )
     if length == 0:
         raise DataError(
-            f"client {client_id!r} has no examples. Leave the client out, by on_bad='skip' where "
-            "there is such an option."
+            f"client {client_id!r} has no examples. Leave the client out, for example with "
+            "on_bad='skip' where that is an option."
         )
     return arrays
 
 
-def read(data: FederatedData, client_id: ClientId) -> dict[str, np.ndarray]:
-    """One client's features, checked."""
-    return checked(client_id, fetch(data, client_id))
+def read_client(data: FederatedData, client_id: ClientId) -> dict[str, np.ndarray]:
+    """A client's features, after all checks."""
+    return checked_examples(client_id, fetch_client(data, client_id))
 
 
-def fetch(data: FederatedData, client_id: ClientId) -> Examples:
-    """One client's features as the data give them, which may be a user's own."""
+def fetch_client(data: FederatedData, client_id: ClientId) -> Examples:
+    """A client's features as the data return them. The data may be a user's own class."""
     try:
         return data.client(client_id)
-    except StopIteration as error:  # it would end whatever loop this is called from
+    except StopIteration as error:  # it would end the loop that this is called from
         raise DataError(
             f"client {client_id!r}: {type(data).__name__.lstrip('_')}.client raised StopIteration. "
             "If it calls next, pass a default or catch the exception."
         ) from error
 
 
-def encoded(text: str) -> bytes:
-    """The UTF-8 of a client's id. Bytes that are no UTF-8 come back as they were."""
+def contains(ids: Container[ClientId], client_id: Any) -> bool:
+    """Whether an id is among others. One that is not hashable is not."""
+    try:
+        return client_id in ids
+    except TypeError:
+        return False
+
+
+def num_rows(examples: Examples) -> int:
+    """The number of examples, which is the same in all features."""
+    return len(next(iter(examples.values())))
+
+
+def utf8_of(text: str) -> bytes:
+    """A client's id in UTF-8. Surrogate escapes become the bytes that they stand for."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"its id has {text[error.start]!r} at position {error.start}, half of a pair of "
-            "surrogates, which is no character. Rename the client"
+            f"its id has {text[error.start]!r} at position {error.start}, a lone surrogate, which "
+            "is not a character. Rename the client"
         ) from error
 
 
 def _array(where: str, value: Any) -> np.ndarray:
-    """One feature as a read-only array."""
+    """A feature as a read-only array."""
     if isinstance(value, Mapping):
         raise DataError(
             f"{where} is a {type(value).__name__}, expected an array. Features are a flat mapping: "
-            "give what is in it names of its own."
+            "make each of its entries a feature of its own."
         )
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
         array = np.asarray(value)
-    except Exception as error:  # whatever somebody's __array__ raises
-        raise DataError(f"{where} is no array: {error}") from error
+    except Exception as error:  # __array__ may raise anything
+        raise DataError(f"{where} cannot be made an array: {error}") from error
     if array.ndim == 0:
         raise DataError(
             f"{where} is a scalar, {array.dtype}, expected an array with a row for each example."
         )
     if array.dtype.hasobject and not all(isinstance(v, (str, bytes)) for v in array.flat):
         raise DataError(
-            f"{where} has dtype object, expected numbers, bools or strings. If its rows differ in "
-            "length, pad them."
+            f"{where} has dtype object, expected numbers, bools or strings. If its rows have "
+            "different lengths, pad them."
         )
-    # NumPy makes text of bytes that come with text, so that these have to be found before.
+    # NumPy turns bytes into text where both are mixed, so look for bytes before that.
     text = array if array.dtype.hasobject else np.array(0)
     if array.dtype.kind == "U" and not isinstance(value, np.ndarray):
         text = np.asarray(value, object)
@@ -138,8 +143,8 @@ def _array(where: str, value: Any) -> np.ndarray:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
     if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:
         raise DataError(
-            f"{where} has bools with the byte {highest}, expected 0 or 1. What they come from is "
-            "damaged."
+            f"{where} has bools with the byte {highest}, expected 0 or 1. The file that they were "
+            "read from is damaged."
         )
     if not (is_numeric(array.dtype) or array.dtype.kind in "OSUMm"):
         raise DataError(
@@ -154,18 +159,18 @@ def _array(where: str, value: Any) -> np.ndarray:
 
 
 def is_numeric(dtype: np.dtype) -> bool:
-    """Whether arrays of a dtype can be computed with: numbers, bools, and bfloat16 and its kin."""
+    """Whether a dtype is of numbers or bools, including bfloat16 and similar extended dtypes."""
     extended = dtype.kind == "V" and dtype.type is not np.void
     return dtype.kind in "biufc" or extended
 
 
 def check_numeric(client_id: ClientId, examples: Examples) -> None:
-    """Checks that examples can be put into batches: strings have to be mapped to numbers first."""
+    """Checks that examples can be batched: strings have to be mapped to numbers first."""
     for name, array in examples.items():
         if not is_numeric(array.dtype):
             raise DataError(
                 f"client {client_id!r}, feature {name!r} has dtype {array.dtype}, but only numbers "
-                "and bools can be batched. Make numbers of it, or leave it out, by fax.data.map."
+                "and bools can be batched. Convert it to numbers or drop it with fax.data.map."
             )
 
 
@@ -180,12 +185,12 @@ def check_finite(client_id: ClientId, examples: Examples) -> None:
             row = np.argwhere(~finite)[0]
             raise DataError(
                 f"client {client_id!r}, feature {name!r} has {finite.size - finite.sum()} values "
-                f"that are not finite, the first in example {row[0]}: {values[tuple(row)]}."
+                f"that are not finite. The first is {values[tuple(row)]} in example {row[0]}."
             )
 
 
 class Schema:
-    """The features that all clients have in common: those of the client that was seen first."""
+    """The features that all clients must have: those of the client that was checked first."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[ClientId, dict[str, tuple[str, tuple[int, ...]]]]] = {}
@@ -193,7 +198,7 @@ class Schema:
     def check(self, client_id: ClientId, examples: Examples) -> None:
         """Checks that a client's features have the names, dtypes and shapes of the others'."""
         own = {name: (_dtype(x.dtype), x.shape[1:]) for name, x in examples.items()}
-        # Threads may come here at once; setdefault lets one of them be the first.
+        # Several threads may be here at once; setdefault lets only one of them be the first.
         other, expected = self._first.setdefault("client", (client_id, own))
         if own == expected:
             return
@@ -221,34 +226,34 @@ def _shown(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def unknown(client_id: Any, data: FederatedData) -> DataError:
-    """What to say about an id that no client has."""
+def unknown_client(client_id: Any, data: FederatedData) -> DataError:
+    """The error for an id that no client has."""
     return DataError(
-        f"no client {client_id!r} in {name_of(data)} of {len(data)} clients, "
-        f"{listed(data.client_ids())}."
+        f"no client {client_id!r} in {kind_of(data)} of {len(data)} clients, "
+        f"{first_ids(data.client_ids())}."
     )
 
 
-def name_of(data: FederatedData) -> str:
-    """What kind of federated data they are."""
+def kind_of(data: FederatedData) -> str:
+    """The kind of federated data, such as ``Subset``."""
     return type(data).__name__.lstrip("_")
 
 
-def features_of(examples: Examples) -> str:
+def describe_features(examples: Examples) -> str:
     """The features of a client's examples, such as ``x float32[28,28], y int32[]``."""
     return ", ".join(f"{name} {_shown(x.dtype.name, x.shape[1:])}" for name, x in examples.items())
 
 
-def listed(ids: Sequence[Any], limit: int = 3) -> str:
+def first_ids(ids: Sequence[Any], limit: int = 3) -> str:
     """The first few of some ids."""
     shown = ", ".join(repr(i) for i in ids[:limit])
     return shown + (", ..." if len(ids) > limit else "")
 
 
-def sift(
+def usable_clients(
     where: str, ids: Iterable[ClientId], check: Callable[[ClientId], None], on_bad: str
 ) -> list[ClientId]:
-    """The clients that pass a check. The others are an error, or are counted in one warning."""
+    """The clients that pass a check. The others raise an error, or are counted in one warning."""
     _arguments.choice(where, "on_bad", on_bad, ("raise", "skip"), error=DataError)
     good: list[ClientId] = []
     bad: list[DataError] = []

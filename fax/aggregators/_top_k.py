@@ -1,4 +1,4 @@
-"""Sparsification: a client sends its largest coordinates."""
+"""Sparsification: clients send the largest coordinates of their updates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from fax import _arguments
 from fax.aggregators._aggregator import (
     Aggregator,
     Metrics,
+    PyTree,
     Transformation,
     all_bits,
     as_transformation,
-    each,
-    each_present,
+    of_floats,
 )
-from fax.aggregators._leaves import bits_of, check_floats, split
+from fax.aggregators._encoding import bits_of, parts_of
+from fax.aggregators._per_client import each, each_present
 
-PyTree = Any
-
-_WHERE = "fax.aggregators.top_k"
+_CALLER = "fax.aggregators.top_k"
 
 
 def top_k(
@@ -33,36 +32,38 @@ def top_k(
     per: str | int = "update",
     values: Transformation | Aggregator | None = None,
 ) -> Transformation:
-    """Sends the k coordinates of the largest magnitude.
+    """Sends the k coordinates of the largest magnitude, and zeros for the others.
 
-    By default these are of the whole update, for which they are the best approximation:
-    ‖sent - u‖^2 <= (1 - k / d) ‖u‖^2, and layers get what their magnitudes deserve. With
-    ``per="leaf"`` they are the k largest of each leaf, and with ``per=4096`` those of each chunk of
-    4096 numbers in a row, of which the last one of a leaf may be shorter. Chunks are quicker, their
-    positions take fewer bits, and no layer is left out. Of equal magnitudes the first ones are
-    sent. Derivatives pass through what is sent.
+    By default these are the k largest of the whole update, which is the best approximation of it:
+    ‖sent - u‖^2 <= (1 - k / d) ‖u‖^2. With ``per="leaf"`` they are the k largest of each leaf. With
+    ``per=4096`` they are the k largest of each chunk of 4096 consecutive numbers of a leaf; the
+    last chunk of a leaf may be shorter. Chunks are faster, their positions take fewer bits, and no
+    layer is left out. Of equal magnitudes the first ones are sent. Derivatives pass through what is
+    sent.
 
-    What is never among the largest is never learned: the update is biased. With `error_feedback` it
-    is sent later.
+    The update is biased: coordinates that are never among the largest are never sent. With
+    `error_feedback` they are sent later.
 
-    A client sends the values, and for each its position among d coordinates in ceil(log2 d) bits,
-    or the whole update where that is shorter.
+    A client sends the values, and the position of each among d coordinates in ceil(log2 d) bits, or
+    the whole update if that takes fewer bits.
 
     Args:
-      k: an int, how many coordinates, or all of a leaf or chunk that has fewer; or a float up to 1,
-        which fraction of them, at least one.
-      per: of what: ``"update"``, ``"leaf"``, or an int, the size of chunks.
+      k: an int, the number of coordinates, or all of a leaf or chunk that has fewer; or a float up
+        to 1, a fraction of the coordinates, at least one.
+      per: what the k coordinates are chosen from: ``"update"``, ``"leaf"``, or an int, the size of
+        chunks.
       values: how the values are sent: a transformation, such as `e3m0`, or a `chain` of
-        transformations alone. It sees nothing but the values: an array [chunks, k] for each leaf,
-        or one [1, k] with ``per="update"``. Its ``"clients/bits"`` are those of the values.
+        transformations alone. It is applied to the values only: an array [chunks, k] for each leaf,
+        or a single array [1, k] with ``per="update"``. Its ``"clients/bits"`` are those of the
+        values.
 
     Returns:
-      The transformation. Its metric ``"clients/bits"`` is what each client sends.
+      The transformation. Its metric ``"clients/bits"`` is how many bits each client sends.
 
     Raises:
-      TypeError: if ``values`` is not a transformation.
-      ValueError: if ``k`` or ``per`` is out of range; in ``init``, if ``k`` is more than there are
-        coordinates in an update; if a leaf does not hold floats.
+      ValueError: if an argument is out of range, or ``values`` is not a transformation; in
+        ``init``, if an update has fewer than ``k`` coordinates; when used, if a leaf does not hold
+        real floats.
 
     References:
       Stich et al., Sparsified SGD with memory, arXiv:1809.07599. Sarfi et al., Communication
@@ -78,29 +79,21 @@ def top_k(
       Array([[ 0., -3.,  2.,  0.],
              [ 0.,  0.,  0.,  5.]], dtype=float32)
     """
-    if isinstance(k, float):
-        if not 0 < k <= 1:
-            raise ValueError(
-                f"{_WHERE}: k is {k!r}, expected a fraction, above 0.0 and up to 1.0, or an int, "
-                "the number of coordinates."
-            )
-    else:
-        k = _arguments.count(_WHERE, "k", k)
-    if isinstance(per, str) and per not in ("update", "leaf"):
-        raise ValueError(
-            f"{_WHERE}: per is {per!r}, expected 'update', 'leaf', or an int, the size of chunks."
-        )
-    if not isinstance(per, str):
-        per = _arguments.count(_WHERE, "per", per)
-        if not isinstance(k, float) and k > per:
-            raise ValueError(f"{_WHERE}: k is {k}, but a chunk has per={per} coordinates.")
-    inner = None if values is None else as_transformation("top_k", values)
+    if not (isinstance(k, float) and 0 < k <= 1):
+        expected = "an int of at least 1, or a fraction: a float above 0.0 and up to 1.0"
+        k = _arguments.count(_CALLER, "k", k, expected=expected)
+    if per not in ("update", "leaf"):
+        expected = "'update', 'leaf', or an int of at least 1, the size of chunks"
+        per = _arguments.count(_CALLER, "per", per, expected=expected)
+        if not isinstance(k, float):
+            _arguments.count(_CALLER, "k", k, most=per, expected=f"at most per={per}")
+    inner = None if values is None else as_transformation("top_k", values, "values")
 
     def count(size: int) -> int:
         return min(size, max(1, round(k * size)) if isinstance(k, float) else k)
 
-    def groups_of(leaves: list) -> list[_Group]:
-        """What is chosen from, of leaves of a single client: all numbers, or those of each leaf."""
+    def groups_of(leaves: list[Any]) -> list[_Group]:
+        """What is chosen from, in the leaves of one client: the whole update, or each leaf."""
         sizes = [math.prod(x.shape) for x in leaves]
         if per != "update":
             full = [size if per == "leaf" else min(size, int(per)) for size in sizes]
@@ -113,14 +106,13 @@ def top_k(
         total = sum(sizes)
         if not isinstance(k, float) and k > total:
             raise ValueError(
-                f"{_WHERE}: k is {k}, but an update has {total} coordinates. A fraction of them is "
-                "a float, as in top_k(0.01)."
+                f"{_CALLER}: k is {k}, but an update has {total} coordinates. For a fraction of "
+                "them pass a float, as in top_k(0.01)."
             )
         dtype = jnp.result_type(*(x.dtype for x in leaves)) if leaves else None
         return [_Group(total, total, count(total), 0, dtype)] if total else []
 
     def init(params: PyTree) -> PyTree:
-        check_floats("top_k", params)
         groups = groups_of(jax.tree.leaves(jax.eval_shape(lambda: params)))
         if inner is None:
             return ()
@@ -129,10 +121,9 @@ def top_k(
     def update(
         updates: PyTree, weights: jax.Array, state: PyTree, key: jax.Array
     ) -> tuple[PyTree, jax.Array, PyTree, Metrics]:
-        check_floats("top_k", updates)
         leaves, treedef = jax.tree.flatten(updates)
-        like = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
-        groups = groups_of(like)
+        types = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves]
+        groups = groups_of(types)
 
         def choose(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
             flat = [x.reshape(-1) for x in leaves if x.size]
@@ -140,7 +131,7 @@ def top_k(
             found = [group.choose(x) for group, x in zip(groups, flat)]
             bits: Any = sum(group.sent * group.position_bits for group in groups)
             if inner is None and per == "update":
-                bits += sum(_value_bits(like, positions) for _, positions in found)
+                bits += sum(_value_bits(types, positions) for _, positions in found)
             elif inner is None:
                 bits += sum(group.sent * bits_of(group.dtype) for group in groups)
             values, positions = map(list, zip(*found)) if found else ([], [])
@@ -149,9 +140,9 @@ def top_k(
         def put(values: list[jax.Array], positions: list[jax.Array]) -> list[jax.Array]:
             flat = [group.put(*own) for group, *own in zip(groups, values, positions)]
             if flat and per == "update":
-                flat = split(flat[0], [size for x in like if (size := math.prod(x.shape))])
+                flat = parts_of(flat[0], [size for x in types if (size := math.prod(x.shape))])
             parts, sent = iter(flat), []
-            for x in like:
+            for x in types:
                 part = next(parts) if math.prod(x.shape) else jnp.zeros(0, x.dtype)
                 dtype = x.dtype if inner is None else part.dtype
                 sent.append(part.reshape(x.shape).astype(dtype))
@@ -166,17 +157,17 @@ def top_k(
         sent = jax.tree.unflatten(treedef, each(put, values, positions))
         return sent, weights, state, metrics
 
-    return Transformation(init, update)
+    return of_floats("top_k", Transformation(init, update))
 
 
 class _Group(NamedTuple):
-    """A vector in chunks, of each of which the largest numbers are sent.
+    """A vector in chunks. The largest numbers of each chunk are sent.
 
     Attributes:
       size: of the vector.
-      chunk: the size of chunks; the last one may be shorter.
-      k: how many are sent of each.
-      last: how many are sent of one that is shorter.
+      chunk: the size of chunks. The last one may be shorter.
+      k: how many numbers of a chunk are sent.
+      last: how many numbers of a shorter last chunk are sent.
       dtype: of the numbers.
     """
 
@@ -188,10 +179,12 @@ class _Group(NamedTuple):
 
     @property
     def chunks(self) -> int:
+        """The number of chunks."""
         return -(-self.size // self.chunk)
 
     @property
     def counts(self) -> np.ndarray:
+        """How many numbers of each chunk are sent, [chunks, 1]."""
         counts = np.full((self.chunks, 1), self.k)
         if self.size % self.chunk:
             counts[-1] = self.last
@@ -199,14 +192,16 @@ class _Group(NamedTuple):
 
     @property
     def sent(self) -> int:
+        """How many numbers are sent in all."""
         return int(self.counts.sum())
 
     @property
     def position_bits(self) -> int:
+        """The number of bits of a position in a chunk."""
         return math.ceil(math.log2(self.chunk))
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The numbers of the largest magnitude and their positions in chunks, [chunks, k] each."""
+        """The numbers of the largest magnitudes, and their positions in chunks, [chunks, k]."""
         extra = self.chunks * self.chunk - self.size
         magnitude = jnp.pad(lax.stop_gradient(jnp.abs(x)), (0, extra), constant_values=-1)
         positions = lax.top_k(magnitude.reshape(self.chunks, self.chunk), self.k)[1]
@@ -222,8 +217,8 @@ class _Group(NamedTuple):
         return rows.reshape(-1)[: self.size]
 
 
-def _value_bits(leaves: list, positions: jax.Array) -> Any:
-    """The bits of the numbers at positions in all leaves together, in their own dtypes."""
+def _value_bits(leaves: list[jax.ShapeDtypeStruct], positions: jax.Array) -> Any:
+    """The bits of the numbers at these positions of the whole update, in the leaves' dtypes."""
     ends = np.cumsum([math.prod(x.shape) for x in leaves])
     bits = [bits_of(x.dtype) for x in leaves]
     total: Any = positions.size * bits[0]

@@ -1,4 +1,4 @@
-"""Data sets that are on every machine: scikit-learn's digits, and Python's standard library."""
+"""Data sets that need no download: scikit-learn's digits, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PYTHON_CHARACTERS = Characters(
     (string.digits + string.ascii_letters + string.punctuation + " \n\t").encode()
 )
 _HELD_OUT = 32  # sequences of a module, at most
-# What distributions put into packages of their own, or drop.
+# Modules that some distributions leave out, or put into separate packages.
 _LEFT_OUT = {
     *("distutils", "ensurepip", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo")
 }
 
 
 def digits(clients: int, alpha: float, seed: int) -> Split:
-    """1,797 images of 8 x 8 pixels: a fifth, equally many of each digit, is held out.
+    """1,797 images of 8 x 8 pixels, of which a fifth, stratified by digit, is held out.
 
-    The rest is divided by Dirichlet proportions of the digits; what is held out is one client.
+    The rest is divided in Dirichlet proportions of the digits. The test data are one client.
     """
     _arguments.extra("fax.tasks.load('digits')", "sklearn", "tasks")
     from sklearn.datasets import load_digits
@@ -40,7 +40,7 @@ def digits(clients: int, alpha: float, seed: int) -> Split:
     order = np.arange(len(labels))
     ours, out = train_test_split(order, test_size=0.2, stratify=labels, random_state=seed)
     train = fax.data.partition.dirichlet(
-        {name: x[ours] for name, x in arrays.items()}, clients, alpha=alpha, label="y", seed=seed
+        {name: x[ours] for name, x in arrays.items()}, clients, alpha=alpha, seed=seed
     )
     return train, fax.data.InMemory({"held out": {name: x[out] for name, x in arrays.items()}})
 
@@ -48,8 +48,8 @@ def digits(clients: int, alpha: float, seed: int) -> Split:
 def pystdlib(length: int) -> Split:
     """The source of Python's standard library: a client for each top-level module.
 
-    The last tenth of a module, though at most 32 sequences, is held out; modules of a single
-    sequence are left out. What there is depends on the version of Python, and on nothing else.
+    The last tenth of a module, but at most 32 sequences, is held out. Modules of a single sequence
+    are left out. The data depend only on the version of Python.
     """
     train, test = {}, {}
     for name, texts in _modules().items():
@@ -78,6 +78,6 @@ def _modules() -> dict[str, list[bytes]]:
     if len(modules) < 50:
         raise DataError(
             f"fax.tasks: {library} has the source of {len(modules)} modules of Python's standard "
-            "library, expected more than 100. This Python comes without it; use another one."
+            "library, expected more than 100. This Python has none of it. Use another one."
         )
     return modules

@@ -1,4 +1,4 @@
-"""What examples look like on a device, and clients that are checked before they go there."""
+"""Reads clients' examples as they go to the devices: checked, and in the dtypes that JAX uses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fax.data._check import Schema, check_finite, check_numeric, read
+from fax.data._check_examples import Schema, check_finite, check_numeric, read_client
 from fax.data._prefetch import reading
 from fax.data._protocol import ClientId, DataError, FederatedData
 
 
 class Feature(NamedTuple):
-    """The shape of an example, and the dtype that it has on a device."""
+    """The shape of a feature in one example, and its dtype on a device."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
-class Reader:
-    """Reads clients, all of which must have the features of the first one.
+class ClientReader:
+    """Reads clients, which must all have the features of the first one.
 
     Attributes:
       features: by name.
     """
 
-    def __init__(self, data: FederatedData, first: ClientId):
-        self.data = data
+    features: dict[str, Feature]
+
+    def __init__(self, data: FederatedData, first: ClientId) -> None:
+        self._data = data
         self._schema = Schema()
         examples = self.client(first)
         self.features = {
@@ -36,29 +38,34 @@ class Reader:
         }
 
     def client(self, client_id: ClientId, num_examples: int | None = None) -> dict[str, np.ndarray]:
-        """A client's examples, in the dtypes of the device. ``num_examples``, if that is said."""
+        """A client's examples, in the dtypes that they have on a device.
+
+        Args:
+          client_id: the client.
+          num_examples: how many examples there should be, or None if that is not known.
+        """
         with reading(client_id):
-            examples = read(self.data, client_id)
+            examples = read_client(self._data, client_id)
         check_numeric(client_id, examples)
         self._schema.check(client_id, examples)
         for name, array in examples.items():
             if num_examples is not None and len(array) != num_examples:
                 raise DataError(
-                    f"client {client_id!r}, feature {name!r} has {len(array)} examples, but the "
-                    f"data say that there are {num_examples}. num_examples has to count what "
-                    "client gives."
+                    f"client {client_id!r}, feature {name!r} has {len(array)} examples, but "
+                    f"num_examples returns {num_examples}. It has to return the number of examples "
+                    "that client returns."
                 )
         check_finite(client_id, examples)
         return {name: _narrowed(client_id, name, array) for name, array in examples.items()}
 
     @property
     def bytes_per_example(self) -> int:
-        """What an example takes on a device."""
+        """The memory that an example takes on a device."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.features.values())
 
 
 def _narrowed(client_id: ClientId, name: str, array: np.ndarray) -> np.ndarray:
-    """An array as JAX has it: without 64-bit numbers it would cut large ones off without a word."""
+    """An array in JAX's dtype. Without x64, JAX would truncate large numbers silently."""
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
     if array.dtype == dtype or not array.size:
         return array.astype(dtype, copy=False)
@@ -68,6 +75,6 @@ def _narrowed(client_id: ClientId, name: str, array: np.ndarray) -> np.ndarray:
     if not fits.all():
         raise DataError(
             f"client {client_id!r}, feature {name!r} has numbers such as {array[~fits][0]}, which "
-            f"{dtype} does not hold. Map them to smaller ones, or set jax_enable_x64."
+            f"do not fit {dtype}. Map them to smaller numbers, or set jax_enable_x64."
         )
     return narrow

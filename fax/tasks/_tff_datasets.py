@@ -20,8 +20,8 @@ from fax.tasks._download import DownloadError, Source, cache_folder, check, file
 from fax.tasks._tokens import Characters, Words
 
 _FOLDER = "https://storage.googleapis.com/tff-datasets-public/"
-# Checksums: for CIFAR-100 and Shakespeare FedJAX has them in its source, for the words
-# TensorFlow Federated. For the others none is published.
+# The checksums of CIFAR-100 and Shakespeare are in FedJAX's source, that of the words is in
+# TensorFlow Federated's. For the other files none is published.
 EMNIST = Source(_FOLDER + "emnist_all.sqlite.lzma")
 CIFAR100 = Source(
     _FOLDER + "cifar100.sqlite.lzma",
@@ -44,14 +44,14 @@ SHAKESPEARE_CHARACTERS = Characters(
 
 _LONGEST_LINE = 1000  # bytes of a word and its count
 
-Cache = str | os.PathLike | None
+Cache = str | os.PathLike[str] | None
 Split = tuple[FederatedData, FederatedData]
 
 
 def emnist(cache: Cache, digits_only: bool) -> Split:
-    """Handwritten characters by writer, black on white turned to 1 on 0, and where they are from.
+    """Handwritten characters by writer, with 1 for ink and 0 for paper.
 
-    The feature ``domain`` is 0 for the writers of a high school, 1 for those of the census.
+    The feature ``domain`` is 0 for writers at a high school, and 1 for those of the census.
     """
     prefix = "digits_only" if digits_only else "all"
     features = {"pixels": (np.float32, (28, 28)), "label": (np.int32, ())}
@@ -71,17 +71,17 @@ def _emnist(client_id: str, examples: Any, classes: int) -> dict[str, np.ndarray
             f"client {client_id!r}, feature 'pixels' has values from {pixels.min()} to "
             f"{pixels.max()}, expected 0 to 1."
         )
-    # Some editions put a checksum in front of the writer's number.
+    # In some versions there is a checksum before the writer's number.
     found = re.fullmatch(r"(?:.{16}:)?f(\d{4})_\d\d", client_id)
     if not found:
-        raise DataError(f"client {client_id!r} is not named as a writer, f0123_45.")
+        raise DataError(f"client {client_id!r} is not the id of a writer, such as f0123_45.")
     domain = 0 if 2100 <= int(found[1]) <= 2599 else 1
     labels = _labels(client_id, examples["label"], classes)
     return {"x": 1 - pixels[..., None], "y": labels, "domain": np.full_like(labels, domain)}
 
 
 def cifar100(cache: Cache) -> Split:
-    """Images of 100 classes: the middle 24 x 24 pixels, each image of mean 0 and deviation 1."""
+    """Images of 100 classes: the central 24 x 24 pixels, with mean 0 and standard deviation 1."""
     features = {"image": (np.uint8, (32, 32, 3)), "label": (np.int32, ())}
     return _splits(cache, CIFAR100, ["train", "test"], features, _cifar100)
 
@@ -90,13 +90,13 @@ def _cifar100(client_id: str, examples: Any) -> dict[str, np.ndarray]:
     images = examples["image"][:, 4:28, 4:28].astype(np.float32)
     mean = images.mean((1, 2, 3), keepdims=True)
     deviation = images.std((1, 2, 3), keepdims=True)
-    # An image of one color is divided by what TensorFlow's per_image_standardization takes.
+    # The least deviation is that of TensorFlow's per_image_standardization.
     deviation = np.maximum(deviation, 1 / np.sqrt(np.float32(images[0].size)))
     return {"x": (images - mean) / deviation, "y": _labels(client_id, examples["label"], 100)}
 
 
 def shakespeare(cache: Cache, length: int) -> Split:
-    """What Shakespeare's characters say, to predict the next letter."""
+    """The lines of Shakespeare's characters, to predict the next letter."""
     prepare = functools.partial(_characters, length=length)
     features = {"snippets": (bytes, ())}
     return _splits(cache, SHAKESPEARE, ["train", "test"], features, prepare, keeps_length=False)
@@ -109,7 +109,7 @@ def _characters(client_id: str, examples: Any, length: int) -> dict[str, np.ndar
 def stackoverflow(cache: Cache, length: int, vocabulary_size: int) -> Split:
     """Sentences of questions and answers, to predict the next word.
 
-    The feature ``domain`` is 0 for questions, 1 for answers.
+    The feature ``domain`` is 0 for questions, and 1 for answers.
     """
     database, archive = files(cache_folder(cache), STACKOVERFLOW, STACKOVERFLOW_WORDS)
     words = Words(_most_frequent(archive, vocabulary_size))
@@ -124,7 +124,7 @@ def _sentences(client_id: str, examples: Any, words: Words, length: int) -> dict
 
 
 def _most_frequent(archive: Path, size: int) -> list[str]:
-    """The words that most people use: the first of a list in which each stands with its count."""
+    """The words that most people use: the first words of a list of words and counts."""
     try:
         with tarfile.open(archive, "r:bz2") as tar:
             file = tar.extractfile("stackoverflow.word_count")
@@ -134,21 +134,28 @@ def _most_frequent(archive: Path, size: int) -> list[str]:
     except (tarfile.TarError, KeyError, OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(
             f"{archive} is not Stack Overflow's list of words, stackoverflow.word_count in a "
-            f".tar.bz2: {error}. Remove it, and load again."
+            f".tar.bz2: {error}. Remove it, and load the task again."
         ) from error
     for number, line in enumerate(lines, 1):
         if len(line) != 2 or not line[1].isdigit():
             raise DataError(
                 f"{archive}: line {number} is {' '.join(line)!r:.80}, expected a word and its "
-                "count. It is another vocabulary; remove it, and load again."
+                "count. It is another vocabulary. Remove it, and load the task again."
             )
     counts = [int(count) for _, count in lines]
     if len(lines) < size or counts != sorted(counts, reverse=True):
         raise DataError(
             f"{archive} has {len(lines)} words, expected at least vocabulary_size={size}, the most "
-            "frequent first. It is another vocabulary; remove it, and load again."
+            "frequent first. It is another vocabulary. Remove it, and load the task again."
         )
-    return [word for word, _ in lines]
+    words = [word for word, _ in lines]
+    if len(set(words)) < len(words):
+        twice = next(word for word in words if words.count(word) > 1)
+        raise DataError(
+            f"{archive} has {twice!r} more than once. It is another vocabulary. Remove it, and "
+            "load the task again."
+        )
+    return words
 
 
 def _splits(cache: Cache, source: Source, *arguments: Any, **keywords: Any) -> Split:
@@ -164,17 +171,17 @@ def _opened(
     prepare: Callable,
     keeps_length: bool = True,
 ) -> Split:
-    """The splits of a file, prepared when a client is read."""
+    """The splits of a file, whose clients are prepared when they are read."""
     plain = path.with_suffix("")
     if not plain.exists():
         record_of(plain).unlink(missing_ok=True)
     with _published(path, source):
         sources = [fax.data.SQLite(path, split, features) for split in splits]
-    check(plain, None, "Remove it, and load again: it is decompressed anew.")
+    check(plain, None, "Remove it, and load the task again, so that it is decompressed again.")
     train, test = (fax.data.map(d, prepare, keeps_length=keeps_length) for d in sources)
     with _published(path, source):
         first = train.client_ids()[0]
-        train.client(first)  # so that a file of another version shows itself now
+        train.client(first)  # to find out now if the file is of another version
     return train, test
 
 
@@ -185,7 +192,7 @@ def _published(path: Path, source: Source) -> Iterator[None]:
     except DataError as error:
         raise DownloadError(
             f"{path} is damaged, or not the version that fax.tasks knows: {error} Remove it and "
-            f"what was decompressed from it, and load again; {source.url} has the right one."
+            f"the decompressed file, and load the task again. {source.url} has the right version."
         ) from error
 
 
@@ -194,6 +201,6 @@ def _labels(client_id: str, labels: np.ndarray, classes: int) -> np.ndarray:
         bad = labels[(labels < 0) | (labels >= classes)][0]
         raise DataError(
             f"client {client_id!r}, feature 'label' has the label {bad}, expected 0 to "
-            f"{classes - 1}. The file is of another version."
+            f"{classes - 1}. The file is another version."
         )
     return labels

@@ -1,4 +1,4 @@
-"""The tables of FedJAX's and of TensorFlow Federated's SQLite files."""
+"""The tables in SQLite files of FedJAX and of TensorFlow Federated."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from fax.data import _msgpack, _tfexample
-from fax.data._check import Schema, encoded, listed, read
-from fax.data._connection import DAMAGED, Connection
-from fax.data._decompress import inflated, limit
+from fax.data._check_examples import Schema, first_ids, read_client, utf8_of
+from fax.data._decompress import decompress_zlib, size_limit
 from fax.data._protocol import DataError, FederatedData
+from fax.data._sqlite_connection import DAMAGED, ReadOnlyConnection
 
-_LONGEST = 1_000_000_000  # bytes of a value, as SQLite is usually built
+_LONGEST = 1_000_000_000  # bytes of a value, SQLite's default limit
 
 
-class FedJAX:
-    """A table with a row for each client: its id, its examples, and how many they are."""
+class FedJAXTable:
+    """A table with a row for each client: its id, its examples and their number."""
 
-    def __init__(self, connection: Connection, max_bytes: int | None) -> None:
+    def __init__(self, connection: ReadOnlyConnection, max_bytes: int | None) -> None:
         connection.check_stored("federated_data")
         self._max_bytes = max_bytes
 
-    def index(self, connection: Connection) -> dict[str, tuple[int, int]]:
-        # Without ORDER BY, so that an index over the sizes spares going through the examples.
+    def index(self, connection: ReadOnlyConnection) -> dict[str, tuple[int, int]]:
+        # Without ORDER BY, an index of ids and sizes is enough, and the examples are not read.
         query = "SELECT rowid, client_id, num_examples FROM federated_data"
         found: dict[str, tuple[int, int]] = {}
         for row, client_id, count in connection.execute(query):
@@ -36,50 +36,50 @@ class FedJAX:
             found[name] = row, count
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
-    def read(self, connection: Connection, client_id: str, key: int, count: int) -> bytes:
+    def read(self, connection: ReadOnlyConnection, client_id: str, key: int, count: int) -> bytes:
         query = "SELECT client_id, data FROM federated_data WHERE rowid = ?"
         rows = connection.execute(query, [key]).fetchall()
         if len(rows) != 1 or _text(rows[0][0]) != client_id:
-            raise sqlite3.DatabaseError("its row is not where it was")
+            raise sqlite3.DatabaseError("its row has been moved or removed")
         return rows[0][1]
 
     def parse(self, client_id: str, data: Any) -> dict[str, np.ndarray]:
         where = f"client {client_id!r}"
         try:
             if not isinstance(data, bytes):
-                raise ValueError(f"its examples are a {type(data).__name__} and no bytes")
-            most = limit(self._max_bytes, len(data))
-            return _msgpack.unpack(inflated(where, data, self._max_bytes), most)
+                raise ValueError(f"its examples are of type {type(data).__name__}, not bytes")
+            most = size_limit(self._max_bytes, len(data))
+            return _msgpack.unpack(decompress_zlib(where, data, self._max_bytes), most)
         except DataError:
             raise
         except (zlib.error, ValueError, MemoryError) as error:
             raise DataError(f"{where} cannot be read: {error}. {DAMAGED}") from error
 
 
-class TFF:
-    """A table with a row for each example, and one with the number of examples of each client."""
+class TFFTables:
+    """A table with a row for each example, and one with each client's number of examples."""
 
     def __init__(
-        self, path: Path, connection: Connection, split: str | None, features: Any
+        self, path: Path, connection: ReadOnlyConnection, split: str | None, features: Any
     ) -> None:
         connection.check_stored("examples", "client_metadata")
         where = f"fax.data.SQLite: {path} has TensorFlow Federated's format"
         splits = sorted({str(split) for split, _ in _metadata(connection)})
         if split not in splits:
             raise DataError(
-                f"{where} and the splits [{listed(splits, 20)}], but split is {split!r:.80}. "
-                "Choose one."
+                f"{where} and the splits [{first_ids(splits, 20)}], but split is {split!r:.80}. "
+                "Choose one of them."
             )
         if features is None:
             query = "SELECT serialized_example_proto FROM examples WHERE split_name = ? LIMIT 1"
             for (message,) in connection.execute(query, [split]):
                 raise DataError(
-                    f"{where}, which does not say what to read. Pass features: the first example "
-                    f"has {_tfexample.describe(message)}, to which you can give other shapes."
+                    f"{where}, which does not specify the features. Pass features: the first "
+                    f"example has {_tfexample.describe(message)}. You can change the shapes."
                 )
         self._split, self._features = split, _tfexample.feature_types(features)
 
-    def index(self, connection: Connection) -> dict[str, tuple[None, int]]:
+    def index(self, connection: ReadOnlyConnection) -> dict[str, tuple[None, int]]:
         found = {
             client_id: (None, count)
             for (split, client_id), count in _metadata(connection).items()
@@ -87,7 +87,9 @@ class TFF:
         }
         return dict(sorted(found.items()))
 
-    def read(self, connection: Connection, client_id: str, key: None, count: int) -> list[bytes]:
+    def read(
+        self, connection: ReadOnlyConnection, client_id: str, key: None, count: int
+    ) -> list[bytes]:
         query = (
             "SELECT serialized_example_proto FROM examples WHERE split_name = ? AND client_id = ? "
             "ORDER BY rowid"
@@ -97,10 +99,10 @@ class TFF:
         for (message,) in connection.execute(query, [self._split, client_id]):
             if not isinstance(message, bytes):
                 kind = type(message).__name__
-                raise sqlite3.DatabaseError(f"example {len(messages)} is a {kind} and no bytes")
+                raise sqlite3.DatabaseError(f"example {len(messages)} is of type {kind}, not bytes")
             messages.append(message)
             size += len(message) + 1
-            # A damaged file may give the same rows for ever.
+            # A damaged file may return the same rows forever.
             if len(messages) > count or size > connection.size:
                 break
         if len(messages) != count:
@@ -114,21 +116,21 @@ class TFF:
         return _tfexample.stack(client_id, messages, self._features)
 
 
-def _metadata(connection: Connection) -> dict[tuple[str, str], int]:
+def _metadata(connection: ReadOnlyConnection) -> dict[tuple[str, str], int]:
     """The number of examples by split and client."""
     counts: dict[tuple[str, str], int] = {}
     query = "SELECT split_name, client_id, num_examples FROM client_metadata"
     for split, client_id, count in connection.execute(query):
         if not isinstance(split, str) or not isinstance(client_id, str):
-            raise sqlite3.DatabaseError(f"client {client_id!r} of split {split!r} is no text")
+            raise sqlite3.DatabaseError(f"client {client_id!r} of split {split!r} is not text")
         _check_entry(client_id, count, (split, client_id) in counts)
         counts[split, client_id] = count
     return counts
 
 
 def _check_entry(client_id: str, count: Any, again: bool) -> None:
-    if again:  # and stop: a damaged file may give the same rows for ever
-        raise sqlite3.DatabaseError(f"client {client_id!r} comes twice")
+    if again:  # and stop reading, for a damaged file may return the same rows forever
+        raise sqlite3.DatabaseError(f"client {client_id!r} occurs twice")
     if not isinstance(count, int) or count < 0:
         raise sqlite3.DatabaseError(f"client {client_id!r} has {count!r} examples")
 
@@ -141,31 +143,31 @@ def _text(client_id: Any) -> str:
     return client_id
 
 
-def rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
-    """The rows of a table of FedJAX's format."""
+def fedjax_rows(data: FederatedData) -> Iterator[tuple[bytes, bytes, int]]:
+    """The rows of a table in FedJAX's format."""
     schema, seen = Schema(), set[bytes]()
     for client_id in data.client_ids():
         if not isinstance(client_id, (str, bytes)):
             raise DataError(
-                f"client {client_id!r:.80} is named by a {type(client_id).__name__}, but ids in "
-                "files are strings or bytes."
+                f"client {client_id!r:.80} has an id of type {type(client_id).__name__}, but ids "
+                "in files are strings or bytes."
             )
-        examples = read(data, client_id)
+        examples = read_client(data, client_id)
         schema.check(client_id, examples)
         try:
             packed = zlib.compress(_msgpack.pack(examples))
             if len(packed) > _LONGEST:
                 raise ValueError(
-                    f"its compressed examples have {len(packed)} bytes, more than the {_LONGEST} "
-                    "that SQLite holds. Divide it into several clients"
+                    f"its compressed examples have {len(packed)} bytes, but SQLite holds at most "
+                    f"{_LONGEST}. Divide it into several clients"
                 )
-            raw = client_id if isinstance(client_id, bytes) else encoded(client_id)
+            raw = client_id if isinstance(client_id, bytes) else utf8_of(client_id)
         except ValueError as error:
             raise DataError(f"client {client_id!r:.80} cannot be written: {error}.") from error
         if raw in seen:
             raise DataError(
-                f"client {client_id!r:.80} cannot be written: the id of another client has the "
-                "same bytes, one as str and one as bytes. Rename one of them."
+                f"client {client_id!r:.80} cannot be written: as bytes, its id is the same as that "
+                "of another client, one a str and one bytes. Rename one of them."
             )
         seen.add(raw)
         yield raw, packed, len(next(iter(examples.values())))

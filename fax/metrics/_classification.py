@@ -1,4 +1,4 @@
-"""Metrics of classification: one label for each example."""
+"""Metrics of classification, with one label for each example."""
 
 from __future__ import annotations
 
@@ -21,23 +21,32 @@ Metric = Callable[[Batch, jax.Array], Statistic]
 class CrossEntropy:
     """The mean negative log-likelihood of the labels.
 
-    Scores are [batch, classes], logarithms of probabilities up to a constant.
+    Scores are [batch, classes], log-probabilities up to a constant.
 
     Attributes:
-      target: the feature with the labels, int [batch].
+      label: the feature with the labels, int [batch].
+
+    Example:
+
+      >>> scores = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
+      >>> losses = fax.metrics.CrossEntropy()({"y": jnp.array([0, 1])}, scores)
+      >>> print(f"{losses.sum().result():.4f}")
+      1.4979
     """
 
-    target: str = "y"
+    label: str = "y"
 
     def __post_init__(self) -> None:
-        _feature(self, "target")
+        _feature(self, "label")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        losses = _scores.losses_of(scores, batch[self.target])
+        """The statistic of each example."""
+        losses = _scores.losses_of(scores, batch[self.label])
         return Mean(losses, jnp.ones_like(losses, bool))
 
     def limits(self, num_classes: int) -> dict[str, int]:
-        return {self.target: num_classes}
+        """The features that are indices, and how many values each can have."""
+        return {self.label: num_classes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +56,28 @@ class Accuracy:
     An example with a score that is NaN counts as a mistake.
 
     Attributes:
-      target: the feature with the labels, int [batch].
+      label: the feature with the labels, int [batch].
+
+    Example:
+
+      >>> scores = jnp.array([[0.2, 0.8], [0.6, 0.4]])
+      >>> print(fax.metrics.Accuracy()({"y": jnp.array([1, 1])}, scores).sum().result())
+      0.5
     """
 
-    target: str = "y"
+    label: str = "y"
 
     def __post_init__(self) -> None:
-        _feature(self, "target")
+        _feature(self, "label")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        hits = _scores.hits(scores, batch[self.target])
+        """The statistic of each example."""
+        hits = _scores.hits(scores, batch[self.label])
         return Mean(hits, jnp.ones_like(hits))
 
     def limits(self, num_classes: int) -> dict[str, int]:
-        return {self.target: num_classes}
+        """The features that are indices, and how many values each can have."""
+        return {self.label: num_classes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,50 +85,66 @@ class TopK:
     """The share of labels that are among the k best scores. Of equal scores the first is better.
 
     Attributes:
-      k: how many.
-      target: the feature with the labels, int [batch].
+      k: the number of scores.
+      label: the feature with the labels, int [batch].
+
+    Example:
+
+      >>> scores = jnp.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+      >>> print(fax.metrics.TopK(2)({"y": jnp.array([1, 2])}, scores).sum().result())
+      0.5
     """
 
     k: int
-    target: str = "y"
+    label: str = "y"
 
     def __post_init__(self) -> None:
         _arguments.count("TopK", "k", self.k)
-        _feature(self, "target")
+        _feature(self, "label")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
-        hits = _scores.ranks(scores, batch[self.target]) < self.k
+        """The statistic of each example."""
+        hits = _scores.ranks(scores, batch[self.label]) < self.k
         return Mean(hits, jnp.ones_like(hits))
 
     def limits(self, num_classes: int) -> dict[str, int]:
-        return {self.target: num_classes}
+        """The features that are indices, and how many values each can have."""
+        return {self.label: num_classes}
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfusionMatrix:
-    """How many examples of each class (rows) are taken for each class (columns).
+    """How many examples of each class (rows) are classified as each class (columns).
 
-    An example with a score that is NaN is taken for no class, and is in no column. Evaluation
-    counts such examples as ``"non_finite"``.
+    An example with a score that is NaN is in no column. Evaluation counts such examples as
+    ``"non_finite"``.
 
     Attributes:
-      num_classes: how many classes there are.
-      target: the feature with the labels, int [batch].
+      num_classes: the number of classes.
+      label: the feature with the labels, int [batch].
+
+    Example:
+
+      >>> scores = jnp.array([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+      >>> matrix = fax.metrics.ConfusionMatrix(2)
+      >>> matrix({"y": jnp.array([0, 1, 1])}, scores).sum().result().tolist()
+      [[1, 0], [1, 1]]
     """
 
     num_classes: int
-    target: str = "y"
+    label: str = "y"
 
     def __post_init__(self) -> None:
         _arguments.count("ConfusionMatrix", "num_classes", self.num_classes)
-        _feature(self, "target")
+        _feature(self, "label")
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
-        labels = batch[self.target]
+        """The statistic of each example."""
+        labels = batch[self.label]
         _scores.check(scores, labels)
         if scores.shape[-1] != self.num_classes:
             raise ValueError(
-                f"ConfusionMatrix has num_classes={self.num_classes}, but there are scores of "
+                f"ConfusionMatrix: num_classes is {self.num_classes}, but there are scores of "
                 f"{scores.shape[-1]} classes."
             )
         classes = jnp.arange(self.num_classes)
@@ -121,19 +154,28 @@ class ConfusionMatrix:
         return Sum(row[:, :, None] & column[:, None, :])
 
     def limits(self, num_classes: int) -> dict[str, int]:
-        return {self.target: self.num_classes}
+        """The features that are indices, and how many values each can have."""
+        return {self.label: self.num_classes}
 
 
 @dataclasses.dataclass(frozen=True)
 class PerDomain:
-    """Another metric for each domain, such as a language or a device.
+    """Another metric for each domain, such as a language or a kind of device.
 
     Its result has a leading axis [num_domains].
 
     Attributes:
       metric: the other metric.
-      num_domains: how many domains there are.
-      domain: the feature with the numbers of examples' domains, int [batch].
+      num_domains: the number of domains.
+      domain: the feature with the domain of each example, int [batch].
+
+    Example:
+
+      >>> scores = jnp.array([[0.2, 0.8], [0.6, 0.4]])
+      >>> batch = {"y": jnp.array([1, 1]), "domain": jnp.array([0, 1])}
+      >>> of_each = fax.metrics.PerDomain(fax.metrics.Accuracy(), num_domains=2)(batch, scores)
+      >>> of_each.sum().result().tolist()
+      [1.0, 0.0]
     """
 
     metric: Metric
@@ -147,15 +189,17 @@ class PerDomain:
         _arguments.function("PerDomain", "metric", self.metric, form)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Statistic:
+        """The statistic of each example."""
         own = batch[self.domain][:, None] == jnp.arange(self.num_domains)
 
-        def divide(x):
+        def by_domain(x: jax.Array) -> jax.Array:
             x = jnp.asarray(x)[:, None]
             return jnp.where(own.reshape(own.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
 
-        return jax.tree.map(divide, self.metric(batch, scores))
+        return jax.tree.map(by_domain, self.metric(batch, scores))
 
     def limits(self, num_classes: int) -> dict[str, int]:
+        """The features that are indices, and how many values each can have."""
         return {**limits_of(self.metric, num_classes), self.domain: self.num_domains}
 
 
@@ -166,5 +210,5 @@ def _feature(metric: Any, name: str) -> None:
 
 
 def limits_of(metric: Any, num_classes: int) -> dict[str, int]:
-    """Features that a metric takes for numbers of classes or the like, and how many there are."""
+    """The features that a metric uses as indices, and how many values each of them can have."""
     return metric.limits(num_classes) if hasattr(metric, "limits") else {}

@@ -1,6 +1,6 @@
-"""Read-only connections to SQLite files, which may be damaged or made to do harm.
+"""Read-only connections to SQLite files, which may be damaged or malicious.
 
-What is read is bounded by the size of the file: no value is longer, and no query takes many more
+Everything is bounded by the size of the file: no value is longer, and no query takes many more
 steps than the file has bytes.
 """
 
@@ -10,43 +10,45 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-DAMAGED = "The file is damaged or incomplete: get it once more."
+DAMAGED = "The file is damaged or incomplete. Get it again."
 
-_PATIENCE = 5.0  # seconds to wait for a process that writes
-_STEPS = 100_000  # of SQLite's virtual machine, from one look at their number to the next
-_STEPS_PER_BYTE = 10  # to read a row takes about ten steps, and it has several bytes
+_LOCK_SECONDS = 5.0  # how long to wait for a process that writes
+_STEPS = 100_000  # of SQLite's virtual machine, between two checks of their number
+_STEPS_PER_BYTE = 10  # reading a row takes about ten steps, and a row has several bytes
 
 _LOCKED = (
     "it is locked by another process that writes to it. Wait until that process has finished, or "
     "read a copy of the file"
 )
-_WORDS = {
+_EXPLANATIONS = {
     sqlite3.SQLITE_BUSY: _LOCKED,
     sqlite3.SQLITE_LOCKED: _LOCKED,
     sqlite3.SQLITE_READONLY: "the last process that wrote to it was interrupted, and left a "
-    "journal beside it. Open it once with another SQLite program that may write, to undo what is "
-    "half written",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. See whether it is still there, and whether you "
-    "may read it and the folder that it is in",
+    "journal next to it. Open it once with an SQLite program that can write, to roll back the "
+    "unfinished transaction",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. Check that it still exists, and that you have "
+    "permission to read it and its folder",
     sqlite3.SQLITE_IOERR: "the disk cannot be read",
     sqlite3.SQLITE_NOMEM: "there is not enough memory",
 }
 
 
-class Connection(sqlite3.Connection):
-    """A connection for reading, closed when its thread ends or the source is gone.
+class ReadOnlyConnection(sqlite3.Connection):
+    """A connection for reading, closed when its thread ends or the source is freed.
 
     Args:
       path: of the file.
-      alone: whether to read that file and nothing else: no journal beside it, and no locks.
+      alone: whether to read only that file, without a journal next to it and without locks.
 
     Attributes:
-      size: the bytes of the file and its journal.
+      size: the number of bytes of the file and its journal.
     """
+
+    size: int
 
     def __init__(self, path: Path, alone: bool) -> None:
         uri = f"{path.as_uri()}?mode=ro" + ("&immutable=1" if alone else "")
-        super().__init__(uri, uri=True, timeout=_PATIENCE, check_same_thread=False)
+        super().__init__(uri, uri=True, timeout=_LOCK_SECONDS, check_same_thread=False)
         self._paths = [path] if alone else [path, path.with_name(path.name + "-wal")]
         self.start()
         self.set_progress_handler(self._too_long, _STEPS)
@@ -54,41 +56,41 @@ class Connection(sqlite3.Connection):
         self.execute("PRAGMA trusted_schema = OFF")
 
     def start(self) -> None:
-        """Begins to count steps, for a file that may have grown since."""
-        self._looks = 0
+        """Starts to count steps again, for a file that may have grown."""
+        self._checks = 0
         self.size = sum(path.stat().st_size for path in self._paths if path.exists())
         self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(self.size, 1 << 20))
 
     def _too_long(self) -> bool:
-        self._looks += 1
-        return self._looks > 100 + self.size * _STEPS_PER_BYTE // _STEPS
+        self._checks += 1
+        return self._checks > 100 + self.size * _STEPS_PER_BYTE // _STEPS
 
     def tables(self) -> list[str]:
-        """The names of all tables that are stored in the file."""
+        """The names of the tables that are stored in the file, and not computed like views."""
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage > 0"
         return sorted({str(name) for (name,) in self.execute(query)})
 
     def check_stored(self, *tables: str) -> None:
-        """Checks that no column of these tables is computed when it is read, to any size."""
+        """Checks that tables have no generated columns, which can have any size."""
         for table in tables:
             for _, column, *_, hidden in self.execute(f"PRAGMA table_xinfo({table})"):
                 if hidden:
                     raise sqlite3.DatabaseError(
-                        f"{table}.{column} is a generated column, not one that is stored"
+                        f"{table}.{column} is a generated column, not a stored one"
                     )
 
     def __del__(self) -> None:
-        with contextlib.suppress(sqlite3.ProgrammingError):  # it has never been opened
+        with contextlib.suppress(sqlite3.ProgrammingError):  # it was never opened
             self.close()
 
 
-def in_words(error: Exception) -> str:
-    """What went wrong, and how to fix it."""
+def describe_error(error: Exception) -> str:
+    """What went wrong and how to fix it, in words."""
     if isinstance(error, OSError):
         return f"{error}."
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says more than is needed
-    if code in _WORDS:
-        return f"{_WORDS[code]} ({error})."
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended error code
+    if code in _EXPLANATIONS:
+        return f"{_EXPLANATIONS[code]} ({error})."
     if code == sqlite3.SQLITE_TOOBIG:
         return f"a value would be longer than the file. {DAMAGED}"
     if code == sqlite3.SQLITE_INTERRUPT:

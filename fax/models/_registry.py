@@ -31,19 +31,20 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
 
     ``cifar100_logistic``, ``dense``, ``emnist_conv``, ``emnist_dense``, ``emnist_logistic`` and
     ``resnet18`` are trained by `fax.models.cross_entropy`; ``char_lstm``, ``shakespeare_lstm`` and
-    ``stackoverflow_lstm`` by `fax.models.sequence_cross_entropy`. The same name and options give
-    the same functions, so that what is compiled for them is compiled once.
+    ``stackoverflow_lstm`` by `fax.models.sequence_cross_entropy`. The same name and options return
+    the same functions, so that they are compiled only once.
 
     Args:
-      name: the model's.
-      loss_length: of a language model; ``length`` of `fax.models.sequence_cross_entropy`.
-      **options: the module's own, such as ``num_classes=10`` or ``tied=True``.
+      name: of the model.
+      loss_length: for language models, the ``length`` of `fax.models.sequence_cross_entropy`.
+      **options: arguments of the module, such as ``num_classes=10`` or ``tied=True``.
 
     Returns:
       The model.
 
     Raises:
-      ValueError: if there is no such model or option.
+      ValueError: if there is no such model, or an option is out of range.
+      TypeError: if the model has no such option.
 
     Example:
 
@@ -53,26 +54,23 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
       7850
     """
     known = {**_CLASSES, **_SEQUENCES}
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"no model is named {name!r}. There are {', '.join(sorted(known))}.")
+    _arguments.choice("fax.models.create", "name", name, sorted(known))
+    where = f"fax.models.create({name!r})"
     own = {*inspect.signature(vars(known[name])["__init__"]).parameters} - {"self", "rngs"}
     own |= {"loss_length"} if name in _SEQUENCES else set()
     if loss_length is not None:
-        _arguments.number(f"model {name!r}", "loss_length", loss_length, above=0)
         options["loss_length"] = loss_length
-    for option in options:
-        if option not in own:
-            raise ValueError(f"model {name!r} has no option {option!r}. It has {sorted(own)}.")
+    _arguments.options(where, options, sorted(own))
+    if loss_length is not None:
+        _arguments.number(where, "loss_length", loss_length, above=0)
     for option, value in options.items():
         if option in ("num_classes", "num_tokens", "hidden", "channels"):
-            options[option] = _arguments.count(f"model {name!r}", option, value)
+            options[option] = _arguments.count(where, option, value)
     if "sizes" in options:
-        sizes = _arguments.whole_numbers(
-            f"model {name!r}", "sizes", options["sizes"], "(64, 512, 10)", least=1
-        )
+        sizes = _arguments.whole_numbers(where, "sizes", options["sizes"], "(64, 512, 10)", least=1)
         options["sizes"] = sizes
     if "tied" in options:
-        _arguments.flag(f"model {name!r}", "tied", options["tied"])
+        _arguments.flag(where, "tied", options["tied"])
     return _made(name, tuple(sorted(options.items())))
 
 

@@ -1,4 +1,4 @@
-"""FedOpt, and the server optimizers of the papers as optax transformations.
+"""The server optimizers of the papers as optax transformations.
 
 Optax has them all, but with other constants: a bias correction, another place for epsilon, another
 start of the second moment. Any of optax's can be the server's optimizer, too.
@@ -14,73 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from fax import _arguments
-from fax.aggregators import Aggregator
-from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._fedavg import local_steps
 
 PyTree = Any
 Rate = Any  # a number, an array, a tracer, or optax's function of the number of the round
-
-
-def fedopt(
-    loss: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation,
-    *,
-    aggregator: Aggregator | None = None,
-    vectorize: int | None = None,
-) -> Algorithm:
-    """Federated optimization (FedOpt): FedAvg with an optimizer at the server.
-
-    In a round every client i of the cohort starts from the server's parameters x, takes a step of
-    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
-    of the updates, weighted by the numbers of examples n_i, for a gradient:
-
-        D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
-
-    ``optax.sgd(1.0)`` is FedAvg, what `fax.algorithms.fedavg` does by default; `server_momentum` is
-    FedAvgM; `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi.
-    Any other of optax will do, too.
-
-    Args:
-      loss: see `fax.algorithms.fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
-      server_optimizer: one of the above.
-      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fax.algorithms.fedavg`.
-
-    Returns:
-      The algorithm, with states and metrics as of `fax.algorithms.fedavg`.
-
-    Raises:
-      ValueError: as `fax.algorithms.fedavg`.
-
-    References:
-      Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithms 1 and 2.
-
-    Example:
-
-      >>> import optax
-      >>> def loss(params, batch, key):
-      ...     return (batch["x"] - params) ** 2
-      >>> algorithm = fax.algorithms.fedopt(
-      ...     loss, optax.sgd(0.1), fax.algorithms.server_yogi(0.1)
-      ... )
-      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(3)}, "bob": {"x": jnp.zeros(3)}})
-      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=3)
-      >>> state = algorithm.init(jnp.ones(()))
-      >>> state, _ = fax.algorithms.many_rounds(algorithm, state, rounds, 100)
-      >>> print(f"{algorithm.params(state):.2f}")
-      0.50
-    """
-    return local_steps(
-        "fax.algorithms.fedopt",
-        loss,
-        client_optimizer,
-        server_optimizer,
-        aggregator,
-        vectorize,
-    )
 
 
 def server_momentum(

@@ -1,0 +1,104 @@
+"""FedDyn: clients' losses are regularized so that their optima become those of everyone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import fax
+from fax import _arguments
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._checks import arguments
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import examples_of, local_steps, proximal
+from fax.data import Client
+
+PyTree = Any
+
+
+def feddyn(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    alpha: Any,
+    num_clients: int,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """FedDyn: federated learning with dynamic regularization.
+
+    Client i of N keeps g_i, an estimate of the gradient of its mean loss f_i, and the server h,
+    their mean. Local steps from the server's x to y_i minimise the first line; with S the clients
+    that took any,
+
+        f_i(y) - <g_i, y> + alpha/2 ‖y - x‖^2
+        g_i' = g_i - alpha (y_i - x)        h' = h - alpha/N sum_S (y_i - x)
+        x' = server_optimizer(x, gradient = -(mean_S(y_i - x) - h' / alpha))
+
+    All g_i and h start at 0. Where nothing moves any more, gradients add up to 0, however many
+    steps clients take: what is minimised is the mean of the f_i, each client counting once.
+
+    Args:
+      loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.
+      alpha: positive; the paper takes 0.001 to 0.1. It may be traced.
+      num_clients: N, how many clients the data have, ``len(data)``.
+      aggregator: what makes mean_S, not a private one. What it changes in updates adds up in h.
+
+    Returns:
+      The algorithm. Its `State` has the size of N + 2 models: ``server`` is h, and ``clients`` are
+      the g_i. Metrics and the model's state are as of `fedavg`.
+
+    Raises:
+      ValueError: if ``alpha`` is not positive or ``aggregator`` private, and as `scaffold`.
+
+    References:
+      Acar et al., Federated learning based on dynamic regularization, arXiv:2111.04263.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: batch["a"] * (batch["b"] - params) ** 2 / 2
+      >>> data = {b: {"a": jnp.full(4, 1 + 3 * b), "b": jnp.full(4, b)} for b in (0.0, 1.0)}
+      >>> algorithm = fax.algorithms.feddyn(loss, optax.sgd(0.1), alpha=1.0, num_clients=2)
+      >>> rounds = fax.data.cohorts(fax.data.InMemory(data), clients=2, batch_size=4, epochs=8)
+      >>> state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 50)
+      >>> print(f"{algorithm.params(state):.2f}")  # the optimum is (1 * 0 + 4 * 1) / (1 + 4)
+      0.80
+    """
+    name = "fax.algorithms.feddyn"
+    _arguments.number(name, "alpha", alpha, above=0)
+    arguments(name, loss, client_optimizer=client_optimizer)
+
+    def client(server: Server, g: PyTree, data: Client) -> ClientResult:
+        def regularized(gradient: PyTree, *step: Any) -> PyTree:
+            return optax.tree.sub(proximal(x, alpha)(gradient, *step), g)
+
+        x, state = server.params, server.model_state
+        trained = local_steps(loss, client_optimizer, x, data, state, correct=regularized)
+        count = examples_of(trained.metrics)
+        result = ClientResult.of(trained, server, weight=(count > 0).astype(count.dtype))
+        return result._replace(own=optax.apply_updates(g, optax.tree.scale(-alpha, result.update)))
+
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        share = fax.sum(received.results.weight) / num_clients
+        h = optax.apply_updates(state.server, optax.tree.scale(-alpha * share, received.update))
+        update = optax.apply_updates(received.update, optax.tree.scale(-1 / alpha, h))
+        return step(update)._replace(server=h), {}
+
+    return federated(
+        name,
+        loss,
+        client,
+        server_optimizer,
+        server=server,
+        server_state=optax.tree.zeros_like,
+        client_state=optax.tree.zeros_like,
+        num_clients=num_clients,
+        not_private="the number of clients that took a step is used",
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )

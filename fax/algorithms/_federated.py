@@ -1,0 +1,375 @@
+"""The skeleton of federated algorithms: what is left to each is what its clients and server do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import fax
+from fax import _arguments, _keys
+from fax.aggregators import Aggregator, PerClient
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._checks import (
+    arguments,
+    check_averaged_state,
+    check_like,
+    check_private,
+    guarded,
+)
+from fax.algorithms._clients import gather_rows, scatter_rows
+from fax.algorithms._local import Trained
+from fax.algorithms._metrics import report
+from fax.algorithms._personal import (
+    PersonalLoss,
+    PersonalParts,
+    bare,
+    closed,
+    everyones,
+    opened,
+    put,
+    split,
+)
+from fax.data import Client, Cohort
+from fax.metrics import Statistic
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """What an algorithm keeps from round to round. All of it belongs in a checkpoint.
+
+    Attributes:
+      params: the server's model.
+      optimizer: the state of the server's optimizer.
+      model_state: what the model has besides parameters, such as batch statistics, or None.
+      aggregator: the state of the aggregator, or None.
+      server: what else the server keeps, or None; each algorithm says what.
+      clients: what stays with each client, a `fax.aggregators.PerClient` of leaves
+        [num_clients, ...], or None.
+      personal: what of the model stays with each client, where the loss is one of `personal_parts`.
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    model_state: PyTree
+    aggregator: PyTree = None
+    server: PyTree = None
+    clients: PerClient | None = None
+    personal: PersonalParts | None = None
+
+
+class Server(NamedTuple):
+    """What clients get from the server.
+
+    Attributes:
+      params: its model.
+      model_state: what the model has besides parameters, or None.
+      state: what else it keeps, ``state.server``.
+      first: what came of a first exchange, if there is one; see `federated`.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    state: PyTree
+    first: PyTree = None
+
+
+class ClientResult(NamedTuple):
+    """What a client makes in a round. All but ``own`` is sent to the server.
+
+    Attributes:
+      update: what is to be added to the server's parameters, as far as the client is concerned.
+      metrics: by name. A `fax.metrics.Statistic` is reported for all clients together and, as
+        ``"clients/..."``, for each; an array for each alone.
+      model_state: the model's next state, or None. The server takes the mean, weighted by the
+        numbers of examples; leaves that are not floats stay what they were.
+      weight: what the update counts for in the mean, a scalar. Default: the number of examples.
+      own: what stays with the client, with the structure, shapes and dtypes that it had before.
+      extra: whatever else the server needs.
+    """
+
+    update: PyTree
+    metrics: Mapping[str, Statistic | jax.Array]
+    model_state: PyTree = None
+    weight: Any = None
+    own: PyTree = None
+    extra: PyTree = None
+
+    @classmethod
+    def of(cls, trained: Trained, server: Server, **others: Any) -> ClientResult:
+        """The result of a client that sends how far it went from the server's parameters."""
+        update = optax.tree.sub(trained.params, server.params)
+        return cls(update, trained.metrics, trained.model_state, **others)
+
+
+class Received(NamedTuple):
+    """What the server has when clients are done.
+
+    Attributes:
+      update: what the aggregator made of their updates, by default the weighted mean.
+      results: the `ClientResult` of all clients, placed: to be reduced by `fax.mean` and others.
+      first: what came of a first exchange, if there is one.
+      cohort: the round's.
+    """
+
+    update: PyTree
+    results: ClientResult
+    first: PyTree
+    cohort: Cohort
+
+
+def federated(
+    name: str,
+    loss: Callable,
+    client: Callable[[Server, PyTree, Client], ClientResult],
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    server: Callable[..., tuple[State, dict[str, jax.Array]]] | None = None,
+    server_state: Callable[[PyTree], PyTree] | None = None,
+    client_state: Callable[[PyTree], PyTree] | None = None,
+    num_clients: int | None = None,
+    first: Callable[[Server, PyTree, Client], PyTree] | None = None,
+    models: Callable[[State], PyTree] | None = None,
+    params: Callable[[State], PyTree] | None = None,
+    not_private: str | None = None,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """An algorithm from what its clients and its server do in a round.
+
+    In a round every client of the cohort runs ``client``, the aggregator makes one update D of all
+    of theirs, and the server takes a step:
+
+        x' = server_optimizer(x, gradient = -D)
+
+    Everything else is seen to here: rows of clients' state are found and put back, keys are
+    derived, updates weighted and aggregated, metrics averaged, gradients of a round do not store
+    local steps, and what users pass is checked. All of it works with every aggregator, on every
+    mesh, with `ClientStore` and `many_rounds`, and has derivatives by what ``client`` and
+    ``server`` close over. docs/your_own_algorithm.md builds an algorithm step by step.
+
+    Args:
+      name: the algorithm's, for messages.
+      loss: see `fedavg`.
+      client: ``client(server, own, data) -> ClientResult``, of what the server sends, what the
+        client has kept (None without ``client_state``) and its batches. `local_steps` trains.
+      server_optimizer: from optax. Default: ``optax.sgd(1.0)``, which adds the update.
+      server: ``server(state, received, step) -> (state, metrics)``, what the server does, where it
+        is more than a step. ``step(update)`` is the state after a step along this update in place
+        of D. It runs in the round's program, where `fax.mean` and others reduce
+        ``received.results``. Metrics are added to those of the clients.
+      server_state: ``server_state(params)``, what else the server keeps, at the start.
+      client_state: ``client_state(params)``, what each client keeps, at the start.
+      num_clients: how many clients the data have, ``len(data)``. With ``client_state`` alone.
+      first: ``first(server, own, data)``, what clients send in an exchange before this one. Its
+        mean, weighted by the numbers of examples, is ``server.first``.
+      models: ``models(state)``, of an algorithm that has several; see `Algorithm`.
+      params: ``params(state)``, the one model. Default: ``state.params``.
+      not_private: why an aggregator cannot be a private one: what it is that clients send beside
+        updates. A private one is refused in any case where they send ``extra`` or ``first``.
+      aggregator: from `fax.aggregators`, what makes D. Default: the mean, weighted by the numbers
+        of examples or the results' ``weight``.
+      vectorize: how many clients one device works on at once; see `fedavg`.
+
+    Returns:
+      The algorithm. ``init(params, model_state=None)`` makes its `State`.
+
+    Raises:
+      ValueError: if an argument is something else; the functions of the algorithm raise what those
+        of `fedavg` do.
+
+    Example:
+
+      Clients add half of their last update to the next one.
+
+      >>> import optax
+      >>> from fax import algorithms
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> def client(server, last, data):
+      ...     trained = algorithms.local_steps(loss, optax.sgd(0.1), server.params, data)
+      ...     update = trained.params - server.params + last / 2
+      ...     return algorithms.ClientResult(update, trained.metrics, own=update)
+      >>> algorithm = algorithms.federated(
+      ...     "stubborn", loss, client, client_state=jnp.zeros_like, num_clients=2
+      ... )
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(4)}, "bob": {"x": jnp.zeros(4)}})
+      >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
+      >>> state, metrics = algorithm.round(algorithm.init(jnp.ones(())), next(rounds))
+      >>> print(state.params, state.clients.rows)
+      0.905 [ 0.   -0.19]
+    """
+    _arguments.function(name, "client", client, {3: "client(server, own, data)"})
+    if client_state is not None:
+        num_clients = _arguments.count(name, "num_clients", num_clients)
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    aggregator = arguments(name, loss, aggregator, vectorize, server_optimizer=server_optimizer)
+    if not_private is not None:
+        check_private(name, aggregator, not_private)
+
+    def kept(params: PyTree) -> list[PyTree]:
+        return [None if fn is None else fn(params) for fn in (server_state, client_state)]
+
+    def init(params: PyTree, model_state: PyTree = None) -> State:
+        params, model_state = jax.tree.map(strong, (params, model_state))
+        params, model_state, personal = split(loss, params, model_state)
+        check_averaged_state(name, aggregator, model_state)
+        own = None if aggregator is None else aggregator.init(params)
+        of_server, row = kept(params)
+        rows = None
+        if num_clients is not None and client_state is not None:
+            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
+        optimizer = server_optimizer.init(params)
+        return State(params, optimizer, model_state, own, of_server, rows, personal)
+
+    def checked_client(sent: Server, own: PyTree, data: Client) -> ClientResult:
+        result = client(sent, own, data)
+        if not isinstance(result, ClientResult):
+            raise ValueError(
+                f"{name}: client returned {_arguments.shown(result)}, expected a "
+                "fax.algorithms.ClientResult."
+            )
+        check_like(f"{name}: the own of client's result", result.own, own)
+        if result.model_state is not None or server is None:
+            check_like(
+                f"{name}: the model_state of client's result", result.model_state, sent.model_state
+            )
+        return result
+
+    def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
+        expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
+        rows = None if state.clients is None else state.clients.rows
+        same = expected == jax.tree.structure([state.server, rows])
+        if not same or (state.personal is None) == isinstance(loss, PersonalLoss):
+            raise ValueError(
+                f"{name}: round got the State of another algorithm, or one without the rows of "
+                "clients, expected the State that init(params) or the last round returned."
+            )
+
+        @fax.program(clients=cohort.size)
+        def work(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
+            own = None if state.clients is None else state.clients.rows
+            parts = None if state.personal is None else state.personal.clients.rows
+            data, at_once = cohort.clients(), vectorize or cohort.vectorize
+
+            def each(fn: Callable, sent: Server) -> Any:
+                def run(sent: Server, parts: PyTree, own: PyTree, data: Client) -> Any:
+                    model_state = opened(loss, sent.model_state, parts)
+                    return fn(sent._replace(model_state=model_state), own, data)
+
+                # Under jax.checkpoint gradients of a round do not store steps.
+                run, sent = jax.checkpoint(run), fax.broadcast(sent)
+                return fax.map(run, sent, parts, own, data, vectorize=at_once)
+
+            def trained(sent: Server, own: PyTree, data: Client) -> tuple[ClientResult, PyTree]:
+                result = checked_client(sent, own, data)
+                model_state, parts = closed(loss, result.model_state)
+                return result._replace(model_state=model_state), parts
+
+            sent = Server(state.params, state.model_state, state.server)
+            if first is not None:
+                answers = each(first, sent)
+                sent = sent._replace(first=fax.mean(answers, weights=cohort.num_examples))
+            results, parts = each(trained, sent)
+            if first is not None or results.extra is not None:
+                check_private(name, aggregator, "clients send more than updates to the server")
+            update, aggregated, more = aggregate(
+                aggregator, results.update, state.aggregator, cohort, results.weight
+            )
+
+            def step(update: PyTree) -> State:
+                check_like(f"{name}: the update", update, state.params)
+                gradient = jax.tree.map(jnp.negative, update)
+                moves, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
+                model_state = state.model_state
+                if results.model_state is not None:
+                    mean = fax.mean(results.model_state, weights=cohort.num_examples)
+                    model_state = next_model_state(mean, model_state)
+                return State(
+                    optax.apply_updates(state.params, moves),
+                    optimizer,
+                    model_state,
+                    aggregated,
+                    state.server,
+                    None if state.clients is None else PerClient(results.own),
+                    state.personal and state.personal._replace(clients=PerClient(parts)),
+                )
+
+            metrics = {**report(results.metrics), **more}
+            if server is None:
+                return step(update), metrics
+            after, more = server(state, Received(update, results, sent.first, cohort), step)
+            return after, {**metrics, **more}
+
+        after, metrics = work(gather_rows(state, cohort), cohort)
+        return scatter_rows(state, after, cohort), metrics
+
+    def whole(state: State) -> PyTree:
+        found = state.params if params is None else params(state)
+        return found if state.personal is None else put(found, state.personal.start.params)
+
+    def personal(state: State) -> PyTree:
+        assert state.personal is not None
+        rows = state.personal.clients.rows
+        own = everyones(state.params, rows) if models is None else models(state)
+        return put(own, rows.params)
+
+    every = personal if isinstance(loss, PersonalLoss) else models
+    return guarded(name, bare(loss), State, init, round, whole, every)
+
+
+def aggregate(
+    aggregator: Aggregator | None,
+    updates: PyTree,
+    state: PyTree,
+    cohort: Cohort,
+    weights: jax.Array | None = None,
+) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+    """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
+
+    Args:
+      aggregator: the user's, or None.
+      updates: placed.
+      state: the aggregator's, with the rows of the cohort.
+      cohort: whose clients these are.
+      weights: placed, [clients]. Default: the numbers of examples.
+    """
+    weights = cohort.num_examples if weights is None else weights
+    if aggregator is None:
+        return fax.mean(updates, weights=weights), None, {}
+    return aggregator.aggregate(updates, weights, state, server_key(cohort))
+
+
+def server_key(cohort: Cohort) -> jax.Array:
+    """A random key of the server's, different in each round and not that of any client.
+
+    It is derived from the sum of all clients' keys, which is a client's own if there is one only.
+    """
+    bits = jax.random.key_data(cohort.keys)
+    total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
+    total = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
+    return _keys.derive(total, _keys.Use.SERVER)
+
+
+def strong(x: Any) -> jax.Array:
+    """An array of the type that it has after a round, so that this is compiled once."""
+    x = jnp.asarray(x)
+    return lax.convert_element_type(x, x.dtype)
+
+
+def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
+    """The clients' mean; leaves that are not floats stay what they were."""
+
+    def one(mean, before):
+        return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before
+
+    return jax.tree.map(one, mean, before)
+
+
+def _repeated(x: Any, num_clients: int) -> jax.Array:
+    x = jnp.asarray(x)
+    return jnp.broadcast_to(x, (num_clients, *x.shape))

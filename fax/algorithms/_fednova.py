@@ -1,0 +1,111 @@
+"""FedNova: updates are normalized, so that it does not matter how many steps a client takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import fax
+from fax import _arguments
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._checks import arguments, check_scalar_optimizer
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import examples_of, local_steps, proximal
+from fax.data import Client
+
+_NO_SCALAR = (
+    "client_optimizer does not work on a scalar, by which FedNova finds out how far its steps go. "
+    "Use one that is not made for the leaves of the parameters, such as optax.sgd(0.1)."
+)
+
+
+def fednova(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    mu: Any = 0.0,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """FedNova: federated averaging of normalized updates.
+
+    Clients with more steps go further, and FedAvg counts them for more than their examples. Here
+    updates are divided by the sums A_i of the coefficients that gradients g_ik have in them:
+
+        y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
+        D = (sum_i p_i A_i) (sum_i p_i (y_i - x) / A_i)
+        x' = server_optimizer(x, gradient = -D)
+
+    For SGD A_i is the learning rate times the number of steps. In general it is found by the
+    optimizer: if all gradients are 1, a number goes from 0 to -A_i. This is exact for optimizers
+    that are linear in gradients, as `optax.sgd`; for Adam it counts steps. If all A_i are the same,
+    this is `fedavg`, or with mu `fedprox`. A client without steps does not count.
+
+    Args:
+      loss, server_optimizer, vectorize: as for `fedavg`.
+      client_optimizer: from optax; its state starts anew in each round. It has to work on a scalar.
+      mu: the weight of a proximal term, as in `fedprox`. It may be traced.
+      aggregator: of the (y_i - x) / A_i, with weights n_i. It cannot be private, for A_i is sent, too.
+
+    Returns:
+      The algorithm, with states and metrics as of `fedavg`.
+
+    Raises:
+      ValueError: if ``mu`` is negative or ``aggregator`` private, and as `fedavg`.
+
+    References:
+      Wang et al., Tackling the objective inconsistency problem in heterogeneous federated
+      optimization, arXiv:2007.07481. Its ‖a_i‖ is A_i over the learning rate.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(8)}, "bob": {"x": jnp.zeros(2)}})
+      >>> for make in (fax.algorithms.fedavg, fax.algorithms.fednova):
+      ...     algorithm = make(loss, optax.sgd(0.01))
+      ...     rounds = fax.data.cohorts(data, clients=2, batch_size=1)
+      ...     state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 200)
+      ...     print(f"{algorithm.params(state):.2f}")  # the mean of all examples is 0.8
+      0.94
+      0.80
+    """
+    name = "fax.algorithms.fednova"
+    _arguments.number(name, "mu", mu, least=0)
+    arguments(name, loss, client_optimizer=client_optimizer)
+    check_scalar_optimizer(name, client_optimizer, _NO_SCALAR)
+
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        def one_more(carry: tuple, *step: Any) -> tuple:
+            z, state = carry
+            move, state = client_optimizer.update(1 + mu * z, state, z)
+            return z + move, state
+
+        x, near = server.params, proximal(server.params, mu)
+        trained = local_steps(loss, client_optimizer, x, data, server.model_state, correct=near)
+        zero = jnp.zeros((), examples_of(trained.metrics).dtype)
+        a = -data.scan(one_more, (zero, client_optimizer.init(zero)))[0]
+        result = ClientResult.of(trained, server, weight=jnp.where(a == 0, 0, data.num_examples))
+        update = optax.tree.scale(1 / jnp.where(a == 0, 1, a), result.update)
+        return result._replace(update=optax.tree.cast_like(update, x), extra=a)
+
+    def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
+        a = fax.mean(received.results.extra, weights=received.results.weight)
+        update = optax.tree.cast_like(optax.tree.scale(a, received.update), state.params)
+        return step(update), {}
+
+    return federated(
+        name,
+        loss,
+        client,
+        server_optimizer,
+        server=server,
+        not_private="how far clients go is averaged over them",
+        aggregator=aggregator,
+        vectorize=vectorize,
+    )

@@ -1,0 +1,45 @@
+"""The metrics of a round, from the statistics of its participants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fax._operators as operators
+import fax._reductions as reductions
+from fax.metrics import Mean, Statistic
+
+
+def report(
+    metrics: Mapping[str, Statistic | jax.Array],
+    total: Mapping[str, Statistic] | None = None,
+    each: str = "clients",
+) -> dict[str, jax.Array]:
+    """The results of statistics of all participants together, and ``clients/...``, of each.
+
+    A mean over nothing is 0, and not NaN as in evaluation: clients without examples are common in
+    training, and `jax.debug_nans` is to find what goes wrong, not them.
+
+    Args:
+      metrics: placed; to be called in a program. What is no statistic is reported of each alone.
+      total: the sums of the statistics, if they are known.
+      each: what participants are called.
+    """
+    if total is None:
+        total = reductions.sum({k: own for k, own in metrics.items() if isinstance(own, Statistic)})
+    pooled = {name: _result(own) for name, own in total.items()}
+
+    def alone(own: Any) -> jax.Array:
+        by_row = isinstance(own, Mean) or not isinstance(own, Statistic)
+        return _result(own) if by_row else operators.map(_result, own)
+
+    return {**pooled, **{f"{each}/{name}": alone(own) for name, own in metrics.items()}}
+
+
+def _result(value: Any) -> jax.Array:
+    if isinstance(value, Mean):
+        return value.total / jnp.where(value.weight == 0, 1, value.weight)
+    return value.result() if isinstance(value, Statistic) else value

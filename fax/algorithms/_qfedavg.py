@@ -1,0 +1,102 @@
+"""q-FedAvg: clients with a larger loss count for more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fax import _arguments
+from fax.aggregators import Aggregator
+from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._checks import arguments, check_private
+from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._local import batch_loss, local_steps
+from fax.data import Client
+
+
+def qfedavg(
+    loss: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    q: Any,
+    lipschitz: Any,
+    aggregator: Aggregator | None = None,
+    vectorize: int | None = None,
+) -> Algorithm:
+    """q-FedAvg: fair federated averaging, by a power of clients' losses.
+
+    It minimises the sum of F_k(x)^(q+1) / (q + 1) over clients k, where F_k is a client's mean
+    loss. Every client of the cohort computes F_k at the server's parameters x. Then it takes a step
+    of its optimizer on each of its batches, from x to y_k:
+
+        u_k = L (x - y_k)        h_k = q F_k^(q-1) ‖u_k‖^2 + L F_k^q
+        D = - sum_k F_k^q u_k / sum_k h_k        x' = server_optimizer(x, gradient = -D)
+
+    L is the Lipschitz constant of the gradients, and h_k a bound on that of F_k^(q+1) / (q + 1), so
+    that no other learning rate is needed for another q. With q = 0 this is `fedavg` that counts
+    each client once; the larger q is, the more even losses become.
+
+    Args:
+      loss: see `fedavg`. It must not be negative: a client of negative F_k makes the model NaN.
+      client_optimizer, server_optimizer, vectorize: as for `fedavg`.
+      q: at least 0; the paper tries 0.001 to 15. It may be traced.
+      lipschitz: L, positive; 1 over the learning rate that is best for q = 0. It may be traced.
+      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k with weights h_k. Default:
+        their mean, which is D. A private one counts all clients the same, so that it is refused.
+
+    Returns:
+      The algorithm, with states and metrics as of `fedavg`.
+
+    Raises:
+      ValueError: if ``q`` or ``lipschitz`` is out of range or ``aggregator`` private; see `fedavg`.
+
+    References:
+      Li et al., Fair resource allocation in federated learning, arXiv:1905.10497, Algorithm 2.
+
+    Example:
+
+      >>> import optax
+      >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
+      >>> data = fax.data.InMemory({str(x): {"x": jnp.full(2, x)} for x in (0.0, 0.1, 1.0)})
+      >>> for q in (0, 9):  # from the mean of clients to where the worst is best off
+      ...     algorithm = fax.algorithms.qfedavg(loss, optax.sgd(0.1), q=q, lipschitz=10.0)
+      ...     rounds = fax.data.cohorts(data, clients=3, batch_size=2)
+      ...     state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 300)
+      ...     print(f"{algorithm.params(state):.2f}")
+      0.37
+      0.50
+    """
+    name = "fax.algorithms.qfedavg"
+    _arguments.number(name, "q", q, least=0)
+    _arguments.number(name, "lipschitz", lipschitz, above=0)
+    arguments(name, loss, client_optimizer=client_optimizer)
+    check_private(name, aggregator, "clients count by their losses, which they send")
+
+    def client(server: Server, own: None, data: Client) -> ClientResult:
+        x, state = server.params, server.model_state
+
+        def measure(total: Any, batch: Any, mask: jax.Array, key: jax.Array) -> Any:
+            _, (metrics, _) = batch_loss(loss, x, batch, mask, key, state)
+            return optax.tree.add(total, metrics["loss"])
+
+        trained = local_steps(loss, client_optimizer, x, data, state)
+        seen = data.scan(measure, optax.tree.zeros_like(trained.metrics["loss"]))
+        f = seen.total / jnp.maximum(seen.weight, 1)
+        some = f != 0  # negative powers of 0 are infinite
+        safe = jnp.where(some, jnp.where(f < 0, jnp.nan, f), 1)
+        power = jnp.where(some, safe**q, jnp.where(jnp.equal(q, 0), 1.0, 0.0))
+        update = optax.tree.sub(trained.params, x)
+        square = lipschitz**2 * optax.tree.norm(update, squared=True)
+        bound = lipschitz + jnp.where(some, q * square / safe, 0)  # h_k is F_k^q times this
+        weight = jnp.where(seen.weight > 0, power * bound, 0)
+        update = optax.tree.cast_like(optax.tree.scale(lipschitz / bound, update), x)
+        return ClientResult(update, trained.metrics, trained.model_state, weight)
+
+    return federated(
+        name, loss, client, server_optimizer, aggregator=aggregator, vectorize=vectorize
+    )

@@ -1,0 +1,187 @@
+"""The skeleton of algorithms: an algorithm of one's own, what it reports, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from problems import SIZES, Quadratic, assert_trees_close, combine
+from test_init import ALGORITHMS, given, loss
+
+import fax
+from fax import algorithms
+from fax.aggregators import PerClient, gaussian
+from fax.algorithms import ClientResult, federated, local_steps
+
+N, RATE = len(SIZES), 0.1
+
+
+def fedvarp(loss, *, num_clients, **others):
+    """FedVARP, arXiv:2207.14130, as docs/your_own_algorithm.md has it."""
+
+    def client(server, last, data):
+        optimizer = optax.sgd(RATE)
+        trained = local_steps(loss, optimizer, server.params, data, server.model_state)
+        result = ClientResult.of(trained, server, weight=1.0)
+        return result._replace(update=optax.tree.sub(result.update, last), own=result.update)
+
+    def server(state, received, step):
+        share = received.cohort.size / num_clients
+        mean = optax.tree.add_scale(state.server, share, received.update)
+        after = step(optax.tree.add(state.server, received.update))
+        return after._replace(server=mean), {"share": jnp.float32(share)}
+
+    zeros = optax.tree.zeros_like
+    others = {"server_state": zeros, "client_state": zeros, "num_clients": num_clients, **others}
+    return federated("fedvarp", loss, client, server=server, **others)
+
+
+@pytest.mark.parametrize("setting", ["jitted", "a mesh of 2"])
+def test_rounds_are_those_of_the_paper(setting):
+    context, at_once = problems.setting(setting)
+    x, last = Quadratic.start(), [combine(np.zeros_like, Quadratic.start())] * N
+    with context:
+        rounds = fax.data.cohorts(problems.data(), 4, 4, epochs=2, resident=setting == "jitted")
+        algorithm = fedvarp(Quadratic.loss, num_clients=N, vectorize=at_once)
+        state, step = algorithm.init(x), jax.jit(algorithm.round, donate_argnums=0)
+        for _, cohort in zip(range(3), rounds):
+            state, metrics = step(state, cohort)
+            guess, updates = combine(lambda *h: np.mean(h, 0), *last), {}
+            ids = np.asarray(cohort.positions)
+            for i, batches in zip(ids, problems.numpy_batches(cohort)):
+                y = x
+                for batch in batches:
+                    gradient = Quadratic.losses_and_gradient(y, *batch)[1]
+                    y = combine(lambda y, g: y - RATE * g, y, gradient)
+                updates[i] = combine(np.subtract, y, x)
+            news = [combine(np.subtract, updates[i], last[i]) for i in ids]
+            x = combine(lambda x, h, *d: x + h + np.mean(d, 0), x, guess, *news)
+            last = [updates.get(i, last[i]) for i in range(N)]
+        assert_trees_close(state.params, x)
+        assert_trees_close(state.server, combine(lambda *h: np.mean(h, 0), *last))
+        assert_trees_close(state.clients.rows, combine(lambda *h: np.stack(h), *last))
+    assert sorted(metrics) == ["clients/loss", "loss", "share"]
+    assert repr(algorithm) == "Algorithm(fedvarp)"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_model_comes_out_of_every_algorithm(name):
+    """One can be exchanged for another, whatever else it has."""
+    algorithm = ALGORITHMS[name](loss)
+    state = jax.eval_shape(algorithm.init, given(name)) if name != "hyp_cluster" else None
+    state = algorithm.init(given(name)) if state is None else state
+    one = jax.eval_shape(algorithm.params, state)
+    assert jax.tree.map(lambda x: x.shape, one) == {"w": (2,), "b": ()}
+    if algorithm.models is not None:
+        every = jax.eval_shape(algorithm.models, state)
+        sizes = 1 if name == "local_sgd" else 2
+        assert jax.tree.map(lambda x: x.shape, every) == {"w": (sizes, 2), "b": (sizes,)}
+
+
+# What is reported
+
+
+def test_metrics_are_statistics_or_numbers_of_each_client():
+    """Of a loss: a mean with weights of its own. Of an algorithm: what is each client's alone."""
+
+    def loss(params, batch, key):
+        losses, _ = Quadratic.loss(params, batch, key)
+        weights = 0.1 * batch["y"]
+        weighted = fax.metrics.Mean(weights * batch["x"][:, 0], weights)
+        return losses, {"weighted": weighted, "sizes": fax.metrics.Sum(batch["y"] >= 0)}
+
+    def client(server, own, data):
+        trained = local_steps(loss, optax.sgd(RATE), server.params, data)
+        result = ClientResult.of(trained, server)
+        return result._replace(metrics={**result.metrics, "position": data.client_id})
+
+    algorithm = federated("ours", loss, client)
+    cohort = next(fax.data.cohorts(problems.data(), N, 4, resident=False))
+    _, metrics = jax.jit(algorithm.round)(algorithm.init(Quadratic.start()), cohort)
+    own = [problems.data().client(f"client {i}") for i in np.asarray(cohort.positions)]
+    totals = np.array([[np.sum(c["y"] * c["x"][:, 0]), np.sum(c["y"])] for c in own])
+    expected = np.where(totals[:, 1] > 0, totals[:, 0] / np.maximum(totals[:, 1], 1), 0)
+    np.testing.assert_allclose(metrics["clients/weighted"], expected, rtol=1e-6)
+    np.testing.assert_allclose(metrics["weighted"], np.divide(*totals.sum(0)), rtol=1e-6)
+    np.testing.assert_array_equal(metrics["clients/sizes"], [len(c["y"]) for c in own])
+    assert metrics["sizes"] == sum(SIZES)
+    np.testing.assert_array_equal(metrics["clients/position"], cohort.positions)
+    assert "position" not in metrics
+
+
+def test_state_of_a_model_may_be_of_single_clients():
+    """Rows in the model's state are seen by their clients alone, and not averaged."""
+
+    def loss(params, model_state, batch, key):
+        own, shared = model_state["own"] + jnp.sum(batch["y"]), model_state["shared"] + 1
+        losses, _ = Quadratic.loss(params, batch, key)
+        return losses, {}, {"own": own, "shared": shared}
+
+    algorithm = algorithms.fedavg(
+        loss, optax.sgd(RATE), aggregator=gaussian(1.0, 0.0, expected_clients=2)
+    )
+    start = {"own": PerClient(np.arange(N * 1.0)), "shared": np.int32(0)}
+    cohort = next(fax.data.cohorts(problems.data(), 2, 16, resident=False))
+    state, _ = jax.jit(algorithm.round)(algorithm.init(Quadratic.start(), start), cohort)
+    expected = np.arange(N * 1.0)
+    expected[np.asarray(cohort.positions)] += np.asarray(cohort.batches["y"]).sum((1, 2))
+    np.testing.assert_allclose(state.model_state["own"].rows, expected)
+
+
+# What is refused
+
+
+def result(update=None, **others):
+    """A client function that returns this."""
+
+    def client(server, own, data):
+        return ClientResult(server.params if update is None else update, {}, **others)
+
+    return client
+
+
+make = functools.partial(federated, "ours", Quadratic.loss)
+ROWS = {"client_state": optax.tree.zeros_like, "num_clients": N}
+PRIVATE = {"aggregator": gaussian(1.0, 1.0, expected_clients=2)}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (
+            make(result(own={"w": np.zeros(3)}), **ROWS),
+            r"own of .*\['w'\] is float64\[3\], expected",
+        ),
+        (make(result(), **ROWS), r"ours: the own of client's result is None, expected {'w': \*}"),
+        (make(result(jnp.zeros(4))), r"ours: the update is \*, expected {'w': \*}"),
+        (make(result(extra=1.0), **PRIVATE), "private, but clients send more than updates"),
+        (make(result(), first=lambda *_: 1.0, **PRIVATE), "private, but clients send more"),
+        (make(lambda *_: 1.0), "ours: client returned 1.0, expected a fax.algorithms.ClientResult"),
+    ],
+)
+def test_results_that_do_not_fit(algorithm, message):
+    cohort = next(fax.data.cohorts(problems.data(), 2, 16))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(algorithm.round, algorithm.init(Quadratic.start()), cohort)
+
+
+def test_other_mistakes():
+    cohort = next(fax.data.cohorts(problems.data(), 2, 16))
+    with pytest.raises(ValueError, match="ours: num_clients is None, expected an int of at least"):
+        make(result(), client_state=optax.tree.zeros_like)
+    with pytest.raises(ValueError, match="private, but they send votes without it"):
+        make(result(), not_private="they send votes", **PRIVATE)
+    with pytest.raises(ValueError, match="ours: client is 3, expected a function"):
+        make(3)
+    with pytest.raises(ValueError, match="ours: round got the State of another algorithm"):
+        make(result(), **ROWS).round(make(result()).init(Quadratic.start()), cohort)
+    stateful = federated("ours", lambda *a: (*Quadratic.loss(a[0], *a[2:]), a[1]), result())
+    with pytest.raises(ValueError, match="ours: the model_state of client's result is None, exp"):
+        stateful.round(stateful.init(Quadratic.start(), 1.0), cohort)
+    short = fax.metrics.Sum(jnp.ones(1))
+    wrong = algorithms.fedavg(lambda *a: (Quadratic.loss(*a)[0], {"short": short}), optax.sgd(RATE))
+    with pytest.raises(ValueError, match=r"'short' with .total of shape \(1,\), expected \(16, "):
+        wrong.round(wrong.init(Quadratic.start()), cohort)
