@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ["aggregators/*.py"],
         [
             *("secure_sum", "error_feedback", "compression", "robust", "clipping", "privacy"),
-            *("privacy_attacks", "absent_clients"),
+            *("mistakes", "privacy_attacks", "absent_clients"),
         ],
     ),
     "core": (
@@ -318,17 +318,19 @@ def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | 
     return int(code)
 
 
-def recorded(group: str, copy: pathlib.Path, again: list[str] | None) -> dict[str, dict]:
+def recorded(
+    group: str, names: list[str], copy: pathlib.Path, again: list[str] | None
+) -> dict[str, dict]:
     """The tests of a group: which lines they run, and for how long.
 
     Args:
       group: the name of the group.
+      names: of its test files.
       copy: of the tree.
       again: the test files to record again. If it is empty, all of them.
     """
     folder = ROOT / ".mutants"
     folder.mkdir(exist_ok=True)
-    names = GROUPS[group][1]
     for name in names:
         record = folder / f"{group}-{name}.json"
         if not record.exists() or (again is not None and (name in again or not again)):
@@ -392,7 +394,8 @@ def main() -> None:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--sample", type=int, default=100, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--file", default="", help="only of files with this in their path")
+    parser.add_argument("--files", nargs="+", help="only of these files, as in --files _norms")
+    parser.add_argument("--tests", nargs="+", help="only by these test files")
     parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=600, help="in all")
     parser.add_argument("--record", nargs="*", help="find out again which lines these files run")
@@ -401,7 +404,7 @@ def main() -> None:
         mutant
         for path in sources_of(options.group)
         for mutant in Finder(str(path.relative_to(ROOT)), path.read_text()).found
-        if options.file in mutant.path
+        if not options.files or pathlib.Path(mutant.path).stem in options.files
     ]
     sample = random.Random(options.seed).sample(found, min(options.sample, len(found)))
     sys.dont_write_bytecode = True
@@ -416,7 +419,8 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)
-        tests = recorded(options.group, copy, options.record)
+        names = options.tests or GROUPS[options.group][1]
+        tests = recorded(options.group, names, copy, options.record)
         print(f"{len(sample)} of {len(found)} mutants, {len(tests)} tests", flush=True)
         results: dict[str, list[Mutant]] = {}
         end = time.monotonic() + 60 * options.minutes

@@ -70,7 +70,9 @@ def first(tree):
 def run(aggregator, updates, weights=WEIGHTS, state=None, key=KEY):
     state = aggregator.init(first(updates)) if state is None else state
     clients = len(jax.tree.leaves(updates)[0])
-    return jax.jit(one_round(aggregator, clients))(updates, weights, state, key)
+    update, *rest = jax.jit(one_round(aggregator, clients))(updates, weights, state, key)
+    assert jax.tree.map(jnp.shape, update) == jax.tree.map(lambda x: x.shape[1:], updates)
+    return update, *rest
 
 
 def draws(aggregator, updates, count=DRAWS):

@@ -157,6 +157,7 @@ def test_aggregators_are_those_of_the_papers(name):
     u = rows({k: np.tanh(params[k]) * data[k] + params[k] ** 2 for k in data})
     np.testing.assert_allclose(rows(sent), u, rtol=1e-12)
     for key, (_, expected) in AGGREGATORS.items():
+        assert jax.tree.map(np.shape, found[key]) == jax.tree.map(np.shape, params)
         np.testing.assert_allclose(vector(found[key]), expected(u, WEIGHTS), rtol=1e-10)
 
 
