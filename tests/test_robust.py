@@ -519,6 +519,11 @@ def test_arguments_out_of_range(make, message):
         make()
 
 
+def test_arguments_at_the_ends_of_their_ranges():
+    made = trimmed_mean(0), trimmed_mean(count=0), geometric_median(1), krum(0), multi_krum(0, 1)
+    assert all(isinstance(aggregator, Aggregator) for aggregator in made)
+
+
 @pytest.mark.parametrize(
     ("aggregator", "message"),
     [
