@@ -6,7 +6,8 @@ A mutant is the code with one change: a comparison or an operation replaced, a c
 condition negated, an argument, a statement or a conversion left out. Each one is tested by the
 tests that run its line, the quickest first, until one fails. Mutants that survive are printed:
 either a test is missing, or the change makes no difference. Those of the second kind are in
-`EQUIVALENT`, with the reason. What becomes of each mutant is in ``.mutants/results.txt``.
+`EQUIVALENT`, with the reason. What became of each mutant is in ``.mutants/``: after
+a quick look with ``--seconds 20``, ``--survivors`` runs all tests of those that are left.
 
 The first run of a group records which test runs which lines, in ``.mutants/``, and takes as long as
 these tests. After a change of tests, record them again by ``--record``, or by ``--record privacy``
@@ -54,9 +55,13 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
-# "path: before -> after", and why no test can tell the two apart.
+# "line: before -> after", and why no test can tell the two apart.
 EQUIVALENT: dict[str, str] = {
-    "fax/aggregators/_top_k.py: int(per) -> (per)": "it is an int already; this is for mypy",
+    'full = [size if per == "leaf" else min(size, int(per)) for size in sizes]: '
+    "int(per) -> (per)": "it is an int already",
+    "scale = jnp.sum(x**2) / jnp.where(length > 0, length, 1): 0 -> 1": (
+        "the largest number is about 1, so the length of all is at least 1 or 0"
+    ),
 }
 
 OPERATORS: dict[type, type] = {
@@ -95,13 +100,16 @@ class Mutant:
     lines: tuple[int, int]
     start: int
     stop: int
+    text: str
     before: str
     after: str
 
     @property
     def name(self) -> str:
-        before, after = (" ".join(text.split()) for text in (self.before, self.after))
-        return f"{self.path}: {before} -> {after}"
+        """The line in which the change begins, and the change."""
+        parts = self.text, self.before, self.after
+        text, before, after = (" ".join(part.split()) for part in parts)
+        return f"{text}: {before} -> {after}"
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.after + source[self.stop :]
@@ -130,7 +138,9 @@ class Finder(ast.NodeVisitor):
         start = self.offset(node.lineno, node.col_offset)
         stop = self.offset(node.end_lineno, node.end_col_offset)
         lines = node.lineno, node.end_lineno
-        self.found.append(Mutant(self.path, lines, start, stop, self.source[start:stop], after))
+        text = self.lines[node.lineno - 1].decode()
+        before = self.source[start:stop]
+        self.found.append(Mutant(self.path, lines, start, stop, text, before, after))
 
     def replace(self, node: ast.expr, **changes: object) -> None:
         """The same expression with other parts."""
@@ -398,7 +408,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--files", nargs="+", help="only of these files, as in --files _norms")
     parser.add_argument("--tests", nargs="+", help="only by these test files")
-    parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
+    parser.add_argument("--survivors", action="store_true", help="only those that survived before")
+    parser.add_argument("--seconds", type=float, default=600, help="of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=600, help="in all")
     parser.add_argument("--record", nargs="*", help="find out again which lines these files run")
     options = parser.parse_args()
@@ -409,6 +420,10 @@ def main() -> None:
         if not options.files or pathlib.Path(mutant.path).stem in options.files
     ]
     sample = random.Random(options.seed).sample(found, min(options.sample, len(found)))
+    log = ROOT / ".mutants" / f"{options.group}.txt"
+    if options.survivors:
+        before = {line[11:] for line in log.read_text().splitlines() if line.startswith("survived")}
+        sample = [mutant for mutant in found if mutant.name in before]
     sys.dont_write_bytecode = True
     # What a mutant leaves as it is, is compiled once for all.
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".mutants" / "cache"))
@@ -430,12 +445,12 @@ def main() -> None:
             if result in ("passed", "not run by any test"):
                 result = "equivalent" if mutant.name in EQUIVALENT else "survived"
                 if result == "survived":
-                    print(f"{mutant.lines[0]:4} {mutant.name}", flush=True)
+                    print(f"{mutant.path}: {mutant.name}", flush=True)
             results.setdefault(result, []).append(mutant)
-            with (ROOT / ".mutants" / "results.txt").open("a") as log:
-                log.write(f"{result:10} {mutant.lines[0]:4} {mutant.name}\n")
+            with log.open("a") as lines:
+                lines.write(f"{result:10} {mutant.name}\n")
     for mutant in results.get("too slow", []):
-        print(f"too slow: {mutant.lines[0]:4} {mutant.name}")
+        print(f"too slow: {mutant.path}: {mutant.name}")
     counts = {result: len(own) for result, own in results.items()}
     killed = counts.get("failed", 0) + counts.get("too slow", 0)
     total = sum(counts.values()) - counts.get("equivalent", 0)
