@@ -638,6 +638,15 @@ def test_settings_out_of_range(make, message):
         make()
 
 
+def test_settings_at_the_ends_of_their_ranges():
+    parts = [
+        *(quantization(2), quantization(65536), top_k(1), top_k(1.0), top_k(2, per=2)),
+        *(error_feedback(top_k(1), num_clients=1, decay=decay) for decay in (0, 1)),
+    ]
+    assert all(isinstance(part, fax.aggregators.Transformation) for part in parts)
+    assert power_sgd(1, 1).init(np.zeros((4, 3))).memory.rows[0].shape == (1, 4, 3)
+
+
 def test_what_is_rotated_is_a_transformation():
     with pytest.raises(ValueError, match=r"expected a fax\.aggregators\.Transformation"):
         hadamard(mean())
