@@ -11,7 +11,7 @@
       schedule              one device goes through its participants, batch after batch
       devices               participants are divided over devices, and totals reduced across them
 
-No rule of differentiation or vectorisation meets any of this: it happens when they are done.
+No rule of differentiation or vectorization meets any of this: it happens when they are done.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
     # Convolutions
     together, sharded = vectorized(this.group.size) > 1, bool(others)
     fast = rewrite_convolutions(
-        this.jaxpr, this.convolutions, platform, vectorised=together, sharded=sharded
+        this.jaxpr, this.convolutions, platform, vectorized=together, sharded=sharded
     )
     this = this.replace(jaxpr=fast)
 
