@@ -520,7 +520,7 @@ def test_only_steps_that_somebody_needs_are_run(resident, at_once):
 
 
 def test_company_computes_nothing_singular():
-    """A vectorised client that has finished must not bring in NaN from zeros that fill it up."""
+    """A vectorized client that has finished must not bring in NaN from zeros that fill it up."""
     data = fax.data.InMemory({"long": {"x": np.ones((9, 1))}, "short": {"x": np.ones((1, 1))}})
     cohort = next(fax.data.cohorts(data, 2, 1, resident=False))
     assert (np.asarray(cohort.batches["x"])[~np.asarray(cohort.mask)] == 0).any()

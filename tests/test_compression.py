@@ -470,12 +470,12 @@ def test_dtypes_are_kept(name, dtype):
 
 
 SETTINGS_OF = {  # all pairs would take too long
-    "quantization": ["vectorised", "a mesh of 2"],
+    "quantization": ["vectorized", "a mesh of 2"],
     "both": ["a mesh of 1", "a mesh of 4 x 2"],
     "hadamard": ["a mesh of 2"],
     "drive": ["a mesh of 4 x 2"],
     "terngrad": ["a mesh of 2"],
-    "power_sgd": ["vectorised", "a mesh of 2"],
+    "power_sgd": ["vectorized", "a mesh of 2"],
 }
 
 

@@ -278,7 +278,7 @@ MASKS = np.stack([SOME, FEWER])
 @pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)
 def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way, vectorize):
-    """The program is vectorised over its mask first, and differentiated then."""
+    """The program is vectorized over its mask first, and differentiated then."""
     program = masked_program(kind, name, vectorize)
 
     def total(point):
@@ -296,7 +296,7 @@ def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way
 @pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)
 def test_masked_participants_touch_nothing_under_vmap_over_data(name, kind, way, vectorize):
-    """The program is vectorised over all it differentiates in, and differentiated then."""
+    """The program is vectorized over all it differentiates in, and differentiated then."""
     program = masked_program(kind, name, vectorize)
     points = np.concatenate([POINT, POINT * 1.25])
 

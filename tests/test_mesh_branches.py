@@ -125,7 +125,7 @@ def both(client, *how):
 
 def check_all(clients):
     for client in clients:
-        # Vectorised, both branches are taken in JAX, too, and some loops of `doubled` never end.
+        # Vectorized, both branches are taken in JAX, too, and some loops of `doubled` never end.
         for n, vectorize in [(8, 1), (7, 1)] + [(8, 2)] * (client is not doubled):
             p, d = points(2, 4, seed=1), points(n, 2, seed=2)
             want = jax.device_get(both(client, n, None, plain_layer)(p, d))

@@ -128,7 +128,7 @@ def turn(t, kind):
     """A case that allows for the transformation, another one each time."""
     mode, first = TRANSFORMATIONS[t][1], 5 * t + 4 * list(KINDS).index(kind)
     numbers = [(first + k) % len(CASES) for k in NUMBERS]
-    # JAX does not vectorise grouped convolutions whose types name a mesh.
+    # JAX does not vectorize grouped convolutions whose types name a mesh.
     untyped = [n for n in numbers if kind == "auto" or CASES[n].name != "convolutions"]
     return next(n for n in untyped if mode not in CASES[n].refuses)
 
