@@ -98,7 +98,7 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
 
     (images, labels), (held_out, _) = _digits.load(seed=0)
     assert (len(images), len(held_out)) == (1437, 360)
-    owner = _digits.dirichlet_partition(labels, 100, 0.5, np.random.default_rng(0))
+    owner = _digits.dirichlet_partition(labels, 100, 0.5, seed=0)
     assert owner.min() >= 0
     assert owner.max() < 100
     shares = np.array([np.bincount(owner[labels == k], minlength=100) for k in range(10)])
