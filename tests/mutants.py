@@ -62,6 +62,11 @@ EQUIVALENT: dict[str, str] = {
     "scale = jnp.sum(x**2) / jnp.where(length > 0, length, 1): 0 -> 1": (
         "the largest number is about 1, so the length of all is at least 1 or 0"
     ),
+    "one_bit = jnp.where(rotated >= 0, scale, -scale): rotated >= 0 -> (rotated > 0)": (
+        "zero may have either sign"
+    ),
+    'return jnp.matmul(a, b, precision="highest"): jnp.matmul(a, b, precision="highest") -> '
+    "(jnp.matmul(a, b))": "a CPU has one precision; on accelerators there are several",
 }
 
 OPERATORS: dict[type, type] = {
@@ -297,15 +302,18 @@ def forked(
         finally:
             sys.stderr.flush()
             os._exit(code)
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
-        time.sleep(0.02)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "too slow"
+    end, done = time.monotonic() + limit, 0
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+            time.sleep(0.02)
+        return "too slow"
+    finally:
+        if not done:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | None) -> int:
@@ -394,7 +402,7 @@ def tested(
         if time.monotonic() > end:
             return
         names, seconds = tests_of(mutant, tests, limit)
-        source = (ROOT / mutant.path).read_text()
+        source = (copy / mutant.path).read_text()
         (copy / mutant.path).write_text(mutant.apply(source))
         result = forked(copy, names, 5 * seconds + 60) if names else "not run by any test"
         (copy / mutant.path).write_text(source)
