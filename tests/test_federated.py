@@ -13,7 +13,7 @@ from test_init import ALGORITHMS, given, loss
 
 import fax
 from fax import algorithms
-from fax.aggregators import PerClient, gaussian
+from fax.aggregators import gaussian
 from fax.algorithms import ClientResult, federated, local_steps
 
 N, RATE = len(SIZES), 0.1
@@ -110,25 +110,6 @@ def test_metrics_are_statistics_or_numbers_of_each_client():
     assert metrics["sizes"] == sum(SIZES)
     np.testing.assert_array_equal(metrics["clients/position"], cohort.positions)
     assert "position" not in metrics
-
-
-def test_state_of_a_model_may_be_of_single_clients():
-    """Rows in the model's state are seen by their clients alone, and not averaged."""
-
-    def loss(params, model_state, batch, key):
-        own, shared = model_state["own"] + jnp.sum(batch["y"]), model_state["shared"] + 1
-        losses, _ = Quadratic.loss(params, batch, key)
-        return losses, {}, {"own": own, "shared": shared}
-
-    algorithm = algorithms.fedavg(
-        loss, optax.sgd(RATE), aggregator=gaussian(1.0, 0.0, expected_clients=2)
-    )
-    start = {"own": PerClient(np.arange(N * 1.0)), "shared": np.int32(0)}
-    cohort = next(fax.data.cohorts(problems.data(), 2, 16, resident=False))
-    state, _ = jax.jit(algorithm.round)(algorithm.init(Quadratic.start(), start), cohort)
-    expected = np.arange(N * 1.0)
-    expected[np.asarray(cohort.positions)] += np.asarray(cohort.batches["y"]).sum((1, 2))
-    np.testing.assert_allclose(state.model_state["own"].rows, expected)
 
 
 # What is refused

@@ -103,8 +103,8 @@ def diloco(
       aggregator: from `fax.aggregators`, what makes -Δ of the updates θ_i - θ. Default: the mean.
         A private one makes a release in each outer step, also where nobody takes part; see
         `fax.aggregators.releases`.
-      vectorize: how many replicas one device works on at once; see ``batch_size`` of
-        `fax.map`. Default: what the cohort says, or 1 on CPU.
+      vectorize: how many replicas one device works on at once; see `fax.map`. Default: what the
+        cohort says, or 1 on CPU.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`, and ``params`` are

@@ -39,7 +39,8 @@ def fedavg(
 
     Args:
       loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these
-        and a dict of per-example metrics of the same shape. It sees padded batches; the mask is
+        and a dict of per-example metrics: arrays of the same shape, of which means are reported, or
+        any `fax.metrics.Statistic` with leaves [batch, ...]. It sees padded batches; the mask is
         applied to what it returns. A loss that looks at several examples together, such as batch
         statistics or a contrastive loss, has to leave out padding itself: if it has a parameter
         ``mask``, it is called with ``mask=``, bool [batch], False for padding. For a model with
@@ -49,16 +50,16 @@ def fedavg(
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       aggregator: from `fax.aggregators`, what makes D of the updates. A transformation stands for
         a chain of it. Default: the mean above.
-      vectorize: how many clients one device works on at once; see ``batch_size`` of
-        `fax.map`. Default: what the cohort says, or 1 on CPU.
+      vectorize: how many clients one device works on at once; see `fax.map`. Default: what the
+        cohort says, or 1 on CPU.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `FedAvgState`. A round's metrics
-      are means over the cohort's examples, each taken before the step that its batch is used in:
+      The algorithm. ``init(params, model_state=None)`` makes its `State`. A round's metrics are
+      means over the cohort's examples, each taken before the step that its batch is used in:
       ``"loss"`` and those of the loss function by their names; and as ``"clients/loss"`` and so on,
-      arrays [clients], over the examples of each client. The new model state is
-      the mean of the clients' weighted by n_i; leaves that are not floats stay what they were.
-      The state shares no memory with ``params``, so that a jitted round may donate it.
+      arrays [clients], over the examples of each client, 0 for a client without examples. The new
+      model state is the mean of the clients' weighted by n_i; leaves that are not floats stay what
+      they were. The state shares no memory with ``params``, so that a jitted round may donate it.
 
     Raises:
       ValueError: if an argument is not what it should be, and in ``init``, if a leaf of ``params``

@@ -1,4 +1,4 @@
-"""The skeleton of federated algorithms: what is left to each is what its clients and server do."""
+"""The skeleton of federated algorithms. Each adds what its clients and its server do."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """What an algorithm keeps from round to round. All of it belongs in a checkpoint.
+    """What an algorithm keeps from round to round. A checkpoint needs all of it.
 
     Attributes:
       params: the server's model.
       optimizer: the state of the server's optimizer.
       model_state: what the model has besides parameters, such as batch statistics, or None.
       aggregator: the state of the aggregator, or None.
-      server: what else the server keeps, or None; each algorithm says what.
-      clients: what stays with each client, a `fax.aggregators.PerClient` of leaves
-        [num_clients, ...], or None.
-      personal: what of the model stays with each client, where the loss is one of `personal_parts`.
+      server: what else the server keeps, or None. The algorithm says what it is.
+      clients: what each client keeps, a `fax.aggregators.PerClient` with leaves [num_clients, ...],
+        or None.
+      personal: the part of the model that stays with each client, if the loss comes from
+        `personal_parts`.
     """
 
     params: PyTree
@@ -67,10 +68,10 @@ class Server(NamedTuple):
     """What clients get from the server.
 
     Attributes:
-      params: its model.
+      params: the server's model.
       model_state: what the model has besides parameters, or None.
-      state: what else it keeps, ``state.server``.
-      first: what came of a first exchange, if there is one; see `federated`.
+      state: what else the server keeps, ``state.server``.
+      first: the mean of what clients sent before they train; see `federated`.
     """
 
     params: PyTree
@@ -80,17 +81,17 @@ class Server(NamedTuple):
 
 
 class ClientResult(NamedTuple):
-    """What a client makes in a round. All but ``own`` is sent to the server.
+    """What a client returns in a round. It sends all of it to the server, except ``own``.
 
     Attributes:
-      update: what is to be added to the server's parameters, as far as the client is concerned.
+      update: how the server's parameters should change, according to this client.
       metrics: by name. A `fax.metrics.Statistic` is reported for all clients together and, as
-        ``"clients/..."``, for each; an array for each alone.
+        ``"clients/..."``, for each client. An array is reported only for each client.
       model_state: the model's next state, or None. The server takes the mean, weighted by the
-        numbers of examples; leaves that are not floats stay what they were.
-      weight: what the update counts for in the mean, a scalar. Default: the number of examples.
-      own: what stays with the client, with the structure, shapes and dtypes that it had before.
-      extra: whatever else the server needs.
+        numbers of examples; leaves that are not floats do not change.
+      weight: the weight of the update in the mean, a scalar. Default: the number of examples.
+      own: what the client keeps. Structure, shapes and dtypes are those that it had before.
+      extra: anything else that the server needs.
     """
 
     update: PyTree
@@ -102,19 +103,19 @@ class ClientResult(NamedTuple):
 
     @classmethod
     def of(cls, trained: Trained, server: Server, **others: Any) -> ClientResult:
-        """The result of a client that sends how far it went from the server's parameters."""
+        """The result of a client that trained, starting from the server's parameters."""
         update = optax.tree.sub(trained.params, server.params)
         return cls(update, trained.metrics, trained.model_state, **others)
 
 
 class Received(NamedTuple):
-    """What the server has when clients are done.
+    """What the server has when the clients are done.
 
     Attributes:
-      update: what the aggregator made of their updates, by default the weighted mean.
-      results: the `ClientResult` of all clients, placed: to be reduced by `fax.mean` and others.
-      first: what came of a first exchange, if there is one.
-      cohort: the round's.
+      update: the aggregated update, by default the weighted mean.
+      results: the `ClientResult` of all clients, placed. Reduce it with `fax.mean` and the like.
+      first: the mean of what clients sent before they trained, if they did.
+      cohort: the cohort of the round.
     """
 
     update: PyTree
@@ -140,48 +141,50 @@ def federated(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """An algorithm from what its clients and its server do in a round.
+    """Makes an algorithm from what its clients and its server do in a round.
 
-    In a round every client of the cohort runs ``client``, the aggregator makes one update D of all
-    of theirs, and the server takes a step:
+    In a round every client of the cohort runs ``client``, the aggregator combines their updates
+    into one update D, and the server takes a step:
 
         x' = server_optimizer(x, gradient = -D)
 
-    Everything else is seen to here: rows of clients' state are found and put back, keys are
-    derived, updates weighted and aggregated, metrics averaged, gradients of a round do not store
-    local steps, and what users pass is checked. All of it works with every aggregator, on every
-    mesh, with `ClientStore` and `many_rounds`, and has derivatives by what ``client`` and
-    ``server`` close over. docs/your_own_algorithm.md builds an algorithm step by step.
+    This function does everything else. It looks up the rows of the clients' state and writes them
+    back, derives random keys, weights and aggregates the updates, averages the metrics, and checks
+    what users pass. Gradients of a round do not store local steps. The algorithm works with every
+    aggregator, on every mesh, with `ClientStore` and with `many_rounds`, and it can be
+    differentiated with respect to what ``client`` and ``server`` close over. See
+    docs/your_own_algorithm.md for a worked example.
 
     Args:
-      name: the algorithm's, for messages.
+      name: the name of the algorithm, for error messages.
       loss: see `fedavg`.
-      client: ``client(server, own, data) -> ClientResult``, of what the server sends, what the
-        client has kept (None without ``client_state``) and its batches. `local_steps` trains.
+      client: ``client(server, own, data) -> ClientResult``. It gets a `Server`, the client's own
+        state (None without ``client_state``) and its batches, a `fax.data.Client`. `local_steps`
+        does the usual training.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``, which adds the update.
-      server: ``server(state, received, step) -> (state, metrics)``, what the server does, where it
-        is more than a step. ``step(update)`` is the state after a step along this update in place
-        of D. It runs in the round's program, where `fax.mean` and others reduce
-        ``received.results``. Metrics are added to those of the clients.
-      server_state: ``server_state(params)``, what else the server keeps, at the start.
-      client_state: ``client_state(params)``, what each client keeps, at the start.
-      num_clients: how many clients the data have, ``len(data)``. With ``client_state`` alone.
-      first: ``first(server, own, data)``, what clients send in an exchange before this one. Its
-        mean, weighted by the numbers of examples, is ``server.first``.
-      models: ``models(state)``, of an algorithm that has several; see `Algorithm`.
+      server: ``server(state, received, step) -> (state, metrics)``, if the server does more than
+        this step. ``step(update)`` returns the state after a step along ``update`` instead of D.
+        The function runs in the round's program, so that it can reduce ``received.results`` with
+        `fax.mean` and the like. Its metrics are added to those of the clients.
+      server_state: ``server_state(params)``, the initial value of what else the server keeps.
+      client_state: ``client_state(params)``, the initial value of what each client keeps.
+      num_clients: the number of clients in the data, ``len(data)``. Only with ``client_state``.
+      first: ``first(server, own, data)``, what clients send before they train. Its mean, weighted
+        by the numbers of examples, is ``server.first`` when they do.
+      models: ``models(state)``, if the algorithm has several models; see `Algorithm`.
       params: ``params(state)``, the one model. Default: ``state.params``.
-      not_private: why an aggregator cannot be a private one: what it is that clients send beside
-        updates. A private one is refused in any case where they send ``extra`` or ``first``.
+      not_private: what clients send besides updates, if anything, as the reason in the error for a
+        private aggregator. If they send ``extra`` or ``first``, it is refused in any case.
       aggregator: from `fax.aggregators`, what makes D. Default: the mean, weighted by the numbers
-        of examples or the results' ``weight``.
+        of examples, or by the results' ``weight``.
       vectorize: how many clients one device works on at once; see `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`.
 
     Raises:
-      ValueError: if an argument is something else; the functions of the algorithm raise what those
-        of `fedavg` do.
+      ValueError: if an argument is not what it should be. The functions of the algorithm raise the
+        errors that those of `fedavg` raise, and one if ``client`` returns something else.
 
     Example:
 
@@ -195,7 +198,7 @@ def federated(
       ...     update = trained.params - server.params + last / 2
       ...     return algorithms.ClientResult(update, trained.metrics, own=update)
       >>> algorithm = algorithms.federated(
-      ...     "stubborn", loss, client, client_state=jnp.zeros_like, num_clients=2
+      ...     "remembering", loss, client, client_state=jnp.zeros_like, num_clients=2
       ... )
       >>> data = fax.data.InMemory({"ann": {"x": jnp.ones(4)}, "bob": {"x": jnp.zeros(4)}})
       >>> rounds = fax.data.cohorts(data, clients=2, batch_size=2)
