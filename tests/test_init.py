@@ -35,6 +35,11 @@ ALGORITHMS = {
         loss, SGD, optax.adam(0.1), aggregator=aggregators.power_sgd(1, num_clients=2)
     ),
     "fedprox": lambda loss: algorithms.fedprox(loss, SGD, KEEPING, mu=0.1),
+    "fednova": lambda loss: algorithms.fednova(loss, SGD, KEEPING),
+    "feddyn": lambda loss: algorithms.feddyn(loss, SGD, KEEPING, alpha=0.1, num_clients=2),
+    "qfedavg": lambda loss: algorithms.qfedavg(loss, SGD, KEEPING, q=1, lipschitz=10),
+    "fedper": lambda loss: algorithms.fedper(loss, SGD, KEEPING, personal="b", num_clients=2),
+    "ditto": lambda loss: algorithms.ditto(loss, SGD, KEEPING, mu=0.1, num_clients=2),
     "scaffold": lambda loss: algorithms.scaffold(loss, 0.1, num_clients=2),
     "mime": lambda loss: algorithms.mime(loss, KEEPING),
     "mime_lite": lambda loss: algorithms.mime_lite(loss, KEEPING),

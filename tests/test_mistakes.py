@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import fax
-from fax import _arguments, aggregators, algorithms, data, metrics
+from fax import _extras, aggregators, algorithms, data, metrics
 
 SGD = optax.sgd(0.1)
 PARAMS = {"w": jnp.zeros(3)}
@@ -292,6 +292,39 @@ MISTAKES = {
         lambda: algorithms.fedprox(loss, SGD, mu=True),
         ValueError,
         "fax.algorithms.fedprox: mu is True, expected a number of at least 0.",
+    ),
+    "alpha of zero": (
+        lambda: algorithms.feddyn(loss, SGD, alpha=0, num_clients=2),
+        ValueError,
+        "fax.algorithms.feddyn: alpha is 0, expected a number above 0.",
+    ),
+    "a negative power": (
+        lambda: algorithms.qfedavg(loss, SGD, q=-1, lipschitz=1.0),
+        ValueError,
+        "fax.algorithms.qfedavg: q is -1, expected a number of at least 0.",
+    ),
+    "a smoothness of zero": (
+        lambda: algorithms.qfedavg(loss, SGD, q=1, lipschitz=0.0),
+        ValueError,
+        "fax.algorithms.qfedavg: lipschitz is 0.0, expected a number above 0.",
+    ),
+    "a population that is not there": (
+        lambda: algorithms.ditto(loss, SGD, mu=1.0, num_clients=0),
+        ValueError,
+        "fax.algorithms.ditto: num_clients is 0, expected an int of at least 1.",
+    ),
+    "an optimizer of leaves where there is a scalar": (
+        lambda: algorithms.fednova(loss, of_leaves()),
+        ValueError,
+        "fax.algorithms.fednova: client_optimizer does not work on a scalar, by which FedNova "
+        "finds out how far its steps go. Use one that is not made for the leaves of the "
+        "parameters, such as optax.sgd(0.1).",
+    ),
+    "a personal optimizer that is a number": (
+        lambda: algorithms.ditto(loss, SGD, mu=1.0, num_clients=2, personal_optimizer=0.1),
+        ValueError,
+        f"fax.algorithms.ditto: personal_optimizer is 0.1, {OPTIMIZER} For this learning rate, "
+        "pass optax.sgd(0.1).",
     ),
     "a number that is text": (
         lambda: aggregators.gaussian("1", 1.0),
@@ -878,7 +911,7 @@ def test_an_extra_that_is_broken_says_so_itself(monkeypatch, tmp_path):
     (tmp_path / "broken_extra.py").write_text("import not_there_at_all")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'not_there_at_all'"):
-        _arguments.extra("fax.algorithms", "broken_extra", "algorithms")
+        _extras.require("fax.algorithms", "broken_extra", "algorithms")
 
 
 # Warnings

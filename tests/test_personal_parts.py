@@ -215,7 +215,7 @@ PAPERS = [Ditto, Per, BN]
         *((paper, "jitted") for paper in PAPERS),
         (Ditto, "a mesh of 4 x 2"),
         (Per, "a mesh of 2"),
-        (BN, "vectorised"),
+        (BN, "vectorized"),
     ],
 )
 def test_rounds_are_those_of_the_paper(data, paper, setting):

@@ -107,10 +107,7 @@ def ditto(
         return jax.vmap(lambda own: own.model(state.params))(state.clients.rows)
 
     return federated(
-        name,
-        loss,
-        client,
-        server_optimizer,
+        *(name, loss, client, server_optimizer),
         client_state=lambda params: DittoClient(params, jnp.zeros((), bool)),
         num_clients=num_clients,
         models=models,

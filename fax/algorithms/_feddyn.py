@@ -62,7 +62,7 @@ def feddyn(
 
       >>> import optax
       >>> loss = lambda params, batch, key: batch["a"] * (batch["b"] - params) ** 2 / 2
-      >>> data = {b: {"a": jnp.full(4, 1 + 3 * b), "b": jnp.full(4, b)} for b in (0.0, 1.0)}
+      >>> data = {b: {"a": jnp.full(4, 1.0 + 3 * b), "b": jnp.full(4, b)} for b in (0, 1)}
       >>> algorithm = fax.algorithms.feddyn(loss, optax.sgd(0.1), alpha=1.0, num_clients=2)
       >>> rounds = fax.data.cohorts(fax.data.InMemory(data), clients=2, batch_size=4, epochs=8)
       >>> state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 50)
@@ -90,10 +90,7 @@ def feddyn(
         return step(update)._replace(server=h), {}
 
     return federated(
-        name,
-        loss,
-        client,
-        server_optimizer,
+        *(name, loss, client, server_optimizer),
         server=server,
         server_state=optax.tree.zeros_like,
         client_state=optax.tree.zeros_like,

@@ -35,22 +35,20 @@ def fednova(
     """FedNova: federated averaging of normalized updates.
 
     Clients with more steps go further, and FedAvg counts them for more than their examples. Here
-    updates are divided by the sums A_i of the coefficients that gradients g_ik have in them:
+    updates, of clients with any steps, are divided by the sums of coefficients of gradients g_ik:
 
         y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
-        D = (sum_i p_i A_i) (sum_i p_i (y_i - x) / A_i)
-        x' = server_optimizer(x, gradient = -D)
+        D = (sum_i p_i A_i) sum_i p_i (y_i - x) / A_i    x' = server_optimizer(x, gradient = -D)
 
-    For SGD A_i is the learning rate times the number of steps. In general it is found by the
-    optimizer: if all gradients are 1, a number goes from 0 to -A_i. This is exact for optimizers
-    that are linear in gradients, as `optax.sgd`; for Adam it counts steps. If all A_i are the same,
-    this is `fedavg`, or with mu `fedprox`. A client without steps does not count.
+    A_i, for SGD the rate times the number of steps, is found by the optimizer: if all gradients are
+    1, a number goes from 0 to -A_i. This is exact where steps are linear in gradients; for Adam it
+    counts steps. If all A_i are the same, this is `fedavg`, or with mu `fedprox`.
 
     Args:
       loss, server_optimizer, vectorize: as for `fedavg`.
       client_optimizer: from optax; its state starts anew in each round. It has to work on a scalar.
       mu: the weight of a proximal term, as in `fedprox`. It may be traced.
-      aggregator: of the (y_i - x) / A_i, with weights n_i. It cannot be private, for A_i is sent, too.
+      aggregator: of the (y_i - x) / A_i, weighted by n_i; not private, for the A_i are sent, too.
 
     Returns:
       The algorithm, with states and metrics as of `fedavg`.
@@ -60,7 +58,7 @@ def fednova(
 
     References:
       Wang et al., Tackling the objective inconsistency problem in heterogeneous federated
-      optimization, arXiv:2007.07481. Its ‖a_i‖ is A_i over the learning rate.
+      optimization, arXiv:2007.07481.
 
     Example:
 
@@ -86,8 +84,8 @@ def fednova(
             move, state = client_optimizer.update(1 + mu * z, state, z)
             return z + move, state
 
-        x, near = server.params, proximal(server.params, mu)
-        trained = local_steps(loss, client_optimizer, x, data, server.model_state, correct=near)
+        x, state, near = server.params, server.model_state, proximal(server.params, mu)
+        trained = local_steps(loss, client_optimizer, x, data, state, correct=near)
         zero = jnp.zeros((), examples_of(trained.metrics).dtype)
         a = -data.scan(one_more, (zero, client_optimizer.init(zero)))[0]
         result = ClientResult.of(trained, server, weight=jnp.where(a == 0, 0, data.num_examples))
@@ -96,14 +94,10 @@ def fednova(
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         a = fax.mean(received.results.extra, weights=received.results.weight)
-        update = optax.tree.cast_like(optax.tree.scale(a, received.update), state.params)
-        return step(update), {}
+        return step(optax.tree.cast_like(optax.tree.scale(a, received.update), state.params)), {}
 
     return federated(
-        name,
-        loss,
-        client,
-        server_optimizer,
+        *(name, loss, client, server_optimizer),
         server=server,
         not_private="how far clients go is averaged over them",
         aggregator=aggregator,

@@ -37,9 +37,8 @@ def qfedavg(
         u_k = L (x - y_k)        h_k = q F_k^(q-1) ‖u_k‖^2 + L F_k^q
         D = - sum_k F_k^q u_k / sum_k h_k        x' = server_optimizer(x, gradient = -D)
 
-    L is the Lipschitz constant of the gradients, and h_k a bound on that of F_k^(q+1) / (q + 1), so
-    that no other learning rate is needed for another q. With q = 0 this is `fedavg` that counts
-    each client once; the larger q is, the more even losses become.
+    L is the Lipschitz constant of gradients, and h_k a bound on that of F_k^(q+1) / (q + 1). With
+    q = 0 this is `fedavg` that counts clients once; the larger q is, the more even losses become.
 
     Args:
       loss: see `fedavg`. It must not be negative: a client of negative F_k makes the model NaN.
@@ -78,12 +77,11 @@ def qfedavg(
     check_private(name, aggregator, "clients count by their losses, which they send")
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
-        x, state = server.params, server.model_state
-
         def measure(total: Any, batch: Any, mask: jax.Array, key: jax.Array) -> Any:
             _, (metrics, _) = batch_loss(loss, x, batch, mask, key, state)
             return optax.tree.add(total, metrics["loss"])
 
+        x, state = server.params, server.model_state
         trained = local_steps(loss, client_optimizer, x, data, state)
         seen = data.scan(measure, optax.tree.zeros_like(trained.metrics["loss"]))
         f = seen.total / jnp.maximum(seen.weight, 1)
