@@ -35,7 +35,8 @@ def run(tmp_path):
 # breaks tests of the core, too.
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
-    *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "init"),
+    *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
+    *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
     *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )

@@ -1,6 +1,7 @@
 """Small problems to train on, their gradients in NumPy, and the settings in which results agree."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,16 @@ def numpy_batches(cohort):
     return [
         [(x[i][s][m], y[i][s][m]) for s, m in enumerate(mask[i]) if m.any()] for i in range(len(x))
     ]
+
+
+def one_missing(rounds):
+    """Cohorts, in every other of which the second client has nothing, as if it was not there."""
+    for number, cohort in enumerate(rounds):
+        if number % 2:
+            here = np.arange(cohort.size) != 1
+            mask, sizes = cohort.mask & here[:, None, None], cohort.num_examples * here
+            cohort = dataclasses.replace(cohort, mask=mask, num_examples=sizes)
+        yield cohort
 
 
 class Logistic:

@@ -1,6 +1,5 @@
 """FedNova, FedDyn and q-FedAvg against their papers in NumPy, and what they are for."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -23,15 +22,9 @@ def data():
     return problems.data()
 
 
-def cohorts(data, clients=4):
-    """Clients of one to six steps, in every other round with one of them missing."""
-    rounds = fax.data.cohorts(data, clients, 4, epochs=2, resident=False)
-    for number, cohort in enumerate(rounds):
-        if number % 2:
-            here = np.arange(clients) != 1
-            mask, sizes = cohort.mask & here[:, None, None], cohort.num_examples * here
-            cohort = dataclasses.replace(cohort, mask=mask, num_examples=sizes)
-        yield cohort
+def cohorts(data):
+    """Clients of one to six steps, of whom one is missing in every other round."""
+    return problems.one_missing(fax.data.cohorts(data, 4, 4, epochs=2, resident=False))
 
 
 # The papers, in NumPy. The aggregator multiplies updates by ``scale``.
@@ -196,11 +189,10 @@ def test_rounds_are_those_of_the_paper(data, paper, setting, problem):
         algorithm = paper.make(problem, vectorize=at_once, **more)
         expected, step = paper(problem, 0.5 if more else 1), jax.jit(algorithm.round)
         state = algorithm.init(problem.start())
-        for _, cohort in zip(range(4), cohorts(data)):
+        for cohort in itertools.islice(cohorts(data), 4):
             state, metrics = step(state, cohort)
             expected.round(np.asarray(cohort.positions), problems.numpy_batches(cohort))
             expected.check(state)
-    assert metrics["clients/loss"].shape == (4,)
     assert np.asarray(metrics["clients/loss"])[1] == 0  # who is missing
 
 
@@ -208,7 +200,7 @@ def test_a_store_keeps_the_gradients_of_clients(data):
     expected = Dyn(Quadratic)
     with ClientStore(Dyn.make(Quadratic)) as store:
         state = store.init(Quadratic.start())
-        for _, cohort in zip(range(3), cohorts(data)):
+        for cohort in itertools.islice(cohorts(data), 3):
             state, _ = store.round(state, cohort)
             expected.round(np.asarray(cohort.positions), problems.numpy_batches(cohort))
         assert_trees_close(store.params(state), expected.x)
@@ -317,9 +309,8 @@ def test_a_client_without_loss_has_no_step_in_fair_averaging():
 
     found, slopes = after(np.array([0.0, 0.5]))
     assert np.isfinite(slopes).all()
-    f, dw = A * (3 - B) ** 2 / 2, A * (3 - B)
-    np.testing.assert_allclose(found[0], 3 - dw.sum() / 30, rtol=1e-10)
-    f, dw = f[f > 0], dw[f > 0]
+    np.testing.assert_allclose(found[0], 3 - (A * (3 - B)).sum() / 30, rtol=1e-10)
+    f, dw = np.array([(a * (3 - b) ** 2 / 2, a * (3 - b)) for a, b in zip(A, B) if b != 3]).T
     h = 0.5 * f**-0.5 * dw**2 + 10 * f**0.5
     np.testing.assert_allclose(found[1], 3 - (f**0.5 * dw).sum() / h.sum(), rtol=1e-10)
 

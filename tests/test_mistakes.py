@@ -316,8 +316,8 @@ MISTAKES = {
     "an optimizer of leaves where there is a scalar": (
         lambda: algorithms.fednova(loss, of_leaves()),
         ValueError,
-        "fax.algorithms.fednova: client_optimizer does not work on a scalar, by which FedNova "
-        "finds out how far its steps go. Use one that is not made for the leaves of the "
+        "fax.algorithms.fednova: client_optimizer does not work on a scalar, on which FedNova "
+        "measures its steps. Use an optimizer that does not depend on the leaves of the "
         "parameters, such as optax.sgd(0.1).",
     ),
     "a personal optimizer that is a number": (

@@ -95,11 +95,11 @@ def guarded(
 
 
 def check_whole(caller: str, loss: Any) -> None:
-    """Refuses a loss with personal parts, where these have no meaning."""
+    """Refuses a loss with personal parts, where there is not one model for all clients."""
     if isinstance(loss, PersonalLoss):
         raise ValueError(
-            f"{caller}: loss is {loss!r}, but only an algorithm that trains one model for all "
-            "clients, such as fax.algorithms.fedavg, can have personal parts. Pass the loss itself."
+            f"{caller}: loss is {loss!r}, which only works with an algorithm that trains one model "
+            "for all clients, such as fax.algorithms.fedavg. Pass the loss without personal_parts."
         )
 
 

@@ -1,4 +1,4 @@
-"""Ditto: each client has a model of its own, held near everyone's."""
+"""Ditto: each client has a model of its own, near the global one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PyTree = Any
 
 
 class DittoClient(NamedTuple):
-    """What a client keeps.
+    """What a client of `ditto` keeps.
 
     Attributes:
       params: v, its own model.
-      started: whether it took any step. Its model is the server's until then.
+      started: whether it has taken any step. Until then, its model is the server's.
     """
 
     params: PyTree
     started: jax.Array
 
     def model(self, params: PyTree) -> PyTree:
-        """Its model, where ``params`` is the server's."""
+        """Its model, if ``params`` is the server's."""
         return jax.tree.map(lambda v, w: jnp.where(self.started, v, w), self.params, params)
 
 
@@ -49,26 +49,26 @@ def ditto(
 ) -> Algorithm:
     """Ditto: fair and robust personalization, by models of clients near the global one.
 
-    The server's model w is that of `fedavg` with the same arguments. Client i has a model v_i, too.
-    Where it takes part it trains w for the server, and then, from where it was, v_i to minimise
+    The global model w is that of `fedavg` with the same arguments. Client i also keeps a model v_i
+    of its own. When it takes part, it trains w for the server, and then continues v_i to minimize
 
         f_i(v_i) + mu/2 ‖v_i - w‖^2,    of gradient    grad f_i(v_i) + mu (v_i - w),
 
-    with the w that the server sent and f_i its mean loss. With mu = 0 it trains alone; the larger
-    mu is, the more v_i is everyone's. Only what is made of w is sent.
+    where w is what the server sent, and f_i is the client's mean loss. With mu = 0 it trains v_i
+    alone; the larger mu is, the closer v_i is to w. The client does not send v_i.
 
     Args:
-      loss: see `fedavg`. A model's state is made by w; v_i is trained and evaluated with it, too.
+      loss: see `fedavg`. A model's state comes from training w; v_i uses the same state.
       client_optimizer, server_optimizer, vectorize: as for `fedavg`, of w.
       mu: the paper's lambda, which it tries from 0.05 to 2. It may be traced.
       num_clients: how many clients the data have, ``len(data)``.
-      personal_optimizer: from optax, of v_i, whose state starts anew, too. Default: the client's.
-      aggregator: as for `fedavg`, of the updates of w. A private one promises nothing about v_i.
+      personal_optimizer: from optax, of v_i; its state also starts anew. Default: the client's.
+      aggregator: as for `fedavg`, of the updates of w. A private one does not protect v_i.
 
     Returns:
       The algorithm, whose ``state.clients`` are `DittoClient`. ``params(state)`` is w, and
-      ``models(state)`` are the v_i, leaves [num_clients, ...]; a client's is w until it takes part.
-      Metrics are those of `fedavg`, and ``"personal/..."`` the same for the v_i.
+      ``models(state)`` are the v_i, leaves [num_clients, ...]. Until a client takes part, its v_i
+      is w. Metrics are those of `fedavg`, and ``"personal/..."`` are the same for the v_i.
 
     Raises:
       ValueError: if ``mu`` is negative or ``num_clients`` no positive int, and as `fedavg`.

@@ -1,4 +1,4 @@
-"""FedDyn: clients' losses are regularized so that their optima become those of everyone."""
+"""FedDyn: dynamic regularization makes the optimum of every client that of all clients."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def feddyn(
 ) -> Algorithm:
     """FedDyn: federated learning with dynamic regularization.
 
-    Client i of N keeps g_i, an estimate of the gradient of its mean loss f_i, and the server h,
-    their mean. Local steps from the server's x to y_i minimise the first line; with S the clients
-    that took any,
+    Client i of N keeps g_i, an estimate of the gradient of its mean loss f_i, and the server keeps
+    their mean h. A client's steps, one on each batch, start from the server's x, minimize the first
+    line, and end at y_i. S are the clients of the cohort that took any step:
 
         f_i(y) - <g_i, y> + alpha/2 ‖y - x‖^2
         g_i' = g_i - alpha (y_i - x)        h' = h - alpha/N sum_S (y_i - x)
         x' = server_optimizer(x, gradient = -(mean_S(y_i - x) - h' / alpha))
 
-    All g_i and h start at 0. Where nothing moves any more, gradients add up to 0, however many
-    steps clients take: what is minimised is the mean of the f_i, each client counting once.
+    All g_i and h start at 0. At a fixed point the gradients of all f_i add up to 0, whatever the
+    numbers of steps. So the mean of the f_i is minimized, and each client counts once.
 
     Args:
       loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       alpha: positive; the paper takes 0.001 to 0.1. It may be traced.
       num_clients: N, how many clients the data have, ``len(data)``.
-      aggregator: what makes mean_S, not a private one. What it changes in updates adds up in h.
+      aggregator: computes mean_S. It cannot be private. Its errors, if any, add up in h.
 
     Returns:
-      The algorithm. Its `State` has the size of N + 2 models: ``server`` is h, and ``clients`` are
-      the g_i. Metrics and the model's state are as of `fedavg`.
+      The algorithm. In its `State`, ``server`` is h and ``clients`` are the g_i, each as large as
+      the model. Metrics and the model's state are as of `fedavg`.
 
     Raises:
       ValueError: if ``alpha`` is not positive or ``aggregator`` private, and as `scaffold`.
@@ -95,7 +95,7 @@ def feddyn(
         server_state=optax.tree.zeros_like,
         client_state=optax.tree.zeros_like,
         num_clients=num_clients,
-        not_private="the number of clients that took a step is used",
+        not_private="the number of clients that took a step is counted",
         aggregator=aggregator,
         vectorize=vectorize,
     )

@@ -1,4 +1,4 @@
-"""FedNova: updates are normalized, so that it does not matter how many steps a client takes."""
+"""FedNova: normalized updates, for clients that take different numbers of steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fax.algorithms._local import examples_of, local_steps, proximal
 from fax.data import Client
 
 _NO_SCALAR = (
-    "client_optimizer does not work on a scalar, by which FedNova finds out how far its steps go. "
-    "Use one that is not made for the leaves of the parameters, such as optax.sgd(0.1)."
+    "client_optimizer does not work on a scalar, on which FedNova measures its steps. Use an "
+    "optimizer that does not depend on the leaves of the parameters, such as optax.sgd(0.1)."
 )
 
 
@@ -34,21 +34,21 @@ def fednova(
 ) -> Algorithm:
     """FedNova: federated averaging of normalized updates.
 
-    Clients with more steps go further, and FedAvg counts them for more than their examples. Here
-    updates, of clients with any steps, are divided by the sums of coefficients of gradients g_ik:
+    In FedAvg a client that takes more steps moves further, and so counts for more than its
+    examples. FedNova divides each update by the sum of the coefficients of its gradients g_ik:
 
         y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
         D = (sum_i p_i A_i) sum_i p_i (y_i - x) / A_i    x' = server_optimizer(x, gradient = -D)
 
-    A_i, for SGD the rate times the number of steps, is found by the optimizer: if all gradients are
-    1, a number goes from 0 to -A_i. This is exact where steps are linear in gradients; for Adam it
-    counts steps. If all A_i are the same, this is `fedavg`, or with mu `fedprox`.
+    For SGD, A_i is the learning rate times the number of steps. In general, client_optimizer takes
+    the same steps on a scalar whose gradient is always 1, which moves from 0 to -A_i. This is exact
+    if its steps are linear in the gradients. If all A_i are equal, this is `fedavg`, or `fedprox`.
 
     Args:
       loss, server_optimizer, vectorize: as for `fedavg`.
-      client_optimizer: from optax; its state starts anew in each round. It has to work on a scalar.
+      client_optimizer: from optax; its state starts anew in each round. It must work on a scalar.
       mu: the weight of a proximal term, as in `fedprox`. It may be traced.
-      aggregator: of the (y_i - x) / A_i, weighted by n_i; not private, for the A_i are sent, too.
+      aggregator: of the (y_i - x) / A_i, with weights n_i. Clients also send A_i, so not private.
 
     Returns:
       The algorithm, with states and metrics as of `fedavg`.
@@ -99,7 +99,7 @@ def fednova(
     return federated(
         *(name, loss, client, server_optimizer),
         server=server,
-        not_private="how far clients go is averaged over them",
+        not_private="the sums of coefficients are averaged over clients",
         aggregator=aggregator,
         vectorize=vectorize,
     )

@@ -25,30 +25,31 @@ def fedper(
 ) -> Algorithm:
     """FedPer: federated averaging of base layers, with personal layers on top of them.
 
-    It is `fedavg` of ``personal_parts(loss, personal, client_optimizer, num_clients=num_clients)``.
-    Every client i of the cohort takes a step for everyone's u and for its own v_i on each of its
-    batches, sends what became of u, and keeps v_i. See `personal_parts`, also for other algorithms
-    than `fedavg` and another optimizer for v_i.
+    Each client trains the shared parameters u and its own v_i together, sends the update of u, and
+    keeps v_i. This is `fedavg` with the loss
+
+        personal_parts(loss, personal, client_optimizer, num_clients=num_clients)
+
+    Use `personal_parts` itself for another algorithm than `fedavg`, or another optimizer for v_i.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax, of both parts, with a state for each of them.
+      client_optimizer: from optax, of both parts, with a separate state for each.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      personal: what stays, such as ``"head"``, the path of a folder of parameters; see ``parts`` of
-        `personal_parts`.
+      personal: what stays with clients, such as ``"head"``; see ``parts`` of `personal_parts`.
       num_clients: how many clients the data have, ``len(data)``.
       aggregator: as for `fedavg`, of the updates of u.
       vectorize: as for `fedavg`.
 
     Returns:
-      The algorithm, as `personal_parts` says. Metrics are those of `fedavg`.
+      The algorithm, as described in `personal_parts`. Metrics are those of `fedavg`.
 
     Raises:
       ValueError: as `personal_parts` and `fedavg`.
 
     References:
-      Arivazhagan et al., Federated learning with personalization layers, arXiv:1912.00818. There
-      clients start from random v_i; here from the ones that ``init`` is given.
+      Arivazhagan et al., Federated learning with personalization layers, arXiv:1912.00818. In the
+      paper, the v_i start at random. Here, all start from those that are passed to ``init``.
 
     Example:
 
@@ -80,12 +81,12 @@ def fedbn(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """FedBN: federated averaging of all but batch norms, for clients whose features differ.
+    """FedBN: federated averaging where batch normalization stays with each client.
 
-    It is `fedper` with the layers of batch norms for personal ones: their scales and biases, which
-    are parameters, and their means and variances, which are in the model's state. So clients whose
-    features are of other sizes or shifted, as from other cameras, still share all else. It also
-    lets a model with batch norms be trained with a private aggregator.
+    It is `fedper` whose personal layers are the batch norms: their scales and biases, which are
+    parameters, and their means and variances, which are in the model's state. It helps if the
+    features of clients are shifted or scaled differently, as if they come from different cameras.
+    With it, models with batch norms can also be trained with a private aggregator.
 
     Args:
       loss: ``loss(params, model_state, batch, key, mask) -> (losses, metrics, model_state)``; see
@@ -93,14 +94,14 @@ def fedbn(
       client_optimizer: as for `fedper`.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       num_clients: how many clients the data have, ``len(data)``.
-      layers: which layers stay, such as ``"*/norm_?"``; see ``parts`` of `personal_parts`. Default:
-        those that have statistics.
+      layers: which layers stay with clients, such as ``"*/norm_?"``; see ``parts`` of
+        `personal_parts`. Default: the layers that have statistics.
       aggregator: as for `fedavg`, of the updates of the other layers.
       vectorize: as for `fedavg`.
 
     Returns:
-      The algorithm, as `personal_parts` says; `personal_state` has the clients' statistics. Metrics
-      are those of `fedavg`.
+      The algorithm, as described in `personal_parts`. `personal_state` returns the clients'
+      statistics. Metrics are those of `fedavg`.
 
     Raises:
       ValueError: as `personal_parts` and `fedavg`.

@@ -1,4 +1,4 @@
-"""Parameters and statistics that stay with each client, in any algorithm that averages the rest."""
+"""Parameters and statistics that stay with each client, while the rest is averaged."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WHERE = "fax.algorithms.personal_parts"
 
 
 class Parts(NamedTuple):
-    """Leaves that stay with a client, by their paths, such as ``"head/kernel"``.
+    """The leaves that stay with a client, by their paths, such as ``"head/kernel"``.
 
     Attributes:
-      params: of the parameters.
-      model_state: of what the model has besides parameters.
+      params: leaves of the parameters.
+      model_state: leaves of what the model has besides parameters.
     """
 
     params: Leaves
@@ -34,11 +34,11 @@ class Parts(NamedTuple):
 
 
 class PersonalParts(NamedTuple):
-    """What stays with clients.
+    """What stays with clients; see `personal_parts`.
 
     Attributes:
       start: the `Parts` of a client that has not taken part yet.
-      clients: those of all clients, leaves [num_clients, ...].
+      clients: the `Parts` of all clients, leaves [num_clients, ...].
     """
 
     start: Parts
@@ -46,11 +46,11 @@ class PersonalParts(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A model's state on a client, with its personal parts, which are trained along the way.
+    """What takes the place of a model's state on a client while it trains.
 
     Attributes:
-      model_state: what is everyone's.
-      parts: the client's own.
+      model_state: the part of the model's state that all clients share.
+      parts: the client's personal parts. Each gradient also updates them.
       optimizer: the state of their optimizer.
     """
 
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
     optimizer: PyTree
 
     def after(self, model_state: PyTree) -> Seen:
-        """With the next state of the whole model."""
+        """With the next state of the complete model."""
         rest, own = take(model_state, self.parts.model_state)
         return self._replace(model_state=rest, parts=self.parts._replace(model_state=own))
 
@@ -76,7 +76,7 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PersonalLoss:
-    """A loss, and which parts of its model are personal; see `personal_parts`."""
+    """A loss and what is personal in its model; see `personal_parts`."""
 
     loss: Callable
     parts: str | Sequence[str] | Callable[[str], bool] | None
@@ -94,42 +94,42 @@ def personal_parts(
     *,
     num_clients: int,
 ) -> Any:
-    """A loss some of whose parameters and statistics stay with each client.
+    """A loss for a model of which some parts stay with each client.
 
-    To be passed to any algorithm that averages what its clients make of one model, such as `fedavg`
-    or `scaffold`. The algorithm then sees the other parameters u alone: it sends, corrects,
-    aggregates and averages these. With each of its gradients a client i also takes a step of
-    ``optimizer`` for its own v_i, on the same batch and from where both were:
+    Pass the result as the loss of any algorithm that trains one model for all clients, such as
+    `fedavg` or `scaffold`. The algorithm then works with the shared parameters u only. It sends,
+    corrects, aggregates and averages nothing else. In every local step of the algorithm, client i
+    also takes a step of ``optimizer`` on its own parameters v_i:
 
-        with the gradients of f_i(u, v_i) by both:
-        u <- the algorithm's step        v_i <- optimizer's step
+        gradients by u and by v_i of the loss f_i(u, v_i) of the batch
+        u <- u + the algorithm's step        v_i <- v_i + optimizer(gradient by v_i)
 
-    and keeps v_i for the next time that it takes part. Statistics, in the model's state, stay as
-    the client's last batch left them. This is federated learning with partial model
-    personalization, by simultaneous steps (FedSim). `fedper` and `fedbn` are recipes of it.
+    A client keeps v_i until it takes part again, and also its statistics in the model's state.
+    This is partial model personalization with simultaneous steps (FedSim). `fedper` and `fedbn` are
+    special cases.
 
     Args:
       loss: see `fedavg`.
-      parts: which leaves of the parameters and of the model's state are a client's own: their path,
-        such as ``"head/kernel"``, that of a folder of them, such as ``"head"``, a pattern, such as
-        ``"*/norm_?"``, where ``*`` is any text and ``?`` any letter, or several of these. Or a
-        function from a path to whether it is. None: the layers that have statistics, which are the
-        model's state and parameters in the same folder, such as ``"norm/scale"`` with
-        ``"norm/mean"``.
+      parts: which leaves of the parameters and of the model's state stay with clients: the path of
+        a leaf such as ``"head/kernel"``, or of a folder such as ``"head"``, or a pattern such as
+        ``"*/norm_?"``, in which ``*`` stands for any text and ``?`` for any character. Or a
+        sequence of these, or a function that takes a path and returns a bool. None: all layers with
+        statistics, that is, all of the model's state, and the parameters in the same folders, such
+        as ``"norm/scale"`` if the state has ``"norm/mean"``.
       optimizer: from optax, of the v_i; its state starts anew in each round.
       num_clients: how many clients the data have, ``len(data)``.
 
     Returns:
-      The loss. In an algorithm's state ``params`` and ``model_state`` have None in place of what is
-      personal, which is in ``personal``, a `PersonalParts`. ``params(state)`` is whole, with the
-      personal parts of a client that has not taken part yet, and ``models(state)`` are the clients'
-      models, leaves [num_clients, ...], to be evaluated by `fax.metrics.evaluate_clients` with
-      ``personal=True``; `personal_state` has their statistics. What is personal is neither sent nor
-      seen by an aggregator. What a private one promises is about everything else.
+      The loss. In the `State` of an algorithm, ``params`` and ``model_state`` have None in place of
+      personal leaves, and ``personal`` has these, as `PersonalParts`. ``params(state)`` is a
+      complete model, with the personal parts that were passed to ``init``. ``models(state)`` are
+      the models of all clients, leaves [num_clients, ...], for `fax.metrics.evaluate_clients` with
+      ``personal=True``, and `personal_state` returns their statistics. Clients do not send personal
+      parts. A private aggregator protects the shared part only.
 
     Raises:
-      ValueError: if an argument is something else; in ``init``, if ``parts`` has something that
-        there is not, chooses nothing, or leaves no parameter to be averaged.
+      ValueError: if an argument is not what it should be. In ``init``: if ``parts`` names something
+        that the model does not have, or chooses no leaf, or chooses all parameters.
 
     References:
       Pillutla et al., Federated learning with partial model personalization, arXiv:2204.03809.
@@ -162,15 +162,34 @@ def personal_parts(
 
 
 def personal_state(state: Any) -> PyTree:
-    """The model's state of each client, leaves [num_clients, ...]; see `personal_parts`.
+    """The model's state of each client, where a part of it is personal.
 
     Args:
-      state: of an algorithm whose loss has personal parts.
+      state: the state of an algorithm whose loss is from `personal_parts`.
+
+    Returns:
+      The model's states, leaves [num_clients, ...].
+
+    Raises:
+      ValueError: if ``state`` is of another algorithm.
+
+    Example:
+
+      >>> import optax
+      >>> def loss(params, model_state, batch, key):
+      ...     return (batch["x"] - params) ** 2, {}, {"steps": model_state["steps"] + 1}
+      >>> loss = fax.algorithms.personal_parts(loss, "steps", optax.sgd(0.1), num_clients=3)
+      >>> algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1))
+      >>> data = fax.data.InMemory({n: {"x": jnp.ones(n + 1)} for n in range(3)})
+      >>> cohort = next(fax.data.cohorts(data, clients=3, batch_size=1))
+      >>> state, _ = algorithm.round(algorithm.init(jnp.zeros(()), {"steps": 0}), cohort)
+      >>> print(fax.algorithms.personal_state(state))
+      {'steps': Array([1, 2, 3], dtype=int32)}
     """
     if getattr(state, "personal", None) is None:
         raise ValueError(
-            f"fax.algorithms.personal_state: state is {_arguments.shown(state)}, expected that of "
-            "an algorithm whose loss has personal parts."
+            f"fax.algorithms.personal_state: state is {_arguments.shown(state)}, expected the "
+            "state of an algorithm whose loss is from personal_parts."
         )
     rows = state.personal.clients.rows
     return put(everyones(state.model_state, rows), rows.model_state)
@@ -179,7 +198,7 @@ def personal_state(state: Any) -> PyTree:
 def split(
     loss: Any, params: PyTree, model_state: PyTree
 ) -> tuple[PyTree, PyTree, PersonalParts | None]:
-    """Parameters and a model's state without what is personal, and that, for all clients."""
+    """Takes personal parts out of parameters and a model's state, and repeats them for clients."""
     if not isinstance(loss, PersonalLoss):
         return params, model_state, None
     names = chosen(loss, params, model_state)
@@ -190,7 +209,7 @@ def split(
 
 
 def opened(loss: Any, model_state: PyTree, parts: Parts | None) -> PyTree:
-    """A model's state as algorithms see it on a client, at the start of a round."""
+    """What an algorithm gets as the model's state on a client at the start of a round."""
     if not isinstance(loss, PersonalLoss):
         return model_state
     assert parts is not None
@@ -205,23 +224,23 @@ def closed(loss: Any, seen: PyTree) -> tuple[PyTree, Parts | None]:
 
 
 def check_seen(model_state: PyTree) -> Seen:
-    """Checks that an algorithm hands on the model's state that its clients were given."""
+    """Checks that an algorithm passes on the model's state that its client function gets."""
     if not isinstance(model_state, Seen):
         raise ValueError(
             f"{WHERE}: model_state is {_arguments.shown(model_state)}, expected the "
-            "server.model_state that a client function of fax.algorithms.federated gets, or what "
-            "local_steps made of it. Personal parts are in there."
+            "server.model_state that a client function of fax.algorithms.federated gets, or the "
+            "model_state that local_steps returns. They contain the client's personal parts."
         )
     return model_state
 
 
 def bare(loss: Any) -> Any:
-    """The user's function."""
+    """The loss itself, without what is said about personal parts."""
     return loss.loss if isinstance(loss, PersonalLoss) else loss
 
 
 def take(tree: PyTree, names: Collection[str]) -> tuple[PyTree, Leaves]:
-    """A tree with None in place of some leaves, and these by their paths."""
+    """Replaces leaves by None, and returns the tree and these leaves by their paths."""
     taken: Leaves = {}
 
     def one(path: Any, leaf: jax.Array) -> jax.Array | None:
@@ -244,13 +263,13 @@ def put(tree: PyTree, leaves: Leaves) -> PyTree:
 
 
 def everyones(tree: PyTree, rows: Parts) -> PyTree:
-    """A tree of the server's with a row for each of the clients that have ``rows``."""
+    """Repeats what all clients share, once for each of the clients that have ``rows``."""
     clients = len(jax.tree.leaves(rows)[0])
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), tree)
 
 
 def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list[str]]:
-    """The paths of what is personal in the parameters, and in the model's state."""
+    """The paths of personal leaves, in the parameters and in the model's state."""
     every = [
         [name_of(path) for path, _ in tree_flatten_with_path(x)[0]] for x in (params, model_state)
     ]
@@ -259,9 +278,7 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
     for names in every:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(
-                f"{WHERE}: two leaves have the path {twice!r}. Leave '/' out of names."
-            )
+            raise ValueError(f"{WHERE}: two leaves have the path {twice!r}. Use names without '/'.")
     if loss.parts is None:
         layers = {name.rpartition("/")[0] for name in every[1]}
         found = [[name for name in every[0] if name.rpartition("/")[0] in layers], every[1]]
@@ -275,16 +292,14 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
         for part in [loss.parts] if isinstance(loss.parts, str) else loss.parts:
             own = [[name for name in names if _matches(name, part)] for names in every]
             if not any(own):
-                raise ValueError(f"{WHERE}: parts has {part!r}, but {known}")
+                raise ValueError(f"{WHERE}: parts has {part!r}, which matches nothing: {known}")
             found = [[*old, *new] for old, new in zip(found, own)]
     if not any(found):
-        raise ValueError(
-            f"{WHERE}: parts is {loss.parts!r:.80}, which chooses nothing to be personal: {known}"
-        )
+        raise ValueError(f"{WHERE}: parts is {loss.parts!r:.80}, which matches nothing: {known}")
     if set(found[0]) == set(every[0]):
         raise ValueError(
-            f"{WHERE}: parts is {loss.parts!r:.80}, which leaves no parameter to be averaged: "
-            f"{known}"
+            f"{WHERE}: parts is {loss.parts!r:.80}, which matches all parameters, so that nothing "
+            f"is left to be averaged: {known}"
         )
     return found
 

@@ -30,23 +30,23 @@ def qfedavg(
 ) -> Algorithm:
     """q-FedAvg: fair federated averaging, by a power of clients' losses.
 
-    It minimises the sum of F_k(x)^(q+1) / (q + 1) over clients k, where F_k is a client's mean
+    It minimizes the sum of F_k(x)^(q+1) / (q + 1) over clients k, where F_k is a client's mean
     loss. Every client of the cohort computes F_k at the server's parameters x. Then it takes a step
     of its optimizer on each of its batches, from x to y_k:
 
         u_k = L (x - y_k)        h_k = q F_k^(q-1) ‖u_k‖^2 + L F_k^q
         D = - sum_k F_k^q u_k / sum_k h_k        x' = server_optimizer(x, gradient = -D)
 
-    L is the Lipschitz constant of gradients, and h_k a bound on that of F_k^(q+1) / (q + 1). With
-    q = 0 this is `fedavg` that counts clients once; the larger q is, the more even losses become.
+    L is the Lipschitz constant of the gradient of F_k, and h_k bounds that of F_k^(q+1) / (q + 1).
+    With q = 0, this is `fedavg` with equal weights. The larger q is, the more equal losses become.
 
     Args:
-      loss: see `fedavg`. It must not be negative: a client of negative F_k makes the model NaN.
+      loss: see `fedavg`. If F_k is negative for any client, the model becomes NaN.
       client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       q: at least 0; the paper tries 0.001 to 15. It may be traced.
       lipschitz: L, positive; 1 over the learning rate that is best for q = 0. It may be traced.
-      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k with weights h_k. Default:
-        their mean, which is D. A private one counts all clients the same, so that it is refused.
+      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k, with weights h_k.
+        Default: their mean, D. It cannot be private: a private one gives all clients equal weights.
 
     Returns:
       The algorithm, with states and metrics as of `fedavg`.
@@ -62,7 +62,7 @@ def qfedavg(
       >>> import optax
       >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
       >>> data = fax.data.InMemory({str(x): {"x": jnp.full(2, x)} for x in (0.0, 0.1, 1.0)})
-      >>> for q in (0, 9):  # from the mean of clients to where the worst is best off
+      >>> for q in (0, 9):  # the mean over clients, and nearly the least largest loss
       ...     algorithm = fax.algorithms.qfedavg(loss, optax.sgd(0.1), q=q, lipschitz=10.0)
       ...     rounds = fax.data.cohorts(data, clients=3, batch_size=2)
       ...     state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 300)
@@ -74,7 +74,7 @@ def qfedavg(
     _arguments.number(name, "q", q, least=0)
     _arguments.number(name, "lipschitz", lipschitz, above=0)
     arguments(name, loss, client_optimizer=client_optimizer)
-    check_private(name, aggregator, "clients count by their losses, which they send")
+    check_private(name, aggregator, "clients send weights that depend on their losses")
 
     def client(server: Server, own: None, data: Client) -> ClientResult:
         def measure(total: Any, batch: Any, mask: jax.Array, key: jax.Array) -> Any:
