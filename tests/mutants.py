@@ -67,6 +67,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     'return jnp.matmul(a, b, precision="highest"): jnp.matmul(a, b, precision="highest") -> '
     "(jnp.matmul(a, b))": "a CPU has one precision; on accelerators there are several",
+    "share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1): 1 -> 2": (
+        "_integer clips it, too"
+    ),
 }
 
 OPERATORS: dict[type, type] = {

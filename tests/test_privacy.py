@@ -158,7 +158,7 @@ def test_noise_has_the_promised_variance_and_shape(aggregator, deviation, kurtos
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_noise_keeps_the_dtype_of_the_model(dtype):
-    u = jnp.ones((CLIENTS, 3), dtype)
+    u = jnp.ones((CLIENTS, 3, 4), dtype)
     for aggregator in (
         gaussian(1.0, 1.0),
         laplace(1.0, 1.0),
