@@ -20,6 +20,7 @@ from fax.aggregators import (
     Budget,
     NoiseState,
     PrivacyBudgetError,
+    adaptive_clip,
     calibrate,
     chain,
     epsilon,
@@ -593,6 +594,10 @@ def test_accounting_says_what_to_install(monkeypatch):
         (
             lambda: fax.aggregators.gaussian(1.0, 1.0, key=7).init(()),
             r"gaussian: key is 7, expected a random key, as in jax\.random\.key\(0\)",
+        ),
+        (
+            lambda: chain(non_finite(), adaptive_clip(), laplace(1.0, 1.0)).init(np.ones(2)),
+            "chain: part 1 has a state that all clients share, but the aggregator is private",
         ),
         (
             lambda: jax.jit(fax.aggregators.laplace(1.0, 1.0).init)(jnp.ones(2)),

@@ -221,3 +221,10 @@ def test_a_short_sum_has_one_accumulator():
     assert carried(4097, 1, 257) == 1
     assert carried(16 * 16, 16, 3) == 0
     assert carried(17 * 16, 16, 5000) == 1
+
+
+def test_gradients_of_short_floats_are_divided_in_float32():
+    """257 is no bfloat16, and would be rounded to 256."""
+    mean = fax.program(clients=257)(fax.mean)
+    found = jax.grad(lambda x: mean(x).astype(jnp.float32))(jnp.zeros(257, jnp.bfloat16))
+    assert (found == jnp.bfloat16(1 / 257)).all()
