@@ -67,6 +67,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     'return jnp.matmul(a, b, precision="highest"): jnp.matmul(a, b, precision="highest") -> '
     "(jnp.matmul(a, b))": "a CPU has one precision; on accelerators there are several",
+    "high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon: 2 -> 3": (
+        "where a search starts"
+    ),
     "magnitude = jnp.pad(lax.stop_gradient(jnp.abs(x)), (0, extra), constant_values=-1): 1 -> 2": (
         "any negative number is less than all magnitudes"
     ),
