@@ -125,7 +125,7 @@ def measure(eqn, count: int) -> dict[str, Any]:
 
     def jaxpr_of_auto():
         jaxpr = jax.make_jaxpr(stock)(lhs, rhs)
-        return _rewrite.rewrite(jaxpr, "auto", "cpu", vectorised=count > 1, sharded=False)
+        return _rewrite.rewrite(jaxpr, "auto", "cpu", vectorized=count > 1, sharded=False)
 
     chosen = jax.extend.core.jaxpr_as_fun(jaxpr_of_auto())
     ways["auto"] = lambda x, w: chosen(x, w)[0]

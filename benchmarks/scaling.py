@@ -173,7 +173,7 @@ def random(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def in_process(name: str, count: int) -> Any:
-    """Calls a function of this file in a process that has not initialised JAX."""
+    """Calls a function of this file in a process that has not initialized JAX."""
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     done = subprocess.run(
         [sys.executable, __file__, "--call", name, str(count)],

@@ -17,10 +17,10 @@ def load(seed):
     return (images[train], labels[train]), (images[held_out], labels[held_out])
 
 
-def dirichlet_partition(labels, clients, alpha, rng):
+def dirichlet_partition(labels, clients, alpha, seed):
     """Returns the owner of each example, [n], as chosen by `fax.data.partition.dirichlet`."""
     arrays = {"y": labels, "number": np.arange(len(labels))}
-    data = fax.data.partition.dirichlet(arrays, clients, alpha=alpha, seed=rng)
+    data = fax.data.partition.dirichlet(arrays, clients, alpha=alpha, seed=seed)
     owner = np.empty(len(labels), int)
     for client, client_id in enumerate(data.client_ids()):
         owner[data.client(client_id)["number"]] = client

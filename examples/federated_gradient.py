@@ -94,8 +94,8 @@ def main():
     options = parser.parse_args()
 
     (images, labels), (held_out, answers) = _digits.load(options.seed)
-    rng = np.random.default_rng(options.seed)
-    owner = _digits.dirichlet_partition(labels, CLIENTS, ALPHA, rng)
+    owner = _digits.dirichlet_partition(labels, CLIENTS, ALPHA, options.seed)
+    rng = np.random.default_rng((options.seed, 1))
     shuffled = owner < CORRUPTED
     labels[shuffled] = rng.permutation(labels[shuffled])
     clients = _digits.stack(images, labels, owner, CLIENTS)

@@ -36,8 +36,7 @@ EXIT_TIMEOUT = 10  # seconds in which processes have to end after one of them ha
 def load_clients(options, rows):
     """Loads the clients ``rows`` as arrays [len(rows), steps, BATCH_SIZE, ...], and test data."""
     (images, labels), test = _digits.load(options.seed)
-    rng = np.random.default_rng(options.seed)
-    owner = _digits.dirichlet_partition(labels, options.clients, ALPHA, rng)
+    owner = _digits.dirichlet_partition(labels, options.clients, ALPHA, options.seed)
     # All processes have to pad to the same size, that of the largest client of all.
     slots = -(-np.bincount(owner).max() // BATCH_SIZE) * BATCH_SIZE
     own = np.isin(owner, rows)

@@ -7,7 +7,6 @@ which mistake. A traced argument has no value to check, only a shape and a dtype
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import operator
 import os
@@ -33,16 +32,7 @@ def number(
 ) -> Any:
     """Checks that a scalar is finite and in a range, and returns it as it is.
 
-    Args:
-      caller: the function that was called.
-      name: of the argument.
-      value: what came.
-      above: the number has to be greater than this.
-      least: the smallest number that is allowed.
-      below: the number has to be less than this.
-      most: the largest number that is allowed.
-      what: what the number stands for, to end the message.
-      error: what to raise.
+    ``what`` says what the number stands for, or what else to do. It ends the message.
     """
     traced = isinstance(value, jax.core.Tracer)
     if traced and np.ndim(value) == 0:
@@ -83,17 +73,10 @@ def count(
     expected: str | None = None,
     error: type[ValueError] = ValueError,
 ) -> int:
-    """Checks an int, which has to be known when a program is traced.
+    """Checks an int in a range, whose value has to be known when a program is traced.
 
-    Args:
-      caller: the function that was called.
-      name: of the argument.
-      value: what came.
-      least: the smallest int that is allowed, or None.
-      most: the largest int that is allowed, or None.
-      what: what the number stands for, to end the message.
-      expected: what to expect instead of an int in this range, if the range depends on others.
-      error: what to raise.
+    ``what`` says what the number stands for, or what else to do. It ends the message. Where a range
+    depends on another argument, ``expected`` describes it.
     """
     try:
         found = None if isinstance(value, bool) else operator.index(value)
@@ -326,20 +309,6 @@ def dtype_of(leaf: Any) -> Any:
         return jax.typeof(leaf).dtype
     except (AttributeError, TypeError, OverflowError):
         return None
-
-
-def extra(caller: str, module: str, name: str) -> None:
-    """Imports an optional package. If it is missing, the error names fax's extra to install."""
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise ModuleNotFoundError(
-            f"{caller} needs the package {module.replace('_', '-')}, which is not installed. "
-            f"Install it with pip install 'fax-jax[{name}]'.",
-            name=module,
-        ) from error
 
 
 def either(words: Sequence[str]) -> str:

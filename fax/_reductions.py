@@ -145,7 +145,7 @@ def max(
       where: a placed bool array of shape [n]. Participants for which it is false are left out,
         whatever they hold.
       initial: a scalar that takes part in the comparison, as in `jnp.max`. It is the result if
-        no participant is left. By default, that is the smallest value of the dtype.
+        no participant is left. Without it, that result is the smallest value of the dtype.
       placement: which placement, if several are in scope.
 
     Returns:

@@ -18,6 +18,11 @@ KINDS = {
 }
 
 
+def mixed(kind):
+    """For `subsets`: axes of one type, in whichever, are alike, and so are those of two types."""
+    return kind not in ("auto", "explicit")
+
+
 def mesh(kind="auto", **axes):
     """A mesh over as many of the devices as it needs."""
     first, others = KINDS[kind]

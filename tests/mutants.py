@@ -6,7 +6,8 @@ A mutant is the code with one change: a comparison or an operation replaced, a c
 condition negated, an argument, a statement or a conversion left out. Each one is tested by the
 tests that run its line, the quickest first, until one fails. Mutants that survive are printed:
 either a test is missing, or the change makes no difference. Those of the second kind are in
-`EQUIVALENT`, with the reason.
+`EQUIVALENT`, with the reason. What became of each mutant is in ``.mutants/``: after
+a quick look with ``--seconds 20``, ``--survivors`` runs all tests of those that are left.
 
 The first run of a group records which test runs which lines, in ``.mutants/``, and takes as long as
 these tests. After a change of tests, record them again by ``--record``, or by ``--record privacy``
@@ -43,7 +44,7 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ["aggregators/*.py"],
         [
             *("secure_sum", "error_feedback", "compression", "robust", "clipping", "privacy"),
-            *("privacy_attacks", "absent_clients"),
+            *("mistakes", "privacy_attacks", "absent_clients"),
         ],
     ),
     "core": (
@@ -54,8 +55,19 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
-# "path: before -> after", and why no test can tell the two apart.
-EQUIVALENT: dict[str, str] = {}
+# "line: before -> after", and why no test can tell the two apart.
+EQUIVALENT: dict[str, str] = {
+    'full = [size if per == "leaf" else min(size, int(per)) for size in sizes]: '
+    "int(per) -> (per)": "it is an int already",
+    "scale = jnp.sum(x**2) / jnp.where(length > 0, length, 1): 0 -> 1": (
+        "the largest number is about 1, so the length of all is at least 1 or 0"
+    ),
+    "one_bit = jnp.where(rotated >= 0, scale, -scale): rotated >= 0 -> (rotated > 0)": (
+        "zero may have either sign"
+    ),
+    'return jnp.matmul(a, b, precision="highest"): jnp.matmul(a, b, precision="highest") -> '
+    "(jnp.matmul(a, b))": "a CPU has one precision; on accelerators there are several",
+}
 
 OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE,
@@ -93,13 +105,16 @@ class Mutant:
     lines: tuple[int, int]
     start: int
     stop: int
+    text: str
     before: str
     after: str
 
     @property
     def name(self) -> str:
-        before, after = (" ".join(text.split()) for text in (self.before, self.after))
-        return f"{self.path}: {before} -> {after}"
+        """The line in which the change begins, and the change."""
+        parts = self.text, self.before, self.after
+        text, before, after = (" ".join(part.split()) for part in parts)
+        return f"{text}: {before} -> {after}"
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.after + source[self.stop :]
@@ -128,7 +143,9 @@ class Finder(ast.NodeVisitor):
         start = self.offset(node.lineno, node.col_offset)
         stop = self.offset(node.end_lineno, node.end_col_offset)
         lines = node.lineno, node.end_lineno
-        self.found.append(Mutant(self.path, lines, start, stop, self.source[start:stop], after))
+        text = self.lines[node.lineno - 1].decode()
+        before = self.source[start:stop]
+        self.found.append(Mutant(self.path, lines, start, stop, text, before, after))
 
     def replace(self, node: ast.expr, **changes: object) -> None:
         """The same expression with other parts."""
@@ -285,15 +302,18 @@ def forked(
         finally:
             sys.stderr.flush()
             os._exit(code)
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
-        time.sleep(0.02)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "too slow"
+    end, done = time.monotonic() + limit, 0
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+            time.sleep(0.02)
+        return "too slow"
+    finally:
+        if not done:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | None) -> int:
@@ -318,17 +338,19 @@ def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | 
     return int(code)
 
 
-def recorded(group: str, copy: pathlib.Path, again: list[str] | None) -> dict[str, dict]:
+def recorded(
+    group: str, names: list[str], copy: pathlib.Path, again: list[str] | None
+) -> dict[str, dict]:
     """The tests of a group: which lines they run, and for how long.
 
     Args:
       group: the name of the group.
+      names: of its test files.
       copy: of the tree.
       again: the test files to record again. If it is empty, all of them.
     """
     folder = ROOT / ".mutants"
     folder.mkdir(exist_ok=True)
-    names = GROUPS[group][1]
     for name in names:
         record = folder / f"{group}-{name}.json"
         if not record.exists() or (again is not None and (name in again or not again)):
@@ -380,7 +402,7 @@ def tested(
         if time.monotonic() > end:
             return
         names, seconds = tests_of(mutant, tests, limit)
-        source = (ROOT / mutant.path).read_text()
+        source = (copy / mutant.path).read_text()
         (copy / mutant.path).write_text(mutant.apply(source))
         result = forked(copy, names, 5 * seconds + 60) if names else "not run by any test"
         (copy / mutant.path).write_text(source)
@@ -392,8 +414,10 @@ def main() -> None:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--sample", type=int, default=100, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--file", default="", help="only of files with this in their path")
-    parser.add_argument("--seconds", type=float, default=60, help="of tests for each mutant")
+    parser.add_argument("--files", nargs="+", help="only of these files, as in --files _norms")
+    parser.add_argument("--tests", nargs="+", help="only by these test files")
+    parser.add_argument("--survivors", action="store_true", help="only those that survived before")
+    parser.add_argument("--seconds", type=float, default=600, help="of tests for each mutant")
     parser.add_argument("--minutes", type=float, default=600, help="in all")
     parser.add_argument("--record", nargs="*", help="find out again which lines these files run")
     options = parser.parse_args()
@@ -401,9 +425,13 @@ def main() -> None:
         mutant
         for path in sources_of(options.group)
         for mutant in Finder(str(path.relative_to(ROOT)), path.read_text()).found
-        if options.file in mutant.path
+        if not options.files or pathlib.Path(mutant.path).stem in options.files
     ]
     sample = random.Random(options.seed).sample(found, min(options.sample, len(found)))
+    log = ROOT / ".mutants" / f"{options.group}.txt"
+    if options.survivors:
+        before = {line[11:] for line in log.read_text().splitlines() if line.startswith("survived")}
+        sample = [mutant for mutant in found if mutant.name in before]
     sys.dont_write_bytecode = True
     # What a mutant leaves as it is, is compiled once for all.
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".mutants" / "cache"))
@@ -416,7 +444,8 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)
-        tests = recorded(options.group, copy, options.record)
+        names = options.tests or GROUPS[options.group][1]
+        tests = recorded(options.group, names, copy, options.record)
         print(f"{len(sample)} of {len(found)} mutants, {len(tests)} tests", flush=True)
         results: dict[str, list[Mutant]] = {}
         end = time.monotonic() + 60 * options.minutes
@@ -424,10 +453,12 @@ def main() -> None:
             if result in ("passed", "not run by any test"):
                 result = "equivalent" if mutant.name in EQUIVALENT else "survived"
                 if result == "survived":
-                    print(f"{mutant.lines[0]:4} {mutant.name}", flush=True)
+                    print(f"{mutant.path}: {mutant.name}", flush=True)
             results.setdefault(result, []).append(mutant)
+            with log.open("a") as lines:
+                lines.write(f"{result:10} {mutant.name}\n")
     for mutant in results.get("too slow", []):
-        print(f"too slow: {mutant.lines[0]:4} {mutant.name}")
+        print(f"too slow: {mutant.path}: {mutant.name}")
     counts = {result: len(own) for result, own in results.items()}
     killed = counts.get("failed", 0) + counts.get("too slow", 0)
     total = sum(counts.values()) - counts.get("equivalent", 0)

@@ -17,7 +17,7 @@ SIZES = [3, 7, 1, 12, 5, 9]
 # Mesh axes, their types, and how many clients a device works on at once.
 SETTINGS = {
     "jitted": (None, "auto", 1),
-    "vectorised": (None, "auto", 3),
+    "vectorized": (None, "auto", 3),
     "a mesh of 1": ({"clients": 1}, "auto", 2),
     "a mesh of 2": ({"clients": 2}, "explicit", 1),
     "a mesh of 4 x 2": ({"clients": 4, "model": 2}, "auto", 1),

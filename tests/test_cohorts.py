@@ -520,7 +520,7 @@ def test_only_steps_that_somebody_needs_are_run(resident, at_once):
 
 
 def test_company_computes_nothing_singular():
-    """A vectorised client that has finished must not bring in NaN from zeros that fill it up."""
+    """A vectorized client that has finished must not bring in NaN from zeros that fill it up."""
     data = fax.data.InMemory({"long": {"x": np.ones((9, 1))}, "short": {"x": np.ones((1, 1))}})
     cohort = next(fax.data.cohorts(data, 2, 1, resident=False))
     assert (np.asarray(cohort.batches["x"])[~np.asarray(cohort.mask)] == 0).any()
@@ -622,21 +622,21 @@ def test_examples_split_over_devices(monkeypatch, kind, sampler):
         rounds = fax.data.cohorts(data, **how)
         assert rounds.resident
         seen = []
+
+        @jax.jit
+        @fax.program(clients=8)
+        def total(cohort):
+            def client(own):
+                return own.scan(lambda t, b, m, k: t + jnp.sum(b["x"], where=m[:, None]), 0.0)
+
+            return fax.sum(fax.map(client, cohort.clients()))
+
         for _ in range(12):
             cohort = next(rounds)
             assert cohort.batches.examples["x"].sharding.spec[0] == "clients"
             for client_id, batches in examples(cohort).items():
                 assert sorted(flat(batches)) == list(range(5 + client_id % 7))
             seen += cohort.positions.tolist()
-
-            @jax.jit
-            @fax.program(clients=8)
-            def total(cohort):
-                def client(own):
-                    return own.scan(lambda t, b, m, k: t + jnp.sum(b["x"], where=m[:, None]), 0.0)
-
-                return fax.sum(fax.map(client, cohort.clients()))
-
             expected = sum(data.client(f"client {i}")["x"].sum() for i in cohort.positions)
             np.testing.assert_allclose(total(cohort), expected, rtol=1e-6)
         assert len(set(seen)) == 24 or sampler in ("uniform", "weighted")

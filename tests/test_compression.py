@@ -470,12 +470,12 @@ def test_dtypes_are_kept(name, dtype):
 
 
 SETTINGS_OF = {  # all pairs would take too long
-    "quantization": ["vectorised", "a mesh of 2"],
+    "quantization": ["vectorized", "a mesh of 2"],
     "both": ["a mesh of 1", "a mesh of 4 x 2"],
     "hadamard": ["a mesh of 2"],
     "drive": ["a mesh of 4 x 2"],
     "terngrad": ["a mesh of 2"],
-    "power_sgd": ["vectorised", "a mesh of 2"],
+    "power_sgd": ["vectorized", "a mesh of 2"],
 }
 
 
@@ -636,6 +636,15 @@ def test_leaves_that_are_no_floats(name):
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_settings_at_the_ends_of_their_ranges():
+    parts = [
+        *(quantization(2), quantization(65536), top_k(1), top_k(1.0), top_k(2, per=2)),
+        *(error_feedback(top_k(1), num_clients=1, decay=decay) for decay in (0, 1)),
+    ]
+    assert all(isinstance(part, fax.aggregators.Transformation) for part in parts)
+    assert power_sgd(1, 1).init(np.zeros((4, 3))).memory.rows[0].shape == (1, 4, 3)
 
 
 def test_what_is_rotated_is_a_transformation():

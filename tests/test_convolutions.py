@@ -99,7 +99,7 @@ def convolution(draw, max_dims=3):
     return conv, rng.standard_normal((2, *lhs_shape)), rng.standard_normal((2, *rhs_shape))
 
 
-@given(convolution(), st.sampled_from([*SETTINGS, "vectorised"]))
+@given(convolution(), st.sampled_from([*SETTINGS, "vectorized"]))
 def test_values_and_gradients_of_random_convolutions(case, setting):
     conv, x, w = case
 
@@ -107,8 +107,8 @@ def test_values_and_gradients_of_random_convolutions(case, setting):
         y, back = jax.vjp(conv, x, w)
         return y, back(jnp.sin(y) + 1)
 
-    how = dict(vectorize=2 if setting == "vectorised" else 1)
-    setting = "auto" if setting == "vectorised" else setting
+    how = dict(vectorize=2 if setting == "vectorized" else 1)
+    setting = "auto" if setting == "vectorized" else setting
     ours = jax.jit(lambda x, w: mapped(everything, setting, x, w, **how))(x, w)
     assert_close(ours, jax.jit(jax.vmap(everything))(x, w))
 
@@ -250,7 +250,7 @@ def test_what_is_left_of_convolutions():
     assert {label for label, _ in stock} > {CHANNELS_LAST[2]}
 
 
-def test_vectorised_participants_with_kernels_of_their_own_have_no_convolutions():
+def test_vectorized_participants_with_kernels_of_their_own_have_no_convolutions():
     assert not convolutions_in(averaging("auto", vectorize=len(X)), STATE, X)
 
     @fax.program(clients=len(X))
@@ -265,18 +265,18 @@ def test_vectorised_participants_with_kernels_of_their_own_have_no_convolutions(
 
 @pytest.mark.parametrize("platform", ["cpu", "accelerator"])
 def test_what_is_rewritten_for_a_platform(platform):
-    """Where nothing has been measured, only what vectorisation would make grouped."""
+    """Where nothing has been measured, only what vectorization would make grouped."""
     jaxpr = jax.make_jaxpr(conv)(IMAGES[0], KERNELS[0])
 
-    def rewritten(vectorised, **how):
-        how = dict(platform=platform, vectorised=vectorised, sharded=False) | how
+    def rewritten(vectorized, **how):
+        how = dict(platform=platform, vectorized=vectorized, sharded=False) | how
         return jaxpr_as_fun(rewrite(jaxpr, "auto", **how))
 
     gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(conv(IMAGES[0], w) ** 2)))(KERNELS[0])
-    left = rewrite(gradient, "auto", platform, vectorised=False, sharded=False)
+    left = rewrite(gradient, "auto", platform, vectorized=False, sharded=False)
     assert (left is gradient) == (platform != "cpu")
 
-    several = jax.jit(jax.vmap(rewritten(vectorised=True)))
+    several = jax.jit(jax.vmap(rewritten(vectorized=True)))
     assert_close(several(IMAGES, KERNELS)[0], jax.vmap(conv)(IMAGES, KERNELS))
     assert not convolutions_in(several, IMAGES, KERNELS)
     assert len(convolutions_in(jax.vmap(rewritten(True), (0, None)), IMAGES, KERNELS[0])) == 1

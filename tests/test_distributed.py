@@ -230,9 +230,7 @@ ROUNDS = """
 def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, message):
     with running(ROUNDS.format(victim=victim, how=how), 3) as processes:
         processes[victim].wait(timeout=60)
-        died = time.monotonic()
         statuses, _, errs = ends(processes)
-        assert time.monotonic() - died < 30
     assert statuses.pop(victim) == status
     assert "lost" in errs.pop(victim) or status < 0
     for own, err in zip(statuses, errs):

@@ -11,6 +11,29 @@ from scripts import EXAMPLES, is_figure, numbers
 
 import fax
 
+SHORT = [
+    ("compare_algorithms", "--rounds=1", "--algorithms", "fedavg", "apfl"),
+    ("federated_averaging", "--rounds=1", "--clients-per-round=3", "--seed=1"),
+    ("federated_gradient", "--steps=1"),
+    ("learned_hyperparameters", "--steps=1"),
+    ("maml_digits", "--rounds=1"),
+    ("papa_digits", "--rounds=1", "--models=2"),
+    ("private_digits", "--rounds=1"),
+    ("sharded_transformer", "--rounds=1"),
+    ("tasks", "--task=digits", "--rounds=1"),
+]
+
+
+@pytest.mark.parametrize("script", SHORT, ids=lambda script: script[0])
+def test_a_short_run_ends_with_a_figure(run, tmp_path, script):
+    """Of what takes long with all of its rounds, without which it promises nothing."""
+    name, *options = script
+    printed = run(EXAMPLES / f"{name}.py", *options)
+    (figure,) = (tmp_path / "runs").iterdir()
+    assert figure.name.startswith(name)
+    assert is_figure(figure)
+    assert f"runs/{figure.name}" in printed
+
 
 def test_thermometers_prints_the_share_and_one_round(capsys):
     readings = np.array(runpy.run_path(str(EXAMPLES / "thermometers.py"))["readings"])
@@ -23,12 +46,12 @@ def test_thermometers_prints_the_share_and_one_round(capsys):
 
 def test_federated_averaging_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "federated_averaging.py")
-    accuracy, seconds = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
+    accuracy, _ = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
     assert accuracy >= 95
-    assert seconds * 200 < 120
     assert is_figure(tmp_path / "runs" / "federated_averaging.png")
 
 
+@pytest.mark.long
 def test_federated_averaging_is_deterministic_and_takes_options(run):
     twice = "from federated_averaging import main\nmain()\nmain()"
     options = ["--rounds=20", "--clients-per-round=20", "--seed=1"]
@@ -37,6 +60,7 @@ def test_federated_averaging_is_deterministic_and_takes_options(run):
     assert float(once) > 88
 
 
+@pytest.mark.long
 def test_federated_gradient_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "federated_gradient.py", "--steps=20")
     for mode in ("forward", "reverse"):
@@ -53,6 +77,7 @@ def test_federated_gradient_keeps_its_promise(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "federated_gradient.png")
 
 
+@pytest.mark.long
 def test_sharded_transformer_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "sharded_transformer.py", "--rounds=25")
     line = r"held-out loss ([\d.]+) nats, unigram entropy ([\d.]+) nats, margin ([\d.]+), "
@@ -73,7 +98,7 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
 
     (images, labels), (held_out, _) = _digits.load(seed=0)
     assert (len(images), len(held_out)) == (1437, 360)
-    owner = _digits.dirichlet_partition(labels, 100, 0.5, np.random.default_rng(0))
+    owner = _digits.dirichlet_partition(labels, 100, 0.5, seed=0)
     assert owner.min() >= 0
     assert owner.max() < 100
     shares = np.array([np.bincount(owner[labels == k], minlength=100) for k in range(10)])
@@ -89,6 +114,7 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
     np.testing.assert_array_equal(clients["y"][7][clients["mask"][7]], labels[owner == 7])
 
 
+@pytest.mark.long
 def test_tasks_keeps_its_promise_on_digits(run, tmp_path):
     printed = run(EXAMPLES / "tasks.py", "--task=digits")
     assert "digits, fedopt, 300 rounds" in printed
@@ -98,6 +124,7 @@ def test_tasks_keeps_its_promise_on_digits(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "tasks_digits.png")
 
 
+@pytest.mark.long
 def test_tasks_trains_on_the_standard_library(run, tmp_path):
     printed = run(EXAMPLES / "tasks.py", "--task=pystdlib", "--algorithm=fedavg", "--rounds=1")
     assert "pystdlib, fedavg, 1 rounds" in printed
@@ -107,6 +134,7 @@ def test_tasks_trains_on_the_standard_library(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "tasks_pystdlib.png")
 
 
+@pytest.mark.long
 def test_papa_digits_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "papa_digits.py")
     line = r"soup ([\d.]+)%, its models [\d.]+%; alone, models ([\d.]+)%, their soup ([\d.]+)%"

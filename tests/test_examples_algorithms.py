@@ -1,8 +1,10 @@
 """The examples of algorithms, run as a reader runs them, keep what they promise."""
 
+import pytest
 from scripts import EXAMPLES, is_figure, numbers
 
 
+@pytest.mark.long
 def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "learned_hyperparameters.py", "--steps=12")
     (apart,) = numbers(r"by 23 hyperparameters: largest relative difference (\S+)", printed)
@@ -20,6 +22,7 @@ def test_learned_hyperparameters_keeps_its_promise(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "learned_hyperparameters.png")
 
 
+@pytest.mark.long
 def test_maml_digits_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "maml_digits.py", "--rounds=60")
     line = r"MAML (\S+)%, FedAvg (\S+)% with the best rate, \S+, untrained (\S+)%, see"
@@ -29,6 +32,7 @@ def test_maml_digits_keeps_its_promise(run, tmp_path):
     assert is_figure(tmp_path / "runs" / "maml_digits.png")
 
 
+@pytest.mark.long
 def test_compare_algorithms_keeps_its_promise(run, tmp_path):
     names = ["fedavg", "apfl", "reptile", "hyp_cluster"]
     printed = run(EXAMPLES / "compare_algorithms.py", "--rounds=40", "--algorithms", *names)

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from scripts import EXAMPLES, is_figure, numbers
 
 import fax
 
 
+@pytest.mark.long
 def test_private_digits_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "private_digits.py")
     line = r"noise multiplier +([\d.]+): epsilon +([\d.inf]+), test accuracy ([\d.]+)%"

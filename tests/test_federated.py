@@ -96,7 +96,7 @@ def test_metrics_are_statistics_or_numbers_of_each_client():
     def client(server, own, data):
         trained = local_steps(loss, optax.sgd(RATE), server.params, data)
         result = ClientResult.of(trained, server)
-        return result._replace(metrics={**result.metrics, "position": data.client_id})
+        return result._replace(metrics={**result.metrics, "position": data.position})
 
     algorithm = federated("ours", loss, client)
     cohort = next(fax.data.cohorts(problems.data(), N, 4, resident=False))

@@ -177,7 +177,7 @@ class Half(fax.aggregators.Transformation):
         (Dyn, "jitted", Logistic),
         (Dyn, "a mesh of 2", Logistic),
         (Dyn, "a mesh of 4 x 2", Quadratic),
-        (Fair, "vectorised", Logistic),
+        (Fair, "vectorized", Logistic),
         (Fair, "a mesh of 2", Quadratic),
     ],
 )

@@ -102,7 +102,7 @@ def meta_gradient(problem, x, batches, first_order):
 
 PAIRS = [
     (Logistic, False, "jitted"),
-    (Logistic, True, "vectorised"),
+    (Logistic, True, "vectorized"),
     (Quadratic, False, "a mesh of 1"),
     (Quadratic, True, "jitted"),
     (Quadratic, False, "a mesh of 2"),

@@ -104,7 +104,7 @@ def test_its_gradient_with_respect_to_parameters_and_weights(variant):
     assert max(found) - min(found) < 0.02
 
 
-def test_the_gradient_of_masks_that_are_vectorised():
+def test_the_gradient_of_masks_that_are_vectorized():
     """Each of two models at a time leaves out other participants."""
     found = []
     for n in COUNTS[:2]:
@@ -181,7 +181,7 @@ def test_in_bfloat16(variant):
     assert max(gradients) - min(gradients) < 0.02
 
 
-def test_vectorised_batches_are_bounded():
+def test_vectorized_batches_are_bounded():
     """With a batch size, memory grows with it and not with the number of participants."""
 
     def found(n, vectorize):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
-from meshes import KINDS, mesh
+from meshes import KINDS, mesh, mixed
+from subsets import alike
 from test_transformations import assert_close
 
 import fax
@@ -109,6 +110,7 @@ def dtypes(n):
     return program, d
 
 
+@pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [3, 8, 13])
 def test_dtypes_and_random_keys(kind, n):

@@ -8,7 +8,8 @@ import pytest
 from cases import points
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from meshes import KINDS, mesh, put
+from meshes import KINDS, mesh, mixed, put
+from subsets import alike
 from test_transformations import assert_close
 
 import fax
@@ -65,6 +66,7 @@ def expected(n):
 # Inside the user's `jax.shard_map`
 
 
+@pytest.mark.kinds(kind=mixed, axes=alike, axis=alike, n=alike)
 @EVERY_KIND
 @CHECKED
 @pytest.mark.parametrize(
@@ -112,6 +114,7 @@ def tree_mean(p, d):
     return means.mean(0), peaks
 
 
+@pytest.mark.kinds(kind=mixed, shape=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("shape", [(2, 8), (4, 4), (3, 5)], ids=str)
 def test_placements_nested_on_two_axes(kind, shape):
@@ -229,6 +232,7 @@ def plain(p, d):
     return y.mean(), y.max(), d.sum(1)
 
 
+@pytest.mark.kinds(kind=alike, n=alike, vectorize=alike)
 @pytest.mark.parametrize(
     ("work", "kind"),
     [

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import fax
-from fax import _arguments, aggregators, algorithms, data, metrics
+from fax import _extras, aggregators, algorithms, data, metrics
 
 SGD = optax.sgd(0.1)
 PARAMS = {"w": jnp.zeros(3)}
@@ -911,7 +911,7 @@ def test_an_extra_that_is_broken_says_so_itself(monkeypatch, tmp_path):
     (tmp_path / "broken_extra.py").write_text("import not_there_at_all")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'not_there_at_all'"):
-        _arguments.extra("fax.algorithms", "broken_extra", "algorithms")
+        _extras.require("fax.algorithms", "broken_extra", "algorithms")
 
 
 # Warnings

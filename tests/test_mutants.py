@@ -38,7 +38,7 @@ CHANGES = {
 
 def test_changes_of_a_function():
     found = mutants.Finder("clip.py", SOURCE).found
-    assert {mutant.name.removeprefix("clip.py: ") for mutant in found} == CHANGES
+    assert {f"{mutant.before} -> {mutant.after}" for mutant in found} == CHANGES
     for mutant in found:
         changed = mutant.apply(SOURCE)
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(SOURCE))

@@ -166,7 +166,7 @@ def test_pairs_are_of_two_and_equally_likely():
 def test_results_do_not_depend_on_where_models_are(data):
     start = PerClient(different_starts(Quadratic))
     for make, names in (
-        (papa, ("jitted", "vectorised", "a mesh of 4 x 2")),
+        (papa, ("jitted", "vectorized", "a mesh of 4 x 2")),
         (papa_2, ("jitted", "a mesh of 2")),
     ):
         results = []

@@ -70,7 +70,9 @@ def first(tree):
 def run(aggregator, updates, weights=WEIGHTS, state=None, key=KEY):
     state = aggregator.init(first(updates)) if state is None else state
     clients = len(jax.tree.leaves(updates)[0])
-    return jax.jit(one_round(aggregator, clients))(updates, weights, state, key)
+    update, *rest = jax.jit(one_round(aggregator, clients))(updates, weights, state, key)
+    assert jax.tree.map(jnp.shape, update) == jax.tree.map(lambda x: x.shape[1:], updates)
+    return update, *rest
 
 
 def draws(aggregator, updates, count=DRAWS):
@@ -601,3 +603,12 @@ def test_accounting_says_what_to_install(monkeypatch):
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_arguments_at_the_ends_of_their_ranges():
+    one = dp_ftrl(1, 0, num_clients=1, separation=1, participations=1, key=KEY)
+    assert one.init(np.zeros(3)).noise.shape == (0, 3)
+    sixteen = dp_ftrl(1, 0, num_clients=1, separation=20, participations=1, key=KEY)
+    assert sixteen.init(np.zeros(3)).noise.shape == (15, 3)
+    assert calibrate(1.0, 1, 0.1, sampling_rate=1.0) == calibrate(1.0, 1, 0.1)
+    assert Budget(1.0, 1e-5, 20.0, record={"key": 0}).spent == 0

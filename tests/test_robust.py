@@ -157,6 +157,7 @@ def test_aggregators_are_those_of_the_papers(name):
     u = rows({k: np.tanh(params[k]) * data[k] + params[k] ** 2 for k in data})
     np.testing.assert_allclose(rows(sent), u, rtol=1e-12)
     for key, (_, expected) in AGGREGATORS.items():
+        assert jax.tree.map(np.shape, found[key]) == jax.tree.map(np.shape, params)
         np.testing.assert_allclose(vector(found[key]), expected(u, WEIGHTS), rtol=1e-10)
 
 
@@ -516,6 +517,11 @@ def test_bits():
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_arguments_at_the_ends_of_their_ranges():
+    made = trimmed_mean(0), trimmed_mean(count=0), geometric_median(1), krum(0), multi_krum(0, 1)
+    assert all(isinstance(aggregator, Aggregator) for aggregator in made)
 
 
 @pytest.mark.parametrize(

@@ -303,3 +303,8 @@ def test_too_many_clients():
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_settings_at_the_ends_of_their_ranges():
+    for bits in (2, 31):
+        assert secure_sum(1, 1, bits=bits).init({"x": np.ones(2)}) == ()

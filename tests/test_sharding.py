@@ -1,7 +1,7 @@
 """Programs on meshes give what they give on one device, whatever the mesh.
 
 Values and gradients of the case table's programs are compared with the plain references, and
-the transformations are those of `test_transformations`. An older JAX gets a subset.
+the transformations are those of `test_transformations`.
 """
 
 import functools
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subsets
 from cases import CASES, of_size
 from meshes import KINDS, mesh, put
-from test_transformations import TRANSFORMATIONS, Subject, assert_close
+from test_transformations import KIND_OF, TRANSFORMATIONS, Subject, assert_close
 
-NEWEST = jax.__version_info__ >= (0, 12)
 MESHES = {
     "1": dict(clients=1),
     "2": dict(clients=2),
@@ -73,6 +73,10 @@ def parametrize(names, choices):
     return pytest.mark.parametrize(names, choices, ids=itertools.starmap(label, choices))
 
 
+def kind_of_case(number):
+    return CASES[number].kind
+
+
 FULL = list(itertools.product(NUMBERS, KINDS))
 SHAPES = list(itertools.product(NUMBERS, MESHES, KINDS, SIZES))
 
@@ -95,13 +99,15 @@ def test_pairwise_subset_covers_every_pair():
         assert len(found) >= len(pairs) * 3 / 4 if cases_alone else found == pairs
 
 
-@parametrize(("number", "kind"), FULL if NEWEST else FULL[::5])
+@pytest.mark.kinds(number=kind_of_case, kind=subsets.alike)
+@parametrize(("number", "kind"), FULL)
 def test_every_case_on_4x2_in_every_axis_type(number, kind):
     size = SIZES[(number + list(KINDS).index(kind)) % 3]
     check(number, "4x2", kind, size, vectorize=(None, 2)[number % 2])
 
 
-@parametrize(("number", "name", "kind", "size"), pairwise()[:: 1 if NEWEST else 7])
+@pytest.mark.kinds(number=kind_of_case, name=subsets.alike, kind=subsets.alike, size=subsets.alike)
+@parametrize(("number", "name", "kind", "size"), pairwise())
 def test_every_case_on_meshes_of_other_shapes(number, name, kind, size):
     check(number, name, kind, size, vectorize=(2, None)[number % 2])
 
@@ -122,14 +128,15 @@ def turn(t, kind):
     """A case that allows for the transformation, another one each time."""
     mode, first = TRANSFORMATIONS[t][1], 5 * t + 4 * list(KINDS).index(kind)
     numbers = [(first + k) % len(CASES) for k in NUMBERS]
-    # JAX does not vectorise grouped convolutions whose types name a mesh.
+    # JAX does not vectorize grouped convolutions whose types name a mesh.
     untyped = [n for n in numbers if kind == "auto" or CASES[n].name != "convolutions"]
     return next(n for n in untyped if mode not in CASES[n].refuses)
 
 
+@pytest.mark.kinds(t=lambda t: KIND_OF[TRANSFORMATIONS[t][0]], kind=subsets.alike)
 @pytest.mark.parametrize(
     ("t", "kind"),
-    TRANSFORMED if NEWEST else TRANSFORMED[::5],
+    TRANSFORMED,
     ids=lambda x: TRANSFORMATIONS[x][0] if isinstance(x, int) else x,
 )
 def test_transformations_on_a_mesh(t, kind):

@@ -383,7 +383,7 @@ def test_a_period_is_never_cut_short(data):
 
 def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one_sum(data):
     results = []
-    for name in ("jitted", "vectorised", "a mesh of 2"):
+    for name in ("jitted", "vectorized", "a mesh of 2"):
         context, at_once = problems.setting(name, "replicas")
         with context:
             algorithm = streaming_diloco(

@@ -31,7 +31,7 @@ def averaged(client, n=4, **kwargs):
     return program
 
 
-def vectorised(client):
+def vectorized(client):
     return lambda *args: jnp.mean(jax.vmap(client)(*args), 0)
 
 
@@ -57,7 +57,7 @@ CLIENTS = {
 @pytest.mark.parametrize("name", CLIENTS)
 def test_debug_nans_names_the_primitive(name):
     client, primitive = CLIENTS[name]
-    program, by_hand = averaged(client), vectorised(client)
+    program, by_hand = averaged(client), vectorized(client)
     for transform in (lambda f: f, jax.jit, jax.grad):
         errors = []
         for fn in program, by_hand:
@@ -170,7 +170,7 @@ def test_checkify_sees_errors_in_client_functions(name):
     client, x = CHECKED[name], jnp.asarray(X)
     errors = checkify.user_checks if name in ("check", "jit") else checkify.all_checks
     check = functools.partial(checkify.checkify, errors=errors)
-    wanted, value = check(vectorised(client))(x)
+    wanted, value = check(vectorized(client))(x)
     want = wanted.get()
     assert want is not None
     for vectorize in (1, 3) if name in ("check", "nan", "loop") else (3,):
@@ -506,7 +506,7 @@ def test_export_and_differential_equations():
     np.testing.assert_allclose(jax.grad(again.call)(X), -np.exp(-X) / 4, rtol=1e-5)
 
 
-def test_custom_vmap_is_for_vectorised_participants():
+def test_custom_vmap_is_for_vectorized_participants():
     @jax.custom_batching.custom_vmap
     def client(x):
         return x

@@ -161,7 +161,7 @@ class Subject:
         return self.loss(*jax.tree.map(lambda x: x + shift, differentiable))
 
 
-SCALES = (0.9, 1.05)  # points to be vectorised over, near enough to meet no tie
+SCALES = (0.9, 1.05)  # points to be vectorized over, near enough to meet no tie
 
 
 def stacked(tree: Any, axis: int = 0) -> Any:
@@ -431,7 +431,7 @@ KINDS = {
     "forward": ("jvp", "linearize", "jacfwd", "custom_jvp"),
     "reverse": ("grad", "value_and_grad", "vjp", "jacrev", "custom_vjp"),
     "again": ("hessian", "reverse_over_reverse", "checkpoint_outside", "checkpoint_inside"),
-    "vectorised": ("vmap", "vmap_of_vmap", "vmap_of_grad", "grad_of_vmap"),
+    "vectorized": ("vmap", "vmap_of_vmap", "vmap_of_grad", "grad_of_vmap"),
     "control flow": ("scan", "while_loop", "cond"),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}

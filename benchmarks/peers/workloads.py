@@ -121,8 +121,8 @@ def evaluate(params: Params) -> float:
             h = np.maximum(h @ layer["w"] + layer["b"], 0)
         logits = h @ dense[-1]["w"] + dense[-1]["b"]
         logits -= logits.max(-1, keepdims=True)
-        normaliser = np.log(np.exp(logits).sum(-1))
-        losses.append(normaliser - logits[np.arange(len(labels)), labels])
+        normalizer = np.log(np.exp(logits).sum(-1))
+        losses.append(normalizer - logits[np.arange(len(labels)), labels])
     return float(np.concatenate(losses).mean())
 
 

@@ -1,8 +1,8 @@
 """Aggregators: what happens to clients' updates on their way to the server."""
 
-from fax import _arguments
+from fax import _extras
 
-_arguments.extra("fax.aggregators", "optax", "algorithms")
+_extras.require("fax.aggregators", "optax", "algorithms")
 
 from fax.aggregators._accounting import calibrate as calibrate
 from fax.aggregators._accounting import epsilon as epsilon

@@ -13,7 +13,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from fax import _arguments
+from fax import _arguments, _extras
 
 MECHANISMS, SAMPLINGS = ("gaussian", "laplace"), ("uniform", "poisson")
 
@@ -206,7 +206,7 @@ def _interval(z: float, rounds: int, mechanism: str) -> float:
 
 
 def _dp_accounting() -> tuple[Any, Any]:
-    _arguments.extra("Accounting for privacy", "dp_accounting", "privacy")
+    _extras.require("Accounting for privacy", "dp_accounting", "privacy")
     import dp_accounting
     from dp_accounting import pld
 

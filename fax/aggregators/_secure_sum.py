@@ -182,5 +182,8 @@ def with_masks(words: jax.Array, key: jax.Array, neighbors: int | None) -> jax.A
 
 
 def _integer(x: jax.Array, limit: int) -> jax.Array:
-    """Whole numbers as integers. Floats near a large limit may have been rounded beyond it."""
-    return jnp.clip(jnp.nan_to_num(x).astype(jnp.int32), -limit, limit)
+    """Whole numbers as integers. Floats near a large limit may have been rounded beyond it.
+
+    What becomes of NaN does not matter, since the result will be NaN.
+    """
+    return jnp.clip(x.astype(jnp.int32), -limit, limit)

@@ -1,8 +1,8 @@
 """Federated algorithms: pure functions of a server's state and a cohort."""
 
-from fax import _arguments
+from fax import _extras
 
-_arguments.extra("fax.algorithms", "optax", "algorithms")
+_extras.require("fax.algorithms", "optax", "algorithms")
 
 from fax.algorithms._agnostic import Domains as Domains
 from fax.algorithms._agnostic import agnostic_fedavg as agnostic_fedavg

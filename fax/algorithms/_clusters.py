@@ -146,7 +146,7 @@ def hyp_cluster_start(
                 trained = local_steps(loss, client_optimizer, params, client, model_state)
                 return trained.params, trained.model_state
 
-            nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, None))
+            nothing = optax.tree.zeros_like(jax.eval_shape(make, None))
             return lax.cond(number == chosen, make, lambda _: nothing, None)
 
         def mean(params, model_state, client):

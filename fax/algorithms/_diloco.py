@@ -195,7 +195,7 @@ def outer_steps(
         mean, heard, aggregator_state, metrics = mean_update(
             aggregator, updates, here, weights, state.aggregator, key
         )
-        delta = jax.tree.map(jnp.negative, mean)
+        delta = optax.tree.scale(-1, mean)
         moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)
         new = optax.apply_updates(state.params, moves), optimizer
         params, optimizer = optax.tree.where(heard, new, (state.params, state.optimizer))

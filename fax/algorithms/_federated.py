@@ -286,7 +286,7 @@ def federated(
 
             def step(update: PyTree) -> State:
                 check_like(f"{name}: the update", update, state.params)
-                gradient = jax.tree.map(jnp.negative, update)
+                gradient = optax.tree.scale(-1, update)
                 moves, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
                 model_state = state.model_state
                 if results.model_state is not None:

@@ -207,7 +207,7 @@ def _adaptive(
         return new.astype(old.dtype)  # hyperparameters that are arrays must not widen the state
 
     def init(params: PyTree) -> _Moments:
-        m = None if b1 is None else jax.tree.map(jnp.zeros_like, params)
+        m = None if b1 is None else optax.tree.zeros_like(params)
         return _Moments(m, jax.tree.map(lambda x: keep(jnp.full_like(x, 1) * tau**2, x), params))
 
     def update(gradient: PyTree, state: _Moments, params: PyTree = None) -> tuple:

@@ -206,7 +206,7 @@ def streaming_diloco(
         def nothing(p: int) -> InFlight | None:
             if _sent_at(p, steps, len(parts)) + tau <= steps:
                 return None
-            return InFlight(jax.tree.map(jnp.zeros_like, parts[p]), jnp.bool_(False))
+            return InFlight(optax.tree.zeros_like(parts[p]), jnp.bool_(False))
 
         return StreamingDiLoCoState(
             params,
@@ -240,7 +240,7 @@ def streaming_diloco(
         p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight
     ) -> tuple[dict[str, jax.Array], PyTree]:
         before = pick(state.params, names), state.optimizers[p]
-        delta = jax.tree.map(jnp.negative, landing.update)
+        delta = optax.tree.scale(-1, landing.update)
         moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
         new = optax.apply_updates(before[0], moves), optimizer
         return optax.tree.where(landing.heard, new, before)

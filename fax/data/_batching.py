@@ -178,7 +178,7 @@ def order_within_shares(steps: np.ndarray, shares: Sequence[int]) -> np.ndarray:
 
 
 def computed_steps(steps: np.ndarray, devices: int, vectorize: int) -> int:
-    """How many steps devices compute if vectorised clients wait for the longest of them."""
+    """How many steps devices compute if vectorized clients wait for the longest of them."""
     total = 0
     for rows in rows_of_devices(len(steps), devices):
         own = steps[rows]
@@ -189,7 +189,7 @@ def computed_steps(steps: np.ndarray, devices: int, vectorize: int) -> int:
     return total
 
 
-# Vectorised clients wait for the longest of them. This share of the work may be padding.
+# Vectorized clients wait for the longest of them. This share of the work may be padding.
 _PADDING = 0.15
 _MOST_VECTORIZED = 16
 

@@ -158,7 +158,7 @@ class Client:
     ) -> Carry:
         """Loops over the client's batches in order, like `jax.lax.scan`.
 
-        Steps without any example are not run. Where several clients are vectorised, a step runs
+        Steps without any example are not run. Where several clients are vectorized, a step runs
         if any of them has examples left, and leaves the carries of the others unchanged.
 
         Args:
@@ -264,7 +264,7 @@ class Cohort:
         of them are in the batches, or how often.
       positions: int32 [clients], positions in the data's ``client_ids()``.
       keys: random keys [clients], which depend on the seed, the round and the client.
-      vectorize: how many clients a device should vectorise if the algorithm does not say; see
+      vectorize: how many clients a device should vectorize if the algorithm does not say; see
         `fax.map`. Neighbours have about the same length.
 
     Example:

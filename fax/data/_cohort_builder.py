@@ -29,7 +29,7 @@ class CohortBuilder:
       clients: how many take part in a round.
       row_sharding: how they are spread over devices.
       resident: the examples on the devices, or None if they stay on the host.
-      vectorize: how many clients a device should vectorise, or None to leave that to `fax.map`.
+      vectorize: how many clients a device should vectorize, or None to leave that to `fax.map`.
     """
 
     all_clients: AllClients

@@ -56,7 +56,7 @@ class _AxisTypes:
 
     def _replace(self, eqn: JaxprEqn) -> Replacement:
         wanted = _compat.sharding_asked_for(eqn)
-        if isinstance(wanted, NamedSharding) and self._is_moot(wanted):
+        if isinstance(wanted, NamedSharding) and self._is_redundant(wanted):
             return [], eqn.invars
         if eqn.primitive.name == _compat.Named.RESHARD:
             return self._constraint(eqn, eqn.params["dst_sharding"])
@@ -71,7 +71,7 @@ class _AxisTypes:
         params = _compat.nested_in_manual(params, self._manual)
         return unchecked.replace(params=params, ctx=self._context(eqn.ctx))
 
-    def _is_moot(self, wanted: NamedSharding) -> bool:
+    def _is_redundant(self, wanted: NamedSharding) -> bool:
         """Whether a sharding need not be asked for any more."""
         if self._mesh(wanted.mesh.abstract_mesh).auto_axes:
             return False

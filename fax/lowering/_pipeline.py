@@ -1,17 +1,17 @@
 """How one `federated_map` becomes XLA, from top to bottom.
 
-    evaluate          a map that is called is compiled, once for maps alike, and run
-    lowered           a map in something that is compiled: what JAX calls for each platform
-    _compute          explicit mesh axes end here
-    _run              one map on the mesh in scope, in five steps:
+    evaluate          runs a map outside of any transformation, compiled once for all maps alike
+    lowered           the rule that JAX calls for a map inside of what it compiles
+    _compute          makes Explicit mesh axes Auto ones
+    _run              does one map on the mesh in scope, in five steps:
 
-      manual axes           the client function is typed for one device along the placement's axes
-      convolutions          become what is fast in a loop
+      manual axes           the client function gets the types that it has on one device
+      convolutions          are rewritten into what is fast in a loop
       uniform control flow  where the client function is sharded, devices branch together
       schedule              one device goes through its participants, batch after batch
       devices               participants are divided over devices, and totals reduced across them
 
-No rule of differentiation or vectorisation meets any of this: it happens when they are done.
+All of this happens after differentiation and vectorization, whose rules know nothing of it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
     # Convolutions
     together, sharded = vectorized(this.group.size) > 1, bool(others)
     fast = rewrite_convolutions(
-        this.jaxpr, this.convolutions, platform, vectorised=together, sharded=sharded
+        this.jaxpr, this.convolutions, platform, vectorized=together, sharded=sharded
     )
     this = this.replace(jaxpr=fast)
 

@@ -1,6 +1,6 @@
 """The schedule of a map: which participants one device works on, and when.
 
-A batch of participants is worked on at once, vectorised. Batches follow one another in a
+A batch of participants is worked on at once, vectorized. Batches follow one another in a
 scan which carries the accumulators of the reduced outputs, so that the rows behind a
 reduced output never exist together.
 
@@ -31,7 +31,7 @@ from fax.primitives._round import Round, Vectorize, pick
 
 ByIndex = dict[int, jax.Array]
 
-# Participants vectorised where the user does not say. On CPU a batch of small
+# Participants vectorized where the user does not say. On CPU a batch of small
 # matrix products is slower than a loop over them, and a loop keeps `lax.cond` a branch.
 # Elsewhere a batch fills the device; it is bounded because memory grows with it.
 _VECTORIZE_ON_CPU = 1
@@ -44,7 +44,7 @@ _LARGE, _MANY_BATCHES = 256, 4096
 
 
 def vectorized_for(platform: str, asked: int | Vectorize | None, size: int) -> int:
-    """How many of a device's participants are vectorised at once."""
+    """How many of a device's participants are vectorized at once."""
     if asked is Vectorize.ALL:
         return size
     if asked is None or asked is Vectorize.INHERITED:

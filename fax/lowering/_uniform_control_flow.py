@@ -5,8 +5,8 @@ can end up in a branch. Devices along the placement work for different participa
 different branches; but a collective that only some devices reach is one that all wait for.
 So the first branch is taken by all devices and another one by all if one of their participants
 takes it, and a loop goes on until the last one is through; what a participant does not want is
-discarded. A loop in such a branch does not wait for those who only keep the others company, for
-whom it might never end.
+discarded. A loop in such a branch does not wait for participants that have not taken the branch:
+for them it might never end.
 
 Branches that do not depend on who the participant is are left as they are.
 """

@@ -4,9 +4,9 @@ The modules have the architectures and initializers of FedJAX's models. `create`
 one of them by its name, and `functional` makes one of any module.
 """
 
-from fax import _arguments
+from fax import _extras
 
-_arguments.extra("fax.models", "flax", "models")
+_extras.require("fax.models", "flax", "models")
 
 from fax.models._images import Cifar100Logistic as Cifar100Logistic
 from fax.models._images import Dense as Dense

@@ -1,14 +1,14 @@
 """The primitive `any_active`: whether anybody of those who are worked on at once has work to do.
 
-Clients that are vectorised go through their local steps together, and `vmap` turns a
+Clients that are vectorized go through their local steps together, and `vmap` turns a
 `lax.cond` on a client's own flag into a select: all work for as long as the capacity of the
 longest, whether or not anybody needs it. `any_active` gives a flag that stays one for all when it
-is vectorised, so that a `lax.cond` on it stays a branch::
+is vectorized, so that a `lax.cond` on it stays a branch::
 
     someone, mine = any_active(active)
     carry = lax.cond(someone, lambda c: select(mine, step(c), c), lambda c: c, carry)
 
-Where nothing is vectorised, who is in the branch is active: ``mine`` is the constant True, and
+Where nothing is vectorized, who is in the branch is active: ``mine`` is the constant True, and
 the compiler removes the select.
 """
 

@@ -28,7 +28,7 @@ class MapBuilder:
     """A map under construction.
 
     Attributes:
-      like: the placement, how many are vectorised, and the setting for convolutions.
+      like: the placement, how many are vectorized, and the setting for convolutions.
       eqn: where in the user's code the map comes from.
       inputs: for each variable that a participant sees, the operand and its mode.
       outputs: for each result, what a participant contributes to it.

@@ -34,13 +34,35 @@ def _contribute(this: Round, *rows: Any) -> list[jax.Array]:
     return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows), _select)
 
 
-# Under `jax.vmap` a mask is broadcast to the shape of what it masks. Reverse differentiation is to
-# do so once more, and not to store it for each participant.
-_select = jax.checkpoint(select, prevent_cse=False, static_argnums=2)
+def _select(mask: jax.Array, value: jax.Array, otherwise: Any = 0) -> jax.Array:
+    """The same as `select`, for masks that are vectorized.
+
+    `jax.vmap` broadcasts a mask to the shape of what it masks. Reverse differentiation broadcasts
+    it once more instead of storing that for each participant.
+    """
+    chosen = functools.partial(select, otherwise=otherwise)
+    return jax.checkpoint(chosen, prevent_cse=False)(mask, value)
 
 
 def _nothing(mode: str, dtype: Any) -> Any:
     return 0 if mode == "placed" else identity(mode, dtype)
+
+
+@jax.custom_jvp
+def _gate(counts: jax.Array, x: jax.Array) -> jax.Array:
+    """A value whose tangents are zero unless it counts.
+
+    A select would do the same, but what it makes of a server value is another one for each
+    participant, which reverse differentiation would store.
+    """
+    del counts
+    return x
+
+
+@_gate.defjvp
+def _gate_jvp(primals, tangents):
+    (counts, x), (_, dx) = primals, tangents
+    return x, _select(counts, dx)
 
 
 def mask_within(this: Round) -> Round:
@@ -86,20 +108,3 @@ def by_mask(this: Round) -> dict[int | None, list[int]]:
     for k, out in enumerate(this.outputs):
         groups.setdefault(out.mask, []).append(k)
     return groups
-
-
-@jax.custom_jvp
-def _gate(counts: jax.Array, x: jax.Array) -> jax.Array:
-    """A value whose tangents are zero unless it counts.
-
-    A select would do the same, but what it makes of a server value is another one for each
-    participant, which reverse differentiation would store.
-    """
-    del counts
-    return x
-
-
-@_gate.defjvp
-def _gate_jvp(primals, tangents):
-    (counts, x), (_, dx) = primals, tangents
-    return x, _select(counts, dx, 0)

@@ -24,7 +24,7 @@ _MAKE_MESH, _LAYOUT = "fax.sharding.make_mesh", "fax.sharding.layout"
 
 def make_mesh(
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,  # type checkers do not know jax.Device
     axis_types: AxisType | Sequence[AxisType] = AxisType.Auto,
     **axes: int,
 ) -> Mesh:

@@ -1,9 +1,9 @@
 """Benchmark tasks of federated learning: data, a model, metrics and settings."""
 
-from fax import _arguments
+from fax import _extras
 
-_arguments.extra("fax.tasks", "optax", "tasks")
-_arguments.extra("fax.tasks", "flax", "tasks")
+_extras.require("fax.tasks", "optax", "tasks")
+_extras.require("fax.tasks", "flax", "tasks")
 
 from fax.tasks._download import DownloadError as DownloadError
 from fax.tasks._task import Settings as Settings

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fax.data
-from fax import _arguments
+from fax import _extras
 from fax.data import DataError, FederatedData
 from fax.tasks._tokens import Characters
 
@@ -31,7 +31,7 @@ def digits(clients: int, alpha: float, seed: int) -> Split:
 
     The rest is divided in Dirichlet proportions of the digits. The test data are one client.
     """
-    _arguments.extra("fax.tasks.load('digits')", "sklearn", "tasks")
+    _extras.require("fax.tasks.load('digits')", "sklearn", "tasks")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

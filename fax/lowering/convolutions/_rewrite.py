@@ -3,7 +3,7 @@
 A client function trains in a loop, and there XLA is slow at most convolutions. On CPU it has
 a fast kernel for operands with the channels last. It rearranges others to fit, but in the
 outermost computation alone; in a loop the derivatives of a convolution, whose operands are
-transposed, are computed 10 to 100 times slower. Grouped convolutions, which a vectorised
+transposed, are computed 10 to 100 times slower. Grouped convolutions, which a vectorized
 convolution is where each participant has a kernel of its own, are slow everywhere.
 
 The pass runs when a map is lowered, on what transformations have made of the client function
@@ -43,11 +43,11 @@ Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Arr
 #     one tap or position         0.8 to 26       0.7 to 1.5         0.3 to 0.7
 #   3 dimensions                  0.7 to 25       0.6 to 1.2         0.1 to 0.4
 #   groups                        0.1 to 90       0.1 to 2           0.1 to 1.6
-#   4 vectorised kernels          0.1 to 110      0.4 to 1.4         0.1 to 1.7
+#   4 vectorized kernels          0.1 to 110      0.4 to 1.4         0.1 to 1.7
 
 
 def rewrite(
-    jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorised: bool, sharded: bool
+    jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorized: bool, sharded: bool
 ) -> ClosedJaxpr:
     """The jaxpr with its convolutions, and the derivatives of its max pools, in other ways.
 
@@ -55,12 +55,12 @@ def rewrite(
       jaxpr: what a participant does.
       setting: ``auto``, ``xla`` or ``matmul``.
       platform: ``cpu`` or another one. The table above is of CPUs. Elsewhere nothing has been
-        measured, and ``auto`` rewrites what vectorisation makes grouped, nothing else.
-      vectorised: whether `jax.vmap` will run it for several participants at once.
+        measured, and ``auto`` rewrites what vectorization makes grouped, nothing else.
+      vectorized: whether `jax.vmap` will run it for several participants at once.
       sharded: whether values may be sharded over axes of a mesh that are left to the compiler,
         over which ``auto`` slices nothing.
     """
-    left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorised)
+    left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorized)
     if left or not has_convolutions(jaxpr):
         return jaxpr
 
@@ -79,7 +79,7 @@ def rewrite(
         if platform == "cpu" and _matmul_is_faster(conv) and not sharded:
             return _by_matmul
         written = _channels_last if platform == "cpu" else _stock
-        return _unless_grouped(written) if vectorised and not sharded else written
+        return _unless_grouped(written) if vectorized and not sharded else written
 
     return _Rewriting(choose).jaxpr(jaxpr)
 
@@ -158,7 +158,7 @@ def _channels_last(
 
 @functools.cache
 def _unless_grouped(written: Convolve) -> Convolve:
-    """Uses matrix products if vectorisation makes a convolution grouped: one each is a batch."""
+    """Uses matrix products if vectorization makes a convolution grouped: one each is a batch."""
 
     def write(params, out, lhs, rhs):
         @custom_vmap
