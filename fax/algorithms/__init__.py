@@ -37,10 +37,10 @@ from fax.algorithms._fedper import fedbn as fedbn
 from fax.algorithms._fedper import fedper as fedper
 from fax.algorithms._hyp_cluster import hyp_cluster as hyp_cluster
 from fax.algorithms._local import Trained as Trained
-from fax.algorithms._local import batch_gradient as batch_gradient
-from fax.algorithms._local import batch_loss as batch_loss
 from fax.algorithms._local import local_gradient as local_gradient
 from fax.algorithms._local import local_steps as local_steps
+from fax.algorithms._loss import batch_gradient as batch_gradient
+from fax.algorithms._loss import batch_loss as batch_loss
 from fax.algorithms._maml import maml as maml
 from fax.algorithms._maml import personalize as personalize
 from fax.algorithms._mime import mime as mime

@@ -17,7 +17,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._federated import ClientResult, Received, Server, State, federated
-from fax.algorithms._local import examples_of, local_steps, no_metrics, per_example
+from fax.algorithms._local import local_steps
+from fax.algorithms._loss import examples_of, no_metrics, per_example
 from fax.data import Client
 
 PyTree = Any

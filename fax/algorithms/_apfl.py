@@ -14,7 +14,7 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._federated import ClientResult, Server, State, federated
-from fax.algorithms._local import Metrics, batch_gradient, batch_loss, no_metrics
+from fax.algorithms._loss import Metrics, batch_gradient, batch_loss, no_metrics
 from fax.data import Client
 
 PyTree = Any

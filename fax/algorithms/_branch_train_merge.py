@@ -12,9 +12,9 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import PerClient
+from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_state, guarded
-from fax.algorithms._federated import next_model_state
-from fax.algorithms._local import told_of_padding
+from fax.algorithms._loss import told_of_padding
 from fax.algorithms._replicas import Part, Replica, inner_steps, models, population, rounds, soup
 
 PyTree = Any

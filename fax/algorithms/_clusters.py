@@ -14,9 +14,10 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import fax
 from fax import _arguments, _keys
+from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_cohort, check_trained, check_whole
-from fax.algorithms._federated import strong
-from fax.algorithms._local import batch_loss, examples_of, local_steps, no_metrics
+from fax.algorithms._local import local_steps
+from fax.algorithms._loss import batch_loss, examples_of, no_metrics
 from fax.data import Client, Cohort
 from fax.metrics import Mean
 

@@ -14,8 +14,8 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
-from fax.algorithms._federated import next_model_state, strong
 from fax.algorithms._replicas import (
     Part,
     Replica,

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 import fax
-from fax import _arguments, _keys
+from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import aggregate, next_model_state, strong
 from fax.algorithms._checks import (
     arguments,
     check_averaged_state,
@@ -323,54 +323,6 @@ def federated(
 
     every = personal if isinstance(loss, PersonalLoss) else models
     return guarded(name, bare(loss), State, init, round, whole, every)
-
-
-def aggregate(
-    aggregator: Aggregator | None,
-    updates: PyTree,
-    state: PyTree,
-    cohort: Cohort,
-    weights: jax.Array | None = None,
-) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
-    """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
-
-    Args:
-      aggregator: the user's, or None.
-      updates: placed.
-      state: the aggregator's, with the rows of the cohort.
-      cohort: whose clients these are.
-      weights: placed, [clients]. Default: the numbers of examples.
-    """
-    weights = cohort.num_examples if weights is None else weights
-    if aggregator is None:
-        return fax.mean(updates, weights=weights), None, {}
-    return aggregator.aggregate(updates, weights, state, server_key(cohort))
-
-
-def server_key(cohort: Cohort) -> jax.Array:
-    """A random key of the server's, different in each round and not that of any client.
-
-    It is derived from the sum of all clients' keys, which is a client's own if there is one only.
-    """
-    bits = jax.random.key_data(cohort.keys)
-    total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
-    total = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
-    return _keys.derive(total, _keys.Use.SERVER)
-
-
-def strong(x: Any) -> jax.Array:
-    """An array of the type that it has after a round, so that this is compiled once."""
-    x = jnp.asarray(x)
-    return lax.convert_element_type(x, x.dtype)
-
-
-def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
-    """The clients' mean; leaves that are not floats stay what they were."""
-
-    def one(mean, before):
-        return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before
-
-    return jax.tree.map(one, mean, before)
 
 
 def _repeated(x: Any, num_clients: int) -> jax.Array:

@@ -14,7 +14,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._federated import ClientResult, Received, Server, State, federated
-from fax.algorithms._local import examples_of, local_steps, proximal
+from fax.algorithms._local import local_steps, proximal
+from fax.algorithms._loss import examples_of
 from fax.data import Client
 
 _NO_SCALAR = (

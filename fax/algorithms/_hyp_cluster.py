@@ -13,18 +13,13 @@ import fax
 from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_trained, check_whole
 from fax.algorithms._clients import is_per_client
 from fax.algorithms._clusters import best_model, check_models, one_model
-from fax.algorithms._federated import (
-    ClientResult,
-    Received,
-    Server,
-    State,
-    federated,
-    next_model_state,
-)
-from fax.algorithms._local import examples_of, local_steps
+from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._local import local_steps
+from fax.algorithms._loss import examples_of
 from fax.data import Client
 
 PyTree = Any

@@ -13,9 +13,11 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_cohort, check_whole
-from fax.algorithms._federated import ClientResult, Server, federated, strong
-from fax.algorithms._local import examples_of, local_gradient, local_steps
+from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._local import local_gradient, local_steps
+from fax.algorithms._loss import examples_of
 from fax.data import Client, Cohort
 
 PyTree = Any

@@ -14,7 +14,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._federated import ClientResult, Received, Server, State, federated
-from fax.algorithms._local import batch_gradient, local_gradient, local_steps
+from fax.algorithms._local import local_gradient, local_steps
+from fax.algorithms._loss import batch_gradient
 from fax.data import Client
 
 PyTree = Any

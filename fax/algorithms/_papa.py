@@ -15,8 +15,8 @@ from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._checks import arguments, check_private, guarded
-from fax.algorithms._federated import next_model_state, strong
 from fax.algorithms._replicas import (
     Part,
     Replica,

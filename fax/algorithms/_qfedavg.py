@@ -14,7 +14,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_private
 from fax.algorithms._federated import ClientResult, Server, federated
-from fax.algorithms._local import batch_loss, local_steps
+from fax.algorithms._local import local_steps
+from fax.algorithms._loss import batch_loss
 from fax.data import Client
 
 

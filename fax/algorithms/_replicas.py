@@ -20,8 +20,9 @@ import fax
 from fax import _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
-from fax.algorithms._federated import next_model_state, server_key, strong
-from fax.algorithms._local import Metrics, local_steps
+from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._local import local_steps
+from fax.algorithms._loss import Metrics
 from fax.algorithms._metrics import report
 from fax.data import Cohort
 from fax.data._cohort import Gathered

@@ -14,8 +14,8 @@ import fax
 from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
+from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
-from fax.algorithms._federated import strong
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._replicas import (
     Part,
