@@ -137,7 +137,7 @@ class Per:
 
 
 class BN:
-    """FedBN, arXiv:2102.07623: the parameters and statistics of a normalised layer stay."""
+    """FedBN, arXiv:2102.07623: the parameters and statistics of a normalized layer stay."""
 
     @staticmethod
     def start():
@@ -205,7 +205,7 @@ PAPERS = [Ditto, Per, BN]
         *((paper, "jitted") for paper in PAPERS),
         (Ditto, "a mesh of 4 x 2"),
         (Per, "a mesh of 2"),
-        (BN, "vectorised"),
+        (BN, "vectorized"),
     ],
 )
 def test_rounds_are_those_of_the_paper(data, paper, setting):
