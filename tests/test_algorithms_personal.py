@@ -260,11 +260,11 @@ def assert_is_fedavg(averaged, params, metrics):
 
 
 def test_one_domain_is_fedavg(data, averaged):
-    labelled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
+    labeled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
     algorithm = agnostic_fedavg(
         Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_domains=1, domain_learning_rate=1.0
     )
-    state, metrics = after(algorithm, algorithm.init(Logistic.start()), labelled)
+    state, metrics = after(algorithm, algorithm.init(Logistic.start()), labeled)
     assert_is_fedavg(averaged, state.params, metrics)
 
 

@@ -54,7 +54,7 @@ def agnostic_fedavg(
     """Agnostic federated averaging (AFL, AgnosticFedAvg): good for the worst mixture of domains.
 
     Examples belong to domains, such as languages, in shares that may be others when the model is
-    used. So it minimises, over x, the maximum over mixtures lambda of sum_i lambda_i F_i(x), where
+    used. So it minimizes, over x, the maximum over mixtures lambda of sum_i lambda_i F_i(x), where
     F_i is the mean loss of domain i. In a round every client k counts its examples N_i^k of each
     domain and adds up their losses L_i^k at the server's parameters x. It trains on examples
     weighted by their domain, and is itself weighted by beta^k:

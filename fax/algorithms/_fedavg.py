@@ -155,7 +155,7 @@ def fedprox(
     """FedProx: FedAvg whose clients do not go far from the server's parameters.
 
     In a round every client i of the cohort starts from the server's parameters x, and takes a step
-    of its optimizer on each of its batches, to minimise
+    of its optimizer on each of its batches, to minimize
 
         h_i(y; x) = f_i(y) + mu/2 ‖y - x‖^2,    of gradient    grad f_i(y) + mu (y - x),
 
@@ -207,7 +207,7 @@ def reptile(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Reptile: towards where clients' local steps lead. It is `fedavg`, by a name of its own.
+    """Reptile: toward where clients' local steps lead. It is `fedavg`, by a name of its own.
 
         x' = server_optimizer(x, gradient = mean_i(x - y_i))
 

@@ -1,4 +1,4 @@
-"""PAPA: a population of models that are pushed towards their average, and end as one."""
+"""PAPA: a population of models that are pushed toward their average, and end as one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def papa(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """PAPA, population parameter averaging: models are slowly pushed towards their average.
+    """PAPA, population parameter averaging: models are slowly pushed toward their average.
 
     Every model i of a population trains on its own, and after every ``steps`` steps
 

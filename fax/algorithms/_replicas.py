@@ -1,6 +1,6 @@
 """Replicas: participants that keep their own parameters and optimizer from round to round.
 
-In a data centre a participant is a copy of the model that trains on a shard of the data. It takes
+In a data center a participant is a copy of the model that trains on a shard of the data. It takes
 many steps on its own between the few times at which replicas are brought together. Row i of
 a cohort is what replica i trains on.
 """

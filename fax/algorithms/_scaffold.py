@@ -41,7 +41,7 @@ def scaffold(
         x' = x + server_learning_rate mean_S(y_i - x)
         c' = c + n/N mean_S(c_i' - c_i)
 
-    Both means count each client once, as the paper's do: what is minimised is the mean over clients
+    Both means count each client once, as the paper's do: what is minimized is the mean over clients
     of their losses f_i, whereas FedAvg's weighs them by their examples. K_i is the number of the
     client's own steps, without padding. A client without any keeps its c_i. All control variates
     start at 0, so that the first round is FedAvg's.

@@ -47,7 +47,7 @@ def cohorts(
     be short, and is masked. A thread prepares the next rounds while the devices compute.
 
     Clients of a cohort are ordered so that all devices have about the same number of steps, and
-    neighbours have about the same length; ``positions`` says which clients they are. The number of
+    neighbors have about the same length; ``positions`` says which clients they are. The number of
     steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most steps that any client
     has if that is at most twice as many, so that few shapes are compiled; see `Cohorts.shapes`.
     Steps that are only padding are not run; see `Client.scan`.
