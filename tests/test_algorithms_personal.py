@@ -621,7 +621,7 @@ def test_a_round_is_one_all_reduce(data, paper):
         ),
         (
             lambda: agnostic(domain_weights=[0.5, 0.2, 0.2]),
-            "numbers of at least 0 that add up to 1",
+            "nonnegative numbers that add up to 1",
         ),
         (
             lambda: agnostic(domain_counts=[0, 1, 1]),
@@ -669,7 +669,7 @@ def agnostic(**kwargs):
                 optax.sgd(0.1),
                 num_clients=N,
             ),
-            "loss returned a metric 'personal/loss', which is what one of apfl's is called",
+            "loss returned a metric 'personal/loss', but apfl has a metric of that name",
         ),
     ],
 )

@@ -1,8 +1,8 @@
-"""Replicas: participants that keep their own parameters and optimizer from round to round.
+"""Replicas: participants that keep their own parameters and optimizer state between rounds.
 
 In a data center a participant is a copy of the model that trains on a shard of the data. It takes
-many steps on its own between the few times at which replicas are brought together. Row i of
-a cohort is what replica i trains on.
+many steps without communication before the replicas are averaged. Replica i trains on row i of the
+cohort.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PyTree = Any
 
 
 class Replica(NamedTuple):
-    """What a replica keeps.
+    """The state of a replica.
 
     Attributes:
       params: its model.
@@ -88,7 +88,7 @@ def models(state: Any) -> PyTree:
 
 
 def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTree:
-    """The mean of rows [replicas, ...], outside of a program."""
+    """The mean of rows [replicas, ...]. Call it outside a program."""
 
     @fax.program(replicas=replicas)
     def mean(rows: PyTree, weights: jax.Array | None) -> PyTree:
@@ -98,13 +98,13 @@ def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTre
 
 
 class Part(NamedTuple):
-    """A part of a round, of equally many steps as the others.
+    """A part of a round. All parts have the same number of steps.
 
     Attributes:
-      batches: the cohort of its steps.
+      batches: the cohort with only these steps.
       first: the number of its first step in the round.
-      key: a random key of the server's, or None.
-      cohort: that of the whole round.
+      key: a random key for the server, or None.
+      cohort: the cohort of the whole round.
     """
 
     batches: Cohort
@@ -121,15 +121,15 @@ def rounds(
     *,
     keyed: bool,
 ) -> Callable[[Any, Cohort], tuple[Any, dict[str, jax.Array]]]:
-    """The round of an algorithm that does ``work`` with one part of it after the other.
+    """The round of an algorithm that runs ``work`` on each part of it in order.
 
     Args:
       where: the algorithm, for messages.
-      replicas: how many there are; the cohort has a row for each.
-      steps: the steps of a part. None: all that the cohort has.
+      replicas: their number; the cohort has a row for each.
+      steps: the number of steps in a part. None: all of the cohort's.
       work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
         `round_metrics`.
-      keyed: whether parts have a key.
+      keyed: whether parts have keys.
     """
 
     def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
@@ -163,11 +163,11 @@ def rounds(
 
 
 def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tuple[int, int]:
-    """How many parts a round has, and of how many steps each."""
+    """The number of parts in a round, and the number of steps in each."""
     found, total = cohort.mask.shape[:2]
     if found != replicas:
         raise ValueError(
-            f"{where}: the cohort has {found} clients, expected one for each of the "
+            f"{where}: the cohort has {found} clients, expected one for each replica: "
             f"replicas={replicas}."
         )
     size = steps or total
@@ -175,14 +175,13 @@ def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tupl
     if rest or not count:
         raise ValueError(
             f"{where}: the cohort has {total} batches for each replica, expected a multiple of "
-            f"steps={size}, so that none is lost. Choose max_steps= of fax.data.cohorts "
-            "accordingly."
+            f"steps={size}. Choose max_steps= of fax.data.cohorts accordingly."
         )
     return count, size
 
 
 def _rows(cohort: Cohort) -> PyTree:
-    """What has an axis of steps, besides the mask."""
+    """The arrays of a cohort that have an axis of steps, except the mask."""
     return cohort.batches.rows if isinstance(cohort.batches, Gathered) else cohort.batches
 
 
@@ -193,7 +192,7 @@ def _with_batches(cohort: Cohort, rows: PyTree, mask: jax.Array) -> Cohort:
 
 
 def between(cohort: Cohort, begin: int, end: int) -> Cohort:
-    """The cohort of some of its steps."""
+    """The cohort with only some of its steps."""
     return _with_batches(
         cohort, *jax.tree.map(lambda x: x[:, begin:end], (_rows(cohort), cohort.mask))
     )
@@ -207,22 +206,22 @@ def inner_steps(
     first: Any,
     vectorize: int | None,
 ) -> tuple[Any, Metrics]:
-    """Trains each replica on its batches. Nothing is sent. To be called in a program.
+    """Trains each replica on its batches, without communication. Call it in a program.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      optimizer: the replicas'.
-      state: the algorithm's, with ``replicas``, whose rows are placed.
+      optimizer: the replicas' optimizer.
+      state: the algorithm's state, with ``replicas``, whose rows are placed.
       cohort: the batches.
       first: the number of the first step in the round.
       vectorize: see `fax.map`.
 
     Returns:
-      The state with other replicas, and their metrics, placed.
+      The state with the trained replicas, and their metrics, placed.
     """
 
     def work(replica: Replica, client: Any) -> tuple[Replica, Metrics]:
-        # A branch would make devices wait for each other in every step.
+        # With a branch, devices would wait for each other in every step.
         trained = local_steps(
             loss,
             optimizer,
@@ -245,7 +244,7 @@ def inner_steps(
 
 
 def taking_part(cohort: Cohort) -> jax.Array:
-    """Who has examples, in the batches and in all, placed bool. To be called in a program."""
+    """Which replicas have examples, here and in total, placed bool. Call it in a program."""
     return fax.map(lambda mask, n: jnp.any(mask) & (n > 0), cohort.mask, cohort.num_examples)
 
 
@@ -257,20 +256,20 @@ def mean_update(
     state: PyTree,
     key: jax.Array | None,
 ) -> tuple[PyTree, jax.Array, PyTree, dict[str, jax.Array]]:
-    """The mean of those who take part, or what the aggregator makes of it. Called in a program.
+    """The mean update of the replicas that take part, or the aggregator's. Call it in a program.
 
     Args:
       aggregator: the user's, or None.
       updates: placed.
       taking_part: placed bool.
       num_examples: placed weights; None for equal ones.
-      state: the aggregator's. Row i is replica i's.
+      state: the aggregator's. Row i belongs to replica i.
       key: for the aggregator.
 
     Returns:
-      The update in the dtypes of a replica's, whether there is one, as anybody took part or the
-      aggregator is private, the aggregator's state and metrics. Among these are ``"replicas/bits"``
-      and ``"outer_steps"``, 1 if there is an update.
+      The update, with the dtypes of a replica's update; whether there is one, because a replica
+      took part or the aggregator is private; the aggregator's state; and metrics, including
+      ``"replicas/bits"`` and ``"outer_steps"``, which is 1 if there is an update.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
     here = fax.map(lambda on: on.astype(dtype), taking_part)
@@ -282,7 +281,7 @@ def mean_update(
     weights = here
     if num_examples is not None:
         weights = fax.map(lambda on, n: jnp.where(on, n, 0), taking_part, num_examples)
-    # That nobody takes part is nobody's business if there is noise to hide it.
+    # A private aggregator adds noise even if no replica takes part, so as not to reveal that.
     heard = (fax.sum(here) > 0) | (aggregator is not None and aggregator.private)
     if aggregator is None:
         metrics = {"clients/bits": all_bits(updates)}
@@ -298,12 +297,12 @@ def mean_update(
 def sent_metrics(
     metrics: dict[str, jax.Array], here: jax.Array, heard: jax.Array
 ) -> dict[str, jax.Array]:
-    """An aggregator's metrics by the names that they have with replicas.
+    """An aggregator's metrics, renamed from clients to replicas.
 
     Args:
-      metrics: of one time that something was sent.
-      here: placed, 1 for those who sent it.
-      heard: whether anything came of it.
+      metrics: of one update.
+      here: placed, 1 for the replicas that sent it.
+      heard: whether there is an update.
     """
     metrics = {name.replace("clients/", "replicas/", 1): x for name, x in metrics.items()}
     if "replicas/bits" in metrics:
@@ -319,13 +318,13 @@ def mean_state(
     heard: jax.Array,
     before: PyTree,
 ) -> PyTree:
-    """The mean of the model states of those who take part. To be called in a program."""
+    """The mean model state of the replicas that take part. Call it in a program."""
     mean = fax.mean(rows, weights=num_examples, where=taking_part)
     return optax.tree.where(heard, next_model_state(mean, before), before)
 
 
 def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
-    """``share own + (1 - share) other``; leaves that are not floats stay one's own."""
+    """``share own + (1 - share) other``; leaves that are not floats are those of ``own``."""
 
     def one(own: jax.Array, other: jax.Array) -> jax.Array:
         if not jnp.issubdtype(own.dtype, jnp.inexact):
@@ -338,13 +337,13 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
 def round_metrics(
     metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The metrics of a round from the sums of those of its parts. To be called in a program.
+    """The metrics of a round, from the summed metrics of its parts. Call it in a program.
 
     Args:
       metrics: of each replica, [replicas].
-      total: of all replicas, if that is known.
-      sent: the metrics of each time that something was sent. Bits add up, and so does
-        ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
+      total: of all replicas, if known.
+      sent: the summed metrics of the updates. ``"replicas/bits"`` and ``"outer_steps"`` are
+        reported as sums, the others as means.
     """
     adding = ("replicas/bits", "outer_steps")
     times = jnp.maximum(sent.get("outer_steps", 0), 1)
