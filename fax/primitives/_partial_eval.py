@@ -1,9 +1,9 @@
-"""Partial evaluation of `federated_map`, on which reverse differentiation rests.
+"""Partial evaluation of `federated_map`, which reverse differentiation is based on.
 
 The client function is split in two, and so is the round: a map of what is known, which also
-returns the residuals that the rest needs, and a map of the rest. A residual that is an input
-is passed on in that input's mode, and one that depends on server values alone is computed by
-the server: neither becomes n copies.
+returns the residuals that the rest needs, and a map of the rest. A residual that is an input is
+passed on in the mode of that input, and the server computes one that depends only on server values.
+So neither becomes n copies.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fax.primitives._round import (
 
 
 class PartialEvaluation:
-    """A jaxpr in two halves: what follows from the known inputs, and the rest.
+    """A jaxpr in two halves: what depends only on the known inputs, and the rest.
 
     Attributes:
       known: maps ``consts`` and the known inputs to the known outputs and to the residuals,
         the intermediate values that the rest needs.
       rest: maps residuals and unknown inputs to the unknown outputs.
       unknown_out: which outputs are unknown.
-      forwarded: for each residual of the rest the known input that it is, by index, or None
+      forwarded: for each residual of the rest, the index of the known input that it is, or None
         for one that ``known`` computes and returns.
     """
 
@@ -50,7 +50,7 @@ class PartialEvaluation:
         unknown: Sequence[bool],
         instantiate: Sequence[bool] | bool = False,
     ):
-        """``instantiate`` marks outputs to count as unknown whatever they depend on."""
+        """``instantiate`` marks outputs that count as unknown, whatever they depend on."""
         avals = jaxpr.in_avals
         info = jaxpr.jaxpr.debug_info.with_unknown_names()
         fun = lu.wrap_init(jaxpr_as_fun(jaxpr), debug_info=info)
@@ -75,12 +75,12 @@ class PartialEvaluation:
 
 
 def depends(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs depend on the marked inputs, seen through calls and loops."""
+    """Which outputs depend on the marked inputs, also through calls and loops."""
     return PartialEvaluation(jaxpr, inputs).unknown_out
 
 
 def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
-    """The rule that `jax.linearize` and `jax.grad` come to."""
+    """The rule that `jax.linearize` and `jax.grad` use."""
     this = Round.of(params)
     unknown = [not tracer.is_known() for tracer in tracers]
     known = [not u for u in unknown]
@@ -92,7 +92,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     if not all(i.tangent for i in pick(unknown, this.inputs)):
         return _without_residuals(trace, this, tracers, late)
 
-    # The rest takes residuals first, and computes the masks anew.
+    # The rest takes residuals first, and computes the masks again.
     inner = halves.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
     outvars = [*expand(late, inner.outvars), *masks]
@@ -102,7 +102,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     used_unknown = used[len(halves.forwarded) :]
     computed = [u and f is None for u, f in zip(used, halves.forwarded, strict=False)]
 
-    # What is known returns outputs, then the residuals that the rest uses and are not inputs.
+    # The known part returns outputs, then the residuals that the rest uses and are not inputs.
     known_round, known_masks, residuals = _known_round(this, halves, unknown)
     mask, extra = either(
         [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
@@ -116,7 +116,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     operands = [*halves.consts, *operands]
     outs, on_server = _bind_hoisted(first, operands, [False] * values + [True] * len(residuals))
 
-    # The residuals find their modes, and the rest is left for later.
+    # Residuals get their modes, and the rest is left for later.
     found = iter(zip(outs[values:], on_server[values:], strict=True))
     inputs, held = [], []
     for position in pick(used[: len(halves.forwarded)], halves.forwarded):
@@ -138,11 +138,11 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
 def _without_residuals(
     trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]
 ) -> list[Any]:
-    """Evaluates what is known and leaves the rest, which stores nothing of it, for later.
+    """Evaluates what is known without residuals, and leaves the rest for later.
 
-    Not everything that is unknown is a tangent, so this is no differentiation. It is the way in
-    which a scan over rounds asks what it could compute before it starts; intermediate values of
-    the participants, who may be many, are not worth holding through all of the rounds.
+    Not everything that is unknown is a tangent, so this is not differentiation. A scan over rounds
+    does it to find out what it could compute before it starts. Intermediate values of many
+    participants are not worth storing through all of the rounds.
     """
     if this.jaxpr.effects or all(late):
         late, known_outs = [True] * len(late), iter(())  # effects happen once
@@ -159,7 +159,7 @@ def _without_residuals(
 
 
 def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
-    """Evaluates the client function, its masks once more among the outputs of the rest."""
+    """Evaluates the client function, with its masks also among the outputs of the rest."""
     inner, count = this.jaxpr.jaxpr, len(this.outputs)
     outvars = [*inner.outvars, *inner.outvars[count:]]
     doubled = _jaxpr.rebuild(this.jaxpr, inner.invars, outvars, inner.eqns)
@@ -169,15 +169,15 @@ def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
         halves = PartialEvaluation(doubled, unknown, forced)
         waits = [o.mask is not None and halves.unknown_out[count + o.mask] for o in this.outputs]
         if not any(w and not u for w, u in zip(waits, halves.unknown_out, strict=False)):
-            return halves  # no known value waits for a mask that is still unknown
+            return halves  # no known value has a mask that is unknown
 
 
 def _known_round(
     this: Round, halves: PartialEvaluation, unknown: Sequence[bool]
 ) -> tuple[Round, list[Atom | None], list[Atom]]:
-    """The round of what is known, on the constants of its part and the known operands.
+    """The round of what is known, on the constants of its half and the known operands.
 
-    Returns it with the masks, None for one that is not known, and the residuals.
+    Returns it with the masks, None for those that are not known, and the residuals.
     """
     count, inner = len(this.outputs), halves.known.jaxpr
     early = [not u for u in halves.unknown_out[:count]]
@@ -190,10 +190,10 @@ def _known_round(
 
 
 def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
-    """A mask for whom any of the masks counts, if all are there, with its equations.
+    """The disjunction of masks, if none is None, with its equations.
 
-    Where everything that a residual is used for is masked, so can the residual be; then its
-    cotangents are zero there, too, when the derivative is differentiated.
+    If all uses of a residual are masked, the residual can be masked, too. Then its cotangents are
+    zero where it is masked when the derivative is differentiated.
     """
     if not masks or not all(isinstance(mask, Var) for mask in masks):
         return None, []
@@ -212,7 +212,7 @@ def _disjunction(count: int) -> ClosedJaxpr:
 def _bind_hoisted(
     this: Round, operands: Sequence[Any], candidates: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
-    """Binds a round; the server computes the candidates that depend on its values alone.
+    """Binds a round; the server computes the candidates that depend only on server values.
 
     Returns the outputs, and which of them are such server values.
     """
@@ -234,13 +234,13 @@ def _bind_hoisted(
 def hoist(
     jaxpr: ClosedJaxpr, fixed: Sequence[bool], candidates: Sequence[bool]
 ) -> tuple[ClosedJaxpr, ClosedJaxpr, list[bool]]:
-    """Moves out of a jaxpr the candidate outputs that depend on fixed inputs alone.
+    """Moves the candidate outputs that depend only on fixed inputs out of a jaxpr.
 
     Returns:
-      outer: maps the fixed inputs to the outputs that were moved, then to values that are
-        computed on the way to them and that the inner jaxpr needs, too.
+      outer: maps the fixed inputs to the outputs that were moved, then to those of their
+        intermediate values that the inner jaxpr needs, too.
       inner: maps the inputs, then those values, to the outputs that were not moved.
-      moved: which outputs were.
+      moved: which outputs were moved.
     """
     own = pick(fixed, jaxpr.jaxpr.invars)
     varies = depends(jaxpr, [not f for f in fixed])
@@ -248,7 +248,7 @@ def hoist(
     if not any(moved):
         return _jaxpr.rebuild(jaxpr, own, [], []), jaxpr, moved
 
-    # A jitted call whose results vary can have some that do not; then it is inlined.
+    # A jitted call can have both varying and fixed results; then it is inlined.
     still = _fixed_variables(jaxpr, own)
     if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):
         flat, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: not still.issuperset(eqn.outvars))
@@ -277,7 +277,7 @@ def hoist(
 
 
 def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
-    """The variables that are computed, without effects, from the given inputs alone."""
+    """The variables that are computed, without effects, from only the given inputs."""
     still = set(inputs)
     for eqn in jaxpr.jaxpr.eqns:
         if not eqn.effects and still.issuperset(_jaxpr.variables(eqn.invars)):
@@ -286,7 +286,7 @@ def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
 
 
 def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
-    """Consecutive parts of the given sizes, and what is left."""
+    """Consecutive parts of the given sizes, and the remaining items."""
     parts = []
     for size in sizes:
         parts.append(items[:size])
@@ -297,14 +297,14 @@ def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
 def partial_eval_custom(
     saveable: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: JaxprEqn
 ) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
-    """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
+    """The rule for `jax.checkpoint`: nothing of the round is saved, and the rest recomputes it."""
     del saveable
     this = Round.of(eqn.params)
     halves = _evaluate_client(this, unknown)
     late = halves.unknown_out[: len(eqn.outvars)]
     known_eqn = None
     if halves.consts:
-        late = [True] * len(late)  # an equation has no place for them
+        late = [True] * len(late)  # an equation cannot hold them
     elif not all(late):
         known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
         known_eqn = eqn.replace(
