@@ -1,9 +1,10 @@
 # Every target sets up what it needs in a virtual environment of its own.
 #
 #   make quickstart   train a federated model on real data
-#   make test         run the tests, of products of cases a part that has every pair
+#   make test         run the tests, of products of cases a part that covers them
 #   make test-all     run every case of every test
 #   make mutants      change the code in small ways, and count the changes that no test notices
+#   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
 #   make docs         build the documentation
 #   make pages        generate the drawing of the house and the list of public names
@@ -24,7 +25,7 @@ JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
 
-.PHONY: quickstart test test-all mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart test test-all coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -39,6 +40,9 @@ test-all: $(VENV)/test.$(WITH)
 mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
 	$(BIN)/python tests/mutants.py core $(MUTANTS)
+
+coverage: $(VENV)/test.$(WITH)
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov fax --cov-report term-missing:skip-covered
 
 check: $(VENV)/test.$(WITH)
 	$(BIN)/ruff check .

@@ -190,7 +190,7 @@ def min(
     return _extremum("min", min_p, jnp.minimum, x, where, initial, placement)
 
 
-def masked(x: PyTree, where: jax.Array) -> PyTree:
+def rows_where(x: PyTree, where: jax.Array) -> PyTree:
     """Keeps the rows for which ``where`` is true and sets the others to zero. Nothing is reduced.
 
     As in a reduction, rows that are left out affect neither values nor gradients. With
@@ -245,12 +245,12 @@ def _reduce(
 ) -> list[jax.Array]:
     """Reduces the ``count`` arrays that ``fn`` returns for each participant, in one map."""
 
-    def masked(*seen):
+    def with_mask(*seen):
         return [*fn(*seen[: len(rows)]), *seen[len(rows) :]]
 
     out = Out(mode, None if where is None else 0)
     operands = list(rows) if where is None else [*rows, where]
-    return rowwise(masked, operands, [PLACED] * len(operands), [out] * count, here)
+    return rowwise(with_mask, operands, [PLACED] * len(operands), [out] * count, here)
 
 
 @jax.custom_jvp

@@ -67,6 +67,15 @@ EQUIVALENT: dict[str, str] = {
     ),
     'return jnp.matmul(a, b, precision="highest"): jnp.matmul(a, b, precision="highest") -> '
     "(jnp.matmul(a, b))": "a CPU has one precision; on accelerators there are several",
+    "high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon: 2 -> 3": (
+        "where a search starts"
+    ),
+    "magnitude = jnp.pad(lax.stop_gradient(jnp.abs(x)), (0, extra), constant_values=-1): 1 -> 2": (
+        "any negative number is less than all magnitudes"
+    ),
+    "share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1): 1 -> 2": (
+        "_integer clips it, too"
+    ),
 }
 
 OPERATORS: dict[type, type] = {
@@ -378,13 +387,21 @@ def sources_of(group: str) -> list[pathlib.Path]:
 
 
 def tests_of(mutant: Mutant, tests: dict[str, dict], limit: float) -> tuple[list[str], float]:
-    """The tests that run a mutant's lines, the quickest first, and how long they should take."""
+    """The tests that run a mutant's lines, the quickest first, and how long they should take.
+
+    Lines that run when a file is imported are held by all tests of the file.
+    """
     first, last = mutant.lines
-    own = [
-        (test["seconds"], name)
+    by_file = {
+        name: [line for path, line in test["lines"] if path == mutant.path and line]
         for name, test in tests.items()
-        if any(path == mutant.path and first <= line <= last for path, line in test["lines"])
-    ]
+    }
+    by_line = {
+        name: lines
+        for name, lines in by_file.items()
+        if any(first <= line <= last for line in lines)
+    }
+    own = [(tests[name]["seconds"], name) for name, lines in (by_line or by_file).items() if lines]
     chosen, seconds = [], 0.0
     for more, name in sorted(own):
         if chosen and seconds + more > limit:

@@ -533,6 +533,7 @@ def test_a_model_with_state(data, paper):
 # Transformations
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("paper", ALGORITHMS)
 def test_hyperparameters_can_be_differentiated_and_swept(data, paper):
     cohort, start = next(cohorts(data, 3, epochs=1)), start_of(paper(Quadratic))
@@ -559,6 +560,7 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, paper):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("paper", [Agnostic, HypCluster])
 def test_memory_does_not_grow_with_the_cohort(paper):
     @functools.cache

@@ -317,6 +317,7 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, make):
     np.testing.assert_allclose(swept, [final_loss(r) for r in sweep], rtol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [mime, mime_lite])
 def test_memory_of_a_round_and_its_gradient_does_not_grow_with_the_cohort(make):
     def temporary(clients):

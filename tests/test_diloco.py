@@ -425,6 +425,7 @@ def test_a_replica_can_be_sharded_itself(kind):
 # Transformations
 
 
+@pytest.mark.long
 def test_rates_can_be_differentiated_and_swept(data):
     cohort = next(cohorts(data))
 

@@ -479,6 +479,7 @@ def test_the_example_trains_in_several_processes_as_in_one():
     assert 0 <= float(difference) < 1e-5
 
 
+@pytest.mark.long
 def test_the_example_says_which_process_died():
     command = example("--processes=2", "--devices-per-process=1", "--rounds=100000")
     with subprocess.Popen(

@@ -264,6 +264,18 @@ def test_chains_of_transformations_are_transformations():
         chain(chain(top_k(5), mean()), mean())
 
 
+def test_each_part_of_a_chain_has_a_state_of_its_own():
+    def part(start):
+        update = lambda updates, weights, state, key: (updates, weights, state + 1, {})  # noqa: E731
+        return fax.aggregators.Transformation(lambda params: start, update)
+
+    last = fax.aggregators.Aggregator(
+        lambda params: 30, lambda updates, weights, state, key: (updates, state + 2, {})
+    )
+    aggregator = chain(part(10), part(20), last)
+    assert aggregator.aggregate((), (), aggregator.init(()), KEY)[1] == (11, 21, 32)
+
+
 def test_bits_of_leaves_of_several_dtypes():
     tree = {
         "a": np.array([[1, 9]], np.float16),

@@ -228,3 +228,12 @@ def test_data_on_a_mesh_that_is_not_in_scope(explicit):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         elsewhere(jax.device_put(X, jax.NamedSharding(mesh, jax.P())))
+
+
+def test_an_error_of_a_mapped_function_names_it():
+    def absolute(x):
+        return x if x > 0 else -x
+
+    program = fax.program(clients=2)(lambda x: fax.map(absolute, x))
+    with pytest.raises(jax.errors.TracerBoolConversionError, match="tracing the function absolute"):
+        program(jnp.ones(2))

@@ -35,6 +35,7 @@ def example():
         sys.path.remove(str(EXAMPLES))
 
 
+@pytest.mark.long
 def test_the_table_says_what_is_learnt_and_what_is_sent(run, tmp_path):
     printed = run("-c", SMALL, f"--rounds={ROUNDS}", f"--inner-steps={H}")
 

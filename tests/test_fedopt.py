@@ -198,6 +198,7 @@ def test_a_server_optimizer_keeps_dtypes_and_takes_schedules():
 # Transformations
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "make",
     [

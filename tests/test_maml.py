@@ -245,6 +245,7 @@ def test_hyperparameters_can_be_differentiated_and_swept(data):
     np.testing.assert_allclose(swept, [final_loss(r) for r in sweep], rtol=1e-10)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_cohort():
     def temporary(clients):
         query = np.arange(8) % 2 == 0

@@ -11,6 +11,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subsets import alike
 
 import fax
 from fax import metrics as fm
@@ -286,6 +287,7 @@ def of_clients(kind):
     return [of_client(data, *rest, client) for client in data.client_ids()]
 
 
+@pytest.mark.kinds(mesh=lambda mesh: mesh is None, kind=alike, batch_size=alike)
 @pytest.mark.parametrize("mesh", [None, "auto", "explicit"])
 @pytest.mark.parametrize("kind", ["classes", "sequences"])
 @pytest.mark.parametrize("batch_size", [7, 1000])

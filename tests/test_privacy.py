@@ -20,6 +20,8 @@ from fax.aggregators import (
     Budget,
     NoiseState,
     PrivacyBudgetError,
+    _accounting,
+    adaptive_clip,
     calibrate,
     chain,
     epsilon,
@@ -158,7 +160,7 @@ def test_noise_has_the_promised_variance_and_shape(aggregator, deviation, kurtos
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_noise_keeps_the_dtype_of_the_model(dtype):
-    u = jnp.ones((CLIENTS, 3), dtype)
+    u = jnp.ones((CLIENTS, 3, 4), dtype)
     for aggregator in (
         gaussian(1.0, 1.0),
         laplace(1.0, 1.0),
@@ -467,6 +469,11 @@ def test_uniform_sampling_costs_no_more_than_epsilon_says(z):
 
 
 def test_losses_that_are_no_privacy_take_no_minutes():
+    """Their resolution is about a millionth of the largest loss."""
+    assert _accounting._interval(1.0, 30, "gaussian") == 1e-4
+    mu = 100**0.5 / 0.3
+    assert _accounting._interval(0.3, 100, "gaussian") == pytest.approx(1e-6 * (mu**2 / 2 + 5 * mu))
+    assert _accounting._interval(0.01, 10, "laplace") == pytest.approx(1e-3)
     assert 600 < epsilon(0.3, 100, 1e-5) < 800
     assert 900 < epsilon(0.01, 10, 1e-5, mechanism="laplace") < 1100
 
@@ -571,6 +578,8 @@ def test_accounting_says_what_to_install(monkeypatch):
         (lambda: epsilon(-1, 1, 1e-5), "epsilon: noise_multiplier is -1"),
         (lambda: epsilon(1, -1, 1e-5), "rounds is -1, expected an int of at least 0"),
         (lambda: epsilon(1, 1, 0), "delta is 0, expected a number above 0 and below 1"),
+        (lambda: epsilon(1, 1, 1), "delta is 1, expected a number above 0 and below 1"),
+        (lambda: calibrate(1, 1, 1), "delta is 1, expected a number above 0 and below 1"),
         (
             lambda: epsilon(1, 1, 1e-5, sampling_rate=0),
             "sampling_rate is 0, expected a number above 0",
@@ -582,7 +591,7 @@ def test_accounting_says_what_to_install(monkeypatch):
         ),
         (lambda: epsilon(1, 1, 1e-5, mechanism="cauchy"), "mechanism is 'cauchy', expected 'g"),
         (lambda: calibrate(0, 1, 1e-5), "calibrate: epsilon is 0, expected a number above 0"),
-        (lambda: Budget(1.0, 2.0, 1.0), "Budget: delta is 2.0"),
+        (lambda: Budget(1.0, 1.0, 1.0), "Budget: delta is 1.0"),
         (lambda: Budget(1.0, 1e-5, 1.0, record=3), "record is 3, expected the record of an"),
         (lambda: Budget(1.0, 1e-5, 1.0, record={"a": -1}), r"record\['a'\] is -1, expected an int"),
         (lambda: Budget(1.0, 1e-5, 1.0).spend(0), "no aggregator in state counts releases"),
@@ -593,6 +602,10 @@ def test_accounting_says_what_to_install(monkeypatch):
         (
             lambda: fax.aggregators.gaussian(1.0, 1.0, key=7).init(()),
             r"gaussian: key is 7, expected a random key, as in jax\.random\.key\(0\)",
+        ),
+        (
+            lambda: chain(non_finite(), adaptive_clip(), laplace(1.0, 1.0)).init(np.ones(2)),
+            "chain: part 1 has a state that all clients share, but the aggregator is private",
         ),
         (
             lambda: jax.jit(fax.aggregators.laplace(1.0, 1.0).init)(jnp.ones(2)),

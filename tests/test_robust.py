@@ -15,6 +15,7 @@ from problems import SETTINGS, SIZES, Logistic, combine, numpy_batches
 import fax
 from fax.aggregators import (
     Aggregator,
+    _non_finite,
     adaptive_clip,
     chain,
     clip_by_norm,
@@ -386,6 +387,13 @@ def test_a_round_fails_for_updates_that_are_not_finite(name):
 
 
 # In training
+
+
+def test_a_message_names_ten_clients_at_most():
+    for clients, rest in ((10, ""), (11, ", ...")):
+        message = f"{clients} of 12 clients .* rows 0, 1, .*, 9{rest} of the cohort"
+        with pytest.raises(FloatingPointError, match=message):
+            _non_finite._raise_unless_all(np.arange(12) >= clients)
 
 
 def test_fedavg_trains_with_a_chain_of_them():

@@ -221,3 +221,42 @@ def test_a_short_sum_has_one_accumulator():
     assert carried(4097, 1, 257) == 1
     assert carried(16 * 16, 16, 3) == 0
     assert carried(17 * 16, 16, 5000) == 1
+
+
+def test_gradients_of_short_floats_are_divided_in_float32():
+    """257 is no bfloat16, and would be rounded to 256."""
+    mean = fax.program(clients=257)(fax.mean)
+    found = jax.grad(lambda x: mean(x).astype(jnp.float32))(jnp.zeros(257, jnp.bfloat16))
+    assert (found == jnp.bfloat16(1 / 257)).all()
+
+
+def test_results_have_the_dtypes_of_jnp():
+    """Bools and short integers do not wrap around, and masks do not change that."""
+    x = {
+        "bool": jnp.arange(300) % 2 > 0,
+        "int8": jnp.arange(300, dtype=jnp.int8),
+        "bfloat16": jnp.linspace(1, 2, 300, dtype=jnp.bfloat16),
+    }
+    where = jnp.arange(300) % 3 > 0
+
+    @jax.jit
+    @fax.program(clients=300)
+    def program(x, where):
+        return [f(x, where=own) for f in (fax.sum, fax.mean) for own in (None, where)]
+
+    for found, (f, own) in zip(
+        program(x, where), [(f, own) for f in (jnp.sum, jnp.mean) for own in (None, where)]
+    ):
+        for name, leaf in x.items():
+            expected = f(leaf, where=own)
+            assert found[name].dtype == expected.dtype
+            np.testing.assert_allclose(
+                *(np.asarray(v, float) for v in (found[name], expected)), rtol=2**-8
+            )
+
+
+def test_a_mean_is_zero_if_weights_add_up_to_zero():
+    mean = fax.program(clients=2)(lambda x, w: fax.mean(x, weights=w))
+    value, gradient = jax.value_and_grad(mean)(jnp.array([5.0, 3.0]), jnp.array([1.0, -1.0]))
+    assert value == 0
+    assert not gradient.any()

@@ -54,7 +54,7 @@ def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
     Neither the values of the others nor their derivatives reach any result, even if they are NaN.
     In gradients these rows are kept, and not computed again; see `each_present`.
     """
-    return reductions.masked(rows, weights != 0)
+    return reductions.rows_where(rows, weights != 0)
 
 
 def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:

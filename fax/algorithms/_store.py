@@ -64,20 +64,24 @@ class ClientStore:
     """
 
     def __init__(
-        self, algorithm: Algorithm, path: str | os.PathLike | None = None, *, resume: bool = False
+        self,
+        algorithm: Algorithm,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
     ):
         check_algorithm(WHERE, algorithm)
         if path is not None:
             _arguments.path(WHERE, "path", path)
         _arguments.flag(WHERE, "resume", resume)
         self.algorithm = algorithm
-        self.path = None if path is None else os.fspath(path)
+        self.path: str | None = None if path is None else os.fspath(path)
         self._resume, self._step = resume, jax.jit(algorithm.round)
         self._layout: Layout
         self._rows: RowFile | None = None
         self._closed = False
         self._gathered: np.ndarray | None = None
-        self.num_clients = 0
+        self.num_clients: int = 0
         if self.path is None and resume:
             raise ValueError(f"{WHERE}: resume=True needs path=, a file to go on with.")
         self._check_path()

@@ -66,10 +66,11 @@ def cohorts(
       max_steps: the most batches that a client has in a round.
       drop_remainder: whether to drop the last batch of an epoch if it is short.
       shuffle: whether each epoch is in a random order, rather than in the order of the data.
-      sampler: who takes part. ``"uniform"``: any set of different clients. ``"weighted"``:
-        distinct clients, drawn one by one in proportion to ``weights``. ``"shuffled"``: passes
-        through all clients, each in a new random order. ``"minimum_reuse"``: the same pass again
-        and again, so that each client waits as long as it can. ``"stream"``: all clients, in the
+      sampler: who takes part. ``"uniform"``: distinct clients, all sets equally likely.
+        ``"weighted"``: distinct clients, drawn one by one in proportion to ``weights``.
+        ``"shuffled"``: passes through all clients, each in a new random order.
+        ``"minimum_reuse"``: passes in one fixed random order, so that the rounds of a client are as
+        far apart as possible. ``"stream"``: all clients, in the
         order of the data; each continues with the next ``max_steps`` batches of a stream that
         repeats its examples without end. Or a function from the number of a round to distinct
         positions in ``data.client_ids()``.

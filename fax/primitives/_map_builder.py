@@ -196,7 +196,7 @@ class MapBuilder:
         """A participant's row of a placed result."""
         if part.mask is None:
             return part.value
-        return self._splice(_masked(part.mask.aval, part.value.aval), part.mask, part.value)
+        return self._splice(_row_where(part.mask.aval, part.value.aval), part.mask, part.value)
 
     def _silent(self, other: MapBuilder, fed: Mapping[Var, Contribution]) -> Atom | None:
         """A mask for the results of a map that is linear in tangents which are all masked.
@@ -307,5 +307,5 @@ def _cast(aval: ShapedArray, dtype: Any) -> ClosedJaxpr:
 
 
 @_jaxpr.cached
-def _masked(mask: ShapedArray, value: ShapedArray) -> ClosedJaxpr:
+def _row_where(mask: ShapedArray, value: ShapedArray) -> ClosedJaxpr:
     return _jaxpr.trace(lambda mask, value: [select(mask, value)], [mask, value])[0]

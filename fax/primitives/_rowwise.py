@@ -147,7 +147,7 @@ def may_be_rowwise(eqn: JaxprEqn) -> bool:
 
 
 def as_map(
-    eqn: Equation, like: MapBuilder, find: Find, masked: Callable[[Atom], bool]
+    eqn: Equation, like: MapBuilder, find: Find, is_masked: Callable[[Atom], bool]
 ) -> MapBuilder | None:
     """An equation on placed values as a map, or None if it is none.
 
@@ -155,14 +155,14 @@ def as_map(
       eqn: the equation, of which some operand is a placed value.
       like: a map over the same participants.
       find: finds the map's operand, and its mode, for one of the equation.
-      masked: tells whether an operand is zero for the participants that a mask leaves out.
+      is_masked: tells whether an operand is zero for the participants that a mask leaves out.
     """
     size, rule = like.like.group.size, _rule(eqn)
     of_rows = all(result.aval.shape[:1] == (size,) for result in eqn.outvars)
     params = rule(eqn, size) if rule and of_rows else None
     if params is None or any(isinstance(x, NamedSharding) for x in params.values()):
         return None
-    vanishing = _vanishing(eqn, masked)
+    vanishing = _vanishing(eqn, is_masked)
     this = MapBuilder(like.like.replace(vectorize=Vectorize.ALL), like.eqn)
     invars: list[Atom] = []
     for atom in eqn.invars:
@@ -185,9 +185,9 @@ def as_map(
     return this
 
 
-def _vanishing(eqn: JaxprEqn, masked: Callable[[Atom], bool]) -> set[Atom]:
+def _vanishing(eqn: JaxprEqn, is_masked: Callable[[Atom], bool]) -> set[Atom]:
     """Operands such that the result is zero where they are, among those that are masked."""
-    zero = {v for v in _jaxpr.variables(eqn.invars) if masked(v)}
+    zero = {v for v in _jaxpr.variables(eqn.invars) if is_masked(v)}
     if eqn.primitive in _BILINEAR:
         return zero
     if eqn.primitive is p.div_p:
