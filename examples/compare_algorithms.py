@@ -12,8 +12,9 @@ prints for each algorithm the number of rounds until the server's model reaches 
 test, its final accuracy there, and the mean accuracy of the clients on their own held-out images.
 For the latter, FedPer, Ditto, APFL and HypCluster use the client's own model, and Reptile and MAML
 adapt the server's model with twenty local steps. On the central test, HypCluster uses the mean of
-its clusters' models, and FedPer the last layer that it started with. The curves are drawn to runs/compare_algorithms.png. The settings are reasonable
-but not tuned: one seed and one data set do not rank algorithms.
+its clusters' models, and FedPer the last layer that it started with. The curves are drawn to
+runs/compare_algorithms.png. The settings are reasonable but not tuned: one seed and one data set do
+not rank algorithms.
 """
 
 import argparse
