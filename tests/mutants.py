@@ -70,6 +70,12 @@ EQUIVALENT: dict[str, str] = {
     "high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon: 2 -> 3": (
         "where a search starts"
     ),
+    "high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon: "
+    "(2 * rounds * math.log(2 / delta)) ** 0.5 -> (2 * rounds * math.log(2 / delta) * 0.5)": (
+        "where a search starts"
+    ),
+    "name = hashlib.sha256(np.asarray(own.key).tobytes()).hexdigest()[:32]: "
+    "np.asarray(own.key) -> (own.key)": "an array of JAX has the same bytes",
     "magnitude = jnp.pad(lax.stop_gradient(jnp.abs(x)), (0, extra), constant_values=-1): 1 -> 2": (
         "any negative number is less than all magnitudes"
     ),
@@ -463,6 +469,8 @@ def main() -> None:
             shutil.copy(ROOT / name, copy)
         names = options.tests or GROUPS[options.group][1]
         tests = recorded(options.group, names, copy, options.record)
+        if forked(copy, ["--collect-only", *tests], 600) != "passed":
+            parser.error("some tests are no longer there; record them again, by --record")
         print(f"{len(sample)} of {len(found)} mutants, {len(tests)} tests", flush=True)
         results: dict[str, list[Mutant]] = {}
         end = time.monotonic() + 60 * options.minutes
