@@ -76,6 +76,13 @@ EQUIVALENT: dict[str, str] = {
     ),
     "name = hashlib.sha256(np.asarray(own.key).tobytes()).hexdigest()[:32]: "
     "np.asarray(own.key) -> (own.key)": "an array of JAX has the same bytes",
+    "accountant = pld.PLDAccountant(: pld.PLDAccountant( dp.NeighboringRelation.ADD_OR_REMOVE_ONE, "
+    "value_discretization_interval=_interval(z, 1 if rate else rounds, mechanism), ) -> "
+    "(pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE))": "a bound as good, in minutes",
+    "mlir.register_lowering(_primitive, mlir.lower_fun(_reduce, multiple_results=False)): "
+    "mlir.lower_fun(_reduce, multiple_results=False) -> (mlir.lower_fun(_reduce))": (
+        "newer versions of JAX flatten results themselves"
+    ),
     "magnitude = jnp.pad(lax.stop_gradient(jnp.abs(x)), (0, extra), constant_values=-1): 1 -> 2": (
         "any negative number is less than all magnitudes"
     ),
@@ -239,8 +246,9 @@ class Finder(ast.NodeVisitor):
         name = ast.unparse(node.func).rpartition(".")[2]
         if name in ("isinstance", "cast"):
             return
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
         for number, keyword in enumerate(node.keywords):
-            if keyword.arg not in (None, "strict"):
+            if keyword.arg:
                 rest = [*node.keywords[:number], *node.keywords[number + 1 :]]
                 self.replace(node, keywords=rest)
         if name in ("astype", "reshape") and isinstance(node.func, ast.Attribute):
