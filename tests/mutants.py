@@ -38,7 +38,10 @@ import optax  # noqa: F401
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE = ["_operators.py", "_reductions.py", "_program.py", "_checks.py", "primitives/*.py"]
+CORE = [
+    *("_operators.py", "_reductions.py", "_program.py", "_checks.py", "_arithmetic.py"),
+    *("primitives/*.py", "lowering/*.py", "lowering/convolutions/*.py"),
+]
 GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "aggregators": (
         ["aggregators/*.py"],
