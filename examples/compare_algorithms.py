@@ -10,10 +10,11 @@ images of all digits.
 
 prints for each algorithm the number of rounds until the server's model reaches 90 % on the central
 test, its final accuracy there, and the mean accuracy of the clients on their own held-out images.
-For the latter, APFL and HypCluster use the client's own model, and Reptile and MAML adapt the
-server's model with twenty local steps. On the central test, HypCluster uses the mean of its
-clusters' models. The curves are drawn to runs/compare_algorithms.png. The settings are reasonable
-but not tuned: one seed and one data set do not rank algorithms.
+For the latter, FedPer, Ditto, APFL and HypCluster use the client's own model, and Reptile and MAML
+adapt the server's model with twenty local steps. On the central test, HypCluster uses the mean of
+its clusters' models, and FedPer the last layer that it started with. The curves are drawn to
+runs/compare_algorithms.png. The settings are reasonable but not tuned: one seed and one data set do
+not rank algorithms.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import fax
 CLIENTS, ALPHA, LEAST = 30, 0.05, 15
 CLIENTS_PER_ROUND, BATCH_SIZE, STEPS = 5, 10, 20
 RATE, CLUSTERS, EVERY, GOAL = 0.1, 3, 10, 0.9
-PERSONAL = ("reptile", "maml", "apfl", "hyp_cluster")
+PERSONAL = ("reptile", "maml", "fedper", "ditto", "apfl", "hyp_cluster")
 METRICS = {"accuracy": fax.metrics.Accuracy()}
 MODEL = fax.models.create("dense", sizes=(64, 128, 10))
 
@@ -47,15 +48,20 @@ def algorithms():
         "fedadam": lambda: kit.fedopt(loss, sgd, kit.server_adam(0.01)),
         "fedyogi": lambda: kit.fedopt(loss, sgd, kit.server_yogi(0.01)),
         "fedprox": lambda: kit.fedprox(loss, sgd, mu=0.1),
+        # FedNova is FedAvg here, because all clients take the same number of steps.
         "scaffold": lambda: kit.scaffold(loss, RATE, num_clients=CLIENTS),
+        "feddyn": lambda: kit.feddyn(loss, sgd, alpha=0.1, num_clients=CLIENTS),
         "mime": lambda: kit.mime(loss, optax.sgd(0.01, momentum=0.9)),
         "mime_lite": lambda: kit.mime_lite(loss, optax.sgd(0.01, momentum=0.9)),
+        "qfedavg": lambda: kit.qfedavg(loss, sgd, q=0.2, lipschitz=1 / RATE),
         # The domains are the digits.
         "agnostic_fedavg": lambda: kit.agnostic_fedavg(
             loss, sgd, num_domains=10, domain_learning_rate=0.03, domain="y", window=10
         ),
         "reptile": lambda: kit.reptile(loss, sgd, optax.sgd(0.5)),
         "maml": lambda: kit.maml(loss, sgd, optax.adam(0.003)),
+        "fedper": lambda: kit.fedper(loss, sgd, personal="layers/1", num_clients=CLIENTS),
+        "ditto": lambda: kit.ditto(loss, sgd, mu=0.5, num_clients=CLIENTS),
         "apfl": lambda: kit.apfl(loss, sgd, num_clients=CLIENTS),
         "hyp_cluster": lambda: kit.hyp_cluster(loss, sgd, num_clusters=CLUSTERS),
     }

@@ -127,5 +127,5 @@ def test_scores_that_are_nan_are_wrong_and_counted():
 
 def test_the_name_of_the_count_is_taken():
     data = fax.data.InMemory({"a": {"x": np.ones((3, 2)), "y": np.ones(3, int)}})
-    with pytest.raises(ValueError, match=r"metrics has the name 'non_finite', which is that of"):
+    with pytest.raises(ValueError, match=r"metrics has the name 'non_finite', which is used for"):
         fm.evaluate(lambda p, b: b["x"], None, data, {"non_finite": fm.Accuracy()})
