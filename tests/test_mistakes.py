@@ -234,7 +234,7 @@ MISTAKES = {
     "a list of transformations": (
         lambda: algorithms.reptile(loss, SGD, SGD, aggregator=[aggregators.clip_by_norm(1.0)]),
         ValueError,
-        f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} For several in a row: "
+        f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} To combine several, use "
         "fax.aggregators.chain(*parts).",
     ),
     "an aggregator that is a number": (
@@ -989,7 +989,7 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         return lambda params, batch: scale * batch["x"]
 
     message = (
-        "fax.metrics.evaluate: apply is a lambda that is defined anew for every call, at "
+        "fax.metrics.evaluate: apply is a lambda that is redefined for every call, at "
         f"{__file__}:{three_times.__code__.co_firstlineno + 2}, and so is compiled in every call. "
         "Define it once, outside of the loop."
     )
@@ -997,10 +997,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         three_times()
     assert len(caught) == 1
     assert [evaluate(made(factor)) for factor in (1.0, 3.0)] == [5, 15]  # others, each of its own
-    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is defined anew"):
+    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is redefined"):
         twice()
     with pytest.warns(
-        UserWarning, match=r"apply is a partial that is defined anew for every call and"
+        UserWarning, match=r"apply is a partial that is redefined for every call and"
     ):
         of_parts()
 

@@ -66,7 +66,7 @@ def cohorts(
       max_steps: the most batches that a client has in a round.
       drop_remainder: whether to drop the last batch of an epoch if it is short.
       shuffle: whether each epoch is in a random order, rather than in the order of the data.
-      sampler: who takes part. ``"uniform"``: distinct clients, all sets equally likely.
+      sampler: how clients are chosen. ``"uniform"``: distinct clients, all sets equally likely.
         ``"weighted"``: distinct clients, drawn one by one in proportion to ``weights``.
         ``"shuffled"``: passes through all clients, each in a new random order.
         ``"minimum_reuse"``: passes in one fixed random order, so that the rounds of a client are as
