@@ -625,7 +625,7 @@ def test_a_round_is_one_all_reduce(data, paper):
         ),
         (
             lambda: agnostic(domain_counts=[0, 1, 1]),
-            "domain_counts is .*, expected numbers above 0",
+            "domain_counts is .*, expected positive numbers",
         ),
         (
             lambda: hyp_cluster(Logistic.loss, optax.sgd(1.0), num_clusters=2).init(

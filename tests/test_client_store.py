@@ -291,7 +291,7 @@ def test_files_that_do_not_fit(tmp_path):
         opened(path, resume=True)
     with pytest.raises(FileExistsError, match="Pass resume=True to continue with it, or remove it"):
         ClientStore(counting(), path)
-    with pytest.raises(ValueError, match="is of 6 clients, but the algorithm has 7"):
+    with pytest.raises(ValueError, match="has 6 clients, but the algorithm has 7"):
         opened(path, counting(num_clients=7), resume=True)
     expected = r"has float64\[2\] rows of state\['clients'\]\['seen'\], but .* has float64\[3\]"
     with pytest.raises(ValueError, match=expected):

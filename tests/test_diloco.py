@@ -318,7 +318,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(data, tmp_path):
         # H is never rounded.
         ({"steps": 4}, r"cohort has 6 batches for each replica, expected a multiple of steps=4"),
         ({"steps": 7}, r"cohort has 6 batches for each replica, expected a multiple of steps=7"),
-        ({"replicas": 5}, r"the cohort has 6 clients, expected one for each of the replicas=5\."),
+        ({"replicas": 5}, r"the cohort has 6 clients, expected one for each replica: replicas=5\."),
     ],
 )
 def test_mistakes(data, arguments, message):

@@ -238,11 +238,9 @@ def federated(
                 f"{name}: client returned {_arguments.shown(result)}, expected a "
                 "fax.algorithms.ClientResult."
             )
-        check_like(f"{name}: own in the result of client", result.own, own)
+        check_like(f"{name}: client: own", result.own, own)
         if result.model_state is not None or server is None:
-            check_like(
-                f"{name}: model_state in the result of client", result.model_state, sent.model_state
-            )
+            check_like(f"{name}: client: model_state", result.model_state, sent.model_state)
         return result
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
