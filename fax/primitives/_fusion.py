@@ -5,10 +5,11 @@
     map -> sum, max, min      the map reduces as it goes
     map -> mean               the map sums, and the server divides
 
-A value that is both reduced and needed row by row leaves its map in both modes. Casts and
-sums of placed values count as maps. Calls of `jax.jit` that hold operators are inlined, and
-loops, branches, checkpoints and client functions are fused inside. The pass only regroups:
-every equation is still there once, and effects keep their order.
+A value that is both reduced and needed row by row leaves its map in both modes. What treats every
+row of a placed value alike, such as a cast or a sum of two, counts as a map (`_rowwise`). Calls of
+`jax.jit` that hold operators are inlined, and loops, branches, checkpoints and client functions are
+fused inside. The pass only regroups: every equation is still there once, and effects keep their
+order.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def cached(fn: Callable) -> Callable:
 @cached
 def empty() -> ClosedJaxpr:
     """A jaxpr without inputs, equations and outputs, to start from."""
-    return trace(list, [])[0]  # list() is the function of nothing that returns no outputs
+    return trace(list, [])[0]  # of `list`, which returns an empty list without arguments
 
 
 def close(jaxpr: Jaxpr) -> ClosedJaxpr:
