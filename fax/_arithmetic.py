@@ -54,7 +54,7 @@ def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
     return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
 
 
-def nothing(mode: str, aval: ShapedArray) -> jax.Array:
+def of_nobody(mode: str, aval: ShapedArray) -> jax.Array:
     """A total over nobody, or rows of nobody, which can hold anything."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return _no_keys(aval)
