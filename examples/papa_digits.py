@@ -1,7 +1,7 @@
 """A population of small networks that learn to classify digits and are averaged into one.
 
 Five networks start from different parameters and see the same few images, each in its own order
-and with its own shifts and noise. After every ten steps PAPA pushes them towards their average
+and with its own shifts and noise. After every ten steps PAPA pushes them toward their average
 (Jolicoeur-Martineau et al., arXiv:2304.03094). In the end their average, the soup, is better than
 networks that are trained alone. Without the pushes the average is useless.
 

@@ -1,7 +1,7 @@
-"""The arithmetic of reductions: what sums, maxima and minima start from, add up in and combine by.
+"""The arithmetic of reductions: identities, accumulator dtypes, and operations.
 
-A reduction over participants is a commutative monoid: an operation, and an identity that changes
-nothing. That is all that a schedule needs to divide the work in any way.
+A reduction over participants is a commutative monoid: an operation with an identity. That is all
+that a schedule needs to divide the work in any way.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from jax.interpreters import ad
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-    """The dtype to add up in: float32 for shorter floats, else the same."""
+    """The dtype of a sum's accumulator: float32 for shorter floats, else the same."""
     short = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return np.dtype("float32") if short else dtype
 
 
 def total_dtype(mode: str, dtype: Any) -> Any:
-    """A sum needs more precision than its terms; a maximum is one of them."""
+    """The dtype of a total. A sum needs more precision than its terms; a maximum is one of them."""
     return accumulator_dtype(dtype) if mode == "sum" else dtype
 
 
 def identity(mode: str, dtype: Any) -> Any:
-    """What a reduction over nobody gives."""
+    """The result of a reduction over no participants."""
     if mode == "sum":
         return np.zeros((), dtype)
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -43,7 +43,7 @@ def identity(mode: str, dtype: Any) -> Any:
 
 
 def combine(mode: str, one: jax.Array, other: jax.Array) -> jax.Array:
-    """Reduces two totals."""
+    """Combines two totals."""
     return {"sum": lax.add, "max": lax.max, "min": lax.min}[mode](one, other)
 
 
@@ -63,7 +63,7 @@ def of_nobody(mode: str, aval: ShapedArray) -> jax.Array:
 
 
 def _no_keys(aval: ShapedArray) -> jax.Array:
-    """Random keys of a type, which only an array or a tracer tells the kind of."""
+    """Random keys of a type. Only an array or a tracer has the implementation."""
     kinds = []
 
     def data_of(keys):

@@ -1,8 +1,8 @@
 """Differences between versions of JAX, and what it does not export.
 
-Other modules know JAX by exported names, and equations by exported primitives and the parameters
-that are operands of JAX's own functions. Whatever else they have to know of it is here, and
-``tests/test_compat.py`` holds each of these functions against the version at hand.
+Other modules use exported names of JAX, exported primitives, and parameters of equations that are
+arguments of JAX's public functions. Everything else is here, and ``tests/test_compat.py`` tests
+each of these functions with the installed version.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Named:
     UNSTACK = "unstack"
 
 
-# What only calls a jaxpr where nothing is differentiated, and the parameter that it is in.
+# Primitives that only call a jaxpr if nothing is differentiated, and the parameter that has it.
 CALLS = {
     p.jit_p: "jaxpr",
     p.custom_jvp_call_p: "call_jaxpr",
     p.custom_vjp_call_p: "call_jaxpr",
 }
 
-# The parameters that are rules, which JAX runs when the equation is long traced, by primitive.
+# The parameters that are rules, which JAX runs some time after tracing, by primitive.
 RULES = {
     p.custom_jvp_call_p.name: ("jvp_jaxpr_fun",),
     p.custom_vjp_call_p.name: ("fwd_jaxpr_thunk", "bwd"),
@@ -54,8 +54,8 @@ RULES = {
 def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried.
 
-    The parameters that say so were renamed in JAX 0.11. But what is neither has one axis less in
-    the body, where the results are carried values and rows.
+    JAX 0.11 renamed the parameters that say so. But all other operands have one axis less in the
+    body, and its results are carried values and rows.
     """
 
     def alike(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
@@ -67,7 +67,7 @@ def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def checkpoint_params(params: Mapping[str, Any], jaxpr: Jaxpr, extra: int) -> dict[str, Any]:
-    """Parameters of a `jax.checkpoint` with another jaxpr, of more operands, which come last."""
+    """Parameters of a `jax.checkpoint` with another jaxpr that has more operands at the end."""
     params = dict(params, jaxpr=jaxpr)
     if isinstance(params["prevent_cse"], tuple):  # one for each operand
         params["prevent_cse"] += (True,) * extra
@@ -75,21 +75,21 @@ def checkpoint_params(params: Mapping[str, Any], jaxpr: Jaxpr, extra: int) -> di
 
 
 def sharding_asked_for(eqn: JaxprEqn) -> NamedSharding | None:
-    """The sharding of the result, for an equation that does nothing but ask for one."""
+    """The sharding of the result, for an equation that only asks for a sharding."""
     if eqn.primitive is p.sharding_constraint_p:
         return eqn.params["sharding"]
     return eqn.params["dst_sharding"] if eqn.primitive.name == Named.RESHARD else None
 
 
 def has_sharding(eqn: JaxprEqn) -> bool:
-    """Whether an equation says how values are to be sharded."""
+    """Whether an equation specifies how values are sharded."""
     return eqn.primitive.name in (p.sharding_constraint_p.name, Named.RESHARD, Named.SHARD_MAP)
 
 
 def without_varying(eqn: JaxprEqn, axes: frozenset[str]) -> JaxprEqn | None:
-    """An equation as it is where nobody checks what varies over some manual axes.
+    """An equation without checks of what varies over some manual axes.
 
-    That is in a `jax.shard_map` with ``check_vma=False``. None if it only passes its operand on.
+    This is its form in a `jax.shard_map` with ``check_vma=False``. None if that is the identity.
     """
     if eqn.primitive.name == Named.PVARY:
         left = tuple(axis for axis in eqn.params["axes"] if axis not in axes)
@@ -101,7 +101,7 @@ def without_varying(eqn: JaxprEqn, axes: frozenset[str]) -> JaxprEqn | None:
 
 
 def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -> ShapedArray:
-    """A type that does not say whether values vary over manual axes, or over some of them."""
+    """A type that does not say whether values vary over manual axes, all or the given ones."""
     known = aval.manual_axis_type
     left = {
         kind: frozenset() if axes is None else getattr(known, kind).difference(axes)
@@ -111,13 +111,13 @@ def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -
 
 
 def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:
-    """Parameters of an equation where some axes are manual, which a `jax.shard_map` makes so."""
+    """Parameters of an equation inside axes that are already manual. They matter to `shard_map`."""
     axes = params.get("newly_manual_axes")
     return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
 
 
 def is_named_axis(effect: Any) -> bool:
-    """Whether an effect only says that the name of an axis is used."""
+    """Whether an effect only says that an axis name is used."""
     return type(effect).__name__ == "NamedAxisEffect"
 
 
@@ -128,16 +128,16 @@ def register_dead_code(
     primitive: Primitive,
     rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
 ) -> None:
-    """Lets JAX leave out results of a primitive that nobody uses.
+    """Lets JAX remove unused results of a primitive.
 
     Args:
       primitive: the primitive.
-      rule: takes which results are used, and the equation, and returns which operands are, and
-        what is left of the equation.
+      rule: takes which results are used, and the equation. Returns which operands are used, and
+        the remaining equation.
     """
 
     def with_equation_last(used: list[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
-        return rule(used, rest[-1])  # JAX 0.12 says before it which operands are alive
+        return rule(used, rest[-1])  # JAX 0.12 passes which operands are alive before it
 
     pe.dce_rules[primitive] = with_equation_last
 
@@ -145,14 +145,14 @@ def register_dead_code(
 def register_lowering_of_jaxprs(
     primitive: Primitive, bind_with: Callable[..., Any], parameter: str
 ) -> None:
-    """Lets a primitive's jaxpr hold operations of high-level JAX, which come since 0.11.
+    """Lets a primitive's jaxpr contain operations of high-level JAX, new in 0.11.
 
-    Differentiation sees them as they are; before compilation they are replaced.
+    Differentiation uses them as they are; before compilation they are replaced.
 
     Args:
       primitive: the primitive.
       bind_with: binds it: takes the operands, and the parameters by name.
-      parameter: the one that is a jaxpr.
+      parameter: the parameter that is a jaxpr.
     """
     lower: Callable[[Any], ClosedJaxpr] | None = getattr(pe, "lower_jaxpr2", None)
     if lower is None:
@@ -165,7 +165,7 @@ def register_lowering_of_jaxprs(
 
 
 def _names(module: str, *names: str) -> list[Any] | None:
-    """What JAX has under names that it does not export, or None if some are not there."""
+    """Looks up names that JAX does not export. None if any of them does not exist."""
     try:
         return [getattr(importlib.import_module(module), name) for name in names]
     except (ImportError, AttributeError):
@@ -173,15 +173,15 @@ def _names(module: str, *names: str) -> list[Any] | None:
 
 
 def is_invalid_result_of_jit(error: Exception) -> bool:
-    """Whether JAX says that a jitted call, and not which operation in it, gave NaN or inf.
+    """Whether an error only says that a jitted call, not which operation in it, made NaN or inf.
 
-    Under `jax.debug_nans` it raises this, to catch it where the function is at hand.
+    Under `jax.debug_nans` JAX raises it internally, and catches it where it has the function.
     """
     return type(error).__name__ == "InternalFloatingPointError"
 
 
 def is_ordered(effect: Any) -> bool:
-    """Whether an effect happens in the order in which it is written, as ``ordered=True`` asks."""
+    """Whether an effect is ordered, as with ``ordered=True``."""
     found = _names("jax._src.effects", "ordered_effects")
     return found is not None and found[0].contains(effect)
 
@@ -197,7 +197,7 @@ def register_error_check(
         and returns an error and the results.
 
     Returns:
-      Whether this version of JAX has a place for the rule.
+      Whether this version of JAX supports such a rule.
     """
     found = _names("jax._src.checkify", "error_checks", "check_p", "Error")
     if found is None:
@@ -205,12 +205,12 @@ def register_error_check(
     rules, check_p, kind = found
 
     def functionalized(*args: Any, **params: Any) -> tuple[Any, Sequence[Any]]:
-        # Newer versions have a context before the error so far.
+        # Newer versions pass a context before the error so far.
         at = next(i for i, x in enumerate(args) if isinstance(x, kind))
         context, (so_far, kinds, *operands) = args[:at], args[at:]
         error, outs = rule(kinds, *operands, **params)
         leaves, tree = jax.tree.flatten(error)
-        # What a check adds to the errors so far, so does this one.
+        # Merge the error with earlier ones, as a check does.
         merged, _ = rules[check_p](*context, so_far, kinds, *leaves, err_tree=tree, debug=False)
         return merged, outs
 
@@ -225,12 +225,12 @@ def register_key_reuse(
 
     Args:
       primitive: the primitive.
-      parameter: the one that is a jaxpr, or None for a primitive that passes its operand on.
-      widen: takes an equation, the number of an operand, and which of its keys the jaxpr uses
-        up, and returns which ones the equation does.
+      parameter: the parameter that is a jaxpr, or None for a primitive that returns its operand.
+      widen: takes an equation, the number of an operand, and which of its keys the jaxpr consumes.
+        Returns which of them the equation consumes.
 
     Returns:
-      Whether this version of JAX has a place for the rule.
+      Whether this version of JAX supports such a rule.
     """
     found = _names(
         "jax.experimental.key_reuse._core",
@@ -255,7 +255,7 @@ def register_key_reuse(
 
 
 def is_jet(trace: Any) -> bool:
-    """Whether a transformation under way is `jax.experimental.jet`."""
+    """Whether the current transformation is `jax.experimental.jet`."""
     return type(trace).__name__ == "JetTrace"
 
 
@@ -264,11 +264,11 @@ def register_jet(primitive: Primitive, rule: Callable[..., Any]) -> bool:
 
     Args:
       primitive: the primitive.
-      rule: takes the operands and, for each of them, its terms, and the parameters by name, and
-        returns the same of the results.
+      rule: takes the operands, the terms of each operand, and the parameters by name. Returns the
+        results and the terms of each result.
 
     Returns:
-      Whether this version of JAX has a place for the rule.
+      Whether this version of JAX supports such a rule.
     """
     found = _names("jax.experimental.jet", "jet_rules")
     if found is None:

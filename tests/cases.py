@@ -364,8 +364,8 @@ def side_outputs(fmap):
     def program(p, d):
         y, tens = fmap(lambda p, d: (p * d**2, (10 * d).astype(np.int32)), fax.broadcast(p), d)
         mean = fax.mean(y)
-        centred = fmap(lambda y, mean: y - mean, y, fax.broadcast(mean))
-        return y, fax.sum(y), fax.max(y), centred, fax.sum(y > 0), tens
+        centered = fmap(lambda y, mean: y - mean, y, fax.broadcast(mean))
+        return y, fax.sum(y), fax.max(y), centered, fax.sum(y > 0), tens
 
     return program
 
@@ -397,7 +397,7 @@ def branches(fmap):
 
 
 def until(p, x):
-    """Steps from x towards p, a number of them that depends on the data."""
+    """Steps from x toward p, a number of them that depends on the data."""
 
     def step(state):
         x, steps = state
@@ -572,8 +572,8 @@ def rounds_outside(fmap):
 
 
 def of_programs_inside(p, d):
-    centre = jnp.mean(jnp.sin(p * d))
-    return jnp.sum((d - centre) ** 2 * p), jnp.sum(jnp.tanh(d * p), axis=1).max()
+    center = jnp.mean(jnp.sin(p * d))
+    return jnp.sum((d - center) ** 2 * p), jnp.sum(jnp.tanh(d * p), axis=1).max()
 
 
 @case(of_programs_inside, (np.float64(1.2), points(N, 2, seed=22)))
@@ -581,7 +581,7 @@ def programs_inside(fmap):
     """A program calls another one at the server, and one more in its client function."""
 
     @fax.program(clients=N)
-    def centre(p, d):
+    def center(p, d):
         return fax.mean(fmap(lambda p, d: jnp.mean(jnp.sin(p * d)), fax.broadcast(p), d))
 
     @fax.program(shards=2)
@@ -590,7 +590,7 @@ def programs_inside(fmap):
 
     @fax.program(clients=N)
     def program(p, d):
-        middle = fax.broadcast(centre(p, d))
+        middle = fax.broadcast(center(p, d))
         everywhere = fax.broadcast(p)
         spread = fmap(lambda d, c, p: jnp.sum((d - c) ** 2 * p), d, middle, everywhere)
         return fax.sum(spread), fax.max(fmap(share, everywhere, d))

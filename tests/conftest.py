@@ -1,4 +1,4 @@
-"""What has to be settled before JAX initialises: float64, and several devices on one machine."""
+"""What has to be settled before JAX initializes: float64, and several devices on one machine."""
 
 import collections
 import functools
@@ -8,10 +8,10 @@ import platform
 import random
 
 # Tests compile much and compute little. XLA's own passes stay on, and with them what tests assert
-# on; LLVM makes machine code without optimising it, which takes little more than half as long.
+# on; LLVM makes machine code without optimizing it, which takes little more than half as long.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if platform.machine() in ("x86_64", "AMD64"):
-    # Without optimisation, some products and sums are fused and others not, and where XLA computes
+    # Without optimization, some products and sums are fused and others not, and where XLA computes
     # a value twice, as in the derivative of `jnp.min`, the two differ. AVX has no fused ones.
     QUICKLY += " --xla_cpu_max_isa=AVX"
 os.environ["XLA_FLAGS"] = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}".strip()

@@ -260,11 +260,11 @@ def assert_is_fedavg(averaged, params, metrics):
 
 
 def test_one_domain_is_fedavg(data, averaged):
-    labelled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
+    labeled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
     algorithm = agnostic_fedavg(
         Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_domains=1, domain_learning_rate=1.0
     )
-    state, metrics = after(algorithm, algorithm.init(Logistic.start()), labelled)
+    state, metrics = after(algorithm, algorithm.init(Logistic.start()), labeled)
     assert_is_fedavg(averaged, state.params, metrics)
 
 
@@ -621,7 +621,7 @@ def test_a_round_is_one_all_reduce(data, paper):
         ),
         (
             lambda: agnostic(domain_weights=[0.5, 0.2, 0.2]),
-            "numbers of at least 0 that add up to 1",
+            "nonnegative numbers that add up to 1",
         ),
         (
             lambda: agnostic(domain_counts=[0, 1, 1]),
@@ -669,7 +669,7 @@ def agnostic(**kwargs):
                 optax.sgd(0.1),
                 num_clients=N,
             ),
-            "loss returned a metric 'personal/loss', which is what one of apfl's is called",
+            "loss returned a metric 'personal/loss', but apfl has a metric of that name",
         ),
     ],
 )

@@ -289,7 +289,7 @@ def test_files_that_do_not_fit(tmp_path):
         ClientStore(counting(), path, resume=True)
     with opened(path), pytest.raises(ValueError, match="is open in another store"):
         opened(path, resume=True)
-    with pytest.raises(FileExistsError, match="Pass resume=True to go on with it, or remove it"):
+    with pytest.raises(FileExistsError, match="Pass resume=True to continue with it, or remove it"):
         ClientStore(counting(), path)
     with pytest.raises(ValueError, match="is of 6 clients, but the algorithm has 7"):
         opened(path, counting(num_clients=7), resume=True)
@@ -320,7 +320,7 @@ def test_a_damaged_row_is_noticed(tmp_path):
 
 def test_cohorts_that_cannot_be(data):
     store = ClientStore(counting())
-    with pytest.raises(ValueError, match="closed, or init was not called"):
+    with pytest.raises(ValueError, match="closed, or init has not been called"):
         store.flush()
     state = store.init(None)
     with pytest.raises(ValueError, match="client 3 occurs 2 times in the cohort"):
@@ -331,7 +331,7 @@ def test_cohorts_that_cannot_be(data):
         store.models(state, [0.5])
     with pytest.raises(ValueError, match="has one model for all"):
         opened(None, Algorithm(*counting()[:3])).models(state, [0])
-    with pytest.raises(ValueError, match="no part of a jitted function"):
+    with pytest.raises(ValueError, match="cannot be used in a jitted function"):
         jax.jit(store.round)(state, cohort_of([3]))
     own = ClientStore(personal())
     assert_trees_close(own.params(own.init(Quadratic.start())), Quadratic.start())
@@ -347,10 +347,10 @@ def test_cohorts_that_cannot_be(data):
     [
         (None, "keeps nothing for clients, expected arrays in fax.aggregators.PerClient"),
         (lambda: (jnp.zeros(3), jnp.zeros(4)), r"keeps \['3', '4'\] rows for clients"),
-        (lambda: jnp.arange(3.0), "state differs from client to client"),
+        (lambda: jnp.arange(3.0), "state differs between clients"),
         (
             lambda: jax.random.split(jax.random.key(0), 3),
-            "state is key<fry>, which is no plain number",
+            "state is key<fry>, which is not a plain number",
         ),
     ],
 )

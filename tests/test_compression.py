@@ -27,7 +27,7 @@ from fax.aggregators import (
 from fax.aggregators import uniform_quantization as quantization
 
 KEY = jax.random.key(7)
-QUICKLY = {"xla_backend_optimization_level": 0}  # what runs once need not be optimised
+QUICKLY = {"xla_backend_optimization_level": 0}  # what runs once need not be optimized
 N = 4
 
 
@@ -378,7 +378,7 @@ def test_power_sgd_recovers_from_a_round_of_zeros():
 
 def test_bits_of_cases_worked_by_hand():
     cases = [
-        # Leaves of 3, 1 and 20 float32; 2 scales for each quantised leaf.
+        # Leaves of 3, 1 and 20 float32; 2 scales for each quantized leaf.
         (quantization(2), 24 * 1 + 3 * 64),
         (quantization(5), 24 * 3 + 3 * 64),
         (quantization(16), 24 * 4 + 3 * 64),

@@ -141,7 +141,7 @@ def test_tff_files(tmp_path, packed):
 
 
 def test_tff_examples_byte_by_byte(tmp_path):
-    """One message, as protocol buffers' own library serialises it."""
+    """One message, as protocol buffers' own library serializes it."""
     message = b"\n\x11\n\x0f\n\x05label\x12\x06\x1a\x04\n\x02\xac\x02"
     one = {"pixels": np.zeros((1, 2, 3)), "label": np.zeros(1)}
     path = tff_file(tmp_path / "one.sqlite", {"train": {"ada": one}}, lambda row: message)

@@ -337,7 +337,7 @@ def test_names_of_metrics_are_not_taken(data):
         return Logistic.loss(params, batch, key)[0], {"replicas/loss": batch["y"]}
 
     algorithm = diloco(loss, optax.sgd(INNER), replicas=REPLICAS)
-    with pytest.raises(ValueError, match="not begin with 'clients/' or 'replicas/'"):
+    with pytest.raises(ValueError, match="not be 'loss' or begin with 'clients/' or 'replicas/'"):
         algorithm.round(algorithm.init(Logistic.start()), next(cohorts(data)))
 
 

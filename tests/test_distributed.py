@@ -38,7 +38,7 @@ def together():
     x = np.arange(24.0, dtype=np.float32).reshape(8, 3) / 10
     keys = jax.device_get(jax.random.key_data(jax.random.split(jax.random.key(0), 8)))
 
-    # In the mesh `mixed` neighbours along the axis are devices of different processes, and in
+    # In the mesh `mixed` neighbors along the axis are devices of different processes, and in
     # `shared` every row is on a device of both.
     devices = np.array(jax.devices())
     meshes = {
@@ -335,7 +335,7 @@ def test_strangers_at_the_port_do_not_count():
     assert len(results) == 1
 
 
-def test_initialising_without_all_that_is_needed_is_refused():
+def test_initializing_without_all_that_is_needed_is_refused():
     (errors,) = reports(
         """
     initialize = fax.sharding.initialize
@@ -381,7 +381,7 @@ def test_initialising_without_all_that_is_needed_is_refused():
         assert re.match(f"{kind}: fax.sharding.initialize: .*{message}", errors[case], re.DOTALL)
 
 
-def test_initialising_after_jax_was_used_is_refused():
+def test_initializing_after_jax_was_used_is_refused():
     jax.devices()
     with pytest.raises(RuntimeError, match="called after JAX had been used"):
         fax.sharding.initialize("localhost:1", 2, 0)
@@ -444,7 +444,7 @@ PORT = 61440 + 5000 % 4096
         ),
     ],
 )
-def test_launchers_are_recognised_by_the_environment(env, found):
+def test_launchers_are_recognized_by_the_environment(env, found):
     assert _distributed.find(env) == found
 
 

@@ -36,7 +36,7 @@ def example():
 
 
 @pytest.mark.long
-def test_the_table_says_what_is_learnt_and_what_is_sent(run, tmp_path):
+def test_the_table_says_what_is_learned_and_what_is_sent(run, tmp_path):
     printed = run("-c", SMALL, f"--rounds={ROUNDS}", f"--inner-steps={H}")
 
     shapes = [(CHARACTERS, WIDTH), (LENGTH, WIDTH), (WIDTH,), (WIDTH,)]  # and the last norm

@@ -136,7 +136,7 @@ PRIVATE = {"aggregator": gaussian(1.0, 1.0, expected_clients=2)}
             make(result(own={"w": np.zeros(3)}), **ROWS),
             r"own of .*\['w'\] is float64\[3\], expected",
         ),
-        (make(result(), **ROWS), r"ours: the own of client's result is None, expected {'w': \*}"),
+        (make(result(), **ROWS), r"ours: own in the result of client is None, expected {'w': \*}"),
         (make(result(jnp.zeros(4))), r"ours: the update is \*, expected {'w': \*}"),
         (make(result(extra=1.0), **PRIVATE), "private, but clients send more than updates"),
         (make(result(), first=lambda *_: 1.0, **PRIVATE), "private, but clients send more"),
@@ -168,7 +168,7 @@ def test_other_mistakes():
     with pytest.raises(ValueError, match="ours: round got the State of another algorithm"):
         make(result(), **ROWS).round(make(result()).init(Quadratic.start()), cohort)
     stateful = federated("ours", lambda *a: (*Quadratic.loss(a[0], *a[2:]), a[1]), result())
-    with pytest.raises(ValueError, match="ours: the model_state of client's result is None, exp"):
+    with pytest.raises(ValueError, match="ours: model_state in the result of client is None, exp"):
         stateful.round(stateful.init(Quadratic.start(), 1.0), cohort)
     short = fax.metrics.Sum(jnp.ones(1))
     wrong = algorithms.fedavg(lambda *a: (Quadratic.loss(*a)[0], {"short": short}), optax.sgd(RATE))

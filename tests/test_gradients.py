@@ -316,7 +316,7 @@ def test_masked_participants_touch_nothing_under_vmap_over_data(name, kind, way,
 NOBODY = np.zeros(N, bool)
 NO_WEIGHTS = {
     "zero": (np.zeros(N), ~NOBODY),
-    "cancelling": (np.array([1.0, -1.0, 2.0, -2.0, 0.5, 0.25, -0.75]), ~NOBODY),
+    "canceling": (np.array([1.0, -1.0, 2.0, -2.0, 0.5, 0.25, -0.75]), ~NOBODY),
     "masked": (WEIGHTS, NOBODY),
 }
 

@@ -90,10 +90,10 @@ LOSS = (
     "a model with state."
 )
 TRAINED = (
-    "expected an array of floats. Let params be what is trained, and put it together with the "
-    "rest in the loss: equinox.partition(model, equinox.is_inexact_array) and equinox.combine, "
+    "expected an array of floats. Pass only the trained leaves as params, and add the others in "
+    "the loss: use equinox.partition(model, equinox.is_inexact_array) and equinox.combine, "
     "or flax.nnx.split(model, flax.nnx.Param, ...) and flax.nnx.merge(..., copy=True). Counts "
-    "and statistics may be the model_state."
+    "and statistics can go into model_state."
 )
 AGGREGATOR = "expected one of fax.aggregators, such as fax.aggregators.mean()."
 CHAINED = "expected a fax.aggregators.Transformation. Only the last part may be an Aggregator."
@@ -162,10 +162,10 @@ MISTAKES = {
     "an optimizer of the parameters' leaves": (
         lambda: algorithms.apfl(loss, of_leaves(), num_clients=2).init(PARAMS),
         ValueError,
-        "fax.algorithms.apfl: alpha_optimizer, which is client_optimizer if it is not given, "
-        "does not work on alpha, a scalar. Where client_optimizer is made for the leaves of the "
-        "parameters, as by optax.multi_transform or optax.masked, pass another one for alpha, "
-        "as in alpha_optimizer=optax.sgd(0.1).",
+        "fax.algorithms.apfl: alpha_optimizer, which defaults to client_optimizer, does not work "
+        "on alpha, a scalar. If client_optimizer depends on the leaves of the parameters, as with "
+        "optax.multi_transform or optax.masked, pass another optimizer for alpha, such as "
+        "alpha_optimizer=optax.sgd(0.1).",
     ),
     "a loss of two arguments": (
         lambda: algorithms.fedavg(lambda params, batch: 0, SGD),
@@ -204,20 +204,20 @@ MISTAKES = {
     "a loss that returns integers": (
         lambda: one_round(lambda params, batch, key: batch["y"]),
         ValueError,
-        "loss returned losses of dtype int32, expected real floats, which have gradients.",
+        "loss returned losses of dtype int32, expected real floats, which are differentiable.",
     ),
     "a loss without the model's state": (
         lambda: ALGORITHM.init(PARAMS, {"mean": jnp.zeros(3)}),
         ValueError,
-        "fax.algorithms.fedavg: init got a model_state, but the loss is called as loss(params, "
-        "batch, key). Let it be loss(params, model_state, batch, key), which returns (losses, "
-        "metrics, model_state).",
+        "fax.algorithms.fedavg: init got a model_state, but the loss has the form loss(params, "
+        "batch, key). It must have the form loss(params, model_state, batch, key), and return "
+        "(losses, metrics, model_state).",
     ),
     "no state for a loss that needs it": (
         lambda: algorithms.scaffold(loss_of_state, 0.1, num_clients=2).init(PARAMS),
         ValueError,
-        "fax.algorithms.scaffold: init got no model_state, but the loss is called as "
-        "loss(params, model_state, batch, key). Write init(params, model_state).",
+        "fax.algorithms.scaffold: init got no model_state, but the loss has the form "
+        "loss(params, model_state, batch, key). Call init(params, model_state).",
     ),
     "an aggregator that was not called": (
         lambda: algorithms.fedavg(loss, SGD, aggregator=aggregators.mean),
@@ -234,7 +234,7 @@ MISTAKES = {
     "a list of transformations": (
         lambda: algorithms.reptile(loss, SGD, SGD, aggregator=[aggregators.clip_by_norm(1.0)]),
         ValueError,
-        f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} For several in a row: "
+        f"fax.algorithms.reptile: aggregator is a list, {AGGREGATOR} To combine several, use "
         "fax.aggregators.chain(*parts).",
     ),
     "an aggregator that is a number": (
@@ -316,8 +316,8 @@ MISTAKES = {
     "an optimizer of leaves where there is a scalar": (
         lambda: algorithms.fednova(loss, of_leaves()),
         ValueError,
-        "fax.algorithms.fednova: client_optimizer does not work on a scalar, on which FedNova "
-        "measures its steps. Use an optimizer that does not depend on the leaves of the "
+        "fax.algorithms.fednova: client_optimizer does not work on a scalar, which FedNova uses to "
+        "measure its steps. Use an optimizer that does not depend on the leaves of the "
         "parameters, such as optax.sgd(0.1).",
     ),
     "a personal optimizer that is a number": (
@@ -357,7 +357,7 @@ MISTAKES = {
         lambda: ALGORITHM.init({"w": [1.0, 0]}),
         ValueError,
         "fax.algorithms.fedavg: init: params['w'][1] is 0, expected an array of floats. Write "
-        "0.0 for a number that is trained.",
+        "0.0 for a number to be trained.",
     ),
     "an array of ints among params": (
         lambda: ALGORITHM.init({"w": jnp.zeros(2), "step": jnp.zeros((), jnp.int32)}),
@@ -400,8 +400,8 @@ MISTAKES = {
     "another algorithm's state": (
         lambda: STATEFUL.round(algorithms.apfl(loss, SGD, num_clients=2).init(PARAMS), COHORT),
         ValueError,
-        "fax.algorithms.fedavg: round got the State of another algorithm, or one without the rows "
-        "of clients, expected the State that init(params) or the last round returned.",
+        "fax.algorithms.fedavg: round got the State of another algorithm, or one without the "
+        "clients' rows, expected the State that init(params) or the last round returned.",
     ),
     "the cohort before the state": (
         lambda: ALGORITHM.round(COHORT, STATE),
@@ -425,13 +425,13 @@ MISTAKES = {
         lambda: ALGORITHM.round(STATE, DATA),
         ValueError,
         "fax.algorithms.fedavg: round got an InMemory for the cohort, expected a "
-        "fax.data.Cohort, the next one of the iterator that fax.data.cohorts returns.",
+        "fax.data.Cohort, from the iterator that fax.data.cohorts returns.",
     ),
     "the cohorts of several rounds": (
         lambda: ALGORITHM.round(STATE, cohorts().take(2)),
         ValueError,
         "fax.algorithms.fedavg: round got a cohort whose mask has shape (2, 2, 1, 3), expected "
-        "[clients, steps, batch], of a single round. For several in one call there is "
+        "[clients, steps, batch], for a single round. To run several rounds in one call, use "
         "fax.algorithms.many_rounds.",
     ),
     "params for the state of params": (
@@ -443,7 +443,7 @@ MISTAKES = {
         lambda: algorithms.many_rounds(ALGORITHM, STATE, COHORT, 2),
         ValueError,
         "fax.algorithms.many_rounds: cohorts is a Cohort, expected the iterator that "
-        "fax.data.cohorts returns: it takes the cohorts of all rounds from it.",
+        "fax.data.cohorts returns.",
     ),
     "a round for many rounds": (
         lambda: algorithms.many_rounds(ALGORITHM.round, STATE, ROUNDS, 2),
@@ -466,7 +466,7 @@ MISTAKES = {
         lambda: algorithms.personalize(loss, SGD)(COHORT, PARAMS),
         ValueError,
         "fax.algorithms.personalize: adapt got a dict for the cohort, expected a "
-        "fax.data.Cohort, the next one of the iterator that fax.data.cohorts returns.",
+        "fax.data.Cohort, from the iterator that fax.data.cohorts returns.",
     ),
     "the iterator for clusters": (
         lambda: algorithms.hyp_cluster_choice(loss, PARAMS, ROUNDS),
@@ -989,7 +989,7 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         return lambda params, batch: scale * batch["x"]
 
     message = (
-        "fax.metrics.evaluate: apply is a lambda that is defined anew for every call, at "
+        "fax.metrics.evaluate: apply is a lambda that is redefined for every call, at "
         f"{__file__}:{three_times.__code__.co_firstlineno + 2}, and so is compiled in every call. "
         "Define it once, outside of the loop."
     )
@@ -997,10 +997,10 @@ def test_a_function_that_is_made_anew_for_every_evaluation():
         three_times()
     assert len(caught) == 1
     assert [evaluate(made(factor)) for factor in (1.0, 3.0)] == [5, 15]  # others, each of its own
-    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is defined anew"):
+    with pytest.warns(UserWarning, match=r"metric 'total' is a lambda that is redefined"):
         twice()
     with pytest.warns(
-        UserWarning, match=r"apply is a partial that is defined anew for every call and"
+        UserWarning, match=r"apply is a partial that is redefined for every call and"
     ):
         of_parts()
 

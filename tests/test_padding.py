@@ -48,7 +48,7 @@ def test_statistics_of_a_batch_are_those_of_its_real_examples(at_once):
     ],
     ids=["fedavg", "mime_lite", "diloco"],
 )
-def test_padding_is_nobodys_neighbour(make):
+def test_padding_is_not_a_neighbor(make):
     algorithm = make(contrastive)
     _, metrics = jax.jit(algorithm.round)(algorithm.init(jnp.array(1.0)), cohort())
     assert metrics["loss"] == 1  # each batch has examples at one place

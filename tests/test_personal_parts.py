@@ -168,7 +168,7 @@ LEAVES = "params has norm/bias, norm/scale, out/b, out/w, and model_state norm/m
         ("nrom", f"parts has 'nrom', which matches nothing: {LEAVES}"),
         (["norm", "head/*"], f"parts has 'head/*', which matches nothing: {LEAVES}"),
         (lambda path: False, f"which matches nothing: {LEAVES}"),
-        ("*", f"matches all parameters, so that nothing is left to be averaged: {LEAVES}"),
+        ("*", f"matches all parameters, so nothing is left to average: {LEAVES}"),
         (lambda path: 1, "parts('norm/bias') is 1, expected True or False."),
         (["norm", 3], "parts is 3, expected a string, the path of a leaf or a pattern."),
         (
@@ -202,7 +202,7 @@ def test_other_mistakes(data):
             ValueError, match=r"loss is personal_parts\(.*'head'\), which only works"
         ):
             refused()
-    with pytest.raises(ValueError, match="init got no model_state, but the loss is called as"):
+    with pytest.raises(ValueError, match="init got no model_state, but the loss has the form"):
         algorithms.fedavg(make(BN.loss, None, SGD, num_clients=N), SGD).init(BN.start())
     algorithm = algorithms.fedavg(loss, SGD)
     state, cohort = algorithm.init(Per.start()), next(cohorts(data))

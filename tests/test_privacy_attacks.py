@@ -315,7 +315,7 @@ def divergence(law, shift, eps):
 
 
 def test_the_law_of_the_noise_is_as_private_as_epsilon_says():
-    """All that noise can be is counted, with how often, for neighbours that differ by a norm."""
+    """All that noise can be is counted, with how often, for neighbors that differ by a norm."""
     ratio = 1.37 * 2**20
     normal, laplace, single = laws(ratio)
     for z, eps in ((10.0, 0.1), (3.0, 3.0), (1.0, 1.0)):
@@ -344,7 +344,7 @@ def test_draws_are_integers_of_this_law():
 
 
 def test_the_bits_of_a_sum_do_not_tell_who_took_part():
-    """Which of two neighbouring sums can an output have come from? Mironov, CCS 2012."""
+    """Which of two neighboring sums can an output have come from? Mironov, CCS 2012."""
     trials, numbers, z = 40, 8, 10.0
     assert 0.34 < fax.aggregators.epsilon(z, 1, 1e-5) < 0.345
     rng = np.random.default_rng(0)

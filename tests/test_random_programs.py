@@ -31,7 +31,7 @@ STEPS: dict[str, dict[str, Callable]] = {
         "i": lambda x, p: 2 * x - 1,
         "b": lambda x, p: ~x,
     },
-    "centre": {
+    "center": {
         "f": lambda x, p: x - jnp.mean(x) / 2,
         "i": lambda x, p: x - jnp.sum(x).astype(x.dtype),
         "b": lambda x, p: x & jnp.any(p),

@@ -301,7 +301,7 @@ def test_a_store_whose_init_failed_can_be_tried_again(tmp_path):
     path_of_another = tmp_path / "other.db"
     store = ClientStore(counting(), path_of_another)
     path_of_another.touch()  # by another process, since the store was made
-    with pytest.raises(FileExistsError, match="Pass resume=True to go on with it, or remove it"):
+    with pytest.raises(FileExistsError, match="Pass resume=True to continue with it, or remove it"):
         store.init(None)
     assert path_of_another.stat().st_size == 0
     store = ClientStore(counting(), path_of_another, resume=True)

@@ -15,7 +15,7 @@ from fax.aggregators import chain, secure_sum, terngrad
 from fax.aggregators._secure_sum import with_masks
 
 KEY = jax.random.key(3)
-QUICKLY = {"xla_backend_optimization_level": 0}  # what runs once need not be optimised
+QUICKLY = {"xla_backend_optimization_level": 0}  # what runs once need not be optimized
 
 
 def updates(clients, seed=0, dtype=np.float64):
@@ -82,7 +82,7 @@ def test_masks_cancel_exactly(clients, neighbors):
 
 @pytest.mark.parametrize("neighbors", [None, 2])
 def test_what_a_client_sends_looks_uniform(neighbors):
-    """Whatever it has: a chi-squared test of each byte, and of how neighbours go together."""
+    """Whatever it has: a chi-squared test of each byte, and of how neighbors go together."""
     size = 20_000
     words = np.zeros((5, size), np.uint32)
     sent = mask(words, neighbors)

@@ -130,17 +130,17 @@ def test_chains_of_maps_become_one():
 
 def test_maps_with_something_between_them_stay_apart():
     @program
-    def centred(p, d):
+    def centered(p, d):
         y = fax.map(client, fax.broadcast(p), d)
         z = fax.map(lambda y, m: (y - m) ** 2, y, fax.broadcast(fax.mean(y)))
         return fax.mean(z)
 
-    assert operators(centred, P, D) == [
+    assert operators(centered, P, D) == [
         "federated_map (server, placed) (placed, sum)",
         "federated_map (placed, server) (sum)",
     ]
     y = jax.vmap(client, (None, 0))(P, D)
-    np.testing.assert_allclose(centred(P, D), y.var(0), rtol=1e-12)
+    np.testing.assert_allclose(centered(P, D), y.var(0), rtol=1e-12)
 
 
 def test_a_map_is_merged_past_what_does_not_concern_it():

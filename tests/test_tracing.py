@@ -44,7 +44,7 @@ def interleaved(p, d):
     return map_leaves(lambda y, p: fax.mean(y - fax.broadcast(p)), y, p)
 
 
-def centred(p, d):
+def centered(p, d):
     y = fax.map(client, fax.broadcast(p), d)
     m = fax.mean(y)
     norm = sum(jnp.sum(x) for x in jax.tree.leaves(m))
@@ -65,7 +65,7 @@ def masked_each(p, d):
     return map_leaves(lambda y, p: fax.sum(y, where=fax.broadcast(p) > 0), y, p)
 
 
-PROGRAMS = [between, two_rounds, interleaved, centred, checkpointed, largest, masked_each]
+PROGRAMS = [between, two_rounds, interleaved, centered, checkpointed, largest, masked_each]
 
 
 def total(fn):

@@ -64,7 +64,7 @@ def main() -> None:
         cohorts.append(list(diagnostics))
 
     report.run(one_round, lambda: [jax.device_get(state.params[name]) for name in names])
-    for drawn in cohorts:  # counted afterwards, since FedJAX does not report it
+    for drawn in cohorts:  # counted afterward, since FedJAX does not report it
         batches = (clients[int(c)].shuffle_repeat_batch(batching) for c in drawn)
         report.cohort(drawn, sum(1 for own in batches for _ in own))
     report.finish()

@@ -31,10 +31,10 @@ def epsilon(
 
     It is an upper bound, close to the exact value, from privacy loss distributions.
 
-    Without ``sampling_rate`` nothing is assumed about who takes part, except that no client takes
-    part in more than ``rounds`` rounds. So it is for rounds of all clients, and for cohorts in a
-    fixed order if ``rounds`` is the number of rounds of a single client. With ``sampling_rate``,
-    the cohort of a round is random, independent of other rounds, and secret:
+    Without ``sampling_rate`` the only assumption is that no client takes part in more than
+    ``rounds`` rounds. So it is for rounds of all clients, and for cohorts in a fixed order if
+    ``rounds`` is the number of rounds of a single client. With ``sampling_rate``, the cohort of a
+    round is random, independent of other rounds, and secret:
 
     - ``"uniform"``: a fixed number of different clients, and all sets of this size are equally
       likely. This is the default of `fax.data.cohorts`. If a client is missing, another takes its
@@ -89,7 +89,7 @@ def calibrate(
     sampling: str = "uniform",
     mechanism: str = "gaussian",
 ) -> float:
-    """The noise multiplier with which a number of rounds cost epsilon: the inverse of `epsilon`.
+    """The noise multiplier for which a number of rounds costs epsilon: the inverse of `epsilon`.
 
     Args:
       epsilon: above 0.
@@ -198,7 +198,7 @@ def _interval(z: float, rounds: int, mechanism: str) -> float:
     """The resolution of privacy losses: that of `dp-accounting`, or coarser for large losses.
 
     The result is an upper bound at any resolution. Losses of thousands, which do not protect
-    anybody, would take minutes and gigabytes at the usual one.
+    anyone, would take minutes and gigabytes at the usual one.
     """
     mu = rounds**0.5 / z
     largest = mu * mu / 2 + 5 * mu if mechanism == "gaussian" else rounds / z

@@ -142,7 +142,7 @@ def aggregator_of(caller: str, value: Any) -> Aggregator | None:
         return chain(value)
     how = fix(value)
     if isinstance(value, list | tuple):
-        how = " For several in a row: fax.aggregators.chain(*parts)."
+        how = " To combine several, use fax.aggregators.chain(*parts)."
     raise ValueError(
         f"{caller}: aggregator is {shown(value)}, expected one of fax.aggregators, such as "
         f"fax.aggregators.mean().{how}"

@@ -82,8 +82,8 @@ def dp_ftrl(
     rounds, any two of them at least ``separation`` >= ``bands`` rounds apart. Then the bands of its
     rounds do not overlap, and it changes C G by at most s clip_norm with s = sqrt(k sum_j c_j^2).
     So the whole training run is a single event of the Gaussian mechanism with noise multiplier z:
-    ``epsilon(z, rounds=1, delta=...)``. Who takes part does not have to be random. Neighbors differ
-    in one client, which sends zeros in one of them. Cohorts of `fax.data.cohorts` with
+    ``epsilon(z, rounds=1, delta=...)``. Cohorts do not have to be random. Neighbors differ in one
+    client, which sends zeros in one of them. Cohorts of `fax.data.cohorts` with
     ``sampler="minimum_reuse"`` have ``separation = num_clients // clients`` and
     ``participations = ceil(rounds * clients / num_clients)``.
 
@@ -94,7 +94,7 @@ def dp_ftrl(
     Args:
       clip_norm: the L2 norm of all leaves together. Unlike in `gaussian`, it cannot adapt.
       noise_multiplier: z.
-      num_clients: how many clients the data have.
+      num_clients: the number of clients in the data, ``len(data)``.
       separation: the smallest number of rounds from one that a client takes part in to its next, 1
         if it may take part in every round.
       participations: k, the largest number of rounds that a client takes part in.

@@ -68,8 +68,8 @@ def error_feedback(
 
     Args:
       transformation: T. It may be a `chain` of transformations alone.
-      num_clients: how many clients the data have. The state has a memory for each of them, a copy
-        of the model in at least float32.
+      num_clients: the number of clients in the data. The state has a memory for each of them, a
+        copy of the model in at least float32.
       decay: β, from 0 to 1. It may be traced.
 
     Returns:

@@ -20,8 +20,8 @@ def krum(byzantine: int) -> Aggregator:
     The score of client i is the sum of the squared distances ‖u_i - u_j‖^2 to its n - f - 2 nearest
     neighbors. The result is the update with the lowest score, or the first of several.
 
-    Weights only say who takes part: clients of weight zero are neither chosen nor neighbors of
-    others, and all others count the same. If m of the n clients are left, a client has m - f - 2
+    Weights only say which clients take part: those of weight zero are neither chosen nor neighbors
+    of others, and all others count the same. If m of the n clients are left, a client has m - f - 2
     neighbors, at least one, and the guarantee holds if m > 2 f + 2. If none is left, the update is
     zero. An update with NaN is far from all others. Every update is sent to the server. On a mesh,
     each device computes the distances from its own clients to all clients.

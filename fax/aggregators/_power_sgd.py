@@ -68,7 +68,7 @@ def power_sgd(rank: int, num_clients: int | None = None) -> Aggregator:
 
     Args:
       rank: of the approximation, an int of at least 1. The paper uses 1 to 4.
-      num_clients: how many clients the data have. The state has a memory for each of them, in at
+      num_clients: the number of clients in the data. The state has a memory for each of them, in at
         least float32. None means no error feedback.
 
     Returns:

@@ -4,7 +4,7 @@ The clip norm bounds what one client can change in the sum. Noise of about that 
 to tell whether a client took part. `fax.aggregators.epsilon` says how hard.
 
 The bound is the same for each client, so the mean is not weighted, and the sum is divided by a
-number that does not depend on who took part. JAX draws the noise from a secret key in the state of
+number that does not depend on the cohort. JAX draws the noise from a secret key in the state of
 the aggregator, on a grid that does not depend on the sum; see `_noise.py`. The random generators of
 JAX are not cryptographic.
 """
@@ -81,7 +81,7 @@ def gaussian(
 
     a little more than z, so that both releases together still have the noise multiplier z.
 
-    Weights only say who takes part: clients of weight zero are left out, and all others count the
+    Weights only say which clients take part: those of weight zero are left out, others count the
     same. A client whose update is not finite is left out, too, since it cannot be clipped.
 
     Noise and sums are multiples of a power of two g, at most 2^-20 z C, so that the bits of a

@@ -33,7 +33,7 @@ def median() -> Aggregator:
     two honest clients. NaN counts as greater than any number. Every update is sent to the server as
     it is.
 
-    Weights only say who takes part: clients of weight zero are left out, and all others count the
+    Weights only say which clients take part: those of weight zero are left out, others count the
     same, since an attacker could lie about its weight. If no client is left, the update is zero.
 
     Returns:
@@ -74,7 +74,7 @@ def trimmed_mean(
     If at most b clients are attackers, every coordinate lies between coordinates of two honest
     clients. NaN counts as greater than any number. Every update is sent to the server as it is.
 
-    Weights only say who takes part: clients of weight zero are left out, and all others count the
+    Weights only say which clients take part: those of weight zero are left out, others count the
     same. If that leaves 2 b clients or fewer, fewer are trimmed, so that one or two remain. If it
     leaves none, the update is zero.
 

@@ -1,4 +1,4 @@
-"""Agnostic federated averaging: domains that fall behind count for more."""
+"""Agnostic federated averaging: domains with larger losses get larger weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WHERE = "fax.algorithms.agnostic_fedavg"
 
 
 class Domains(NamedTuple):
-    """What the server knows of the domains.
+    """What the server of `agnostic_fedavg` keeps about the domains.
 
     Attributes:
       weights: lambda, [num_domains].
-      window: numbers of examples in the last rounds, [window, num_domains].
+      window: the number of examples of each domain in the last rounds, [window, num_domains].
     """
 
     weights: jax.Array
@@ -51,51 +51,51 @@ def agnostic_fedavg(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Agnostic federated averaging (AFL, AgnosticFedAvg): good for the worst mixture of domains.
+    """Agnostic federated averaging (AFL, AgnosticFedAvg): trains for the worst mixture of domains.
 
-    Examples belong to domains, such as languages, in shares that may be others when the model is
-    used. So it minimises, over x, the maximum over mixtures lambda of sum_i lambda_i F_i(x), where
-    F_i is the mean loss of domain i. In a round every client k counts its examples N_i^k of each
-    domain and adds up their losses L_i^k at the server's parameters x. It trains on examples
-    weighted by their domain, and is itself weighted by beta^k:
+    Examples belong to domains, such as languages, whose proportions may change when the model is
+    used. So it minimizes, over x, the maximum over mixtures lambda of sum_i lambda_i F_i(x), where
+    F_i is the mean loss of domain i. In a round every client k counts its examples of each domain,
+    N_i^k, and adds up their losses L_i^k at the server's parameters x. It trains on examples
+    weighted by their domain, and its update has the weight beta^k:
 
         alpha_i = lambda_i / (mean of N_i over the last ``window`` rounds)
         beta^k = sum_i alpha_i N_i^k
         objective of a batch b of client k:  n_k / beta^k  mean_{j in b} alpha_{d_j} loss_j(y)
         D = sum_k beta^k (y^k - x) / sum_k beta^k        x' = server_optimizer(x, gradient = -D)
 
-    Then weights move by exponentiated gradient ascent on the domains' mean losses:
+    Then the server updates lambda by exponentiated gradient ascent on the domains' mean losses:
 
         F_i = sum_k L_i^k / sum_k N_i^k        lambda_i' ~ lambda_i exp(domain_learning_rate F_i)
 
-    With one domain it is `fedavg`. The paper divides the sum over a batch by beta^k, which makes
-    a step smaller the more batches a client has; times n_k and with the mean it does not. A domain
-    without an example in a round keeps its weight, and its counts if its window would be empty.
+    With one domain it is `fedavg`. The paper divides the sum over a batch by beta^k, so steps get
+    smaller the more batches a client has; the factor n_k and the mean avoid this. A domain without
+    examples in a round keeps its weight, and also its counts if its window would be empty.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      num_domains: how many domains there are.
-      domain_learning_rate: of the exponentiated gradient. With 0 weights stay what they are.
-      domain: the feature with the numbers of examples' domains, ints [batch] from 0 to
+      num_domains: the number of domains.
+      domain_learning_rate: the step size of the exponentiated gradient. With 0, lambda is constant.
+      domain: the feature that holds each example's domain, ints [batch] from 0 to
         ``num_domains - 1``. An example of another domain makes the model NaN.
-      domain_weights: lambda at the start, numbers that add up to 1. Default: all the same.
-      domain_counts: what to take for the numbers of examples of each domain in a round, before
-        there was one. Only their ratios matter in the first round. Default: 1 each.
-      window: over how many rounds numbers of examples are averaged.
-      aggregator: as for `fedavg`; its weights are beta^k. It cannot be a private one, for domains'
-        counts and losses do not go through it.
+      domain_weights: the initial lambda, numbers that add up to 1. Default: all equal.
+      domain_counts: the numbers of examples of each domain to assume before the first round.
+        Only their ratios matter in the first round. Default: 1 each.
+      window: the number of rounds over which the numbers of examples are averaged.
+      aggregator: as for `fedavg`; its weights are beta^k. It cannot be private, because the counts
+        and losses of domains do not go through it.
       vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``server`` is
-      `Domains`. Metrics are those of `fedavg`, unweighted, and ``"domains/loss"``, F [num_domains],
-      NaN for a domain without an example, and ``"domains/weight"``, the lambda of the round.
+      `Domains`. Metrics are those of `fedavg`, unweighted; ``"domains/loss"``, F [num_domains],
+      NaN for a domain without examples; and ``"domains/weight"``, the lambda of the round.
 
     Raises:
-      ValueError: if an argument is out of range or ``aggregator`` private, and in a round if the
-        feature is missing or no ints [batch].
+      ValueError: if an argument is out of range or ``aggregator`` is private; in a round, if the
+        feature is missing or is not ints [batch].
 
     References:
       Mohri et al., Agnostic federated learning, arXiv:1902.00146. Ro et al.,
@@ -124,13 +124,11 @@ def agnostic_fedavg(
     counts = _numbers("domain_counts", domain_counts, num_domains, 1.0)
     if _arguments.concrete(start) and (np.min(start) < 0 or abs(np.sum(start) - 1) > 1e-5):
         raise ValueError(
-            f"{WHERE}: domain_weights is {domain_weights!r}, expected numbers of at least 0 that "
+            f"{WHERE}: domain_weights is {domain_weights!r}, expected nonnegative numbers that "
             "add up to 1."
         )
     if _arguments.concrete(counts) and not np.all(np.asarray(counts) > 0):
-        raise ValueError(
-            f"{WHERE}: domain_counts is {domain_counts!r}, expected numbers above 0: they divide."
-        )
+        raise ValueError(f"{WHERE}: domain_counts is {domain_counts!r}, expected positive numbers.")
     _arguments.number(WHERE, "domain_learning_rate", domain_learning_rate, least=0)
     _arguments.text(WHERE, "domain", domain, "the name of a feature")
     arguments(WHERE, loss, client_optimizer=client_optimizer)
@@ -192,16 +190,16 @@ def agnostic_fedavg(
         server_optimizer,
         server=server,
         server_state=domains,
-        not_private="losses and counts of domains are added up over clients",
+        not_private="losses and counts of domains are summed over clients",
         aggregator=aggregator,
         vectorize=vectorize,
     )
 
 
 def _ascend(weights: jax.Array, losses: jax.Array, seen: jax.Array, rate: Any) -> jax.Array:
-    """Exponentiated gradient ascent among the domains that there is a loss of."""
+    """Exponentiated gradient ascent on the weights of the domains that have a loss."""
     exponents = rate * losses
-    # The largest becomes 1, so that nothing overflows; quotients do not change.
+    # Scale the largest factor to 1, so that nothing overflows. Ratios do not change.
     largest = lax.stop_gradient(jnp.max(jnp.where(seen & (weights > 0), exponents, -jnp.inf)))
     largest = jnp.where(jnp.isfinite(largest), largest, 0)
     moved = jnp.where(seen, weights * jnp.exp(jnp.where(seen, exponents - largest, 0)), 0)
@@ -215,13 +213,13 @@ def _domain_of(batch: Mapping[str, jax.Array], domain: str, mask: jax.Array) -> 
     if found is None:
         features = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch)
         raise ValueError(
-            f"{WHERE}: domain={domain!r} is not among the features of a batch, {features}. Add the "
-            "numbers of examples' domains by fax.data.map, or pass the feature's name."
+            f"{WHERE}: domain={domain!r} is not among the features of a batch, {features}. Use "
+            "fax.data.map to add the domain of each example, or pass the feature's name."
         )
     if found.shape != mask.shape or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(
             f"{WHERE}: feature {domain!r} is {found.dtype}{list(found.shape)} in a batch, expected "
-            f"ints of shape {list(mask.shape)}: the number of each example's domain."
+            f"ints of shape {list(mask.shape)}: the domain of each example."
         )
     return found
 

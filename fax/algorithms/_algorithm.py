@@ -1,4 +1,4 @@
-"""The interface that all algorithms share, and rounds that run inside one compiled loop."""
+"""The interface of all algorithms, and many rounds in one compiled loop."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Algorithm(NamedTuple):
     """A federated algorithm as pure functions, which can be jitted and differentiated.
 
     Attributes:
-      init: ``init(params) -> state``, the server's state from a model's parameters.
-      round: ``round(state, cohort) -> (state, metrics)``. The number of clients is the cohort's.
+      init: ``init(params) -> state``, the initial state for a model's parameters.
+      round: ``round(state, cohort) -> (state, metrics)``. The cohort sets the number of clients.
         The metrics are a flat dict: means over the cohort's examples, taken before each step, and
         ``clients/...`` of shape [clients].
-      params: ``params(state)``, the parameters of one model, which one evaluates.
-      models: ``models(state)``, of an algorithm that has several, leaves [models, ...]: one for
-        each client, cluster or replica, as the algorithm says. None if it has a single one.
+      params: ``params(state)``, the parameters of the model to evaluate.
+      models: ``models(state)``, for an algorithm with several models: leaves [models, ...], one for
+        each client, cluster or replica, as the algorithm says. None if there is a single model.
     """
 
     init: Callable[..., Any]
@@ -35,7 +35,7 @@ class Algorithm(NamedTuple):
     models: Callable[[Any], PyTree] | None = None
 
     def __repr__(self) -> str:
-        """Who made it, such as ``Algorithm(fedavg)``."""
+        """The name of the algorithm, such as ``Algorithm(fedavg)``."""
         name = getattr(self.round, "__qualname__", type(self.round).__name__)
         return f"Algorithm({name.partition('.<locals>')[0].removesuffix('.round')})"
 
@@ -45,21 +45,21 @@ def many_rounds(
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Runs rounds in one compiled loop on the devices.
 
-    The result is that of ``state, metrics = algorithm.round(state, next(cohorts))``, so many times,
-    but the host is asked for nothing in between. The cohorts move on by ``rounds``.
+    The result is the same as that of ``state, metrics = algorithm.round(state, next(cohorts))`` in
+    a Python loop, but nothing happens on the host between rounds. It advances ``cohorts``.
 
     Args:
       algorithm: what to run. It is compiled once for each number of rounds and shape of cohorts.
-      state: the server's state.
+      state: the state to start from.
       cohorts: from `fax.data.cohorts`, with its examples resident on the devices.
-      rounds: how many.
+      rounds: the number of rounds.
 
     Returns:
       The state after the last round, and the metrics of all rounds, each with a leading axis
       [rounds].
 
     Raises:
-      ValueError: if an argument is something else.
+      ValueError: if ``algorithm`` or ``cohorts`` is something else.
       DataError: if the examples are not on the devices, or ``rounds`` is not a positive int.
 
     Example:
@@ -79,7 +79,7 @@ def many_rounds(
     if not isinstance(cohorts, Cohorts):
         raise ValueError(
             f"{where}: cohorts is {_arguments.shown(cohorts)}, expected the iterator that "
-            "fax.data.cohorts returns: it takes the cohorts of all rounds from it."
+            "fax.data.cohorts returns."
         )
     first = cohorts.round
     try:
@@ -90,7 +90,7 @@ def many_rounds(
 
 
 def check_algorithm(where: str, algorithm: Any) -> None:
-    """Checks that there are the functions of an algorithm, one of fax's or of a user's own."""
+    """Checks that an algorithm, fax's or a user's own, has the functions that it needs."""
     if not all(callable(getattr(algorithm, part, None)) for part in ("init", "round", "params")):
         raise ValueError(
             f"{where}: algorithm is {_arguments.shown(algorithm)}, expected an Algorithm, such as "

@@ -1,4 +1,4 @@
-"""Adaptive personalized federated learning: clients mix models of their own with the server's."""
+"""Adaptive personalized federated learning: clients mix local models with the server's."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ PyTree = Any
 
 
 _NO_SCALAR = (
-    "alpha_optimizer, which is client_optimizer if it is not given, does not work on alpha, a "
-    "scalar. Where client_optimizer is made for the leaves of the parameters, as by "
-    "optax.multi_transform or optax.masked, pass another one for alpha, as in "
-    "alpha_optimizer=optax.sgd(0.1)."
+    "alpha_optimizer, which defaults to client_optimizer, does not work on alpha, a scalar. If "
+    "client_optimizer depends on the leaves of the parameters, as with optax.multi_transform or "
+    "optax.masked, pass another optimizer for alpha, such as alpha_optimizer=optax.sgd(0.1)."
 )
 
 
 class Personal(NamedTuple):
-    """What a client keeps.
+    """What a client of `apfl` keeps: its local model and its share in the mixture.
 
     Attributes:
       params: v, its local model.
-      alpha: how much of it there is in its mixture, from 0 to 1.
-      started: whether it took part in a round. Its local model is the server's until then.
+      alpha: the share of the local model in the mixture, from 0 to 1.
+      started: whether it has taken part in a round. Until then, its local model is the server's.
     """
 
     params: PyTree
@@ -56,42 +55,43 @@ def apfl(
     """Adaptive personalized federated learning (APFL).
 
     Client i keeps a local model v_i and a number alpha_i, and uses the mixture of the local and
-    the global model, m_i = alpha_i v_i + (1 - alpha_i) w. In a round it starts from the server's w
-    and does, on each of its batches, with f the mean loss of the batch,
+    the global model, m_i = alpha_i v_i + (1 - alpha_i) w. In a round it starts from the server's w.
+    On each of its batches it takes these steps, where f is the mean loss of the batch:
 
         w_i     <- w_i - rate grad f(w_i)
         v_i     <- v_i - rate alpha_i grad f(m_i)
-        alpha_i <- alpha_i - rate <v_i - w_i, grad f(m_i)>,  kept within [0, 1]
+        alpha_i <- alpha_i - rate <v_i - w_i, grad f(m_i)>,  clipped to [0, 1]
 
-    all three from what they were before the step. The second line is the derivative of f(m_i) by
-    v_i, of which FedJAX leaves out alpha_i. The server averages the w_i as `fedavg` does, so that
-    the global model is that of `fedavg` with the same arguments, whatever the alphas.
+    All three use the values from before the step. The second line has the derivative of f(m_i) with
+    respect to v_i; FedJAX leaves out its factor alpha_i. The server averages the w_i as `fedavg`
+    does, so the global model is that of `fedavg` with the same arguments, for any alphas.
 
     Args:
-      loss: see `fedavg`. A model's state is the global model's: it is made by w_i, and the mixture
-        is trained and to be evaluated with it.
-      client_optimizer: from optax, of w_i and v_i; its states start anew at each client and round.
+      loss: see `fedavg`. A model's state comes from training w_i. The mixture is trained with the
+        same state, and should be evaluated with it.
+      client_optimizer: from optax, for w_i and v_i. Its states are reset for each client in each
+        round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      num_clients: how many clients the data have.
-      alpha: of every client at the start, from 0 to 1.
-      alpha_optimizer: from optax, of alpha_i, a scalar. Default: the client's. With
-        ``optax.set_to_zero()`` alpha stays what it is.
-      aggregator: as for `fedavg`, of the updates of w. What a private one promises is about w, and
-        about what all clients but one get to see: v_i and alpha_i are a client's own.
+      num_clients: the number of clients in the data, ``len(data)``.
+      alpha: the initial value for every client, from 0 to 1.
+      alpha_optimizer: from optax, for alpha_i, a scalar. Default: ``client_optimizer``. With
+        ``optax.set_to_zero()`` alpha is constant.
+      aggregator: as for `fedavg`, for the updates of w. A private one protects w, and what other
+        clients see. It does not protect v_i and alpha_i, which stay with their client.
       vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``clients`` are
       `Personal`. A client's local model is the server's until it takes part for the first time.
       ``params(state)`` is the global model, and ``models(state)`` are the mixtures, leaves
-      [num_clients, ...], to be evaluated by `fax.metrics.evaluate_clients` with ``personal=True``.
-      Where so many models do not fit, see `ClientStore`. Metrics are those of `fedavg` for the
-      global model, ``"personal/..."`` the same for the mixtures, and ``"clients/alpha"`` after the
+      [num_clients, ...], which `fax.metrics.evaluate_clients` evaluates with ``personal=True``. If
+      so many models do not fit in memory, see `ClientStore`. Metrics are those of `fedavg` for the
+      global model; ``"personal/..."``, the same for the mixtures; and ``"clients/alpha"`` after the
       round.
 
     Raises:
-      ValueError: if ``num_clients`` is not a positive int or ``alpha`` not from 0 to 1; and in a
-        round if the cohort is of more clients.
+      ValueError: if ``num_clients`` is not a positive int or ``alpha`` is not from 0 to 1; in a
+        round, if the cohort has more clients.
 
     References:
       Deng et al., Adaptive personalized federated learning, arXiv:2003.13461.
@@ -194,7 +194,7 @@ def _both(seen: Metrics, seen_by_own: Metrics) -> Metrics:
     own = {f"personal/{name}": total for name, total in seen_by_own.items()}
     if taken := ({*own, "alpha"} & seen.keys()):
         raise ValueError(
-            f"apfl: loss returned a metric {min(taken)!r}, which is what one of apfl's is called. "
-            "Call it something else."
+            f"apfl: loss returned a metric {min(taken)!r}, but apfl has a metric of that name. "
+            "Rename it."
         )
     return {**seen, **own}

@@ -1,4 +1,4 @@
-"""How what participants send becomes the server's: aggregation, and the state of models."""
+"""Aggregates what participants send: their updates, and the states of their models."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def aggregate(
     cohort: Cohort,
     weights: jax.Array | None = None,
 ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
-    """The aggregator's update, state and metrics; without one, the mean. To be called in a program.
+    """The aggregator's update, state and metrics; without one, the mean. Call it in a program.
 
     Args:
       aggregator: the user's, or None.
       updates: placed.
       state: the aggregator's, with the rows of the cohort.
-      cohort: whose clients these are.
+      cohort: the clients.
       weights: placed, [clients]. Default: the numbers of examples.
     """
     weights = cohort.num_examples if weights is None else weights
@@ -39,9 +39,9 @@ def aggregate(
 
 
 def server_key(cohort: Cohort) -> jax.Array:
-    """A random key of the server's, different in each round and not that of any client.
+    """A random key for the server, different in each round and from the key of any client.
 
-    It is derived from the sum of all clients' keys, which is a client's own if there is one only.
+    It is derived from the sum of all clients' keys, which with one client is that client's key.
     """
     bits = jax.random.key_data(cohort.keys)
     total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
@@ -50,13 +50,13 @@ def server_key(cohort: Cohort) -> jax.Array:
 
 
 def strong(x: Any) -> jax.Array:
-    """An array of the type that it has after a round, so that this is compiled once."""
+    """An array of the type that it has after a round, so that the round is compiled only once."""
     x = jnp.asarray(x)
     return lax.convert_element_type(x, x.dtype)
 
 
 def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
-    """The clients' mean; leaves that are not floats stay what they were."""
+    """The clients' mean; leaves that are not floats do not change."""
 
     def one(mean, before):
         return mean if jnp.issubdtype(jnp.result_type(before), jnp.inexact) else before

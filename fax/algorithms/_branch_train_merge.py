@@ -1,4 +1,4 @@
-"""Branch-Train-Merge: experts that train on domains of their own, and are then merged."""
+"""Branch-Train-Merge: experts train on separate domains, and are then merged."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WHERE = "fax.algorithms.branch_train_merge"
 
 
 class BranchTrainMergeState(NamedTuple):
-    """The experts.
+    """The state of `branch_train_merge`: the experts and the prior of their domains.
 
     Attributes:
       replicas: a `PerClient` of what the experts keep, leaves [replicas, ...].
-      prior: p(D = j), how likely each expert's domain is, [replicas]. They start equal. Put others
-        there with ``state._replace(prior=...)``.
+      prior: p(D = j), the prior probability of each expert's domain, [replicas]. It starts uniform.
+        Set another with ``state._replace(prior=...)``.
     """
 
     replicas: PerClient
@@ -36,7 +36,7 @@ class BranchTrainMergeState(NamedTuple):
 
 
 class BranchTrainMerge(NamedTuple):
-    """Branch-Train-Merge as pure functions, an `Algorithm` and more.
+    """Branch-Train-Merge as pure functions: those of an `Algorithm` and more.
 
     Attributes:
       init: ``init(params, model_state=None) -> state``. All experts branch from ``params``, or
@@ -44,16 +44,16 @@ class BranchTrainMerge(NamedTuple):
       round: ``round(state, cohort) -> (state, metrics)``. Expert i trains on row i, and sends
         nothing.
       params: ``params(state)``, the merged model: the experts' mean, weighted by the prior.
-      models: ``models(state)``, the experts', leaves [replicas, ...].
-      branch: ``branch(state, weights) -> state``. With weights [replicas] all experts start anew
-        from that mixture of experts; with weights [replicas, replicas] expert i from the mixture of
-        row i. Weights are divided by their sums. Optimizers start anew.
+      models: ``models(state)``, the parameters of the experts, leaves [replicas, ...].
+      branch: ``branch(state, weights) -> state``. With weights [replicas], all experts restart from
+        that mixture of experts; with weights [replicas, replicas], expert i restarts from the
+        mixture of row i. Weights are divided by their sums. Optimizer states are reset.
       posterior: ``posterior(state, batch, key) -> p(D = j | example)``, [batch, replicas]. The
-        losses are taken for the negative log-likelihoods, in nats, of examples that are known,
-        such as the text so far.
-      ensemble: ``ensemble(state, apply, inputs, weights=None) -> log-probabilities``, those of
-        the mixture of the experts' predictions. ``apply(params, inputs)``, for models with state
-        ``apply(params, model_state, inputs)``, gives scores [batch, ..., classes]. Weights are
+        losses must be the negative log-likelihoods, in nats, of what is known of the examples, such
+        as the text so far.
+      ensemble: ``ensemble(state, apply, inputs, weights=None) -> log-probabilities`` of the mixture
+        of the experts' predictions. ``apply(params, inputs)``, or for models with state
+        ``apply(params, model_state, inputs)``, returns scores [batch, ..., classes]. Weights are
         [replicas] or [batch, replicas], such as posteriors. Default: the prior.
     """
 
@@ -76,29 +76,29 @@ def branch_train_merge(
     replicas: int,
     vectorize: int | None = None,
 ) -> BranchTrainMerge:
-    """Branch-Train-Merge: experts that branch, train without a word, and are merged.
+    """Branch-Train-Merge: experts branch, train without communication, and are merged.
 
-    Experts j branch from a model, or a mixture of experts, and train each on a domain D_j of its
-    own. Then either their parameters are averaged, θ = sum_j w_j θ_j, or their predictions are:
+    Experts j branch from a model, or a mixture of experts, and each trains on its own domain D_j.
+    Then either their parameters are averaged, θ = sum_j w_j θ_j, or their predictions:
 
         p(y | x) = sum_j p(y | x, θ_j) p(D = j | x),
         p(D = j | x) = p(x | D = j) p(D = j) / sum_k p(x | D = k) p(D = k)
 
-    where p(x | D = j) is what expert j gives to the text x so far, and p(D = j) a prior: equal, or
-    the mean of the posteriors of texts that were seen.
+    where p(x | D = j) is the probability that expert j assigns to the text x so far, and p(D = j)
+    is a prior: uniform, or the mean of the posteriors of earlier texts.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      inner_optimizer: the experts', from optax.
-      replicas: how many experts there are. Expert i is row i of the cohort; see `diloco`.
-      vectorize: how many experts one device works on at once; see `diloco`.
+      inner_optimizer: from optax, for the experts.
+      replicas: the number of experts. Expert i is row i of the cohort; see `diloco`.
+      vectorize: the number of experts that a device works on at once; see `diloco`.
 
     Returns:
       The algorithm, a `BranchTrainMerge`. Metrics are those of `diloco`, with zero bits.
 
     Raises:
-      ValueError: if ``replicas`` is not a positive int, the cohort has another number of them, or
-        weights have another shape than said.
+      ValueError: if ``replicas`` is not a positive int, the cohort has another number of rows, or
+        weights have the wrong shape.
 
     References:
       Li et al., Branch-Train-Merge: Embarrassingly parallel training of expert language models,
@@ -158,7 +158,7 @@ def branch_train_merge(
             models = rows.params, rows.model_state
             if shares.ndim == 1:
                 sent = fax.broadcast(fax.mean(models, weights=shares))
-            else:  # each from another mixture, for which the server needs every expert
+            else:  # each from its own mixture, for which the server needs all experts
                 sent = fax.distribute(
                     jax.tree.map(
                         lambda x: jnp.tensordot(shares, x, 1).astype(x.dtype), fax.collect(models)
@@ -222,6 +222,6 @@ def branch_train_merge(
 
 def _weights_error(name: str, weights: jax.Array, expected: str) -> ValueError:
     return ValueError(
-        f"{_WHERE}: {name} got weights of shape {weights.shape}, expected {expected}: a number for "
-        "each expert."
+        f"{_WHERE}: {name} got weights of shape {weights.shape}, expected {expected}: one weight "
+        "for each expert."
     )

@@ -1,4 +1,4 @@
-"""What users pass to algorithms, and to the functions that these return."""
+"""Checks of what users pass to algorithms, and to the functions that these return."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def arguments(
     vectorize: Any = None,
     **optimizers: Any,
 ) -> Aggregator | None:
-    """Checks what all algorithms take, where it is passed, and returns the aggregator."""
+    """Checks the arguments that all algorithms have, and returns the aggregator."""
     forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
     _arguments.function(caller, "loss", bare(loss), forms, keywords=["mask"])
     for name, value in optimizers.items():
@@ -48,17 +48,17 @@ def guarded(
     params: Callable,
     models: Callable | None = None,
 ) -> Algorithm:
-    """An algorithm of these functions, with checks of what they are given.
+    """Makes an algorithm of these functions, and checks their arguments.
 
     Args:
       caller: the algorithm, for messages.
-      loss: of the user.
-      kind: the type of the server's state.
-      init: of the algorithm. What it is given and returns is the state's own: a jitted round may
-        donate the state, and does not compile again for params that were made without the mesh.
-      round: of the algorithm.
-      params: of the algorithm.
-      models: of the algorithm, or None.
+      loss: the user's.
+      kind: the type of the state.
+      init: the algorithm's. Its arguments are copied and its result is put onto the mesh: a jitted
+        round may donate the state, and does not compile again for params made without the mesh.
+      round: the algorithm's.
+      params: the algorithm's.
+      models: the algorithm's, or None.
     """
 
     @functools.wraps(init)
@@ -95,7 +95,7 @@ def guarded(
 
 
 def check_whole(caller: str, loss: Any) -> None:
-    """Refuses a loss with personal parts, where there is not one model for all clients."""
+    """Refuses a loss with personal parts if the algorithm has no one model for all clients."""
     if isinstance(loss, PersonalLoss):
         raise ValueError(
             f"{caller}: loss is {loss!r}, which only works with an algorithm that trains one model "
@@ -106,7 +106,7 @@ def check_whole(caller: str, loss: Any) -> None:
 def check_scalar_optimizer(
     caller: str, optimizer: Any, problem: str, dtype: Any = jnp.float32
 ) -> None:
-    """Checks that an optimizer works on a scalar: one made for the parameters' leaves may not."""
+    """Checks that an optimizer works on a scalar; one made for certain leaves may not."""
     try:
         jax.eval_shape(optimizer.init, jax.ShapeDtypeStruct((), dtype))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -114,7 +114,7 @@ def check_scalar_optimizer(
 
 
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:
-    """Checks that a state is one that the algorithm made."""
+    """Checks that a state comes from the algorithm."""
     if not isinstance(state, kind):
         raise ValueError(
             f"{caller}: {function} got {_arguments.shown(state)} for the state, expected the "
@@ -146,10 +146,10 @@ def check_private(
     sent: str,
     instead: str = "another algorithm, such as fax.algorithms.fedavg",
 ) -> None:
-    """Refuses a private aggregator where the server gets more from clients than their updates."""
+    """Refuses a private aggregator if clients send the server more than their updates."""
     if getattr(aggregator, "private", False):
         raise ValueError(
-            f"{caller}: aggregator is private, but {sent} without it, so that its epsilon would "
+            f"{caller}: aggregator is private, but {sent} without it, so its epsilon would "
             f"not hold. Use an aggregator that is not private, or {instead}."
         )
 
@@ -159,12 +159,12 @@ def check_averaged_state(caller: str, aggregator: Any, model_state: PyTree) -> N
     for path, leaf in tree_leaves_with_path(model_state):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = f"model_state{keystr(path)}"
-            instead = "a model without such state, with GroupNorm in place of BatchNorm"
+            instead = "a model without such state, such as one with GroupNorm instead of BatchNorm"
             check_private(caller, aggregator, f"{name} is averaged over clients", instead)
 
 
 def check_cohort(where: str, cohort: Any) -> None:
-    """Checks that a cohort is the one of a single round."""
+    """Checks that a cohort is that of a single round."""
     if isinstance(cohort, Cohorts):
         raise ValueError(
             f"{where} got the iterator over all cohorts, expected the cohort of one round. Pass "
@@ -173,18 +173,18 @@ def check_cohort(where: str, cohort: Any) -> None:
     if not isinstance(cohort, Cohort):
         raise ValueError(
             f"{where} got {_arguments.shown(cohort)} for the cohort, expected a fax.data.Cohort, "
-            "the next one of the iterator that fax.data.cohorts returns."
+            "from the iterator that fax.data.cohorts returns."
         )
     if cohort.mask.ndim != 3:
         raise ValueError(
             f"{where} got a cohort whose mask has shape {cohort.mask.shape}, expected [clients, "
-            "steps, batch], of a single round. For several in one call there is "
+            "steps, batch], for a single round. To run several rounds in one call, use "
             "fax.algorithms.many_rounds."
         )
 
 
 def check_trained(name: str, params: PyTree) -> None:
-    """Checks that there are leaves, and that all of them can be differentiated."""
+    """Checks that there are leaves, and that all of them are differentiable."""
     flat = tree_leaves_with_path(params)
     if not flat:
         raise ValueError(f"{name} has no leaves, expected a pytree of arrays of floats.")
@@ -194,13 +194,13 @@ def check_trained(name: str, params: PyTree) -> None:
             continue
         found = _arguments.shown(leaf)
         if dtype is not None and not hasattr(leaf, "dtype"):
-            fix = f" Write {leaf}.0 for a number that is trained." if type(leaf) is int else ""
+            fix = f" Write {leaf}.0 for a number to be trained." if type(leaf) is int else ""
         else:
             fix = (
-                " Let params be what is trained, and put it together with the rest in the loss: "
+                " Pass only the trained leaves as params, and add the others in the loss: use "
                 "equinox.partition(model, equinox.is_inexact_array) and equinox.combine, or "
                 "flax.nnx.split(model, flax.nnx.Param, ...) and flax.nnx.merge(..., copy=True). "
-                "Counts and statistics may be the model_state."
+                "Counts and statistics can go into model_state."
             )
         raise ValueError(f"{name}{keystr(path)} is {found}, expected an array of floats.{fix}")
 
@@ -212,31 +212,31 @@ def _check_model_state(caller: str, loss: Callable, model_state: PyTree) -> None
         return
     if model_state is None:
         raise ValueError(
-            f"{caller}: init got no model_state, but the loss is called as {LOSS_OF_STATE}. Write "
+            f"{caller}: init got no model_state, but the loss has the form {LOSS_OF_STATE}. Call "
             "init(params, model_state)."
         )
     raise ValueError(
-        f"{caller}: init got a model_state, but the loss is called as {LOSS}. Let it be "
-        f"{LOSS_OF_STATE}, which returns (losses, metrics, model_state)."
+        f"{caller}: init got a model_state, but the loss has the form {LOSS}. It must have the "
+        f"form {LOSS_OF_STATE}, and return (losses, metrics, model_state)."
     )
 
 
 def _copy(x: Any) -> jax.Array:
-    """An array that shares no memory with the caller's, which would go when a round is donated."""
+    """A copy that shares no memory with the caller's array, which donation would delete."""
     return jnp.array(x, copy=True)
 
 
 def _settled(state: PyTree) -> PyTree:
-    """A state none of whose arrays is there twice, on all devices of the mesh in scope.
+    """A state on all devices of the mesh in scope, in which no array occurs twice.
 
-    What is there twice cannot be donated. What is on another device than the state after a round
-    would let a jitted round be compiled twice.
+    An array that occurs twice cannot be donated. If the state were on other devices than it is
+    after a round, a jitted round would be compiled twice.
     """
     if not _arguments.concrete(state):
         return state
     try:
         mesh = jax.sharding.get_mesh()
-    except ValueError:  # within a function that is traced, where nothing is donated
+    except ValueError:  # inside a traced function, where nothing is donated
         return state
     devices = set(mesh.devices.flat) if not mesh.empty and jax.process_count() == 1 else None
     seen: dict[int, jax.Array] = {}

@@ -1,4 +1,4 @@
-"""State of single clients: the rows of a cohort's clients, of those of the whole population."""
+"""Per-client state: gathers the rows of a cohort's clients, and scatters new ones."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PyTree = Any
 
 
 def gather_rows(state: PyTree, cohort: Cohort) -> PyTree:
-    """A state with the rows of the cohort's clients, of those of all clients.
+    """Gathers the rows of a cohort's clients from a state with rows for all clients.
 
-    Rows are in `fax.aggregators.PerClient`, anywhere in the state; the rest stays as it is. On a
-    mesh they are spread like the cohort, however those of all clients are.
+    Rows are in `fax.aggregators.PerClient`, anywhere in the state; the rest does not change. On a
+    mesh they are sharded like the cohort, whatever the sharding of the rows of all clients.
 
     Args:
       state: a pytree.
       cohort: the clients.
 
     Returns:
-      The state, in which rows have a leading axis [clients] in place of [num_clients].
+      The state, whose rows have a leading axis [clients] instead of [num_clients].
 
     Raises:
-      ValueError: if the cohort has clients that the state has no row for. Where positions are
-        traced, rows of such clients are NaN.
+      ValueError: if the cohort has clients for which the state has no row. If positions are traced,
+        the rows of such clients are NaN.
 
     Example:
 
@@ -61,13 +61,13 @@ def gather_rows(state: PyTree, cohort: Cohort) -> PyTree:
 
 
 def scatter_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
-    """A state of all clients, with new rows for those of the cohort.
+    """Puts new rows for a cohort's clients into a state with rows for all clients.
 
-    The clients of a cohort are different ones; of two rows for one client either may be kept.
+    The clients of a cohort should differ: of two rows for one client, either may be kept.
 
     Args:
-      state: that `gather_rows` was given.
-      new: what has become of what it returned.
+      state: the state that was passed to `gather_rows`.
+      new: the new version of the state that it returned.
       cohort: the clients.
 
     Returns:
@@ -97,7 +97,7 @@ def scatter_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
 
 
 def map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
-    """``fn`` on the leaves of what is `PerClient`; the newest state's leaves elsewhere."""
+    """Applies ``fn`` to the leaves in `PerClient`; other leaves are the newest state's."""
 
     def one(x: PyTree, *others: PyTree) -> PyTree:
         if isinstance(x, PerClient):
@@ -113,7 +113,7 @@ def repeated(tree: PyTree, num_clients: int) -> PyTree:
 
 
 def without_rows(state: PyTree) -> PyTree:
-    """A state with nothing for clients."""
+    """A state without the rows of clients."""
     return jax.tree.map(
         lambda x: PerClient(None) if is_per_client(x) else x, state, is_leaf=is_per_client
     )
@@ -143,5 +143,6 @@ def _check(rows: int, cohort: Cohort) -> None:
     if most >= rows:
         raise ValueError(
             f"The algorithm was made for num_clients={rows}, but the cohort has a client at "
-            f"position {most} of its data, or as many clients. Pass num_clients=len(data)."
+            f"position {most} of its data, or more than {rows} clients. Pass "
+            "num_clients=len(data)."
         )

@@ -1,4 +1,4 @@
-"""Several models: which of them fits a client best, and which to start from."""
+"""Clusters of clients: which model fits a client best, and which models to start from."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def hyp_cluster_choice(
     *,
     vectorize: int | None = None,
 ) -> jax.Array:
-    """Which cluster's model fits each client best, by the mean loss over its batches.
+    """Chooses for each client the `hyp_cluster` model with the least mean loss on its batches.
 
-    To evaluate each client's choice, take a cohort of all clients, and evaluate
-    ``jax.tree.map(lambda x: x[choice], params)``, with the choices in the order of the data, by
-    `fax.metrics.evaluate_clients` with ``personal=True``. The examples that decide can be others
-    than those that are evaluated.
+    To evaluate the chosen models, take a cohort of all clients, sort the choices into the order of
+    the data, and pass ``jax.tree.map(lambda x: x[choice], params)`` to
+    `fax.metrics.evaluate_clients` with ``personal=True``. The examples used for the choice can
+    differ from those used for evaluation.
 
     Args:
       loss: see `fedavg`.
       params: ``models(state)`` of `hyp_cluster`, leaves [num_clusters, ...].
       cohort: the clients.
-      model_state: of the models, leaves [num_clusters, ...], if they have one.
+      model_state: the models' states, leaves [num_clusters, ...], if they have any.
       vectorize: as for `fedavg`.
 
     Returns:
-      The numbers of clusters, int32 [clients], in the order of the cohort. A model whose loss is
-      NaN is not chosen.
+      The index of each client's cluster, int32 [clients], in the order of the cohort. A model whose
+      loss is NaN is not chosen.
 
     Raises:
       ValueError: if a leaf has no leading axis of clusters.
@@ -93,27 +93,27 @@ def hyp_cluster_start(
     num_clusters: int,
     vectorize: int | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Models for `hyp_cluster` to start from, far from each other: k-means++ on clients' models.
+    """Makes diverse models for `hyp_cluster` to start from, by k-means++ on clients' models.
 
-    The first is what a random client of the cohort makes of ``params``; each further one what that
-    client makes of them whose loss is largest under the best of the models so far. No client is
-    taken twice.
+    A random client of the cohort trains ``params`` into the first model. For each further model,
+    fax takes the client whose loss under the best of the models so far is largest, and lets it
+    train ``params``. No client is taken twice.
 
     Args:
       loss: see `fedavg`.
       client_optimizer: from optax.
-      params: of one model, which all clients start from.
+      params: the parameters of one model, from which all clients start.
       cohort: the clients to choose from.
       key: a random key.
-      model_state: of one model, if it has one.
-      num_clusters: how many models to make.
+      model_state: the state of that model, if it has one.
+      num_clusters: the number of models to make.
       vectorize: as for `fedavg`.
 
     Returns:
       The parameters and the model state, or None, with leaves [num_clusters, ...], for ``init``.
 
     Raises:
-      ValueError: if the cohort has fewer clients than there are to be clusters.
+      ValueError: if the cohort has fewer than ``num_clusters`` clients.
 
     Example:
 
@@ -137,7 +137,7 @@ def hyp_cluster_start(
     if k > cohort.size:
         raise ValueError(
             f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "
-            "and each makes one model. Take a larger cohort."
+            "and each makes one model. Pass a larger cohort."
         )
 
     @fax.program(clients=cohort.size)
@@ -184,7 +184,7 @@ def _mean_losses(loss: Callable, params: PyTree, model_state: PyTree, client: Cl
             params, model_state = model
             return batch_loss(loss, params, batch, mask, key, model_state)[1][0]["loss"]
 
-        # One after the other, for a client has memory for one model's activations.
+        # One after the other, so that only one model's activations are in memory.
         return optax.tree.add(total, lax.map(one, lax.stop_gradient((params, model_state))))
 
     first, first_state = one_model((params, model_state), 0)
@@ -205,7 +205,7 @@ def one_model(models: PyTree, j: Any) -> PyTree:
 
 
 def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
-    """That there is a model for each cluster, and not the same one for all."""
+    """Checks that there is a model for each cluster, and that they are not all the same."""
     for name, tree in (("params", params), ("model_state", model_state)):
         for path, leaf in tree_leaves_with_path(tree):
             shape = jnp.shape(leaf)
@@ -214,7 +214,7 @@ def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
                 raise ValueError(
                     f"hyp_cluster: {name}{keystr(path)} has shape {shape}, expected a leading axis "
                     f"of {k or 'the'} clusters. fax.algorithms.hyp_cluster_start makes different "
-                    "models of one."
+                    "models from one."
                 )
     leaves = jax.tree.leaves(params)
     if (
@@ -224,6 +224,6 @@ def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
         and all(np.all(x == x[:1]) for x in map(np.asarray, leaves))
     ):
         raise ValueError(
-            f"hyp_cluster: all {k} clusters have the same params, so that every client would "
-            "choose the first. fax.algorithms.hyp_cluster_start makes different models of one."
+            f"hyp_cluster: all {k} clusters have the same params, so every client would choose "
+            "the first. fax.algorithms.hyp_cluster_start makes different models from one."
         )

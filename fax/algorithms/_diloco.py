@@ -1,4 +1,4 @@
-"""DiLoCo: replicas take many steps on their own, then an outer optimizer takes one for all."""
+"""DiLoCo: replicas take many inner steps each, then an outer optimizer takes one step for all."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PyTree = Any
 
 
 class Clock(NamedTuple):
-    """Where a schedule of outer steps is.
+    """The position in a schedule of outer steps.
 
     Attributes:
-      since: inner steps since the last outer step, int32.
-      outer_steps: outer steps so far, int32.
+      since: the inner steps since the last outer step, int32.
+      outer_steps: the outer steps so far, int32.
     """
 
     since: jax.Array
@@ -43,15 +43,15 @@ class Clock(NamedTuple):
 
 
 class DiLoCoState(NamedTuple):
-    """The state of DiLoCo. All of it belongs into a checkpoint.
+    """The state of `diloco` and `local_sgd`. A checkpoint needs all of it.
 
     Attributes:
-      params: the outer parameters, which one evaluates.
+      params: the outer parameters, the model to evaluate.
       optimizer: the state of the outer optimizer.
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
       model_state: what the model has besides parameters, such as batch statistics, or None.
       aggregator: the state of the aggregator, or None.
-      clock: where the schedule is, if ``steps`` is one, else None.
+      clock: the position in the schedule, if ``steps`` is one, or None.
     """
 
     params: PyTree
@@ -73,47 +73,49 @@ def diloco(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """DiLoCo, distributed low-communication training.
+    """DiLoCo: distributed low-communication training, with an inner and an outer optimizer.
 
     Every replica i takes H steps of the inner optimizer on its own shard of the data, from the
     outer parameters θ to θ_i. Then one outer step is taken for all:
 
         Δ = mean_i (θ - θ_i)        θ' = outer_optimizer(θ, gradient = Δ)        θ_i' = θ'
 
-    The replicas' optimizers keep their states from one outer step to the next. With SGD of rate 1
-    for outer optimizer this is `local_sgd`, with one replica it is Lookahead.
+    The replicas' optimizers keep their states from one outer step to the next. If the outer
+    optimizer is SGD with rate 1, this is `local_sgd`; with one replica it is Lookahead.
 
-    A replica is row i of the cohort: ``fax.data.cohorts(..., sampler="stream", max_steps=...,
-    placement="replicas")`` gives it the same shard in every round. One that has no example in the
-    batches of an outer step, or whose ``num_examples`` is 0, does not count in the mean, and goes
-    on from its own θ_i. In the second case it has trained and was not heard.
+    Replica i is row i of the cohort: ``fax.data.cohorts(..., sampler="stream", max_steps=...,
+    placement="replicas")`` gives it the same shard in every round. A replica without examples in
+    the batches of an outer step, or whose ``num_examples`` is 0, does not count in the mean, and
+    continues from its own θ_i. In the second case it has trained, but its update is ignored.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
       inner_optimizer: from optax. Its schedules count the inner steps of all rounds.
       outer_optimizer: from optax; its schedules count outer steps. Default: Nesterov's,
         ``optax.sgd(0.7, momentum=0.9, nesterov=True)``.
-      replicas: how many there are. All start from the same parameters.
-      steps: H, a divisor of the number of batches that a cohort has, so that a round takes one or
-        more outer steps. Default: all batches of the round. Or a schedule, a function from the
-        number of outer steps so far to H, which may be any and go across rounds; whether an
-        outer step is due is decided after each batch then, and who takes part, once in a round.
+      replicas: the number of replicas. All start from the same parameters.
+      steps: H, a divisor of the number of batches in a cohort, so that a round takes one or more
+        outer steps. Default: all batches of the round. Or a schedule, a function from the number
+        of outer steps so far to H, which may be any number and extend over several rounds. Then
+        each batch is checked for whether an outer step is due, and which replicas take part is
+        decided once per round.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
-      aggregator: from `fax.aggregators`, what makes -Δ of the updates θ_i - θ. Default: the mean.
-        A private one makes a release in each outer step, also where nobody takes part; see
+      aggregator: from `fax.aggregators`; it computes -Δ from the updates θ_i - θ. Default: the
+        mean. A private one makes a release in each outer step, even if no replica takes part; see
         `fax.aggregators.releases`.
-      vectorize: how many replicas one device works on at once; see `fax.map`. Default: what the
-        cohort says, or 1 on CPU.
+      vectorize: the number of replicas that a device works on at once; see `fax.map`. Default: the
+        cohort's setting, or 1 on CPU.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`, and ``params`` are
-      θ. A round's metrics are those of `fedavg`, with ``"replicas/..."`` for what each replica has;
+      θ. A round's metrics are those of `fedavg`, with ``"replicas/..."`` for each replica;
       ``"replicas/bits"``, what each sends in the round; and ``"outer_steps"``, the number of outer
-      steps. Other metrics of the aggregator are means over these.
+      steps. Other metrics of the aggregator are means over the outer steps.
 
     Raises:
       ValueError: if ``replicas`` or ``steps`` is not a positive int; when a round is traced, if the
-        cohort has another number of replicas or no multiple of ``steps`` batches.
+        cohort has another number of replicas, or a number of batches that ``steps`` does not
+        divide.
 
     References:
       Douillard et al., DiLoCo: Distributed low-communication training of language models,
@@ -188,7 +190,7 @@ def outer_steps(
     def outer_step(
         state: DiLoCoState, here: jax.Array, n: jax.Array, key: jax.Array | None
     ) -> tuple[DiLoCoState, dict[str, jax.Array]]:
-        """Brings the replicas together that are here."""
+        """Takes an outer step with the replicas that take part."""
         rows, weights = state.replicas.rows, n if weighted else None
         updates = fax.map(optax.tree.sub, rows.params, fax.broadcast(state.params))
         mean, heard, aggregator_state, metrics = mean_update(
@@ -250,24 +252,24 @@ def local_sgd(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Local SGD: after H steps of their own, replicas go on from the mean of their parameters.
+    """Local SGD: after every H local steps, the replicas' parameters are replaced by their mean.
 
         θ_i takes H steps of the optimizer on shard i;        θ_i' = mean_j θ_j
 
-    The replicas' optimizers keep their states. This is `diloco` with SGD of rate 1 for outer
-    optimizer, and has its arguments, metrics and state. A schedule for ``steps`` makes it
+    The replicas' optimizers keep their states. This is `diloco` with SGD of rate 1 as the outer
+    optimizer, with the same arguments, metrics and state. With a schedule for ``steps`` it is
     post-local SGD: ``lambda averages: jnp.where(averages < 1000, 1, 16)`` averages after every
     step at first.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      inner_optimizer: the replicas', from optax.
-      replicas: how many there are. All start from the same parameters.
+      inner_optimizer: from optax, for the replicas.
+      replicas: the number of replicas. All start from the same parameters.
       steps: H, or a schedule; see `diloco`. Default: all batches of the round.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
-      aggregator: from `fax.aggregators`, what makes the mean way of the replicas' ways since the
-        last mean. Default: the mean.
-      vectorize: how many replicas one device works on at once; see `diloco`.
+      aggregator: from `fax.aggregators`; it averages the replicas' updates since the last mean.
+        Default: the mean.
+      vectorize: the number of replicas that a device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`.

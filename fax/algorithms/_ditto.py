@@ -1,4 +1,4 @@
-"""Ditto: each client has a model of its own, near the global one."""
+"""Ditto: each client has its own model, near the global one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PyTree = Any
 
 
 class DittoClient(NamedTuple):
-    """What a client of `ditto` keeps.
+    """What a client of `ditto` keeps: its own model.
 
     Attributes:
       params: v, its own model.
-      started: whether it has taken any step. Until then, its model is the server's.
+      started: whether it has taken a step. Until then, its model is the server's.
     """
 
     params: PyTree
     started: jax.Array
 
     def model(self, params: PyTree) -> PyTree:
-        """Its model, if ``params`` is the server's."""
+        """The client's model, where ``params`` is the server's."""
         return jax.tree.map(lambda v, w: jnp.where(self.started, v, w), self.params, params)
 
 
@@ -47,23 +47,24 @@ def ditto(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Ditto: fair and robust personalization, by models of clients near the global one.
+    """Ditto: fair and robust personalization, with a model for each client near the global one.
 
-    The global model w is that of `fedavg` with the same arguments. Client i also keeps a model v_i
-    of its own. When it takes part, it trains w for the server, and then continues v_i to minimize
+    The global model w is that of `fedavg` with the same arguments. Client i also keeps its own
+    model v_i. When it takes part, it trains w for the server, and then trains v_i to minimize
 
-        f_i(v_i) + mu/2 ‖v_i - w‖^2,    of gradient    grad f_i(v_i) + mu (v_i - w),
+        f_i(v_i) + mu/2 ‖v_i - w‖^2,    with gradient    grad f_i(v_i) + mu (v_i - w),
 
-    where w is what the server sent, and f_i is the client's mean loss. With mu = 0 it trains v_i
-    alone; the larger mu is, the closer v_i is to w. The client does not send v_i.
+    where w is what the server sent, and f_i is the client's mean loss. With mu = 0, v_i is trained
+    independently of w; the larger mu is, the closer v_i is to w. The client does not send v_i.
 
     Args:
       loss: see `fedavg`. A model's state comes from training w; v_i uses the same state.
-      client_optimizer, server_optimizer, vectorize: as for `fedavg`, of w.
+      client_optimizer, server_optimizer, vectorize: as for `fedavg`, for w.
       mu: the paper's lambda, which it tries from 0.05 to 2. It may be traced.
-      num_clients: how many clients the data have, ``len(data)``.
-      personal_optimizer: from optax, of v_i; its state also starts anew. Default: the client's.
-      aggregator: as for `fedavg`, of the updates of w. A private one does not protect v_i.
+      num_clients: the number of clients in the data, ``len(data)``.
+      personal_optimizer: from optax, for v_i; its state is also reset in each round. Default:
+        ``client_optimizer``.
+      aggregator: as for `fedavg`, for the updates of w. A private one does not protect v_i.
 
     Returns:
       The algorithm, whose ``state.clients`` are `DittoClient`. ``params(state)`` is w, and
@@ -71,7 +72,7 @@ def ditto(
       is w. Metrics are those of `fedavg`, and ``"personal/..."`` are the same for the v_i.
 
     Raises:
-      ValueError: if ``mu`` is negative or ``num_clients`` no positive int, and as `fedavg`.
+      ValueError: if ``mu`` is negative or ``num_clients`` is not a positive int; also as `fedavg`.
 
     References:
       Li et al., Ditto: fair and robust federated learning through personalization,

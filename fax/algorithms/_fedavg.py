@@ -1,4 +1,4 @@
-"""Federated averaging, and its variants with another server, a proximal term, or another name."""
+"""Federated averaging and its variants: FedOpt, FedProx and Reptile."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ def fedavg(
     """Federated averaging (FedAvg) and, with another server optimizer, adaptive FedOpt.
 
     In a round every client i of the cohort starts from the server's parameters x, takes a step of
-    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
-    of the updates, weighted by the numbers of examples n_i, for a gradient:
+    its optimizer on each of its batches, and ends with y_i. The server uses the negative mean of
+    the updates, weighted by the numbers of examples n_i, as a gradient:
 
         D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
 
-    With SGD of rate 1, the default, x' = x + D: federated averaging. With momentum, Adam, Yogi
-    or Adagrad it is FedAvgM, FedAdam, FedYogi or FedAdagrad.
+    With SGD of rate 1, the default, x' = x + D, which is federated averaging. With momentum, Adam,
+    Yogi or Adagrad it is FedAvgM, FedAdam, FedYogi or FedAdagrad.
 
     Args:
-      loss: ``loss(params, batch, key)``, per-example losses of shape [batch], or a pair of these
-        and a dict of per-example metrics: arrays of the same shape, of which means are reported, or
-        any `fax.metrics.Statistic` with leaves [batch, ...]. It sees padded batches; the mask is
-        applied to what it returns. A loss that looks at several examples together, such as batch
-        statistics or a contrastive loss, has to leave out padding itself: if it has a parameter
-        ``mask``, it is called with ``mask=``, bool [batch], False for padding. For a model with
-        state that is not trained:
+      loss: ``loss(params, batch, key)``, which returns per-example losses of shape [batch], or a
+        pair of these and a dict of per-example metrics: arrays of the same shape, whose means are
+        reported, or any `fax.metrics.Statistic` with leaves [batch, ...]. It gets padded batches;
+        fax applies the mask to what it returns. A loss that combines several examples, such as a
+        contrastive loss or one with batch statistics, has to leave out padding itself. If it has a
+        parameter ``mask``, it is called with ``mask=``, bool [batch], False for padding. For a
+        model with state that is not trained:
         ``loss(params, model_state, batch, key) -> (losses, metrics, model_state)``.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      aggregator: from `fax.aggregators`, what makes D of the updates. A transformation stands for
-        a chain of it. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fax.map`. Default: what the
-        cohort says, or 1 on CPU.
+      aggregator: from `fax.aggregators`; it computes D from the updates. A transformation alone is
+        treated as a chain of it. Default: the mean above.
+      vectorize: the number of clients that a device works on at once; see `fax.map`. Default: the
+        cohort's setting, or 1 on CPU.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`. A round's metrics are
-      means over the cohort's examples, each taken before the step that its batch is used in:
-      ``"loss"`` and those of the loss function by their names; and as ``"clients/loss"`` and so on,
-      arrays [clients], over the examples of each client, 0 for a client without examples. The new
-      model state is the mean of the clients' weighted by n_i; leaves that are not floats stay what
-      they were. The state shares no memory with ``params``, so that a jitted round may donate it.
+      means over the cohort's examples, each computed before the step on its batch: ``"loss"`` and
+      those of the loss function by name; and ``"clients/loss"`` and so on, arrays [clients] of
+      means over each client's examples, 0 for a client without examples. The new model state is
+      the mean of the clients' states, weighted by n_i; leaves that are not floats do not change.
+      The state shares no memory with ``params``, so a jitted round may donate it.
 
     Raises:
-      ValueError: if an argument is not what it should be, and in ``init``, if a leaf of ``params``
-        is not an array of floats; in a round, if the loss is not one number for each example.
+      ValueError: if an argument is invalid; in ``init``, if a leaf of ``params`` is not an array of
+        floats; in a round, if the loss is not one number for each example.
 
     References:
       McMahan et al., Communication-efficient learning of deep networks from decentralized data,
@@ -98,24 +98,24 @@ def fedopt(
     """Federated optimization (FedOpt): FedAvg with an optimizer at the server.
 
     In a round every client i of the cohort starts from the server's parameters x, takes a step of
-    its own optimizer on each of its batches, and ends with y_i. The server takes the negative mean
-    of the updates, weighted by the numbers of examples n_i, for a gradient:
+    its optimizer on each of its batches, and ends with y_i. The server uses the negative mean of
+    the updates, weighted by the numbers of examples n_i, as a gradient:
 
         D = sum_i n_i (y_i - x) / sum_i n_i        x' = server_optimizer(x, gradient = -D)
 
-    ``optax.sgd(1.0)`` is FedAvg, what `fedavg` does by default; `server_momentum` is
-    FedAvgM; `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi.
-    Any other of optax will do, too.
+    ``optax.sgd(1.0)`` is FedAvg, the default of `fedavg`; `server_momentum` is FedAvgM;
+    `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi. Any other
+    optax optimizer works, too.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: one of the above.
-      aggregator: from `fax.aggregators`, what makes D of the updates. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      aggregator: from `fax.aggregators`; it computes D from the updates. Default: the mean above.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states and metrics as of `fedavg`.
+      The algorithm, with the states and metrics of `fedavg`.
 
     Raises:
       ValueError: as `fedavg`.
@@ -152,30 +152,30 @@ def fedprox(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """FedProx: FedAvg whose clients do not go far from the server's parameters.
+    """FedProx: FedAvg with a proximal term that keeps clients near the server's parameters.
 
     In a round every client i of the cohort starts from the server's parameters x, and takes a step
-    of its optimizer on each of its batches, to minimise
+    of its optimizer on each of its batches, to minimize
 
-        h_i(y; x) = f_i(y) + mu/2 ‖y - x‖^2,    of gradient    grad f_i(y) + mu (y - x),
+        h_i(y; x) = f_i(y) + mu/2 ‖y - x‖^2,    with gradient    grad f_i(y) + mu (y - x),
 
-    where f_i is its mean loss. The server does what it does in `fedavg`. With mu = 0
-    it is federated averaging.
+    where f_i is its mean loss. The server does the same as in `fedavg`. With mu = 0 it is federated
+    averaging.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       mu: the weight of the proximal term; the paper tries 0.001, 0.01, 0.1 and 1. It may be traced.
       aggregator: from `fax.aggregators`. Default: the mean, weighted by the numbers of examples.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states and metrics as of `fedavg`. The losses are f_i,
-      without the proximal term.
+      The algorithm, with the states and metrics of `fedavg`. The losses are f_i, without the
+      proximal term.
 
     Raises:
-      ValueError: if ``mu`` is negative, and as `fedavg`.
+      ValueError: if ``mu`` is negative; also as `fedavg`.
 
     References:
       Li et al., Federated optimization in heterogeneous networks, arXiv:1812.06127, Algorithm 2.
@@ -207,23 +207,24 @@ def reptile(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Reptile: towards where clients' local steps lead. It is `fedavg`, by a name of its own.
+    """Reptile: first-order meta-learning, which moves the model toward the clients' models.
 
         x' = server_optimizer(x, gradient = mean_i(x - y_i))
 
-    where y_i is what client i of the cohort has after a step of its optimizer on each of its
-    batches, and the mean is weighted by the numbers of examples. `personalize` adapts x to clients.
+    This is `fedavg` by another name: y_i are the parameters of client i after a step of its
+    optimizer on each of its batches, and the mean is weighted by the numbers of examples.
+    `personalize` adapts x to clients.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: from optax. The paper's step size epsilon is ``optax.sgd(epsilon)``, 0.1 to
         1 in its experiments; it also proposes Adam. Default: ``optax.sgd(1.0)``.
       aggregator: from `fax.aggregators`. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states and metrics as of `fedavg`.
+      The algorithm, with the states and metrics of `fedavg`.
 
     Raises:
       ValueError: as `fedavg`.

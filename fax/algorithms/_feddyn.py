@@ -1,4 +1,4 @@
-"""FedDyn: dynamic regularization makes the optimum of every client that of all clients."""
+"""FedDyn: dynamic regularization moves each client's optimum to the optimum of all clients."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def feddyn(
     """FedDyn: federated learning with dynamic regularization.
 
     Client i of N keeps g_i, an estimate of the gradient of its mean loss f_i, and the server keeps
-    their mean h. A client's steps, one on each batch, start from the server's x, minimize the first
-    line, and end at y_i. S are the clients of the cohort that took any step:
+    their mean h. Starting from the server's x, a client takes one step on each batch to minimize
+    the first line, and ends at y_i. S are the clients of the cohort that took any step:
 
         f_i(y) - <g_i, y> + alpha/2 ‖y - x‖^2
         g_i' = g_i - alpha (y_i - x)        h' = h - alpha/N sum_S (y_i - x)
@@ -46,15 +46,15 @@ def feddyn(
     Args:
       loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       alpha: positive; the paper takes 0.001 to 0.1. It may be traced.
-      num_clients: N, how many clients the data have, ``len(data)``.
-      aggregator: computes mean_S. It cannot be private. Its errors, if any, add up in h.
+      num_clients: N, the number of clients in the data, ``len(data)``.
+      aggregator: computes mean_S. It cannot be private. Its errors, if any, accumulate in h.
 
     Returns:
       The algorithm. In its `State`, ``server`` is h and ``clients`` are the g_i, each as large as
-      the model. Metrics and the model's state are as of `fedavg`.
+      the model. Metrics and the model's state are those of `fedavg`.
 
     Raises:
-      ValueError: if ``alpha`` is not positive or ``aggregator`` private, and as `scaffold`.
+      ValueError: if ``alpha`` is not positive or ``aggregator`` is private; also as `scaffold`.
 
     References:
       Acar et al., Federated learning based on dynamic regularization, arXiv:2111.04263.

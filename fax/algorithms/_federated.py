@@ -1,4 +1,4 @@
-"""The skeleton of federated algorithms. Each adds what its clients and its server do."""
+"""The skeleton of federated algorithms; each algorithm adds what its clients and server do."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """What an algorithm keeps from round to round. A checkpoint needs all of it.
+    """The state of a federated algorithm between rounds. A checkpoint needs all of it.
 
     Attributes:
       params: the server's model.
       optimizer: the state of the server's optimizer.
       model_state: what the model has besides parameters, such as batch statistics, or None.
       aggregator: the state of the aggregator, or None.
-      server: what else the server keeps, or None. The algorithm says what it is.
+      server: what else the server keeps, or None. It depends on the algorithm.
       clients: what each client keeps, a `fax.aggregators.PerClient` with leaves [num_clients, ...],
         or None.
       personal: the part of the model that stays with each client, if the loss comes from
@@ -64,7 +64,7 @@ class State(NamedTuple):
 
 
 class Server(NamedTuple):
-    """What clients get from the server.
+    """What a client function of `federated` gets from the server.
 
     Attributes:
       params: the server's model.
@@ -80,7 +80,9 @@ class Server(NamedTuple):
 
 
 class ClientResult(NamedTuple):
-    """What a client returns in a round. It sends all of it to the server, except ``own``.
+    """What a client function of `federated` returns.
+
+    The client sends all of it to the server, except ``own``.
 
     Attributes:
       update: how the server's parameters should change, according to this client.
@@ -89,7 +91,7 @@ class ClientResult(NamedTuple):
       model_state: the model's next state, or None. The server takes the mean, weighted by the
         numbers of examples; leaves that are not floats do not change.
       weight: the weight of the update in the mean, a scalar. Default: the number of examples.
-      own: what the client keeps. Structure, shapes and dtypes are those that it had before.
+      own: what the client keeps, with the same structure, shapes and dtypes as before.
       extra: anything else that the server needs.
     """
 
@@ -108,11 +110,11 @@ class ClientResult(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What the server has when the clients are done.
+    """What a server function of `federated` gets: the aggregated update and clients' results.
 
     Attributes:
       update: the aggregated update, by default the weighted mean.
-      results: the `ClientResult` of all clients, placed. Reduce it with `fax.mean` and the like.
+      results: the `ClientResult` of all clients, placed. Reduce it, for example with `fax.mean`.
       first: the mean of what clients sent before they trained, if they did.
       cohort: the cohort of the round.
     """
@@ -163,27 +165,27 @@ def federated(
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``, which adds the update.
       server: ``server(state, received, step) -> (state, metrics)``, if the server does more than
         this step. ``step(update)`` returns the state after a step along ``update`` instead of D.
-        The function runs in the round's program, so that it can reduce ``received.results`` with
-        `fax.mean` and the like. Its metrics are added to those of the clients.
+        The function runs in the round's program, so it can reduce ``received.results``, for example
+        with `fax.mean`. Its metrics are added to those of the clients.
       server_state: ``server_state(params)``, the initial value of what else the server keeps.
       client_state: ``client_state(params)``, the initial value of what each client keeps.
-      num_clients: the number of clients in the data, ``len(data)``. Only with ``client_state``.
+      num_clients: the number of clients in the data, ``len(data)``. Required by ``client_state``.
       first: ``first(server, own, data)``, what clients send before they train. Its mean, weighted
         by the numbers of examples, is ``server.first`` when they do.
       models: ``models(state)``, if the algorithm has several models; see `Algorithm`.
       params: ``params(state)``, the one model. Default: ``state.params``.
       not_private: what clients send besides updates, if anything, as the reason in the error for a
         private aggregator. If they send ``extra`` or ``first``, it is refused in any case.
-      aggregator: from `fax.aggregators`, what makes D. Default: the mean, weighted by the numbers
+      aggregator: from `fax.aggregators`; it computes D. Default: the mean, weighted by the numbers
         of examples, or by the results' ``weight``.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`.
 
     Raises:
-      ValueError: if an argument is not what it should be. The functions of the algorithm raise the
-        errors that those of `fedavg` raise, and one if ``client`` returns something else.
+      ValueError: if an argument is invalid. The functions of the algorithm raise the same errors
+        as those of `fedavg`, and one if ``client`` does not return a `ClientResult`.
 
     Example:
 
@@ -250,11 +252,11 @@ def federated(
                 f"{name}: client returned {_arguments.shown(result)}, expected a "
                 "fax.algorithms.ClientResult."
             )
-        check_like(f"{name}: the own of client's result", result.own, own)
-        # A server function may make the next state itself, of what clients send as ``extra``.
+        check_like(f"{name}: own in the result of client", result.own, own)
+        # A server function may compute the next state itself, from what clients send as ``extra``.
         if result.model_state is not None or server is None:
             check_like(
-                f"{name}: the model_state of client's result", result.model_state, sent.model_state
+                f"{name}: model_state in the result of client", result.model_state, sent.model_state
             )
         return result
 
@@ -273,8 +275,8 @@ def federated(
         same = expected == jax.tree.structure([state.server, rows])
         if not same or (state.personal is None) == isinstance(loss, PersonalLoss):
             raise ValueError(
-                f"{name}: round got the State of another algorithm, or one without the rows of "
-                "clients, expected the State that init(params) or the last round returned."
+                f"{name}: round got the State of another algorithm, or one without the clients' "
+                "rows, expected the State that init(params) or the last round returned."
             )
 
         @fax.program(clients=cohort.size)

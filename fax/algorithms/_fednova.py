@@ -1,4 +1,4 @@
-"""FedNova: normalized updates, for clients that take different numbers of steps."""
+"""FedNova: averages normalized updates of clients that take different numbers of steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fax.algorithms._loss import examples_of
 from fax.data import Client
 
 _NO_SCALAR = (
-    "client_optimizer does not work on a scalar, on which FedNova measures its steps. Use an "
+    "client_optimizer does not work on a scalar, which FedNova uses to measure its steps. Use an "
     "optimizer that does not depend on the leaves of the parameters, such as optax.sgd(0.1)."
 )
 
@@ -35,8 +35,8 @@ def fednova(
 ) -> Algorithm:
     """FedNova: federated averaging of normalized updates.
 
-    In FedAvg a client that takes more steps moves further, and so counts for more than its
-    examples. FedNova divides each update by the sum of the coefficients of its gradients g_ik:
+    In FedAvg a client that takes more steps moves further, and so has more influence than its
+    weight. FedNova divides each update by the sum of the coefficients of its gradients g_ik:
 
         y_i - x = - sum_k a_ik g_ik        A_i = sum_k a_ik        p_i = n_i / sum_j n_j
         D = (sum_i p_i A_i) sum_i p_i (y_i - x) / A_i    x' = server_optimizer(x, gradient = -D)
@@ -47,15 +47,15 @@ def fednova(
 
     Args:
       loss, server_optimizer, vectorize: as for `fedavg`.
-      client_optimizer: from optax; its state starts anew in each round. It must work on a scalar.
+      client_optimizer: from optax; its state is reset in each round. It must work on a scalar.
       mu: the weight of a proximal term, as in `fedprox`. It may be traced.
-      aggregator: of the (y_i - x) / A_i, with weights n_i. Clients also send A_i, so not private.
+      aggregator: for (y_i - x) / A_i, with weights n_i. Not private, as clients also send A_i.
 
     Returns:
-      The algorithm, with states and metrics as of `fedavg`.
+      The algorithm, with the states and metrics of `fedavg`.
 
     Raises:
-      ValueError: if ``mu`` is negative or ``aggregator`` private, and as `fedavg`.
+      ValueError: if ``mu`` is negative or ``aggregator`` is private; also as `fedavg`.
 
     References:
       Wang et al., Tackling the objective inconsistency problem in heterogeneous federated

@@ -30,15 +30,15 @@ def fedper(
 
         personal_parts(loss, personal, client_optimizer, num_clients=num_clients)
 
-    Use `personal_parts` itself for another algorithm than `fedavg`, or another optimizer for v_i.
+    Use `personal_parts` itself for algorithms other than `fedavg`, or another optimizer for v_i.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax, of both parts, with a separate state for each.
+      client_optimizer: from optax, for both parts, with a separate state for each.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
       personal: what stays with clients, such as ``"head"``; see ``parts`` of `personal_parts`.
-      num_clients: how many clients the data have, ``len(data)``.
-      aggregator: as for `fedavg`, of the updates of u.
+      num_clients: the number of clients in the data, ``len(data)``.
+      aggregator: as for `fedavg`, for the updates of u.
       vectorize: as for `fedavg`.
 
     Returns:
@@ -49,7 +49,7 @@ def fedper(
 
     References:
       Arivazhagan et al., Federated learning with personalization layers, arXiv:1912.00818. In the
-      paper, the v_i start at random. Here, all start from those that are passed to ``init``.
+      paper, the v_i start at random. Here, all start from those passed to ``init``.
 
     Example:
 
@@ -85,7 +85,7 @@ def fedbn(
 
     It is `fedper` whose personal layers are the batch norms: their scales and biases, which are
     parameters, and their means and variances, which are in the model's state. It helps if the
-    features of clients are shifted or scaled differently, as if they come from different cameras.
+    features of clients are shifted or scaled differently, as with images from different cameras.
     With it, models with batch norms can also be trained with a private aggregator.
 
     Args:
@@ -93,10 +93,10 @@ def fedbn(
         `fedavg`.
       client_optimizer: as for `fedper`.
       server_optimizer: from optax. Default: ``optax.sgd(1.0)``.
-      num_clients: how many clients the data have, ``len(data)``.
+      num_clients: the number of clients in the data, ``len(data)``.
       layers: which layers stay with clients, such as ``"*/norm_?"``; see ``parts`` of
         `personal_parts`. Default: the layers that have statistics.
-      aggregator: as for `fedavg`, of the updates of the other layers.
+      aggregator: as for `fedavg`, for the updates of the other layers.
       vectorize: as for `fedavg`.
 
     Returns:

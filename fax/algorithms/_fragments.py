@@ -27,24 +27,24 @@ def pick(tree: PyTree, names: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def paste(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
-    """The tree with some other leaves."""
+    """The tree with some leaves replaced, by their paths."""
     return tree_map_with_path(lambda path, leaf: leaves.get(name_of(path), leaf), tree)
 
 
 def cut(where: str, fragments: Fragments, params: PyTree) -> list[list[str]]:
-    """For each fragment the paths of its leaves.
+    """The paths of the leaves of each fragment.
 
     Args:
       where: the algorithm, for messages.
       fragments: see `fax.algorithms.streaming_diloco`.
-      params: of which leaves go into exactly one fragment each.
+      params: the parameters. Each leaf goes into exactly one fragment.
     """
     names = [name_of(path) for path, _ in tree_flatten_with_path(params)[0]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"{where}: two leaves of the parameters have the path {twice!r}, so that fragments "
-            "cannot tell them apart. Leave the '/' out of names."
+            f"{where}: two leaves of the parameters have the path {twice!r}, so fragments "
+            "cannot tell them apart. Use names without '/'."
         )
     if callable(fragments):
         _arguments.function(where, "fragments", fragments, {1: "fragments(path)"})
@@ -53,7 +53,7 @@ def cut(where: str, fragments: Fragments, params: PyTree) -> list[list[str]]:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(
                     f"{where}: fragments({name!r}) returned {number!r:.80}, expected the number of "
-                    "a fragment, an int of at least 0. Each leaf has to be in one."
+                    "a fragment, an int of at least 0. Each leaf must be in a fragment."
                 )
         count = max(numbers.values(), default=-1) + 1
     elif isinstance(fragments, int) and not isinstance(fragments, bool):
@@ -69,14 +69,15 @@ def cut(where: str, fragments: Fragments, params: PyTree) -> list[list[str]]:
     else:
         raise ValueError(
             f"{where}: fragments is {fragments!r:.80}, expected a number of fragments, a function "
-            "from the path of a leaf to the number of its fragment, or a list of paths for each."
+            "from the path of a leaf to the number of its fragment, or a list of paths for each "
+            "fragment."
         )
     parts = [[name for name in names if numbers[name] == p] for p in range(count)]
     for p, part in enumerate(parts):
         if not part:
             raise ValueError(
                 f"{where}: fragment {p} of {count} has no leaf of the parameters. Number fragments "
-                "from 0 on without gaps."
+                "from 0 without gaps."
             )
     return parts
 
@@ -100,7 +101,7 @@ def _listed(where: str, fragments: Sequence[Sequence[str]], names: list[str]) ->
         if name not in numbers:
             raise ValueError(
                 f"{where}: no fragment has {name!r}. Fragments have to cover the parameters, or "
-                "else a part of them would never be brought together."
+                "else some of them would never be averaged."
             )
     return numbers
 

@@ -1,4 +1,4 @@
-"""Hypothesis-based clustering: several models, of which each client trains the one that fits it."""
+"""Hypothesis-based clustering: each client trains the one of several models that fits it best."""
 
 from __future__ import annotations
 
@@ -34,48 +34,48 @@ def hyp_cluster(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Federated clustering by hypotheses (HypCluster, IFCA).
+    """Federated clustering (HypCluster, IFCA): several models, one for each kind of client.
 
     The server has models x_1 ... x_k. In a round each client i of the cohort picks the one with
-    the least mean loss over all of its batches, trains it as a client of `fedavg` does, and the
+    the least mean loss over all of its batches, and trains it as a client of `fedavg` does. The
     server averages the updates of each cluster:
 
         c_i = argmin_j F_i(x_j)        y_i = local steps from x_{c_i}
         D_j = sum_{i: c_i = j} n_i (y_i - x_j) / sum_{i: c_i = j} n_i
         x_j' = server_optimizer(x_j, gradient = -D_j)
 
-    A model that nobody picks stays as it is, and so does its optimizer, unless the aggregator is
-    private. With one cluster it is `fedavg`. Models that are alike at the start stay alike, for all
-    clients pick the first: see `hyp_cluster_start` for a good start.
+    A model that no client picks does not change, nor does its optimizer, unless the aggregator is
+    private. With one cluster it is `fedavg`. Models must differ at the start, otherwise all clients
+    pick the first; `hyp_cluster_start` makes good ones.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; its state starts anew at each client and round.
+      client_optimizer: from optax. Its state is reset for each client in each round.
       server_optimizer: from optax, with a state for each cluster. Default: ``optax.sgd(1.0)``.
-      num_clusters: k, how many models there are.
-      aggregator: as for `fedavg`. It works for one cluster after the other, and is given updates
-        and weights that are zero for the clients of other clusters: one that does not go by
-        weights, such as a plain median, would count them. A private one is given the updates of
-        all clusters as one, that of a client in its own cluster's place: a client changes it by no
-        more than its norm, so that a round is one release, whatever clusters clients choose.
-        Models that nobody picks move by the noise alone. All divide by the same m, the size of the
-        cohort or ``expected_clients``, which makes the step of a cluster as small as its share.
+      num_clusters: k, the number of models.
+      aggregator: as for `fedavg`. It aggregates each cluster separately. The updates and weights of
+        clients in other clusters are zero; an aggregator that ignores weights, such as a plain
+        median, would count them. A private one gets the updates of all clusters as one update, in
+        which only the part of the client's own cluster is not zero. A client changes it by no more
+        than its norm, so a round is one release, whichever clusters clients pick. Models that no
+        client picks move by the noise alone. All are divided by the same m, the size of the cohort
+        or ``expected_clients``, so the step of a cluster is proportional to its share of clients.
       vectorize: as for `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` takes leaves [num_clusters, ...] and makes
       its `State`, whose ``optimizer`` and ``model_state`` have such leaves, too; ``aggregator`` is
-      a tuple with a state for each cluster, or of a private one a single state. ``models(state)``
-      are the clusters' models, of which `hyp_cluster_choice` says which is whose, and
-      ``params(state)`` is their mean, for those who cannot choose. Metrics are those of `fedavg`,
-      and ``"clients/cluster"``, int32 [clients], and ``"clusters/examples"`` [num_clusters]. Those
-      of an aggregator that are not ``"clients/..."`` have a leading axis [num_clusters], but for a
-      private one, of which ``"clients/bits"`` counts the places of all clusters. How many clients
-      picked which is a metric, and as all metrics not private.
+      a tuple with a state for each cluster, or a single state if it is private. ``models(state)``
+      are the clusters' models; `hyp_cluster_choice` says which of them fits a client.
+      ``params(state)`` is their mean, for clients that cannot choose. Metrics are those of
+      `fedavg`; ``"clients/cluster"``, int32 [clients]; and ``"clusters/examples"``, [num_clusters].
+      Metrics of the aggregator other than ``"clients/..."`` have a leading axis [num_clusters]. If
+      it is private, they do not, and ``"clients/bits"`` counts the parts of all clusters. Metrics
+      are not private, including how many clients picked which cluster.
 
     Raises:
-      ValueError: if ``num_clusters`` is not a positive int, and in ``init`` if a leaf has no row
-        for each cluster or all clusters have the same model.
+      ValueError: if ``num_clusters`` is not a positive int; in ``init``, if a leaf does not have a
+        row for each cluster, or all clusters have the same model.
 
     References:
       Mansour et al., Three approaches for personalization with applications to federated learning,
@@ -114,7 +114,7 @@ def hyp_cluster(
         update = optax.tree.sub(trained.params, before)
         mine = [choice == j for j in range(k)]
         updates = [_where(own, update, optax.tree.zeros_like(update)) for own in mine]
-        # Floats, so that they are added up over devices together with the rest.
+        # Floats, so that they are summed over devices together with the rest.
         count = data.num_examples.astype(examples_of(trained.metrics).dtype)
         weights = [jnp.where(own, count, 0) for own in mine]
         return ClientResult(
@@ -161,12 +161,12 @@ def hyp_cluster(
 
 
 class _Weight(NamedTuple):
-    """What a client's updates count for.
+    """The weights of a client's updates.
 
     Attributes:
       of_all: the number of examples.
-      choice: the number of the cluster.
-      of_clusters: for each cluster the number of examples, zero but for its own.
+      choice: the index of the client's cluster.
+      of_clusters: for each cluster the number of examples, zero except for the client's own.
     """
 
     of_all: jax.Array
@@ -175,7 +175,7 @@ class _Weight(NamedTuple):
 
 
 def _of_clusters(aggregator: Aggregator | None, k: int) -> Aggregator:
-    """Aggregates a list of updates, of the clusters one after the other, or of all as one."""
+    """Aggregates a list of updates, one for each cluster: separately, or as one if private."""
     private = aggregator is not None and aggregator.private
 
     def init(params: PyTree) -> PyTree:
@@ -211,7 +211,7 @@ def _stack(models: Sequence[PyTree]) -> PyTree:
 
 
 def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """Chooses along leading axes, those of the condition."""
+    """`jnp.where` along the leading axes, those of the condition."""
 
     def one(new, old):
         shape = condition.shape + (1,) * (jnp.ndim(new) - condition.ndim)
@@ -221,7 +221,7 @@ def _where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _of_members(mine: jax.Array, found: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """The state of a cluster's aggregator, as it was for clients of others."""
+    """The state of a cluster's aggregator, unchanged for clients of other clusters."""
 
     def one(old, new):
         return _where(mine if isinstance(old, PerClient) else found, new, old)
@@ -230,7 +230,7 @@ def _of_members(mine: jax.Array, found: jax.Array, new: PyTree, old: PyTree) -> 
 
 
 def _metrics_of_clusters(metrics: Sequence[dict], choice: jax.Array) -> dict[str, jax.Array]:
-    """What aggregators say, each client's from its own cluster's."""
+    """The metrics of the clusters' aggregators, for each client those of its own cluster."""
     together = {}
     for name in metrics[0]:
         values = [own[name] for own in metrics]

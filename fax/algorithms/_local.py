@@ -16,13 +16,13 @@ PyTree = Any
 
 
 class Trained(NamedTuple):
-    """What a client has after its local steps.
+    """The result of `local_steps`: a client's trained model and its metrics.
 
     Attributes:
       params: its parameters.
       model_state: what the model has besides parameters, or None.
-      metrics: ``"loss"`` and the loss function's metrics by name, `fax.metrics.Statistic` of all
-        examples that it has seen, each before the step that its batch is used in.
+      metrics: ``"loss"`` and the loss function's metrics by name, each a `fax.metrics.Statistic` of
+        all examples that were used, computed before the step on their batch.
       optimizer: the state of its optimizer.
     """
 
@@ -49,24 +49,24 @@ def local_steps(
 
         y <- y + optimizer(gradient of the mean loss of a batch's real examples at y)
 
-    To be called in the function that `fax.map` runs for each client, as that of `federated`.
+    Call it in the function that `fax.map` runs for each client, such as the one of `federated`.
 
     Args:
       loss: see `fedavg`.
       optimizer: from optax.
-      params: to start from.
-      data: the client, of which all batches are used in order; steps without examples are no steps.
-      model_state: to start from, if the model has one.
+      params: the initial parameters.
+      data: the client. All of its batches are used in order; batches without examples are skipped.
+      model_state: the initial state of the model, if it has one.
       correct: ``correct(gradient, y, batch, mask, key)``, what the optimizer gets in place of a
         batch's gradient at y. Default: the gradient.
-      example_weights: ``example_weights(batch)``, [batch], what each example's loss is multiplied
-        by before the mean is taken. Metrics do not see them. Default: 1.
-      optimizer_state: to start from. Default: a fresh one.
-      first: the number of the first step, from which steps get their keys.
+      example_weights: ``example_weights(batch)``, [batch]: factors of the examples' losses before
+        the mean is taken. They do not affect metrics. Default: 1.
+      optimizer_state: the initial state of the optimizer. Default: ``optimizer.init(params)``.
+      first: the number of the first step, from which the keys of the steps are derived.
       branch: see `fax.data.Client.scan`.
 
     Returns:
-      What the client has after the last step.
+      The client's model after the last step, and its metrics.
 
     Raises:
       ValueError: if the loss does not return one number for each example.
@@ -106,7 +106,7 @@ def local_steps(
 
 
 def proximal(x: PyTree, mu: Any) -> Callable[..., PyTree]:
-    """What `local_steps` takes for ``correct`` so that mu/2 ‖y - x‖^2 is added to the loss at y."""
+    """A ``correct`` for `local_steps` that adds mu/2 ‖y - x‖^2 to the loss at y."""
 
     def correct(gradient: PyTree, y: PyTree, *step: Any) -> PyTree:
         return jax.tree.map(lambda g, y, x: g + (mu * (y - x)).astype(g.dtype), gradient, y, x)
@@ -121,12 +121,12 @@ def local_gradient(
 
     Args:
       loss: see `fedavg`.
-      params: where.
+      params: the parameters at which to take it.
       data: the client.
-      model_state: if the model has one. Each batch sees this one.
+      model_state: the model's state, if it has one. It is the same for all batches.
 
     Returns:
-      The gradient, zero without any example, and metrics as of `local_steps`.
+      The gradient, zero if there are no examples, and metrics as in `local_steps`.
 
     Raises:
       ValueError: if the loss does not return one number for each example.
@@ -152,7 +152,7 @@ def local_gradient(
         total = jax.tree.map(lambda t, g: t + (count * g).astype(t.dtype), total, gradient)
         return total, optax.tree.add(metrics, new)
 
-    def zeros(x):  # half precision is added up in float32
+    def zeros(x):  # half precision is summed in float32
         return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
     start = jax.tree.map(zeros, params), no_metrics(loss, params, data, model_state)

@@ -1,4 +1,4 @@
-"""The loss of a batch: its mean over real examples, its gradient, and metrics on the way."""
+"""The loss of a batch: its mean over real examples, its gradient, and its metrics."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def batch_gradient(
     model_state: PyTree = None,
     weights: jax.Array | None = None,
 ) -> tuple[PyTree, tuple[Metrics, PyTree]]:
-    """The gradient of `batch_loss` with respect to the parameters, and what comes with it.
+    """The gradient of `batch_loss` with respect to the parameters, and metrics.
 
     Args:
       loss, params, batch, mask, key, model_state, weights: see `batch_loss`.
 
     Returns:
-      The gradient, like the parameters; and the pair of metrics and the model's next state.
+      The gradient, a pytree like the parameters; and a pair of metrics and the model's next state.
 
     Raises:
       ValueError: as `batch_loss`.
@@ -55,7 +55,7 @@ def batch_gradient(
 
     if not isinstance(loss, PersonalLoss):
         return jax.grad(of, has_aux=True)(params, model_state)
-    seen = check_seen(model_state)  # whose personal parameters take a step of their own
+    seen = check_seen(model_state)  # its personal parameters take a separate step
     (gradient, own), (metrics, seen) = jax.grad(
         lambda params, own: of(params, seen.with_params(own)), (0, 1), has_aux=True
     )(params, seen.parts.params)
@@ -71,20 +71,20 @@ def batch_loss(
     model_state: PyTree = None,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-    """The mean loss of a batch's real examples, 0 if there is none.
+    """The mean loss of a batch's real examples, or 0 if there are none, and metrics.
 
     Args:
       loss: see `fedavg`.
       params: the model's parameters.
       batch: leaves [batch, ...].
       mask: bool [batch], False for padding.
-      key: for the loss.
-      model_state: if the model has one.
-      weights: [batch], what each example's loss is multiplied by before the mean is taken, over
-        all real examples; metrics do not see them. Default: 1.
+      key: a random key for the loss.
+      model_state: the model's state, if it has one.
+      weights: [batch], factors of the examples' losses before the mean over all real examples is
+        taken. They do not affect metrics. Default: 1.
 
     Returns:
-      The mean; and a pair of metrics, by name `fax.metrics.Statistic` of the real examples, and of
+      The mean; and a pair of metrics, a dict of `fax.metrics.Statistic` of the real examples, and
       the model's next state.
 
     Raises:
@@ -122,7 +122,7 @@ def per_example(
     mask: jax.Array,
     key: jax.Array,
 ) -> tuple[dict[str, Any], PyTree]:
-    """``"loss"`` and the loss function's metrics of each example, and the model's next state."""
+    """``"loss"`` and the loss function's metrics for each example, and the model's next state."""
     if isinstance(loss, PersonalLoss):
         seen = check_seen(model_state)
         params = put(params, seen.parts.params)
@@ -139,8 +139,8 @@ def per_example(
     if not isinstance(metrics, Mapping) or any(map(_taken, metrics)):
         raise ValueError(
             f"loss returned {type(metrics).__name__} {metrics!r:.80} for metrics, expected a "
-            "mapping to arrays, one number for each example, from names other than 'loss' that do "
-            "not begin with 'clients/' or 'replicas/'."
+            "mapping from names to arrays, one number for each example. Names must not be 'loss' "
+            "or begin with 'clients/' or 'replicas/'."
         )
     named = {"loss": losses, **metrics}
     for name, values in named.items():
@@ -163,8 +163,8 @@ def per_example(
             )
         if name == "loss" and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"loss returned losses of dtype {dtype}, expected real floats, which have "
-                "gradients."
+                f"loss returned losses of dtype {dtype}, expected real floats, which are "
+                "differentiable."
             )
     return named, model_state
 
@@ -174,16 +174,16 @@ def _check_statistic(name: str, values: Statistic, mask: jax.Array) -> None:
         if jnp.shape(leaf)[:1] != mask.shape:
             raise ValueError(
                 f"loss returned {name!r} with {jax.tree_util.keystr(path)} of shape "
-                f"{jnp.shape(leaf)}, expected ({len(mask)}, ...): a statistic of each example of "
-                "the batch. fax adds them up, without padding."
+                f"{jnp.shape(leaf)}, expected ({len(mask)}, ...): a statistic for each example of "
+                "the batch. fax sums them, without padding."
             )
 
 
 def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
-    """The loss, with the batch's mask if it has a parameter of that name."""
+    """The loss, with the batch's mask if it has a parameter ``mask``."""
     try:
         asks = "mask" in inspect.signature(loss).parameters
-    except (TypeError, ValueError):  # something built in, which has no signature
+    except (TypeError, ValueError):  # a builtin without a signature
         asks = False
     return functools.partial(loss, mask=mask) if asks else loss
 
@@ -193,8 +193,8 @@ def _parts(out: Any, *expected: str) -> Any:
         return out
     found = f"{len(out)} values" if isinstance(out, tuple) else f"a {type(out).__name__}"
     raise ValueError(
-        f"loss returned {found}, expected ({', '.join(expected)}). The model has state if init was "
-        "given a model_state."
+        f"loss returned {found}, expected ({', '.join(expected)}). The model has state if "
+        "model_state was passed to init."
     )
 
 
@@ -210,14 +210,14 @@ def _total(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def examples_of(metrics: Metrics) -> jax.Array:
-    """How many examples metrics are of, a float scalar."""
+    """The number of examples that metrics are computed from, a float scalar."""
     loss = metrics["loss"]
     assert isinstance(loss, Mean)
     return loss.weight
 
 
 def no_metrics(loss: Callable, params: PyTree, data: Client, model_state: PyTree) -> Metrics:
-    """The metrics of no examples."""
+    """The metrics of zero examples."""
     _, (metrics, _) = jax.eval_shape(
         lambda batch, mask, key: batch_loss(loss, params, batch, mask, key, model_state),
         *jax.eval_shape(lambda: (data.batch(0), data.mask[0], data.key)),

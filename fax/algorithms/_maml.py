@@ -1,4 +1,4 @@
-"""Meta-learning: parameters from which a few local steps lead far, and those steps themselves."""
+"""Meta-learning: parameters that adapt to a client in a few steps, and that adaptation."""
 
 from __future__ import annotations
 
@@ -35,46 +35,46 @@ def maml(
 ) -> Algorithm:
     """Model-agnostic meta-learning (MAML, Per-FedAvg): parameters that adapt well to each client.
 
-    A client's examples are of two kinds: by those for support it adapts the parameters, by those
-    for queries it is judged. In a round every client i of the cohort starts from the server's
+    A client's examples are of two kinds: support examples adapt the parameters, and query examples
+    evaluate the result. In a round every client i of the cohort starts from the server's
     parameters x, takes a step of its optimizer on the support examples of each of its batches, and
-    ends with y_i(x). Its meta-gradient is that of the mean loss q_i of its query examples, through
-    the steps:
+    ends with y_i(x). Its meta-gradient G_i is the gradient of the mean loss q_i of its query
+    examples, differentiated through the steps:
 
         y <- client_optimizer(y, gradient = grad f_i(y; batch))
-        G_i = d q_i(y_i(x)) / dx        or, of first order,    G_i = grad q_i(y_i)
+        G_i = d q_i(y_i(x)) / dx        or, to first order,    G_i = grad q_i(y_i)
         x' = server_optimizer(x, gradient = mean_i G_i)
 
-    The mean counts each client that has query examples once, as the papers do: a client is a task.
+    The mean counts each client that has query examples once, as in the papers: a client is a task.
     A batch without support examples does not move y. `personalize` adapts x to a client.
 
-    To differentiate through the steps, a client keeps what each of them computed. With
-    ``jax.checkpoint(loss)`` in place of the loss it keeps the parameters of each step alone.
+    To differentiate through the steps, a client stores their intermediate values. With
+    ``jax.checkpoint(loss)`` in place of the loss it stores only the parameters of each step.
 
     Args:
-      loss: see `fedavg`. It also sees the feature ``query``.
-      client_optimizer: from optax, ``optax.sgd(inner_learning_rate)`` in the papers; its state
-        starts anew at each client and round, and derivatives go through it.
+      loss: see `fedavg`. Its batches contain the feature ``query``.
+      client_optimizer: from optax, ``optax.sgd(inner_learning_rate)`` in the papers. Its state is
+        reset for each client in each round, and is differentiated through.
       server_optimizer: from optax.
-      query: the name of a feature of the examples, a bool for each: True for a query, False for
-        support.
-      first_order: whether the local steps are taken for a constant shift (FOMAML, Per-FedAvg (FO)).
+      query: the name of a bool feature of the examples: True for query examples, False for support
+        examples.
+      first_order: whether to treat the local steps as a constant shift (FOMAML, Per-FedAvg (FO)).
         This needs no second derivatives of the loss.
-      aggregator: from `fax.aggregators`, of the updates -G_i. Default: the mean above.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      aggregator: from `fax.aggregators`, for the updates -G_i. Default: the mean above.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states as of `fedavg`. Metrics are those of the query examples after the
-      local steps. The model's state is handed on through the local steps, and not differentiated;
-      the new one is the mean of the clients', weighted by examples.
+      The algorithm, with the states of `fedavg`. Metrics are those of the query examples after the
+      local steps. The model's state is passed through the local steps, but not differentiated; the
+      new one is the mean of the clients' states, weighted by examples.
 
     Raises:
-      ValueError: in a round, if examples have no bool feature ``query``; and as `fedavg`.
+      ValueError: in a round, if examples have no bool feature ``query``; also as `fedavg`.
 
     References:
       Finn, Abbeel and Levine, Model-agnostic meta-learning for fast adaptation of deep networks,
       arXiv:1703.03400. Fallah, Mokhtari and Ozdaglar, Personalized federated learning: a
-      meta-learning approach, arXiv:2002.07948; theirs with one local update a round.
+      meta-learning approach, arXiv:2002.07948, with one local update in each round.
 
     Example:
 
@@ -139,20 +139,20 @@ def personalize(
     query: str | None = None,
     vectorize: int | None = None,
 ) -> Callable[..., PyTree]:
-    """Parameters that are adapted to each client by local steps, to be evaluated.
+    """Adapts a model to each client by local steps, for evaluation.
 
     Args:
       loss: see `fedavg`.
-      client_optimizer: from optax; it takes a step on each of a client's batches. For what `maml`
-        adapts by, its own.
+      client_optimizer: from optax; it takes a step on each of a client's batches. After `maml`, use
+        the same client optimizer.
       query: the name of a bool feature of the examples; those where it is True are left out.
         Default: all examples are used.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      ``adapt(params, cohort, model_state=None) -> params``, a pure function. Leaves of what it
-      returns are [clients, ...], in the order of ``cohort.positions``, which is not that of the
-      data; see the example.
+      ``adapt(params, cohort, model_state=None) -> params``, a pure function. It returns leaves
+      [clients, ...] in the order of ``cohort.positions``, which is not that of the data; see the
+      example.
 
     Raises:
       ValueError: when adapting, if examples have no bool feature ``query``, or the loss is not one
@@ -200,13 +200,14 @@ def personalize(
 
 
 def _split(caller: str, client: Client, query: str) -> tuple[Client, Client]:
-    """The client with its support examples only, and with its query examples only."""
+    """The client with only its support examples, and with only its query examples."""
     batches = client.batches
     if not isinstance(batches, Mapping) or query not in batches:
         found = sorted(batches) if isinstance(batches, Mapping) else type(batches).__name__
         raise ValueError(
             f"{caller}: the examples have no feature {query!r}, but {found}. Expected a bool for "
-            "each example, True for a query and False for support; another name is query=."
+            "each example, True for a query and False for support. If it has another name, pass "
+            "query=."
         )
     asked = batches[query]
     if asked.dtype != bool or asked.shape != client.mask.shape:

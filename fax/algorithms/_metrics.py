@@ -18,15 +18,15 @@ def report(
     total: Mapping[str, Statistic] | None = None,
     each: str = "clients",
 ) -> dict[str, jax.Array]:
-    """The results of statistics of all participants together, and ``clients/...``, of each.
+    """The results for all participants and, as ``clients/...``, for each. Call it in a program.
 
-    A mean over nothing is 0, and not NaN as in evaluation: clients without examples are common in
-    training, and `jax.debug_nans` is to find what goes wrong, not them.
+    A mean over nothing is 0, not NaN as in evaluation: clients without examples are common in
+    training, and `jax.debug_nans` should not stop at them.
 
     Args:
-      metrics: placed; to be called in a program. What is no statistic is reported of each alone.
+      metrics: placed. What is not a statistic is reported only for each participant.
       total: the sums of the statistics, if they are known.
-      each: what participants are called.
+      each: the name of the participants.
     """
     if total is None:
         total = reductions.sum({k: own for k, own in metrics.items() if isinstance(own, Statistic)})

@@ -1,4 +1,4 @@
-"""Mime and MimeLite: clients take the steps of a central optimizer whose statistics stand still."""
+"""Mime and MimeLite: clients take the steps of a central optimizer with fixed statistics."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def mime(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Mime: local steps that mimic a central optimizer's, corrected for drift.
+    """Mime: local steps that mimic those of a central optimizer, corrected for client drift.
 
     The server has parameters x and the statistics s of an optimizer, such as its momentum. In a
     round the clients i of the cohort first send their gradients at x, each over all of its batches,
     and c is their mean, weighted by the numbers of examples n_i. Then every client starts from x,
-    and takes a step on each of its batches b, of gradient g_i(y; b) at y:
+    and takes a step on each of its batches b, where g_i(y; b) is the gradient at y:
 
         y_i <- y_i + U(g_i(y_i; b) - g_i(x; b) + c, s)
 
-    U is the optimizer's update with statistics that stay what they are. Then
+    U is the optimizer's update with fixed statistics. Then
 
         s' = V(c, s)        x' = x + server_learning_rate sum_i n_i (y_i - x) / sum_i n_i
 
-    where V is what c at x makes of the optimizer's statistics.
+    where V updates the optimizer's statistics with the gradient c at x.
 
-    U is ``base_optimizer.update(gradient, s, y)[0]``: a step sees its own gradient as optax's do,
-    Adam's in the second moment, too, and so does FedJAX's.
+    U is ``base_optimizer.update(gradient, s, y)[0]``. As usual in optax, and as in FedJAX, a step's
+    own gradient enters its moments, with Adam also the second moment.
 
     Args:
       loss: see `fedavg`.
       base_optimizer: from optax. With ``optax.sgd`` it has no statistics, and Mime is like SVRG.
-      server_learning_rate: of the server, whose step is the paper's, with 1; it may be traced.
-      aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean
-        above. Gradients are not sent through it, so that it cannot be a private one.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      server_learning_rate: the server's learning rate; 1 in the paper. It may be traced.
+      aggregator: from `fax.aggregators`, for the updates y_i - x. Default: the mean above. It
+        cannot be private, because gradients do not go through it.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``server`` is s.
-      Metrics and the model's state are as of `fedavg`. A batch costs three gradients, and a round
-      goes through the batches twice, all of its epochs.
+      Metrics and the model's state are those of `fedavg`. A batch costs three gradients, and a
+      round goes through all batches of all epochs twice.
 
     Raises:
-      ValueError: if ``server_learning_rate`` is negative or ``aggregator`` private, and as
+      ValueError: if ``server_learning_rate`` is negative or ``aggregator`` is private; also as
         `fedavg`.
 
     References:
@@ -100,34 +100,32 @@ def mime_lite(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """MimeLite: `mime` without the correction for drift, in a single pass.
+    """MimeLite: `mime` without the correction for client drift, in a single pass.
 
     Every client i of the cohort starts from the server's parameters x, and takes a step on each of
-    its batches b with the statistics s of the server's optimizer, which stay what they are:
+    its batches b with the fixed statistics s of the server's optimizer:
 
         y_i <- y_i + U(g_i(y_i; b), s)
 
-    The rest is Mime's: s' = V(c, s), where c is the mean of the clients' gradients at x. With
-    ``optax.sgd`` for an optimizer, which has no statistics, it is federated averaging.
+    The rest is as in `mime`: s' = V(c, s), where c is the mean of the clients' gradients at x. With
+    ``optax.sgd``, which has no statistics, it is federated averaging.
 
     Args:
       loss: see `fedavg`.
       base_optimizer: from optax.
-      server_learning_rate: of the server, whose step is the paper's, with 1; it may be traced.
-      aggregator: from `fax.aggregators`, what makes one update of all y_i - x. Default: the mean,
-        weighted by the numbers of examples. Gradients are not sent through it, so that it cannot be
-        a private one.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      server_learning_rate: the server's learning rate; 1 in the paper. It may be traced.
+      aggregator: from `fax.aggregators`, for the updates y_i - x. Default: the mean, weighted by
+        the numbers of examples. It cannot be private, because gradients do not go through it.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
-      The algorithm, with states and metrics as of `mime`. A batch costs two
-      gradients.
+      The algorithm, with the states and metrics of `mime`. A batch costs two gradients.
 
     Raises:
       ValueError: as `mime`.
 
     References:
-      As of `mime`.
+      See `mime`.
 
     Example:
 
@@ -171,7 +169,7 @@ def _mimicking(
         x, s, c = server.params, server.state, server.first
 
         def update(gradient: PyTree, own: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-            return base_optimizer.update(gradient, s, y)[0], own  # U: s stays what it is
+            return base_optimizer.update(gradient, s, y)[0], own  # U, with fixed s
 
         def corrected(
             gradient: PyTree, y: PyTree, batch: PyTree, mask: jax.Array, key: jax.Array

@@ -1,4 +1,4 @@
-"""PAPA: a population of models that are pushed towards their average, and end as one."""
+"""PAPA: a population of models that are pushed toward their average, and averaged at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PyTree = Any
 
 
 class PAPAState(NamedTuple):
-    """The state of PAPA.
+    """The state of `papa`, `papa_all` and `papa_2`.
 
     Attributes:
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
@@ -60,39 +60,39 @@ def papa(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """PAPA, population parameter averaging: models are slowly pushed towards their average.
+    """PAPA, population parameter averaging: models are slowly pushed toward their average.
 
-    Every model i of a population trains on its own, and after every ``steps`` steps
+    Each model i of a population trains separately, and after every ``steps`` steps
 
         w_i' = α w_i + (1 - α) mean_j w_j
 
-    In the end their average, a soup, is the one model that is kept. The push is slow enough for the
-    models to stay diverse, and keeps them close enough for their average to be good.
+    At the end only their average, a model soup, is kept. The push is slow enough for the models to
+    stay diverse, and keeps them close enough for their average to be good.
 
-    A model is row i of the cohort; see `diloco`. In the paper all models see the same data, in an
-    order and with an augmentation of their own: let all rows have the same examples. One that has
-    no example between two averages, or whose ``num_examples`` is 0, does not count in the mean and
+    Model i trains on row i of the cohort; see `diloco`. In the paper all models see the same data,
+    each with its own order and augmentation, so all rows have the same examples. A model without
+    examples between two averages, or whose ``num_examples`` is 0, does not count in the mean and
     is not pushed.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      inner_optimizer: the models', from optax. Its states are never averaged.
-      replicas: how many models there are.
-      alpha: α, from 0 to 1, or a schedule, a function from the number of averages so far. The
+      inner_optimizer: from optax, for the models. Its states are never averaged.
+      replicas: the number of models.
+      alpha: α, from 0 to 1, or a schedule, a function of the number of averages so far. The
         paper's .99 is for training from scratch; .9995 is for fine-tuning.
-      steps: a divisor of the number of batches that a cohort has. None: all of them.
-      aggregator: from `fax.aggregators`, what makes the mean of the w_i. Default: the plain mean.
-        It cannot be a private one, for the soup is the plain mean in any case.
-      vectorize: how many models one device works on at once; see `diloco`.
+      steps: a divisor of the number of batches in a cohort. None: all of them.
+      aggregator: from `fax.aggregators`; it averages the w_i. Default: the plain mean. It cannot be
+        private, because the soup is the plain mean in any case.
+      vectorize: the number of models that a device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `PAPAState`, of models that start
-      equal, or, given ``fax.aggregators.PerClient(rows)`` of leaves [replicas, ...], each from its
+      equal. With ``fax.aggregators.PerClient(rows)``, leaves [replicas, ...], each starts from its
       own row, as in the paper. ``params`` is the soup mean_i w_i. Metrics are those of `diloco`.
 
     Raises:
-      ValueError: if an argument is out of range, or when a round is traced, if the cohort has
-        another number of replicas or no multiple of ``steps`` batches.
+      ValueError: if an argument is out of range; when a round is traced, if the cohort has another
+        number of replicas, or a number of batches that ``steps`` does not divide.
 
     References:
       Jolicoeur-Martineau et al., PopulAtion Parameter Averaging (PAPA), arXiv:2304.03094.
@@ -146,17 +146,17 @@ def papa_all(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """PAPA-all: rarely, all models of a population are replaced by their average.
+    """PAPA-all: from time to time, all models of a population are replaced by their average.
 
         w_i' = mean_j w_j
 
     Args:
       loss, inner_optimizer, replicas, aggregator, vectorize: see `papa`.
-      steps: inner steps from one average to the next. Default: a round. The paper's 5 epochs are a
-        round of ``fax.data.cohorts(..., epochs=5)``.
+      steps: the inner steps between averages. Default: one round. The paper's 5 epochs are a round
+        of ``fax.data.cohorts(..., epochs=5)``.
 
     Returns:
-      The algorithm, as of `papa` with ``alpha=0``.
+      The algorithm, which is `papa` with ``alpha=0``.
 
     Raises:
       ValueError: as `papa`.
@@ -189,16 +189,16 @@ def papa_2(
     steps: int | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """PAPA-2: rarely, every model of a population is replaced by the average of a random pair.
+    """PAPA-2: from time to time, every model is replaced by the average of a random pair.
 
-        w_i' = (w_a + w_b) / 2,   with a pair a ≠ b drawn anew for each i
+        w_i' = (w_a + w_b) / 2,   with a random pair a ≠ b for each i
 
-    All models are collected for this, which costs as many times the model in communication and
-    memory. Pairs are drawn among those who take part; if there is one only, nothing happens.
+    This collects all models, so communication and memory are proportional to their number. Pairs
+    are drawn among the models that take part; with only one, nothing happens.
 
     Args:
       loss, inner_optimizer, replicas, vectorize: see `papa`.
-      steps: inner steps from one average to the next. Default: a round.
+      steps: the inner steps between averages. Default: one round.
 
     Returns:
       The algorithm; see `papa`.
@@ -229,7 +229,7 @@ def papa_2(
         pairs = fax.distribute(mixed(one, other, 0.5))
 
         def mix(here: jax.Array, own: Replica, of_pair: list) -> Replica:
-            # Who is not here keeps its own model, whoever is drawn.
+            # A model that does not take part does not change, whatever is drawn.
             params, model_state = optax.tree.where(
                 here & enough, of_pair, [own.params, own.model_state]
             )
@@ -244,7 +244,7 @@ def papa_2(
 
 
 def pair(here: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two different numbers of those who are here, any pair as likely as any other."""
+    """Two different indices of models that take part; all pairs are equally likely."""
     draws = jnp.where(here, jax.random.uniform(key, here.shape), -1)
     _, (a, b) = jax.lax.top_k(draws, 2)
     return a, b
@@ -261,7 +261,7 @@ def _population(
     push: Callable,
     draws: bool = False,
 ) -> Algorithm:
-    """Models that train on their own, and after every ``steps`` steps do ``push``."""
+    """Models that train separately, and after every ``steps`` steps run ``push``."""
     replicas = _arguments.count(where, "replicas", replicas)
     steps = None if steps is None else _arguments.count(where, "steps", steps)
     arguments(where, loss, None, vectorize, inner_optimizer=inner_optimizer)

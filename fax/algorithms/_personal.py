@@ -22,7 +22,7 @@ WHERE = "fax.algorithms.personal_parts"
 
 
 class Parts(NamedTuple):
-    """The leaves that stay with a client, by their paths, such as ``"head/kernel"``.
+    """The leaves that `personal_parts` keeps with a client, by paths such as ``"head/kernel"``.
 
     Attributes:
       params: leaves of the parameters.
@@ -34,10 +34,10 @@ class Parts(NamedTuple):
 
 
 class PersonalParts(NamedTuple):
-    """What stays with clients; see `personal_parts`.
+    """The part of a `State` that `personal_parts` keeps with the clients.
 
     Attributes:
-      start: the `Parts` of a client that has not taken part yet.
+      start: the initial `Parts`, those of a client that has not taken part yet.
       clients: the `Parts` of all clients, leaves [num_clients, ...].
     """
 
@@ -46,7 +46,7 @@ class PersonalParts(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What takes the place of a model's state on a client while it trains.
+    """Takes the place of a model's state on a client while it trains.
 
     Attributes:
       model_state: the part of the model's state that all clients share.
@@ -59,16 +59,16 @@ class Seen(NamedTuple):
     optimizer: PyTree
 
     def after(self, model_state: PyTree) -> Seen:
-        """With the next state of the complete model."""
+        """Returns it with the next state of the complete model."""
         rest, own = take(model_state, self.parts.model_state)
         return self._replace(model_state=rest, parts=self.parts._replace(model_state=own))
 
     def with_params(self, params: Leaves) -> Seen:
-        """With other personal parameters."""
+        """Returns it with other personal parameters."""
         return self._replace(parts=self.parts._replace(params=params))
 
     def step(self, optimizer: optax.GradientTransformation, gradient: Leaves) -> Seen:
-        """After a step of the optimizer of personal parameters."""
+        """Takes a step of the optimizer of personal parameters."""
         before = self.parts.params
         moves, state = optimizer.update(gradient, self.optimizer, before)
         return self.with_params(optax.apply_updates(before, moves))._replace(optimizer=state)
@@ -94,30 +94,29 @@ def personal_parts(
     *,
     num_clients: int,
 ) -> Any:
-    """A loss for a model of which some parts stay with each client.
+    """Makes a loss for a model of which some parts stay with each client.
 
     Pass the result as the loss of any algorithm that trains one model for all clients, such as
     `fedavg` or `scaffold`. The algorithm then works with the shared parameters u only. It sends,
     corrects, aggregates and averages nothing else. In every local step of the algorithm, client i
     also takes a step of ``optimizer`` on its own parameters v_i:
 
-        gradients by u and by v_i of the loss f_i(u, v_i) of the batch
-        u <- u + the algorithm's step        v_i <- v_i + optimizer(gradient by v_i)
+        gradients of the batch's loss f_i(u, v_i) with respect to u and v_i
+        u <- u + the algorithm's step        v_i <- v_i + optimizer(gradient with respect to v_i)
 
-    A client keeps v_i until it takes part again, and also its statistics in the model's state.
-    This is partial model personalization with simultaneous steps (FedSim). `fedper` and `fedbn` are
-    special cases.
+    Between rounds a client keeps v_i, and also its statistics in the model's state. This is partial
+    model personalization with simultaneous steps (FedSim). `fedper` and `fedbn` are special cases.
 
     Args:
       loss: see `fedavg`.
       parts: which leaves of the parameters and of the model's state stay with clients: the path of
-        a leaf such as ``"head/kernel"``, or of a folder such as ``"head"``, or a pattern such as
+        a leaf such as ``"head/kernel"``, or of a subtree such as ``"head"``, or a pattern such as
         ``"*/norm_?"``, in which ``*`` stands for any text and ``?`` for any character. Or a
         sequence of these, or a function that takes a path and returns a bool. None: all layers with
-        statistics, that is, all of the model's state, and the parameters in the same folders, such
+        statistics, that is, all of the model's state, and the parameters in the same subtrees, such
         as ``"norm/scale"`` if the state has ``"norm/mean"``.
-      optimizer: from optax, of the v_i; its state starts anew in each round.
-      num_clients: how many clients the data have, ``len(data)``.
+      optimizer: from optax, for the v_i; its state is reset in each round.
+      num_clients: the number of clients in the data, ``len(data)``.
 
     Returns:
       The loss. In the `State` of an algorithm, ``params`` and ``model_state`` have None in place of
@@ -128,8 +127,8 @@ def personal_parts(
       parts. A private aggregator protects the shared part only.
 
     Raises:
-      ValueError: if an argument is not what it should be. In ``init``: if ``parts`` names something
-        that the model does not have, or chooses no leaf, or chooses all parameters.
+      ValueError: if an argument is invalid; in ``init``, if ``parts`` names something that the
+        model does not have, or matches no leaf, or matches all parameters.
 
     References:
       Pillutla et al., Federated learning with partial model personalization, arXiv:2204.03809.
@@ -168,16 +167,16 @@ def personal_parts(
 
 
 def personal_state(state: Any) -> PyTree:
-    """The model's state of each client, where a part of it is personal.
+    """Returns the model's state of each client, if `personal_parts` keeps parts of it with them.
 
     Args:
       state: the state of an algorithm whose loss is from `personal_parts`.
 
     Returns:
-      The model's states, leaves [num_clients, ...].
+      The clients' model states, leaves [num_clients, ...].
 
     Raises:
-      ValueError: if ``state`` is of another algorithm.
+      ValueError: if ``state`` is that of another algorithm.
 
     Example:
 
@@ -241,7 +240,7 @@ def check_seen(model_state: PyTree) -> Seen:
 
 
 def bare(loss: Any) -> Any:
-    """The loss itself, without what is said about personal parts."""
+    """The loss without its personal parts."""
     return loss.loss if isinstance(loss, PersonalLoss) else loss
 
 
@@ -305,8 +304,8 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
         raise ValueError(f"{WHERE}: parts is {loss.parts!r:.80}, which matches nothing: {known}")
     if set(found[0]) == set(every[0]):
         raise ValueError(
-            f"{WHERE}: parts is {loss.parts!r:.80}, which matches all parameters, so that nothing "
-            f"is left to be averaged: {known}"
+            f"{WHERE}: parts is {loss.parts!r:.80}, which matches all parameters, so nothing is "
+            f"left to average: {known}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""q-FedAvg: clients with a larger loss count for more."""
+"""q-FedAvg: clients with a larger loss get a larger weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def qfedavg(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """q-FedAvg: fair federated averaging, by a power of clients' losses.
+    """q-FedAvg: fair federated averaging, which minimizes the sum of a power of clients' losses.
 
     It minimizes the sum of F_k(x)^(q+1) / (q + 1) over clients k, where F_k is a client's mean
     loss. Every client of the cohort computes F_k at the server's parameters x. Then it takes a step
@@ -46,14 +46,15 @@ def qfedavg(
       client_optimizer, server_optimizer, vectorize: as for `fedavg`.
       q: at least 0; the paper tries 0.001 to 15. It may be traced.
       lipschitz: L, positive; 1 over the learning rate that is best for q = 0. It may be traced.
-      aggregator: from `fax.aggregators`, of the updates -F_k^q u_k / h_k, with weights h_k.
+      aggregator: from `fax.aggregators`, for the updates -F_k^q u_k / h_k, with weights h_k.
         Default: their mean, D. It cannot be private: a private one gives all clients equal weights.
 
     Returns:
-      The algorithm, with states and metrics as of `fedavg`.
+      The algorithm, with the states and metrics of `fedavg`.
 
     Raises:
-      ValueError: if ``q`` or ``lipschitz`` is out of range or ``aggregator`` private; see `fedavg`.
+      ValueError: if ``q`` or ``lipschitz`` is out of range or ``aggregator`` is private; also as
+        `fedavg`.
 
     References:
       Li et al., Fair resource allocation in federated learning, arXiv:1905.10497, Algorithm 2.
@@ -63,7 +64,7 @@ def qfedavg(
       >>> import optax
       >>> loss = lambda params, batch, key: (batch["x"] - params) ** 2 / 2
       >>> data = fax.data.InMemory({str(x): {"x": jnp.full(2, x)} for x in (0.0, 0.1, 1.0)})
-      >>> for q in (0, 9):  # the mean over clients, and nearly the least largest loss
+      >>> for q in (0, 9):  # the mean over clients, and nearly minimax
       ...     algorithm = fax.algorithms.qfedavg(loss, optax.sgd(0.1), q=q, lipschitz=10.0)
       ...     rounds = fax.data.cohorts(data, clients=3, batch_size=2)
       ...     state, _ = fax.algorithms.many_rounds(algorithm, algorithm.init(0.0), rounds, 300)

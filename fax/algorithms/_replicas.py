@@ -1,8 +1,8 @@
-"""Replicas: participants that keep their own parameters and optimizer from round to round.
+"""Replicas: participants that keep their own parameters and optimizer state between rounds.
 
-In a data centre a participant is a copy of the model that trains on a shard of the data. It takes
-many steps on its own between the few times at which replicas are brought together. Row i of
-a cohort is what replica i trains on.
+In a data center a participant is a copy of the model that trains on a shard of the data. It takes
+many steps without communication before the replicas are averaged. Replica i trains on row i of the
+cohort.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PyTree = Any
 
 
 class Replica(NamedTuple):
-    """What a replica keeps.
+    """The state of a replica.
 
     Attributes:
       params: its model.
@@ -83,7 +83,7 @@ def models(state: Any) -> PyTree:
 
 
 def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTree:
-    """The mean of rows [replicas, ...], outside of a program."""
+    """The mean of rows [replicas, ...]. Call it outside a program."""
 
     @fax.program(replicas=replicas)
     def mean(rows: PyTree, weights: jax.Array | None) -> PyTree:
@@ -100,22 +100,22 @@ def inner_steps(
     first: Any,
     vectorize: int | None,
 ) -> tuple[Any, Metrics]:
-    """Trains each replica on its batches. Nothing is sent. To be called in a program.
+    """Trains each replica on its batches, without communication. Call it in a program.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
-      optimizer: the replicas'.
-      state: the algorithm's, with ``replicas``, whose rows are placed.
+      optimizer: the replicas' optimizer.
+      state: the algorithm's state, with ``replicas``, whose rows are placed.
       cohort: the batches.
       first: the number of the first step in the round.
       vectorize: see `fax.map`.
 
     Returns:
-      The state with other replicas, and their metrics, placed.
+      The state with the trained replicas, and their metrics, placed.
     """
 
     def work(replica: Replica, client: Any) -> tuple[Replica, Metrics]:
-        # A branch would make devices wait for each other in every step.
+        # With a branch, devices would wait for each other in every step.
         trained = local_steps(
             loss,
             optimizer,
@@ -138,7 +138,7 @@ def inner_steps(
 
 
 def taking_part(cohort: Cohort) -> jax.Array:
-    """Who has examples, in the batches and in all, placed bool. To be called in a program."""
+    """Which replicas have examples, here and in total, placed bool. Call it in a program."""
     return fax.map(lambda mask, n: jnp.any(mask) & (n > 0), cohort.mask, cohort.num_examples)
 
 
@@ -150,20 +150,20 @@ def mean_update(
     state: PyTree,
     key: jax.Array | None,
 ) -> tuple[PyTree, jax.Array, PyTree, dict[str, jax.Array]]:
-    """The mean of those who take part, or what the aggregator makes of it. Called in a program.
+    """The mean update of the replicas that take part, or the aggregator's. Call it in a program.
 
     Args:
       aggregator: the user's, or None.
       updates: placed.
       taking_part: placed bool.
       num_examples: placed weights; None for equal ones.
-      state: the aggregator's. Row i is replica i's.
+      state: the aggregator's. Row i belongs to replica i.
       key: for the aggregator.
 
     Returns:
-      The update in the dtypes of a replica's, whether there is one, as anybody took part or the
-      aggregator is private, the aggregator's state and metrics. Among these are ``"replicas/bits"``
-      and ``"outer_steps"``, 1 if there is an update.
+      The update, with the dtypes of a replica's update; whether there is one, because a replica
+      took part or the aggregator is private; the aggregator's state; and metrics, including
+      ``"replicas/bits"`` and ``"outer_steps"``, which is 1 if there is an update.
     """
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(updates))
     here = fax.map(lambda on: on.astype(dtype), taking_part)
@@ -175,7 +175,7 @@ def mean_update(
     weights = here
     if num_examples is not None:
         weights = fax.map(lambda on, n: jnp.where(on, n, 0), taking_part, num_examples)
-    # That nobody takes part is nobody's business if there is noise to hide it.
+    # A private aggregator adds noise even if no replica takes part, so as not to reveal that.
     heard = (fax.sum(here) > 0) | (aggregator is not None and aggregator.private)
     if aggregator is None:
         metrics = {"clients/bits": all_bits(updates)}
@@ -191,12 +191,12 @@ def mean_update(
 def sent_metrics(
     metrics: dict[str, jax.Array], here: jax.Array, heard: jax.Array
 ) -> dict[str, jax.Array]:
-    """An aggregator's metrics by the names that they have with replicas.
+    """An aggregator's metrics, renamed from clients to replicas.
 
     Args:
-      metrics: of one time that something was sent.
-      here: placed, 1 for those who sent it.
-      heard: whether anything came of it.
+      metrics: of one update.
+      here: placed, 1 for the replicas that sent it.
+      heard: whether there is an update.
     """
     metrics = {name.replace("clients/", "replicas/", 1): x for name, x in metrics.items()}
     if "replicas/bits" in metrics:
@@ -212,13 +212,13 @@ def mean_state(
     heard: jax.Array,
     before: PyTree,
 ) -> PyTree:
-    """The mean of the model states of those who take part. To be called in a program."""
+    """The mean model state of the replicas that take part. Call it in a program."""
     mean = fax.mean(rows, weights=num_examples, where=taking_part)
     return optax.tree.where(heard, next_model_state(mean, before), before)
 
 
 def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
-    """``share own + (1 - share) other``; leaves that are not floats stay one's own."""
+    """``share own + (1 - share) other``; leaves that are not floats are those of ``own``."""
 
     def one(own: jax.Array, other: jax.Array) -> jax.Array:
         if not jnp.issubdtype(own.dtype, jnp.inexact):

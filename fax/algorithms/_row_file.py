@@ -1,4 +1,4 @@
-"""Rows of clients in an SQLite database, which holds all of a round or none of it."""
+"""Clients' rows in an SQLite database, which holds all of a round or none of it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _PUT = "INSERT OR REPLACE INTO {}.clients"
 class RowFile:
     """Rows of bytes by the positions of clients, in memory or in a file.
 
-    The file changes at a `flush` only, in one transaction. Rows written since are in a temporary
-    database of SQLite, which goes with the process. So a write that fails leaves the rows from
-    before that round, and a flush that fails leaves the file as it was and all newer rows.
+    The file changes only at a `flush`, in one transaction. Newer rows are in a temporary SQLite
+    database, which is deleted when the process ends. So a write that fails leaves the rows as they
+    were before that round, and a flush that fails leaves the file and all newer rows as they were.
 
     Args:
-      path: of a file that `create` has made. None: in memory.
-      facts: what the rows in memory are of; a file has its own.
-      start: the row in memory that all clients have at first; a file has its own.
+      path: the path of a file that `create` has made. None: in memory.
+      facts: the description of the rows in memory; a file has its own.
+      start: the initial row of all clients in memory; a file has its own.
 
     Attributes:
-      facts: what `create` was told.
-      rounds: how many rounds have been written.
+      facts: the description of the rows that was passed to `create`.
+      rounds: the number of rounds that have been written.
     """
 
     def __init__(self, path: str | None, facts: dict[str, str], start: bytes):
@@ -58,10 +58,10 @@ class RowFile:
             raise
 
     def read(self, position: int) -> bytes:
-        """A client's row, or that of clients that have not taken part.
+        """Returns a client's row, or the initial row if the client has not taken part.
 
         Raises:
-          ValueError: if the row is not what was written.
+          ValueError: if the row is damaged.
         """
         with self._damaged(f"the row of client {position}"):
             for schema, key in [*((x, position) for x in self._schemas), ("main", START)]:
@@ -71,21 +71,21 @@ class RowFile:
                     break
         if found is None or zlib.crc32(found[1]) != found[0]:
             raise ValueError(
-                f"{WHERE}: the row of client {position} in {self._path!r} is damaged. Go on with a "
-                "copy of the file."
+                f"{WHERE}: the row of client {position} in {self._path!r} is damaged. Restore the "
+                "file from a backup."
             )
         return found[1]
 
     def write(self, rows: Iterable[tuple[int, bytes]]) -> None:
-        """Takes the rows of one more round.
+        """Writes the rows of one more round.
 
         Raises:
-          OSError: if there is no room for them. The rows are those from before the round then.
+          OSError: if there is no space for them. The rows are then as they were before the round.
         """
         consequence = (
             "All rows are as before that round. They go to SQLite's temporary folder until flush() "
-            "moves them into the file: make room, flush more often, or let the environment "
-            "variable SQLITE_TMPDIR name another folder"
+            "moves them into the file: free some space, flush more often, or set the environment "
+            "variable SQLITE_TMPDIR to another folder"
         )
         checked = ((position, zlib.crc32(row), row) for position, row in rows)
         what = "a round's rows"
@@ -94,14 +94,14 @@ class RowFile:
         self.rounds += 1
 
     def flush(self) -> None:
-        """Makes the file hold all rounds so far.
+        """Writes all rounds so far to the file.
 
         Raises:
           OSError: if the disk is full. Nothing has changed then, in the file or here.
         """
         consequence = (
-            "The file is as it was at the last flush, and the store has all rounds since: make "
-            "room, and flush again"
+            "The file is as it was at the last flush, and the store has all rounds since: free "
+            "some space, and flush again"
         )
         what = f"the rows of {self.rounds} rounds"
         with _written(self._path, what, consequence), _transaction(self._file):
@@ -109,40 +109,40 @@ class RowFile:
                 self._file.execute(f"{_PUT.format('main')} SELECT * FROM newest.clients")
             update = "UPDATE main.facts SET value = ? WHERE name = 'rounds'"
             self._file.execute(update, [str(self.rounds)])
-        # If this fails, the same rows are there twice, until they are written again.
+        # If this fails, the rows are stored twice until they are written again.
         with contextlib.suppress(sqlite3.Error), _transaction(self._file):
             if self._path is not None:
                 self._file.execute("DELETE FROM newest.clients")
 
     def close(self) -> None:
-        """Forgets what was not flushed."""
+        """Closes the database, and discards what was not flushed."""
         self._file.close()
 
     @contextlib.contextmanager
     def _damaged(self, what: str) -> Iterator[None]:
         try:
             yield
-        except sqlite3.ProgrammingError:  # as from another thread: nothing is wrong with the file
+        except sqlite3.ProgrammingError:  # such as use in another thread; the file is fine
             raise
         except sqlite3.DatabaseError as error:
             raise ValueError(
-                f"{WHERE}: {what} in {self._path!r} cannot be read ({error}). Go on with a copy of "
-                "the file."
+                f"{WHERE}: {what} in {self._path!r} cannot be read ({error}). Restore the file "
+                "from a backup."
             ) from error
 
 
 def create(path: str, facts: dict[str, str], start: bytes) -> None:
-    """Makes a file of no rounds, which has its name when it is whole.
+    """Makes a file with no rounds, atomically.
 
     Args:
       path: where there is no file yet.
-      facts: what the rows are of.
-      start: the row that all clients have at first.
+      facts: the description of the rows.
+      start: the initial row of all clients.
 
     Raises:
-      OSError: if the disk is full. Nothing is left behind then.
+      OSError: if the disk is full. No file is left behind then.
     """
-    consequence = "Nothing is left behind: make room, and call init again"
+    consequence = "No file is left behind: free some space, and call init again"
     target = Path(path).absolute()
     with atomic_write(WHERE, target) as temporary, _written(path, "the file", consequence):
         file = _connect(os.fspath(temporary))
@@ -153,7 +153,7 @@ def create(path: str, facts: dict[str, str], start: bytes) -> None:
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    # Transactions are begun and ended here, not by the module. Nobody is waited for.
+    # Transactions are explicit: the module does not begin any. A locked file is an error at once.
     return sqlite3.connect(path, isolation_level=None, timeout=0)
 
 
@@ -167,11 +167,11 @@ def _fill(file: sqlite3.Connection, facts: dict[str, str], start: bytes) -> None
 
 
 def _lock(file: sqlite3.Connection) -> None:
-    """Keeps other processes out for as long as the file is open, and makes place for new rows."""
+    """Locks the file while it is open, and makes a temporary database for new rows."""
     file.execute("PRAGMA locking_mode = EXCLUSIVE")
     file.execute("BEGIN EXCLUSIVE")
     file.execute("COMMIT")
-    # A temporary database in a file that SQLite removes, also if the process is killed.
+    # A temporary database in a file that SQLite removes, even if the process is killed.
     file.execute("ATTACH '' AS newest")
     file.execute("PRAGMA newest.journal_mode = MEMORY")
     file.execute(_TABLES.split(";")[1].replace("clients", "newest.clients"))
@@ -179,7 +179,7 @@ def _lock(file: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def _transaction(file: sqlite3.Connection) -> Iterator[None]:
-    """All of it or, after any exception, nothing."""
+    """Commits everything or, after any exception, nothing."""
     _roll_back(file)  # if that was not possible when the last one failed
     file.execute("BEGIN IMMEDIATE")
     try:
@@ -198,7 +198,7 @@ def _roll_back(file: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def _written(path: str | None, what: str, consequence: str) -> Iterator[None]:
-    """Says what could not be written, and what follows from it."""
+    """Raises an OSError that says what could not be written, and what follows from it."""
     try:
         yield
     except sqlite3.ProgrammingError:
@@ -221,5 +221,5 @@ def _refused(path: str) -> Iterator[None]:
 
 
 def _is(error: sqlite3.Error, code: int) -> bool:
-    """Whether an error is of a kind; the upper bits of its code say more about it."""
+    """Whether an error has a primary code; the upper bits of its code have more details."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == code

@@ -1,4 +1,4 @@
-"""What an algorithm keeps for each client: which arrays, and how they become a row of bytes."""
+"""The arrays that an algorithm keeps for each client, and their encoding as a row of bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORMAT = "clients of fax 1"
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array of a client's row."""
+    """An array in a client's row."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,13 +32,13 @@ class Leaf:
 
 
 class Layout:
-    """The arrays of each client in a state, which has a row for all clients.
+    """The arrays of each client in a state with rows for all clients.
 
     Args:
       state: as an algorithm's ``init`` returns it, or its shapes.
 
     Raises:
-      ValueError: if there are none, their numbers of rows differ, or they are no plain numbers.
+      ValueError: if there are none, their numbers of rows differ, or they are not plain numbers.
     """
 
     def __init__(self, state: PyTree):
@@ -52,8 +52,8 @@ class Layout:
                 name = f"state{outer}{keystr(path)}"
                 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
                     raise ValueError(
-                        f"{WHERE}: {name} is {x.dtype}, which is no plain number. Let the "
-                        "algorithm keep jax.random.key_data of keys."
+                        f"{WHERE}: {name} is {x.dtype}, which is not a plain number. For a key, "
+                        "let the algorithm keep jax.random.key_data(key)."
                     )
                 counts[x.shape[0] if x.shape else None] = name
                 self.leaves.append(Leaf(name, x.shape[1:], x.dtype.name))
@@ -66,7 +66,7 @@ class Layout:
         (self.num_clients,) = counts
 
     def fill(self, state: PyTree, rows: Iterable[jax.Array]) -> PyTree:
-        """A state without rows, with these for its arrays of clients."""
+        """Puts rows into a state without rows."""
         leaves, structures = iter(rows), iter(self._structures)
 
         def part(_):
@@ -77,10 +77,10 @@ class Layout:
         return _of_parts(part, state)
 
     def encode(self, state: PyTree, count: int) -> Iterator[bytes]:
-        """The rows of ``count`` clients in a state, as bytes.
+        """Returns the rows of ``count`` clients in a state, as bytes.
 
         Raises:
-          ValueError: if rows have other shapes or dtypes than at the start.
+          ValueError: if the rows' shapes or dtypes differ from those of the initial state.
         """
         arrays = [np.asarray(x) for x in jax.device_get(rows_in(state))]
         if len(arrays) != len(self.leaves):
@@ -97,7 +97,7 @@ class Layout:
         return (b"".join(x.tobytes() for x in row) for row in zip(*arrays))
 
     def decode(self, rows: Iterable[bytes], count: int) -> list[np.ndarray]:
-        """The arrays [count, ...] of which each row is given as bytes."""
+        """Returns the arrays [count, ...] for rows of bytes."""
         arrays = [
             np.empty((count, *leaf.shape), jax.numpy.dtype(leaf.dtype)) for leaf in self.leaves
         ]
@@ -111,7 +111,7 @@ class Layout:
         return arrays
 
     def facts(self) -> dict[str, str]:
-        """What a file of such rows says of them."""
+        """Returns the description of such rows in a file."""
         return {
             "format": _FORMAT,
             "num_clients": str(self.num_clients),
@@ -119,10 +119,10 @@ class Layout:
         }
 
     def check(self, found: dict[str, str], path: str | None) -> None:
-        """Refuses the `facts` of a file of other rows.
+        """Refuses the `facts` of a file with other rows.
 
         Raises:
-          ValueError: that says what is different.
+          ValueError: if they differ. The message says how.
         """
         expected = self.facts()
         if found.get("format") != _FORMAT:
@@ -131,7 +131,7 @@ class Layout:
             )
         if found["num_clients"] != expected["num_clients"]:
             raise ValueError(
-                f"{WHERE}: {path!r} is of {found['num_clients']} clients, but the algorithm has "
+                f"{WHERE}: {path!r} has {found['num_clients']} clients, but the algorithm has "
                 f"{self.num_clients}."
             )
         if found["leaves"] != expected["leaves"]:
@@ -145,7 +145,7 @@ class Layout:
 
 
 def rows_in(state: PyTree) -> list[jax.Array]:
-    """The arrays of clients in a state."""
+    """The arrays in a state that have a row for each client."""
     parts = jax.tree.leaves(state, is_leaf=is_per_client)
     return [x for part in parts if is_per_client(part) for x in jax.tree.leaves(part)]
 

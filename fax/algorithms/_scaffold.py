@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates take the drift out of local steps."""
+"""SCAFFOLD: control variates correct the drift of local steps."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ def scaffold(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """SCAFFOLD: local SGD corrected by the difference of a client's gradient from everyone's.
+    """SCAFFOLD: local SGD with control variates, which correct client drift.
 
-    Client i of a population of N keeps a control variate c_i between rounds, an estimate of its own
-    gradient, and the server keeps their mean c. In a round every client of the cohort S, of n
-    clients, starts from the server's parameters x, takes K_i steps of SGD, one on each of its
-    batches, and ends with y_i. g_i(y) is the gradient of the batch's mean loss:
+    Client i of N keeps a control variate c_i between rounds, an estimate of its own gradient, and
+    the server keeps their mean c. In a round each of the n clients in the cohort S starts from the
+    server's parameters x, takes K_i steps of SGD, one on each of its batches, and ends with y_i.
+    g_i(y) is the gradient of the batch's mean loss:
 
         y_i <- y_i - client_learning_rate (g_i(y_i) - c_i + c)
         c_i' = c_i - c + (x - y_i) / (K_i client_learning_rate)        (option II)
         x' = x + server_learning_rate mean_S(y_i - x)
         c' = c + n/N mean_S(c_i' - c_i)
 
-    Both means count each client once, as the paper's do: what is minimised is the mean over clients
-    of their losses f_i, whereas FedAvg's weighs them by their examples. K_i is the number of the
-    client's own steps, without padding. A client without any keeps its c_i. All control variates
-    start at 0, so that the first round is FedAvg's.
+    Both means count each client once, as in the paper. So it minimizes the mean of the clients'
+    losses f_i, whereas FedAvg weights them by their examples. K_i is the number of the client's own
+    steps, without padding. A client without steps keeps its c_i. All control variates start at 0,
+    so the first round is that of FedAvg.
 
     Args:
       loss: see `fedavg`.
-      client_learning_rate: of the local SGD; it may be traced. There is no other optimizer, for
-        c_i' is the mean of the client's gradients if steps are those of SGD with one rate only.
-      server_learning_rate: of the server, whose step is the paper's; it may be traced.
-      num_clients: N, how many clients the data have, ``len(data)``.
-      aggregator: from `fax.aggregators`, what makes one update of all y_i - x; its weights are 1.
-        Default: the mean above. Control variates are not sent through it, so that it cannot be a
-        private one.
-      vectorize: how many clients one device works on at once; see `fedavg`.
+      client_learning_rate: the learning rate of the local SGD. It may be traced. Other optimizers
+        are not possible: only with SGD at a constant rate is c_i' the mean of the client's
+        gradients.
+      server_learning_rate: the server's learning rate, as in the paper. It may be traced.
+      num_clients: N, the number of clients in the data, ``len(data)``.
+      aggregator: from `fax.aggregators`, for the updates y_i - x, with weights 1. Default: the mean
+        above. It cannot be private, because control variates do not go through it.
+      vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`, which has the size of
       N + 2 models: ``server`` is c, and ``clients`` are the c_i. Metrics and the model's state are
-      as of `fedavg`.
+      those of `fedavg`.
 
     Raises:
-      ValueError: if ``client_learning_rate`` is not positive, ``server_learning_rate`` negative,
-        ``num_clients`` no int of at least 1, or ``aggregator`` private; in a round, if its cohort
-        is larger than the population, or the loss is not one number for each example. Clients
-        beyond ``num_clients`` make the parameters NaN.
+      ValueError: if ``client_learning_rate`` is not positive, ``server_learning_rate`` is negative,
+        ``num_clients`` is not a positive int, or ``aggregator`` is private; in a round, if the
+        cohort has more than ``num_clients`` clients, or the loss is not one number for each
+        example. Clients beyond ``num_clients`` make the parameters NaN.
 
     References:
       Karimireddy et al., SCAFFOLD: stochastic controlled averaging for federated learning,

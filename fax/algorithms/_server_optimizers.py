@@ -1,7 +1,7 @@
 """The server optimizers of the papers as optax transformations.
 
-Optax has them all, but with other constants: a bias correction, another place for epsilon, another
-start of the second moment. Any of optax's can be the server's optimizer, too.
+Optax has all of them, but with differences: a bias correction, epsilon in another place, another
+initial second moment. Any optax optimizer can be the server's, too.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import optax
 from fax import _arguments
 
 PyTree = Any
-Rate = Any  # a number, an array, a tracer, or optax's function of the number of the round
+Rate = Any  # a number, an array, a tracer, or an optax schedule over rounds
 
 
 def server_momentum(
     learning_rate: Rate = 1.0, *, momentum: Any = 0.9
 ) -> optax.GradientTransformation:
-    """Momentum at the server (FedAvgM), of the mean update D.
+    """Server momentum (FedAvgM), for `fedopt`.
+
+    D is the mean update:
 
         v' = momentum v + D        x' = x + learning_rate v'
 
     Args:
-      learning_rate: a number, or optax's function of the number of the round.
+      learning_rate: a number, or an optax schedule over rounds.
       momentum: 0.9 in Reddi et al.; Hsu et al. try 0 to 0.997.
 
     Returns:
-      The server's optimizer, which is given the gradient -D. It is ``optax.sgd``.
+      The server's optimizer, which gets the gradient -D. It is ``optax.sgd``.
 
     Raises:
       ValueError: if an argument is negative.
@@ -56,21 +58,23 @@ def server_momentum(
 
 
 def server_adagrad(learning_rate: Rate, *, tau: Any = 1e-3) -> optax.GradientTransformation:
-    """Adagrad at the server (FedAdagrad), of the mean update D.
+    """Server Adagrad (FedAdagrad), for `fedopt`.
+
+    D is the mean update:
 
         v' = v + D^2        x' = x + learning_rate D / (sqrt(v') + tau)
 
     v starts at tau^2. There is no momentum, as in the paper's experiments.
 
     Args:
-      learning_rate: a number, or optax's function of the number of the round.
-      tau: the degree of adaptivity; the smaller, the more adaptive.
+      learning_rate: a number, or an optax schedule over rounds.
+      tau: the degree of adaptivity; smaller values are more adaptive.
 
     Returns:
-      The server's optimizer, which is given the gradient -D.
+      The server's optimizer, which gets the gradient -D.
 
     Raises:
-      ValueError: if the learning rate is negative, or ``tau`` not positive.
+      ValueError: if the learning rate is negative or ``tau`` is not positive.
 
     References:
       Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2.
@@ -94,27 +98,29 @@ def server_adam(
     tau: Any = 1e-3,
     bias_correction: bool = False,
 ) -> optax.GradientTransformation:
-    """Adam at the server (FedAdam), of the mean update D.
+    """Server Adam (FedAdam), for `fedopt`.
+
+    D is the mean update:
 
         m' = b1 m + (1 - b1) D
         v' = b2 v + (1 - b2) D^2
         x' = x + learning_rate m' / (sqrt(v') + tau)
 
-    m starts at 0, and v at tau^2. The paper corrects neither of them for where it starts.
+    m starts at 0, and v at tau^2. As in the paper, there is no bias correction.
 
     Args:
-      learning_rate: a number, or optax's function of the number of the round.
+      learning_rate: a number, or an optax schedule over rounds.
       b1: the decay of the mean of updates.
       b2: the decay of the mean of their squares.
-      tau: the degree of adaptivity; the smaller, the more adaptive.
+      tau: the degree of adaptivity; smaller values are more adaptive.
       bias_correction: if True, v starts at 0, and m' and v' are divided by 1 - b1^t and 1 - b2^t in
         round t: ``optax.adam(learning_rate, b1, b2, eps=tau)``.
 
     Returns:
-      The server's optimizer, which is given the gradient -D.
+      The server's optimizer, which gets the gradient -D.
 
     Raises:
-      ValueError: if an argument is negative, or ``tau`` not positive.
+      ValueError: if an argument is negative or ``tau`` is not positive.
 
     References:
       Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2. Kingma and Ba,
@@ -139,7 +145,9 @@ def server_adam(
 def server_yogi(
     learning_rate: Rate, *, b1: Any = 0.9, b2: Any = 0.99, tau: Any = 1e-3
 ) -> optax.GradientTransformation:
-    """Yogi at the server (FedYogi), of the mean update D.
+    """Server Yogi (FedYogi), for `fedopt`.
+
+    D is the mean update:
 
         m' = b1 m + (1 - b1) D
         v' = v - (1 - b2) D^2 sign(v - D^2)
@@ -148,16 +156,16 @@ def server_yogi(
     m starts at 0, and v at tau^2.
 
     Args:
-      learning_rate: a number, or optax's function of the number of the round.
+      learning_rate: a number, or an optax schedule over rounds.
       b1: the decay of the mean of updates.
       b2: how fast v moves.
-      tau: the degree of adaptivity; the smaller, the more adaptive.
+      tau: the degree of adaptivity; smaller values are more adaptive.
 
     Returns:
-      The server's optimizer, which is given the gradient -D.
+      The server's optimizer, which gets the gradient -D.
 
     Raises:
-      ValueError: if an argument is negative, or ``tau`` not positive.
+      ValueError: if an argument is negative or ``tau`` is not positive.
 
     References:
       Reddi et al., Adaptive federated optimization, arXiv:2003.00295, Algorithm 2.
@@ -199,8 +207,8 @@ def _adaptive(
 ) -> optax.GradientTransformation:
     """Algorithm 2 of arXiv:2003.00295, on gradients -D, with ``next_v(v, D^2)``.
 
-    The paper asks for a start of v of at least tau^2. Early versions of its text square m' in place
-    of D; its authors' code and Yogi's paper square D, and so do we.
+    The paper requires that v starts at tau^2 or more. Early versions of its text square m' instead
+    of D; the authors' code and Yogi's paper square D, as here.
     """
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:

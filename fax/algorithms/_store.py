@@ -1,4 +1,4 @@
-"""State of clients on the host or in a file, so that devices hold that of one cohort only."""
+"""Keeps clients' state on the host or in a file, so that devices hold only a cohort's rows."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ PyTree = Any
 class ClientStore:
     """Keeps the clients' state of an algorithm on the host, in memory or in a file.
 
-    Whatever an algorithm keeps for each client (`fax.aggregators.PerClient`, in its own state or
-    its aggregator's) stays here. ``round`` brings the rows of a cohort's clients to the devices and
-    takes them back; the algorithm does not notice. What is kept grows with the clients that have
-    taken part, not with the population: all others have the row that ``algorithm.init`` gives.
+    The store holds what an algorithm keeps for each client (`fax.aggregators.PerClient`, in its own
+    state or its aggregator's). `round` copies the rows of a cohort's clients to the devices and
+    back; the algorithm works as without a store. Its size grows with the number of clients that
+    have taken part, not with ``num_clients``: all others have the row from ``algorithm.init``.
 
-    A file is an SQLite database. It holds what was there at the last `flush` or `close`: if the
-    process or the machine dies in between, later rounds are lost, and no half of a round is left.
-    So flush where the rest of the state is saved; ``rounds`` tells whether the two belong together.
-    Each row has a checksum. One process has the file at a time.
+    A file is an SQLite database. It contains all rounds up to the last `flush` or `close`: if the
+    process or the machine dies, later rounds are lost, but no round is half written. So flush when
+    you save the rest of the state; ``rounds`` tells whether the two belong together. Each row has a
+    checksum. Only one process can open the file at a time.
 
-    Rows that were not flushed yet are in SQLite's temporary folder, which ``SQLITE_TMPDIR`` names.
-    No error loses rounds. If there is no room for a round's rows, `round` and `scatter` raise
-    OSError, and all rows are as before that round; if there is none for a `flush`, the file is as
-    it was at the last one, and the store goes on with all rounds. Make room, and call it again.
+    Rows that were not flushed yet are in SQLite's temporary folder, which ``SQLITE_TMPDIR`` sets.
+    No error loses rounds. If there is no space for a round's rows, `round` and `scatter` raise
+    OSError, and all rows are as before that round. If there is no space for a `flush`, the file is
+    as it was at the last one, and the store keeps all rounds. Free some space, and call it again.
 
     Args:
-      algorithm: one of `fax.algorithms`, or of your own.
-      path: of the file. Default: in memory.
-      resume: whether to go on with a file that is there, or to make a new one.
+      algorithm: one of `fax.algorithms`, or your own.
+      path: the path of the file. Default: in memory.
+      resume: whether to continue with an existing file, or to make a new one.
 
     Raises:
-      FileExistsError: if there is a file already, and ``resume`` is false.
-      FileNotFoundError: if there is none, and ``resume`` is true.
+      FileExistsError: if the file exists, and ``resume`` is false.
+      FileNotFoundError: if it does not exist, and ``resume`` is true.
 
     Example:
 
@@ -83,41 +83,41 @@ class ClientStore:
         self._gathered: np.ndarray | None = None
         self.num_clients: int = 0
         if self.path is None and resume:
-            raise ValueError(f"{WHERE}: resume=True needs path=, a file to go on with.")
+            raise ValueError(f"{WHERE}: resume=True needs path=, a file to continue with.")
         self._check_path()
 
     @property
     def rounds(self) -> int:
-        """How many rounds the clients' state has seen, also before it was resumed."""
+        """The number of rounds of the clients' state, including those before it was resumed."""
         return 0 if self._rows is None else self._rows.rounds
 
     def init(self, params: PyTree, model_state: PyTree = None) -> PyTree:
-        """What ``algorithm.init`` returns, without rows of clients; opens the file.
+        """Opens the file, and returns what ``algorithm.init`` returns, without rows of clients.
 
-        At the start all clients have the same row, so the rows are never there together. If a file
-        is resumed, those who have not taken part have the row that it began with.
+        Initially all clients have the same row, so the rows of all clients are never in memory. In
+        a resumed file, clients that have not taken part have the initial row of that file.
 
         Raises:
-          ValueError: if the algorithm keeps nothing for clients, or other rows for some of them; or
-            if the file is open elsewhere, is not a store's, or has other clients or rows. Nothing
-            has happened then, and `init` can be called again.
+          ValueError: if the algorithm keeps nothing for clients, or different initial rows; or if
+            the file is open elsewhere, is not a store's, or has other clients or rows. Then nothing
+            has changed, and `init` can be called again.
           OSError: if the disk is full. No file is left behind then.
         """
         if self._rows is not None or self._closed:
             raise ValueError(f"{WHERE}: init was called before. Make a store for each run.")
         if jax.process_count() > 1:
             raise ValueError(
-                f"{WHERE}: this is one of {jax.process_count()} processes, each of which would "
-                "have rows of its own. Keep clients' state on the devices, or run in one process."
+                f"{WHERE}: this is one of {jax.process_count()} processes, and each would have "
+                "separate rows. Keep clients' state on the devices, or run in one process."
             )
-        # An algorithm of one's own may have no second argument.
+        # The init of a user's algorithm may have no second parameter.
         arguments = (params,) if model_state is None else (params, model_state)
         layout = Layout(jax.eval_shape(self.algorithm.init, *arguments))
 
         def start(*arguments):
             state = self.algorithm.init(*arguments)
             some = (0, layout.num_clients // 2, layout.num_clients - 1)
-            # Slices of what is alike in all rows: the compiler does not make the rows.
+            # Slices of a broadcast: the compiler does not materialize all rows.
             return without_rows(state), [[x[i] for i in some] for x in rows_in(state)]
 
         state, some = jax.jit(start)(*arguments)
@@ -125,33 +125,33 @@ class ClientStore:
         for leaf, (first, *others) in zip(layout.leaves, samples):
             if not all(np.array_equal(first, x, equal_nan=first.dtype.kind == "f") for x in others):
                 raise ValueError(
-                    f"{WHERE}: {leaf.name} differs from client to client in what init returns. A "
-                    "store begins with the same row for all."
+                    f"{WHERE}: {leaf.name} differs between clients in what init returns. A store "
+                    "starts with the same row for all clients."
                 )
         self._rows = self._open(layout, b"".join(own[0].tobytes() for own in samples))
         self._layout, self.num_clients = layout, layout.num_clients
         return state
 
     def round(self, state: PyTree, cohort: Cohort) -> tuple[PyTree, dict[str, jax.Array]]:
-        """A round of the algorithm, jitted: `gather`, ``algorithm.round`` and `scatter`."""
+        """Runs a round of the algorithm: `gather`, a jitted ``algorithm.round``, and `scatter`."""
         state, own = self.gather(state, cohort)
         state, metrics = self._step(state, own)
         return self.scatter(state, cohort), metrics
 
     def gather(self, state: PyTree, cohort: Cohort) -> tuple[PyTree, Cohort]:
-        """The state with the rows of the cohort's clients, and the cohort numbered by these rows.
+        """Adds the rows of the cohort's clients to the state, and numbers the cohort by these rows.
 
-        Rows are spread over devices as the cohort is.
+        Rows are sharded like the cohort.
 
         Raises:
-          ValueError: if a client occurs twice, for it would have two new rows, or has no row.
+          ValueError: if a client occurs twice, as it would have two new rows, or has no row.
         """
         positions = self._positions(cohort.positions)
         values, counts = np.unique(positions, return_counts=True)
         if len(values) < len(positions):
             raise ValueError(
                 f"{WHERE}: client {values[counts > 1][0]} occurs {np.max(counts)} times in the "
-                "cohort, and would have as many new rows. Let the clients of a round be different."
+                "cohort, and would have as many new rows. The clients of a round must differ."
             )
         sharding = getattr(cohort.positions, "sharding", None)
         sharding = sharding if isinstance(sharding, NamedSharding) else None
@@ -161,16 +161,16 @@ class ClientStore:
         return self._layout.fill(state, rows), dataclasses.replace(cohort, positions=numbers)
 
     def scatter(self, state: PyTree, cohort: Cohort) -> PyTree:
-        """The state without rows, which are kept as those of the cohort's clients from now on.
+        """Stores the new rows of the cohort's clients, and returns the state without rows.
 
         Args:
-          state: as ``algorithm.round`` returned it.
-          cohort: as `gather` was given it, the last time that it was called.
+          state: the state that ``algorithm.round`` returned.
+          cohort: the cohort that was last passed to `gather`.
 
         Raises:
-          ValueError: if it is another cohort, it has been scattered already, or rows have other
-            shapes or dtypes than at the start.
-          OSError: if there is no room for the rows. All rows are as before then.
+          ValueError: if it is another cohort, it has already been scattered, or the rows' shapes or
+            dtypes differ from those of the initial state.
+          OSError: if there is no space for the rows. Then all rows are as before.
         """
         file, positions = self._opened(), self._positions(cohort.positions)
         if self._gathered is None or not np.array_equal(positions, self._gathered):
@@ -186,14 +186,14 @@ class ClientStore:
         return without_rows(state)
 
     def params(self, state: PyTree) -> PyTree:
-        """``algorithm.params``, of a state that `round` returned."""
+        """Returns ``algorithm.params`` of a state that `round` returned."""
         return self.algorithm.params(state)
 
     def models(self, state: PyTree, positions: Sequence[int]) -> PyTree:
-        """``algorithm.models`` of some clients, leaves [positions, ...].
+        """Returns ``algorithm.models`` of some clients, leaves [positions, ...].
 
         Args:
-          state: as `round` returned it.
+          state: the state that `round` returned.
           positions: the clients' positions in the data.
 
         Raises:
@@ -201,11 +201,13 @@ class ClientStore:
         """
         rows = jax.device_put(self._read(self._positions(positions)))
         if self.algorithm.models is None:
-            raise ValueError(f"{WHERE}: {self.algorithm!r} has one model for all, params(state).")
+            raise ValueError(
+                f"{WHERE}: {self.algorithm!r} has one model for all clients. Use params(state)."
+            )
         return self.algorithm.models(self._layout.fill(state, rows))
 
     def flush(self) -> None:
-        """Makes the file hold all rounds so far, all of them or, if that fails, none.
+        """Writes all rounds since the last flush to the file or, if that fails, none of them.
 
         Raises:
           OSError: if the disk is full. The store can still be used, and flushed again.
@@ -213,7 +215,7 @@ class ClientStore:
         self._opened().flush()
 
     def close(self) -> None:
-        """Flushes and closes the file. The store cannot be used any more.
+        """Flushes and closes the file. The store cannot be used anymore.
 
         Raises:
           OSError: if the disk is full. The store is still open then.
@@ -234,7 +236,7 @@ class ClientStore:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Closes the file; after an exception without flushing, as if the process had died."""
+        """Closes the file. After an exception it does not flush, as if the process had died."""
         if kind is None:
             self.close()
         else:
@@ -254,16 +256,16 @@ class ClientStore:
 
     def _check_path(self) -> None:
         if self.path is not None and self._resume and not os.path.exists(self.path):
-            raise FileNotFoundError(f"{WHERE}: there is no {self.path!r} to go on with.")
+            raise FileNotFoundError(f"{WHERE}: there is no file {self.path!r} to resume.")
         if self.path is not None and not self._resume and os.path.exists(self.path):
             raise FileExistsError(
                 f"{WHERE}: {self.path!r} exists, with the clients' state of other rounds. Pass "
-                "resume=True to go on with it, or remove it."
+                "resume=True to continue with it, or remove it."
             )
 
     def _opened(self) -> RowFile:
         if self._rows is None or self._closed:
-            raise ValueError(f"{WHERE}: the store is closed, or init was not called yet.")
+            raise ValueError(f"{WHERE}: the store is closed, or init has not been called.")
         return self._rows
 
     def _drop(self) -> None:
@@ -275,7 +277,7 @@ class ClientStore:
         self._opened()
         if isinstance(positions, jax.core.Tracer):
             raise ValueError(
-                f"{WHERE}: a store is no part of a jitted function. It jits the round."
+                f"{WHERE}: a store cannot be used in a jitted function. It jits the round itself."
             )
         positions = np.asarray(positions)
         if positions.ndim != 1 or positions.dtype.kind not in "iu":

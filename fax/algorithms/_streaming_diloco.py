@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: DiLoCo a fragment of the parameters at a time, late and in four bits."""
+"""Streaming DiLoCo: sends one fragment of the parameters at a time, with a delay and in 4 bits."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _WHERE = "fax.algorithms.streaming_diloco"
 
 
 class InFlight(NamedTuple):
-    """What was sent and has not landed yet.
+    """An update that was sent and has not been applied yet.
 
     Attributes:
-      update: -Δ, of the leaves of a fragment by their paths.
-      heard: whether there is something on its way, bool.
+      update: -Δ, the leaves of a fragment by their paths.
+      heard: whether there is an update in flight, bool.
     """
 
     update: dict[str, jax.Array]
@@ -46,18 +46,18 @@ class InFlight(NamedTuple):
 
 
 class StreamingDiLoCoState(NamedTuple):
-    """The state of Streaming DiLoCo. All of it belongs into a checkpoint.
+    """The state of `streaming_diloco`. A checkpoint needs all of it.
 
     Attributes:
-      params: the outer parameters as they have landed. What one evaluates has what is in flight,
-        too, and is ``params(state)`` of the algorithm.
+      params: the outer parameters, without updates in flight. The algorithm's ``params(state)``,
+        the model to evaluate, includes these.
       optimizers: for each fragment, the state of the outer optimizer.
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
       model_state: what the model has besides parameters, such as batch statistics, or None: the
         replicas' mean when the first fragment was last sent.
       aggregators: for each fragment, the state of the aggregator.
-      in_flight: for each fragment, what lands in the next period of H steps, or None if what is
-        sent in a period also lands there.
+      in_flight: for each fragment, the update that lands in the next period of H steps, or None if
+        updates land in the period in which they are sent.
     """
 
     params: PyTree
@@ -69,7 +69,7 @@ class StreamingDiLoCoState(NamedTuple):
 
 
 class Event(NamedTuple):
-    """After ``step`` of a period's steps, fragments are sent, and then others land."""
+    """After ``step`` steps of a period, some fragments are sent, and then others land."""
 
     step: int
     sent: list[int]
@@ -77,12 +77,12 @@ class Event(NamedTuple):
 
 
 def _sent_at(p: int, steps: int, fragments: int) -> int:
-    """When in a period of H steps a fragment is sent: t_p, or H if that is 0."""
+    """The step of a period after which a fragment is sent: t_p, or H if that is 0."""
     return p * steps // fragments or steps
 
 
 def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
-    """What happens in a period of ``steps`` steps, in order. The last is at its end."""
+    """The events of a period of ``steps`` steps, in order. The last is at its end."""
     sent = [_sent_at(p, steps, fragments) for p in range(fragments)]
     landing = [(step + tau - 1) % steps + 1 for step in sent]
     return [
@@ -105,57 +105,55 @@ def streaming_diloco(
     aggregator: Aggregator | None = None,
     vectorize: int | None = None,
 ) -> Algorithm:
-    """Streaming DiLoCo: fragments of the parameters are brought together one after the other.
+    """Streaming DiLoCo: averages fragments of the parameters one after the other, in 4 bits.
 
-    The parameters are cut into fragments p = 0, ..., P - 1. Replica i takes steps t = 1, 2, ... of
-    the inner optimizer, and fragment p is sent every H steps, at (t - t_p) mod H = 0 with
-    t_p = floor(p H / P). The result lands τ steps later, and replicas mix it with what they have:
+    The parameters are split into fragments p = 0, ..., P - 1. Replica i takes steps t = 1, 2, ...
+    of the inner optimizer, and fragment p is sent every H steps, at (t - t_p) mod H = 0 with
+    t_p = floor(p H / P). The result lands τ steps later, and replicas mix it with their own:
 
         sent at t:          Δ_p = mean_i (θ_p - θ_ip)
         landing at t + τ:   θ_p = outer_optimizer(θ_p, gradient = Δ_p)
         and then:           θ_ip = α θ_ip + (1 - α) θ_p
 
-    In between nothing waits for the sum over replicas, so that a compiler can let it overlap with
-    the steps. With one fragment, τ = 0 and α = 0 this is `diloco`, but for the rounding.
+    In the meantime nothing waits for the sum over replicas, so a compiler can overlap it with the
+    steps. With one fragment, τ = 0 and α = 0 this is `diloco`, except for the rounding.
 
-    As in `diloco`, a replica is row i of the cohort. One that has no example in a period of H
-    steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and goes on from its own
-    parameters.
-    What the model has besides parameters goes along with the first fragment.
+    As in `diloco`, replica i trains on row i of the cohort. A replica without examples in a period
+    of H steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and continues from its
+    own parameters. The model's state is sent with the first fragment.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
       inner_optimizer: from optax. Its schedules count the inner steps of all rounds.
       outer_optimizer: from optax, with a state for each fragment. Default: Nesterov's,
         ``optax.sgd(0.4, momentum=0.9, nesterov=True)``.
-      replicas: how many there are. All start from the same parameters.
-      steps: H, a divisor of the number of batches that a cohort has. It need not be a multiple of
-        the number of fragments.
+      replicas: the number of replicas. All start from the same parameters.
+      steps: H, a divisor of the number of batches in a cohort. It need not be a multiple of the
+        number of fragments.
       fragments: their number P: layer number l is in fragment l mod P, the paper's strided
-        pattern. What a leaf's path has up to its first number is a layer, such as
-        ``blocks/3``; without a number, all but its last name. Or a function from the path of a
-        leaf, such as ``"blocks/3/kernel"``, to p. Or for each fragment the paths of leaves or of
-        folders of leaves.
-      tau: τ, steps from sending to landing, less than ``steps``.
+        pattern. A layer is a leaf's path up to its first number, such as ``blocks/3``; without a
+        number, all but its last name. Or a function from the path of a leaf, such as
+        ``"blocks/3/kernel"``, to p. Or for each fragment the paths of its leaves or subtrees.
+      tau: τ, the number of steps from sending to landing, less than ``steps``.
       alpha: α, the share of its own parameters that a replica keeps, from 0 to 1.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
-      aggregator: from `fax.aggregators`, what makes -Δ_p of the updates θ_ip - θ_p. Default:
-        ``chain(e3m0())``, which rounds them to four bits and adds them up in float32. Without
-        rounding: ``mean()``. A private one makes a release of each fragment in each period, also
-        where nobody takes part, and all of them count; see `fax.aggregators.releases`.
-      vectorize: how many replicas one device works on at once; see `diloco`.
+      aggregator: from `fax.aggregators`; it computes -Δ_p from the updates θ_ip - θ_p. Default:
+        ``chain(e3m0())``, which rounds them to four bits and sums them in float32. Without
+        rounding: ``mean()``. A private one makes a release for each fragment in each period, even
+        if no replica takes part, and all of them count; see `fax.aggregators.releases`.
+      vectorize: the number of replicas that a device works on at once; see `diloco`.
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. The first
       fragment is sent at the end of a period, and lands in the next one unless τ = 0, as do others
-      that are sent in the last τ steps. ``params`` are the outer parameters θ with all that has
-      been sent, whether it has landed or not, so that nothing is lost at the end of training.
+      that are sent in the last τ steps. ``params`` are the outer parameters θ with all updates that
+      have been sent, whether they have landed or not, so nothing is lost at the end of training.
       Metrics are those of `diloco`; ``"outer_steps"`` counts each fragment that was sent.
 
     Raises:
       ValueError: if an argument is out of range; in ``init``, if fragments do not cover the
-        parameters, overlap or are empty; and when a round is traced, if the cohort has another
-        number of replicas or no multiple of ``steps`` batches.
+        parameters, overlap or are empty; when a round is traced, if the cohort has another number
+        of replicas, or a number of batches that ``steps`` does not divide.
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, arXiv:2501.18512.

@@ -27,7 +27,7 @@ from fax.sharding._row_sharding import RowSharding
 WHERE = "fax.data.cohorts"
 
 # Data that are not in memory are read in full, to keep them on the devices, only if there are no
-# more clients than this: nobody expects a first round to read millions of files.
+# more clients than this: no user expects a first round to read millions of files.
 _MOST_CLIENTS = 20_000
 
 
@@ -96,7 +96,7 @@ class AllClients:
           row_sharding: how a cohort's clients are spread over devices.
           resident: what the user asks for, or None.
           clients: how many take part in a round.
-          sampler: who takes part.
+          sampler: how clients are chosen.
         """
         if resident is False or (resident is None and not self.counted):
             return None

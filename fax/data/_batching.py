@@ -1,7 +1,7 @@
 """Which examples are in which batch: arithmetic on indices in NumPy, without any data.
 
 The plan of a round says for each client of its cohort which examples are in each batch. Clients
-are ordered so that all devices have about the same number of steps, and neighbours on a device
+are ordered so that all devices have about the same number of steps, and neighbors on a device
 have about the same length.
 """
 

@@ -265,7 +265,7 @@ class Cohort:
       positions: int32 [clients], positions in the data's ``client_ids()``.
       keys: random keys [clients], which depend on the seed, the round and the client.
       vectorize: how many clients a device should vectorize if the algorithm does not say; see
-        `fax.map`. Neighbours have about the same length.
+        `fax.map`. Neighbors have about the same length.
 
     Example:
 

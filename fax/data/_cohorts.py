@@ -47,7 +47,7 @@ def cohorts(
     be short, and is masked. A thread prepares the next rounds while the devices compute.
 
     Clients of a cohort are ordered so that all devices have about the same number of steps, and
-    neighbours have about the same length; ``positions`` says which clients they are. The number of
+    neighbors have about the same length; ``positions`` says which clients they are. The number of
     steps is rounded up to one of 1, 2, 3, 4, 6, 8, 12, ..., or to the most steps that any client
     has if that is at most twice as many, so that few shapes are compiled; see `Cohorts.shapes`.
     Steps that are only padding are not run; see `Client.scan`.
@@ -66,7 +66,7 @@ def cohorts(
       max_steps: the most batches that a client has in a round.
       drop_remainder: whether to drop the last batch of an epoch if it is short.
       shuffle: whether each epoch is in a random order, rather than in the order of the data.
-      sampler: who takes part. ``"uniform"``: distinct clients, all sets equally likely.
+      sampler: how clients are chosen. ``"uniform"``: distinct clients, all sets equally likely.
         ``"weighted"``: distinct clients, drawn one by one in proportion to ``weights``.
         ``"shuffled"``: passes through all clients, each in a new random order.
         ``"minimum_reuse"``: passes in one fixed random order, so that the rounds of a client are as

@@ -4,7 +4,7 @@ A client is a map from names to arrays. An array of numbers is extension type 1,
 strings type 4. Their data are msgpack again, ``[shape, dtype's name, bytes in row-major order]``
 and ``[shape, [byte string, ...]]``. This module reads and writes only that part of msgpack.
 
-The msgpack package is not used, because it cannot be bounded for files that nobody trusts. It
+The msgpack package is not used, because it cannot be bounded for untrusted files. It
 allocates a list of the announced length at each of up to 1,024 levels of nesting before it reads an
 element, so that 21 kB of input take 76 times the limit of ``max_array_len`` in memory, and it
 accepts maps in which a name occurs twice. This reader bounds depth and memory, and reports both.

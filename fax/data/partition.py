@@ -72,7 +72,7 @@ def dirichlet(
     With ``balanced=True``, as in Hsu et al., arXiv:1909.06335, all clients have the same number of
     examples, or one more. Each client draws its proportions of labels from Dir(alpha p), where p
     are the proportions of all examples, so that the concentration is alpha / K for K equally
-    frequent labels. It then draws its examples in these proportions, which are renormalised when
+    frequent labels. It then draws its examples in these proportions, which are renormalized when
     a label runs out.
 
     For a large alpha both tend to `iid`. For a small alpha each label tends to belong to a single

@@ -1,11 +1,11 @@
-"""The schedule of a map across devices: which of them works for whom.
+"""The schedule of a map across devices: which device works for which participants.
 
-The participants are divided evenly over the devices along their placement's mesh axes, in
-order. If that leaves some over, the first devices work for one more each, and the others do
-nothing or, where all devices have to keep in step, the same work for nothing. No participant
-is made up, so there is no padding to be seen. Rows that are left over are on all devices, as
-JAX has no uneven arrays, and each picks its own. Reduced outputs are reduced on each device
-and then, once, across devices.
+The participants are divided evenly over the devices along their placement's mesh axes, in order.
+If some are left over, the first devices work for one more each. The others do nothing or, where all
+devices have to stay in step, the same work with discarded results. There are no dummy participants,
+so users see no padding. Left-over rows are on all devices, because JAX has no uneven arrays, and
+each device picks its own. Reduced outputs are reduced on each device and then, once, across
+devices.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def run(
     """Runs a round for every participant, on all devices along ``axes`` of the mesh in scope.
 
     Args:
-      on_one: runs the round on one device, for the rows in its operands and so many participants.
+      on_one: runs the round on one device, given the operands and the number of participants.
       this: the round.
-      operands: a value each for mode ``server``, a row for each participant for mode ``placed``.
-      axes: the mesh axes that participants are spread over; without any, all are on one device.
-      manual: these axes, and others of one device that ``on_one`` has as manual ones, too.
+      operands: a value for mode ``server``, a row for each participant for mode ``placed``.
+      axes: the mesh axes that participants are spread over. If empty, all are on one device.
+      manual: these axes, and axes of one device that are also manual in ``on_one``.
 
     Returns:
-      The outputs, each in its mode, and totals in the dtype in which they are added up.
+      The outputs, each in its mode. Totals have the dtype in which they are summed.
     """
     group = this.group
     if not axes:
@@ -57,7 +57,7 @@ def run(
     out_placed = [mode == "placed" for mode in out_modes]
 
     def rows_from(operands, start, count):
-        """What a device sees where all devices have all rows."""
+        """The operands of a device, if all devices have all rows."""
         return [
             lax.dynamic_slice_in_dim(x, start, count) if placed else x
             for x, placed in zip(operands, in_placed, strict=True)
@@ -106,7 +106,7 @@ def run(
 
 
 def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], always: bool) -> Arrays:
-    """The outputs of work for one participant, or what changes nothing."""
+    """The outputs of ``work`` for one participant, or identities of the reductions."""
     avals = jax.make_jaxpr(work)().out_avals
 
     def nothing():
@@ -122,7 +122,7 @@ def _joined(parts: Arrays) -> jax.Array:
 
 
 def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list[jax.Array]:
-    """Reduces each device's totals over all devices, with one collective for all sums."""
+    """Reduces the devices' totals across devices, with a single collective for all sums."""
     reduced = list(totals)
     for mode, collective in (("sum", lax.psum), ("max", lax.pmax), ("min", lax.pmin)):
         which = [i for i, own in enumerate(modes) if own == mode]

@@ -1,10 +1,10 @@
 """The types of a client function on one device of a placement's mesh axes.
 
-Client functions are traced, fused and differentiated with the types of the program around
-them, so that equations can move between the server and the participants. Only when a map is
-lowered, types change: the mesh axes that its rows are split over become manual, and the
-others are left to the compiler, with the shardings that were explicit as constraints. Every
-type in the jaxpr, and every mesh that an equation names, then has to say so.
+Client functions are traced, fused and differentiated with the types of the surrounding program, so
+that equations can move between the server and the participants. Types change only when a map is
+lowered: the mesh axes that its rows are split over become manual, and the others are left to the
+compiler, with explicit shardings as constraints. This has to change every type in the jaxpr, and
+every mesh that an equation names.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def with_axis_types(
 ) -> ClosedJaxpr:
     """The jaxpr with other types of mesh axes.
 
-    Whether a value varies over the ``unchecked`` axes, which are manual, is left out, as in a
-    `jax.shard_map` with ``check_vma=False``. What came from outside names no mesh, nor does a
-    gradient that goes back to it; it is on the mesh in scope.
+    Types do not say whether a value varies over the ``unchecked`` axes, which are manual, as in a
+    `jax.shard_map` with ``check_vma=False``. Values from outside name no mesh, nor do gradients
+    with respect to them; they are on the mesh in scope.
     """
     return _AxisTypes(types, unchecked).jaxpr(jaxpr)
 
@@ -51,7 +51,7 @@ class _AxisTypes:
     def _renew(self, atom: Atom) -> Atom:
         if isinstance(atom, Var):
             return Var(self._aval(atom.aval))
-        typed = isinstance(atom.val, np.ndarray)  # these carry a type of their own in JAX
+        typed = isinstance(atom.val, np.ndarray)  # in JAX these have their own type
         return Literal(np.array(atom.val), self._aval(atom.aval)) if typed else atom
 
     def _replace(self, eqn: JaxprEqn) -> Replacement:
@@ -66,20 +66,20 @@ class _AxisTypes:
         params = {
             name: _jaxpr.map_leaves(self._leaf, value) for name, value in unchecked.params.items()
         }
-        if wanted is None:  # what is left of types as parameters
+        if wanted is None:  # shardings in other parameters describe types
             params.update((k, None) for k, v in params.items() if isinstance(v, NamedSharding))
         params = _compat.nested_in_manual(params, self._manual)
         return unchecked.replace(params=params, ctx=self._context(eqn.ctx))
 
     def _is_redundant(self, wanted: NamedSharding) -> bool:
-        """Whether a sharding need not be asked for any more."""
+        """Whether a sharding constraint is no longer needed."""
         if self._mesh(wanted.mesh.abstract_mesh).auto_axes:
             return False
         names = [name for entry in wanted.spec for name in _names(entry)]
         return all(wanted.mesh.shape[name] == 1 for name in names)
 
     def _constraint(self, eqn: JaxprEqn, wanted: NamedSharding) -> JaxprEqn:
-        """What a change of an explicit sharding asks of the compiler."""
+        """A sharding constraint in place of a change of an explicit sharding."""
         mesh = self._mesh(wanted.mesh.abstract_mesh)
         avals: list[Any] = [atom.aval for atom in eqn.invars]
         with jax.sharding.use_abstract_mesh(mesh):
@@ -93,7 +93,7 @@ class _AxisTypes:
         if not isinstance(aval, ShapedArray) or aval.sharding.mesh.empty:
             return aval
         mesh = self._mesh(aval.sharding.mesh)
-        # Only explicit axes may be left in a type, and none of those that change is.
+        # A type may only contain explicit axes, and none of the axes that change are explicit.
         spec = PartitionSpec(*(self._kept(entry) for entry in aval.sharding.spec))
         typed = aval.update(sharding=NamedSharding(mesh, spec))
         return _compat.type_without_varying(typed, self._unchecked)
@@ -110,13 +110,13 @@ class _AxisTypes:
 
     def _mesh(self, mesh: AbstractMesh) -> AbstractMesh:
         mesh = self._scope if mesh.empty else mesh
-        # What is manual in a `jax.shard_map` of the client function's own stays so.
+        # Axes that are manual in a `jax.shard_map` inside the client function stay manual.
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         left = {axis for axis, kind in types if kind != AxisType.Manual}
         return mesh.update_axis_types({a: k for a, k in self._types.items() if a in left})
 
     def _make_context(self, context: Any) -> Any:
-        """An equation's context, which has no constructor, with the types of the axes changed."""
+        """An equation's context, which has no constructor, with other types of axes."""
         with context.manager:
             mesh = self._mesh(jax.sharding.get_abstract_mesh())
             with jax.sharding.use_abstract_mesh(mesh):

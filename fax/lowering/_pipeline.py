@@ -1,17 +1,17 @@
 """How one `federated_map` becomes XLA, from top to bottom.
 
-    evaluate          runs a map outside of any transformation, compiled once for all maps alike
-    lowered           the rule that JAX calls for a map inside of what it compiles
-    _compute          makes Explicit mesh axes Auto ones
-    _run              does one map on the mesh in scope, in five steps:
+    evaluate          runs a map outside of any transformation, compiled once for all equal maps
+    lowered           the rule that JAX calls for a map in a function that it compiles
+    _compute          makes Explicit mesh axes Auto
+    _run              runs one map on the mesh in scope, in five steps:
 
       manual axes           the client function gets the types that it has on one device
-      convolutions          are rewritten into what is fast in a loop
-      uniform control flow  where the client function is sharded, devices branch together
+      convolutions          are rewritten into operations that are fast in a loop
+      uniform control flow  if the client function is sharded, devices branch together
       schedule              one device goes through its participants, batch after batch
       devices               participants are divided over devices, and totals reduced across them
 
-All of this happens after differentiation and vectorization, whose rules know nothing of it.
+All of this happens after differentiation and vectorization, whose rules do not depend on it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fax.sharding._types import without_explicit_axes
 
 
 def evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
-    """The results of a map that is called outside of any transformation."""
+    """Evaluates a map that is called outside of any transformation."""
     return watch_round(functools.partial(_evaluate, **params), Round.of(params), operands)
 
 
@@ -51,13 +51,13 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 
 
 def lowered(platform: str) -> Callable:
-    """JAX's rule for a platform. In a `jax.shard_map` nothing is checked below this level."""
+    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes."""
     rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         own = ctx.replace(avals_in=list(map(_compat.type_without_varying, ctx.avals_in)))
         outs = rule(own, *operands, **params)
-        ctx.set_tokens_out(own.tokens_out)  # what ordered effects wait for
+        ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs
 
     return lower
@@ -79,7 +79,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
     _effects.check(this, along, others, vectorized)
     dtypes = [aval.dtype for aval in this.value_avals]
 
-    # Manual axes. JAX allows for effects where all axes are manual, those of one device as well.
+    # Manual axes. JAX allows effects only if all axes are manual, including those of one device.
     manual = tuple(mesh.axis_names) if axes and _effects.has_effects(this) else axes
     types = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
     if not mesh.empty:
@@ -92,7 +92,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
     )
     this = this.replace(jaxpr=fast)
 
-    # Uniform control flow, of a client function that is traced where the axes are in scope.
+    # Uniform control flow. The client function is traced with the axes in scope.
     varies = [i.mode == "placed" or bool(mesh.manual_axes) for i in this.inputs]
     uniform = bool(along and others)
 

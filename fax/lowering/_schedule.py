@@ -1,13 +1,13 @@
 """The schedule of a map: which participants one device works on, and when.
 
-A batch of participants is worked on at once, vectorized. Batches follow one another in a
-scan which carries the accumulators of the reduced outputs, so that the rows behind a
-reduced output never exist together.
+The participants of a batch run at once, vectorized. Batches follow one another in a scan, which
+carries the accumulators of the reduced outputs. So the rows behind a reduced output never exist
+together.
 
-Rounding errors of a sum grow with the number of terms, and those of equal terms all point in
-one direction: a float32 total of 1e6 times 0.1 is 1 % too large, and one of ones stops at 2^24.
-So a long sum has two accumulators. One adds up 16 participants; it is then added to the other
-one and goes on with what rounding took from that sum. The error of 16 terms remains.
+Rounding errors of a sum grow with the number of terms, and those of equal terms all have the same
+sign: a float32 total of 1e6 times 0.1 is 1 % too large, and a total of ones stops at 2^24. So a
+long sum has two accumulators. The first adds up 16 participants. It is then added to the second
+one and restarted with the rounding error of that addition. The error of 16 terms remains.
 
 Where participants are worked on one by one, a second accumulator for all parameters of a model
 could double the memory of a round. So large arrays have one only for more than 4,096 batches, or
@@ -32,20 +32,20 @@ from fax.primitives._round import Round, Vectorize, pick
 
 ByIndex = dict[int, jax.Array]
 
-# Participants vectorized where the user does not say. On CPU a batch of small
-# matrix products is slower than a loop over them, and a loop keeps `lax.cond` a branch.
-# Elsewhere a batch fills the device; it is bounded because memory grows with it.
+# The default number of vectorized participants. On CPU a batch of small matrix products is slower
+# than a loop over them, and in a loop `lax.cond` stays a branch. Elsewhere a batch fills the
+# device; it is bounded because memory grows with it.
 _VECTORIZE_ON_CPU = 1
 _VECTORIZE_ELSEWHERE = 16
 
-# How many terms, participants or batches, one accumulator adds up.
+# How many terms (participants or batches) one accumulator adds up.
 _TERMS = 16
-# Arrays of more elements are large, and have a second accumulator for more batches only.
+# Arrays with more elements are large. They get a second accumulator only for many batches.
 _LARGE, _MANY_BATCHES = 256, 4096
 
 
 def vectorized_for(platform: str, asked: int | Vectorize | None, size: int) -> int:
-    """How many of a device's participants are vectorized at once."""
+    """How many of a device's participants are vectorized."""
     if asked is Vectorize.ALL:
         return size
     if asked is None or asked is Vectorize.INHERITED:
@@ -63,14 +63,14 @@ def run(
     """Runs a round for some participants on one device.
 
     Args:
-      client: maps operands as one participant sees them to its contributions to the outputs.
-      this: the round, which says how each operand is seen and what becomes of contributions.
-      operands: a value each for mode ``server``, ``size`` rows each for mode ``placed``.
+      client: maps one participant's view of the operands to its contributions to the outputs.
+      this: the round, with the modes of operands and outputs.
+      operands: a value for mode ``server``, ``size`` rows for mode ``placed``.
       size: the number of participants.
-      vectorize: how many are worked on at once.
+      vectorize: how many run at once.
 
     Returns:
-      The outputs, each in its mode, and totals in the dtype in which they are added up.
+      The outputs, each in its mode. Totals have the dtype in which they are summed.
     """
     in_placed = [i.mode == "placed" for i in this.inputs]
     out_placed = [out.mode == "placed" for out in this.outputs]
@@ -100,11 +100,11 @@ def run(
         return [combine(m, t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
 
     batches, rest = divmod(size, vectorize)
-    wholes: ByIndex = {}  # the second accumulators, by their totals' places
+    wholes: ByIndex = {}  # the second accumulators, by the index of their total
     if batches == 1:
         placed, totals = several([x[:vectorize] for x in rows], vectorize)
     else:
-        often = -(-_TERMS // vectorize)  # how many batches go between two moves
+        often = -(-_TERMS // vectorize)  # the number of batches between two moves
 
         def step(carry, rows):
             number, totals, wholes = carry

@@ -1,14 +1,13 @@
 """Branches and loops that all devices go through together.
 
-A client function may be sharded over mesh axes of its own, and then a collective over them
-can end up in a branch. Devices along the placement work for different participants, which take
-different branches; but a collective that only some devices reach is one that all wait for.
-So the first branch is taken by all devices and another one by all if one of their participants
-takes it, and a loop goes on until the last one is through; what a participant does not want is
-discarded. A loop in such a branch does not wait for participants that have not taken the branch:
-for them it might never end.
+A client function may be sharded over other mesh axes, and then a branch can contain a collective
+over these. Devices along the placement work for different participants, which may take different
+branches. But if only some devices reach a collective, all of them wait forever. So all devices take
+the first branch, and they take another branch if any of their participants does. A loop runs until
+the last participant is done. Results that a participant does not need are discarded. A loop in such
+a branch does not wait for participants that have not taken the branch: for them it might never end.
 
-Branches that do not depend on who the participant is are left as they are.
+Branches that do not depend on the participant are left as they are.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ Axes = tuple[str, ...]
 def make_uniform(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> ClosedJaxpr:
     """The jaxpr with branches and loops that the devices along mesh axes go through together.
 
+    Call it with the axes in scope.
+
     Args:
-      jaxpr: what a device does, with the axes manual. Traced with axes in scope.
+      jaxpr: what a device does, with the axes manual.
       varies: which inputs can differ between the devices.
       axes: the mesh axes.
     """
@@ -63,7 +64,7 @@ def _evaluate(
 ) -> tuple[list[Any], list[bool]]:
     """The jaxpr's outputs, and which of them can differ between devices.
 
-    ``wanted`` says whether they are of use on this device, where that differs.
+    ``wanted`` says whether this device needs them, if that differs between devices.
     """
 
     def step(eqn: JaxprEqn, seen: list[_Value]) -> Iterator[_Value]:
@@ -85,12 +86,12 @@ def _evaluate(
 
 
 def _somewhere(predicate: jax.Array, axes: Axes) -> jax.Array:
-    """Whether a predicate, or one of a batch of them, holds on any device."""
+    """Whether a predicate, or any in a batch of predicates, holds on any device."""
     return lax.psum(jnp.any(predicate).astype(jnp.int32), axes) > 0
 
 
 def _choose(predicate: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Under `jax.vmap` a loop has a predicate for each of its batch."""
+    """Selects by a predicate. Under `jax.vmap` a loop has one for each member of the batch."""
     each = lax.broadcast_in_dim(predicate, new.shape, range(predicate.ndim))
     return lax.select(each, new, old)
 
@@ -100,7 +101,7 @@ def _both(one: jax.Array, other: jax.Array | None) -> jax.Array:
 
 
 def _cond(eqn, flags, axes, values, wanted):
-    """The first branch, and every other one that some device takes, one after the other."""
+    """Runs the first branch, and then each other branch that any device takes."""
     index, *operands = values
 
     def taken(branch, wanted):
@@ -123,7 +124,7 @@ def _cond(eqn, flags, axes, values, wanted):
 
 
 def _while(eqn, flags, axes, values, wanted):
-    """As many steps as some device takes. A participant that is through keeps its result."""
+    """Runs a loop until all devices are done. A participant that is done keeps its result."""
     params = eqn.params
     condition, body = params["cond_jaxpr"], params["body_jaxpr"]
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -169,7 +170,7 @@ def _scan(eqn, flags, axes, values, wanted):
 
 
 def _settle(carried, step):
-    """The carried values that differ after any number of steps."""
+    """The carried values that can differ between devices after any number of steps."""
     while True:
         after = [a or b for a, b in zip(carried, step(carried), strict=True)]
         if after == carried:
@@ -178,7 +179,7 @@ def _settle(carried, step):
 
 
 def _checkpoint(eqn, flags, axes, values, wanted):
-    """What keeps the compiler from merging the call with another one stays as it is."""
+    """The parameters that keep the compiler from merging the call with another do not change."""
     inner, extra = ClosedJaxpr(eqn.params["jaxpr"], []), [] if wanted is None else [wanted]
 
     def call(*operands):

@@ -1,4 +1,4 @@
-"""Evaluation as a federated program: on all clients' examples together, or on each client's."""
+"""Evaluation as a federated program: on the examples of all clients, or of each client."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ def evaluate(
     batch_size: int | None = None,
     placement: str = "clients",
 ) -> dict[str, Any]:
-    """Evaluates a model on the examples of all clients, with equal weights of all examples.
+    """Evaluates a model on the examples of all clients, all with equal weights.
 
-    Examples are packed into batches across the borders of clients, so that small clients cost no
-    more than large ones, and there is one shape to compile. Each device along the mesh axes of
+    Examples of different clients are packed into the same batches, so small clients cost no more
+    than large ones, and only one shape is compiled. Each device along the mesh axes of
     ``placement`` has one batch at a time.
 
-    Counts and other integers are exact, up to 63 bits. Floats are added up with the precision of
-    float32 or better, also if the metric returns half precision.
+    Counts and other integers are exact, up to 63 bits. Floats are summed with the precision of
+    float32 or better, even if the metric returns half precision.
 
     Args:
       apply: ``apply(params, batch) -> scores``, such as that of a `fax.models.Model`. The same
-        function and metrics are compiled once. A function that is defined in the call is a new one
-        each time, and is compiled each time. So define it once, outside of the loop.
+        function and metrics are compiled only once. A function defined in the call, such as a
+        lambda, is compiled in each call. So define it once, outside of loops.
       params: the model's parameters.
       data: the clients. `fax.data.split` holds out clients for evaluation. For repeated evaluation
         pass what `fax.metrics.prepare` returns for them.
-      metrics: by name, functions ``metric(batch, scores)`` that return a statistic of each example:
-        a `Mean` or `Sum` with leaves [batch, ...]. Those of `fax.metrics`, or your own.
-      batch_size: the most examples in a batch. Default: 256.
-      placement: the placement whose mesh axes batches are spread over.
+      metrics: by name, functions ``metric(batch, scores)`` that return a statistic for each
+        example: a `Mean` or `Sum` with leaves [batch, ...]. Those of `fax.metrics`, or your own.
+      batch_size: the largest number of examples in a batch. Default: 256.
+      placement: the placement over whose mesh axes batches are spread.
 
     Returns:
       The results of the metrics, by name, as NumPy numbers or arrays; and ``"non_finite"``, the
-      number of examples that have a score of NaN or +inf (-inf is the score of the impossible).
+      number of examples with a score of NaN or +inf (-inf is a valid score, for the impossible).
 
     Raises:
       ValueError: if ``apply``, ``params`` or a metric cannot be used, there is no metric, one is
-        named ``"non_finite"``, or ``batch_size`` is not an int of at least 1.
+        named ``"non_finite"``, or ``batch_size`` is not a positive int.
       DataError: if a client has no examples, other features than the first client, or labels that
         are out of range. The message names the client and the feature.
 
@@ -98,7 +98,7 @@ def evaluate_clients(
 ) -> dict[str, Any]:
     """Evaluates one model on each client's examples, or each client's own model.
 
-    A global model is evaluated in batches across the borders of clients, as in
+    For a global model, batches contain examples of different clients, as in
     `fax.metrics.evaluate`. With ``personal=True``, each device along the mesh axes of ``placement``
     evaluates different clients, one at a time.
 
@@ -108,9 +108,9 @@ def evaluate_clients(
         the order of ``data.client_ids()``.
       data: the clients, or what `fax.metrics.prepare` returns for them.
       metrics: by name; see `fax.metrics.evaluate`.
-      personal: whether each client has a model of its own.
-      batch_size: the most examples in a batch. Default: 256.
-      placement: the placement whose mesh axes batches or clients are spread over.
+      personal: whether each client has its own model.
+      batch_size: the largest number of examples in a batch. Default: 256.
+      placement: the placement over whose mesh axes batches or clients are spread.
 
     Returns:
       The results of the metrics, by name, as NumPy arrays [clients, ...] in the order of
@@ -150,7 +150,7 @@ def evaluate_clients(
 
 
 class _Totals:
-    """Statistics of all clients together, or of each client, added up on the host in 64 bits."""
+    """Statistics of all clients together, or of each client, summed on the host in 64 bits."""
 
     def __init__(self, clients: int | None = None) -> None:
         self.clients = clients
@@ -172,7 +172,7 @@ class _Totals:
 
 
 def _check_order(where: str, apply: Any, params: Any, data: Any) -> None:
-    """Checks the first arguments, which are easily mixed up."""
+    """Checks the first arguments, whose order is easily confused."""
     form = {2: "apply(params, batch)"}
     order = f" The order is {where.rpartition('.')[2]}(apply, params, data, metrics)."
     try:

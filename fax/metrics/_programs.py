@@ -38,7 +38,7 @@ _noticed: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
 
 
 def warn_if_recompiled(where: str, apply: Any, metrics: Any) -> None:
-    """Warns once about a function that is defined anew for every call, and so compiled each time.
+    """Warns once about a function that is redefined for every call, and so compiled each time.
 
     Two functions with the same code and values cannot be treated as one, because what they look up
     elsewhere may have changed in between.
@@ -57,7 +57,7 @@ def warn_if_recompiled(where: str, apply: Any, metrics: Any) -> None:
         _noticed.add(code)
         place = f", at {code.co_filename}:{code.co_firstlineno}," if hasattr(fn, "__code__") else ""
         warnings.warn(
-            f"{where}: {name} is {_arguments.shown(fn)} that is defined anew for every call{place} "
+            f"{where}: {name} is {_arguments.shown(fn)} that is redefined for every call{place} "
             "and so is compiled in every call. Define it once, outside of the loop.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""ResNet-18 with group normalisation, which unlike batch normalisation has no state."""
+"""ResNet-18 with group normalization, which unlike batch normalization has no state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Block(nnx.Module):
 
 
 class ResNet18(nnx.Module):
-    """ResNet-18 for small images, with normalisation over two groups of channels.
+    """ResNet-18 for small images, with normalization over two groups of channels.
 
     Like the model for CIFAR-100 of arXiv:2003.00295, after He et al., arXiv:1512.03385, and Hsieh
     et al., arXiv:1910.00189. It starts with a 3 x 3 convolution and has no pooling before the end,

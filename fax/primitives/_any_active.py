@@ -1,15 +1,15 @@
-"""The primitive `any_active`: whether anybody of those who are worked on at once has work to do.
+"""The primitive `any_active`: whether any of the participants in a vectorized batch is active.
 
-Clients that are vectorized go through their local steps together, and `vmap` turns a
-`lax.cond` on a client's own flag into a select: all work for as long as the capacity of the
-longest, whether or not anybody needs it. `any_active` gives a flag that stays one for all when it
-is vectorized, so that a `lax.cond` on it stays a branch::
+Vectorized clients take their local steps together, and `vmap` turns a `lax.cond` on a client's
+own flag into a select: all clients compute for the capacity of the longest one, whether or not any
+of them needs it. `any_active` returns a flag that is not batched by `vmap`, so that a `lax.cond` on
+it stays a branch::
 
     someone, mine = any_active(active)
     carry = lax.cond(someone, lambda c: select(mine, step(c), c), lambda c: c, carry)
 
-Where nothing is vectorized, who is in the branch is active: ``mine`` is the constant True, and
-the compiler removes the select.
+Without vectorization, a client in the branch is active: ``mine`` is the constant True, and the
+compiler removes the select.
 """
 
 import jax
@@ -22,7 +22,7 @@ any_active_p.multiple_results = True
 
 
 def any_active(active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a bool: whether it is true for anybody in the batch, and if so, for this one."""
+    """Whether a bool is true for anyone in the batch, and if so, whether for this one."""
     someone, mine = any_active_p.bind(active)
     return someone, mine
 

@@ -1,7 +1,7 @@
-"""The primitives `collect` and `distribute`: every row goes up, or a row goes to each.
+"""The primitives `collect` and `distribute`: all rows go to the server, or each row to a client.
 
-Both are the identity on arrays, for a placed value is an array of rows; what they say is
-where the rows are. Each is linear and the other one's transpose.
+Both are the identity on arrays, because a placed value is an array of rows; they only change where
+the rows are. Both are linear, and each is the transpose of the other.
 """
 
 from __future__ import annotations

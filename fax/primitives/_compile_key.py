@@ -1,4 +1,4 @@
-"""Jaxprs compared by what they compute, so that what was compiled once is found again."""
+"""Compares jaxprs by what they compute, so that equal ones are compiled only once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fax.primitives._jaxpr import Atom, evaluate, opened
 
 
 class Structure:
-    """A jaxpr that is equal to another one of the same equations.
+    """A jaxpr that is equal to any other with the same equations.
 
-    Jaxprs compare by identity, so a function traced twice would be compiled twice. What a
-    jaxpr computes is the same when its equations are; only rules for differentiation,
-    which forward evaluation does not touch, are left out of the comparison.
+    Jaxprs compare by identity, so a function traced twice would be compiled twice. Two jaxprs with
+    the same equations compute the same. The comparison ignores only rules for differentiation,
+    which forward evaluation does not use.
     """
 
     def __init__(self, jaxpr: ClosedJaxpr):
@@ -38,12 +38,12 @@ class Structure:
 
 @functools.partial(jax.jit, static_argnums=0)
 def execute(structure: Structure, *operands: Any) -> list[Any]:
-    """Compiles a jaxpr once for its structure and runs it."""
+    """Runs a jaxpr, compiled once for its structure."""
     return evaluate(structure.jaxpr, *operands)
 
 
 class _Identity:
-    """Stands in a key for an object that is equal to itself alone, and keeps it alive."""
+    """Represents an object in a key that is equal only to itself, and keeps it alive."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -96,7 +96,7 @@ def _is_of_jax(function: FunctionType) -> bool:
 
 
 def _closure_key(function: FunctionType) -> Hashable:
-    """A function that JAX makes anew at every call, around a user's callback, by its parts."""
+    """A key for a function that JAX makes at every call around a user's callback."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     defaults = (function.__defaults__, tuple((function.__kwdefaults__ or {}).items()))
     return function.__code__, _value_key(cells), _value_key(defaults)

@@ -1,9 +1,9 @@
-"""Where NaN and infinities come from, if `jax.debug_nans` or `jax.debug_infs` look for them.
+"""Finds the source of NaN and infinities under `jax.debug_nans` and `jax.debug_infs`.
 
-JAX runs a jitted function and looks at what it returns; if that is invalid, it runs the function
-once more, one operation after the other, to tell which one was first. Rounds and programs do
-the same. So what a mask leaves out is not looked at: it does not reach any result. And it
-is the client function of one participant that is run once more, not that of all.
+JAX runs a jitted function and checks its results. If one is invalid, it runs the function again,
+one operation at a time, to find the first invalid one. Rounds and programs do the same. So values
+that a mask leaves out are not checked, as they do not reach any result. And the client function
+runs again for only one participant, not for all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Test = Callable[[Any], Any]
 
 
 def _wanted() -> dict[str, Test]:
-    """What to look for."""
+    """The tests for what to look for."""
     config: Any = jax.config
     tests: dict[str, tuple[bool, Test]] = {
         "nan": (config.jax_debug_nans, jnp.isnan),
@@ -44,29 +44,29 @@ def _unwatched() -> Iterator[None]:
 
 
 def watch_program(run: Run, jaxpr: ClosedJaxpr, operands: Sequence[Any]) -> Sequence[Any]:
-    """Runs a program, and says which of its operations an invalid result comes from.
+    """Runs a program, and reports which of its operations made an invalid result.
 
-    The operands can be those of a transformation. Results are looked at when they are there.
+    The operands can be tracers of a transformation. Results are checked once they are concrete.
     """
     if not _wanted():
         return run(*operands)
     with _unwatched():
         outs = run(*operands)
     try:
-        # JAX looks at what comes out of an operation; this one changes nothing.
+        # JAX checks the results of an operation; this one is the identity.
         return [copy_p.bind(x) if _is_inexact(x) else x for x in outs]
     except FloatingPointError as found:
         error = FloatingPointError(
-            f"{found}, of the results of a fax.program. None of its operations makes an invalid "
-            "value when they run one after the other: it is among the arguments, or it comes from "
-            "how the compiler puts operations together."
+            f"{found}, in the results of a fax.program. None of its operations makes an invalid "
+            "value when they run one at a time: it is among the arguments, or it comes from how "
+            "the compiler combines operations."
         )
     _jaxpr.evaluate(jaxpr, *operands)
     raise error
 
 
 def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]:
-    """Runs a round, and says which operation of the client function made an invalid result."""
+    """Runs a round, and reports which operation of the client function made an invalid result."""
     wanted = _wanted()
     if not wanted:
         return run(*operands)
@@ -91,8 +91,8 @@ def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]
     name, mode = this.group.name, this.outputs[k].mode
     if who is None:
         raise FloatingPointError(
-            f"invalid value ({kind}) encountered in the {mode} over {name}: what the "
-            "participants contribute to it is valid."
+            f"invalid value ({kind}) encountered in the {mode} over {name}. The participants' "
+            "contributions to it are valid."
         )
     try:
         _jaxpr.evaluate_in_steps(kept.jaxpr, *rows, plain=True)
@@ -100,10 +100,9 @@ def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]
         error.add_note(f"It was encountered in the function mapped over {name}, for row {who}.")
         raise
     raise FloatingPointError(
-        f"invalid value ({kind}) encountered in federated_map, in what row {who} of {name} "
-        "returns. None of the mapped function's operations makes one when they run one after the "
-        "other: it is among the arguments, or it comes from how the compiler puts operations "
-        "together."
+        f"invalid value ({kind}) encountered in federated_map, in the result for row {who} of "
+        f"{name}. None of the mapped function's operations makes one when they run one at a time: "
+        "it is among the arguments, or it comes from how the compiler combines operations."
     )
 
 

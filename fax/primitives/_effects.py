@@ -1,4 +1,4 @@
-"""Effects and callbacks in client functions: what JAX can do of them, and what to say if not."""
+"""Effects and callbacks in client functions: refuses those that JAX does not support."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from fax.primitives._round import Round
 
 _LEFT_TO_THE_COMPILER = (
     "The function mapped over {} has effects, such as jax.debug.print, or calls back into Python, "
-    "as jax.pure_callback does, which JAX does not support where the mesh has axes that are left "
-    "to the compiler ({}). Return the value instead, or use a mesh without these axes."
+    "as jax.pure_callback does. JAX does not support this if the mesh has axes that are left to "
+    "the compiler ({}). Return the value instead, or use a mesh without these axes."
 )
 _ORDERED_ON_DEVICES = (
     "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
-    "the mesh in scope has {} devices, whose effects JAX does not put in order. Use ordered=False, "
-    "or a mesh of one device."
+    "the mesh in scope has {} devices, and JAX does not order effects across devices. Use "
+    "ordered=False, or a mesh of one device."
 )
 _ORDERED_AT_ONCE = (
     "The function mapped over {} has ordered effects, such as jax.debug.print(ordered=True), but "
-    "vectorize={} participants are worked on at once, in no order. Use vectorize=1, or "
-    "ordered=False."
+    "vectorize={} participants run at once, in no order. Use vectorize=1, or ordered=False."
 )
 
 
@@ -38,7 +37,7 @@ def is_ordered(this: Round) -> bool:
 
 
 def check_order(this: Round, mesh: AbstractMesh) -> None:
-    """Refuses ordered effects on several devices, which JAX refuses before it lowers anything."""
+    """Refuses ordered effects on several devices, as JAX does before it lowers anything."""
     if is_ordered(this) and not mesh.empty and mesh.size > 1:
         raise PlacementError(_ORDERED_ON_DEVICES.format(this.group.name, mesh.size))
 
@@ -46,13 +45,13 @@ def check_order(this: Round, mesh: AbstractMesh) -> None:
 def check(
     this: Round, along: Sequence[str], others: Sequence[str], at_once: Callable[[int], int]
 ) -> None:
-    """Refuses effects that JAX cannot carry out.
+    """Refuses effects that JAX cannot run.
 
     Args:
       this: the round.
       along: the mesh axes that are manual.
-      others: the axes of several devices that are not.
-      at_once: how many of so many participants a device works on at once.
+      others: the axes with several devices that are not manual.
+      at_once: given a number of participants, how many of them a device works on at once.
     """
     name = this.group.name
     if along and others and (has_effects(this) or _jaxpr.any_equation(this.jaxpr, _calls_back)):
@@ -62,5 +61,5 @@ def check(
 
 
 def _calls_back(eqn: JaxprEqn) -> bool:
-    """Whether Python is called without an effect."""
+    """Whether an equation calls Python without an effect."""
     return eqn.primitive.name == _compat.Named.PURE_CALLBACK

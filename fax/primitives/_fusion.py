@@ -1,6 +1,6 @@
 """The pass that turns a program into rounds; `fax.program` runs it on its jaxpr.
 
-    broadcast -> map          the map takes the server's value itself
+    broadcast -> map          the map takes the server's value directly
     map -> map                one map, if nothing has to happen in between
     map -> sum, max, min      the map reduces as it goes
     map -> mean               the map sums, and the server divides
@@ -39,14 +39,14 @@ _OPERATORS = (broadcast_p, collect_p, distribute_p, federated_map_p, *_REDUCTION
 
 
 def fuse(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
-    """Fuses a program. Returns its jaxpr, and the constants that are the leading inputs."""
+    """Fuses a program. Returns its jaxpr, and constants for its leading inputs."""
     jaxpr, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: has_operators(eqn.params["jaxpr"]))
     return _fuse(jaxpr), consts
 
 
 def _fuse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     program = _Program()
-    # Calls of `jax.jit` between operators are looked into if they treat each row alike.
+    # Calls of `jax.jit` between operators are inlined if they may treat all rows alike.
     jaxpr, consts = _jaxpr.inline_jit(jaxpr, may_be_rowwise)
     assert not consts
     for eqn in jaxpr.jaxpr.eqns:
@@ -77,7 +77,7 @@ def _fuse_inside(jaxpr: ClosedJaxpr | Jaxpr) -> Any:
 
 
 def has_operators(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether an operator is used, however deep."""
+    """Whether an operator is used, at any depth."""
     return _jaxpr.any_equation(jaxpr, is_operator)
 
 
@@ -93,10 +93,10 @@ class _Step:
 
     Attributes:
       eqn: the equation.
-      needs: tokens of effects that come first.
-      makes: tokens of effects that the step has.
-      place: where it is.
-      followers: steps that are known to wait for this one.
+      needs: tokens of the effects that have to come first.
+      makes: tokens of the step's own effects.
+      place: its place.
+      followers: steps that are known to depend on this one.
     """
 
     def __init__(self, eqn: JaxprEqn):
@@ -108,14 +108,14 @@ class _Step:
         self._before = 0
 
     def operands(self) -> list[Any]:
-        """The variables and tokens that have to be there first."""
+        """The variables and tokens that the step depends on."""
         return [*_jaxpr.variables(self.eqn.invars), *self.needs]
 
     def finished(self) -> JaxprEqn:
         return self.eqn
 
     def let_before(self, other: _Step) -> None:
-        """Moves a step right before this one, behind what was moved there earlier."""
+        """Moves a step right before this one, after steps that were moved there earlier."""
         self._before += 1
         other.place = (*self.place[:-1], self._before - sys.maxsize, 0)
 
@@ -157,7 +157,7 @@ class _Program:
         self._put(step, eqn.outvars)
 
     def add_map(self, eqn: JaxprEqn) -> None:
-        """Adds a map, merged with those that feed it."""
+        """Adds a map, and merges it with those that feed it."""
         jaxpr = eqn.params["jaxpr"]
         made = (var for inner in jaxpr.jaxpr.eqns for var in inner.outvars)
         variables = {*jaxpr.jaxpr.invars, *made}
@@ -170,7 +170,7 @@ class _Program:
             self._put(step, eqn.outvars)
 
     def add_reduction(self, eqn: JaxprEqn) -> None:
-        """Adds a reduction, as one more output of the map whose rows it reduces."""
+        """Adds a reduction, if possible as another output of the map whose rows it reduces."""
         rows: Any = eqn.invars[0]
         result: Any = eqn.outvars[0]
         maker = self._maker_of_rows(rows)
@@ -197,7 +197,7 @@ class _Program:
         return None
 
     def add_rowwise(self, eqn: JaxprEqn) -> None:
-        """Adds an equation that may treat all rows alike, which is a map on placed values."""
+        """Adds an equation that may treat all rows alike; on placed values it is then a map."""
         makers = list(map(self._maker_of_rows, _jaxpr.variables(eqn.invars)))
         if self._add_before_broadcast(eqn, makers):
             return
@@ -235,14 +235,14 @@ class _Program:
         return isinstance(maker, _Map) and maker.builder.outputs[var].mask is not None
 
     def _maker_of_rows(self, atom: Atom) -> _Step | None:
-        """The broadcast or map whose result a placed value is."""
+        """The broadcast or map that a placed value comes from."""
         maker = self._maker.get(atom) if isinstance(atom, Var) else None
         if not isinstance(maker, _Map):
             return None if _broadcast(maker) is None else maker
         return maker if maker.builder.outputs[atom].mode == "placed" else None
 
     def _sender(self, group: Placement) -> Find:
-        """Lets a map see what is broadcast to it as the server's value."""
+        """Replaces broadcast operands of a map by the server's values."""
 
         def find(atom: Atom, mode: In) -> tuple[Atom, In]:
             sent = _broadcast(self._maker_of_rows(atom)) if mode.mode == "placed" else None
@@ -253,7 +253,7 @@ class _Program:
         return find
 
     def _merge(self, step: _Map) -> bool:
-        """Merges a new map with those that feed it. Returns whether there were any."""
+        """Merges a new map with those that feed it. Returns whether there are any."""
         new, inputs = step, step.builder.inputs.values()
         makers = {self._maker_of_rows(atom) for atom, mode in inputs if mode.mode == "placed"}
         feeding = [maker for maker in makers if isinstance(maker, _Map)]
@@ -271,10 +271,10 @@ class _Program:
         return step is not new
 
     def _waits(self, step: _Map, maker: _Map) -> bool:
-        """Whether a map has to wait for a result of another one, other than by the rows it is fed.
+        """Whether a map depends on another one by more than the rows that it is fed.
 
-        Takes each step between the two once: those that have to stay behind the other map are
-        remembered, and the rest moves before it.
+        This visits each step between the two once: those that have to stay after the other map are
+        remembered, and the rest is moved before it.
         """
         fed = maker.builder.feeds
         others = [atom for atom, mode in step.builder.inputs.values() if not fed(atom, mode)]
@@ -299,7 +299,7 @@ class _Program:
         return {self._maker[key] for key in keys if key in self._maker}
 
     def _order_effects(self, step: _Step, eqn: JaxprEqn) -> None:
-        """Effects keep their order: each one waits for the one before."""
+        """Keeps effects in order: each one waits for the one before."""
         if not eqn.effects:
             return
         if self._token is not None:
@@ -314,7 +314,7 @@ class _Program:
 
 
 def _broadcast(maker: _Step | None) -> JaxprEqn | None:
-    """The broadcast that a step is, if it is one."""
+    """The step's equation if it is a broadcast."""
     return maker.eqn if maker is not None and maker.eqn.primitive is broadcast_p else None
 
 

@@ -1,8 +1,8 @@
-"""The toolbox for jaxprs: to trace, evaluate, search, rewrite, prune and splice them.
+"""Tools for jaxprs: trace, evaluate, search, rewrite, prune and splice them.
 
-The jaxprs that fax's primitives carry are closed and hold no constants: what a function closes
-over becomes leading inputs, so that arrays and tracers of an outer transformation are treated
-alike. Nothing here knows of placements.
+The jaxprs in the parameters of fax's primitives are closed and have no constants: what a function
+closes over becomes leading inputs, so arrays and tracers of an outer transformation are treated
+alike. Nothing here depends on placements.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def trace(
 ) -> tuple[ClosedJaxpr, list[Any]]:
     """The jaxpr of a flat function, and the arrays or tracers that it closes over.
 
-    The latter are its leading inputs. Unlike `jax.make_jaxpr` this keeps every part of an
-    input's type and lets a function close over tracers. Error messages name ``about``.
+    The latter are its leading inputs. Unlike `jax.make_jaxpr`, this keeps all of an input's type
+    and lets a function close over tracers. Error messages name ``about``.
     """
     info = debug_info("fax", about or fn, (), {}).with_unknown_names()
     flat = lu.wrap_init(fn, debug_info=info)
@@ -40,7 +40,7 @@ def trace(
 
 
 def cached(fn: Callable) -> Callable:
-    """Remembers what a function traces, which depends on the mesh in scope, too."""
+    """Caches what a function traces, which also depends on the mesh in scope."""
     remembered = functools.lru_cache(lambda mesh, *args: fn(*args))
 
     @functools.wraps(fn)
@@ -65,7 +65,7 @@ def close(jaxpr: Jaxpr) -> ClosedJaxpr:
 def rebuild(
     like: ClosedJaxpr, invars: Iterable[Var], outvars: Iterable[Atom], eqns: Iterable[JaxprEqn]
 ) -> ClosedJaxpr:
-    """A jaxpr of other equations that keeps the debugging facts of ``like``."""
+    """A jaxpr with other equations, and with the debugging information of ``like``."""
     eqns = list(eqns)
     jaxpr = like.jaxpr.replace(
         constvars=[],
@@ -81,8 +81,8 @@ def rebuild(
 def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
     """The outputs of a jaxpr.
 
-    Under `jax.debug_nans` a call of `jax.jit` that gives NaN is looked into, so that the error
-    names an operation.
+    Under `jax.debug_nans`, if a call of `jax.jit` returns NaN, this evaluates its body step by
+    step, so that the error names an operation.
     """
     try:
         return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *operands)
@@ -93,10 +93,10 @@ def evaluate(jaxpr: ClosedJaxpr, *operands: Any) -> list[Any]:
 
 
 def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -> list[Any]:
-    """The outputs of a jaxpr, one equation after the other, for errors of `jax.debug_nans`.
+    """The outputs of a jaxpr, one equation at a time, for errors of `jax.debug_nans`.
 
-    ``plain`` leaves out rules for differentiation, where JAX does not look for NaN and jet fails.
-    That is right where nothing is left to be differentiated by them.
+    ``plain`` ignores custom rules for differentiation, in which JAX does not look for NaN and jet
+    fails. This is correct if nothing will be differentiated by them.
     """
 
     def step(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
@@ -118,13 +118,13 @@ def interpret(
     step: Callable[[JaxprEqn, list[Any]], Iterable[Any]],
     constant: Callable[[Any], Any] = lambda value: value,
 ) -> list[Any]:
-    """The outputs of a jaxpr whose equations mean what ``step`` says.
+    """The outputs of a jaxpr, if ``step`` evaluates its equations.
 
     Args:
       jaxpr: the jaxpr.
-      operands: of any kind.
+      operands: values of any kind.
       step: takes an equation and its operands, and returns its results.
-      constant: makes an operand of a constant or of a literal's value.
+      constant: converts a constant or the value of a literal to an operand.
     """
     inner = jaxpr.jaxpr
     env: dict[Var, Any] = dict(zip(inner.constvars, map(constant, jaxpr.consts), strict=True))
@@ -145,7 +145,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:
-    """What an equation calls, if it does nothing else."""
+    """The jaxpr that an equation calls, if it does nothing else."""
     if eqn.primitive is remat_p:
         return ClosedJaxpr(eqn.params["jaxpr"], [])
     name = _compat.CALLS.get(eqn.primitive)
@@ -162,7 +162,7 @@ def any_equation(
     test: Callable[[JaxprEqn], bool],
     inside: Callable[[JaxprEqn], bool] = lambda eqn: True,
 ) -> bool:
-    """Whether an equation passes a test, however deep. ``inside`` says where to look."""
+    """Whether an equation passes a test, at any depth. ``inside`` says where to look."""
     return any(
         test(eqn) or (inside(eqn) and any_inside(eqn, test, inside)) for eqn in opened(jaxpr).eqns
     )
@@ -178,7 +178,7 @@ def any_inside(
 
 
 def map_leaves(fn: Callable[[Any], Any], param: Any) -> Any:
-    """An equation's parameter with a function applied to what is in its tuples and lists."""
+    """An equation's parameter with a function applied to the items of its tuples and lists."""
     if type(param) in (tuple, list):
         return type(param)(map_leaves(fn, x) for x in param)
     if isinstance(param, tuple) and hasattr(param, "_fields"):
@@ -195,7 +195,7 @@ def map_jaxprs(fn: Callable[[Any], Any], eqn: JaxprEqn) -> JaxprEqn:
     return eqn.replace(params={name: map_leaves(apply, x) for name, x in eqn.params.items()})
 
 
-# What stands for an equation: another one of the same results, or equations and their results.
+# Replaces an equation: another one with the same results, or equations and their results.
 Replacement = JaxprEqn | tuple[list[JaxprEqn], Sequence[Atom]]
 
 
@@ -207,9 +207,9 @@ def rewrite(
     """A jaxpr with its equations replaced.
 
     Args:
-      jaxpr: the jaxpr, whose constants stay.
-      replace: takes an equation, on the variables that it has by now.
-      renew: makes the new variable of a variable, and the new literal of a literal.
+      jaxpr: the jaxpr. Its constants do not change.
+      replace: takes an equation, in the new variables.
+      renew: makes a new variable for a variable, and a new literal for a literal.
     """
     old = opened(jaxpr)
     env: dict[Var, Atom] = {v: renew(v) for v in (*old.constvars, *old.invars)}
@@ -225,7 +225,7 @@ def _rewritten(
     replace: Callable[[JaxprEqn], Replacement],
     renew: Callable[[Atom], Atom],
 ) -> tuple[list[JaxprEqn], list[Atom]]:
-    """The equations and outputs of a jaxpr, where ``env`` has what stands for its inputs."""
+    """The new equations and outputs of a jaxpr. ``env`` has the atoms that replace its inputs."""
 
     def read(atom: Atom) -> Atom:
         return env[atom] if isinstance(atom, Var) else renew(atom)
@@ -256,7 +256,7 @@ def parts(
 ) -> list[tuple[ClosedJaxpr, list[int]]]:
     """For each group of outputs, the jaxpr that computes them and the inputs that it takes.
 
-    It takes no longer than to go through the equations of all parts. Effects are in the first.
+    The time is proportional to the number of equations in all parts. Effects are in the first.
     """
     inner = jaxpr.jaxpr
     makers = {var: i for i, eqn in enumerate(inner.eqns) for var in eqn.outvars}
@@ -290,7 +290,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
 def splice(jaxpr: ClosedJaxpr, operands: Sequence[Atom]) -> tuple[list[JaxprEqn], list[Atom]]:
     """The equations of a jaxpr without constants on other operands, for use in another jaxpr.
 
-    Returns them, in variables of their own, and the atoms that hold the outputs.
+    Returns the equations, in new variables, and the atoms of the outputs.
     """
     env = dict(zip(jaxpr.jaxpr.invars, operands, strict=True))
     return _rewritten(
@@ -302,7 +302,7 @@ def splice(jaxpr: ClosedJaxpr, operands: Sequence[Atom]) -> tuple[list[JaxprEqn]
 
 
 def renamed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """The same jaxpr in variables of its own."""
+    """The same jaxpr in new variables."""
     invars = [Var(var.aval) for var in jaxpr.jaxpr.invars]
     eqns, outvars = splice(jaxpr, invars)
     return rebuild(jaxpr, invars, outvars, eqns)
@@ -311,7 +311,7 @@ def renamed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 def inline_jit(
     jaxpr: ClosedJaxpr, wanted: Callable[[JaxprEqn], bool]
 ) -> tuple[ClosedJaxpr, list[Any]]:
-    """Replaces the wanted `jax.jit` calls by what they call, and theirs in turn.
+    """Inlines the wanted calls of `jax.jit`, and those inside them.
 
     Returns the jaxpr and the constants of the calls, its new leading inputs.
     """
@@ -338,7 +338,7 @@ def inline_jit(
 
 
 def touched(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
-    """The variables that are computed from some of the inputs. Calls count as a whole."""
+    """The variables that depend on some of the inputs. Calls count as a whole."""
     reached = set(inputs)
     for eqn in jaxpr.jaxpr.eqns:
         if not reached.isdisjoint(variables(eqn.invars)):

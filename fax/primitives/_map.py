@@ -11,12 +11,12 @@ derivatives are
     y = sum_i f_i(p)        dy = sum_i J_i dp + K_i dx_i        p' = sum_i J_i^T y'
                                                                 x_i' = K_i^T y'
 
-so that the derivative of a round is a round: a tangent has the mode of its primal, and
-transposition makes server inputs out of sums and sums out of server inputs.
+So the derivative of a round is a round: a tangent has the mode of its primal, and transposition
+turns sums into server inputs and server inputs into sums.
 
-An output may be masked. The client function then computes a bool as well, and an output
-whose bool is false does not count: its row is zero, a reduction passes over it, and so do
-tangents and cotangents on both sides of the client function's derivative, even if it is infinite.
+An output may be masked. The client function then also computes a bool. If it is false, the output
+does not count: its row is zero, reductions skip it, and its tangents and cotangents are zero on
+both sides of the client function's derivative, even if the derivative is infinite.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from fax.primitives._round import (
     seen_avals,
 )
 
-# Types. What else a map is when it is evaluated and compiled is in `fax.lowering`.
+# Types. How a map is evaluated and compiled is in `fax.lowering`.
 
 
 def _abstract_eval(*_, **params):
@@ -65,8 +65,8 @@ def _abstract_eval(*_, **params):
 
 # Batching
 #
-# The client function is batched. A placed value keeps the participants' axis in front, so
-# its batch axis comes second. Outputs that no batched operand reaches stay unbatched.
+# The client function is batched. The participants' axis of a placed value stays first, so its
+# batch axis comes second. Outputs that do not depend on a batched operand stay unbatched.
 
 
 def _batch(axis, operands, dims, **params):
@@ -96,9 +96,9 @@ def _batch(axis, operands, dims, **params):
 
 # Forward differentiation
 #
-# One map of the client function's JVP gives primals and tangents together, and stores
-# nothing. Whose row a max or a min is cannot be known before the last participant has
-# finished, so if such an output moves, its rows are placed, and reduced after the map.
+# One map of the client function's JVP returns primals and tangents together, and stores nothing.
+# Which row attains a max or a min is known only after the last participant. So if such an output
+# has a tangent, its rows are placed, and reduced after the map.
 
 
 def _jvp(primals, tangents, **params):
@@ -122,7 +122,7 @@ def _jvp(primals, tangents, **params):
     jaxpr, consts = _jaxpr.trace(both, seen_avals(operands, inputs))
     operands, inputs = [*consts, *operands], (SERVER,) * len(consts) + inputs
     inner = jaxpr.jaxpr
-    # A tangent that does not follow from another one is a zero that `jax.jvp` has written out.
+    # A tangent that does not depend on another one is a zero that `jax.jvp` has instantiated.
     follows = _jaxpr.touched(jaxpr, inner.invars[len(consts) + len(primals) :])
     own_tangents = iter(inner.outvars[len(this.jaxpr.out_avals) :])
     primal_parts, tangent_parts, late = [], [], []
@@ -166,7 +166,7 @@ def reduce_late(
     masks: Sequence[Any | None],
     group: Placement,
 ) -> list[tuple[Any, Any]]:
-    """The maxima or minima of placed rows, with their tangents: the mean over who attains them."""
+    """The maxima or minima of placed rows, and the mean tangents of the rows that attain them."""
     given = [mask for mask in masks if mask is not None]
     numbers = expand((mask is not None for mask in masks), range(len(given)))
     outs = [Out(mode, number) for mode, number in zip(modes, numbers, strict=True)]
@@ -200,10 +200,10 @@ def _is_zero(tangent: Any) -> bool:
 
 # Transposition
 #
-# A round that is linear in some inputs is transposed participant by participant. Where an
-# output is masked its cotangent is zero, and so is what follows from it, be the transposed
-# function infinite. So outputs of different masks are transposed one after the other, each
-# result has the mask of the outputs that it follows from, and the server adds them up.
+# A round that is linear in some inputs is transposed for each participant. Where an output is
+# masked, its cotangent is zero, and so are results that depend on it, even if the transposed
+# function is infinite. So outputs with different masks are transposed separately, each result has
+# the mask of the outputs that it depends on, and the server adds them up.
 
 
 def _transpose(cotangents, *operands, **params):

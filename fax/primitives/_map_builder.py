@@ -1,8 +1,8 @@
-"""One map that does the work of several: a map under construction.
+"""A map under construction, which does the work of several maps.
 
-What a map feeds is taken into it, one map or reduction after the other. Equations are only
-collected, and the client function's jaxpr is put together once, at the end, so that the time
-to fuse a program is proportional to the number of its equations.
+A map absorbs the maps and reductions that it feeds, one after the other. This only collects
+equations. The client function's jaxpr is built once, at the end, so the time to fuse a program is
+proportional to the number of its equations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fax.primitives._jaxpr import Atom
 from fax.primitives._mask import either
 from fax.primitives._round import Contribution, In, Round, Vectorize, has_convolutions, select
 
-# Finds the operand of a map, and its mode, for one of an equation.
+# Finds the operand of a map, and its mode, for an operand of an equation.
 Find = Callable[[Atom, In], tuple[Atom, In]]
 
 
@@ -29,11 +29,11 @@ class MapBuilder:
     """A map under construction.
 
     Attributes:
-      like: the placement, how many are vectorized, and the setting for convolutions.
-      eqn: where in the user's code the map comes from.
+      like: the placement, the number of vectorized participants, the setting for convolutions.
+      eqn: the equation that says where in the user's code the map comes from.
       inputs: for each variable that a participant sees, the operand and its mode.
       outputs: for each result, what a participant contributes to it.
-      eqns: what a participant computes, in the variables of the equations as they came.
+      eqns: what a participant computes, in the variables of the original equations.
     """
 
     def __init__(self, like: Round, eqn: JaxprEqn):
@@ -48,7 +48,7 @@ class MapBuilder:
 
     @classmethod
     def of(cls, eqn: JaxprEqn, find: Find) -> MapBuilder:
-        """Starts from a map, on the operands that ``find`` has for its own."""
+        """Starts from a map, and replaces its operands by those that ``find`` returns."""
         this = Round.of(eqn.params)
         builder, inner = cls(this, eqn), this.jaxpr.jaxpr
         for atom, mode, var in zip(eqn.invars, this.inputs, inner.invars, strict=True):
@@ -66,13 +66,13 @@ class MapBuilder:
         return builder
 
     def see(self, atom: Atom, mode: In, var: Var) -> Var:
-        """The variable of an operand: ``var``, unless the operand has one already."""
+        """The variable of an operand: ``var``, unless the operand already has one."""
         seen = self._seen.setdefault((id(atom), mode), var)
         self.inputs.setdefault(seen, (atom, mode))
         return seen
 
     def reduce(self, rows: Var, mode: str, total: Var) -> None:
-        """Adds a result: another one's contributions, reduced in the dtype of the total."""
+        """Adds a result: the contributions to another one, reduced in the dtype of the total."""
         value, _, mask = self.outputs[rows]
         dtype = total.aval.dtype  # type: ignore[attr-defined]
         if value.aval.dtype != dtype:
@@ -82,7 +82,8 @@ class MapBuilder:
     def fits(self, other: MapBuilder) -> bool:
         """Whether both are over the same placement and run in the same way.
 
-        That is for as many at once, and with the same setting for convolutions if both have any.
+        That is, with as many participants at once and, if both have convolutions, with the same
+        setting for these.
         """
         sizes = {self.like.vectorize, other.like.vectorize}.difference(Vectorize)
         alike = self.like.group == other.like.group and len(sizes) <= 1
@@ -94,7 +95,7 @@ class MapBuilder:
         return part is not None and part.mode == mode.mode == "placed"
 
     def absorb(self, other: MapBuilder) -> None:
-        """Takes in a map that fits, and that follows from this one by the rows it is fed alone."""
+        """Absorbs a map that fits, and that depends on this one only by the rows that it is fed."""
         joins = isinstance(other.like.vectorize, Vectorize)
         vectorize = _vectorize(self.like.vectorize, other.like.vectorize)
         convolutions = self._convolutions_with(other) or self.like.convolutions
@@ -148,7 +149,7 @@ class MapBuilder:
     def _within(
         self, host: _Checkpoint, other: MapBuilder, seen: Mapping[Var, Atom]
     ) -> dict[Var, Contribution]:
-        """Lets a checkpoint do another map's work, on what the map's variables are here."""
+        """Moves another map's work into a checkpoint. ``seen`` has the map's variables here."""
 
         def inner(atom: Atom) -> Atom:
             atom = other._read(atom)
@@ -172,20 +173,20 @@ class MapBuilder:
         return atom
 
     def _splice(self, jaxpr: ClosedJaxpr, *operands: Atom) -> Atom:
-        """Adds the equations of a jaxpr, and returns what they make."""
+        """Adds the equations of a jaxpr, and returns their result."""
         eqns, (value,) = _jaxpr.splice(jaxpr, operands)
         self.eqns += eqns
         return value
 
     def _convolutions_with(self, other: MapBuilder) -> str | None:
-        """How both compute their convolutions, or None if they differ in it."""
+        """How both compute their convolutions, or None if they differ."""
         one, two = self.like.convolutions, other.like.convolutions
         if one == two or not has_convolutions(other.round().jaxpr):
             return one
         return None if has_convolutions(self.round().jaxpr) else two
 
     def _fed(self, other: MapBuilder) -> dict[Var, Contribution]:
-        """The variables of another map that are rows of this one, and whose."""
+        """The variables of another map that are rows of this one, with their contributions."""
         seen: Iterable[Var] = other.inputs
         if len(self.outputs) < len(other.inputs):  # looks up the fewer in the many
             keys = ((id(result), In("placed", t)) for result in self.outputs for t in (False, True))
@@ -200,9 +201,9 @@ class MapBuilder:
         return self._splice(_row_where(part.mask.aval, part.value.aval), part.mask, part.value)
 
     def _silent(self, other: MapBuilder, fed: Mapping[Var, Contribution]) -> Atom | None:
-        """A mask for the results of a map that is linear in tangents which are all masked.
+        """A mask for the results of a map that is linear in tangents, if all of these are masked.
 
-        Where these are zero so are its results, even where its derivatives are infinite.
+        Where these are zero, so are its results, even if its derivatives are infinite.
         """
         if all(part.mask is None for part in fed.values()):
             return None
@@ -219,9 +220,9 @@ class MapBuilder:
         return mask
 
     def _shared_checkpoint(self, rows: Iterable[Atom]) -> _Checkpoint | None:
-        """The one `jax.checkpoint` that makes all the rows which are not inputs, if there is one.
+        """The single `jax.checkpoint` that makes all rows that are not inputs, if there is one.
 
-        The product of a weighted mean belongs inside: outside, the gradient with respect to the
+        The product of a weighted mean belongs inside it: outside, the gradient with respect to the
         weights would have to store every participant's update.
         """
         made = set(_jaxpr.variables(map(self._read, rows))).difference(self.inputs)
@@ -230,11 +231,11 @@ class MapBuilder:
 
 
 class _Checkpoint:
-    """A `jax.checkpoint` in a map under construction, which can take in what uses its results.
+    """A `jax.checkpoint` in a map under construction, which can absorb what uses its results.
 
     Attributes:
-      eqns: what is computed in it.
-      results: for each variable that it makes, the atom in it.
+      eqns: its equations.
+      results: for each of its result variables, the atom inside.
     """
 
     def __init__(self, eqn: JaxprEqn):
@@ -250,7 +251,7 @@ class _Checkpoint:
         self._outer.update((own, atom) for atom, own in pairs)
 
     def within(self, atom: Atom) -> Atom:
-        """An atom outside as it is seen within."""
+        """The atom inside for an atom outside."""
         if not isinstance(atom, Var):
             return atom
         if atom not in self._inner:
@@ -261,7 +262,7 @@ class _Checkpoint:
         return self._inner[atom]
 
     def outside(self, atom: Atom) -> Atom:
-        """An atom within as it is seen outside."""
+        """The atom outside for an atom inside."""
         if not isinstance(atom, Var):
             return atom
         if atom not in self._outer:
@@ -271,7 +272,7 @@ class _Checkpoint:
         return self._outer[atom]
 
     def on(self, read: Callable[[Atom], Atom]) -> JaxprEqn:
-        """The checkpoint as an equation, on the atoms that its operands are."""
+        """The checkpoint as an equation, with its operands replaced by ``read``."""
         inner = ClosedJaxpr(self._eqn.params["jaxpr"], [])
         if self.eqns == inner.jaxpr.eqns and len(self.results) == len(inner.jaxpr.outvars):
             return self._eqn.replace(invars=list(map(read, self._operands)))
@@ -284,14 +285,14 @@ class _Checkpoint:
 
 
 def _vectorize(one: Any, other: Any) -> Any:
-    """How many participants two maps that fit work on at once when they are one."""
+    """How many participants the union of two maps that fit works on at once."""
     if isinstance(one, Vectorize) and isinstance(other, Vectorize):
         return one if one is Vectorize.INHERITED else other
     return other if isinstance(one, Vectorize) else one
 
 
 def _on(eqn: JaxprEqn | _Checkpoint, read: Callable[[Atom], Atom]) -> JaxprEqn:
-    """An equation on the atoms that its operands are."""
+    """An equation with its operands replaced by ``read``."""
     if isinstance(eqn, _Checkpoint):
         return eqn.on(read)
     return eqn.replace(invars=list(map(read, eqn.invars)))

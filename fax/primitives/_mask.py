@@ -1,8 +1,8 @@
-"""What a mask does to a client function.
+"""The effect of a mask on a client function.
 
-An output that is masked counts only where its mask is true; elsewhere its row is zero, and a
-reduction passes over it. The mask is a parameter of the map, so that every rule knows where
-tangents and cotangents are zero, even where the derivative of the client function is infinite.
+A masked output counts only where its mask is true; elsewhere its row is zero, and reductions skip
+it. The mask is a parameter of the map, so that every rule knows where tangents and cotangents are
+zero, even if the derivative of the client function is infinite.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fax.primitives._round import Out, Round, pick, select
 def apply_masks(
     this: Round, outs: Any, select: Callable[..., jax.Array] = select
 ) -> list[jax.Array]:
-    """One participant's contributions, those that are masked replaced by what changes nothing."""
+    """One participant's contributions, with masked ones replaced by the reduction's identity."""
     return [
         value if mask is None else select(mask, value, _nothing(mode, value.dtype))
         for value, mode, mask in this.contributions(list(map(jnp.asarray, outs)))
@@ -40,8 +40,8 @@ def _contribute(this: Round, *rows: Any) -> list[jax.Array]:
 def _select(mask: jax.Array, value: jax.Array, otherwise: Any = 0) -> jax.Array:
     """The same as `select`, for masks that are vectorized.
 
-    `jax.vmap` broadcasts a mask to the shape of what it masks. Reverse differentiation broadcasts
-    it once more instead of storing that for each participant.
+    `jax.vmap` broadcasts a mask to the shape of what it masks. Under `jax.checkpoint`, reverse
+    differentiation broadcasts it again instead of storing it for each participant.
     """
     chosen = functools.partial(select, otherwise=otherwise)
     return jax.checkpoint(chosen, prevent_cse=False)(mask, value)
@@ -55,7 +55,7 @@ def _nothing(mode: str, dtype: Any) -> Any:
 def _gate(counts: jax.Array, x: jax.Array) -> jax.Array:
     """A value whose tangents are zero unless it counts.
 
-    A select would do the same, but what it makes of a server value is another one for each
+    A select would do the same, but of a server value it makes a separate value for each
     participant, which reverse differentiation would store.
     """
     del counts
@@ -69,12 +69,12 @@ def _gate_jvp(primals, tangents):
 
 
 def mask_within(this: Round) -> Round:
-    """Moves the masks into the client function, for a mask is a scalar and not a batch.
+    """Moves the masks into the client function, because a mask is a scalar and not a batch.
 
-    The inputs of a masked output enter without derivatives where it does not count: then
-    tangents and cotangents are zero on both sides of the client function. That takes an
-    evaluation for each mask, under differentiation, unless all outputs have the same one and
-    it is known without the inputs that are differentiated.
+    Where a masked output does not count, its inputs have no derivatives, so that tangents and
+    cotangents are zero on both sides of the client function. Under differentiation this evaluates
+    the function once for each mask, unless all outputs have the same one and it does not depend on
+    the inputs that are differentiated.
     """
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
     decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]

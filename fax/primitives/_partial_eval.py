@@ -1,9 +1,9 @@
-"""Partial evaluation of `federated_map`, on which reverse differentiation rests.
+"""Partial evaluation of `federated_map`, which reverse differentiation is based on.
 
 The client function is split in two, and so is the round: a map of what is known, which also
-returns the residuals that the rest needs, and a map of the rest. A residual that is an input
-is passed on in that input's mode, and one that depends on server values alone is computed by
-the server: neither becomes n copies.
+returns the residuals that the rest needs, and a map of the rest. A residual that is an input is
+passed on in the mode of that input, and the server computes one that depends only on server values.
+So neither becomes n copies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fax.primitives._round import (
 
 
 def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
-    """The rule that `jax.linearize` and `jax.grad` come to."""
+    """The rule that `jax.linearize` and `jax.grad` use."""
     this = Round.of(params)
     unknown = [not tracer.is_known() for tracer in tracers]
     known = [not u for u in unknown]
@@ -41,7 +41,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     if not all(i.tangent for i in pick(unknown, this.inputs)):
         return _without_residuals(trace, this, tracers, late)
 
-    # The rest takes residuals first, and computes the masks anew.
+    # The rest takes residuals first, and computes the masks again.
     inner = halves.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
     outvars = [*expand(late, inner.outvars), *masks]
@@ -51,7 +51,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     used_unknown = used[len(halves.forwarded) :]
     computed = [u and f is None for u, f in zip(used, halves.forwarded, strict=False)]
 
-    # What is known returns outputs, then the residuals that the rest uses and are not inputs.
+    # The known part returns outputs, then the residuals that the rest uses and are not inputs.
     known_round, known_masks, residuals = _known_round(this, halves, unknown)
     mask, extra = either(
         [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
@@ -65,7 +65,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     operands = [*halves.consts, *operands]
     outs, on_server = _bind_hoisted(first, operands, [False] * values + [True] * len(residuals))
 
-    # The residuals find their modes, and the rest is left for later.
+    # Residuals get their modes, and the rest is left for later.
     found = iter(zip(outs[values:], on_server[values:], strict=True))
     inputs, held = [], []
     for position in pick(used[: len(halves.forwarded)], halves.forwarded):
@@ -87,11 +87,11 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
 def _without_residuals(
     trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]
 ) -> list[Any]:
-    """Evaluates what is known and leaves the rest, which stores nothing of it, for later.
+    """Evaluates what is known without residuals, and leaves the rest for later.
 
-    Not everything that is unknown is a tangent, so this is no differentiation. It is the way in
-    which a scan over rounds asks what it could compute before it starts; intermediate values of
-    the participants, who may be many, are not worth holding through all of the rounds.
+    Not everything that is unknown is a tangent, so this is not differentiation. A scan over rounds
+    does it to find out what it could compute before it starts. Intermediate values of many
+    participants are not worth storing through all of the rounds.
     """
     if this.jaxpr.effects or all(late):
         late, known_outs = [True] * len(late), iter(())  # effects happen once
@@ -131,7 +131,7 @@ def partial_eval_custom(
 
 
 def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
-    """Evaluates the client function, its masks once more among the outputs of the rest."""
+    """Evaluates the client function, with its masks also among the outputs of the rest."""
     inner, count = this.jaxpr.jaxpr, len(this.outputs)
     outvars = [*inner.outvars, *inner.outvars[count:]]
     doubled = _jaxpr.rebuild(this.jaxpr, inner.invars, outvars, inner.eqns)
@@ -141,15 +141,15 @@ def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
         halves = PartialEvaluation(doubled, unknown, forced)
         waits = [o.mask is not None and halves.unknown_out[count + o.mask] for o in this.outputs]
         if not any(w and not u for w, u in zip(waits, halves.unknown_out, strict=False)):
-            return halves  # no known value waits for a mask that is still unknown
+            return halves  # no known value has a mask that is unknown
 
 
 def _known_round(
     this: Round, halves: PartialEvaluation, unknown: Sequence[bool]
 ) -> tuple[Round, list[Atom | None], list[Atom]]:
-    """The round of what is known, on the constants of its part and the known operands.
+    """The round of what is known, on the constants of its half and the known operands.
 
-    Returns it with the masks, None for one that is not known, and the residuals.
+    Returns it with the masks, None for those that are not known, and the residuals.
     """
     count, inner = len(this.outputs), halves.known.jaxpr
     early = [not u for u in halves.unknown_out[:count]]
@@ -164,7 +164,7 @@ def _known_round(
 def _bind_hoisted(
     this: Round, operands: Sequence[Any], candidates: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
-    """Binds a round; the server computes the candidates that depend on its values alone.
+    """Binds a round; the server computes the candidates that depend only on server values.
 
     Returns the outputs, and which of them are such server values.
     """
@@ -184,7 +184,7 @@ def _bind_hoisted(
 
 
 def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
-    """Consecutive parts of the given sizes, and what is left."""
+    """Consecutive parts of the given sizes, and the remaining items."""
     parts = []
     for size in sizes:
         parts.append(items[:size])

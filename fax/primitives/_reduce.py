@@ -4,8 +4,8 @@
     mean  y = sum_i x_i / n     x_i' = y' / n
     max   y = max_i x_i         dy = the mean of dx_i over the i that attain it
 
-Floats shorter than float32 are added up and divided in float32 and cast last. Sum and mean
-are linear; the transpose of sum is `broadcast`.
+Floats shorter than float32 are summed and divided in float32, and cast at the end. Sum and mean are
+linear; the transpose of sum is `broadcast`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parameters of a `federated_map`, and ways to make and bind one."""
+"""The parameters of a `federated_map`, and functions to make and bind one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CONVOLUTIONS = ("auto", "xla", "matmul")
 
 
 class Vectorize(enum.Enum):
-    """How many participants a device works on at once, where fax's own maps do not say a number.
+    """How many participants a device works on at once, for fax's own maps that have no number.
 
-    Such a map runs like the one that it is fused with. By itself it runs
+    Such a map runs like the map that it is fused with. Alone it runs
 
-      ALL        for everybody at once: the few element-wise operations of an operator.
-      INHERITED  as users' maps do by default: what aggregators do with every update.
+      ALL        for all participants at once: the few element-wise operations of an operator.
+      INHERITED  like users' maps by default: what aggregators do with every update.
     """
 
     ALL = "all"
@@ -91,8 +91,8 @@ class Round:
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
         contributions to the results, followed by the masks, which are scalar bools.
-      convolutions: how convolutions are computed, one of `CONVOLUTIONS`. A printed
-        equation shows it where it is not ``"auto"``.
+      convolutions: how convolutions are computed, one of `CONVOLUTIONS`. A printed equation shows
+        it if it is not ``"auto"``.
     """
 
     group: Placement
@@ -128,7 +128,7 @@ class Round:
 
     @property
     def value_avals(self) -> list[ShapedArray]:
-        """The types of one participant's contributions, masks left out."""
+        """The types of one participant's contributions, without masks."""
         return self.jaxpr.out_avals[: len(self.outputs)]
 
     @property
@@ -149,7 +149,7 @@ class Round:
         return [False] * len(self.outputs) + [True] * self.mask_count
 
     def contributions(self, outvars: Sequence[Atom] | None = None) -> list[Contribution]:
-        """What a participant contributes, in the jaxpr's variables or in others for them."""
+        """What a participant contributes, in the jaxpr's output variables or in ``outvars``."""
         outvars = self.jaxpr.jaxpr.outvars if outvars is None else outvars
         masks = outvars[len(self.outputs) :]
         return [
@@ -174,12 +174,12 @@ class Round:
         return self.replace(inputs=tuple(inputs), outputs=outputs, jaxpr=jaxpr)
 
     def masks(self, rows: Sequence[Any]) -> list[Any]:
-        """One participant's masks. Rows that they do not depend on can be anything."""
+        """One participant's masks. Rows on which they do not depend can be anything."""
         jaxpr, used = _jaxpr.prune(self.jaxpr, self.is_mask)
         return _jaxpr.evaluate(jaxpr, *pick(used, rows))
 
     def keep(self, wanted: Sequence[bool]) -> tuple[Round, list[bool]]:
-        """Drops outputs, and tells which operands the others need."""
+        """Drops outputs, and returns which operands the others need."""
         inner = self.jaxpr.jaxpr
         kept = self.assemble(
             self.inputs, inner.invars, pick(wanted, self.contributions()), inner.eqns
@@ -230,18 +230,18 @@ def pick(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
 
 
 def expand(which: Iterable[bool], items: Iterable[Any]) -> list[Any]:
-    """The items at the places that are marked, and None at the others."""
+    """The items at the marked places, and None at the others."""
     rest = iter(items)
     return [next(rest) if wanted else None for wanted in which]
 
 
 def is_convolution(eqn: JaxprEqn) -> bool:
-    """Whether the setting for convolutions is about an equation; it is about pooling, too."""
+    """Whether the setting for convolutions applies to an equation. It includes max pooling."""
     return eqn.primitive in (conv_general_dilated_p, select_and_scatter_add_p)
 
 
 def has_convolutions(jaxpr: ClosedJaxpr | Jaxpr) -> bool:
-    """Whether there are convolutions, however deep. Nested maps have settings of their own."""
+    """Whether there are convolutions, at any depth. Nested maps have their own settings."""
     return _jaxpr.any_equation(
         jaxpr, is_convolution, inside=lambda eqn: eqn.primitive is not federated_map_p
     )

@@ -1,8 +1,8 @@
-"""What a program does to placed values between operators, seen by one participant.
+"""Turns equations on placed values between operators into maps.
 
-Code of `jax.numpy` may touch placed values, which are arrays of rows. An equation that treats
-every row alike, and no row sees another one, is a map; written as one it can join the maps
-before and after it. The rules here turn such an equation into the equation on a row.
+A program may use `jax.numpy` on placed values, which are arrays of rows. An equation that treats
+every row alike, without using other rows, is a map. Written as one, it can fuse with the maps
+before and after it. The rules here turn such an equation into an equation on one row.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fax.sharding._types import row_aval
 Equation = Any  # a JaxprEqn, whose atoms are arrays
 Rule = Callable[[Equation, int], dict[str, Any] | None]
 
-# Zero where all operands are zero, and where one of them is.
+# Zero where all operands are zero, and where any of them is zero.
 _LINEAR = {p.add_jaxvals_p, p.add_p, p.convert_element_type_p, p.copy_p, p.neg_p, p.sub_p}
 _BILINEAR = {p.mul_p}
 
-# One element of the result for one of each operand, with scalars and single rows repeated.
+# Each element of the result depends on one of each operand. Scalars and single rows are repeated.
 _ELEMENTWISE = {
     *(p.abs_p, p.acos_p, p.acosh_p, p.and_p, p.asin_p, p.asinh_p, p.atan2_p, p.atan_p, p.atanh_p),
     *(p.cbrt_p, p.ceil_p, p.clamp_p, p.cos_p, p.cosh_p, p.eq_p, p.erf_inv_p, p.erf_p, p.erfc_p),
@@ -140,19 +140,19 @@ def may_be_rowwise(eqn: JaxprEqn) -> bool:
     if eqn.primitive is p.jit_p:
         inner = eqn.params["jaxpr"]
         return not inner.consts and all(map(may_be_rowwise, inner.jaxpr.eqns))
-    return bool(eqn.outvars) and _rule(eqn) is not None  # an array of no rows unstacks to nothing
+    return bool(eqn.outvars) and _rule(eqn) is not None  # unstacking no rows has no results
 
 
 def as_map(
     eqn: Equation, like: MapBuilder, find: Find, is_masked: Callable[[Atom], bool]
 ) -> MapBuilder | None:
-    """An equation on placed values as a map, or None if it is none.
+    """An equation on placed values as a map, or None if it is not a map.
 
     Args:
-      eqn: the equation, of which some operand is a placed value.
+      eqn: the equation. At least one of its operands is a placed value.
       like: a map over the same participants.
-      find: finds the map's operand, and its mode, for one of the equation.
-      is_masked: tells whether an operand is zero for the participants that a mask leaves out.
+      find: finds the map's operand, and its mode, for an operand of the equation.
+      is_masked: whether an operand is zero for the participants that a mask leaves out.
     """
     size, rule = like.like.group.size, _rule(eqn)
     of_rows = all(result.aval.shape[:1] == (size,) for result in eqn.outvars)
@@ -183,7 +183,7 @@ def as_map(
 
 
 def _vanishing(eqn: JaxprEqn, is_masked: Callable[[Atom], bool]) -> set[Atom]:
-    """Operands such that the result is zero where they are, among those that are masked."""
+    """Those of the masked operands for which the result is zero where they are zero."""
     zero = {v for v in _jaxpr.variables(eqn.invars) if is_masked(v)}
     if eqn.primitive in _BILINEAR:
         return zero

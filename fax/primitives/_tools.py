@@ -1,6 +1,6 @@
 """Rules for JAX's tools: `checkify`, `jax.debug_key_reuse` and `jax.experimental.jet`.
 
-Each looks into the client function as it does under `jax.vmap`.
+Each of them works inside the client function as under `jax.vmap`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # Errors
 #
-# The client function is replaced by one that returns its errors as well. Of the participants
-# who have one, the first is reported; who is left out of all results is passed over.
+# The client function is replaced by one that also returns its errors. The error of the first
+# participant that has one is reported. Participants left out of all results are ignored.
 
 
 def _check(kinds, *operands, **params):
@@ -77,7 +77,7 @@ def _parts(error: checkify.Error) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _of_first(errors: checkify.Error, group: Placement) -> checkify.Error:
-    """Of an error with a row for each participant that of the first one who has any."""
+    """The error of the first participant that has one, from a row for each participant."""
     everybody = jax.tree.map(lambda x: collect_p.bind(x, **group.params), errors)
     found, *_ = _parts(everybody)
     if not found:
@@ -88,13 +88,12 @@ def _of_first(errors: checkify.Error, group: Placement) -> checkify.Error:
 
 # Random keys
 #
-# A key that a client function uses up is used up, whether it is a participant's own or the
-# server's.
-# In the latter case all draw the same; that is a choice, as under `jax.vmap`, and no mistake.
+# A key that a client function consumes is consumed, whether it is a participant's or the server's.
+# In the latter case all participants draw the same numbers. As under `jax.vmap`, that is allowed.
 
 
 def _widen(eqn: JaxprEqn, number: int, used: bool | np.ndarray) -> bool | np.ndarray:
-    """Which keys of an operand are used up, from which ones of a participant's row are."""
+    """Which keys of an operand are consumed, given which ones of a participant's row are."""
     if isinstance(used, bool) or eqn.params["in"][number].mode == "server":
         return used
     return np.broadcast_to(used, (eqn.params["size"], *used.shape)).copy()
@@ -102,7 +101,7 @@ def _widen(eqn: JaxprEqn, number: int, used: bool | np.ndarray) -> bool | np.nda
 
 # Taylor series
 #
-# Terms have the mode of their value. Those of a maximum are of the participants that attain it.
+# Terms have the mode of their value. Those of a maximum come from the participants that attain it.
 
 
 def _jet(operands: Sequence[Any], terms: Sequence[Any], **params: Any) -> tuple[Any, Any]:
@@ -125,7 +124,7 @@ def _jet(operands: Sequence[Any], terms: Sequence[Any], **params: Any) -> tuple[
         def of_moving(*values):
             given = iter(values)
             seen = [next(given) if m else x for x, m in zip(rows[:count], moving, strict=True)]
-            # In rules of `jax.custom_jvp` and `jax.custom_vjp` JAX's own jet fails.
+            # JAX's jet fails in rules of `jax.custom_jvp` and `jax.custom_vjp`.
             return _jaxpr.evaluate_in_steps(this.jaxpr, *seen, plain=True)
 
         outs, out_terms = jet(

@@ -31,7 +31,7 @@ def initialize(
 ) -> None:
     """Makes this process one of several that run the same program together.
 
-    Call this once in every process, before any other use of JAX. Afterwards `jax.devices` lists
+    Call this once in every process, before any other use of JAX. Afterward `jax.devices` lists
     the devices of all processes, and a mesh may span them. CPUs communicate through gloo, so this
     works on any machine.
 
@@ -59,7 +59,7 @@ def initialize(
 
     Process 0 listens only at the coordinator's address, first for the others and then for JAX.
     Connections without the token are rejected and have no effect. The token protects only the
-    start; what JAX sends afterwards is neither authenticated nor encrypted, so run on a network
+    start; what JAX sends afterward is neither authenticated nor encrypted, so run on a network
     that you trust.
 
     Args:

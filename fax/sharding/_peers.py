@@ -2,12 +2,12 @@
 
 If a process is lost or unreachable, JAX's coordination service aborts its peers after a timeout,
 with a message that cannot be changed. So the processes first connect to each other here, with clear
-errors. They use the coordinator's port, which is passed to JAX afterwards: process 0 listens, and
+errors. They use the coordinator's port, which is passed to JAX afterward: process 0 listens, and
 the others connect to it. The connections stay open. When one closes, or reports an exception, its
 process is lost and all others are notified.
 
 A process that stops responding keeps its connection. So each process also sends heartbeats here.
-While JAX is being set up, a process that sends none for too long ends the run. Afterwards the
+While JAX is being set up, a process that sends none for too long ends the run. Afterward the
 others only name it, and JAX's own heartbeats decide, because they continue while Python is busy in
 one long call, and these do not.
 """

@@ -9,13 +9,14 @@ There are three ways to write it, each best for some shapes:
 
   gather     X[n, p s + k d, c] for all k, side by side, are a matrix of patches
   positions  the same for all p instead of all k: for a large window in few positions, as in
-             the derivative by the kernel. The patches are then those of the convolution that
-             is differentiated, slice by slice, so that the compiler finds them there.
-  scatter    products first: what input q contributes to output q - k d is padded and added
-             up. For a dilated input, as in the derivative by the input, most of X is zeros.
+             the derivative with respect to the kernel. The patches are then the same slices as
+             in the convolution that is differentiated, so the compiler can reuse them.
+  scatter    products first: what input q contributes to output q - k d is padded and summed.
+             For a dilated input, as in the derivative with respect to the input, most of X is
+             zeros.
 
-All patches, or all products, make one matrix, or a loop goes through them one by one.
-Groups are a batch of convolutions, which is what `jax.vmap` makes of them.
+Either all patches, or all products, are one matrix, or a loop goes through them one by one.
+Groups are a batch of convolutions, under `jax.vmap`.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Convolution:
     """The sizes and parameters of a convolution.
 
     Attributes:
-      batch, channels, outputs: sizes, each of one group.
+      batch, channels, outputs: sizes of one group.
       space, window, positions: sizes of the spatial dimensions of input, kernel and result.
       strides, padding, lhs_dilation, rhs_dilation, precision: as in
         `jax.lax.conv_general_dilated`.
-      groups: how many groups of channels and outputs there are.
-      batch_groups: how many groups of the batch and outputs there are; one of the two is 1.
+      groups: the number of groups of channels and outputs.
+      batch_groups: the number of groups of the batch and outputs. One of the two numbers is 1.
       dtype: of the operands.
-      accumulator: the dtype to add up products in.
+      accumulator: the dtype in which products are summed.
     """
 
     batch: int
@@ -95,7 +96,7 @@ class Convolution:
 
 
 class Way(NamedTuple):
-    """How to write a convolution: in which form, and whether at once or in a loop."""
+    """How to write a convolution: the form, and whether at once or in a loop."""
 
     form: str
     at_once: bool
@@ -104,15 +105,15 @@ class Way(NamedTuple):
 # Measured with benchmarks/convolutions.py on 2 cores of an AMD EPYC processor, jax 0.12.0 and
 # 0.10.2: a larger matrix takes longer to write and read than a loop of smaller products.
 _LARGEST_MATRIX = 16 * 2**20  # bytes
-# At once, each slice is an operation of its own, which the compiler takes time for.
+# At once, each slice is a separate operation, which takes time to compile.
 _MOST_SLICES = 64
 
 
 def best_way(conv: Convolution) -> Way:
-    """The way that measurement prefers.
+    """The fastest way according to measurements.
 
-    Patches of more than 16 MiB are not stored at once. So a convolution needs this much memory
-    besides its operands and result or, if that is more, a few times theirs.
+    Patches of more than 16 MiB are not stored at once. So besides its operands and result, a
+    convolution needs this much memory or, if that is more, a few times the memory of these.
     """
     dilated = any(d > 1 for d in conv.lhs_dilation)
     if math.prod(conv.positions) < math.prod(conv.window):
@@ -127,17 +128,17 @@ def best_way(conv: Convolution) -> Way:
 
 
 def _is_thin(conv: Convolution, form: str) -> bool:
-    """Whether products are none of matrices. The compiler merges all of them, and stores none."""
+    """Whether the products are not matrix products. The compiler fuses these and stores none."""
     return conv.batch == conv.outputs == 1 if form == "positions" else conv.channels == 1
 
 
 def convolve(
     way: Way, params: dict[str, Any], out: ShapedArray, lhs: jax.Array, rhs: jax.Array
 ) -> jax.Array:
-    """What an equation of these parameters computes, written in one of the ways.
+    """Computes what an equation with these parameters computes, in one of the ways.
 
     Args:
-      way: any; ``scatter`` where there are no strides.
+      way: the way. ``scatter`` only works without strides.
       params: of the equation, a ``conv_general_dilated``.
       out: the type of its result.
       lhs, rhs: its operands.
@@ -173,20 +174,20 @@ class _Form(NamedTuple):
 
 
 def _order(layout: str, names: str, spec: Sequence[int]) -> list[int]:
-    """Where the dimensions of a layout are, given where JAX's first two, then space, are."""
+    """The dimensions of a layout, given JAX's specification: first two, then space."""
     where = {names[0]: spec[:1], names[1]: spec[1:2], "s": spec[2:]}
     return [dim for letter in layout for dim in where[letter]]
 
 
 def _in_groups(x: jax.Array, layout: str, letter: str, count: int) -> tuple[jax.Array, int]:
-    """Splits a dimension into groups. Returns the axis that counts them as well."""
+    """Splits a dimension into groups. Also returns the axis of the groups."""
     place = layout.index(letter)
     axis = place if place < layout.index("s") else x.ndim - len(layout) + place
     shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
     return x.reshape(shape), axis
 
 
-# The forms. Each takes operands of one group in its layout.
+# The forms. Each takes the operands of one group in its layout.
 
 
 def _gather(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -229,7 +230,7 @@ def _positions(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> 
 
 def _scatter(conv: Convolution, at_once: bool, x: jax.Array, w: jax.Array) -> jax.Array:
     matrices = w.reshape(-1, conv.outputs, conv.channels)
-    # The canvas holds all contributions; those of tap 0 are at its end.
+    # The canvas has room for all contributions; those of tap 0 are at its end.
     ends = [(k - 1) * d for k, d in zip(conv.window, conv.rhs_dilation, strict=True)]
 
     def start(number):
@@ -278,7 +279,7 @@ _FORMS = {
 
 
 class _Slices:
-    """Slices of the padded input, of these sizes and strides, one for each of ``counts``."""
+    """Slices of the padded input with these sizes and strides, one for each index of ``counts``."""
 
     def __init__(
         self,
@@ -293,7 +294,7 @@ class _Slices:
         self.extents = [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)]
         config = []
         for i, (low, _) in enumerate(conv.padding):
-            # What the window does not reach is cut off, so that a derivative pads the same way.
+            # Cut off what the window does not reach, so that a derivative pads in the same way.
             reach = (counts[i] - 1) * steps[i] + self.extents[i]
             size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1
             config.append((low, reach - low - size, conv.lhs_dilation[i] - 1))
@@ -303,7 +304,7 @@ class _Slices:
         return list(map(self, range(math.prod(self.counts))))
 
     def __call__(self, number: Any) -> jax.Array:
-        """One slice. Its number is an int, or an array if only a running program knows it."""
+        """One slice. Its number is an int, or an array if it is known only at run time."""
         start = [n * step for n, step in zip(_digits(number, self.counts), self.steps, strict=True)]
         last = self.x.shape[1 + len(start) :]
         zero, ones = [number * 0] * len(last), [1] * len(last)
@@ -317,7 +318,7 @@ class _Slices:
 
 
 def _digits(number: Any, counts: Ints) -> list[Any]:
-    """A number as an index of an array with so many in each dimension, in row-major order."""
+    """A flat index as an index of an array of shape ``counts``, in row-major order."""
     sizes = [math.prod(counts[i + 1 :]) for i in range(len(counts))]
     return [number // size % count for size, count in zip(sizes, counts, strict=True)]
 
@@ -341,7 +342,7 @@ def _dot(
     conv: Convolution, x: jax.Array, w: jax.Array, x_dims: Iterable[int], w_dims: Iterable[int]
 ) -> jax.Array:
     contracted = [dim % x.ndim for dim in x_dims], [dim % w.ndim for dim in w_dims]
-    # Said in full: what is not said is taken from what JAX's configuration is by now.
+    # An explicit precision: None would use JAX's configuration at the time of this call.
     precision = lax.Precision.DEFAULT if conv.precision is None else conv.precision
     return lax.dot_general(
         x, w, (contracted, ([], [])), precision, preferred_element_type=conv.accumulator

@@ -1,9 +1,9 @@
 """The derivative of a maximum over windows, as comparisons of slices.
 
-XLA has an operation for it, which looks for the winner of each window, position after position;
-on CPU that takes 4 to 20 times as long as the maximum itself. Here the windows' elements are
-compared slice by slice, all windows at once, and each slice takes what it has won. The winner of
-a tie is XLA's, the first.
+XLA has an operation for it, which finds the maximum of each window, one position after the other.
+On CPU that takes 4 to 20 times as long as the maximum itself. Here the elements of the windows are
+compared slice by slice, for all windows at once, and each slice gets the cotangents of the windows
+in which it is the maximum. For ties it is the first element, as in XLA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax import lax
 
 from fax._arithmetic import identity
 
-# Each element of a window makes a few operations, which the compiler takes time for.
+# Each element of a window adds a few operations, which take time to compile.
 _MOST_ELEMENTS = 64
 
 
@@ -39,14 +39,14 @@ def max_pool_cotangent(
     Args:
       params: of the equation, a ``select_and_scatter_add``.
       out: the type of its result, which is that of the operand.
-      cotangent: of the maxima.
-      operand: what they are maxima of.
+      cotangent: the cotangent of the maxima.
+      operand: the operand.
     """
     window, strides = params["window_dimensions"], params["window_strides"]
     lows = [low for low, _ in params["padding"]]
     starts = list(np.ndindex(*window))
     reach = [(n - 1) * s + 1 for n, s in zip(cotangent.shape, strides, strict=True)]
-    # Space for every window. What is beyond the last of them is in none.
+    # Space for all windows. Elements after the last window are in none.
     sizes = [r + w - 1 for r, w in zip(reach, window, strict=True)]
     least = identity("max", operand.dtype)
     fill = [
@@ -85,7 +85,7 @@ def max_pool_cotangent(
 def _to_winners(
     cotangent: jax.Array, winner: jax.Array, window: Sequence[int], zero: np.ndarray
 ) -> jax.Array:
-    """What each element receives where windows lie side by side."""
+    """The cotangent of each element if windows do not overlap."""
     dims = range(cotangent.ndim)
     apart = [size for pair in zip(cotangent.shape, window, strict=True) for size in pair]
 

@@ -1,14 +1,14 @@
-"""The pass that rewrites convolutions so that they are fast wherever they stand.
+"""The pass that rewrites convolutions so that they are also fast in loops.
 
-A client function trains in a loop, and there XLA is slow at most convolutions. On CPU it has
-a fast kernel for operands with the channels last. It rearranges others to fit, but in the
-outermost computation alone; in a loop the derivatives of a convolution, whose operands are
-transposed, are computed 10 to 100 times slower. Grouped convolutions, which a vectorized
-convolution is where each participant has a kernel of its own, are slow everywhere.
+A client function trains in a loop, and there XLA is slow at most convolutions. On CPU it has a fast
+kernel for operands with the channels last. It rearranges other operands to fit, but only in the
+outermost computation. In a loop the derivatives of a convolution, whose operands are transposed,
+are 10 to 100 times slower. Grouped convolutions are slow everywhere. A vectorized convolution
+becomes grouped if each participant has its own kernel.
 
-The pass runs when a map is lowered, on what transformations have made of the client function
-by then, so that it meets the convolutions of gradients like any others. Each becomes one with
-the channels last, or slices and matrix products, or stays as it is.
+The pass runs when a map is lowered, after all transformations of the client function, so it treats
+the convolutions of gradients like any others. Each becomes a convolution with the channels last, or
+slices and matrix products, or does not change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fax.primitives._round import federated_map_p, has_convolutions, is_convolut
 Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Array]
 
 # The table of measurements: benchmarks/convolutions.py on 2 cores of an AMD EPYC processor, jax
-# 0.12.0 and 0.10.2. The time in a loop, as a multiple of that of XLA's convolution outside of any.
+# 0.12.0 and 0.10.2. The time in a loop, as a multiple of that of XLA's convolution without a loop.
 #
 #                               XLA in a loop   channels last   slices and products
 #   1 or 2 dimensions             0.7 to 120      0.7 to 1.3         0.5 to 3
@@ -49,16 +49,16 @@ Convolve = Callable[[dict[str, Any], ShapedArray, jax.Array, jax.Array], jax.Arr
 def rewrite(
     jaxpr: ClosedJaxpr, setting: str, platform: str, *, vectorized: bool, sharded: bool
 ) -> ClosedJaxpr:
-    """The jaxpr with its convolutions, and the derivatives of its max pools, in other ways.
+    """Rewrites the convolutions of a jaxpr, and the derivatives of its max pools.
 
     Args:
       jaxpr: what a participant does.
       setting: ``auto``, ``xla`` or ``matmul``.
-      platform: ``cpu`` or another one. The table above is of CPUs. Elsewhere nothing has been
-        measured, and ``auto`` rewrites what vectorization makes grouped, nothing else.
+      platform: ``cpu`` or another one. The table above is for CPUs. Other platforms have not been
+        measured; there ``auto`` only rewrites convolutions that vectorization makes grouped.
       vectorized: whether `jax.vmap` will run it for several participants at once.
-      sharded: whether values may be sharded over axes of a mesh that are left to the compiler,
-        over which ``auto`` slices nothing.
+      sharded: whether values may be sharded over mesh axes that are left to the compiler. Then
+        ``auto`` does not slice them.
     """
     left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorized)
     if left or not has_convolutions(jaxpr):
@@ -87,14 +87,14 @@ def rewrite(
 def _matmul_is_faster(conv: Convolution) -> bool:
     if conv.groups * conv.batch_groups > 1 or 1 in map(math.prod, (conv.window, conv.positions)):
         return True
-    # XLA swaps the operands, and so undoes what their layout was chosen for.
+    # XLA swaps the operands, and then their layout no longer fits.
     if math.prod(conv.window) > math.prod(conv.space):
         return True
     return len(conv.space) > 2
 
 
 class _Rewriting:
-    """Rewrites jaxprs, each once, so that functions called twice are compiled once."""
+    """Rewrites each jaxpr only once, so that functions called twice are compiled once."""
 
     def __init__(self, choose: Callable[[JaxprEqn], Convolve | None]):
         self._choose = choose
@@ -113,7 +113,7 @@ class _Rewriting:
             types = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
             new = _trace(written, tuple(eqn.params.items()), *types)
         own, results = _jaxpr.splice(new, eqn.invars)
-        # Profiles name the line that the user has written.
+        # Profiles show the line that the user has written.
         return [each.replace(source_info=eqn.source_info) for each in own], results
 
 
@@ -122,7 +122,7 @@ def _trace(written: Convolve, params: Any, first: Any, second: Any, out: Any) ->
     return _jaxpr.trace(lambda x, y: [written(dict(params), out, x, y)], [first, second])[0]
 
 
-# What is written instead of a convolution
+# What replaces a convolution
 
 
 def _stock(params: dict[str, Any], out: ShapedArray, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -145,7 +145,7 @@ def _channels_last(
     orders[1] = [*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]]
     x, w = lax.transpose(lhs, orders[0]), lax.transpose(rhs, orders[1])
     count = params["batch_group_count"]
-    if count > 1:  # groups of channels are the same, and there is a kernel for them
+    if count > 1:  # groups of channels are equivalent, and there is a kernel for them
         x = x.reshape(count, -1, *x.shape[1:])
         x = lax.collapse(jnp.moveaxis(x, 0, -2), lhs.ndim - 1)
     first, last = (0, lhs.ndim - 1), (lhs.ndim - 1, lhs.ndim - 2)
@@ -158,7 +158,7 @@ def _channels_last(
 
 @functools.cache
 def _unless_grouped(written: Convolve) -> Convolve:
-    """Uses matrix products if vectorization makes a convolution grouped: one each is a batch."""
+    """Uses matrix products if vectorization would make a convolution grouped."""
 
     def write(params, out, lhs, rhs):
         @custom_vmap
