@@ -19,7 +19,7 @@ from fax._rules import bind_scope
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._round import PLACED, SERVER, Out, Round, rowwise, seen_avals
+from fax.primitives._round import PLACED, SERVER, Out, Round, map_elementwise, seen_avals
 from fax.sharding._types import as_server, server_aval, spread_rows
 
 PyTree = Any
@@ -258,4 +258,4 @@ def keys(key: jax.Array, *, placement: str | None = None) -> jax.Array:
         return [jax.random.fold_in(key, number)]
 
     operands = (key, index(placement=here.name))
-    return rowwise(own, operands, (SERVER, PLACED), [Out("placed")], here)[0]
+    return map_elementwise(own, operands, (SERVER, PLACED), [Out("placed")], here)[0]

@@ -17,7 +17,7 @@ from fax import _checks
 from fax._arithmetic import accumulator_dtype
 from fax._placement import Placement, resolve
 from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
-from fax.primitives._round import PLACED, Out, rowwise
+from fax.primitives._round import PLACED, Out, map_elementwise
 
 PyTree = Any
 
@@ -250,7 +250,7 @@ def _reduce(
 
     out = Out(mode, None if where is None else 0)
     operands = list(rows) if where is None else [*rows, where]
-    return rowwise(with_mask, operands, [PLACED] * len(operands), [out] * count, here)
+    return map_elementwise(with_mask, operands, [PLACED] * len(operands), [out] * count, here)
 
 
 @jax.custom_jvp

@@ -55,3 +55,18 @@ def test_settings_around_a_call_count():
         with jax.threefry_partitionable(partitionable):
             found = program(KEY)
         np.testing.assert_allclose(found, draw(partitionable), rtol=1e-14)
+
+
+def test_callbacks_without_a_module():
+    """As of a function that `exec` makes, which JAX wraps in one of its own."""
+    names = {"seen": []}
+    exec("def note(x):\n    seen.append(float(x))", names)
+    assert names["note"].__module__ is None
+
+    @fax.program(clients=2)
+    def program(x):
+        return fax.map(lambda x: jax.debug.callback(names["note"], x), x)
+
+    program(jnp.arange(2.0))
+    jax.effects_barrier()
+    assert sorted(names["seen"]) == [0, 1]

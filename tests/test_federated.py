@@ -153,6 +153,14 @@ def test_other_mistakes():
     cohort = next(fax.data.cohorts(problems.data(), 2, 16))
     with pytest.raises(ValueError, match="ours: num_clients is None, expected an int of at least"):
         make(result(), client_state=optax.tree.zeros_like)
+    with pytest.raises(ValueError, match="ours: num_clients is 3, but clients have no state"):
+        make(result(), num_clients=3)
+    for name in ("server", "server_state", "first", "models", "params"):
+        with pytest.raises(ValueError, match=f"ours: {name} is 3, expected a function {name}"):
+            make(result(), **{name: 3})
+    forgetful = make(result(), server=lambda state, received, step: step(received.update))
+    with pytest.raises(ValueError, match="ours: server returned a State, expected a pair of a"):
+        forgetful.round(forgetful.init(Quadratic.start()), cohort)
     with pytest.raises(ValueError, match="private, but they send votes without it"):
         make(result(), not_private="they send votes", **PRIVATE)
     with pytest.raises(ValueError, match="ours: client is 3, expected a function"):

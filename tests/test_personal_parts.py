@@ -142,6 +142,9 @@ def test_parts_are_named_in_several_ways():
     assert chosen("norm/????") == ["norm/bias", "norm/mean"]
     assert chosen(lambda path: path.endswith("/w")) == ["out/w"]
     assert chosen("norm/mean") == ["norm/mean"]  # a statistic alone
+    assert chosen(path for path in ("out/b", "norm/var")) == ["out/b", "norm/var"]
+    odd = {"out": {"w[0]": np.ones(1), "w0": np.ones(1), "b": np.ones(1), "[": np.ones(1)}}
+    assert chosen("out/w[0]", odd) == chosen(["out/w[0]"], odd) == ["out/w[0]"]
 
 
 def test_a_model_with_personal_statistics_may_be_private():
@@ -168,6 +171,10 @@ LEAVES = "params has norm/bias, norm/scale, out/b, out/w, and model_state norm/m
         ("*", f"matches all parameters, so nothing is left to average: {LEAVES}"),
         (lambda path: 1, "parts('norm/bias') is 1, expected True or False."),
         (["norm", 3], "parts is 3, expected a string, the path of a leaf or a pattern."),
+        (
+            3,
+            "parts is 3, expected the path of a leaf or a pattern, a sequence of these, a function",
+        ),
         (lambda: True, "parts is a lambda, which takes (), expected a function parts(path)."),
     ],
 )

@@ -89,6 +89,14 @@ def test_debug_nans_says_who():
     assert "mapped over regions, for row 0" in notes
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_debug_nans_says_who_of_an_array_that_is_not_on_the_mesh(kind):
+    x, found = jnp.asarray(X), pytest.raises(FloatingPointError, match="in log")
+    with jax.set_mesh(mesh(kind, clients=2)), jax.debug_nans(True), found as error:
+        averaged(jnp.log)(x)
+    assert "mapped over clients, for row 1" in "".join(error.value.__notes__)
+
+
 @fax.program(clients=4)
 def masked(x):
     y = fax.map(jnp.log, x)

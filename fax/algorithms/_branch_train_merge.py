@@ -15,7 +15,8 @@ from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_state, guarded
 from fax.algorithms._loss import told_of_padding
-from fax.algorithms._replicas import Part, Replica, inner_steps, models, population, rounds, soup
+from fax.algorithms._replicas import Replica, inner_steps, models, population, soup
+from fax.algorithms._round_parts import Part, rounds
 
 PyTree = Any
 _WHERE = "fax.algorithms.branch_train_merge"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -104,6 +105,11 @@ def map_rows(fn: Callable, state: PyTree, *new: PyTree) -> PyTree:
         return others[-1] if others else x
 
     return jax.tree.map(one, state, *new, is_leaf=is_per_client)
+
+
+def repeated(tree: PyTree, num_clients: int) -> PyTree:
+    """Rows of clients that all start with the same, leaves [num_clients, ...]."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), tree)
 
 
 def without_rows(state: PyTree) -> PyTree:

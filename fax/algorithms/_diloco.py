@@ -17,16 +17,15 @@ from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._replicas import (
-    Part,
     Replica,
     identical,
     inner_steps,
     mean_state,
     mean_update,
     models,
-    rounds,
     taking_part,
 )
+from fax.algorithms._round_parts import Part, rounds
 
 PyTree = Any
 

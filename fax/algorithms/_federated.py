@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fax
@@ -21,18 +20,18 @@ from fax.algorithms._checks import (
     check_private,
     guarded,
 )
-from fax.algorithms._clients import gather_rows, scatter_rows
+from fax.algorithms._clients import gather_rows, repeated, scatter_rows
 from fax.algorithms._local import Trained
 from fax.algorithms._metrics import report
 from fax.algorithms._personal import (
     PersonalLoss,
     PersonalParts,
     bare,
-    closed,
     everyones,
-    opened,
     put,
     split,
+    with_parts,
+    without_parts,
 )
 from fax.data import Client, Cohort
 from fax.metrics import Statistic
@@ -209,8 +208,23 @@ def federated(
       0.905 [ 0.   -0.19]
     """
     _arguments.function(name, "client", client, {3: "client(server, own, data)"})
+    for argument, fn, count, form in (
+        ("server", server, 3, "server(state, received, step)"),
+        ("server_state", server_state, 1, "server_state(params)"),
+        ("client_state", client_state, 1, "client_state(params)"),
+        ("first", first, 3, "first(server, own, data)"),
+        ("models", models, 1, "models(state)"),
+        ("params", params, 1, "params(state)"),
+    ):
+        if fn is not None:
+            _arguments.function(name, argument, fn, {count: form})
     if client_state is not None:
         num_clients = _arguments.count(name, "num_clients", num_clients)
+    elif num_clients is not None:
+        raise ValueError(
+            f"{name}: num_clients is {num_clients!r:.80}, but clients have no state. Pass "
+            "client_state=, or leave out num_clients."
+        )
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     aggregator = arguments(name, loss, aggregator, vectorize, server_optimizer=server_optimizer)
     if not_private is not None:
@@ -227,7 +241,7 @@ def federated(
         of_server, row = kept(params)
         rows = None
         if num_clients is not None and client_state is not None:
-            rows = PerClient(jax.tree.map(lambda x: _repeated(x, num_clients), row))
+            rows = PerClient(repeated(row, num_clients))
         optimizer = server_optimizer.init(params)
         return State(params, optimizer, model_state, own, of_server, rows, personal)
 
@@ -239,9 +253,19 @@ def federated(
                 "fax.algorithms.ClientResult."
             )
         check_like(f"{name}: client: own", result.own, own)
+        # A server function may compute the next state itself, from what clients send as ``extra``.
         if result.model_state is not None or server is None:
             check_like(f"{name}: client: model_state", result.model_state, sent.model_state)
         return result
+
+    def checked_server(made: Any) -> tuple[State, dict[str, jax.Array]]:
+        pair = isinstance(made, tuple | list) and len(made) == 2
+        if not pair or not isinstance(made[0], State) or not isinstance(made[1], Mapping):
+            raise ValueError(
+                f"{name}: server returned {_arguments.shown(made)}, expected a pair of a "
+                "fax.algorithms.State and a dict of metrics."
+            )
+        return made[0], dict(made[1])
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
         expected: Any = jax.tree.structure(jax.eval_shape(kept, state.params))
@@ -261,7 +285,7 @@ def federated(
 
             def each(fn: Callable, sent: Server) -> Any:
                 def run(sent: Server, parts: PyTree, own: PyTree, data: Client) -> Any:
-                    model_state = opened(loss, sent.model_state, parts)
+                    model_state = with_parts(loss, sent.model_state, parts)
                     return fn(sent._replace(model_state=model_state), own, data)
 
                 # Under jax.checkpoint gradients of a round do not store steps.
@@ -270,7 +294,7 @@ def federated(
 
             def trained(sent: Server, own: PyTree, data: Client) -> tuple[ClientResult, PyTree]:
                 result = checked_client(sent, own, data)
-                model_state, parts = closed(loss, result.model_state)
+                model_state, parts = without_parts(loss, result.model_state)
                 return result._replace(model_state=model_state), parts
 
             sent = Server(state.params, state.model_state, state.server)
@@ -305,7 +329,8 @@ def federated(
             metrics = {**report(results.metrics), **more}
             if server is None:
                 return step(update), metrics
-            after, more = server(state, Received(update, results, sent.first, cohort), step)
+            made = server(state, Received(update, results, sent.first, cohort), step)
+            after, more = checked_server(made)
             return after, {**metrics, **more}
 
         after, metrics = work(gather_rows(state, cohort), cohort)
@@ -315,16 +340,11 @@ def federated(
         found = state.params if params is None else params(state)
         return found if state.personal is None else put(found, state.personal.start.params)
 
-    def personal(state: State) -> PyTree:
+    def with_personal(state: State) -> PyTree:
         assert state.personal is not None
         rows = state.personal.clients.rows
         own = everyones(state.params, rows) if models is None else models(state)
         return put(own, rows.params)
 
-    every = personal if isinstance(loss, PersonalLoss) else models
+    every = with_personal if isinstance(loss, PersonalLoss) else models
     return guarded(name, bare(loss), State, init, round, whole, every)
-
-
-def _repeated(x: Any, num_clients: int) -> jax.Array:
-    x = jnp.asarray(x)
-    return jnp.broadcast_to(x, (num_clients, *x.shape))

@@ -18,7 +18,6 @@ from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._checks import arguments, check_private, guarded
 from fax.algorithms._replicas import (
-    Part,
     Replica,
     inner_steps,
     mean_state,
@@ -26,11 +25,11 @@ from fax.algorithms._replicas import (
     mixed,
     models,
     population,
-    rounds,
     sent_metrics,
     soup,
     taking_part,
 )
+from fax.algorithms._round_parts import Part, rounds
 
 PyTree = Any
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from fax import _arguments
 from fax.aggregators import PerClient
+from fax.algorithms._clients import repeated
 from fax.algorithms._fragments import name_of
 
 PyTree = Any
@@ -153,8 +153,14 @@ def personal_parts(
     _arguments.optimizer(WHERE, "optimizer", optimizer)
     if callable(parts):
         _arguments.function(WHERE, "parts", parts, {1: "parts(path)"})
-    elif parts is not None:
-        for part in [parts] if isinstance(parts, str) else parts:
+    elif parts is not None and not isinstance(parts, str):
+        if not isinstance(parts, Iterable):
+            raise ValueError(
+                f"{WHERE}: parts is {_arguments.shown(parts)}, expected the path of a leaf or a "
+                "pattern, a sequence of these, a function parts(path), or None."
+            )
+        parts = list(parts)
+        for part in parts:
             _arguments.text(WHERE, "parts", part, "the path of a leaf or a pattern")
     num_clients = _arguments.count(WHERE, "num_clients", num_clients)
     return PersonalLoss(loss, parts, optimizer, num_clients)
@@ -203,11 +209,11 @@ def split(
     names = chosen(loss, params, model_state)
     (params, own), (model_state, statistics) = map(take, (params, model_state), names)
     start = Parts(own, statistics)
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (loss.num_clients, *x.shape)), start)
-    return params, model_state, PersonalParts(start, PerClient(rows))
+    rows = PerClient(repeated(start, loss.num_clients))
+    return params, model_state, PersonalParts(start, rows)
 
 
-def opened(loss: Any, model_state: PyTree, parts: Parts | None) -> PyTree:
+def with_parts(loss: Any, model_state: PyTree, parts: Parts | None) -> PyTree:
     """What an algorithm gets as the model's state on a client at the start of a round."""
     if not isinstance(loss, PersonalLoss):
         return model_state
@@ -215,8 +221,8 @@ def opened(loss: Any, model_state: PyTree, parts: Parts | None) -> PyTree:
     return Seen(model_state, parts, loss.optimizer.init(parts.params))
 
 
-def closed(loss: Any, seen: PyTree) -> tuple[PyTree, Parts | None]:
-    """The inverse of `opened`, at the end of a round."""
+def without_parts(loss: Any, seen: PyTree) -> tuple[PyTree, Parts | None]:
+    """The inverse of `with_parts`, at the end of a round."""
     if not isinstance(loss, PersonalLoss):
         return seen, None
     return check_seen(seen).model_state, seen.parts
@@ -263,8 +269,7 @@ def put(tree: PyTree, leaves: Leaves) -> PyTree:
 
 def everyones(tree: PyTree, rows: Parts) -> PyTree:
     """Repeats what all clients share, once for each of the clients that have ``rows``."""
-    clients = len(jax.tree.leaves(rows)[0])
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (clients, *x.shape)), tree)
+    return repeated(tree, len(jax.tree.leaves(rows)[0]))
 
 
 def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list[str]]:
@@ -289,7 +294,9 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
     else:
         found = [[], []]
         for part in [loss.parts] if isinstance(loss.parts, str) else loss.parts:
-            own = [[name for name in names if _matches(name, part)] for names in every]
+            own = [[name for name in names if _is_in(name, part)] for names in every]
+            if not any(own):  # names can have brackets, so what is a path is no pattern
+                own = [[name for name in names if _matches(name, part)] for names in every]
             if not any(own):
                 raise ValueError(f"{WHERE}: parts has {part!r}, which matches nothing: {known}")
             found = [[*old, *new] for old, new in zip(found, own)]
@@ -301,6 +308,10 @@ def chosen(loss: PersonalLoss, params: PyTree, model_state: PyTree) -> list[list
             f"left to average: {known}"
         )
     return found
+
+
+def _is_in(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}/")
 
 
 def _matches(name: str, part: str) -> bool:

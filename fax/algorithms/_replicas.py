@@ -7,25 +7,20 @@ cohort.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 import fax
-from fax import _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
-from fax.algorithms._averaging import next_model_state, server_key, strong
+from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
-from fax.algorithms._metrics import report
 from fax.data import Cohort
-from fax.data._cohort import Gathered
 
 PyTree = Any
 
@@ -95,107 +90,6 @@ def soup(rows: PyTree, replicas: int, weights: jax.Array | None = None) -> PyTre
         return fax.mean(rows, weights=weights)
 
     return mean(rows, weights)
-
-
-class Part(NamedTuple):
-    """A part of a round. All parts have the same number of steps.
-
-    Attributes:
-      batches: the cohort with only these steps.
-      first: the number of its first step in the round.
-      key: a random key for the server, or None.
-      cohort: the cohort of the whole round.
-    """
-
-    batches: Cohort
-    first: Any
-    key: jax.Array | None
-    cohort: Cohort
-
-
-def rounds(
-    where: str,
-    replicas: int,
-    steps: int | None,
-    work: Callable[[Any, Part], tuple[Any, tuple]],
-    *,
-    keyed: bool,
-) -> Callable[[Any, Cohort], tuple[Any, dict[str, jax.Array]]]:
-    """The round of an algorithm that runs ``work`` on each part of it in order.
-
-    Args:
-      where: the algorithm, for messages.
-      replicas: their number; the cohort has a row for each.
-      steps: the number of steps in a part. None: all of the cohort's.
-      work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
-        `round_metrics`.
-      keyed: whether parts have keys.
-    """
-
-    def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
-        count, size = _parts(where, cohort, replicas, steps)
-
-        @fax.program(replicas=replicas)
-        def run(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
-            key = server_key(cohort) if keyed else None
-
-            def part(state: Any, own: tuple) -> tuple:
-                number, rows, mask = own
-                own_key = None if key is None else _keys.derive(key, _keys.Use.PART, number)
-                batches = _with_batches(cohort, rows, mask)
-                return work(state, Part(batches, number * size, own_key, cohort))
-
-            def split(x: jax.Array) -> jax.Array:
-                return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
-
-            batches = _rows(cohort), cohort.mask
-            if count == 1:  # without a loop
-                state, metrics = part(state, (0, *batches))
-            else:
-                numbers = jnp.arange(count, dtype=jnp.int32)
-                state, metrics = lax.scan(part, state, (numbers, *jax.tree.map(split, batches)))
-                metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
-            return state, round_metrics(*metrics)
-
-        return run(state, cohort)
-
-    return round
-
-
-def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tuple[int, int]:
-    """The number of parts in a round, and the number of steps in each."""
-    found, total = cohort.mask.shape[:2]
-    if found != replicas:
-        raise ValueError(
-            f"{where}: the cohort has {found} clients, expected one for each replica: "
-            f"replicas={replicas}."
-        )
-    size = steps or total
-    count, rest = divmod(total, size)
-    if rest or not count:
-        raise ValueError(
-            f"{where}: the cohort has {total} batches for each replica, expected a multiple of "
-            f"steps={size}. Choose max_steps= of fax.data.cohorts accordingly."
-        )
-    return count, size
-
-
-def _rows(cohort: Cohort) -> PyTree:
-    """The arrays of a cohort that have an axis of steps, except the mask."""
-    return cohort.batches.rows if isinstance(cohort.batches, Gathered) else cohort.batches
-
-
-def _with_batches(cohort: Cohort, rows: PyTree, mask: jax.Array) -> Cohort:
-    if isinstance(cohort.batches, Gathered):
-        rows = dataclasses.replace(cohort.batches, rows=rows)
-    return dataclasses.replace(cohort, batches=rows, mask=mask)
-
-
-def between(cohort: Cohort, begin: int, end: int) -> Cohort:
-    """The cohort with only some of its steps."""
-    return _with_batches(
-        cohort, *jax.tree.map(lambda x: x[:, begin:end], (_rows(cohort), cohort.mask))
-    )
 
 
 def inner_steps(
@@ -332,20 +226,3 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
         return (share * own + (1 - share) * other).astype(own.dtype)
 
     return jax.tree.map(one, own, other)
-
-
-def round_metrics(
-    metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """The metrics of a round, from the summed metrics of its parts. Call it in a program.
-
-    Args:
-      metrics: of each replica, [replicas].
-      total: of all replicas, if known.
-      sent: the summed metrics of the updates. ``"replicas/bits"`` and ``"outer_steps"`` are
-        reported as sums, the others as means.
-    """
-    adding = ("replicas/bits", "outer_steps")
-    times = jnp.maximum(sent.get("outer_steps", 0), 1)
-    sent = {name: x if name in adding else x / times for name, x in sent.items()}
-    return {**report(metrics, total, "replicas"), **sent}

@@ -18,18 +18,16 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._replicas import (
-    Part,
     Replica,
-    between,
     identical,
     inner_steps,
     mean_state,
     mean_update,
     mixed,
     models,
-    rounds,
     taking_part,
 )
+from fax.algorithms._round_parts import Part, between, rounds
 
 PyTree = Any
 _WHERE = "fax.algorithms.streaming_diloco"

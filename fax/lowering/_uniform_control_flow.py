@@ -24,7 +24,7 @@ from jax.extend.core.primitives import cond_p, remat_p, scan_p, while_p
 
 from fax import _compat
 from fax.primitives import _jaxpr
-from fax.primitives._partial_eval import depends
+from fax.primitives._halves import depends
 
 Axes = tuple[str, ...]
 

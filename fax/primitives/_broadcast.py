@@ -7,8 +7,6 @@ It is linear, and `sum` is its transpose (registered beside it in `_reduce`).
 
 from __future__ import annotations
 
-import functools
-
 import jax
 from jax import lax
 from jax.extend.core import Primitive
@@ -24,9 +22,6 @@ def _compute(x, **params):
     return spread_rows(lax.broadcast(x, (params["size"],)), Placement.of(params))
 
 
-_impl = functools.partial(jax.jit, static_argnames=("placement", "size", "axes"))(_compute)
-
-
 def _abstract_eval(x, **params):
     return placed_aval(x, Placement.of(params))
 
@@ -36,7 +31,7 @@ def _batch(operands, dims, **params):
     return broadcast_p.bind(x, **params), dim + 1
 
 
-broadcast_p.def_impl(_impl)
+broadcast_p.def_impl(jax.jit(_compute, static_argnames=("placement", "size", "axes")))
 broadcast_p.def_abstract_eval(_abstract_eval)
 mlir.register_lowering(broadcast_p, mlir.lower_fun(_compute, multiple_results=False))
 batching.primitive_batchers[broadcast_p] = _batch

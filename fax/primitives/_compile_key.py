@@ -76,7 +76,7 @@ def _key(jaxpr: ClosedJaxpr | Jaxpr) -> Hashable:
             eqn.primitive,
             tuple(map(read, eqn.invars)),
             _params_key(eqn),
-            _Identity(eqn.ctx),
+            _Identity(eqn.ctx),  # JAX has one for each setting
             tuple(map(bind, eqn.outvars)),
         )
         for eqn in inner.eqns
@@ -88,6 +88,11 @@ def _params_key(eqn: JaxprEqn) -> Hashable:
     if eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p):
         return _value_key(eqn.params[_compat.CALLS[eqn.primitive]])
     return tuple((name, _value_key(value)) for name, value in sorted(eqn.params.items()))
+
+
+def _is_of_jax(function: FunctionType) -> bool:
+    module: str | None = function.__module__  # of a function from `exec` it can be None
+    return module is not None and module.partition(".")[0] == "jax"
 
 
 def _closure_key(function: FunctionType) -> Hashable:
@@ -104,7 +109,7 @@ def _value_key(value: Any) -> Hashable:
         return (type(value), tuple(map(_value_key, value)))
     if isinstance(value, dict):
         return (dict, tuple((name, _value_key(x)) for name, x in value.items()))
-    if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == "jax":
+    if isinstance(value, FunctionType) and _is_of_jax(value):
         return _closure_key(value)
     try:
         hash(value)

@@ -9,6 +9,7 @@ runs again for only one participant, not for all.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jax.extend.core.primitives import copy_p
 
+from fax._placement import Placement
 from fax.primitives import _jaxpr
 from fax.primitives._round import Out, Round, pick, select
 from fax.sharding._types import gather_rows
@@ -83,7 +85,7 @@ def watch_round(run: Run, this: Round, operands: Sequence[Any]) -> Sequence[Any]
         operands = pick(used, operands)
         who = _first(kept, operands, wanted[kind])
         rows = [
-            gather_rows(x, this.group)[who] if i.mode == "placed" else x
+            _gathered(x, this.group)[who] if i.mode == "placed" else x
             for x, i in zip(operands, kept.inputs, strict=True)
         ]
     name, mode = this.group.name, this.outputs[k].mode
@@ -113,8 +115,14 @@ def _first(kept: Round, operands: Sequence[Any], test: Test) -> int | None:
 
     jaxpr, _ = _jaxpr.trace(contribution, kept.jaxpr.in_avals)
     (invalid,) = kept.replace(outputs=(Out("placed"),), jaxpr=jaxpr).bind(*operands)
-    invalid = gather_rows(invalid, kept.group)
+    invalid = _gathered(invalid, kept.group)
     return int(jnp.argmax(invalid)) if bool(jnp.any(invalid)) else None
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gathered(x: jax.Array, group: Placement) -> jax.Array:
+    """All rows. What is on one device can be brought to those of a mesh in a jitted call alone."""
+    return gather_rows(x, group)
 
 
 def _is_inexact(x: Any) -> bool:

@@ -50,6 +50,12 @@ def cached(fn: Callable) -> Callable:
     return traced
 
 
+@cached
+def empty() -> ClosedJaxpr:
+    """A jaxpr without inputs, equations and outputs, to start from."""
+    return trace(list, [])[0]  # of `list`, which returns an empty list without arguments
+
+
 def close(jaxpr: Jaxpr) -> ClosedJaxpr:
     """Makes constants the leading inputs."""
     invars = [*jaxpr.constvars, *jaxpr.invars]
@@ -135,8 +141,7 @@ def interpret(
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluates an equation, in its context, on other values."""
     own = {a: x for a, x in zip(eqn.invars, values, strict=True) if isinstance(a, Var)}
-    nothing, _ = trace(list, [])
-    return eval_jaxpr(rebuild(nothing, own, eqn.outvars, [eqn]).jaxpr, [], *own.values())
+    return eval_jaxpr(rebuild(empty(), own, eqn.outvars, [eqn]).jaxpr, [], *own.values())
 
 
 def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:

@@ -36,13 +36,9 @@ from fax._arithmetic import accumulator_dtype
 from fax._compat import register_dead_code, register_lowering_of_jaxprs
 from fax._placement import Placement
 from fax.primitives import _effects, _jaxpr
+from fax.primitives._halves import depends
 from fax.primitives._mask import by_mask, mask_within
-from fax.primitives._partial_eval import (
-    depends,
-    partial_eval,
-    partial_eval_custom,
-    without_outputs,
-)
+from fax.primitives._partial_eval import partial_eval, partial_eval_custom
 from fax.primitives._round import (
     PLACED,
     SERVER,
@@ -53,8 +49,8 @@ from fax.primitives._round import (
     bind_traced,
     expand,
     federated_map_p,
+    map_elementwise,
     pick,
-    rowwise,
     seen_avals,
 )
 
@@ -175,7 +171,7 @@ def reduce_late(
     numbers = expand((mask is not None for mask in masks), range(len(given)))
     outs = [Out(mode, number) for mode, number in zip(modes, numbers, strict=True)]
     placed = [PLACED] * (len(rows) + len(given))
-    best = rowwise(lambda *xs: xs, [*rows, *given], placed, outs, group)
+    best = map_elementwise(lambda *xs: xs, [*rows, *given], placed, outs, group)
 
     def winners(*seen):
         own = iter(seen)
@@ -191,7 +187,7 @@ def reduce_late(
 
     inputs = [*[SERVER] * len(rows), *[PLACED] * len(rows), *placed]
     operands = [*best, *rows, *tangents, *given]
-    sums = rowwise(winners, operands, inputs, [Out("sum")] * (2 * len(rows)), group)
+    sums = map_elementwise(winners, operands, inputs, [Out("sum")] * (2 * len(rows)), group)
     return [
         (top, (total / jnp.maximum(count, 1)).astype(top.dtype))
         for top, total, count in zip(best, sums[::2], sums[1::2], strict=True)
@@ -270,7 +266,13 @@ def _dead_code(used_outputs, eqn):
         return [False] * len(eqn.invars), None
     if all(used_outputs):
         return [True] * len(eqn.invars), eqn
-    reduced, used = without_outputs(eqn, used_outputs)
+    kept, used = Round.of(eqn.params).keep(used_outputs)
+    reduced = eqn.replace(
+        invars=pick(used, eqn.invars),
+        outvars=pick(used_outputs, eqn.outvars),
+        params=kept.params,
+        effects=kept.jaxpr.effects,
+    )
     return used, reduced
 
 

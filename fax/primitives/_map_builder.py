@@ -16,8 +16,9 @@ from jax.extend.core.primitives import remat_p
 
 from fax import _compat
 from fax.primitives import _jaxpr
+from fax.primitives._halves import depends
 from fax.primitives._jaxpr import Atom
-from fax.primitives._partial_eval import depends, either
+from fax.primitives._mask import either
 from fax.primitives._round import Contribution, In, Round, Vectorize, has_convolutions, select
 
 # Finds the operand of a map, and its mode, for an operand of an equation.
@@ -187,7 +188,7 @@ class MapBuilder:
     def _fed(self, other: MapBuilder) -> dict[Var, Contribution]:
         """The variables of another map that are rows of this one, with their contributions."""
         seen: Iterable[Var] = other.inputs
-        if len(self.outputs) < len(other.inputs):
+        if len(self.outputs) < len(other.inputs):  # looks up the fewer in the many
             keys = ((id(result), In("placed", t)) for result in self.outputs for t in (False, True))
             seen = [other._seen[key] for key in keys if key in other._seen]
         fed = ((var, *other.inputs[var]) for var in seen)

@@ -8,15 +8,18 @@ zero, even if the derivative of the client function is infinite.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
 from fax._arithmetic import identity
 from fax.primitives import _jaxpr
+from fax.primitives._jaxpr import Atom
 from fax.primitives._round import Out, Round, pick, select
 
 
@@ -108,3 +111,23 @@ def by_mask(this: Round) -> dict[int | None, list[int]]:
     for k, out in enumerate(this.outputs):
         groups.setdefault(out.mask, []).append(k)
     return groups
+
+
+def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
+    """A mask for whom any of the masks counts, if all are there, with its equations.
+
+    Where everything that a residual is used for is masked, so can the residual be; then its
+    cotangents are zero there, too, when the derivative is differentiated.
+    """
+    if not masks or not all(isinstance(mask, Var) for mask in masks):
+        return None, []
+    masks = list(dict.fromkeys(masks))
+    eqns, (mask,) = _jaxpr.splice(_disjunction(len(masks)), masks)
+    return mask, eqns
+
+
+@_jaxpr.cached
+def _disjunction(count: int) -> ClosedJaxpr:
+    scalar = jax.typeof(np.zeros((), bool))
+    fn = functools.partial(functools.reduce, jnp.logical_or)
+    return _jaxpr.trace(lambda *masks: [fn(masks)], [scalar] * count)[0]

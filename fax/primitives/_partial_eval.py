@@ -8,19 +8,15 @@ So neither becomes n copies.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.extend import linear_util as lu
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Var, jaxpr_as_fun
-from jax.interpreters import partial_eval as pe
+from jax.extend.core import JaxprEqn, Var
 
 from fax.primitives import _jaxpr
+from fax.primitives._halves import PartialEvaluation, hoist
 from fax.primitives._jaxpr import Atom
+from fax.primitives._mask import either
 from fax.primitives._round import (
     PLACED,
     SERVER,
@@ -30,53 +26,6 @@ from fax.primitives._round import (
     federated_map_p,
     pick,
 )
-
-
-class PartialEvaluation:
-    """A jaxpr in two halves: what depends only on the known inputs, and the rest.
-
-    Attributes:
-      known: maps ``consts`` and the known inputs to the known outputs and to the residuals,
-        the intermediate values that the rest needs.
-      rest: maps residuals and unknown inputs to the unknown outputs.
-      unknown_out: which outputs are unknown.
-      forwarded: for each residual of the rest, the index of the known input that it is, or None
-        for one that ``known`` computes and returns.
-    """
-
-    def __init__(
-        self,
-        jaxpr: ClosedJaxpr,
-        unknown: Sequence[bool],
-        instantiate: Sequence[bool] | bool = False,
-    ):
-        """``instantiate`` marks outputs that count as unknown, whatever they depend on."""
-        avals = jaxpr.in_avals
-        info = jaxpr.jaxpr.debug_info.with_unknown_names()
-        fun = lu.wrap_init(jaxpr_as_fun(jaxpr), debug_info=info)
-
-        def known_part(*inputs):
-            values = iter(inputs)
-            pvals = [
-                pe.PartialVal.unknown(aval) if is_unknown else pe.PartialVal.known(next(values))
-                for aval, is_unknown in zip(avals, unknown, strict=True)
-            ]
-            rest, outs, residuals = pe.trace_to_jaxpr_nounits(fun, pvals, instantiate)
-            self.rest = _jaxpr.close(rest)
-            self.unknown_out = [not out.is_known() for out in outs]
-            positions = {id(x): i for i, x in enumerate(inputs)}
-            self.forwarded = [positions.get(id(r)) for r in residuals]
-            return [out.get_known() for out in outs if out.is_known()] + [
-                r for r, i in zip(residuals, self.forwarded, strict=True) if i is None
-            ]
-
-        known_avals = pick((not u for u in unknown), avals)
-        self.known, self.consts = _jaxpr.trace(known_part, known_avals)
-
-
-def depends(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs depend on the marked inputs, also through calls and loops."""
-    return PartialEvaluation(jaxpr, inputs).unknown_out
 
 
 def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
@@ -158,6 +107,29 @@ def _without_residuals(
     return [next(rest_outs if u else known_outs) for u in late]
 
 
+def partial_eval_custom(
+    saveable: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: JaxprEqn
+) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
+    """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
+    del saveable
+    this = Round.of(eqn.params)
+    halves = _evaluate_client(this, unknown)
+    late = halves.unknown_out[: len(eqn.outvars)]
+    known_eqn = None
+    if halves.consts:
+        late = [True] * len(late)  # an equation has no place for them
+    elif not all(late):
+        known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
+        known_eqn = eqn.replace(
+            invars=pick(used, pick((not u for u in unknown), eqn.invars)),
+            outvars=pick((not u for u in late), eqn.outvars),
+            params=known.params,
+            effects=known.jaxpr.effects,
+        )
+    missing = _jaxpr.variables(pick((not i for i in instantiated), eqn.invars))
+    return known_eqn, eqn, late, [True] * len(late), missing
+
+
 def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:
     """Evaluates the client function, with its masks also among the outputs of the rest."""
     inner, count = this.jaxpr.jaxpr, len(this.outputs)
@@ -189,26 +161,6 @@ def _known_round(
     return this.assemble(inputs, inner.invars, parts, inner.eqns), masks, residuals
 
 
-def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
-    """The disjunction of masks, if none is None, with its equations.
-
-    If all uses of a residual are masked, the residual can be masked, too. Then its cotangents are
-    zero where it is masked when the derivative is differentiated.
-    """
-    if not masks or not all(isinstance(mask, Var) for mask in masks):
-        return None, []
-    masks = list(dict.fromkeys(masks))
-    eqns, (mask,) = _jaxpr.splice(_disjunction(len(masks)), masks)
-    return mask, eqns
-
-
-@_jaxpr.cached
-def _disjunction(count: int) -> ClosedJaxpr:
-    scalar = jax.typeof(np.zeros((), bool))
-    fn = functools.partial(functools.reduce, jnp.logical_or)
-    return _jaxpr.trace(lambda *masks: [fn(masks)], [scalar] * count)[0]
-
-
 def _bind_hoisted(
     this: Round, operands: Sequence[Any], candidates: Sequence[bool]
 ) -> tuple[list[Any], list[bool]]:
@@ -231,60 +183,6 @@ def _bind_hoisted(
     return [next(ours if m else others) for m in moved], moved
 
 
-def hoist(
-    jaxpr: ClosedJaxpr, fixed: Sequence[bool], candidates: Sequence[bool]
-) -> tuple[ClosedJaxpr, ClosedJaxpr, list[bool]]:
-    """Moves the candidate outputs that depend only on fixed inputs out of a jaxpr.
-
-    Returns:
-      outer: maps the fixed inputs to the outputs that were moved, then to those of their
-        intermediate values that the inner jaxpr needs, too.
-      inner: maps the inputs, then those values, to the outputs that were not moved.
-      moved: which outputs were moved.
-    """
-    own = pick(fixed, jaxpr.jaxpr.invars)
-    varies = depends(jaxpr, [not f for f in fixed])
-    moved = [c and not v for c, v in zip(candidates, varies, strict=True)]
-    if not any(moved):
-        return _jaxpr.rebuild(jaxpr, own, [], []), jaxpr, moved
-
-    # A jitted call can have both varying and fixed results; then it is inlined.
-    still = _fixed_variables(jaxpr, own)
-    if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):
-        flat, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: not still.issuperset(eqn.outvars))
-        if not consts:
-            jaxpr, still = flat, _fixed_variables(flat, own)
-    outvars = jaxpr.jaxpr.outvars
-    moved = [
-        m and (not isinstance(atom, Var) or atom in still)
-        for m, atom in zip(moved, outvars, strict=True)
-    ]
-
-    needed = set(_jaxpr.variables(pick(moved, outvars)))
-    outside, inside = [], []
-    for eqn in reversed(jaxpr.jaxpr.eqns):
-        if needed.isdisjoint(eqn.outvars):
-            inside.append(eqn)
-        else:
-            outside.append(eqn)
-            needed.update(_jaxpr.variables(eqn.invars))
-    kept = pick((not m for m in moved), outvars)
-    wanted = set(_jaxpr.variables([*kept, *(atom for eqn in inside for atom in eqn.invars)]))
-    shared = [var for eqn in outside for var in eqn.outvars if var in wanted]
-    outer = _jaxpr.rebuild(jaxpr, own, [*pick(moved, outvars), *shared], outside[::-1])
-    inner = _jaxpr.rebuild(jaxpr, [*jaxpr.jaxpr.invars, *shared], kept, inside[::-1])
-    return outer, inner, moved
-
-
-def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
-    """The variables that are computed, without effects, from only the given inputs."""
-    still = set(inputs)
-    for eqn in jaxpr.jaxpr.eqns:
-        if not eqn.effects and still.issuperset(_jaxpr.variables(eqn.invars)):
-            still.update(eqn.outvars)
-    return still
-
-
 def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
     """Consecutive parts of the given sizes, and the remaining items."""
     parts = []
@@ -292,38 +190,3 @@ def _in_parts(items: Sequence[Any], *sizes: int) -> list[Any]:
         parts.append(items[:size])
         items = items[size:]
     return [*parts, items]
-
-
-def partial_eval_custom(
-    saveable: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: JaxprEqn
-) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
-    """The rule for `jax.checkpoint`: nothing of the round is saved, and the rest recomputes it."""
-    del saveable
-    this = Round.of(eqn.params)
-    halves = _evaluate_client(this, unknown)
-    late = halves.unknown_out[: len(eqn.outvars)]
-    known_eqn = None
-    if halves.consts:
-        late = [True] * len(late)  # an equation cannot hold them
-    elif not all(late):
-        known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
-        known_eqn = eqn.replace(
-            invars=pick(used, pick((not u for u in unknown), eqn.invars)),
-            outvars=pick((not u for u in late), eqn.outvars),
-            params=known.params,
-            effects=known.jaxpr.effects,
-        )
-    missing = _jaxpr.variables(pick((not i for i in instantiated), eqn.invars))
-    return known_eqn, eqn, late, [True] * len(late), missing
-
-
-def without_outputs(eqn: JaxprEqn, wanted: Sequence[bool]) -> tuple[JaxprEqn, list[bool]]:
-    """The equation reduced to some outputs, and which operands it still has."""
-    kept, used = Round.of(eqn.params).keep(wanted)
-    reduced = eqn.replace(
-        invars=pick(used, eqn.invars),
-        outvars=pick(wanted, eqn.outvars),
-        params=kept.params,
-        effects=kept.jaxpr.effects,
-    )
-    return reduced, used

@@ -86,7 +86,7 @@ class Round:
     Attributes:
       group: the participants.
       vectorize: how many participants a device works on at once: a number, None for the
-        platform's default, or a `Vectorize`.
+        platform's default, or a `Vectorize`, for fax's own maps.
       inputs: an `In` for each operand.
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
@@ -202,16 +202,15 @@ def bind_traced(fn: Callable, operands: Sequence[Any], like: Round) -> list[Any]
     return this.bind_pruned([*consts, *operands])
 
 
-def rowwise(
+def map_elementwise(
     fn: Callable[..., Sequence[jax.Array]],
     operands: Sequence[Any],
     inputs: Sequence[In],
     outputs: Sequence[Out],
     group: Placement,
 ) -> list[Any]:
-    """Maps a few element-wise operations; the map fuses with any other."""
-    nothing, _ = _jaxpr.trace(list, [])
-    like = Round(group, Vectorize.ALL, tuple(inputs), tuple(outputs), nothing)
+    """Maps a few element-wise operations, which fuse with any map."""
+    like = Round(group, Vectorize.ALL, tuple(inputs), tuple(outputs), _jaxpr.empty())
     return bind_traced(fn, operands, like)
 
 

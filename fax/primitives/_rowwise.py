@@ -7,7 +7,6 @@ before and after it. The rules here turn such an equation into an equation on on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +18,11 @@ from jax.sharding import NamedSharding
 
 from fax._compat import Named
 from fax.primitives import _jaxpr
+from fax.primitives._jaxpr import Atom
 from fax.primitives._map_builder import Find, MapBuilder
 from fax.primitives._round import SERVER, Contribution, In, Vectorize
 from fax.sharding._types import row_aval
 
-Atom = Any
 Equation = Any  # a JaxprEqn, whose atoms are arrays
 Rule = Callable[[Equation, int], dict[str, Any] | None]
 
@@ -123,8 +122,6 @@ _RULES: dict[Any, Rule] = {
     p.reduce_or_p: _reduction,
     **dict.fromkeys(_ELEMENTWISE, lambda eqn, size: eqn.params),
 }
-
-
 _NAMED_RULES: dict[str, Rule] = dict.fromkeys(
     (Named.SPLIT, Named.STACK, Named.UNSTACK), _along_axis
 )
@@ -197,6 +194,6 @@ def _vanishing(eqn: JaxprEqn, is_masked: Callable[[Atom], bool]) -> set[Atom]:
     return zero if linear and vanish else set()
 
 
-@functools.lru_cache
+@_jaxpr.cached
 def _without_leading_axis(aval: ShapedArray) -> ClosedJaxpr:
     return _jaxpr.trace(lambda x: [lax.squeeze(x, (0,))], [aval])[0]
