@@ -54,8 +54,8 @@ def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
     return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
 
 
-def of_nobody(mode: str, aval: ShapedArray) -> jax.Array:
-    """A total over nobody, or rows of nobody, which can hold anything."""
+def neutral(mode: str, aval: ShapedArray) -> jax.Array:
+    """A total over no participants, or rows of none, which can have any values."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return _no_keys(aval)
     zeros = ad.zeros_like_aval(aval.update(weak_type=False))

@@ -1,4 +1,4 @@
-"""Rounds in parts: what replicas do again and again in a round, each time on some of its steps."""
+"""Rounds in parts: replicas repeat the same work in a round, each time on some of its steps."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PyTree = Any
 
 
 class Part(NamedTuple):
-    """A part of a round, of equally many steps as the others.
+    """A part of a round. All parts have the same number of steps.
 
     Attributes:
-      batches: the cohort of its steps.
+      batches: the cohort with only these steps.
       first: the number of its first step in the round.
-      key: a random key of the server's, or None.
-      cohort: that of the whole round.
+      key: a random key for the server, or None.
+      cohort: the cohort of the whole round.
     """
 
     batches: Cohort
@@ -45,15 +45,15 @@ def rounds(
     *,
     keyed: bool,
 ) -> Callable[[Any, Cohort], tuple[Any, dict[str, jax.Array]]]:
-    """The round of an algorithm that does ``work`` with one part of it after the other.
+    """The round of an algorithm that runs ``work`` on each part of it in order.
 
     Args:
       where: the algorithm, for messages.
-      replicas: how many there are; the cohort has a row for each.
-      steps: the steps of a part. None: all that the cohort has.
+      replicas: their number; the cohort has a row for each.
+      steps: the number of steps in a part. None: all of the cohort's.
       work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
         `round_metrics`.
-      keyed: whether parts have a key.
+      keyed: whether parts have keys.
     """
 
     def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
@@ -87,11 +87,11 @@ def rounds(
 
 
 def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tuple[int, int]:
-    """How many parts a round has, and of how many steps each."""
+    """The number of parts in a round, and the number of steps in each."""
     found, total = cohort.mask.shape[:2]
     if found != replicas:
         raise ValueError(
-            f"{where}: the cohort has {found} clients, expected one for each of the "
+            f"{where}: the cohort has {found} clients, expected one for each replica: "
             f"replicas={replicas}."
         )
     size = steps or total
@@ -99,14 +99,13 @@ def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tupl
     if rest or not count:
         raise ValueError(
             f"{where}: the cohort has {total} batches for each replica, expected a multiple of "
-            f"steps={size}, so that none is lost. Choose max_steps= of fax.data.cohorts "
-            "accordingly."
+            f"steps={size}. Choose max_steps= of fax.data.cohorts accordingly."
         )
     return count, size
 
 
 def _rows(cohort: Cohort) -> PyTree:
-    """What has an axis of steps, besides the mask."""
+    """The arrays of a cohort that have an axis of steps, except the mask."""
     return cohort.batches.rows if isinstance(cohort.batches, Gathered) else cohort.batches
 
 
@@ -117,7 +116,7 @@ def _with_batches(cohort: Cohort, rows: PyTree, mask: jax.Array) -> Cohort:
 
 
 def between(cohort: Cohort, begin: int, end: int) -> Cohort:
-    """The cohort of some of its steps."""
+    """The cohort with only some of its steps."""
     return _with_batches(
         cohort, *jax.tree.map(lambda x: x[:, begin:end], (_rows(cohort), cohort.mask))
     )
@@ -126,13 +125,13 @@ def between(cohort: Cohort, begin: int, end: int) -> Cohort:
 def round_metrics(
     metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The metrics of a round from the sums of those of its parts. To be called in a program.
+    """The metrics of a round, from the summed metrics of its parts. Call it in a program.
 
     Args:
       metrics: of each replica, [replicas].
-      total: of all replicas, if that is known.
-      sent: the metrics of each time that something was sent. Bits add up, and so does
-        ``"outer_steps"``, which is 1 where something was sent; of the rest, the mean.
+      total: of all replicas, if known.
+      sent: the summed metrics of the updates. ``"replicas/bits"`` and ``"outer_steps"`` are
+        reported as sums, the others as means.
     """
     adding = ("replicas/bits", "outer_steps")
     times = jnp.maximum(sent.get("outer_steps", 0), 1)

@@ -110,7 +110,7 @@ def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], alway
     avals = jax.make_jaxpr(work)().out_avals
 
     def nothing():
-        return [_arithmetic.of_nobody(mode, aval) for mode, aval in zip(modes, avals, strict=True)]
+        return [_arithmetic.neutral(mode, aval) for mode, aval in zip(modes, avals, strict=True)]
 
     if not always:
         return lax.cond(mine, work, nothing)

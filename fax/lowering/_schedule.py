@@ -9,10 +9,10 @@ sign: a float32 total of 1e6 times 0.1 is 1 % too large, and a total of ones sto
 long sum has two accumulators. The first adds up 16 participants. It is then added to the second
 one and restarted with the rounding error of that addition. The error of 16 terms remains.
 
-Where participants are worked on one by one, a second accumulator for all parameters of a model
-could double the memory of a round. So large arrays have one only for more than 4,096 batches, or
-beside batches of 16 participants and more. Without it a total is at most 1e-4 off, if all terms are
-equal, and 1e-6 if they are not.
+If participants run one by one, a second accumulator for all parameters of a model could double the
+memory of a round. So large arrays have one only for more than 4,096 batches, or if batches have 16
+participants or more. Without it, the error of a total is at most 1e-4 if all terms are equal, and
+1e-6 if they are not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
-from fax._arithmetic import combine, of_nobody, reduce_rows, total_dtype
+from fax._arithmetic import combine, neutral, reduce_rows, total_dtype
 from fax.primitives._round import Round, Vectorize, pick
 
 ByIndex = dict[int, jax.Array]
@@ -142,15 +142,15 @@ def run(
 
 
 def _start(mode: str, aval: ShapedArray) -> jax.Array:
-    return of_nobody(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))
+    return neutral(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))
 
 
 def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
     """Reduces the rows of a batch, on one device.
 
-    XLA adds rows up in a tree, unless they are products, as in a weighted mean, of which it makes
-    a product of matrices. On CPU that adds them up one by one, and sums of 1,000 equal rows are
-    1e-5 off. So small rows are added up 16 at a time; for large ones it would take too long.
+    XLA sums rows in a tree, unless they are products, as in a weighted mean. Those become a matrix
+    product, which on CPU sums them one by one, with an error of 1e-5 for 1,000 equal rows. So small
+    rows are summed 16 at a time; for large ones this would take too long.
     """
     inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
     if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= _LARGE:
@@ -164,27 +164,27 @@ def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
 
 
 def _needs_two(mode: str, total: jax.Array, batches: int, vectorize: int) -> bool:
-    """Whether a total is added up in two accumulators."""
+    """Whether a total has two accumulators."""
     if mode != "sum" or not jnp.issubdtype(total.dtype, jnp.inexact) or batches <= _TERMS:
         return False
-    # Beside a batch of many rows another one of them is little.
+    # One more row is little compared to a batch of many rows.
     return total.size <= _LARGE or batches > _MANY_BATCHES or vectorize >= _TERMS
 
 
 def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rounded sum of two floats, and what rounding took from it, without any error.
+    """The rounded sum of two floats, and its exact rounding error.
 
     This is Knuth's TwoSum, in The Art of Computer Programming, volume 2, section 4.2.2.
     """
     total = x + y
     added = total - x
     lost = (x - (total - added)) + (y - added)
-    # Where the sum is infinite this is NaN, and must not be added to anything.
+    # If the sum is infinite, this is NaN and must not be added to anything.
     return total, lax.select(jnp.isfinite(lost), lost, jnp.zeros_like(lost))
 
 
 def _move(due: Any, totals: ByIndex, wholes: ByIndex) -> tuple[ByIndex, ByIndex]:
-    """Adds totals to the accumulators behind them if it is due. What does not fit in stays."""
+    """Adds totals to their second accumulators if it is due. The rounding errors remain."""
     moved = {i: _move_one(due, wholes[i], total) for i, total in totals.items()}
     return {i: lost for i, (_, lost) in moved.items()}, {i: w for i, (w, _) in moved.items()}
 
@@ -192,7 +192,7 @@ def _move(due: Any, totals: ByIndex, wholes: ByIndex) -> tuple[ByIndex, ByIndex]
 def _move_one(due: Any, whole: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     if due is True:
         return _add_exactly(whole, total)
-    # Unlike a branch, a loop that runs once or never works in place.
+    # Unlike a branch, a loop that runs at most once works in place.
     start = due, whole, total
     return lax.while_loop(
         lambda state: state[0],

@@ -121,7 +121,7 @@ def _first(kept: Round, operands: Sequence[Any], test: Test) -> int | None:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _gathered(x: jax.Array, group: Placement) -> jax.Array:
-    """All rows. What is on one device can be brought to those of a mesh in a jitted call alone."""
+    """All rows. Only a jitted call can move an array from one device to those of a mesh."""
     return gather_rows(x, group)
 
 

@@ -5,11 +5,11 @@
     map -> sum, max, min      the map reduces as it goes
     map -> mean               the map sums, and the server divides
 
-A value that is both reduced and needed row by row leaves its map in both modes. What treats every
-row of a placed value alike, such as a cast or a sum of two, counts as a map (`_rowwise`). Calls of
-`jax.jit` that hold operators are inlined, and loops, branches, checkpoints and client functions are
-fused inside. The pass only regroups: every equation is still there once, and effects keep their
-order.
+A value that is both reduced and needed row by row is an output of its map in both modes. Equations
+that treat all rows of placed values alike, such as a cast or a sum of two, count as maps
+(`_rowwise`). Calls of `jax.jit` that contain operators are inlined, and the bodies of loops,
+branches, checkpoints and client functions are fused. The pass only regroups: every equation still
+occurs once, and effects keep their order.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def is_operator(eqn: JaxprEqn) -> bool:
 class _Step:
     """An equation and its place in the order of evaluation.
 
-    Places are numbered like sections of a book, so that there is always room before a step: what
-    moves before (3, 0) is at (3, -9, 0), where -9 is far below zero, and the next at (3, -8, 0).
+    Places are numbered like sections of a book, so a step can always be put before another: the
+    first one before (3, 0) is at (3, -9, 0), where -9 is far below zero, the next at (3, -8, 0).
 
     Attributes:
       eqn: the equation.
@@ -178,7 +178,7 @@ class _Program:
             return self.add(eqn)
         masked = maker.builder.outputs[rows].mask is not None
         if masked and eqn.primitive not in (sum_p, mean_p):
-            return self.add(eqn)  # a masked row is zero, which a reduction in the map passes over
+            return self.add(eqn)  # a reduction in the map would skip masked rows, which are zero
         if eqn.primitive is not mean_p:
             maker.builder.reduce(rows, eqn.primitive.name, result)
             self._maker[result] = maker

@@ -1,4 +1,4 @@
-"""A jaxpr in two halves: what follows from some of its inputs, and the rest."""
+"""Splits a jaxpr into two halves: what depends only on some of its inputs, and the rest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fax.primitives._round import pick
 
 
 class PartialEvaluation:
-    """A jaxpr in two halves: what follows from the known inputs, and the rest.
+    """A jaxpr in two halves: what depends only on the known inputs, and the rest.
 
     Attributes:
       known: maps ``consts`` and the known inputs to the known outputs and to the residuals,
         the intermediate values that the rest needs.
       rest: maps residuals and unknown inputs to the unknown outputs.
       unknown_out: which outputs are unknown.
-      forwarded: for each residual of the rest the known input that it is, by index, or None
+      forwarded: for each residual of the rest, the index of the known input that it is, or None
         for one that ``known`` computes and returns.
     """
 
@@ -30,7 +30,7 @@ class PartialEvaluation:
         unknown: Sequence[bool],
         instantiate: Sequence[bool] | bool = False,
     ):
-        """``instantiate`` marks outputs to count as unknown whatever they depend on."""
+        """``instantiate`` marks outputs that count as unknown, whatever they depend on."""
         avals = jaxpr.in_avals
         info = jaxpr.jaxpr.debug_info.with_unknown_names()
         fun = lu.wrap_init(jaxpr_as_fun(jaxpr), debug_info=info)
@@ -55,20 +55,20 @@ class PartialEvaluation:
 
 
 def depends(jaxpr: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs depend on the marked inputs, seen through calls and loops."""
+    """Which outputs depend on the marked inputs, also through calls and loops."""
     return PartialEvaluation(jaxpr, inputs).unknown_out
 
 
 def hoist(
     jaxpr: ClosedJaxpr, fixed: Sequence[bool], candidates: Sequence[bool]
 ) -> tuple[ClosedJaxpr, ClosedJaxpr, list[bool]]:
-    """Moves out of a jaxpr the candidate outputs that depend on fixed inputs alone.
+    """Moves the candidate outputs that depend only on fixed inputs out of a jaxpr.
 
     Returns:
-      outer: maps the fixed inputs to the outputs that were moved, then to values that are
-        computed on the way to them and that the inner jaxpr needs, too.
+      outer: maps the fixed inputs to the outputs that were moved, then to those of their
+        intermediate values that the inner jaxpr needs, too.
       inner: maps the inputs, then those values, to the outputs that were not moved.
-      moved: which outputs were.
+      moved: which outputs were moved.
     """
     own = pick(fixed, jaxpr.jaxpr.invars)
     varies = depends(jaxpr, [not f for f in fixed])
@@ -76,7 +76,7 @@ def hoist(
     if not any(moved):
         return _jaxpr.rebuild(jaxpr, own, [], []), jaxpr, moved
 
-    # A jitted call whose results vary can have some that do not; then it is inlined.
+    # A jitted call can have both varying and fixed results; then it is inlined.
     still = _fixed_variables(jaxpr, own)
     if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):
         flat, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: not still.issuperset(eqn.outvars))
@@ -105,7 +105,7 @@ def hoist(
 
 
 def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
-    """The variables that are computed, without effects, from the given inputs alone."""
+    """The variables that are computed, without effects, from only the given inputs."""
     still = set(inputs)
     for eqn in jaxpr.jaxpr.eqns:
         if not eqn.effects and still.issuperset(_jaxpr.variables(eqn.invars)):

@@ -52,7 +52,7 @@ def cached(fn: Callable) -> Callable:
 
 @cached
 def empty() -> ClosedJaxpr:
-    """A jaxpr without inputs, equations and outputs, to start from."""
+    """A jaxpr without inputs, equations or outputs, to start from."""
     return trace(list, [])[0]  # of `list`, which returns an empty list without arguments
 
 

@@ -110,14 +110,14 @@ def _without_residuals(
 def partial_eval_custom(
     saveable: Any, unknown: Sequence[bool], instantiated: Sequence[bool], eqn: JaxprEqn
 ) -> tuple[JaxprEqn | None, JaxprEqn, list[bool], list[bool], list[Var]]:
-    """The rule for `jax.checkpoint`: the rest recomputes the round, and saves nothing of it."""
+    """The rule for `jax.checkpoint`: nothing of the round is saved, and the rest recomputes it."""
     del saveable
     this = Round.of(eqn.params)
     halves = _evaluate_client(this, unknown)
     late = halves.unknown_out[: len(eqn.outvars)]
     known_eqn = None
     if halves.consts:
-        late = [True] * len(late)  # an equation has no place for them
+        late = [True] * len(late)  # an equation cannot hold them
     elif not all(late):
         known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
         known_eqn = eqn.replace(

@@ -209,7 +209,7 @@ def map_elementwise(
     outputs: Sequence[Out],
     group: Placement,
 ) -> list[Any]:
-    """Maps a few element-wise operations, which fuse with any map."""
+    """Maps a few element-wise operations; the map fuses with any other."""
     like = Round(group, Vectorize.ALL, tuple(inputs), tuple(outputs), _jaxpr.empty())
     return bind_traced(fn, operands, like)
 
