@@ -104,25 +104,6 @@ def test_its_gradient_with_respect_to_parameters_and_weights(variant):
     assert max(found) - min(found) < 0.02
 
 
-def test_the_gradient_of_masks_that_are_vectorized():
-    """Each of two models at a time leaves out other participants."""
-    found = []
-    for n in COUNTS[:2]:
-        program = program_of(n, jax.checkpoint(update), "masked")
-
-        def objective(params, data, weights, masks, program=program):
-            def of_one(scale, where):
-                return square(program([scale * p for p in params], data, weights, where))
-
-            return jnp.sum(jax.vmap(of_one)(jnp.arange(1, 3, dtype=jnp.float32), masks))
-
-        params, data, weights, mask = arguments(n)
-        masks = jax.ShapeDtypeStruct((2, *mask.shape), mask.dtype)
-        found.append(temporary(jax.grad(objective), params, data, weights, masks))
-    assert max(found) - min(found) < 0.02
-    assert max(found) <= 2 * 4.2
-
-
 def test_the_gradient_of_a_scan_over_rounds():
     """It holds the parameters of each round, and nothing of the participants."""
     rounds, found = 5, []

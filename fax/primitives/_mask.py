@@ -8,7 +8,7 @@ zero, even if the derivative of the client function is infinite.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,8 @@ from fax.primitives._jaxpr import Atom
 from fax.primitives._round import Out, Round, pick, select
 
 
-def apply_masks(
-    this: Round, outs: Any, select: Callable[..., jax.Array] = select
-) -> list[jax.Array]:
-    """One participant's contributions, with masked ones replaced by the reduction's identity."""
+def apply_masks(this: Round, outs: Any) -> list[jax.Array]:
+    """One participant's contributions, those that are masked replaced by what changes nothing."""
     return [
         value if mask is None else select(mask, value, _nothing(mode, value.dtype))
         for value, mode, mask in this.contributions(list(map(jnp.asarray, outs)))
@@ -34,38 +32,11 @@ def apply_masks(
 
 
 def _contribute(this: Round, *rows: Any) -> list[jax.Array]:
-    return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows), _select)
-
-
-def _select(mask: jax.Array, value: jax.Array, otherwise: Any = 0) -> jax.Array:
-    """The same as `select`, for masks that are vectorized.
-
-    `jax.vmap` broadcasts a mask to the shape of what it masks. Under `jax.checkpoint`, reverse
-    differentiation broadcasts it again instead of storing it for each participant.
-    """
-    chosen = functools.partial(select, otherwise=otherwise)
-    return jax.checkpoint(chosen, prevent_cse=False)(mask, value)
+    return apply_masks(this, _jaxpr.evaluate(this.jaxpr, *rows))
 
 
 def _nothing(mode: str, dtype: Any) -> Any:
     return 0 if mode == "placed" else identity(mode, dtype)
-
-
-@jax.custom_jvp
-def _gate(counts: jax.Array, x: jax.Array) -> jax.Array:
-    """A value whose tangents are zero unless it counts.
-
-    A select would do the same, but of a server value it makes a separate value for each
-    participant, which reverse differentiation would store.
-    """
-    del counts
-    return x
-
-
-@_gate.defjvp
-def _gate_jvp(primals, tangents):
-    (counts, x), (_, dx) = primals, tangents
-    return x, _select(counts, dx)
 
 
 def mask_within(this: Round) -> Round:
@@ -85,8 +56,10 @@ def mask_within(this: Round) -> Round:
             return _contribute(this, *rows)
         fixed = [lax.stop_gradient(x) if i else x for x, i in zip(rows, inexact, strict=True)]
         counts = this.masks(fixed)[mask]
-        seen = zip(rows, inexact, strict=True)
-        return _contribute(this, *(_gate(counts, x) if i else x for x, i in seen))
+        seen = zip(rows, fixed, inexact, strict=True)
+        return _contribute(
+            this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
+        )
 
     def derivative(primals, tangents):
         values, moved = [None] * len(this.outputs), [None] * len(this.outputs)
