@@ -19,6 +19,7 @@ from fax.aggregators import Aggregator, PerClient
 from fax.algorithms import (
     agnostic_fedavg,
     apfl,
+    ditto,
     fedavg,
     hyp_cluster,
     hyp_cluster_choice,
@@ -670,6 +671,15 @@ def agnostic(**kwargs):
                 num_clients=N,
             ),
             "loss returned a metric 'personal/loss', but apfl has a metric of that name",
+        ),
+        (
+            ditto(
+                lambda *a: (Quadratic.loss(*a)[0], {"personal/loss": a[1]["y"]}),
+                optax.sgd(0.1),
+                mu=1.0,
+                num_clients=N,
+            ),
+            "loss returned a metric 'personal/loss', but ditto has a metric of that name",
         ),
     ],
 )

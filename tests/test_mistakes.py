@@ -320,6 +320,14 @@ MISTAKES = {
         "measure its steps. Use an optimizer that does not depend on the leaves of the "
         "parameters, such as optax.sgd(0.1).",
     ),
+    "two numbers of clients": (
+        lambda: algorithms.scaffold(
+            algorithms.personal_parts(loss, "w", SGD, num_clients=2), 0.1, num_clients=3
+        ),
+        ValueError,
+        "fax.algorithms.scaffold: num_clients is 3, but that of personal_parts is 2. Both are the "
+        "number of clients in the data.",
+    ),
     "a personal optimizer that is a number": (
         lambda: algorithms.ditto(loss, SGD, mu=1.0, num_clients=2, personal_optimizer=0.1),
         ValueError,

@@ -14,7 +14,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._federated import ClientResult, Server, State, federated
-from fax.algorithms._loss import Metrics, batch_gradient, batch_loss, no_metrics
+from fax.algorithms._loss import batch_gradient, batch_loss, no_metrics
+from fax.algorithms._metrics import with_personal
 from fax.data import Client
 
 PyTree = Any
@@ -141,7 +142,7 @@ def apfl(
             w, v, alpha = (
                 optax.apply_updates(x, move) for x, (move, _) in zip((w, v, alpha), moves)
             )
-            metrics = optax.tree.add(metrics, _both(seen, seen_by_own))
+            metrics = optax.tree.add(metrics, with_personal("apfl", seen, seen_by_own, "alpha"))
             states = tuple(state for _, state in moves)
             return (w, v, jnp.clip(alpha, 0, 1)), states, model_state_of_w, metrics
 
@@ -151,7 +152,7 @@ def apfl(
         states = tuple(optimizer.init(x) for optimizer, x in zip(optimizers, start))
         nothing = no_metrics(loss, w, data, model_state)
         (w, v, alpha), _, model_state, metrics = data.scan(
-            step, (start, states, model_state, _both(nothing, nothing))
+            step, (start, states, model_state, with_personal("apfl", nothing, nothing))
         )
         update = optax.tree.sub(w, server.params)
         own = Personal(v, alpha, jnp.ones((), bool))
@@ -187,14 +188,3 @@ def _mixture(v: PyTree, alpha: jax.Array, w: PyTree) -> PyTree:
         return share * v + (1 - share) * w
 
     return jax.tree.map(mix, v, w)
-
-
-def _both(seen: Metrics, seen_by_own: Metrics) -> Metrics:
-    """The global model's metrics, and those of the mixture over the same examples."""
-    own = {f"personal/{name}": total for name, total in seen_by_own.items()}
-    if taken := ({*own, "alpha"} & seen.keys()):
-        raise ValueError(
-            f"apfl: loss returned a metric {min(taken)!r}, but apfl has a metric of that name. "
-            "Rename it."
-        )
-    return {**seen, **own}

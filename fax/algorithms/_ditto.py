@@ -15,6 +15,7 @@ from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._federated import ClientResult, Server, State, federated
 from fax.algorithms._local import local_steps, proximal
+from fax.algorithms._metrics import with_personal
 from fax.data import Client
 
 PyTree = Any
@@ -99,9 +100,8 @@ def ditto(
         trained = local_steps(loss, client_optimizer, w, data, state)
         v = local_steps(loss, mine, own.model(w), data, state, correct=near)
         own = DittoClient(v.params, own.started | jnp.any(data.mask))
-        metrics = {f"personal/{name}": value for name, value in v.metrics.items()}
         result = ClientResult.of(trained, server, own=own)
-        return result._replace(metrics={**metrics, **result.metrics})
+        return result._replace(metrics=with_personal("ditto", result.metrics, v.metrics))
 
     def models(state: State) -> PyTree:
         assert state.clients is not None

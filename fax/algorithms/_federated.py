@@ -225,6 +225,11 @@ def federated(
             f"{name}: num_clients is {num_clients!r:.80}, but clients have no state. Pass "
             "client_state=, or leave out num_clients."
         )
+    if isinstance(loss, PersonalLoss) and num_clients not in (None, loss.num_clients):
+        raise ValueError(
+            f"{name}: num_clients is {num_clients}, but that of personal_parts is "
+            f"{loss.num_clients}. Both are the number of clients in the data."
+        )
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     aggregator = arguments(name, loss, aggregator, vectorize, server_optimizer=server_optimizer)
     if not_private is not None:

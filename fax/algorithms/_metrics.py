@@ -39,6 +39,26 @@ def report(
     return {**pooled, **{f"{each}/{name}": alone(own) for name, own in metrics.items()}}
 
 
+def with_personal(
+    algorithm: str, metrics: Mapping[str, Any], personal: Mapping[str, Any], *taken: str
+) -> dict[str, Any]:
+    """The metrics of a loss for the global model and, as ``personal/...``, for clients' own.
+
+    Args:
+      algorithm: its name, for the message.
+      metrics: by the global model.
+      personal: by the clients' own models.
+      *taken: other names that the algorithm uses itself.
+    """
+    own = {f"personal/{name}": value for name, value in personal.items()}
+    if clash := ({*own, *taken} & metrics.keys()):
+        raise ValueError(
+            f"{algorithm}: loss returned a metric {min(clash)!r}, but {algorithm} has a metric of "
+            "that name. Rename it."
+        )
+    return {**metrics, **own}
+
+
 def _result(value: Any) -> jax.Array:
     if isinstance(value, Mean):
         return value.total / jnp.where(value.weight == 0, 1, value.weight)
