@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import secrets
+import select
 import socket
 import threading
 import time
@@ -297,3 +298,23 @@ def test_jobs_of_launchers_are_told_apart():
     assert len(set(jobs)) == 5
     assert _distributed.job_of(slurm | {"SLURM_PROCID": "1"}) == jobs[0]
     assert {_distributed.job_of(env) for env in ({}, mpi, {"SLURM_JOB_ID": "7"})} == {""}
+
+
+def test_a_process_that_fails_ignores_its_own_news(monkeypatch):
+    """Process 0 passes it on to everybody, also to the process that sent it."""
+
+    def end(self, news):
+        raise SystemExit(news)
+
+    monkeypatch.setattr(_peers.Watch, "_exit", end)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = _connection.Connection(socket.create_connection(server.getsockname()))
+        ours = _connection.Connection(server.accept()[0])
+    watch = _peers.Watch(1, {0: ours})
+    with contextlib.closing(ours.socket), contextlib.closing(theirs.socket):
+        for leaving, lost in ((True, contextlib.nullcontext()), (False, pytest.raises(SystemExit))):
+            watch._leaving = leaving
+            theirs.send(gone="process 1 failed")
+            assert select.select([ours.socket], [], [], 10)[0]
+            with lost:
+                watch._receive(0)
