@@ -189,6 +189,15 @@ def test_no_two_uses_of_randomness_share_a_key(name, monkeypatch):
             assert releases(state) == RELEASES[name]
 
 
+def test_losses_that_weigh_clients_have_keys_of_their_own(monkeypatch):
+    """q-FedAvg measures a loss before it trains; both draw, and independently of each other."""
+    keys, many = Keys(monkeypatch), cohort(3)
+    algorithm = algorithms.qfedavg(keys.loss, SGD, q=1.0, lipschitz=1.0)
+    jax.block_until_ready(jax.jit(algorithm.round)(algorithm.init(PARAMS), many))
+    jax.effects_barrier()
+    assert len(keys.of_losses) == 2 * np.any(many.mask, axis=2).sum()
+
+
 class Split:
     """Two models, and clients that all pick the first, or one each."""
 

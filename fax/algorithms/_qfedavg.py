@@ -85,7 +85,8 @@ def qfedavg(
 
         x, state = server.params, server.model_state
         trained = local_steps(loss, client_optimizer, x, data, state)
-        seen = data.scan(measure, optax.tree.zeros_like(trained.metrics["loss"]))
+        nothing = optax.tree.zeros_like(trained.metrics["loss"])
+        seen = data.scan(measure, nothing, first=len(data.mask))  # after the keys of the steps
         f = seen.total / jnp.maximum(seen.weight, 1)
         some = f != 0  # negative powers of 0 are infinite
         safe = jnp.where(some, jnp.where(f < 0, jnp.nan, f), 1)

@@ -87,10 +87,10 @@ def by_mask(this: Round) -> dict[int | None, list[int]]:
 
 
 def either(masks: Sequence[Atom]) -> tuple[Atom | None, list[JaxprEqn]]:
-    """A mask for whom any of the masks counts, if all are there, with its equations.
+    """The disjunction of masks with its equations, or None if one of the masks is None.
 
-    Where everything that a residual is used for is masked, so can the residual be; then its
-    cotangents are zero there, too, when the derivative is differentiated.
+    If every use of a residual is masked, the residual can be masked, too. Its cotangents are then
+    also zero there when the derivative is differentiated.
     """
     if not masks or not all(isinstance(mask, Var) for mask in masks):
         return None, []
