@@ -101,7 +101,7 @@ def _collective(
         axes=axes,
         dtype="+".join(sorted({array.dtype for array in sent})),
         bytes=sum(array.nbytes for array in sent),
-        count=run.count,
+        count=run.times,
         group_size=max(map(len, positions)),
         between_slices=devices.cross_slices(positions),
         loops=run.loops,

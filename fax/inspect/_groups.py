@@ -1,9 +1,9 @@
 """Which devices take part in a collective together, and along which mesh axes they differ.
 
 XLA writes groups as lists, ``{{0,2},{1,3}}``, as a reshaped and transposed iota,
-``[2,2]<=[2,2]T(1,0)``, or as axes of a mesh, ``mesh['clients'=4,'model'=2] {'clients'}``. It numbers
-devices in the order of the mesh. A program for several TPU slices is that of one slice: it numbers
-that slice's devices, and names those of all slices, by their ids, in what it sends between slices.
+``[2,2]<=[2,2]T(1,0)``, or as axes of a mesh, ``mesh['clients'=4,'model'=2] {'clients'}``. It
+numbers devices in the order of the mesh. A program for several TPU slices is that of one slice, and
+numbers its devices alone. Only transfers between slices name devices of all slices, by their ids.
 """
 
 from __future__ import annotations

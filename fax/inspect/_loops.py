@@ -33,7 +33,7 @@ class Run(NamedTuple):
     """An instruction and how often it runs.
 
     Attributes:
-      count: the number of times, where each loop of unknown length counts as one trip, and all
+      times: how often, where each loop of unknown length counts as one trip, and all
         branches are taken.
       loops: how many loops it is in.
       unknown_loops: of how many of these the length is unknown.
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     instruction: Instruction
     frame: Frame
-    count: int
+    times: int
     loops: int
     unknown_loops: int
     conditional: bool
@@ -85,9 +85,7 @@ def called(module: Module, frame: Frame, instruction: Instruction) -> list[Frame
 def runs(module: Module) -> Iterator[Run]:
     """All instructions of a program with how often they run, those in fusions included."""
 
-    def of(
-        frame: Frame, count: int, loops: int, unknown: int, conditional: bool
-    ) -> Iterator[Run]:
+    def of(frame: Frame, count: int, loops: int, unknown: int, conditional: bool) -> Iterator[Run]:
         for instruction in frame.own.values():
             yield Run(instruction, frame, count, loops, unknown, conditional)
             for inner in called(module, frame, instruction):
@@ -239,12 +237,11 @@ def _source_of_element(
             return None
         elif outside := _argument(frame, instruction):
             frame, instruction = outside
-        elif frame.parent is None or frame.caller is None:
-            return None
-        elif not _is_kept(module, frame.parent, frame.caller, index):
-            return None
         else:
-            frame, instruction = frame.parent, frame.parent.own[frame.caller.inputs[0]]
+            parent, loop = frame.parent, frame.caller
+            if parent is None or loop is None or not _is_kept(module, parent, loop, index):
+                return None
+            frame, instruction = parent, parent.own[loop.inputs[0]]
 
 
 def _argument(frame: Frame, parameter: Instruction) -> Value | None:
