@@ -17,10 +17,11 @@ All of this happens after differentiation and vectorization, whose rules do not 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 
@@ -30,7 +31,7 @@ from fax.lowering._manual_axes import with_axis_types
 from fax.lowering._uniform_control_flow import make_uniform
 from fax.lowering.convolutions._rewrite import rewrite as rewrite_convolutions
 from fax.primitives import _effects, _jaxpr
-from fax.primitives._compile_key import Structure, execute
+from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_round
 from fax.primitives._mask import apply_masks
 from fax.primitives._round import Round
@@ -51,16 +52,31 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 
 
 def lowered(platform: str) -> Callable:
-    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes."""
-    rule = mlir.lower_fun(functools.partial(_compute, platform=platform))
+    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes.
+
+    Equal maps of a module, such as those of an unrolled loop over rounds, are traced only once.
+    """
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        own = ctx.replace(avals_in=list(map(_compat.type_without_varying, ctx.avals_in)))
-        outs = rule(own, *operands, **params)
+        avals = tuple(map(_compat.type_without_varying, ctx.avals_in))
+        traces = _compat.cache_of_module(ctx)
+        key = (platform, context(), avals, *_params_key(**params))
+        if key not in traces:
+            compute = functools.partial(_compute, platform=platform, **params)
+            traces[key] = _jaxpr.trace(lambda *xs: compute(*xs), avals)
+        jaxpr, consts = traces[key]
+        own = ctx.replace(avals_in=avals)
+        outs = mlir.lower_fun(functools.partial(_jaxpr.evaluate, jaxpr, *consts))(own, *operands)
         ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs
 
     return lower
+
+
+def _params_key(jaxpr: ClosedJaxpr, **params: Any) -> tuple[Hashable, ...]:
+    """The parameters of a map; jaxprs are equal if they compute the same, in the same lines."""
+    sources = tuple(map(_compat.source_of, jaxpr.jaxpr.eqns))
+    return Structure(jaxpr), sources, tuple(sorted(params.items()))
 
 
 def _compute(*operands: Any, platform: str, **params: Any) -> Sequence[Any]:
