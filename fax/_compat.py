@@ -140,6 +140,11 @@ def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[s
     return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
 
 
+def source_of(eqn: JaxprEqn) -> tuple[Any, Any]:
+    """Where in the user's code an equation comes from, and its `jax.named_scope`."""
+    return eqn.source_info.traceback, eqn.source_info.name_stack
+
+
 def is_named_axis(effect: Any) -> bool:
     """Whether an effect only says that an axis name is used."""
     return type(effect).__name__ == "NamedAxisEffect"
@@ -186,6 +191,11 @@ def register_lowering_of_jaxprs(
         return bind_with(*operands, **dict(params, **{parameter: lower(params[parameter])}))
 
     vars(primitive)["to_lojax"] = to_lojax
+
+
+def cache_of_module(ctx: Any) -> dict[Any, Any]:
+    """What lowering rules remember while JAX lowers a module. Keys need to be of a caller's own."""
+    return getattr(ctx.module_context, "cached_primitive_lowerings", {})
 
 
 def _names(module: str, *names: str) -> list[Any] | None:

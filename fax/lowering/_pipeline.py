@@ -17,10 +17,11 @@ All of this happens after differentiation and vectorization, whose rules do not 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
 from jax.sharding import AxisType
 
@@ -31,7 +32,7 @@ from fax.lowering._uniform_control_flow import make_uniform
 from fax.lowering._vectorize import Device
 from fax.lowering.convolutions._rewrite import rewrite as rewrite_convolutions
 from fax.primitives import _effects, _jaxpr
-from fax.primitives._compile_key import Structure, execute
+from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_round
 from fax.primitives._mask import apply_masks
 from fax.primitives._round import AtMost, Round
@@ -53,17 +54,32 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 
 
 def lowered(platform: str) -> Callable:
-    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes."""
+    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes.
+
+    Equal maps of a module, such as those of an unrolled loop over rounds, are traced only once.
+    """
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         device = Device(platform, _compat.device_kind(ctx, platform))
-        rule = mlir.lower_fun(functools.partial(_compute, device=device))
-        own = ctx.replace(avals_in=list(map(_compat.type_without_varying, ctx.avals_in)))
-        outs = rule(own, *operands, **params)
+        avals = tuple(map(_compat.type_without_varying, ctx.avals_in))
+        traces = _compat.cache_of_module(ctx)
+        key = (device, context(), avals, *_params_key(**params))
+        if key not in traces:
+            compute = functools.partial(_compute, device=device, **params)
+            traces[key] = _jaxpr.trace(lambda *xs: compute(*xs), avals)
+        jaxpr, consts = traces[key]
+        own = ctx.replace(avals_in=avals)
+        outs = mlir.lower_fun(functools.partial(_jaxpr.evaluate, jaxpr, *consts))(own, *operands)
         ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs
 
     return lower
+
+
+def _params_key(jaxpr: ClosedJaxpr, **params: Any) -> tuple[Hashable, ...]:
+    """The parameters of a map; jaxprs are equal if they compute the same, in the same lines."""
+    sources = tuple(map(_compat.source_of, jaxpr.jaxpr.eqns))
+    return Structure(jaxpr), sources, tuple(sorted(params.items()))
 
 
 def _compute(*operands: Any, device: Device, **params: Any) -> Sequence[Any]:

@@ -17,6 +17,7 @@ participants or more. Without it, the error of a total is at most 1e-4 if all te
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
+from jax.extend.core import Var
 
 from fax._arithmetic import combine, neutral, reduce_rows, total_dtype
 from fax.primitives._round import Round, pick
@@ -58,8 +59,10 @@ def run(
       The outputs, each in its mode. Totals have the dtype in which they are summed.
     """
     in_placed = [i.mode == "placed" for i in this.inputs]
-    out_placed = [out.mode == "placed" for out in this.outputs]
-    reduced = [out.mode for out in this.outputs if out.mode != "placed"]
+    unchanged = _unchanged(this, operands)
+    out_placed = [o.mode == "placed" and k not in unchanged for k, o in enumerate(this.outputs)]
+    out_reduced = [out.mode != "placed" for out in this.outputs]
+    reduced = [out.mode for out in pick(out_reduced, this.outputs)]
     rows = pick(in_placed, operands)
 
     def one(rows):
@@ -67,17 +70,17 @@ def run(
         return client(*(next(own) if p else x for x, p in zip(operands, in_placed, strict=True)))
 
     def split(outs):
-        return pick(out_placed, outs), pick((not p for p in out_placed), outs)
+        return pick(out_placed, outs), pick(out_reduced, outs)
 
     def single(rows):
         placed, parts = split(one(rows))
         dtypes = (total_dtype(m, x.dtype) for m, x in zip(reduced, parts, strict=True))
-        return placed, [x.astype(dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+        return placed, list(map(lax.convert_element_type, parts, dtypes))
 
     def several(rows, count):
         if count == 1:
-            placed, parts = single([x[0] for x in rows])
-            return [x[None] for x in placed], parts
+            placed, parts = single([lax.squeeze(x, (0,)) for x in rows])
+            return [lax.expand_dims(x, (0,)) for x in placed], parts
         placed, parts = split(jax.vmap(one, axis_size=count)(rows))
         return placed, [_reduce_batch(m, x) for m, x in zip(reduced, parts, strict=True)]
 
@@ -85,49 +88,80 @@ def run(
         return [combine(m, t, p) for m, t, p in zip(reduced, totals, parts, strict=True)]
 
     batches, rest = divmod(size, vectorize)
+    whole = batches * vectorize  # the number of participants in batches
     wholes: ByIndex = {}  # the second accumulators, by the index of their total
     if batches == 1:
-        placed, totals = several([x[:vectorize] for x in rows], vectorize)
+        placed, totals = several(_slice(rows, 0, whole), vectorize)
     else:
         often = -(-_TERMS // vectorize)  # the number of batches between two moves
+        at, put = (
+            functools.partial(fn, allow_negative_indices=False)
+            for fn in (lax.dynamic_index_in_dim, lax.dynamic_update_index_in_dim)
+        )
 
-        def step(carry, rows):
-            number, totals, wholes = carry
-            placed, parts = single(rows) if vectorize == 1 else several(rows, vectorize)
+        def step(state):
+            number, totals, wholes, placed = state
+            own = [at(x, number, keepdims=False) for x in xs]
+            made, parts = single(own) if vectorize == 1 else several(own, vectorize)
             totals = combine_all(totals, parts)
             if wholes:
-                due = True if often == 1 else number % often == often - 1
+                due = True if often == 1 else lax.rem(number, np.int32(often)) == often - 1
                 moved, wholes = _move(due, {i: totals[i] for i in wholes}, wholes)
                 totals = [moved.get(i, total) for i, total in enumerate(totals)]
-                number = number + 1
-            return (number, totals, wholes), placed
+            placed = [put(y, x, number, 0) for y, x in zip(placed, made, strict=True)]
+            return lax.add(number, np.int32(1)), totals, wholes, placed
 
-        xs = [x[: batches * vectorize] for x in rows]
-        if vectorize > 1:
-            xs = [x.reshape(batches, vectorize, *x.shape[1:]) for x in xs]
-        avals = pick((not p for p in out_placed), this.value_avals)
-        totals = [_start(mode, aval) for mode, aval in zip(reduced, avals, strict=True)]
+        batch = () if vectorize == 1 else (vectorize,)
+        xs = _slice(rows, 0, whole)
+        if batch:
+            xs = [lax.reshape(x, (batches, *batch, *x.shape[1:])) for x in xs]
+        totals = [
+            neutral(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))
+            for mode, aval in zip(reduced, pick(out_reduced, this.value_avals), strict=True)
+        ]
         wholes = {
-            i: jnp.zeros_like(total)
+            i: lax.full_like(total, 0)
             for i, (mode, total) in enumerate(zip(reduced, totals, strict=True))
             if _needs_two(mode, total, batches, vectorize)
         }
-        start = jnp.int32(0), totals, wholes
-        (_, totals, wholes), placed = lax.scan(step, start, xs, length=batches)
-        if vectorize > 1:
-            placed = [x.reshape(batches * vectorize, *x.shape[2:]) for x in placed]
+        placed = [
+            lax.broadcast(neutral("placed", aval), (batches, *batch))
+            for aval in pick(out_placed, this.value_avals)
+        ]
+        # A `lax.scan` would be traced twice, once more when it is lowered to this.
+        start = np.int32(0), totals, wholes, placed
+        _, totals, wholes, placed = lax.while_loop(
+            lambda state: lax.lt(state[0], np.int32(batches)), step, start
+        )
+        if batch:
+            placed = [lax.reshape(x, (whole, *x.shape[2:])) for x in placed]
     if rest:
-        last, parts = several([x[batches * vectorize :] for x in rows], rest)
-        placed = [jnp.concatenate(pair) for pair in zip(placed, last, strict=True)]
+        last, parts = several(_slice(rows, whole, size), rest)
+        placed = [lax.concatenate(pair, 0) for pair in zip(placed, last, strict=True)]
         totals = combine_all(totals, parts)
-    totals = [wholes[i] + total if i in wholes else total for i, total in enumerate(totals)]
+    totals = [lax.add(wholes[i], total) if i in wholes else total for i, total in enumerate(totals)]
 
-    next_placed, next_total = iter(placed), iter(totals)
-    return [next(next_placed if p else next_total) for p in out_placed]
+    made, found = iter(placed), iter(totals)
+    return [
+        unchanged[k] if k in unchanged else next(made if out.mode == "placed" else found)
+        for k, out in enumerate(this.outputs)
+    ]
 
 
-def _start(mode: str, aval: ShapedArray) -> jax.Array:
-    return neutral(mode, aval.update(dtype=total_dtype(mode, aval.dtype)))
+def _unchanged(this: Round, operands: Sequence[jax.Array]) -> ByIndex:
+    """The placed outputs that are rows of an operand, which need no copy, by their index."""
+    given = zip(this.jaxpr.jaxpr.invars, operands, this.inputs, strict=True)
+    rows = {var: x for var, x, i in given if i.mode == "placed"}
+    return {
+        k: rows[part.value]
+        for k, part in enumerate(this.contributions())
+        if part.mode == "placed" and part.mask is None
+        if isinstance(part.value, Var) and part.value in rows
+    }
+
+
+def _slice(rows: Sequence[jax.Array], start: int, end: int) -> list[jax.Array]:
+    return [x if len(x) == end - start else lax.slice_in_dim(x, start, end) for x in rows]
 
 
 def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
@@ -161,11 +195,11 @@ def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     This is Knuth's TwoSum, in The Art of Computer Programming, volume 2, section 4.2.2.
     """
-    total = x + y
-    added = total - x
-    lost = (x - (total - added)) + (y - added)
+    total = lax.add(x, y)
+    added = lax.sub(total, x)
+    lost = lax.add(lax.sub(x, lax.sub(total, added)), lax.sub(y, added))
     # If the sum is infinite, this is NaN and must not be added to anything.
-    return total, lax.select(jnp.isfinite(lost), lost, jnp.zeros_like(lost))
+    return total, lax.select(jnp.isfinite(lost), lost, lax.full_like(lost, 0))
 
 
 def _move(due: Any, totals: ByIndex, wholes: ByIndex) -> tuple[ByIndex, ByIndex]:
@@ -181,6 +215,6 @@ def _move_one(due: Any, whole: jax.Array, total: jax.Array) -> tuple[jax.Array, 
     start = due, whole, total
     return lax.while_loop(
         lambda state: state[0],
-        lambda state: (jnp.zeros_like(due), *_add_exactly(*state[1:])),
+        lambda state: (np.False_, *_add_exactly(*state[1:])),
         start,
     )[1:]
