@@ -5,6 +5,7 @@ Nothing is run, so parameters and data are only shapes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +36,7 @@ def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 def dense(widths: Sequence[int], batch: int = 20) -> Task:
     """Dense layers with ReLU between them. Two widths are logistic regression."""
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    params = [dict(w=shape(*pair), b=shape(pair[1])) for pair in pairs]
+    params = [dict(w=shape(*pair), b=shape(pair[1])) for pair in itertools.pairwise(widths)]
 
     def loss(params, data):
         x = data["x"]
@@ -106,9 +106,7 @@ TASKS = {
     "MLP 17 M": lambda: dense((2048, 8192, 62)),
     "EMNIST CNN": lambda: model("emnist_conv", shape(20, 28, 28, 1), (20,)),
     "ResNet-18": lambda: model("resnet18", shape(20, 32, 32, 3), (20,), num_classes=100),
-    "Shakespeare LSTM": lambda: model(
-        "shakespeare_lstm", shape(4, 80, dtype=jnp.int32), (4, 80)
-    ),
+    "Shakespeare LSTM": lambda: model("shakespeare_lstm", shape(4, 80, dtype=jnp.int32), (4, 80)),
     "Stack Overflow LSTM": lambda: model(
         "stackoverflow_lstm", shape(16, 20, dtype=jnp.int32), (16, 20)
     ),

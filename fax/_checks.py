@@ -118,7 +118,7 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
 
 
 def vectorize(value: Any, here: Placement) -> int | AtMost | Vectorize | None:
-    """Checks the argument ``vectorize`` of a map. Only fax itself makes an `AtMost` or `Vectorize`."""
+    """Checks the argument ``vectorize`` of a map. Only fax itself makes the other two types."""
     if value is None or isinstance(value, AtMost | Vectorize):
         return value
     what = "the participants that a device works on at once, or None to leave it to fax"

@@ -70,7 +70,7 @@ class CohortBuilder:
         self.vectorize = None if device.platform == "cpu" else self._choose_vectorize()
 
     def _choose_vectorize(self) -> int:
-        """How many clients to vectorize at most, which depends on rounds 0 to 7, wherever training starts.
+        """How many clients to vectorize at most, from rounds 0 to 7, wherever training starts.
 
         It must not depend on ``start``, for it decides in which order sums are formed. A sampler
         that is a user's function may not know these rounds, and is not called.
@@ -145,7 +145,9 @@ class CohortBuilder:
         batches, mask, counts, positions = placed
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
-        return Cohort(batches, mask, counts, positions, keys, self.vectorize and AtMost(self.vectorize))
+        return Cohort(
+            batches, mask, counts, positions, keys, self.vectorize and AtMost(self.vectorize)
+        )
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""

@@ -36,14 +36,14 @@ class ClientCost:
       products: how many matrix products each step of that loop computes, those of inner loops
         included. For a loop of unknown length, those of one step.
       temporary: the bytes of all intermediate results of one step: more than it needs at a time.
-      own_kernels: whether a convolution has a kernel that differs between participants.
+      images: the bytes of the results of convolutions whose kernels differ between participants.
     """
 
     state: int = 0
     numbers: int = 0
     products: int = 0
     temporary: int = 0
-    own_kernels: bool = False
+    images: int = 0
 
     @staticmethod
     def of(this: Round) -> ClientCost:
@@ -83,7 +83,8 @@ class ClientCost:
         if eqn.primitive is dot_general_p:
             return 1
         if eqn.primitive is conv_general_dilated_p:
-            self.own_kernels |= all(flags)
+            if all(flags):
+                self.images += _bytes(eqn.outvars[0].aval)
             return 1
         if eqn.primitive is scan_p:
             fixed, carried = _compat.scan_sizes(eqn)
@@ -100,9 +101,7 @@ class ClientCost:
             products = max(products, self._visit(jaxpr, own)[1])
         return products
 
-    def _loop(
-        self, eqn: JaxprEqn, name: str, flags: list[bool], fixed: int, carried: int
-    ) -> int:
+    def _loop(self, eqn: JaxprEqn, name: str, flags: list[bool], fixed: int, carried: int) -> int:
         """How many matrix products a step of a loop computes.
 
         What a loop carries counts as different as soon as any of its operands is.

@@ -45,12 +45,14 @@ class Chip(NamedTuple):
       fast: the bytes of its fast memory.
       main: the bytes of its main memory.
       start: the bytes that it could read from main memory while an operation starts.
+      grouped: whether it is fast at convolutions whose kernels differ between participants.
       most: the largest useful number of vectorized participants.
     """
 
     fast: int
     main: int
     start: int
+    grouped: bool = True
     most: int = 64
 
 
@@ -65,7 +67,7 @@ _TPUS = {
     "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 1_600_000),
 }
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
-_GPU = Chip(32 * _MIB, 16 * _GIB, 1_600_000, most=16)
+_GPU = Chip(32 * _MIB, 16 * _GIB, 1_600_000, grouped=False, most=16)
 
 # A model with more numbers trains one participant at a time.
 _MOST_NUMBERS = 4_000_000
@@ -100,8 +102,13 @@ def vectorized(device: Device, this: Round) -> Callable[[int], int]:
 
 
 def _even(size: int, most: int) -> int:
-    """The smallest number for which there are no more batches than with the largest."""
-    return -(-size // -(-size // most))
+    """A number up to the largest that makes batches equal, or at least no more batches than that.
+
+    A rest is compiled once more. So it is a divisor of the size, if one is at least half of the
+    largest number.
+    """
+    divisors = (v for v in range(min(most, size), (most - 1) // 2, -1) if size % v == 0)
+    return next(divisors, -(-size // -(-size // most)))
 
 
 def _chip(device: Device) -> Chip:
@@ -110,11 +117,10 @@ def _chip(device: Device) -> Chip:
 
 def default(chip: Chip, cost: ClientCost) -> int:
     """The largest number of vectorized participants that is fast on a chip."""
-    if cost.own_kernels or cost.numbers > _MOST_NUMBERS:
+    if cost.numbers > _MOST_NUMBERS or (cost.images and not chip.grouped):
         return 1
-    room = chip.main * _TEMPORARY
-    most = min(chip.most, chip.fast // max(1, cost.state), room // max(1, cost.temporary))
-    within = min(most, chip.fast // 2 // max(1, cost.state))
+    held, room = max(1, cost.state + cost.images), chip.main * _TEMPORARY
+    most = min(chip.most, chip.fast // held, room // max(1, cost.temporary))
+    within = min(most, chip.fast // 2 // held)
     starts = cost.products * chip.start / max(1, most)
-    best = most if starts > _PASSES * cost.state else within
-    return max(1, int(best))
+    return max(1, int(most if starts > _PASSES * held else within))
