@@ -137,7 +137,7 @@ def test_a_gradient_of_a_round_has_the_state_of_the_round():
             4 * MIB,
             400,
             32,
-        ),  # the first doubling saves 18.75 MB, the next one 9.4, and costs are 12.6
+        ),  # a doubling saves 18.75 MB, the next one 9.4, and costs 12.6
         (4 * MIB, 1000, 64),
         (15 * MIB, 8, 4),
         (0, 0, 64),
