@@ -1,6 +1,6 @@
 """Convolutions and pools on TPUs, by the compiler's estimate: XLA's own, and matrix products.
 
-    python benchmarks/tpu_convolutions.py [--kinds v5e,v4] [--layers "EMNIST 1,pool"] [--json PATH]
+    python benchmarks/tpu_convolutions.py [--kinds v5e,v4] [--layers "EMNIST 1;pool"] [--json PATH]
 
 The layers are those of `convolutions.py`, in a loop, for one participant and for several vectorized
 ones with kernels of their own. On TPU ``convolutions="auto"`` is XLA's own. It needs libtpu and no
@@ -79,14 +79,16 @@ def cycles(kind: str, eqn: Any, way: Callable, count: int) -> int | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--layers", default=",".join([*LAYERS, "pool"]))
+    parser.add_argument(
+        "--layers", default=";".join([*LAYERS, "pool"]), help="separated by semicolons"
+    )
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     figures = Figures(args.json)
     print(versions())
     for kind in args.kinds.split(","):
         rows = []
-        for name, eqn in layers(args.layers.split(",")).items():
+        for name, eqn in layers(args.layers.split(";")).items():
             for count in VECTORIZED:
                 found = {
                     way: figures.of(

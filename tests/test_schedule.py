@@ -185,6 +185,14 @@ def test_who_decides():
     assert at_once(tpu, width=1500) == at_once(tpu, width=1500, vectorize=AtMost(4)) == 1
 
 
+def test_a_bound_joins_what_fax_adds_to_a_map():
+    """A cohort's bound is that of the whole round, its reductions included."""
+    program, args = dense(8, vectorize=AtMost(4))
+    (this,) = rounds(program, args)
+    assert this.vectorize == AtMost(4)
+    assert "vectorize=at most 4" in str(jax.make_jaxpr(program)(*args))
+
+
 @pytest.mark.parametrize(("size", "expected"), [(64, 16), (20, 20), (50, 10), (47, 16), (3, 3)])
 def test_batches_are_equal_if_possible(size, expected):
     assert _vectorize._even(size, 20) == expected
