@@ -32,7 +32,10 @@ def on_described_devices(where: str, tree: Any) -> Any:
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
             sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        aval = jax.typeof(x)
+        return jax.ShapeDtypeStruct(
+            aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type
+        )
 
     def of_cohort(cohort: Cohort) -> Cohort:
         before = cohort.mask.ndim - 3  # axes before that of the clients: rounds

@@ -28,7 +28,7 @@ def flops(module: Module) -> Total:
                 contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
             case "custom-call" if _GEMM.search(instruction.attributes):
                 contracted = re.search(
-                    r'"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes
+                    r'lhs_contracting_dimensions\\?":\[([\d,"\\]*)\]', instruction.attributes
                 )
             case "convolution" | "custom-call":
                 return 2 * _convolution(frame, instruction)

@@ -107,7 +107,7 @@ def _bytes(number: int) -> str:
 
 
 def _count(number: int) -> str:
-    power = min(len(str(number)) // 3, 5) if number >= 10_000 else 0
+    power = min((len(str(number)) - 1) // 3, 5)
     return f"{number / 1000**power:,.3g} " + ("", "k", "M", "G", "T", "P")[power]
 
 
