@@ -144,10 +144,14 @@ def trips(module: Module, frame: Frame, loop: Instruction) -> int | None:
         return int(noted[1])
     condition, body = called(module, frame, loop)
     at, test = _source(module, condition, _root(condition))
-    sense = re.search(r"direction=(\w+)", test.attributes)
-    if test.opcode != "compare" or sense is None or sense[1] == "EQ":
+    direction = re.search(r"direction=(\w+)", test.attributes)
+    if test.opcode != "compare" or direction is None or direction[1] == "EQ":
         return None
+    sense = direction[1]
     counter, bound = (_source(module, at, at.own[name]) for name in test.inputs)
+    if _element(*counter) is None:
+        counter, bound = bound, counter
+        sense = sense.translate(str.maketrans("LG", "GL"))
     index, limit = _element(*counter), _constant(*bound)
     if index is None or limit is None:
         return None
@@ -156,10 +160,10 @@ def trips(module: Module, frame: Frame, loop: Instruction) -> int | None:
     step = _step(module, body, index)
     if start is None or not step:
         return None
-    span = limit - start + {"LE": 1, "GE": -1}.get(sense[1], 0)
-    if sense[1] == "NE":
+    span = limit - start + {"LE": 1, "GE": -1}.get(sense, 0)
+    if sense == "NE":
         return span // step if span % step == 0 and span // step >= 0 else None
-    if (step > 0) != (sense[1][0] == "L"):
+    if (step > 0) != (sense[0] == "L"):
         return None  # it moves away from the bound
     return max(0, -(-span // step))
 
@@ -203,7 +207,7 @@ def _source(module: Module, frame: Frame, instruction: Instruction) -> Value:
     """Follows a value through copies, tuples and fusions to where it is computed."""
     while True:
         if instruction.opcode in _SAME:
-            frame, instruction = frame, frame.own[instruction.inputs[0]]
+            instruction = frame.own[instruction.inputs[0]]
         elif instruction.opcode in ("fusion", "call"):
             (frame,) = called(module, frame, instruction)
             instruction = _root(frame)
