@@ -262,6 +262,16 @@ def loop(condition, body="add(%i, %one)", start="constant(0)", end="%k", attribu
 
 
 TEN = "%c = s32[] constant(10)\n  ROOT %l = pred[] "
+# A TPU has integers of 64 bits as two of 32.
+PAIR = """%c = s32[] constant(10)
+  %zero = s32[] constant(0)
+  %low = pred[] compare(%i, %c), direction=LT
+  %same = pred[] compare(%k, %k), direction=EQ
+  %both = pred[] and(%low, %same)
+  %high = u32[] bitcast-convert(%k)
+  %signed = s32[] bitcast-convert(%high)
+  %less = pred[] compare(%signed, %zero), direction=LT
+  ROOT %l = pred[] or(%less, %both)"""
 NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
 
 
@@ -271,7 +281,6 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
         (10, dict(condition=f"{TEN}compare(%i, %c), direction=LT")),
         (11, dict(condition=f"{TEN}compare(%i, %c), direction=LE")),
         (10, dict(condition=f"{TEN}compare(%c, %i), direction=GT")),
-        (10, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
         (4, dict(condition=f"{TEN}compare(%i, %c), direction=LT", attributes=NOTED)),
         (7, dict(condition="ROOT %l = pred[] compare(%i, %k), direction=LT")),
         (10, dict(condition=f"{TEN}fusion(%i, %c), kind=kLoop, calls=%less")),
@@ -286,11 +295,14 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
                 start="constant(18)",
             ),
         ),
-        (None, dict(condition="ROOT %l = pred[] compare(%i, %k), direction=LT", end="%next")),
+        (1, dict(condition="ROOT %l = pred[] compare(%i, %k), direction=LT", end="%next")),
+        (10, dict(condition=PAIR)),
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=LT", start="convert(%p)")),
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="multiply(%i, %i)")),
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="add(%i, %k)", end="%i")),
-        (None, dict(condition=f"{TEN}compare(%i, %c), direction=GT")),
+        (0, dict(condition=f"{TEN}compare(%i, %c), direction=GT")),
+        (None, dict(condition=f"{TEN}compare(%i, %c), direction=GE", start="constant(10)")),
+        (None, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
         (None, dict(condition="ROOT %l = pred[] custom-call(%i)")),
     ],
 )
