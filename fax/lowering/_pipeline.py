@@ -121,5 +121,5 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
         return _schedule.run(client, this, operands, size, vectorized(size))
 
     # Devices
-    outs = _devices.run(on_one_device, this, operands, axes, manual)
+    outs = _devices.run(on_one_device, this, operands, axes, manual, platform)
     return [x.astype(dtype) for x, dtype in zip(outs, dtypes, strict=True)]
