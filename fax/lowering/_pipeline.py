@@ -118,7 +118,7 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
 
     # Schedule
     def on_one_device(operands: Sequence[Any], size: int) -> Sequence[Any]:
-        return _schedule.run(client, this, operands, size, vectorized(size))
+        return _schedule.run(client, this, operands, size, vectorized(size), sharded)
 
     # Devices
     outs = _devices.run(on_one_device, this, operands, axes, manual)
