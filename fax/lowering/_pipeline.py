@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
 from jax.sharding import AxisType
@@ -54,19 +55,20 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 def lowered(platform: str) -> Callable:
     """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes.
 
-    Equal maps of a module, such as those of an unrolled loop over rounds, are traced only once.
+    Equal maps of a module, such as those of an unrolled loop over rounds, share a trace.
     """
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         avals = tuple(map(_compat.type_without_varying, ctx.avals_in))
+        compute = functools.partial(_compute, platform=platform, **params)
         traces = _compat.cache_of_module(ctx)
         key = (platform, context(), avals, *_params_key(**params))
-        if key not in traces:
-            compute = functools.partial(_compute, platform=platform, **params)
-            traces[key] = _jaxpr.trace(lambda *xs: compute(*xs), avals)
-        jaxpr, consts = traces[key]
+        if key in traces and traces[key] is None:
+            jaxpr, consts = _jaxpr.trace(compute, avals)
+            traces[key] = functools.partial(_jaxpr.evaluate, jaxpr, *consts)
+        run = traces.setdefault(key) or compute  # most maps are the only one of their kind
         own = ctx.replace(avals_in=avals)
-        outs = mlir.lower_fun(functools.partial(_jaxpr.evaluate, jaxpr, *consts))(own, *operands)
+        outs = mlir.lower_fun(run)(own, *operands)
         ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs
 
@@ -122,4 +124,4 @@ def _run(this: Round, platform: str, *operands: Any) -> list[Any]:
 
     # Devices
     outs = _devices.run(on_one_device, this, operands, axes, manual)
-    return [x.astype(dtype) for x, dtype in zip(outs, dtypes, strict=True)]
+    return list(map(lax.convert_element_type, outs, dtypes))

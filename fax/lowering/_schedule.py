@@ -7,9 +7,9 @@ output never exist together.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,17 +97,13 @@ def run(
         placed, parts = several(_slice(rows, 0, whole), vectorize)
         state = accumulators.of(parts)
     else:
-        at, put = (
-            functools.partial(fn, allow_negative_indices=False)
-            for fn in (lax.dynamic_index_in_dim, lax.dynamic_update_index_in_dim)
-        )
 
         def step(carry):
             number, state, placed = carry
-            own = [at(x, number, keepdims=False) for x in xs]
+            own = [_row(x, number) for x in xs]
             made, parts = single(own) if vectorize == 1 else several(own, vectorize)
             state = accumulators.add(state, parts, number)
-            placed = [put(y, x, number, 0) for y, x in zip(placed, made, strict=True)]
+            placed = [_with_row(y, x, number) for y, x in zip(placed, made, strict=True)]
             return lax.add(number, np.int32(1)), state, placed
 
         batch = () if vectorize == 1 else (vectorize,)
@@ -153,6 +149,21 @@ def _unchanged(this: Round, operands: Sequence[jax.Array]) -> ByIndex:
 
 def _slice(rows: Sequence[jax.Array], start: int, end: int) -> list[jax.Array]:
     return [x if len(x) == end - start else lax.slice_in_dim(x, start, end) for x in rows]
+
+
+def _row(xs: jax.Array, number: jax.Array) -> jax.Array:
+    sizes = (1, *xs.shape[1:])
+    row = lax.dynamic_slice(xs, _start(xs, number), sizes, allow_negative_indices=False)
+    return lax.squeeze(row, (0,))
+
+
+def _with_row(xs: jax.Array, row: jax.Array, number: jax.Array) -> jax.Array:
+    row = lax.expand_dims(row, (0,))
+    return lax.dynamic_update_slice(xs, row, _start(xs, number), allow_negative_indices=False)
+
+
+def _start(xs: jax.Array, number: jax.Array) -> list[Any]:
+    return [number, *[np.int32(0)] * (xs.ndim - 1)]
 
 
 def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
