@@ -4,16 +4,10 @@ That a program compiles is worth a test: the compiler knows fewer dtypes and ope
 for CPUs. What it sends and holds is read from what is compiled.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-import test_absent_clients
 import tpus
-from fax.algorithms import ClientStore
 from jax import lax
 from tpus import AUTO, EXPLICIT, shaped
 
