@@ -145,9 +145,8 @@ class CohortBuilder:
         batches, mask, counts, positions = placed
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
-        return Cohort(
-            batches, mask, counts, positions, keys, self.vectorize and AtMost(self.vectorize)
-        )
+        at_once = AtMost(self.vectorize) if self.vectorize else None
+        return Cohort(batches, mask, counts, positions, keys, at_once)
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""
