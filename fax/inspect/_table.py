@@ -29,7 +29,10 @@ def of(report: Report) -> str:
         ],
         right=[1],
     )
-    parts += ["", "Sent by each device in a call:" if report.collectives else "Nothing is sent."]
+    parts += [
+        "",
+        "Collectives of each device in a call:" if report.collectives else "Nothing is sent.",
+    ]
     rows = _rows(report.collectives)
     parts += [f"  {line}" for line in _aligned([_HEADER, *rows], right=[3, 4, 5])] if rows else []
     parts += ["", *_costs(report)]
