@@ -57,6 +57,7 @@ ABOVE_ONE_IN, BELOW_ONE_IN = 6, 2
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
     *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+    *("absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (
     "long: takes long, and runs with --all or if its file is named; something shorter runs always",
