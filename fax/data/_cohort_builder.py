@@ -144,7 +144,8 @@ class CohortBuilder:
         batches, mask, counts, positions = placed
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
-        return Cohort(batches, mask, counts, positions, keys, self.vectorize)
+        full = (mask,) if self._streams else None  # a stream has no end
+        return Cohort(batches, mask, counts, positions, keys, self.vectorize, full)
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""
