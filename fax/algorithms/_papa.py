@@ -131,7 +131,8 @@ def papa(
             new = optax.tree.where(here, mixed(before, (params, model_state), share), before)
             return Replica(new[0], own.optimizer, new[1])
 
-        rows = fax.map(mix, here, rows, fax.broadcast(mean), fax.broadcast(model_state))
+        sent = fax.broadcast(mean), fax.broadcast(model_state)
+        rows = fax.map(mix, here, rows, *sent, vectorize=replicas)
         return PAPAState(PerClient(rows), model_state, own, state.averages + 1), metrics
 
     return _population(where, loss, inner_optimizer, replicas, steps, aggregator, vectorize, push)
@@ -235,7 +236,7 @@ def papa_2(
             )
             return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
 
-        rows = fax.map(mix, here, rows, pairs)
+        rows = fax.map(mix, here, rows, pairs, vectorize=replicas)
         model_state = mean_state(rows.model_state, here, None, enough, state.model_state)
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
