@@ -38,7 +38,7 @@ ABOVE_THE_CORE = (
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
     *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 ON_THE_NEWEST = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
 # An older JAX gets one in so many of a file's tests above the core, and of a test's cases below.
