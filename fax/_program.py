@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.api_util import debug_info
 from jax.core import eval_context
-from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
@@ -23,7 +21,7 @@ from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
-from fax.primitives._compile_key import Structure, execute
+from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_program
 from fax.sharding._mesh import laid_out, other_axes, split_axes
 
@@ -204,7 +202,7 @@ class _Traces(Reader):
         others = snapshot(_constants(leaves))
         if others is None or jax.config.jax_disable_jit:
             return None
-        key = (_context(_NOTHING), declared, treedef, others, avals)
+        key = (context(), declared, treedef, others, avals)
         try:
             hash(key)
         except TypeError:  # the tree's structure holds something unhashable
@@ -218,16 +216,6 @@ def _constants(leaves: Sequence[Any]) -> list[Any]:
 
 
 _MAX_TRACES = 64
-
-
-@lu.cache
-def _context(nothing: lu.WrappedFun) -> object:
-    """A different object for each context in which JAX traces, such as its mesh and settings."""
-    del nothing
-    return object()
-
-
-_NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
 
 
 def _is_traced(leaf: Any) -> bool:
