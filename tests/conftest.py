@@ -47,7 +47,7 @@ ABOVE_THE_CORE = (
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
     *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")

@@ -79,7 +79,10 @@ def papa(
       inner_optimizer: from optax, for the models. Its states are never averaged.
       replicas: the number of models.
       alpha: α, from 0 to 1, or a schedule, a function of the number of averages so far. The
-        paper's .99 is for training from scratch; .9995 is for fine-tuning.
+        paper's .99 is for training from scratch; .9995 is for fine-tuning. If the learning rate
+        decays, the authors' code scales 1 - α with it:
+        ``lambda averages: 1 - 0.01 * rate(steps * (averages + 1)) / peak``, with the inner
+        optimizer's schedule ``rate`` and its largest rate ``peak``.
       steps: a divisor of the number of batches in a cohort. None: all of them.
       aggregator: from `fax.aggregators`; it averages the w_i. Default: the plain mean. It cannot be
         private, because the soup is the plain mean in any case.
