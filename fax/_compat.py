@@ -19,6 +19,14 @@ from jax.extend.core import primitives as p
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding
 
+# Devices
+
+
+def is_described(device: Any) -> bool:
+    """Whether a device is only part of a description, for which programs can just be compiled."""
+    return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
+
+
 # Equations
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from collectives import collectives, loop_depths, over
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, Quadratic, combine, numpy_batches
@@ -368,12 +367,12 @@ def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, 
     with jax.set_mesh(mesh):
         algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS, steps=steps)
         state, cohort = algorithm.init(Logistic.start()), next(cohorts(data))
-        compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
-    (found,) = collectives(compiled, mesh)
-    assert found.op == "all-reduce"
-    assert found.axes == {"replicas"}
+        (found,) = fax.inspect.report(algorithm.round, state, cohort).collectives
+    assert found.operation == "all-reduce"
+    assert found.axes == ("replicas",)
     # Inner steps are in a loop over replicas or none, and a loop of their own.
-    assert loop_depths(compiled) == [0 if steps == 6 else 1]
+    assert found.loops == (0 if steps == 6 else 1)
+    assert found.count == 6 // steps
     assert found.bytes < 1.3 * 8 * 15 + 40
 
 
@@ -413,10 +412,10 @@ def test_a_replica_can_be_sharded_itself(kind):
             "out": meshes.put(start["out"], "model"),
         }
         state, metrics, lowered = run(sharded, params)
-        found = over(collectives(lowered.compile(), mesh), "replicas")
+        found = fax.inspect.report(lowered).over("replicas")
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
-    assert [(c.op, c.axes) for c in found] == [("all-reduce", {"replicas"})]
+    assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
     rows = state.replicas.rows
     for tree in (rows.params, rows.optimizer[0].mu):
         assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)

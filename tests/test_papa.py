@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from collectives import collectives, loop_depths
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Quadratic, combine, numpy_batches
 
@@ -187,9 +186,9 @@ def test_a_push_costs_one_all_reduce_and_steps_none(data):
     with jax.set_mesh(mesh):
         algorithm = papa(quadratic, optax.sgd(INNER), replicas=REPLICAS, steps=2)
         state, (cohort,) = algorithm.init(Quadratic.start()), cohorts(data, 2)
-        compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
-    assert [(c.op, c.axes) for c in collectives(compiled, mesh)] == [("all-reduce", {"replicas"})]
-    assert loop_depths(compiled) == [0]
+        (found,) = fax.inspect.report(algorithm.round, state, cohort).collectives
+    assert (found.operation, found.axes) == ("all-reduce", ("replicas",))
+    assert found.loops == 0
 
 
 def test_rates_can_be_differentiated(data):
@@ -266,11 +265,10 @@ def test_experts_train_alone(forest, data):
     mesh = meshes.mesh(replicas=2)
     with jax.set_mesh(mesh):
         begin, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 3)
-        compiled = jax.jit(algorithm.round).lower(begin, cohort).compile()
+        (found,) = fax.inspect.report(algorithm.round, begin, cohort).collectives
         after, _ = jax.jit(algorithm.round)(begin, cohort)
     problems.assert_trees_close(after.replicas, state.replicas, rtol=1e-9)
-    (found,) = collectives(compiled, mesh)  # of the loss and the number of examples
-    assert found.bytes <= 2 * 8
+    assert found.bytes <= 2 * 8  # of the loss and the number of examples
 
 
 def test_experts_are_merged_by_the_prior(forest):

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from collectives import collectives, loop_depths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -398,10 +397,9 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one
             results.append(run(algorithm, cohorts(data, 3)))
             if "mesh" in name:
                 state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 3)
-                compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
-                found = collectives(compiled, jax.sharding.get_mesh())
-    assert [c.op for c in found] == ["all-reduce"] * 2
-    assert loop_depths(compiled) == [0, 0]  # and inner steps are in loops
+                found = fax.inspect.report(algorithm.round, state, cohort).collectives
+    assert [c.operation for c in found] == ["all-reduce"] * 2
+    assert [c.loops for c in found] == [0, 0]  # and inner steps are in loops
     # The leaves of the fragment, and a few numbers.
     small, large = sorted(c.bytes for c in found)
     assert 8 * 3 < small <= 8 * 3 + 40

@@ -37,6 +37,7 @@ FLOORS = (
     },
     {
         "fax": "the public names",
+        "inspect": "what a program costs, read from what XLA compiles it to",
         "aggregators": "what happens to clients' updates on their way to the server",
         "models": "benchmark models as pure functions of their parameters",
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",

@@ -6,3 +6,4 @@ from fax.sharding._mesh import layout as layout
 from fax.sharding._mesh import make_mesh as make_mesh
 from fax.sharding._place import local_rows as local_rows
 from fax.sharding._place import place as place
+from fax.sharding._topology import topology as topology
