@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
+import pytest
 
 import fax
 
@@ -22,6 +23,12 @@ SETTINGS = {
     "a mesh of 2": ({"clients": 2}, "explicit", 1),
     "a mesh of 4 x 2": ({"clients": 4, "model": 2}, "auto", 1),
 }
+
+
+# For tests of code that is on a mesh of 1 as on one of 2.
+EACH_SETTING = [
+    pytest.param(name, marks=[pytest.mark.long] * (name == "a mesh of 1")) for name in SETTINGS
+]
 
 
 def setting(name, placement="clients"):

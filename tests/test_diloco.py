@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, Quadratic, combine, numpy_batches
+from subsets import alike
 
 import fax
 from fax.algorithms import diloco, fedavg, local_sgd, many_rounds
@@ -360,6 +361,7 @@ def test_results_do_not_depend_on_where_replicas_are(data):
         problems.assert_trees_close(found, results[0], rtol=1e-9)
 
 
+@pytest.mark.kinds(axes=alike, steps=alike)
 @pytest.mark.parametrize("axes", [{"replicas": 2}, {"replicas": 2, "model": 2}])
 @pytest.mark.parametrize("steps", [6, 3])
 def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, steps):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 import fax._operators as operators
 from fax.primitives._any_active import any_active
+from fax.primitives._round import AtMost
 
 PyTree = Any
 Carry = TypeVar("Carry")
@@ -264,8 +265,9 @@ class Cohort:
         of them are in the batches, or how often.
       positions: int32 [clients], positions in the data's ``client_ids()``.
       keys: random keys [clients], which depend on the seed, the round and the client.
-      vectorize: how many clients a device should vectorize if the algorithm does not say; see
-        `fax.map`. Neighbors have about the same length.
+      vectorize: for `fax.map`, if the algorithm does not say how many clients a device vectorizes:
+        a bound on its default, such that little of the work is padding, or None. Neighbors have
+        about the same length.
 
     Example:
 
@@ -282,7 +284,7 @@ class Cohort:
     num_examples: jax.Array
     positions: jax.Array
     keys: jax.Array
-    vectorize: int | None = dataclasses.field(default=None, metadata={"static": True})
+    vectorize: AtMost | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         return _summary(self, "clients", "steps", "batch_size")
