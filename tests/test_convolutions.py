@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jaxprs import equations, operators
 from meshes import mesh, put
+from subsets import alike
 
 import fax
 from fax.lowering.convolutions._rewrite import rewrite
@@ -138,6 +139,7 @@ def test_derivatives_of_the_program(setting):
     assert_close(jax.jit(derivatives, static_argnums=0)(ours), derivatives(plain))
 
 
+@pytest.mark.kinds(dtype=lambda name: name.rstrip("0123456789").removeprefix("b"), setting=alike)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "int32", "complex64"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_dtypes(setting, dtype):
@@ -225,6 +227,7 @@ def plain(state, x):
     return jax.tree.map(lambda p: p.mean(0), jax.vmap(train, (None, 0))(state, x))
 
 
+@pytest.mark.kinds(setting=alike, vectorize=alike)
 @pytest.mark.parametrize("vectorize", [1, 3])
 @pytest.mark.parametrize("setting", [*SETTINGS, "xla"])
 def test_a_stock_network(setting, vectorize):

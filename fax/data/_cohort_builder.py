@@ -145,8 +145,9 @@ class CohortBuilder:
         batches, mask, counts, positions = placed
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
-        at_once = None if self.vectorize is None else AtMost(self.vectorize)
-        return Cohort(batches, mask, counts, positions, keys, at_once)
+        at_once = AtMost(self.vectorize) if self.vectorize else None
+        full = (mask,) if self._streams else None  # a stream has no end
+        return Cohort(batches, mask, counts, positions, keys, at_once, full)
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""

@@ -1,7 +1,8 @@
 """How one `federated_map` becomes XLA, from top to bottom.
 
     evaluate          runs a map outside of any transformation, compiled once for all equal maps
-    lowered           the rule that JAX calls for a map in a function that it compiles
+    lowered           the rule that JAX calls for a map in a function that it compiles; equal maps
+                      share a trace of what follows
     _compute          makes Explicit mesh axes Auto
     _run              runs one map on the mesh in scope, in five steps:
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
 from jax.sharding import AxisType
@@ -35,7 +37,7 @@ from fax.primitives import _effects, _jaxpr
 from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_round
 from fax.primitives._mask import apply_masks
-from fax.primitives._round import AtMost, Round
+from fax.primitives._round import AtMost, Round, federated_map_p
 from fax.sharding._mesh import other_axes, split_axes
 from fax.sharding._types import without_explicit_axes
 
@@ -54,22 +56,20 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 
 
 def lowered(platform: str) -> Callable:
-    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes.
-
-    Equal maps of a module, such as those of an unrolled loop over rounds, are traced only once.
-    """
+    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes."""
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         device = Device(platform, _compat.device_kind(ctx, platform))
         avals = tuple(map(_compat.type_without_varying, ctx.avals_in))
+        compute = functools.partial(_compute, device=device, **params)
         traces = _compat.cache_of_module(ctx)
-        key = (device, context(), avals, *_params_key(**params))
-        if key not in traces:
-            compute = functools.partial(_compute, device=device, **params)
-            traces[key] = _jaxpr.trace(lambda *xs: compute(*xs), avals)
-        jaxpr, consts = traces[key]
+        key = (federated_map_p, device, context(), avals, *_params_key(**params))
+        if key in traces and traces[key] is None:
+            jaxpr, consts = _jaxpr.trace(compute, avals)
+            traces[key] = functools.partial(_jaxpr.evaluate, jaxpr, *consts)
+        run = traces.setdefault(key) or compute  # most maps are the only one of their kind
         own = ctx.replace(avals_in=avals)
-        outs = mlir.lower_fun(functools.partial(_jaxpr.evaluate, jaxpr, *consts))(own, *operands)
+        outs = mlir.lower_fun(run)(own, *operands)
         ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs
 
@@ -121,8 +121,8 @@ def _run(this: Round, device: Device, *operands: Any) -> list[Any]:
 
     # Schedule
     def on_one_device(operands: Sequence[Any], size: int) -> Sequence[Any]:
-        return _schedule.run(client, this, operands, size, vectorized(size))
+        return _schedule.run(client, this, operands, size, vectorized(size), sharded)
 
     # Devices
-    outs = _devices.run(on_one_device, this, operands, axes, manual)
-    return [x.astype(dtype) for x, dtype in zip(outs, dtypes, strict=True)]
+    outs = _devices.run(on_one_device, this, operands, axes, manual, device.platform)
+    return list(map(lax.convert_element_type, outs, dtypes))
