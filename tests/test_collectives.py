@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
-from meshes import KINDS, mesh, put
+from meshes import KINDS, mesh, mixed, put
 
 import fax
 from fax.inspect import report
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+# What a round sends, its gradient sends too, which is looked at for all types of axes.
+UNIFORM_KINDS = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * mixed(kind)) for kind in KINDS]
+)
 N, WIDTH = 8, 16
 MODEL_BYTES = 2 * 4 * WIDTH * 2 * WIDTH  # two float32 matrices, of which a device has a half
 
@@ -55,7 +59,7 @@ def squares(program):
     return lambda *args: sum(jnp.sum(x**2) for x in jax.tree.leaves(program(*args)))
 
 
-@EVERY_KIND
+@UNIFORM_KINDS
 def test_a_round_reduces_the_model_once(kind):
     with jax.set_mesh(mesh(kind, clients=4, model=2)):
         (only,) = report(fedavg(N, kind), *arguments(N)).over("clients")
@@ -81,7 +85,7 @@ def test_its_gradient_reduces_the_model_twice(kind):
     assert MODEL_BYTES <= sum(c.total_bytes for c in both) <= MODEL_BYTES + 16
 
 
-@EVERY_KIND
+@UNIFORM_KINDS
 def test_uneven_rows_cost_no_more(kind):
     """They are on all devices before, so nothing has to be sent for them."""
     with jax.set_mesh(mesh(kind, clients=4, model=2)):
@@ -94,7 +98,7 @@ def test_uneven_rows_cost_no_more(kind):
     assert sum(c.total_bytes for c in sent) <= MODEL_BYTES + 16
 
 
-@EVERY_KIND
+@UNIFORM_KINDS
 def test_a_layout_over_two_axes_reduces_over_both_at_once(kind):
     with (
         jax.set_mesh(mesh(kind, pod=2, clients=2, model=2)),
