@@ -34,6 +34,7 @@ FLOORS = (
     {
         "data": "where clients' examples come from, and the cohorts that programs work on",
         "metrics": "statistics that add up, and evaluation as a federated program",
+        "drjax": "the operators under DrJAX's names",
     },
     {
         "fax": "the public names",

@@ -36,6 +36,7 @@ from fax.algorithms._fednova import fednova as fednova
 from fax.algorithms._fedper import fedbn as fedbn
 from fax.algorithms._fedper import fedper as fedper
 from fax.algorithms._hyp_cluster import hyp_cluster as hyp_cluster
+from fax.algorithms._layers import layer_fragments as layer_fragments
 from fax.algorithms._local import Trained as Trained
 from fax.algorithms._local import local_gradient as local_gradient
 from fax.algorithms._local import local_steps as local_steps

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from fax.inspect._groups import Devices, groups, groups_between_slices
+from fax.inspect._groups import Devices, groups_between_slices, groups_of
 from fax.inspect._hlo import Instruction, Module, operand_arrays
 from fax.inspect._loops import Run, runs
 
@@ -61,21 +61,42 @@ def collectives(module: Module, devices: Devices) -> tuple[Collective, ...]:
 
 
 def _collectives(module: Module, devices: Devices) -> Iterator[Collective]:
-    for run in runs(module):
-        found = _groups(run.instruction, devices)
-        if found is None:
-            continue
-        operation, positions = found
+    found = [
+        (run, *groups)
+        for run in runs(module)
+        if (groups := _groups(run.instruction, devices)) is not None
+    ]
+    started = {_channel(run.instruction) for run, *_ in found if _starts(run)}
+    for run, operation, positions in found:
         axes = devices.axes(positions)
-        if axes:
+        fused = run.frame.role == "fusion"
+        # A TPU advances a collective in several fusions, and all of them repeat it.
+        repeated = fused and _channel(run.instruction) in started and not _starts(run)
+        if fused and run.frame.name.startswith("all-reduce-scatter"):
+            operation = "reduce-scatter"  # an all-reduce of which each device keeps its part
+        if axes and not repeated:
             yield _collective(run, operation, positions, axes, devices)
+
+
+def _channel(instruction: Instruction) -> str | None:
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return found[1] if found else None
+
+
+def _starts(run: Run) -> bool:
+    """Whether a collective in a fusion is started there, and continued in other fusions."""
+    return run.frame.role == "fusion" and any(
+        'custom_call_target="AsyncCollectiveStart"' in each.attributes
+        and run.instruction.name in each.inputs
+        for each in run.frame.own.values()
+    )
 
 
 def _groups(instruction: Instruction, devices: Devices) -> tuple[str, list[list[int]]] | None:
     """The operation of a collective, and its groups of positions in the mesh."""
     text = instruction.attributes
     if found := _COLLECTIVE.fullmatch(instruction.opcode):
-        return found[1], devices.positions(groups(text, devices.count))
+        return found[1], devices.positions(groups_of(text, devices.count))
     if instruction.opcode != "send":
         return None
     if found := _BETWEEN_SLICES.search(text):
@@ -84,7 +105,7 @@ def _groups(instruction: Instruction, devices: Devices) -> tuple[str, list[list[
         return operation, devices.positions_of_ids(groups_between_slices(text))
     if _PAIRS in text:  # XLA splits permutations into a send and a receive to overlap them
         pairs = text.replace(_PAIRS, "source_target_pairs").replace('"', "")
-        return "collective-permute", devices.positions(groups(pairs, devices.count))
+        return "collective-permute", devices.positions(groups_of(pairs, devices.count))
     return None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 
+from fax.inspect._frames import Frame
 from fax.inspect._hlo import Instruction, Module
-from fax.inspect._loops import Frame, Total, total
+from fax.inspect._loops import Total, total
 
 _NOTED = re.compile(r'"estimated_cycles":"(\d+)"')
 

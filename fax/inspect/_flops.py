@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fax.inspect._frames import Frame
 from fax.inspect._hlo import Array, Instruction, Module, arrays, operand_arrays
-from fax.inspect._loops import Frame, Total, total
+from fax.inspect._loops import Total, total
 
 _GEMM = re.compile(r'custom_call_target="__cublas\$(?:gemm|lt\$matmul)')
 _CUDNN = re.compile(r'custom_call_target="__cudnn\$conv(Forward|BackwardInput|BackwardFilter|Bias)')
@@ -28,7 +29,7 @@ def flops(module: Module) -> Total:
                 contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
             case "custom-call" if _GEMM.search(instruction.attributes):
                 contracted = re.search(
-                    r'"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes
+                    r'lhs_contracting_dimensions\\?":\[([\d,"\\]*)\]', instruction.attributes
                 )
             case "convolution" | "custom-call":
                 return 2 * _convolution(frame, instruction)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 Groups = Sequence[Sequence[int]]
 
 
-def groups(text: str, count: int) -> Groups:
+def groups_of(text: str, count: int) -> Groups:
     """The groups in a collective's attributes, on ``count`` devices: numbers of devices."""
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}\s]*\})\}", text):
         return _lists(pairs[1])

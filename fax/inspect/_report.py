@@ -146,7 +146,7 @@ def report(fn: Any, *args: Any, **kwargs: Any) -> Report:
     rows = padding((args, kwargs))
     if not stage:
         args, kwargs = on_described_devices(_WHERE, (args, kwargs))
-        fn = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args, **kwargs)
+        fn = (fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)).lower(*args, **kwargs)
     compiled = fn.compile() if isinstance(fn, jax.stages.Lowered) else fn
     return _read(compiled, rows)
 

@@ -29,7 +29,10 @@ def of(report: Report) -> str:
         ],
         right=[1],
     )
-    parts += ["", "Sent by each device in a call:" if report.collectives else "Nothing is sent."]
+    parts += [
+        "",
+        "Collectives of each device in a call:" if report.collectives else "Nothing is sent.",
+    ]
     rows = _rows(report.collectives)
     parts += [f"  {line}" for line in _aligned([_HEADER, *rows], right=[3, 4, 5])] if rows else []
     parts += ["", *_costs(report)]
@@ -107,7 +110,7 @@ def _bytes(number: int) -> str:
 
 
 def _count(number: int) -> str:
-    power = min(len(str(number)) // 3, 5) if number >= 10_000 else 0
+    power = min((len(str(number)) - 1) // 3, 5)
     return f"{number / 1000**power:,.3g} " + ("", "k", "M", "G", "T", "P")[power]
 
 
