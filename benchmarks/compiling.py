@@ -55,6 +55,7 @@ def tpu(topology: str) -> Any:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no process takes a TPU
     }
     os.environ.update(settings | os.environ)
     return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
