@@ -2,6 +2,7 @@
 #
 #   make quickstart   train a federated model on real data
 #   make test         run the tests, of products of cases a part that covers them
+#   make test-core    run what depends on the version of JAX
 #   make test-all     run every case of every test
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
@@ -9,6 +10,7 @@
 #   make docs         build the documentation
 #   make pages        generate the drawing of the house and the list of public names
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
+#   make checks       check, docs and package, at the same time
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -24,16 +26,25 @@ VENV ?= .venv
 JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
+# The newest JAX's tests also compile for TPUs.
+TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
-.PHONY: quickstart test test-all coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
 
-test: $(VENV)/test.$(WITH)
+# Only installs what the targets of these names need.
+EXTRAS ?= test
+environment: $(EXTRAS:%=$(VENV)/%.$(WITH))
+
+test: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-all: $(VENV)/test.$(WITH)
+test-core: $(VENV)/test.$(WITH) $(TPU)
+	$(BIN)/python -m pytest --core -n auto --dist worksteal
+
+test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
@@ -41,7 +52,7 @@ mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
 	$(BIN)/python tests/mutants.py core $(MUTANTS)
 
-coverage: $(VENV)/test.$(WITH)
+coverage: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov fax --cov-report term-missing:skip-covered
 
 # The last line fails if the type of a public name is not known in full.
@@ -53,6 +64,10 @@ check: $(VENV)/check.$(WITH)
 
 docs: $(VENV)/docs.$(WITH)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# Mostly, each of these uses one core. Their output comes one after another, if make can do that.
+checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)
+	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package
 
 pages:
 	$(PYTHON) tools/house.py
@@ -85,6 +100,11 @@ $(VENV)/bin/python:
 $(VENV)/%.$(WITH): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]" "$(JAX)"
 	@touch $@
+
+# Where the TPU compiler cannot be installed, its tests are skipped, and the next run tries again.
+$(VENV)/tpu.$(WITH): pyproject.toml | $(VENV)/test.$(WITH)
+	@if $(BIN)/python -m pip install --quiet --editable ".[tpu]" "$(JAX)"; then touch $@; \
+	else echo "libtpu cannot be installed, so tests/test_tpu.py is skipped."; fi
 
 clean:
 	rm -rf .venv* build dist docs/_build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,30 @@ from jax.extend.core import primitives as p
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding
 
+# Devices
+
+
+def is_described(device: Any) -> bool:
+    """Whether a device is only part of a description, for which programs can just be compiled."""
+    return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
+
+
+def device_kind(ctx: Any, platform: str) -> str | None:
+    """The kind of device that a lowering rule lowers for, None if it is unknown, as in an export.
+
+    It is that of the devices of the arguments or, without these, that of the mesh in scope.
+
+    Args:
+      ctx: the context of the rule.
+      platform: the platform that the rule is for.
+    """
+    backend = ctx.module_context.backend
+    if backend is not None and backend.platform == platform:
+        return backend.devices()[0].device_kind
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None and device.platform == platform else None
+
+
 # Equations
 
 

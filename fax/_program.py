@@ -103,7 +103,7 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     _warn_of_missing_mesh(declared, operands)
     avals = tuple(map(jax.typeof, operands))
     others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
-    if _evaluates_now():
+    if evaluates_now():
         traced = traces.get(declared, treedef, others, avals)
         run = functools.partial(execute, traced.structure)
     else:
@@ -224,7 +224,7 @@ def _is_traced(leaf: Any) -> bool:
     return is_array(leaf)
 
 
-def _evaluates_now() -> bool:
+def evaluates_now() -> bool:
     """Whether operations are evaluated at once, because no transformation is in progress."""
     with take_current_trace() as current:
         pass

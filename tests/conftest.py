@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import gc
 import itertools
 import os
 import platform
@@ -15,6 +16,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     # a value twice, as in the derivative of `jnp.min`, the two differ. AVX has no fused ones.
     QUICKLY += " --xla_cpu_max_isa=AVX"
 os.environ["XLA_FLAGS"] = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Tests run on CPUs, whatever else a machine has. Otherwise JAX loads libtpu to look for TPUs, where
+# it is installed, and only one process at a time can do that.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +27,11 @@ import subsets  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
+# Of each operation, XLA is told the name, but not the lines of Python that it comes from.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+# Tests leave many objects that live on, in JAX's caches. The garbage collector looks through them
+# less often than by default.
+gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture
@@ -31,22 +40,24 @@ def run(tmp_path):
     return functools.partial(scripts.run_in, tmp_path)
 
 
-# What is written with operators and exported names alone, so that a version of JAX that breaks it
-# breaks tests of the core, too.
+# For --core: what is written with operators and exported names of JAX alone. What differs between
+# versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
     *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
-ON_THE_NEWEST = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
-# An older JAX gets one in so many of a file's tests above the core, and of a test's cases below.
-ABOVE_ONE_IN, BELOW_ONE_IN = 3, 2
+# For --core, these are left out.
+DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
+# With --core, one in so many of a file's tests above the core runs, and of a test's cases below.
+ABOVE_ONE_IN, BELOW_ONE_IN = 6, 2
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
     *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+    *("absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (
     "long: takes long, and runs with --all or if its file is named; something shorter runs always",
@@ -56,6 +67,7 @@ MARKERS = (
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run every case of every test")
+    parser.addoption("--core", action="store_true", help="run what depends on the version of JAX")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,7 +82,7 @@ def choose_examples(option):
     """Every run of `make test` has the same random examples, and of `make test-all` new ones."""
     import hypothesis
 
-    same = dict(max_examples=15, derandomize=True, database=None)
+    same = dict(max_examples=10, derandomize=True, database=None)
     how = dict(max_examples=60, print_blob=True) if option.all else same
     hypothesis.settings.register_profile("fax", deadline=None, **how)
     hypothesis.settings.load_profile("fax")
@@ -88,13 +100,13 @@ def name_of(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Chooses cases where all tests run: those that cover, and on an older JAX fewer."""
+    """Chooses cases where all tests run: those that cover, and with --core fewer."""
     if config.args != config.getini("testpaths"):
         return
     items.sort(key=lambda item: name_of(item) not in FIRST)
     if config.option.all:
         return
-    older, left_out = jax.__version_info__ < (0, 12), set()
+    left_out = set()
     by_test = collections.defaultdict(list)
     for item in items:
         by_test[name_of(item), item.originalname].append(item)
@@ -104,9 +116,9 @@ def pytest_collection_modifyitems(config, items):
         kinds = own[0].get_closest_marker("kinds")
         keep = subsets.covering(cases, kinds.kwargs if kinds else {})
         keep = [kept and not item.get_closest_marker("long") for item, kept in zip(own, keep)]
-        if older and name in ON_THE_NEWEST:
+        if config.option.core and name in DOCUMENTS:
             keep = [False] * len(own)
-        elif older:
+        elif config.option.core:
             above = name in ABOVE_THE_CORE
             chosen = itertools.count(so_far[name] if above else 0)
             one_in = ABOVE_ONE_IN if above else BELOW_ONE_IN
@@ -115,3 +127,9 @@ def pytest_collection_modifyitems(config, items):
         left_out.update(item for item, kept in zip(own, keep, strict=True) if not kept)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """What has been imported stays, so that the garbage collector need not look at it."""
+    gc.collect()
+    gc.freeze()

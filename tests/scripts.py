@@ -12,7 +12,7 @@ PACKAGE = Path(fax.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_in(folder, *args):
+def run_in(folder, *args, timeout=120):
     """Runs Python in a folder, where warnings are errors, and returns what it printed."""
     path = os.pathsep.join([str(PACKAGE), str(EXAMPLES)])
     done = subprocess.run(
@@ -21,7 +21,7 @@ def run_in(folder, *args):
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

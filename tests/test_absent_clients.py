@@ -84,7 +84,9 @@ def local(params, x):
 # others' derivatives are those of a masked sum, as the mean's, or zero.
 KINDS = ("dp_ftrl", "gaussian", "krum", "mean", "power_sgd", "secure_sum")
 DIFFERENTIATED = ("krum", "mean", "power_sgd")
-ALIKE = ("clip_by_norm", "drive", "e3m0", "terngrad", "uniform_quantization")  # others do as they
+ALIKE = (  # encodings and a scaling, client by client: what one of them does, the others do
+    *("clip_by_norm", "drive", "e3m0", "hadamard", "terngrad", "top_k", "uniform_quantization"),
+)
 
 
 def chains(first, everything):

@@ -15,6 +15,7 @@ import problems
 import pytest
 from jax.sharding import PartitionSpec as P
 from problems import SIZES, Quadratic, assert_trees_close
+from subsets import alike
 
 import fax
 from fax.aggregators import Aggregator, PerClient
@@ -95,6 +96,7 @@ MESHES = [
 SPECS = [P(), P("clients"), P(None, None, "model"), P("clients", None, "model")]
 
 
+@pytest.mark.kinds(kind=alike, axes=alike, ids=alike)
 @pytest.mark.parametrize("ids", [[5, 2, 11, 0], [1, 7, 3]])
 @pytest.mark.parametrize(("kind", "axes"), MESHES)
 def test_rows_wherever_they_are(kind, axes, ids):

@@ -13,6 +13,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jaxprs import equations, operators
 from meshes import mesh, put
+from subsets import alike
 
 import fax
 from fax.lowering.convolutions._rewrite import rewrite
@@ -138,6 +139,7 @@ def test_derivatives_of_the_program(setting):
     assert_close(jax.jit(derivatives, static_argnums=0)(ours), derivatives(plain))
 
 
+@pytest.mark.kinds(dtype=lambda name: name.rstrip("0123456789").removeprefix("b"), setting=alike)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "int32", "complex64"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_dtypes(setting, dtype):
@@ -225,6 +227,7 @@ def plain(state, x):
     return jax.tree.map(lambda p: p.mean(0), jax.vmap(train, (None, 0))(state, x))
 
 
+@pytest.mark.kinds(setting=alike, vectorize=alike)
 @pytest.mark.parametrize("vectorize", [1, 3])
 @pytest.mark.parametrize("setting", [*SETTINGS, "xla"])
 def test_a_stock_network(setting, vectorize):
@@ -263,7 +266,7 @@ def test_vectorized_participants_with_kernels_of_their_own_have_no_convolutions(
     assert {groups for _, groups in convolutions_in(same_kernel, STATE, X)} == {1}
 
 
-@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_what_is_rewritten_for_a_platform(platform):
     """Where nothing has been measured, only what vectorization would make grouped."""
     jaxpr = jax.make_jaxpr(conv)(IMAGES[0], KERNELS[0])
@@ -275,6 +278,7 @@ def test_what_is_rewritten_for_a_platform(platform):
     gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(conv(IMAGES[0], w) ** 2)))(KERNELS[0])
     left = rewrite(gradient, "auto", platform, vectorized=False, sharded=False)
     assert (left is gradient) == (platform != "cpu")
+    assert rewrite(gradient, "auto", "tpu", vectorized=True, sharded=False) is gradient
 
     several = jax.jit(jax.vmap(rewritten(vectorized=True)))
     assert_close(several(IMAGES, KERNELS)[0], jax.vmap(conv)(IMAGES, KERNELS))

@@ -221,10 +221,16 @@ ROUNDS = """
 @pytest.mark.parametrize(
     ("victim", "how", "status", "message"),
     [
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", -9, r"fax: process 1 .*died"),
+        pytest.param(
+            *(1, "os.kill(os.getpid(), signal.SIGKILL)", -9, r"fax: process 1 .*died"),
+            marks=pytest.mark.long,
+        ),
         (0, "os.kill(os.getpid(), signal.SIGKILL)", -9, r"fax: process 0 died|leader task"),
         (1, "raise KeyError('lost')", 1, "fax: process 1 failed with KeyError: 'lost'"),
-        (0, "raise KeyError('lost')", 1, "fax: process 0 failed with KeyError: 'lost'"),
+        pytest.param(
+            *(0, "raise KeyError('lost')", 1, "fax: process 0 failed with KeyError: 'lost'"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, message):

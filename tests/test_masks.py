@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from subsets import alike
 
 import fax
 
@@ -147,6 +148,7 @@ def loss(fn):
     return lambda w, d: sum(jnp.sum(x**2) for x in fn(w, d, MASK, OTHER))
 
 
+@pytest.mark.kinds(found=alike, plain=alike, transform=alike)
 @pytest.mark.parametrize(("found", "plain"), PAIRS)
 @pytest.mark.parametrize(
     "transform",

@@ -16,7 +16,12 @@ from fax.aggregators._per_client import each
 
 LAYERS, UNITS, EXAMPLES = 16, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS * UNITS
-COUNTS = [8, 64, 256, 4096]
+
+
+@pytest.fixture
+def counts(pytestconfig):
+    """Of participants: what holds for few and for many holds for those between, see ``--all``."""
+    return [8, 64, 256, 4096] if pytestconfig.option.all else [8, 4096]
 
 
 def loss(params, x):
@@ -82,16 +87,16 @@ VARIANTS = ["plain", "weighted", "masked", "side output"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_mean_of_updates(variant):
-    found = [temporary(program_of(n, client_of(variant), variant), *arguments(n)) for n in COUNTS]
+def test_a_mean_of_updates(counts, variant):
+    found = [temporary(program_of(n, client_of(variant), variant), *arguments(n)) for n in counts]
     assert max(found) <= 2
     assert max(found) - min(found) < 0.02
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_its_gradient_with_respect_to_parameters_and_weights(variant):
+def test_its_gradient_with_respect_to_parameters_and_weights(counts, variant):
     found = []
-    for n in COUNTS:
+    for n in counts:
         program = program_of(n, jax.checkpoint(client_of(variant)), variant)
 
         def objective(*args, program=program):
@@ -104,10 +109,10 @@ def test_its_gradient_with_respect_to_parameters_and_weights(variant):
     assert max(found) - min(found) < 0.02
 
 
-def test_the_gradient_of_a_scan_over_rounds():
+def test_the_gradient_of_a_scan_over_rounds(counts):
     """It holds the parameters of each round, and nothing of the participants."""
     rounds, found = 5, []
-    for n in COUNTS:
+    for n in counts:
         round = program_of(n, jax.checkpoint(update), "weighted")
 
         def objective(params, data, weights, round=round):
@@ -122,9 +127,9 @@ def test_the_gradient_of_a_scan_over_rounds():
     assert max(found) <= 2 * rounds + 5
 
 
-def test_its_jvp_through_a_hundred_local_steps():
+def test_its_jvp_through_a_hundred_local_steps(counts):
     found = []
-    for n in COUNTS:
+    for n in counts:
 
         @fax.program(clients=n)
         def program(params, data, rate):
@@ -139,7 +144,7 @@ def test_its_jvp_through_a_hundred_local_steps():
 
 
 @pytest.mark.parametrize("variant", ["plain", "weighted", "masked"])
-def test_in_bfloat16(variant):
+def test_in_bfloat16(counts, variant):
     """Sums are held in float32. On CPU, XLA keeps a float32 copy of the parameters and the data.
 
     The copy of the data grows with the participants, so here they have a number each.
@@ -149,7 +154,7 @@ def test_in_bfloat16(variant):
         return [-0.1 * (p - x) for p in params]
 
     values, gradients = [], []
-    for n in COUNTS:
+    for n in counts:
         params, _, weights, mask = arguments(n, jnp.bfloat16)
         args = params, jax.ShapeDtypeStruct((n,), jnp.bfloat16), weights, mask
         program = program_of(n, jax.checkpoint(client), variant)

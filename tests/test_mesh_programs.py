@@ -140,6 +140,7 @@ def test_placements_nested_on_two_axes(kind, shape):
         assert_close(both(program)(p, d), want)
 
 
+@pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [8, 13])
 def test_a_placement_over_two_axes(kind, n):
@@ -177,6 +178,7 @@ def sharding(*spec):
     return NamedSharding(jax.sharding.get_mesh(), P(*spec))
 
 
+@pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [8, 13])
 def test_shardings_of_results(kind, n):

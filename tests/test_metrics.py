@@ -101,6 +101,15 @@ def test_top_k_takes_the_first_of_equal_scores(k):
         np.testing.assert_allclose(result(fm.Accuracy(), batch, scores), expected, rtol=1e-6)
 
 
+def test_the_best_score_may_be_infinite():
+    scores = np.stack(np.meshgrid(*[[-np.inf, 0, np.inf]] * 3), -1).reshape(-1, 3)
+    every = np.arange(-1, 4)  # two of which are not classes
+    batch = {"y": np.repeat(every, len(scores))}
+    of_each = fm.Accuracy()(batch, jnp.asarray(np.tile(scores, (len(every), 1))))
+    expected = scores.argmax(1) == every[:, None]
+    np.testing.assert_array_equal(of_each.result(), expected.reshape(-1))
+
+
 # Worked by hand
 
 
@@ -274,17 +283,25 @@ def case(kind):
     return population(kind), table, {"w": rng.normal(size=(CLASSES, CLASSES))}, SEQUENCES
 
 
-def of_client(data, apply, params, metrics, client):
-    own = jax.tree.map(jnp.asarray, dict(data.client(client)))
-    scores = apply(params, own)
-    return {name: metric(own, scores).sum() for name, metric in metrics.items()}
+def of_clients(data, apply, params, metrics, personal=False):
+    """Each client's statistics, by NumPy, from those of all clients' examples one by one."""
+    clients = [data.client(client) for client in data.client_ids()]
+    whose = np.repeat(np.arange(len(clients)), [len(client["x"]) for client in clients])
+    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(dict, clients))
+    if personal:
+        scores = jax.vmap(apply)(jax.tree.map(lambda x: x[whose], params), batch)
+    else:
+        scores = apply(params, batch)
+    of_each = {name: jax.device_get(metric(batch, scores)) for name, metric in metrics.items()}
+    return [
+        jax.tree.map(lambda x, own=own: x[whose == own].sum(0), of_each)
+        for own in range(len(clients))
+    ]
 
 
 @functools.cache
-def of_clients(kind):
-    """The statistics of each client, batch by batch in no program of fax's."""
-    data, *rest = case(kind)
-    return [of_client(data, *rest, client) for client in data.client_ids()]
+def of_case(kind):
+    return of_clients(*case(kind))
 
 
 @pytest.mark.kinds(mesh=lambda mesh: mesh is None, kind=alike, batch_size=alike)
@@ -293,7 +310,7 @@ def of_clients(kind):
 @pytest.mark.parametrize("batch_size", [7, 1000])
 def test_evaluation_is_the_merge_of_clients(kind, batch_size, mesh):
     data, apply, params, metrics = case(kind)
-    own = of_clients(kind)
+    own = of_case(kind)
     stacked = jax.tree.map(lambda x: np.stack([x] * len(SIZES)), params)
     with jax.set_mesh(meshes.mesh(mesh or "auto", clients=3 if mesh else 1)):
         found = fm.evaluate(apply, params, data, metrics, batch_size=batch_size)
@@ -320,8 +337,7 @@ def test_models_of_clients_own():
     rng = np.random.default_rng(5)
     own = {"w": rng.normal(size=(len(SIZES), *params["w"].shape))}
     found = fm.evaluate_clients(apply, own, data, metrics, personal=True, batch_size=4)
-    for row, client in enumerate(data.client_ids()):
-        stats = of_client(data, apply, {"w": own["w"][row]}, metrics, client)
+    for row, stats in enumerate(of_clients(data, apply, own, metrics, personal=True)):
         for name in metrics:
             np.testing.assert_allclose(found[name][row], stats[name].result(), rtol=1e-6)
 
@@ -343,7 +359,7 @@ def test_many_clients_with_models_of_their_own_come_in_groups():
 def test_held_out_clients():
     data, apply, params, metrics = case("classes")
     _, held_out = fax.data.split(data, held_out=0.4, seed=1)
-    own = [of_client(data, apply, params, metrics, i) for i in held_out.client_ids()]
+    own = of_clients(held_out, apply, params, metrics)
     found = fm.evaluate(apply, params, held_out, metrics)
     total = functools.reduce(lambda a, b: a.merge(b), [stats["loss"] for stats in own])
     np.testing.assert_allclose(found["loss"], total.result(), rtol=1e-6)

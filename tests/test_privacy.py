@@ -13,7 +13,7 @@ import optax
 import problems
 import pytest
 from dp_accounting import pld
-from problems import SETTINGS, Logistic
+from problems import Logistic
 
 import fax
 from fax.aggregators import (
@@ -92,7 +92,7 @@ def clipped(u, limit, order=2):
 # Means and their noise
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     data, (context, at_once) = updates(), problems.setting(name)
     aggregators = {

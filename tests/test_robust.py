@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 from jax.test_util import check_grads
-from problems import SETTINGS, SIZES, Logistic, combine, numpy_batches
+from problems import SIZES, Logistic, combine, numpy_batches
 
 import fax
 from fax.aggregators import (
@@ -134,7 +134,7 @@ def all_of_them():
     return Aggregator(lambda params: (), aggregate)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_aggregators_are_those_of_the_papers(name):
     """Of gradients that clients compute, so that maps fuse, on meshes and side by side."""
     data, context_and_size = updates(), problems.setting(name)

@@ -99,7 +99,7 @@ def test_pairwise_subset_covers_every_pair():
         assert len(found) >= len(pairs) * 3 / 4 if cases_alone else found == pairs
 
 
-@pytest.mark.kinds(number=kind_of_case, kind=subsets.alike)
+@pytest.mark.long
 @parametrize(("number", "kind"), FULL)
 def test_every_case_on_4x2_in_every_axis_type(number, kind):
     size = SIZES[(number + list(KINDS).index(kind)) % 3]
@@ -108,7 +108,7 @@ def test_every_case_on_4x2_in_every_axis_type(number, kind):
 
 @pytest.mark.kinds(number=kind_of_case, name=subsets.alike, kind=subsets.alike, size=subsets.alike)
 @parametrize(("number", "name", "kind", "size"), pairwise())
-def test_every_case_on_meshes_of_other_shapes(number, name, kind, size):
+def test_every_case_on_meshes_of_every_shape(number, name, kind, size):
     check(number, name, kind, size, vectorize=(2, None)[number % 2])
 
 

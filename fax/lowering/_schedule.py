@@ -19,24 +19,9 @@ from jax.extend.core import Var
 
 from fax._arithmetic import neutral, reduce_rows, total_dtype
 from fax.lowering._accumulators import LARGE, TERMS, Accumulators
-from fax.primitives._round import Round, Vectorize, pick
+from fax.primitives._round import Round, pick
 
 ByIndex = dict[int, jax.Array]
-
-# The default number of vectorized participants. On CPU a batch of small matrix products is slower
-# than a loop over them, and in a loop `lax.cond` stays a branch. Elsewhere a batch fills the
-# device; it is bounded because memory grows with it.
-_VECTORIZE_ON_CPU = 1
-_VECTORIZE_ELSEWHERE = 16
-
-
-def vectorized_for(platform: str, asked: int | Vectorize | None, size: int) -> int:
-    """How many of a device's participants are vectorized."""
-    if asked is Vectorize.ALL:
-        return size
-    if asked is None or asked is Vectorize.INHERITED:
-        asked = _VECTORIZE_ON_CPU if platform == "cpu" else _VECTORIZE_ELSEWHERE
-    return min(int(asked), size)
 
 
 def run(
