@@ -26,6 +26,8 @@ VENV ?= .venv
 JAX ?= jax
 BIN := $(VENV)/bin
 WITH := $(subst =,-,$(JAX))
+# The newest JAX's tests also compile for TPUs.
+TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
 .PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
@@ -36,13 +38,13 @@ quickstart: $(VENV)/examples.$(WITH)
 EXTRAS ?= test
 environment: $(EXTRAS:%=$(VENV)/%.$(WITH))
 
-test: $(VENV)/test.$(WITH)
+test: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-test-core: $(VENV)/test.$(WITH)
+test-core: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --core -n auto --dist worksteal
 
-test-all: $(VENV)/test.$(WITH)
+test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
@@ -50,7 +52,7 @@ mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
 	$(BIN)/python tests/mutants.py core $(MUTANTS)
 
-coverage: $(VENV)/test.$(WITH)
+coverage: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov fax --cov-report term-missing:skip-covered
 
 # The last line fails if the type of a public name is not known in full.
@@ -98,6 +100,11 @@ $(VENV)/bin/python:
 $(VENV)/%.$(WITH): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]" "$(JAX)"
 	@touch $@
+
+# Where the TPU compiler cannot be installed, its tests are skipped, and the next run tries again.
+$(VENV)/tpu.$(WITH): pyproject.toml | $(VENV)/test.$(WITH)
+	@if $(BIN)/python -m pip install --quiet --editable ".[tpu]" "$(JAX)"; then touch $@; \
+	else echo "libtpu cannot be installed, so tests/test_tpu.py is skipped."; fi
 
 clean:
 	rm -rf .venv* build dist docs/_build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

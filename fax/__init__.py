@@ -14,6 +14,8 @@ JAX primitive, so the program can be jitted, differentiated, vectorized and insp
 import typing as _typing
 
 from fax import data as data
+from fax import drjax as drjax
+from fax import inspect as inspect
 from fax import lowering as _lowering  # noqa: F401  (says how maps are compiled)
 from fax import metrics as metrics
 from fax import sharding as sharding

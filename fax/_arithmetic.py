@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.interpreters import ad
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -58,8 +57,8 @@ def neutral(mode: str, aval: ShapedArray) -> jax.Array:
     """A total over no participants, or rows of none, which can have any values."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return _no_keys(aval)
-    zeros = ad.zeros_like_aval(aval.update(weak_type=False))
-    return lax.full_like(zeros, identity(mode, aval.dtype)) if mode in ("max", "min") else zeros
+    value = identity("sum" if mode == "placed" else mode, aval.dtype)
+    return lax.broadcast(value, aval.shape)
 
 
 def _no_keys(aval: ShapedArray) -> jax.Array:

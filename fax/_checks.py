@@ -15,7 +15,7 @@ from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
 from fax import _arguments
 from fax._placement import Placement, PlacementError
-from fax.primitives._round import CONVOLUTIONS, Vectorize
+from fax.primitives._round import CONVOLUTIONS, AtMost, Vectorize
 from fax.sharding._types import as_placed
 
 
@@ -117,9 +117,9 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
     )
 
 
-def vectorize(value: Any, here: Placement) -> int | Vectorize | None:
-    """Checks the argument ``vectorize`` of a map. Only fax itself passes a `Vectorize`."""
-    if value is None or isinstance(value, Vectorize):
+def vectorize(value: Any, here: Placement) -> int | AtMost | Vectorize | None:
+    """Checks the argument ``vectorize`` of a map. Only fax itself makes the other two types."""
+    if value is None or isinstance(value, AtMost | Vectorize):
         return value
     what = "the participants that a device works on at once, or None to leave it to fax"
     count = _arguments.count("fax.map", "vectorize", value, what=what, error=PlacementError)

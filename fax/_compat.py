@@ -19,6 +19,30 @@ from jax.extend.core import primitives as p
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding
 
+# Devices
+
+
+def is_described(device: Any) -> bool:
+    """Whether a device is only part of a description, for which programs can just be compiled."""
+    return type(getattr(device, "client", None)).__name__ == "CompileOnlyPyClient"
+
+
+def device_kind(ctx: Any, platform: str) -> str | None:
+    """The kind of device that a lowering rule lowers for, None if it is unknown, as in an export.
+
+    It is that of the devices of the arguments or, without these, that of the mesh in scope.
+
+    Args:
+      ctx: the context of the rule.
+      platform: the platform that the rule is for.
+    """
+    backend = ctx.module_context.backend
+    if backend is not None and backend.platform == platform:
+        return backend.devices()[0].device_kind
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None and device.platform == platform else None
+
+
 # Equations
 
 
@@ -116,6 +140,11 @@ def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[s
     return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
 
 
+def source_of(eqn: JaxprEqn) -> tuple[Any, Any]:
+    """Where in the user's code an equation comes from, and its `jax.named_scope`."""
+    return eqn.source_info.traceback, eqn.source_info.name_stack
+
+
 def is_named_axis(effect: Any) -> bool:
     """Whether an effect only says that an axis name is used."""
     return type(effect).__name__ == "NamedAxisEffect"
@@ -162,6 +191,11 @@ def register_lowering_of_jaxprs(
         return bind_with(*operands, **dict(params, **{parameter: lower(params[parameter])}))
 
     vars(primitive)["to_lojax"] = to_lojax
+
+
+def cache_of_module(ctx: Any) -> dict[Any, Any]:
+    """What lowering rules remember while JAX lowers a module. Keys need to be of a caller's own."""
+    return getattr(ctx.module_context, "cached_primitive_lowerings", {})
 
 
 def _names(module: str, *names: str) -> list[Any] | None:

@@ -19,7 +19,7 @@ from fax._rules import bind_scope
 from fax.primitives import _jaxpr
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._collect import collect_p, distribute_p
-from fax.primitives._round import PLACED, SERVER, Out, Round, map_elementwise, seen_avals
+from fax.primitives._round import PLACED, SERVER, AtMost, Out, Round, map_elementwise, seen_avals
 from fax.sharding._types import as_server, server_aval, spread_rows
 
 PyTree = Any
@@ -119,7 +119,7 @@ def collect(x: PyTree, *, placement: str | None = None) -> PyTree:
 def map(
     fn: Callable,
     *args: PyTree,
-    vectorize: int | None = None,
+    vectorize: int | AtMost | None = None,
     convolutions: str = "auto",
     placement: str | None = None,
 ) -> PyTree:
@@ -135,14 +135,17 @@ def map(
         with `jax.vmap`, and such batches follow one another in a loop. With 1, ``fn`` itself
         runs, so that a `jax.lax.cond` in it is a real branch. Results change only by rounding,
         except where `jax.vmap` changes them: keys of ``impl="rbg"`` or ``"unsafe_rbg"`` draw
-        different numbers when vectorized. Default: 1 on CPU, 16 elsewhere.
+        different numbers when vectorized. Default: on CPU 1. On TPU as many as have room for
+        what they carry from step to step in the chip's fast memory, at most 64, and 1 if that is
+        more than four million numbers, as in a large model. On GPU likewise, at most 16.
+        `fax.data.Cohort.vectorize` is a bound on this default.
       convolutions: how convolutions in ``fn`` and its derivatives are computed. Results change
         only by rounding. ``"auto"`` chooses what was fastest in measurements. On CPU that is
         XLA's own fast convolution, rearranged to be fast in loops as well, or slices and matrix
-        products. Other platforms have not been measured; there, convolutions become matrix
-        products only if participants are vectorized and their kernels differ. ``"xla"`` leaves
-        all convolutions to the compiler, and ``"matmul"`` turns all into matrix products. Nested
-        maps have their own settings.
+        products. On TPU ``"auto"`` leaves all to the compiler. GPUs have not been measured; there,
+        convolutions become matrix products only if participants are vectorized and their kernels
+        differ. ``"xla"`` leaves all convolutions to the compiler, and ``"matmul"`` turns all into
+        matrix products. Nested maps have their own settings.
       placement: which placement, if several are in scope.
 
     Returns:

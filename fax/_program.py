@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.api_util import debug_info
 from jax.core import eval_context
-from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
@@ -23,7 +21,7 @@ from fax._placement import PlacementError, Scope, declare, in_program, scope
 from fax._reads import Reader, snapshot
 from fax._rules import bind_scope
 from fax.primitives import _fusion, _jaxpr
-from fax.primitives._compile_key import Structure, execute
+from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_program
 from fax.sharding._mesh import laid_out, other_axes, split_axes
 
@@ -105,7 +103,7 @@ def _call(traces: _Traces, args: Any, kwargs: Any) -> Any:
     _warn_of_missing_mesh(declared, operands)
     avals = tuple(map(jax.typeof, operands))
     others = [_TRACED if _is_traced(leaf) else leaf for leaf in leaves]
-    if _evaluates_now():
+    if evaluates_now():
         traced = traces.get(declared, treedef, others, avals)
         run = functools.partial(execute, traced.structure)
     else:
@@ -204,7 +202,7 @@ class _Traces(Reader):
         others = snapshot(_constants(leaves))
         if others is None or jax.config.jax_disable_jit:
             return None
-        key = (_context(_NOTHING), declared, treedef, others, avals)
+        key = (context(), declared, treedef, others, avals)
         try:
             hash(key)
         except TypeError:  # the tree's structure holds something unhashable
@@ -220,23 +218,13 @@ def _constants(leaves: Sequence[Any]) -> list[Any]:
 _MAX_TRACES = 64
 
 
-@lu.cache
-def _context(nothing: lu.WrappedFun) -> object:
-    """A different object for each context in which JAX traces, such as its mesh and settings."""
-    del nothing
-    return object()
-
-
-_NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
-
-
 def _is_traced(leaf: Any) -> bool:
     if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
         return False
     return is_array(leaf)
 
 
-def _evaluates_now() -> bool:
+def evaluates_now() -> bool:
     """Whether operations are evaluated at once, because no transformation is in progress."""
     with take_current_trace() as current:
         pass

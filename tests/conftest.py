@@ -16,6 +16,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     # a value twice, as in the derivative of `jnp.min`, the two differ. AVX has no fused ones.
     QUICKLY += " --xla_cpu_max_isa=AVX"
 os.environ["XLA_FLAGS"] = f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Tests run on CPUs, whatever else a machine has. Otherwise JAX loads libtpu to look for TPUs, where
+# it is installed, and only one process at a time can do that.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -44,7 +47,7 @@ ABOVE_THE_CORE = (
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
     *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")

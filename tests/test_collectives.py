@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives, over
 from jax import lax
 from jax.sharding import PartitionSpec
 from meshes import KINDS, mesh, mixed, put
 
 import fax
+from fax.inspect import report
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 # What a round sends, its gradient sends too, which is looked at for all types of axes.
@@ -59,68 +59,63 @@ def squares(program):
     return lambda *args: sum(jnp.sum(x**2) for x in jax.tree.leaves(program(*args)))
 
 
-def found(fn, args, on):
-    return collectives(jax.jit(fn).lower(*args).compile(), on)
-
-
 @UNIFORM_KINDS
 def test_a_round_reduces_the_model_once(kind):
-    on = mesh(kind, clients=4, model=2)
-    with jax.set_mesh(on):
-        (only,) = over(found(fedavg(N, kind), arguments(N), on), "clients")
-    assert only.op == "all-reduce"
-    assert only.axes == {"clients"}
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
+        (only,) = report(fedavg(N, kind), *arguments(N)).over("clients")
+    assert only.operation == "all-reduce"
+    assert only.axes == ("clients",)
+    assert only.count == 1
     assert only.bytes == MODEL_BYTES / 2 + 4  # and the total weight
 
 
 @EVERY_KIND
 def test_its_gradient_reduces_the_model_twice(kind):
     """Once forward, and once backward; besides, one number for the gradient of the weights."""
-    on = mesh(kind, clients=4, model=2)
-    with jax.set_mesh(on):
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
         args, program = arguments(N), squares(fedavg(N, kind))
-        sent = over(found(jax.grad(program), args, on), "clients")
-        both = over(found(jax.grad(program, (0, 2)), args, on), "clients")
+        sent = report(jax.grad(program), *args).over("clients")
+        both = report(jax.grad(program, (0, 2)), *args).over("clients")
     for collective in *sent, *both:
-        assert collective.op == "all-reduce"
-        assert collective.axes == {"clients"}
+        assert collective.operation == "all-reduce"
+        assert collective.axes == ("clients",)
     of_models = [c for c in sent if c.bytes >= MODEL_BYTES / 2]
     assert len(of_models) == 2
-    assert MODEL_BYTES <= sum(c.bytes for c in sent) <= MODEL_BYTES + 16
-    assert MODEL_BYTES <= sum(c.bytes for c in both) <= MODEL_BYTES + 16
+    assert MODEL_BYTES <= sum(c.total_bytes for c in sent) <= MODEL_BYTES + 16
+    assert MODEL_BYTES <= sum(c.total_bytes for c in both) <= MODEL_BYTES + 16
 
 
 @UNIFORM_KINDS
 def test_uneven_rows_cost_no_more(kind):
     """They are on all devices before, so nothing has to be sent for them."""
-    on = mesh(kind, clients=4, model=2)
-    with jax.set_mesh(on):
+    with jax.set_mesh(mesh(kind, clients=4, model=2)):
         args, program = arguments(13), fedavg(13, kind)
-        (only,) = over(found(program, args, on), "clients")
-        sent = over(found(jax.grad(squares(program)), args, on), "clients")
-    assert only.op == "all-reduce"
-    assert only.bytes == MODEL_BYTES / 2 + 4
-    assert {c.op for c in sent} == {"all-reduce"}
-    assert sum(c.bytes for c in sent) <= MODEL_BYTES + 16
+        (only,) = report(program, *args).over("clients")
+        sent = report(jax.grad(squares(program)), *args).over("clients")
+    assert only.operation == "all-reduce"
+    assert only.total_bytes == MODEL_BYTES / 2 + 4
+    assert {c.operation for c in sent} == {"all-reduce"}
+    assert sum(c.total_bytes for c in sent) <= MODEL_BYTES + 16
 
 
 @UNIFORM_KINDS
 def test_a_layout_over_two_axes_reduces_over_both_at_once(kind):
-    on = mesh(kind, pod=2, clients=2, model=2)
-    with jax.set_mesh(on), fax.sharding.layout(clients=("pod", "clients")):
+    with (
+        jax.set_mesh(mesh(kind, pod=2, clients=2, model=2)),
+        fax.sharding.layout(clients=("pod", "clients")),
+    ):
         p, batches, weights = arguments(N)
         batches, weights = put(batches, ("pod", "clients")), put(weights, ("pod", "clients"))
-        sent = found(fedavg(N, kind), (p, batches, weights), on)
-    (only,) = [c for c in sent if c.axes != {"model"}]
-    assert only.op == "all-reduce"
-    assert only.axes == {"pod", "clients"}
+        sent = report(fedavg(N, kind), p, batches, weights).collectives
+    (only,) = [c for c in sent if c.axes != ("model",)]
+    assert only.operation == "all-reduce"
+    assert only.axes == ("pod", "clients")
 
 
 @pytest.mark.filterwarnings("ignore:A program over clients runs under a mesh of replicas")
 def test_without_the_axis_nothing_is_sent():
-    on = mesh(replicas=8)
-    with jax.set_mesh(on):
-        assert not found(fedavg(N, "auto"), jax.tree.map(np.asarray, host_arguments()), on)
+    with jax.set_mesh(mesh(replicas=8)):
+        assert not report(fedavg(N, "auto"), *host_arguments()).collectives
 
 
 def host_arguments():
@@ -140,7 +135,7 @@ def test_maps_and_indices_send_nothing(kind):
 
     with jax.set_mesh(on):
         args = put(np.ones(3)), put(np.ones((16, 3)), "clients"), jax.random.key(0)
-        assert not found(program, args, on)
+        assert not report(program, *args).collectives
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
@@ -152,8 +147,8 @@ def test_a_maximum_costs_one_collective(mode):
         return getattr(fax, mode)(fax.map(jnp.sin, d))
 
     with jax.set_mesh(on):
-        (only,) = found(program, (put(np.ones((16, 3)), "clients"),), on)
-    assert only.op == "all-reduce"
+        (only,) = report(program, put(np.ones((16, 3)), "clients")).collectives
+    assert only.operation == "all-reduce"
 
 
 def test_short_floats_are_reduced_in_float32():
@@ -165,7 +160,7 @@ def test_short_floats_are_reduced_in_float32():
 
     with jax.set_mesh(on):
         d = put(np.ones((16, 5), jnp.bfloat16), "clients")
-        (only,) = found(program, (d,), on)
+        (only,) = report(program, d).collectives
         assert only.bytes == 4 * 5
         # 256 + 1 is 256 in bfloat16, on a device and across devices.
         d = put(np.array([128, *[0.5] * 15], jnp.bfloat16).reshape(16, 1), "clients")
@@ -195,7 +190,7 @@ def test_temporary_memory_does_not_grow_with_the_participants(gradient):
         p = [put(np.ones((UNITS, UNITS), np.float32))] * LAYERS
         d, weights = np.ones((n, 2, UNITS), np.float32), np.ones(n, np.float32)
         args = p, put(d, "clients"), put(weights, "clients")
-        return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        return report(fn, *args).memory.temporary_bytes
 
     with jax.set_mesh(mesh(clients=4, model=2)):
         small, large = of(32), of(512)

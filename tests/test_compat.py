@@ -88,6 +88,11 @@ def explicit():
         yield on
 
 
+def test_devices_that_are_there_are_not_described():
+    """`test_topology.py` has devices that are."""
+    assert not _compat.is_described(jax.devices()[0])
+
+
 @pytest.mark.parametrize("name", WITHOUT_MESH)
 def test_names(name):
     only(name, WITHOUT_MESH[name])

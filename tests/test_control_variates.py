@@ -282,6 +282,10 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
     was, now = (jax.tree.map(lambda x: x[idle], s.clients.rows) for s in (state, new))
     jax.tree.map(np.testing.assert_array_equal, now, was)
     assert metrics["clients/loss"][1] == 0
+    # The others make the round, as if the idle client were not in the cohort.
+    others = jax.tree.map(lambda x: jnp.delete(x, 1, axis=0), cohort)
+    expected, _ = jax.jit(algorithm.round)(state, others)
+    assert_trees_close(new, expected, rtol=1e-12)
     rows = new.clients.rows
     assert_trees_close(new.server, jax.tree.map(lambda x: x.mean(0), rows))
 

@@ -266,7 +266,7 @@ def test_vectorized_participants_with_kernels_of_their_own_have_no_convolutions(
     assert {groups for _, groups in convolutions_in(same_kernel, STATE, X)} == {1}
 
 
-@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_what_is_rewritten_for_a_platform(platform):
     """Where nothing has been measured, only what vectorization would make grouped."""
     jaxpr = jax.make_jaxpr(conv)(IMAGES[0], KERNELS[0])
@@ -278,6 +278,7 @@ def test_what_is_rewritten_for_a_platform(platform):
     gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(conv(IMAGES[0], w) ** 2)))(KERNELS[0])
     left = rewrite(gradient, "auto", platform, vectorized=False, sharded=False)
     assert (left is gradient) == (platform != "cpu")
+    assert rewrite(gradient, "auto", "tpu", vectorized=True, sharded=False) is gradient
 
     several = jax.jit(jax.vmap(rewritten(vectorized=True)))
     assert_close(several(IMAGES, KERNELS)[0], jax.vmap(conv)(IMAGES, KERNELS))

@@ -5,12 +5,12 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import meshes
 import numpy as np
 import optax
 import problems
 import pytest
-from collectives import collectives, loop_depths, over
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, Quadratic, combine, numpy_batches
@@ -209,6 +209,48 @@ def test_the_number_of_inner_steps_can_be_a_schedule(data, steps):
         problems.assert_trees_close(others, metrics)
 
 
+def test_padding_costs_nothing_where_there_is_none(data):
+    """Inner steps neither branch nor select, unless another mask takes the place of the stream's.
+
+    Results are the same, and with a mask that has padding its steps are left out.
+    """
+    (cohort,) = first(1, cohorts(data, 3))
+    algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS)
+    start, shapes = algorithm.init(Logistic.start()), {(4, 3), (3,)}
+    mask = np.array(cohort.mask)
+    mask[2, 1:] = False
+    padded = dataclasses.replace(cohort, mask=jnp.array(mask))
+    same = dataclasses.replace(cohort, mask=cohort.mask & True)
+    for batches, expected in ((cohort, 0), (same, 1), (padded, 1)):
+        loops = [
+            eqn
+            for eqn in jaxprs.equations(jax.make_jaxpr(algorithm.round)(start, batches))
+            if eqn.primitive.name == "scan" and eqn.params["length"] == 3
+        ]
+        assert len(loops) == 1
+        found = [
+            eqn.primitive.name
+            for eqn in jaxprs.equations(loops[0].params["jaxpr"])
+            if eqn.outvars[0].aval.shape in shapes or eqn.primitive.name == "cond"
+        ]
+        assert "cond" not in found
+        assert bool(found.count("select_n")) == expected
+    step = jax.jit(algorithm.round)
+    results = [step(start, batches) for batches in (cohort, same, padded)]
+    problems.assert_trees_close(results[0], results[1], rtol=1e-12)
+    trained = np.ones((3, REPLICAS), bool)
+    trained[1:, 2] = False
+    expected = numpy_diloco(
+        Logistic,
+        [cohort],
+        lambda n: 3,
+        lambda: AdamW(INNER),
+        Nesterov(0.7, 0.9),
+        trained=trained,
+    )
+    assert_same(results[2][0], expected)
+
+
 # What it is in special cases
 
 
@@ -370,12 +412,12 @@ def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, 
     with jax.set_mesh(mesh):
         algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS, steps=steps)
         state, cohort = algorithm.init(Logistic.start()), next(cohorts(data))
-        compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
-    (found,) = collectives(compiled, mesh)
-    assert found.op == "all-reduce"
-    assert found.axes == {"replicas"}
+        (found,) = fax.inspect.report(algorithm.round, state, cohort).collectives
+    assert found.operation == "all-reduce"
+    assert found.axes == ("replicas",)
     # Inner steps are in a loop over replicas or none, and a loop of their own.
-    assert loop_depths(compiled) == [0 if steps == 6 else 1]
+    assert found.loops == (0 if steps == 6 else 1)
+    assert found.count == 6 // steps
     assert found.bytes < 1.3 * 8 * 15 + 40
 
 
@@ -415,10 +457,10 @@ def test_a_replica_can_be_sharded_itself(kind):
             "out": meshes.put(start["out"], "model"),
         }
         state, metrics, lowered = run(sharded, params)
-        found = over(collectives(lowered.compile(), mesh), "replicas")
+        found = fax.inspect.report(lowered).over("replicas")
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
-    assert [(c.op, c.axes) for c in found] == [("all-reduce", {"replicas"})]
+    assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
     rows = state.replicas.rows
     for tree in (rows.params, rows.optimizer[0].mu):
         assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)

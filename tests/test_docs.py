@@ -18,9 +18,11 @@ MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 HOMES = [
     fax,
+    fax.drjax,
     fax.sharding,
     fax.data,
     fax.data.partition,
+    fax.inspect,
     fax.metrics,
     fax.aggregators,
     fax.algorithms,

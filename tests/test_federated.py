@@ -161,6 +161,17 @@ def test_other_mistakes():
     forgetful = make(result(), server=lambda state, received, step: step(received.update))
     with pytest.raises(ValueError, match="ours: server returned a State, expected a pair of a"):
         forgetful.round(forgetful.init(Quadratic.start()), cohort)
+    for field, value, message in (
+        ("server", jnp.zeros(()), "ours: server: the state is .*, expected .*"),
+        ("params", {"w": jnp.zeros(2)}, r"the state.params\['w'\] is float64\[2\], expected"),
+    ):
+        wrong = make(
+            result(), server=lambda s, r, step, own={field: value}: (s._replace(**own), {})
+        )
+        with pytest.raises(ValueError, match=message):
+            wrong.round(wrong.init(Quadratic.start()), cohort)
+    with pytest.raises(ValueError, match="ours: not_private is 3, expected"):
+        make(result(), not_private=3)
     with pytest.raises(ValueError, match="private, but they send votes without it"):
         make(result(), not_private="they send votes", **PRIVATE)
     with pytest.raises(ValueError, match="ours: client is 3, expected a function"):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import points
-from collectives import collectives, over
 from jax import lax
 from jax.sharding import PartitionSpec
 from meshes import mesh, put
@@ -159,7 +158,7 @@ def compiled(client, *args, **axes):
     on = mesh(**axes)
     with jax.set_mesh(on):
         lowered = jax.jit(program).lower(put(p, None, "model"), put(d, "clients"), *args)
-        return over(collectives(lowered.compile(), on), "clients")
+        return fax.inspect.report(lowered).over("clients")
 
 
 def test_branches_on_what_all_share_need_no_agreement():
@@ -174,12 +173,12 @@ def test_branches_on_what_all_share_need_no_agreement():
 
     for client, args in (asks, (jnp.array(True),)), (loops, ()), (sure, ()):
         (total,) = compiled(client, *args, clients=4, model=2)
-        assert total.op == "all-reduce"
+        assert total.operation == "all-reduce"
 
 
 def test_branches_of_clients_on_one_device_each_need_no_agreement():
     (total,) = compiled(lambda p, x: branch(layer, p, x), clients=8, model=1)
-    assert total.op == "all-reduce"
+    assert total.operation == "all-reduce"
 
 
 def test_branches_on_what_differs_need_one_bit_of_agreement():

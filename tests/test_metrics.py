@@ -101,6 +101,15 @@ def test_top_k_takes_the_first_of_equal_scores(k):
         np.testing.assert_allclose(result(fm.Accuracy(), batch, scores), expected, rtol=1e-6)
 
 
+def test_the_best_score_may_be_infinite():
+    scores = np.stack(np.meshgrid(*[[-np.inf, 0, np.inf]] * 3), -1).reshape(-1, 3)
+    every = np.arange(-1, 4)  # two of which are not classes
+    batch = {"y": np.repeat(every, len(scores))}
+    of_each = fm.Accuracy()(batch, jnp.asarray(np.tile(scores, (len(every), 1))))
+    expected = scores.argmax(1) == every[:, None]
+    np.testing.assert_array_equal(of_each.result(), expected.reshape(-1))
+
+
 # Worked by hand
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from collectives import Collective, collectives, over
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,29 +65,30 @@ def case(example, mesh):
 
 
 def test_devices_send_each_other_the_least_that_there_is_to_send(example, mesh, case):
-    found = collectives(case.round, mesh)
-    assert {c.op for c in found} == {"all-reduce"}
-    assert all(len(c.axes) == 1 for c in found)
+    found = fax.inspect.report(case.round)
+    assert {c.operation for c in found.collectives} == {"all-reduce"}
+    assert all(len(c.axes) == 1 for c in found.collectives)
 
     # Updates along `clients`, gradients along `data`: a device's part of the model, and a loss.
     params = jax.tree.leaves(case.arguments[0])
     part = sum(x.addressable_shards[0].data.nbytes for x in params)
     for axis in ("clients", "data"):
-        assert sum(c.bytes for c in over(found, axis)) == part + FLOAT
+        assert sum(c.bytes for c in found.over(axis)) == part + FLOAT
 
     # Along `model` activations, for the part of the batch that belongs to a device.
     activations = BATCH // 2 * example.CONTEXT * WIDTH * FLOAT
-    one = Collective("all-reduce", frozenset({"model"}), activations)
-    assert over(found, "model") == [one] * 4 * BLOCKS  # two forward and two backward
+    over_model = [(c.operation, c.bytes) for c in found.over("model")]
+    # Two forward and two backward.
+    assert over_model == [("all-reduce", activations)] * 4 * BLOCKS
 
 
 def test_evaluation_sends_activations_and_losses(mesh, case):
     compiled = case.evaluate.lower(case.arguments[0], case.held_out).compile()
-    found = collectives(compiled, mesh)
-    assert {c.op for c in found} == {"all-reduce"}
+    found = fax.inspect.report(compiled)
+    assert {c.operation for c in found.collectives} == {"all-reduce"}
     for axis in ("clients", "data"):
-        assert [c.bytes for c in over(found, axis)] == [FLOAT]
-    assert len(over(found, "model")) == 2 * BLOCKS
+        assert [c.bytes for c in found.over(axis)] == [FLOAT]
+    assert len(found.over("model")) == 2 * BLOCKS
 
 
 def test_the_model_stays_split_over_model_and_the_batch_over_data(case):

@@ -1,6 +1,7 @@
 """Streaming DiLoCo against the paper in NumPy: fragments, delays, mixing, and four bits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,13 @@ import numpy as np
 import optax
 import problems
 import pytest
-from collectives import collectives, loop_depths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, combine, numpy_batches
 
 import fax
-from fax.algorithms import diloco, streaming_diloco
+from fax.algorithms import diloco, layer_fragments, streaming_diloco
 from fax.algorithms._fragments import cut
 from fax.algorithms._streaming_diloco import events_of
 
@@ -68,54 +68,59 @@ def numpy_e3m0(x):
     return np.sign(x) * levels[nearest]
 
 
-def numpy_streaming(rounds, fragments, steps, tau, alpha, sent=lambda x: x, heard=None):
-    """Algorithm 2 of arXiv:2501.18512, step by step. ``heard[step, i]``: who is reached.
+def numpy_streaming(rounds, fragments, ends, steps, tau, alpha, sent=lambda x: x, heard=None):
+    """Algorithm 2 of arXiv:2501.18512, from landings back to what was sent ``tau`` steps before.
 
-    Returns the outer parameters, those with what is under way, and the replicas' own.
+    ``ends`` are the steps of a period after which fragments land; ``heard[period, i]`` is who is
+    reached. Returns the outer parameters, those with what is under way, and the replicas' own.
     """
     theta, k = Logistic.start(), REPLICAS
     thetas, inner = [dict(theta) for _ in range(k)], [AdamW(INNER) for _ in range(k)]
     outer = [Nesterov(0.4, 0.9) for _ in fragments]
-    offsets = [p * steps // len(fragments) for p in range(len(fragments))]
-    under_way, t = {}, 0
-    for cohort in rounds:
-        batches = numpy_batches(cohort)
-        for s in range(len(batches[0])):
-            t += 1
-            for i in range(k):
-                _, gradient = Logistic.losses_and_gradient(thetas[i], *batches[i][s])
-                thetas[i] = inner[i](thetas[i], gradient)
-            here = [i for i in range(k) if heard is None or heard[t - 1, i]]
-            for p, names in enumerate(fragments):
-                if (t - offsets[p]) % steps == 0:
-                    under_way[p, t] = {
-                        name: np.mean([sent(theta[name] - thetas[i][name]) for i in here], 0)
-                        for name in names
-                    }
-            for p, names in enumerate(fragments):
-                if (p, t - tau) in under_way:
-                    own = {name: theta[name] for name in names}
-                    new = outer[p](own, under_way.pop((p, t - tau)))
-                    theta = {**theta, **new}
-                    for i in here:
-                        mixed = {n: alpha * thetas[i][n] + (1 - alpha) * new[n] for n in names}
-                        thetas[i] = {**thetas[i], **mixed}
+    after = [(theta, [dict(own) for own in thetas])]  # each step, before anything lands
+
+    def here(period):
+        return [i for i in range(k) if heard is None or heard[period, i]]
+
+    def delta(names, at, period):
+        theta, thetas = after[at]
+        return {n: np.mean([sent(theta[n] - thetas[i][n]) for i in here(period)], 0) for n in names}
+
+    for batch in [b for c in rounds for b in zip(*numpy_batches(c))]:
+        for i in range(k):
+            _, gradient = Logistic.losses_and_gradient(thetas[i], *batch[i])
+            thetas[i] = inner[i](thetas[i], gradient)
+        after.append((theta, [dict(own) for own in thetas]))
+        t = len(after) - 1
+        period = (t - 1) // steps
+        for p, (names, end) in enumerate(zip(fragments, ends)):
+            if (t - end) % steps or t < tau:
+                continue
+            update = delta(names, t - tau, period if end >= tau else period - 1)
+            new = outer[p]({name: theta[name] for name in names}, update)
+            theta = {**theta, **new}
+            for i in here(period):
+                mixed = {n: alpha * thetas[i][n] + (1 - alpha) * new[n] for n in names}
+                thetas[i] = {**thetas[i], **mixed}
     landed = theta
-    for (p, _), update in under_way.items():
-        landed = {**landed, **outer[p]({name: theta[name] for name in fragments[p]}, update)}
+    for p, (names, end) in enumerate(zip(fragments, ends)):
+        if end < tau:
+            update = delta(names, t + end - tau, period)
+            landed = {**landed, **outer[p]({name: theta[name] for name in names}, update)}
     return theta, landed, combine(lambda *x: np.stack(x), *thetas)
 
 
 @pytest.mark.parametrize(
-    ("fragments", "steps", "tau", "alpha", "rounded"),
+    ("fragments", "ends", "steps", "tau", "alpha", "rounded"),
     [
-        ([["w", "b"]], 3, 0, 0.0, False),
-        ([["w"], ["b"]], 3, 1, 0.5, False),  # 3 is no multiple of 2 fragments
-        ([["b"], ["w"]], 3, 2, 0.8, True),  # the second lands when the first is sent
-        ([["w"], ["b"]], 1, 0, 0.3, False),  # both at once
+        ([["w", "b"]], [3], 3, 0, 0.0, False),
+        ([["w"], ["b"]], [2, 3], 3, 1, 0.5, False),  # 3 is no multiple of 2 fragments
+        ([["b"], ["w"]], [2, 3], 3, 2, 0.8, True),  # the first is sent before the first step
+        ([["w"], ["b"]], [2, 4], 4, 3, 0.6, False),  # the first is in flight when a round ends
+        ([["w"], ["b"]], [1, 1], 1, 0, 0.3, False),  # both at once
     ],
 )
-def test_rounds_are_those_of_the_paper(data, fragments, steps, tau, alpha, rounded):
+def test_rounds_are_those_of_the_paper(data, fragments, ends, steps, tau, alpha, rounded):
     rounds = cohorts(data, 2 * steps, 3)
     algorithm = streaming_diloco(
         loss,
@@ -129,7 +134,7 @@ def test_rounds_are_those_of_the_paper(data, fragments, steps, tau, alpha, round
     )
     state, metrics = run(algorithm, rounds)
     sent = numpy_e3m0 if rounded else (lambda x: x)
-    theta, landed, thetas = numpy_streaming(rounds, fragments, steps, tau, alpha, sent)
+    theta, landed, thetas = numpy_streaming(rounds, fragments, ends, steps, tau, alpha, sent)
     problems.assert_trees_close(state.params, theta)
     problems.assert_trees_close(algorithm.params(state), landed)
     problems.assert_trees_close(state.replicas.rows.params, thetas)
@@ -143,13 +148,13 @@ def test_a_replica_that_drops_out_is_neither_sent_nor_mixed(data):
     lost = np.isin(np.arange(REPLICAS), [1, 3])
     n = jnp.where(lost, 0, rounds[1].num_examples)
     rounds[1] = dataclasses.replace(rounds[1], num_examples=n)
-    heard = np.ones((9, REPLICAS), bool)
-    heard[3:6, lost] = False
+    heard = np.ones((3, REPLICAS), bool)
+    heard[1, lost] = False
     algorithm = streaming_diloco(
         loss, optax.adamw(INNER), replicas=REPLICAS, steps=3, fragments=fragments, aggregator=MEAN
     )
     state, _ = run(algorithm, rounds)
-    theta, landed, thetas = numpy_streaming(rounds, fragments, 3, 1, 0.5, heard=heard)
+    theta, landed, thetas = numpy_streaming(rounds, fragments, [2, 3], 3, 1, 0.5, heard=heard)
     problems.assert_trees_close(state.params, theta)
     problems.assert_trees_close(algorithm.params(state), landed)
     problems.assert_trees_close(state.replicas.rows.params, thetas)
@@ -176,8 +181,8 @@ def test_one_fragment_without_delay_is_diloco(data):
 
 
 def test_parameters_have_what_is_in_flight(data):
-    """One replica that sends all of its parameters: the outer ones are its own, not late."""
-    (cohort,) = cohorts(data, 2)
+    """One replica sends all of its parameters in two fragments, the first one late in a period."""
+    (cohort,) = cohorts(data, 4)
     one = dataclasses.replace(cohort, vectorize=None)
     one = jax.tree.map(lambda x: x[:1], dataclasses.replace(one, batches=dict(one.batches)))
     algorithm = streaming_diloco(
@@ -185,17 +190,21 @@ def test_parameters_have_what_is_in_flight(data):
         optax.sgd(INNER),
         optax.sgd(1.0),
         replicas=1,
-        steps=2,
-        fragments=[["w", "b"]],
+        steps=4,
+        fragments=[["w"], ["b"]],
+        tau=3,
         aggregator=MEAN,
     )
     start = algorithm.init(Logistic.start())
     problems.assert_trees_close(algorithm.params(start), Logistic.start())
     state, metrics = jax.jit(algorithm.round)(start, one)
-    assert metrics["outer_steps"] == 1
-    problems.assert_trees_close(state.params, Logistic.start())  # nothing has landed
-    own = jax.tree.map(lambda x: x[0], state.replicas.rows.params)
-    problems.assert_trees_close(algorithm.params(state), own)
+    assert metrics["outer_steps"] == 2
+    problems.assert_trees_close(state.params["w"], Logistic.start()["w"])  # it has not landed
+    before = dataclasses.replace(one, batches=jax.tree.map(lambda x: x[:, :3], one.batches))
+    before = dataclasses.replace(before, mask=one.mask[:, :3])
+    alone = diloco(loss, optax.sgd(INNER), optax.sgd(1.0), replicas=1)
+    own = alone.round(alone.init(Logistic.start()), before)[0].params
+    problems.assert_trees_close(algorithm.params(state)["w"], own["w"])
 
 
 def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
@@ -231,15 +240,15 @@ def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
 
 def test_a_state_can_be_restored_while_fragments_are_under_way(data):
     algorithm = streaming_diloco(
-        loss, optax.adamw(INNER), replicas=REPLICAS, steps=2, fragments=[["w"], ["b"]]
+        loss, optax.adamw(INNER), replicas=REPLICAS, steps=4, fragments=[["w"], ["b"]], tau=3
     )
-    expected, _ = run(algorithm, cohorts(data, 2, 4))
-    state, _ = run(algorithm, cohorts(data, 2, 2))
+    expected, _ = run(algorithm, cohorts(data, 4, 4))
+    state, _ = run(algorithm, cohorts(data, 4, 2))
     assert [x is not None for x in state.in_flight] == [True, False]
     assert state.in_flight[0].heard
     leaves, structure = jax.tree.flatten(state)
     restored = jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
-    again, _ = run(algorithm, cohorts(data, 2, 2, start=2), restored)
+    again, _ = run(algorithm, cohorts(data, 4, 2, start=2), restored)
     problems.assert_trees_close(again, expected)
 
 
@@ -252,9 +261,14 @@ def test_every_fragment_is_sent_once_in_exactly_h_steps(steps, fragments, draw):
     landing = {p: event.step for event in events for p in event.landing}
     assert sorted(sent) == sorted(landing) == list(range(fragments))
     assert sum(len(event.sent) + len(event.landing) for event in events) == 2 * fragments
-    for p in range(fragments):
-        assert (sent[p] - p * steps // fragments) % steps == 0
-        assert (landing[p] - tau - p * steps // fragments) % steps == 0
+    gap = math.ceil(steps / fragments)
+    for p in range(fragments):  # the paper's offsets, moved by gap - tau
+        assert (sent[p] - (gap - tau) - p * steps // fragments) % steps == 0
+        assert (landing[p] - gap - p * steps // fragments) % steps == 0
+        assert 0 <= sent[p] <= steps
+        assert 0 < landing[p] <= steps
+    if tau <= gap:  # nothing is in flight when a round ends
+        assert all(landing[p] - sent[p] == tau for p in range(fragments))
 
 
 # Four bits
@@ -319,23 +333,27 @@ TRANSFORMER = {
 }
 
 
+def names_of(fragments, params=TRANSFORMER):
+    return [list(part) for part in cut("here", fragments, params)]
+
+
 def test_a_number_of_fragments_strides_over_layers():
-    parts = cut("here", 3, TRANSFORMER)
+    parts = names_of(3)
     for p, part in enumerate(parts):
         blocks = {int(name.split("/")[1]) for name in part if name.startswith("blocks")}
         assert blocks == {p, p + 3, p + 6, p + 9}
     assert {"blocks/3/attend/kernel", "blocks/3/norm", "embed/kernel", "embed/scale"} <= {*parts[0]}
     assert "out" in parts[1]
     numbered = {f"layer_{i}": {"w": 0} for i in range(11)}  # sorted as text, 10 comes before 2
-    assert cut("here", 2, numbered)[1] == [f"layer_{i}/w" for i in (1, 3, 5, 7, 9)]
-    assert cut("here", 2, {"w": 0, "b": 0}) == [["b"], ["w"]]
+    assert names_of(2, numbered)[1] == [f"layer_{i}/w" for i in (1, 3, 5, 7, 9)]
+    assert names_of(2, {"w": 0, "b": 0}) == [["b"], ["w"]]
 
 
 def test_a_function_or_lists_say_which_leaf_is_where():
-    inside = [name for part in cut("here", 1, TRANSFORMER) for name in part if "blocks" in name]
+    inside = [name for part in names_of(1) for name in part if "blocks" in name]
     expected = [inside, ["embed/kernel", "embed/scale", "out"]]
-    assert cut("here", lambda name: int("blocks" not in name), TRANSFORMER) == expected
-    assert cut("here", [["blocks"], ["embed", "out"]], TRANSFORMER) == expected
+    assert names_of(lambda name: int("blocks" not in name)) == expected
+    assert names_of([["blocks"], ["embed", "out"]]) == expected
 
 
 @pytest.mark.parametrize(
@@ -343,7 +361,6 @@ def test_a_function_or_lists_say_which_leaf_is_where():
     [
         (0, "fragments is 0, expected 1 to 14, the number of layers"),
         (15, "fragments is 15, expected 1 to 14"),
-        (2.0, r"fragments is 2\.0, expected a number of fragments, a function"),
         (lambda name: None, r"fragments\('blocks/0/attend/kernel'\) returned None, expected"),
         (lambda name: 2 * (name == "out"), "fragment 1 of 3 has no leaf"),
         ([["blocks"], ["embed"]], "no fragment has 'out'. Fragments have to cover"),
@@ -357,6 +374,216 @@ def test_fragments_have_to_cover_the_parameters_once(fragments, message):
         algorithm.init(jax.tree.map(float, TRANSFORMER))
 
 
+STACKED = {
+    "embed": np.ones((9, 4)),
+    "layers": {
+        "down": np.ones((6, 8, 4)),
+        "scale": np.ones((6, 4)),
+        "up": np.ones((6, 4, 8)),
+    },
+    "norm": np.ones(4),
+}
+LEAVES = ["layers/down", "layers/scale", "layers/up"]
+SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), STACKED)
+ASIDE = [np.moveaxis(x, 0, 1) for x in STACKED["layers"].values()]
+
+
+def whole(part):
+    """A fragment without axes: the leaves that are in it, and which indices of them."""
+    return {name: span and span.indices for name, span in part.items()}
+
+
+def test_stacked_layers_are_found_and_cut_as_if_they_were_not_stacked():
+    names = ["scale", "up", "down"]
+    unstacked = {**STACKED, "layers": [dict.fromkeys(names, 0) for _ in range(6)]}
+    for count in (1, 2, 3, 4, 8):
+        expected = [
+            {tuple(name.split("/")[-2:]) for name in part} for part in cut("", count, unstacked)
+        ]
+        found = [
+            {
+                (str(i), name.split("/")[-1]) if name in LEAVES else (name,)
+                for name, span in part.items()
+                for i in (range(6) if span is None else span.indices)
+            }
+            for part in cut("", count, STACKED)
+        ]
+        assert found == expected
+    with pytest.raises(ValueError, match="fragments is 9, expected 1 to 8, the number of layers"):
+        cut("", 9, STACKED)
+
+
+@pytest.mark.parametrize("pattern", ["strided", "contiguous"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fragments_can_be_those_of_maxtext(pattern, axis):
+    """Fragment 0 is what is not scanned. Layers are dealt out to the others."""
+    params = {"decoder": SHAPES}
+    if axis:
+        params = {"decoder": {**STACKED, "layers": dict(zip(["down", "scale", "up"], ASIDE))}}
+    found = layer_fragments(
+        params, 4, pattern=pattern, others_first=True, layers={"decoder/layers": axis}
+    )
+    layers, per = 6, 2  # a fragment
+    assert found[0] == ["decoder/embed", "decoder/norm"]
+    for i in range(3):
+        own = range(i, layers, 3) if pattern == "strided" else range(i * per, (i + 1) * per)
+        assert found[i + 1] == [(f"decoder/{name}", axis, tuple(own)) for name in LEAVES]
+    assert layer_fragments(params, 4, pattern=pattern, others_first=True) == found
+    parts = cut("here", found, params)
+    assert [list(part) for part in parts[1:]] == [[f"decoder/{name}" for name in LEAVES]] * 3
+
+
+def test_stacks_can_be_single_leaves_and_are_not_looked_for_in_lists():
+    params = {"embed": np.ones((9, 6)), "up": np.ones((4, 6, 7)), "down": np.ones((4, 7, 6))}
+    found = layer_fragments(params, 2, layers={"up": 0, "down": 0})
+    assert found[0] == [("down", 0, (0, 2)), "embed", ("up", 0, (0, 2))]
+    square = {"kernel": np.ones((5, 5)), "other": np.ones((5, 5))}
+    assert len(layer_fragments({"blocks": [square, square]}, 2)[0]) == 2
+    assert layer_fragments({"layers": square}, 1, layers={}) == [["layers/kernel", "layers/other"]]
+    names = ["LayerNorm_0/scale", "Dense_0/kernel", "Dense_1/kernel"]  # as flax has them
+    shapes = [(4, 6), (4, 6, 7), (4, 7, 6)]
+    scanned = {f"ScanBlock_0/{n}": np.ones(shape) for n, shape in zip(names, shapes)}
+    for p, part in enumerate(layer_fragments(scanned, 4)):
+        assert [own[1:] for own in part] == [(0, (p,))] * 3
+
+
+SQUARE = {"q": np.ones((4, 5, 5)), "k": np.ones((4, 5, 5))}
+
+
+@pytest.mark.parametrize(
+    ("params", "arguments", "message"),
+    [
+        ({"layers": SQUARE}, {}, r"'layers' may have stacked layers along axis 0 \(4\) or along"),
+        ({"blocks": {"w": np.ones((5, 5)), "b": np.ones(5)}}, {}, "or not be a stack. Pass fragm"),
+        (
+            {"blocks": {f"block_{i}": np.ones((3, 4 + i)) for i in range(2)}},
+            {},
+            r"may have stacked layers along axis 0 \(3\), or not be a stack.*layers=\{\}",
+        ),
+        (STACKED, {"layers": {"layer": 0}}, "layers has the path 'layer', but the parameters have"),
+        (STACKED, {"layers": {"layers": 2}}, r"'layers/scale' has shape \(6, 4\), which has no"),
+        (STACKED, {"layers": {"layers": 1}}, r"has shape \(6, 4\), expected 8 layers along"),
+        (STACKED, {"layers": {"layers": 0, "layers/up": 0}}, "and is in layers twice"),
+        (STACKED, {"layers": "layers"}, "layers is 'layers', expected a mapping from the path"),
+        (STACKED, {"pattern": "blocks"}, "pattern is 'blocks', expected 'strided' or 'contiguous'"),
+        (STACKED["layers"], {"layers": {"": 0}}, "layers has the path ''"),
+        ({"layers": STACKED["layers"]}, {"others_first": True}, "all parameters are in layers"),
+    ],
+)
+def test_layers_have_to_be_known(params, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer_fragments(params, 2, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (("layers", 0, [3, 5]), "no fragment has the indices 4 of 'layers/down' along axis 0"),
+        (("layers", 0, range(4, 6)), "no fragment has the indices 3 of"),
+        (("layers", 0, [2, 3, 4, 5]), "fragments 0 and 1 overlap: both have the indices 2 of"),
+        (("layers", 1, range(4)), "both have parts of 'layers/down', along axis 0 and along axis"),
+        ("layers", "fragments 0 and 1 overlap: both have 'layers/down'"),
+        (("layers", 0, range(3, 8)), "has the indices 6-7 of 'layers/down' along axis 0, expected"),
+        (
+            ("layers", 2, range(4)),
+            r"a part of 'layers/scale' along axis 2, but its shape is \(6, 4\)",
+        ),
+    ],
+)
+def test_parts_of_leaves_have_to_cover_them_once(second, message):
+    fragments = [["embed", "norm", ("layers", 0, range(3))], [second]]
+    if second[1] == 2:
+        fragments = [fragments[0][:2], fragments[1]]
+    algorithm = streaming_diloco(loss, optax.sgd(INNER), replicas=2, steps=2, fragments=fragments)
+    with pytest.raises(ValueError, match=message):
+        algorithm.init(STACKED)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
+    """Parts of leaves against leaves that have these parts, or one layer each.
+
+    Rounding depends on what is in a leaf, and so is compared with leaves of the same size.
+    """
+    rng = np.random.default_rng(3)
+    stack = {"a": rng.normal(size=(5, 4, 4)) / 2, "b": rng.normal(size=(4, 5)) / 2}
+    axes, indices = {"a": 0, "b": 1}, ([0, 3, 4], [1, 2])
+    shards = {str(i): {"x": rng.normal(size=(6, 4))} for i in range(3)}
+    start = {"layers": stack, "out": rng.normal(size=4)}
+    parts = [["out", ("layers/a", 0, indices[0]), ("layers/b", 1, indices[0])]]
+    parts.append([("layers/a", 0, indices[1]), ("layers/b", 1, indices[1])])
+    groups = indices if rounded else [[i] for i in range(5)]
+
+    def split(params):
+        own = {
+            f"{name}{g}": np.take(params["layers"][name], group, axis)
+            for name, axis in axes.items()
+            for g, group in enumerate(groups)
+        }
+        return {**own, "out": params["out"]}
+
+    def joined(params):
+        if "layers" in params:
+            return params
+        order = np.argsort(np.concatenate(groups))
+        layers = {
+            name: jnp.concatenate([params[f"{name}{g}"] for g in range(len(groups))], axis)
+            for name, axis in axes.items()
+        }
+        layers = {name: jnp.take(layers[name], order, axis) for name, axis in axes.items()}
+        return {"layers": layers, "out": params["out"]}
+
+    def loss(params, batch, key):
+        params = joined(params)
+
+        layers, share = params["layers"], jnp.arange(1.0, 6.0)
+        w, b = jnp.tensordot(share, layers["a"], 1), layers["b"] @ share
+        return (jnp.tanh(batch["x"] @ w + b) @ params["out"] - 1) ** 2
+
+    leaves = [
+        [f"{name}{g}" for name in axes for g, group in enumerate(groups) if group[0] in own]
+        for own in indices
+    ]
+    leaves[0].append("out")
+    aggregator = MEAN
+    if rounded:
+        e3m0 = fax.aggregators.e3m0()
+        aggregator = fax.aggregators.chain(fax.aggregators.error_feedback(e3m0, num_clients=3))
+    states = []
+    for params, fragments in ((start, parts), (split(start), leaves)):
+        algorithm = streaming_diloco(
+            loss,
+            optax.sgd(INNER, momentum=0.9),
+            replicas=3,
+            steps=4,
+            fragments=fragments,
+            tau=3,
+            aggregator=aggregator,
+        )
+        rounds = fax.data.cohorts(
+            fax.data.InMemory(shards), 3, 2, sampler="stream", max_steps=4, placement="replicas"
+        )
+        state, step = algorithm.init(params), jax.jit(algorithm.round)
+        for _ in range(2):
+            state, metrics = step(state, next(rounds))
+        states.append((algorithm, state, metrics))
+    (stacked, found, some), (unstacked, expected, others) = states
+    assert found.in_flight[0].update["layers/a"].shape == (3, 4, 4)
+    assert found.in_flight[1] is None
+    problems.assert_trees_close(found.params, joined(expected.params), rtol=1e-9)
+    landed = stacked.params(found), joined(unstacked.params(expected))
+    problems.assert_trees_close(*landed, rtol=1e-9)
+    own = [jax.vmap(joined)(state.replicas.rows.params) for _, state, _ in states]
+    problems.assert_trees_close(*own, rtol=1e-9)
+    problems.assert_trees_close(some, others, rtol=1e-9)
+    if rounded:  # the aggregator remembers what was lost, for each part of a leaf
+        for p in range(2):
+            memory, same = (jax.tree.leaves(state.aggregators[p]) for _, state, _ in states)
+            assert [x.shape for x in memory] == [x.shape for x in same]
+            assert max(float(jnp.abs(x).max()) for x in memory) > 0
+            problems.assert_trees_close(memory, same, rtol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,6 +591,10 @@ def test_fragments_have_to_cover_the_parameters_once(fragments, message):
         ({"tau": 4}, "tau is 4, expected an int from 0 to steps - 1"),
         ({"tau": -1}, "tau is -1, expected"),
         ({"alpha": 1.5}, r"alpha is 1\.5, expected a number from 0 to 1"),
+        ({"fragments": 2.0}, r"fragments is 2\.0, expected a number of fragments, a function"),
+        ({"fragments": [[("w", 0)]]}, r"fragment 0 has \('w', 0\), expected the path of a leaf"),
+        ({"fragments": [["w"], [("b", -1, [0])]]}, r"fragment 1 has \('b', -1, \[0\]\), expected"),
+        ({"fragments": [("w", 0, [1, 1])]}, "fragment 0 has an index of 'w' along axis 0 twice"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -390,18 +621,17 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one
                 loss,
                 optax.sgd(INNER, momentum=0.9),
                 replicas=REPLICAS,
-                steps=3,
+                steps=4,
                 fragments=[["w"], ["b"]],
                 tau=1,
                 vectorize=at_once,
             )
-            results.append(run(algorithm, cohorts(data, 3)))
+            results.append(run(algorithm, cohorts(data, 4)))
             if "mesh" in name:
-                state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 3)
-                compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
-                found = collectives(compiled, jax.sharding.get_mesh())
-    assert [c.op for c in found] == ["all-reduce"] * 2
-    assert loop_depths(compiled) == [0, 0]  # and inner steps are in loops
+                state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 4)
+                found = fax.inspect.report(algorithm.round, state, cohort).collectives
+    assert [c.operation for c in found] == ["all-reduce"] * 2
+    assert [c.loops for c in found] == [0, 0]  # and inner steps are in loops
     # The leaves of the fragment, and a few numbers.
     small, large = sorted(c.bytes for c in found)
     assert 8 * 3 < small <= 8 * 3 + 40
@@ -432,7 +662,7 @@ def test_rates_can_be_differentiated(data):
     check_grads(jax.jit(after), (rates,), order=1, modes=("rev",), eps=1e-5, rtol=1e-6)
 
 
-def test_model_state_goes_with_the_first_fragment(data):
+def test_model_state_goes_with_the_last_fragment(data):
     def with_state(params, model_state, batch, key):
         mean = 0.5 * model_state["mean"] + 0.5 * batch["x"].mean(0)
         return loss(params, batch, key), {}, {"mean": mean, "n": model_state["n"] + 1}
@@ -471,7 +701,7 @@ def test_a_mesh_with_a_model_axis_keeps_fragments_sharded():
         optax.adamw(INNER),
         replicas=2,
         steps=2,
-        fragments=2,
+        fragments=[[("in", 0, [0, 2]), "out"], [("in", 0, [1, 3])]],
     )
 
     def one(params):

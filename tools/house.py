@@ -34,9 +34,11 @@ FLOORS = (
     {
         "data": "where clients' examples come from, and the cohorts that programs work on",
         "metrics": "statistics that add up, and evaluation as a federated program",
+        "drjax": "the operators under DrJAX's names",
     },
     {
         "fax": "the public names",
+        "inspect": "what a program costs, read from what XLA compiles it to",
         "aggregators": "what happens to clients' updates on their way to the server",
         "models": "benchmark models as pure functions of their parameters",
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",

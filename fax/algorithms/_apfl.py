@@ -13,7 +13,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_scalar_optimizer
-from fax.algorithms._federated import ClientResult, Server, State, federated
+from fax.algorithms._exchange import ClientResult, Server, State
+from fax.algorithms._federated import federated
 from fax.algorithms._loss import batch_gradient, batch_loss, no_metrics
 from fax.algorithms._metrics import with_personal
 from fax.data import Client

@@ -13,7 +13,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
-from fax.algorithms._federated import ClientResult, Server, State, federated
+from fax.algorithms._exchange import ClientResult, Server, State
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_steps, proximal
 from fax.algorithms._metrics import with_personal
 from fax.data import Client

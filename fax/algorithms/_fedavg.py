@@ -11,7 +11,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
-from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._exchange import ClientResult, Server
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_steps, proximal
 from fax.data import Client
 

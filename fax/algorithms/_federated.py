@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -21,11 +21,10 @@ from fax.algorithms._checks import (
     guarded,
 )
 from fax.algorithms._clients import gather_rows, repeated, scatter_rows
-from fax.algorithms._local import Trained
+from fax.algorithms._exchange import ClientResult, Received, Server, State
 from fax.algorithms._metrics import report
 from fax.algorithms._personal import (
     PersonalLoss,
-    PersonalParts,
     bare,
     everyones,
     put,
@@ -34,95 +33,8 @@ from fax.algorithms._personal import (
     without_parts,
 )
 from fax.data import Client, Cohort
-from fax.metrics import Statistic
 
 PyTree = Any
-
-
-class State(NamedTuple):
-    """The state of a federated algorithm between rounds. A checkpoint needs all of it.
-
-    Attributes:
-      params: the server's model.
-      optimizer: the state of the server's optimizer.
-      model_state: what the model has besides parameters, such as batch statistics, or None.
-      aggregator: the state of the aggregator, or None.
-      server: what else the server keeps, or None. It depends on the algorithm.
-      clients: what each client keeps, a `fax.aggregators.PerClient` with leaves [num_clients, ...],
-        or None.
-      personal: the part of the model that stays with each client, if the loss comes from
-        `personal_parts`.
-    """
-
-    params: PyTree
-    optimizer: PyTree
-    model_state: PyTree
-    aggregator: PyTree = None
-    server: PyTree = None
-    clients: PerClient | None = None
-    personal: PersonalParts | None = None
-
-
-class Server(NamedTuple):
-    """What a client function of `federated` gets from the server.
-
-    Attributes:
-      params: the server's model.
-      model_state: what the model has besides parameters, or None.
-      state: what else the server keeps, ``state.server``.
-      first: the mean of what clients sent before they train; see `federated`.
-    """
-
-    params: PyTree
-    model_state: PyTree
-    state: PyTree
-    first: PyTree = None
-
-
-class ClientResult(NamedTuple):
-    """What a client function of `federated` returns.
-
-    The client sends all of it to the server, except ``own``.
-
-    Attributes:
-      update: how the server's parameters should change, according to this client.
-      metrics: by name. A `fax.metrics.Statistic` is reported for all clients together and, as
-        ``"clients/..."``, for each client. An array is reported only for each client.
-      model_state: the model's next state, or None. The server takes the mean, weighted by the
-        numbers of examples; leaves that are not floats do not change.
-      weight: the weight of the update in the mean, a scalar. Default: the number of examples.
-      own: what the client keeps, with the same structure, shapes and dtypes as before.
-      extra: anything else that the server needs.
-    """
-
-    update: PyTree
-    metrics: Mapping[str, Statistic | jax.Array]
-    model_state: PyTree = None
-    weight: Any = None
-    own: PyTree = None
-    extra: PyTree = None
-
-    @classmethod
-    def of(cls, trained: Trained, server: Server, **others: Any) -> ClientResult:
-        """The result of a client that trained, starting from the server's parameters."""
-        update = optax.tree.sub(trained.params, server.params)
-        return cls(update, trained.metrics, trained.model_state, **others)
-
-
-class Received(NamedTuple):
-    """What a server function of `federated` gets: the aggregated update and clients' results.
-
-    Attributes:
-      update: the aggregated update, by default the weighted mean.
-      results: the `ClientResult` of all clients, placed. Reduce it, for example with `fax.mean`.
-      first: the mean of what clients sent before they trained, if they did.
-      cohort: the cohort of the round.
-    """
-
-    update: PyTree
-    results: ClientResult
-    first: PyTree
-    cohort: Cohort
 
 
 def federated(
@@ -233,6 +145,7 @@ def federated(
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     aggregator = arguments(name, loss, aggregator, vectorize, server_optimizer=server_optimizer)
     if not_private is not None:
+        _arguments.text(name, "not_private", not_private, "what clients send besides updates")
         check_private(name, aggregator, not_private)
 
     def kept(params: PyTree) -> list[PyTree]:
@@ -263,13 +176,14 @@ def federated(
             check_like(f"{name}: client: model_state", result.model_state, sent.model_state)
         return result
 
-    def checked_server(made: Any) -> tuple[State, dict[str, jax.Array]]:
+    def checked_server(made: Any, state: State) -> tuple[State, dict[str, jax.Array]]:
         pair = isinstance(made, tuple | list) and len(made) == 2
         if not pair or not isinstance(made[0], State) or not isinstance(made[1], Mapping):
             raise ValueError(
                 f"{name}: server returned {_arguments.shown(made)}, expected a pair of a "
                 "fax.algorithms.State and a dict of metrics."
             )
+        check_like(f"{name}: server: the state", made[0], state)
         return made[0], dict(made[1])
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
@@ -334,8 +248,8 @@ def federated(
             metrics = {**report(results.metrics), **more}
             if server is None:
                 return step(update), metrics
-            made = server(state, Received(update, results, sent.first, cohort), step)
-            after, more = checked_server(made)
+            received = Received(update, results, sent.first, cohort)
+            after, more = checked_server(server(state, received, step), state)
             return after, {**metrics, **more}
 
         after, metrics = work(gather_rows(state, cohort), cohort)

@@ -17,7 +17,8 @@ from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_trained, check_whole
 from fax.algorithms._clients import is_per_client
 from fax.algorithms._clusters import best_model, check_models, one_model
-from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._exchange import ClientResult, Received, Server, State
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import examples_of
 from fax.data import Client

@@ -15,7 +15,8 @@ from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_cohort, check_whole
-from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._exchange import ClientResult, Server
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_gradient, local_steps
 from fax.algorithms._loss import examples_of
 from fax.data import Client, Cohort

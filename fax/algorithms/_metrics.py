@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import fax._operators as operators
 import fax._reductions as reductions
@@ -61,5 +60,5 @@ def with_personal(
 
 def _result(value: Any) -> jax.Array:
     if isinstance(value, Mean):
-        return value.total / jnp.where(value.weight == 0, 1, value.weight)
+        return value.total / (value.weight + (value.weight == 0))
     return value.result() if isinstance(value, Statistic) else value

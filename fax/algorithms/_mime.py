@@ -13,7 +13,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
-from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._exchange import ClientResult, Received, Server, State
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_gradient, local_steps
 from fax.algorithms._loss import batch_gradient
 from fax.data import Client

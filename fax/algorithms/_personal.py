@@ -14,7 +14,7 @@ from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 from fax import _arguments
 from fax.aggregators import PerClient
 from fax.algorithms._clients import repeated
-from fax.algorithms._fragments import name_of
+from fax.algorithms._layers import name_of
 
 PyTree = Any
 Leaves = dict[str, jax.Array]

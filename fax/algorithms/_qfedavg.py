@@ -13,7 +13,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_private
-from fax.algorithms._federated import ClientResult, Server, federated
+from fax.algorithms._exchange import ClientResult, Server
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import batch_loss
 from fax.data import Client

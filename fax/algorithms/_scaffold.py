@@ -13,8 +13,10 @@ import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._federated import ClientResult, Received, Server, State, federated
+from fax.algorithms._exchange import ClientResult, Received, Server, State
+from fax.algorithms._federated import federated
 from fax.algorithms._local import local_steps
+from fax.algorithms._loss import examples_of
 from fax.data import Client
 
 PyTree = Any
@@ -32,19 +34,20 @@ def scaffold(
     """SCAFFOLD: local SGD with control variates, which correct client drift.
 
     Client i of N keeps a control variate c_i between rounds, an estimate of its own gradient, and
-    the server keeps their mean c. In a round each of the n clients in the cohort S starts from the
+    the server keeps their mean c. In a round each of the clients in the cohort starts from the
     server's parameters x, takes K_i steps of SGD, one on each of its batches, and ends with y_i.
-    g_i(y) is the gradient of the batch's mean loss:
+    S are the clients of the cohort that took any step, and g_i(y) is the gradient of the batch's
+    mean loss:
 
         y_i <- y_i - client_learning_rate (g_i(y_i) - c_i + c)
         c_i' = c_i - c + (x - y_i) / (K_i client_learning_rate)        (option II)
         x' = x + server_learning_rate mean_S(y_i - x)
-        c' = c + n/N mean_S(c_i' - c_i)
+        c' = c + 1/N sum_S(c_i' - c_i)
 
-    Both means count each client once, as in the paper. So it minimizes the mean of the clients'
-    losses f_i, whereas FedAvg weights them by their examples. K_i is the number of the client's own
-    steps, without padding. A client without steps keeps its c_i. All control variates start at 0,
-    so the first round is that of FedAvg.
+    Each client counts once, as in the paper. So it minimizes the mean of the clients' losses f_i,
+    whereas FedAvg weights them by their examples. K_i is the number of the client's own steps,
+    without padding. A client without steps keeps its c_i. All control variates start at 0, so the
+    first round is that of FedAvg.
 
     Args:
       loss: see `fedavg`.
@@ -53,8 +56,9 @@ def scaffold(
         gradients.
       server_learning_rate: the server's learning rate, as in the paper. It may be traced.
       num_clients: N, the number of clients in the data, ``len(data)``.
-      aggregator: from `fax.aggregators`, for the updates y_i - x, with weights 1. Default: the mean
-        above. It cannot be private, because control variates do not go through it.
+      aggregator: from `fax.aggregators`, for the updates y_i - x, with weight 1 for the clients in
+        S and 0 for the others. Default: the mean above. It cannot be private, because control
+        variates do not go through it.
       vectorize: the number of clients that a device works on at once; see `fedavg`.
 
     Returns:
@@ -106,8 +110,9 @@ def scaffold(
 
         sgd = optax.sgd(client_learning_rate)
         trained = local_steps(loss, sgd, x, data, server.model_state, correct=corrected)
-        result = ClientResult.of(trained, server, weight=1.0)
         steps = jnp.sum(jnp.any(data.mask, axis=1))  # K_i
+        took_any = (steps > 0).astype(examples_of(trained.metrics).dtype)
+        result = ClientResult.of(trained, server, weight=took_any)
 
         def next_control(c_i: jax.Array, c: jax.Array, update: jax.Array) -> jax.Array:
             scale = (jnp.maximum(steps, 1) * client_learning_rate).astype(update.dtype)
@@ -117,10 +122,9 @@ def scaffold(
         return result._replace(own=own, extra=optax.tree.sub(own, c_i))
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
-        share = received.cohort.size / num_clients
-        change = fax.mean(received.results.extra)
-        after = step(received.update)
-        return after._replace(server=optax.tree.add_scale(state.server, share, change)), {}
+        change = fax.sum(received.results.extra)
+        c = optax.tree.add_scale(state.server, 1 / num_clients, change)
+        return step(received.update)._replace(server=c), {}
 
     return federated(
         name,

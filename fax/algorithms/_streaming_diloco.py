@@ -16,7 +16,8 @@ from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
-from fax.algorithms._fragments import cut, paste, pick
+from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
+from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
     Replica,
     identical,
@@ -37,7 +38,7 @@ class InFlight(NamedTuple):
     """An update that was sent and has not been applied yet.
 
     Attributes:
-      update: -Δ, the leaves of a fragment by their paths.
+      update: -Δ, the leaves of a fragment, or the parts of them that it has, by their paths.
       heard: whether there is an update in flight, bool.
     """
 
@@ -54,10 +55,10 @@ class StreamingDiLoCoState(NamedTuple):
       optimizers: for each fragment, the state of the outer optimizer.
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
       model_state: what the model has besides parameters, such as batch statistics, or None: the
-        replicas' mean when the first fragment was last sent.
+        replicas' mean when the last fragment was sent.
       aggregators: for each fragment, the state of the aggregator.
       in_flight: for each fragment, the update that lands in the next period of H steps, or None if
-        updates land in the period in which they are sent.
+        updates land in the period in which they are sent, as all do if τ <= ceil(H / P).
     """
 
     params: PyTree
@@ -76,15 +77,16 @@ class Event(NamedTuple):
     landing: list[int]
 
 
-def _sent_at(p: int, steps: int, fragments: int) -> int:
-    """The step of a period after which a fragment is sent: t_p, or H if that is 0."""
-    return p * steps // fragments or steps
+def _lands_at(p: int, steps: int, fragments: int) -> int:
+    """The step of a period after which a fragment lands. The last lands at its end."""
+    return p * steps // fragments - -steps // fragments
 
 
 def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
     """The events of a period of ``steps`` steps, in order. The last is at its end."""
-    sent = [_sent_at(p, steps, fragments) for p in range(fragments)]
-    landing = [(step + tau - 1) % steps + 1 for step in sent]
+    landing = [_lands_at(p, steps, fragments) for p in range(fragments)]
+    # A fragment that lands early in a period was sent late in the one before.
+    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
     return [
         Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
         for step in sorted({*sent, *landing})
@@ -98,7 +100,7 @@ def streaming_diloco(
     *,
     replicas: int,
     steps: int,
-    fragments: int | Callable[[str], int] | Sequence[Sequence[str]],
+    fragments: int | Callable[[str], int] | Sequence[Sequence[Piece]],
     tau: int = 1,
     alpha: Any = 0.5,
     weighted: bool = False,
@@ -108,8 +110,8 @@ def streaming_diloco(
     """Streaming DiLoCo: averages fragments of the parameters one after the other, in 4 bits.
 
     The parameters are split into fragments p = 0, ..., P - 1. Replica i takes steps t = 1, 2, ...
-    of the inner optimizer, and fragment p is sent every H steps, at (t - t_p) mod H = 0 with
-    t_p = floor(p H / P). The result lands τ steps later, and replicas mix it with their own:
+    of the inner optimizer, and fragment p is sent every H steps, at (t - t_p) mod H = 0. The result
+    lands τ steps later, and replicas mix it with their own:
 
         sent at t:          Δ_p = mean_i (θ_p - θ_ip)
         landing at t + τ:   θ_p = outer_optimizer(θ_p, gradient = Δ_p)
@@ -118,9 +120,14 @@ def streaming_diloco(
     In the meantime nothing waits for the sum over replicas, so a compiler can overlap it with the
     steps. With one fragment, τ = 0 and α = 0 this is `diloco`, except for the rounding.
 
+    The offsets are t_p = floor(p H / P) + ceil(H / P) - τ: those of the paper, floor(p H / P), with
+    the same number of steps added to all, such that the last fragment lands at the end of a period
+    of H steps. If τ <= ceil(H / P), all fragments land in the period in which they are sent, and
+    nothing is in flight when a round ends.
+
     As in `diloco`, replica i trains on row i of the cohort. A replica without examples in a period
     of H steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and continues from its
-    own parameters. The model's state is sent with the first fragment.
+    own parameters. The model's state is sent with the last fragment.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
@@ -131,9 +138,11 @@ def streaming_diloco(
       steps: H, a divisor of the number of batches in a cohort. It need not be a multiple of the
         number of fragments.
       fragments: their number P: layer number l is in fragment l mod P, the paper's strided
-        pattern. A layer is a leaf's path up to its first number, such as ``blocks/3``; without a
-        number, all but its last name. Or a function from the path of a leaf, such as
-        ``"blocks/3/kernel"``, to p. Or for each fragment the paths of its leaves or subtrees.
+        pattern, whether layers are stacked or not; `layer_fragments` says what a layer is, and has
+        other patterns. Or a function from the path of a leaf, such as ``"blocks/3/kernel"``, to p.
+        Or for each fragment the paths of its leaves or subtrees, or ``(path, axis, indices)`` for
+        some indices along an axis, such as ``("layers", 0, range(4))`` for four of the layers that
+        are stacked in all leaves of ``layers``.
       tau: τ, the number of steps from sending to landing, less than ``steps``.
       alpha: α, the share of its own parameters that a replica keeps, from 0 to 1.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
@@ -144,16 +153,16 @@ def streaming_diloco(
       vectorize: the number of replicas that a device works on at once; see `diloco`.
 
     Returns:
-      The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. The first
-      fragment is sent at the end of a period, and lands in the next one unless τ = 0, as do others
-      that are sent in the last τ steps. ``params`` are the outer parameters θ with all updates that
-      have been sent, whether they have landed or not, so nothing is lost at the end of training.
-      Metrics are those of `diloco`; ``"outer_steps"`` counts each fragment that was sent.
+      The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. ``params``
+      are the outer parameters θ. If τ > ceil(H / P), fragments with t_p < 0 are sent late in a
+      period and land in the next one; ``params`` includes them, so nothing is lost at the end of
+      training. Metrics are those of `diloco`; ``"outer_steps"`` counts each fragment that was sent.
 
     Raises:
       ValueError: if an argument is out of range; in ``init``, if fragments do not cover the
-        parameters, overlap or are empty; when a round is traced, if the cohort has another number
-        of replicas, or a number of batches that ``steps`` does not divide.
+        parameters, overlap or are empty, or if it is ambiguous what the layers are; when a round is
+        traced, if the cohort has another number of replicas, or a number of batches that ``steps``
+        does not divide.
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, arXiv:2501.18512.
@@ -179,6 +188,7 @@ def streaming_diloco(
     steps = _arguments.count(_WHERE, "steps", steps)
     expected = "an int from 0 to steps - 1"
     tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
+    check_fragments(_WHERE, fragments)
     _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
     _arguments.flag(_WHERE, "weighted", weighted)
     if outer_optimizer is None:
@@ -197,10 +207,10 @@ def streaming_diloco(
     def init(params: PyTree, model_state: PyTree = None) -> StreamingDiLoCoState:
         check_averaged_state(_WHERE, aggregator, model_state)
         params, model_state = jax.tree.map(strong, (params, model_state))
-        parts = [pick(params, names) for names in cut_up(params)]
+        parts = [pick(params, part) for part in cut_up(params)]
 
         def nothing(p: int) -> InFlight | None:
-            if _sent_at(p, steps, len(parts)) + tau <= steps:
+            if _lands_at(p, steps, len(parts)) >= tau:
                 return None
             return InFlight(optax.tree.zeros_like(parts[p]), jnp.bool_(False))
 
@@ -215,84 +225,89 @@ def streaming_diloco(
 
     def send(
         p: int,
-        names: list[str],
+        part: Fragment,
         state: StreamingDiLoCoState,
         here: jax.Array,
         n: jax.Array,
         key: jax.Array,
     ) -> tuple[StreamingDiLoCoState, InFlight, dict[str, jax.Array]]:
         rows, weights = state.replicas.rows, n if weighted else None
-        outer = fax.broadcast(pick(state.params, names))
-        updates = fax.map(optax.tree.sub, pick(rows.params, names), outer)
+
+        def update_of(params: PyTree, outer: dict) -> dict:
+            return optax.tree.sub(pick(params, part), outer)
+
+        updates = fax.map(update_of, rows.params, fax.broadcast(pick(state.params, part)))
         own = state.aggregators[p]
         update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key)
         state = state._replace(aggregators=_with(state.aggregators, p, own))
-        if p == 0:
+        if p == len(state.optimizers) - 1:
             own = mean_state(rows.model_state, here, weights, heard, state.model_state)
             state = state._replace(model_state=own)
         return state, InFlight(update, heard), metrics
 
     def outer_step(
-        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight
+        p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight
     ) -> tuple[dict[str, jax.Array], PyTree]:
-        before = pick(state.params, names), state.optimizers[p]
+        before = pick(state.params, part), state.optimizers[p]
         delta = optax.tree.scale(-1, landing.update)
         moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
         new = optax.apply_updates(before[0], moves), optimizer
         return optax.tree.where(landing.heard, new, before)
 
     def land(
-        p: int, names: list[str], state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
+        p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
     ) -> StreamingDiLoCoState:
-        outer, optimizer = outer_step(p, names, state, landing)
+        outer, optimizer = outer_step(p, part, state, landing)
 
         def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
-            new = mixed(pick(own.params, names), outer, alpha), own.model_state
-            if p == 0:
+            params = pick(own.params, part)
+            new = mixed(params, outer, alpha), own.model_state
+            if p == len(state.optimizers) - 1:
                 new = new[0], mixed(own.model_state, model_state, alpha)
-            before = pick(own.params, names), own.model_state
+            before = params, own.model_state
             params, model_state = optax.tree.where(here & landing.heard, new, before)
-            return Replica(paste(own.params, params), own.optimizer, model_state)
+            return Replica(paste(own.params, part, params), own.optimizer, model_state)
 
         sent = fax.broadcast(outer), fax.broadcast(state.model_state)
-        rows = fax.map(mix, here, state.replicas.rows, *sent)
+        rows = fax.map(mix, here, state.replicas.rows, *sent, vectorize=replicas)
         return state._replace(
-            params=paste(state.params, outer),
+            params=paste(state.params, part, outer),
             optimizers=_with(state.optimizers, p, optimizer),
             replicas=PerClient(rows),
         )
 
     def period(state: StreamingDiLoCoState, part: Part) -> tuple:
-        names = cut_up(state.params)
+        fragments = cut_up(state.params)
         here = taking_part(part.batches)
         assert part.key is not None
-        keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(names))]
+        keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(fragments))]
         in_flight = list(state.in_flight)
         begin, trained, sent_metrics = 0, [], []
-        for event in events_of(steps, len(names), tau):
-            batches = between(part.batches, begin, event.step)
-            state, metrics = inner_steps(
-                loss, inner_optimizer, state, batches, part.first + begin, vectorize
-            )
-            begin = event.step
-            trained.append(metrics)
+        for event in events_of(steps, len(fragments), tau):
+            if event.step > begin:
+                batches = between(part.batches, begin, event.step)
+                state, metrics = inner_steps(
+                    loss, inner_optimizer, state, batches, part.first + begin, vectorize
+                )
+                begin = event.step
+                trained.append(metrics)
             for p in event.sent:
                 n = part.cohort.num_examples
-                state, in_flight[p], sent = send(p, names[p], state, here, n, keys[p])
+                state, in_flight[p], sent = send(p, fragments[p], state, here, n, keys[p])
                 sent_metrics.append(sent)
             for p in event.landing:
                 landing, in_flight[p] = in_flight[p], None
                 assert landing is not None  # either from this period or from the last
-                state = land(p, names[p], state, landing, here)
+                state = land(p, fragments[p], state, landing, here)
         metrics = fax.map(total, *trained)
         state = state._replace(in_flight=tuple(in_flight))
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
     def params(state: StreamingDiLoCoState) -> PyTree:
         found = state.params
-        for p, (names, landing) in enumerate(zip(cut_up(state.params), state.in_flight)):
+        for p, (part, landing) in enumerate(zip(cut_up(state.params), state.in_flight)):
             if landing is not None:
-                found = paste(found, outer_step(p, names, state, landing)[0])
+                found = paste(found, part, outer_step(p, part, state, landing)[0])
         return found
 
     round = rounds(_WHERE, replicas, steps, period, keyed=True)

@@ -191,11 +191,11 @@ def computed_steps(steps: np.ndarray, devices: int, vectorize: int) -> int:
 
 # Vectorized clients wait for the longest of them. This share of the work may be padding.
 _PADDING = 0.15
-_MOST_VECTORIZED = 16
+_MOST_VECTORIZED = 64  # the most that fax.map vectorizes by default
 
 
 def vectorized_clients(samples: Sequence[np.ndarray], devices: int) -> int:
-    """How many clients to vectorize such that little of the work is padding.
+    """How many clients to vectorize at most, such that little of the work is padding.
 
     Args:
       samples: of some rounds, the steps of each client, in order.

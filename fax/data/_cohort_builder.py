@@ -18,6 +18,7 @@ from fax.data._batching import RoundPlan
 from fax.data._cohort import Cohort, Gathered
 from fax.data._resident import ResidentExamples
 from fax.data._samplers import STREAM, uniform
+from fax.primitives._round import AtMost
 from fax.sharding._row_sharding import RowSharding
 
 
@@ -29,7 +30,7 @@ class CohortBuilder:
       clients: how many take part in a round.
       row_sharding: how they are spread over devices.
       resident: the examples on the devices, or None if they stay on the host.
-      vectorize: how many clients a device should vectorize, or None to leave that to `fax.map`.
+      vectorize: how many clients a device may vectorize, or None to leave that to `fax.map`.
     """
 
     all_clients: AllClients
@@ -69,7 +70,7 @@ class CohortBuilder:
         self.vectorize = None if device.platform == "cpu" else self._choose_vectorize()
 
     def _choose_vectorize(self) -> int:
-        """How many clients to vectorize, which depends on rounds 0 to 7, wherever training starts.
+        """How many clients to vectorize at most, from rounds 0 to 7, wherever training starts.
 
         It must not depend on ``start``, for it decides in which order sums are formed. A sampler
         that is a user's function may not know these rounds, and is not called.
@@ -144,7 +145,9 @@ class CohortBuilder:
         batches, mask, counts, positions = placed
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
-        return Cohort(batches, mask, counts, positions, keys, self.vectorize)
+        at_once = AtMost(self.vectorize) if self.vectorize else None
+        full = (mask,) if self._streams else None  # a stream has no end
+        return Cohort(batches, mask, counts, positions, keys, at_once, full)
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""

@@ -226,7 +226,10 @@ class Cohorts(Iterator[Cohort]):
 
     @property
     def padding(self) -> float:
-        """The share of the steps computed so far that were only padding: a number in [0, 1)."""
+        """The share of the steps computed so far that were only padding: a number in [0, 1).
+
+        If the device's default vectorizes fewer clients than the cohorts allow, it is less.
+        """
         return 1 - self._needed / self._computed if self._computed else 0.0
 
     def __repr__(self) -> str:

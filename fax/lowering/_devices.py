@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from fax import _arithmetic
+from fax.lowering._across import across
 from fax.primitives._round import Round, pick
 from fax.sharding._mesh import num_shards, other_axes
 from fax.sharding._types import gather_rows
@@ -33,6 +34,7 @@ def run(
     operands: Arrays,
     axes: tuple[str, ...],
     manual: tuple[str, ...],
+    platform: str,
 ) -> Arrays:
     """Runs a round for every participant, on all devices along ``axes`` of the mesh in scope.
 
@@ -42,6 +44,7 @@ def run(
       operands: a value for mode ``server``, a row for each participant for mode ``placed``.
       axes: the mesh axes that participants are spread over. If empty, all are on one device.
       manual: these axes, and axes of one device that are also manual in ``on_one``.
+      platform: of the devices.
 
     Returns:
       The outputs, each in its mode. Totals have the dtype in which they are summed.
@@ -83,7 +86,7 @@ def run(
             for mode, *values in zip(out_modes, *parts, strict=True)
             if mode != "placed"
         ]
-        return rows, _across(axes, [mode for mode in out_modes if mode != "placed"], totals)
+        return rows, across(platform, axes, [m for m in out_modes if m != "placed"], totals)
 
     if left:
         operands = [
@@ -119,20 +122,3 @@ def _if(mine: jax.Array, work: Callable[[], Arrays], modes: Sequence[str], alway
 
 def _joined(parts: Arrays) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _across(axes: tuple[str, ...], modes: Sequence[str], totals: Arrays) -> list[jax.Array]:
-    """Reduces the devices' totals across devices, with a single collective for all sums."""
-    reduced = list(totals)
-    for mode, collective in (("sum", lax.psum), ("max", lax.pmax), ("min", lax.pmin)):
-        which = [i for i, own in enumerate(modes) if own == mode]
-        wide = [_sendable(totals[i].dtype) for i in which]
-        values = [totals[i].astype(dtype) for i, dtype in zip(which, wide, strict=True)]
-        for i, value in zip(which, collective(values, axes) if values else (), strict=True):
-            reduced[i] = value.astype(totals[i].dtype)
-    return reduced
-
-
-def _sendable(dtype: Any) -> Any:
-    """A dtype that XLA reduces across devices. On CPU its compiler aborts at maxima of bfloat16."""
-    return jnp.int32 if jnp.issubdtype(dtype, jnp.bool_) else _arithmetic.accumulator_dtype(dtype)

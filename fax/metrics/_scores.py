@@ -46,8 +46,11 @@ def hits(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
     If a score is NaN, none is the best.
     """
-    check(scores, labels)
-    return (jnp.argmax(scores, axis=-1) == labels) & ~jnp.isnan(scores).any(-1)
+    known, own, first = _compare(scores, labels)
+    better = ~jnp.where(first, scores < own, scores <= own)  # NaN is better, too
+    # XLA computes a sum of floats in the same pass over the scores as those of a loss and its
+    # gradient. An argmax, or any, would take passes of its own.
+    return known & (jnp.sum(better, axis=-1, dtype=jnp.float32) == 0)
 
 
 def ranks(scores: jax.Array, labels: jax.Array) -> jax.Array:
@@ -55,10 +58,15 @@ def ranks(scores: jax.Array, labels: jax.Array) -> jax.Array:
 
     A label that is not a class, or whose scores contain NaN, ranks behind all classes.
     """
+    known, own, first = _compare(scores, labels)
+    better = jnp.sum((scores > own) | ((scores == own) & first), axis=-1)
+    return jnp.where(known & ~jnp.isnan(scores).any(-1), better, scores.shape[-1])
+
+
+def _compare(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether labels are classes, their scores [..., 1], and which classes come before them."""
     check(scores, labels)
     classes = scores.shape[-1]
     known = (labels >= 0) & (labels < classes)
     own = jnp.take_along_axis(scores, jnp.where(known, labels, 0)[..., None], axis=-1)
-    first = jnp.arange(classes) < labels[..., None]
-    better = jnp.sum((scores > own) | ((scores == own) & first), axis=-1)
-    return jnp.where(known & ~jnp.isnan(scores).any(-1), better, classes)
+    return known, own, jnp.arange(classes) < labels[..., None]

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.api_util import debug_info
+from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p
 
@@ -40,6 +42,20 @@ class Structure:
 def execute(structure: Structure, *operands: Any) -> list[Any]:
     """Runs a jaxpr, compiled once for its structure."""
     return evaluate(structure.jaxpr, *operands)
+
+
+def context() -> object:
+    """A different object for each context in which JAX traces, such as its mesh and settings."""
+    return _context(_NOTHING)
+
+
+@lu.cache
+def _context(nothing: lu.WrappedFun) -> object:
+    del nothing
+    return object()
+
+
+_NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
 
 
 class _Identity:

@@ -41,6 +41,16 @@ class Vectorize(enum.Enum):
         return self.value
 
 
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """At most so many participants at once, and otherwise what is best for the device."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"at most {self.number}"
+
+
 class In(NamedTuple):
     """The mode of an input, and whether it is the tangent or cotangent of another value."""
 
@@ -86,7 +96,7 @@ class Round:
     Attributes:
       group: the participants.
       vectorize: how many participants a device works on at once: a number, None for the
-        platform's default, or a `Vectorize`, for fax's own maps.
+        device's default, an `AtMost` to bound that, or a `Vectorize`, for fax's own maps.
       inputs: an `In` for each operand.
       outputs: an `Out` for each result.
       jaxpr: the client function, from one participant's view of the operands to its
@@ -96,7 +106,7 @@ class Round:
     """
 
     group: Placement
-    vectorize: int | Vectorize | None
+    vectorize: int | AtMost | Vectorize | None
     inputs: tuple[In, ...]
     outputs: tuple[Out, ...]
     jaxpr: ClosedJaxpr

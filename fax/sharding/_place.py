@@ -35,8 +35,12 @@ def place(
     `local_rows` lists; no rows are sent between processes. ``n`` is inferred from their number
     unless it is passed, and has to be a multiple of ``w``.
 
+    A `jax.ShapeDtypeStruct` gets the sharding that an array would have. So do arrays if the mesh
+    has the devices of a `topology`, which cannot hold any: then this returns their types.
+
     Args:
-      tree: a pytree of arrays with a common leading axis. They may be random keys.
+      tree: a pytree of arrays, or types of arrays, with a common leading axis. They may be random
+        keys.
       placement: the name of the placement. Optional if the layout in scope has only one placement
         or, without a layout, if the mesh has only one axis.
       n: the number of participants, to be checked. In a run of several processes that do not pass
@@ -45,7 +49,7 @@ def place(
       rows: the participants whose rows these are, as returned by `local_rows`, to be checked.
 
     Returns:
-      The placed pytree: global arrays of shape [n, ...].
+      The placed pytree: global arrays of shape [n, ...], or their types.
 
     Raises:
       PlacementError: if a leaf has no leading axis or one of another size, the rows are not those

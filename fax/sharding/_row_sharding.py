@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fax import _arguments
+from fax import _arguments, _compat
 from fax._placement import Placement, PlacementError
 from fax.sharding._mesh import laid_out, named_in_layout, num_shards, split_axes
 
@@ -59,8 +59,13 @@ class RowSharding(NamedTuple):
                 owners.setdefault(row, set()).add(device.process_index)
         return {row: sorted(processes) for row, processes in owners.items()}
 
-    def put(self, leaf: Any, n: int, own: np.ndarray) -> jax.Array:
+    def put(self, leaf: Any, n: int, own: np.ndarray) -> Any:
         sharding = self.sharding(n)
+        if isinstance(leaf, jax.ShapeDtypeStruct) or (
+            self.mesh is not None and _compat.is_described(self.mesh.devices.flat[0])
+        ):
+            dtype = jax.typeof(leaf).dtype
+            return jax.ShapeDtypeStruct((n, *leaf.shape[1:]), dtype, sharding=sharding)
         if jax.process_count() == 1 or sharding is None:
             return jax.device_put(leaf, sharding)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -3,7 +3,7 @@
 A client function trains in a loop, and there XLA is slow at most convolutions. On CPU it has a fast
 kernel for operands with the channels last. It rearranges other operands to fit, but only in the
 outermost computation. In a loop the derivatives of a convolution, whose operands are transposed,
-are 10 to 100 times slower. Grouped convolutions are slow everywhere. A vectorized convolution
+are 10 to 100 times slower. Grouped convolutions are slow, in loops or not. A vectorized convolution
 becomes grouped if each participant has its own kernel.
 
 The pass runs when a map is lowered, after all transformations of the client function, so it treats
@@ -54,14 +54,16 @@ def rewrite(
     Args:
       jaxpr: what a participant does.
       setting: ``auto``, ``xla`` or ``matmul``.
-      platform: ``cpu`` or another one. The table above is for CPUs. Other platforms have not been
-        measured; there ``auto`` only rewrites convolutions that vectorization makes grouped.
+      platform: ``cpu``, ``tpu`` or ``gpu``. The table above is for CPUs. On TPUs XLA is faster than
+        anything else, also in loops and for grouped convolutions, and ``auto`` rewrites nothing.
+        GPUs have not been measured; there ``auto`` only rewrites convolutions that vectorization
+        makes grouped.
       vectorized: whether `jax.vmap` will run it for several participants at once.
       sharded: whether values may be sharded over mesh axes that are left to the compiler. Then
         ``auto`` does not slice them.
     """
-    left = setting == "xla" or (setting == "auto" and platform != "cpu" and not vectorized)
-    if left or not has_convolutions(jaxpr):
+    stock = platform == "tpu" or (platform == "gpu" and not vectorized)
+    if setting == "xla" or (setting == "auto" and stock) or not has_convolutions(jaxpr):
         return jaxpr
 
     def choose(eqn: JaxprEqn) -> Convolve | None:

@@ -1,0 +1,83 @@
+"""How often a compiled program runs each of its instructions, and what all of them cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from fax.inspect._frames import Frame, called, entry
+from fax.inspect._hlo import Instruction, Module
+from fax.inspect._trips import trips
+
+
+class Run(NamedTuple):
+    """An instruction and how often it runs.
+
+    Attributes:
+      times: how often, where each loop of unknown length counts as one trip, and all
+        branches are taken.
+      loops: how many loops it is in.
+      unknown_loops: of how many of these the length is unknown.
+      conditional: whether it is in a branch.
+    """
+
+    instruction: Instruction
+    frame: Frame
+    times: int
+    loops: int
+    unknown_loops: int
+    conditional: bool
+
+
+class Total(NamedTuple):
+    """A cost, and whether loops of unknown length were counted as one trip."""
+
+    value: int
+    unknown_loops: bool
+
+
+def runs(module: Module) -> Iterator[Run]:
+    """All instructions of a program with how often they run, those in fusions included."""
+
+    def of(frame: Frame, count: int, loops: int, unknown: int, conditional: bool) -> Iterator[Run]:
+        for instruction in frame.own.values():
+            yield Run(instruction, frame, count, loops, unknown, conditional)
+            for inner in called(module, frame, instruction):
+                at = count, loops, unknown
+                if instruction.opcode == "while":
+                    known = trips(module, frame, instruction)
+                    times = (1 if known is None else known) + (inner.role == "condition")
+                    at = count * times, loops + 1, unknown + (known is None)
+                yield from of(inner, *at, conditional or inner.role == "branch")
+
+    yield from of(entry(module), 1, 0, 0, False)
+
+
+def total(module: Module, cost: Callable[[Frame, Instruction], int], *, fusions: bool) -> Total:
+    """Adds up a cost of instructions over a program: of branches, the most expensive one.
+
+    With ``fusions``, instructions within fusions count; otherwise fusions are single instructions.
+    """
+
+    def of(frame: Frame) -> Total:
+        value, unknown = 0, False
+        for instruction in frame.own.values():
+            value += cost(frame, instruction)
+            if instruction.opcode == "fusion" and not fusions:
+                continue
+            inner = called(module, frame, instruction)
+            found = [of(each) for each in inner]
+            unknown = unknown or any(each.unknown_loops for each in found)
+            if instruction.opcode == "while":
+                known = trips(module, frame, instruction)
+                unknown = unknown or (known is None and any(each.value for each in found))
+                for each, (more, _) in zip(inner, found, strict=True):
+                    times = 1 if known is None else known
+                    value += more * (times + (each.role == "condition"))
+            elif instruction.opcode == "conditional":
+                value += max((each.value for each in found), default=0)
+            else:
+                value += sum(each.value for each in found)
+        return Total(value, unknown)
+
+    return of(entry(module))

@@ -1,0 +1,126 @@
+"""How many participants a device works on at once, if nobody says.
+
+A participant's local training reads and writes its own copy of the model in every step. What
+decides is where that copy is. A TPU has fast memory on the chip (VMEM), whose bandwidth is about 20
+times that of the main memory (HBM).
+
+  - One participant of a small model leaves the device idle most of the time: each operation takes
+    thousands of cycles to start. So participants are vectorized, and share the starts.
+  - If their copies do not fit into half of the fast memory (their gradients need the other half),
+    each step reads and writes all of them in main memory. This takes longer than the starts.
+  - An exception is a client function whose steps have so many operations that starting them takes
+    longer still, such as a recurrent network. Its copies may fill the whole fast memory.
+  - A convolution whose kernel differs between participants is slower than one convolution after
+    another, both as a grouped convolution and as matrix products.
+  - From four million numbers on, participants run one by one: memory has to be that of one.
+
+The number is the largest that this allows, but no larger than what makes the batches equal. On CPU
+it is 1: small matrix products run faster one by one, and in a loop `lax.cond` stays a branch.
+
+The measurements, by `benchmarks/tpu_schedule.py`, are in benchmarks/README.md. GPUs have not been
+measured; their rule is the same with the L2 cache as fast memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fax.lowering._client_cost import ClientCost
+from fax.primitives._round import AtMost, Round, Vectorize
+
+
+class Device(NamedTuple):
+    """What a program is lowered for: a platform, and the kind of device if that is known."""
+
+    platform: str
+    kind: str | None = None
+
+
+class Chip(NamedTuple):
+    """What matters about a kind of device.
+
+    Attributes:
+      fast: the bytes of its fast memory.
+      main: the bytes of its main memory.
+      start: the bytes that it could read from main memory while an operation starts.
+      grouped: whether it is fast at convolutions whose kernels differ between participants.
+      most: the largest useful number of vectorized participants.
+    """
+
+    fast: int
+    main: int
+    start: int
+    grouped: bool = True
+    most: int = 64
+
+
+_MIB, _GIB = 2**20, 2**30
+# By `jax.Device.device_kind`.
+_TPUS = {
+    "TPU v2": Chip(16 * _MIB, 8 * _GIB, 1_600_000),
+    "TPU v3": Chip(16 * _MIB, 16 * _GIB, 1_600_000),
+    "TPU v4": Chip(128 * _MIB, 32 * _GIB, 1_600_000),
+    "TPU v5 lite": Chip(128 * _MIB, 16 * _GIB, 1_600_000),
+    "TPU v5": Chip(128 * _MIB, 95 * _GIB, 1_600_000),
+    "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 1_600_000),
+}
+_UNKNOWN_TPU = _TPUS["TPU v5 lite"]
+_GPU = Chip(32 * _MIB, 16 * _GIB, 1_600_000, grouped=False, most=16)
+
+# A model with more numbers trains one participant at a time.
+_MOST_NUMBERS = 4_000_000
+# How often a step reads or writes what it carries: forward, backward, and to change it.
+_PASSES = 4
+# The part of main memory that may hold intermediate results, which are estimated from above.
+_TEMPORARY = 1 / 4
+
+
+def vectorized(device: Device, this: Round) -> Callable[[int], int]:
+    """How many participants a device works on at once, as a function of how many it has."""
+    asked = this.vectorize
+
+    @functools.cache
+    def most() -> int:
+        if isinstance(asked, int) or device.platform == "cpu":
+            return asked if isinstance(asked, int) else 1
+        bound = asked.number if isinstance(asked, AtMost) else None
+        if bound == 1:
+            return 1
+        found = default(_chip(device), ClientCost.of(this))
+        return found if bound is None else min(bound, found)
+
+    def at_once(size: int) -> int:
+        if asked is Vectorize.ALL:
+            return size
+        if isinstance(asked, int):
+            return min(asked, size)
+        return _even(size, most())
+
+    return at_once
+
+
+def _even(size: int, most: int) -> int:
+    """A number up to the largest that makes batches equal, or at least no more batches than that.
+
+    A rest is compiled once more. So it is a divisor of the size, if one is at least half of the
+    largest number.
+    """
+    divisors = (v for v in range(min(most, size), (most - 1) // 2, -1) if size % v == 0)
+    return next(divisors, -(-size // -(-size // most)))
+
+
+def _chip(device: Device) -> Chip:
+    return _TPUS.get(device.kind or "", _UNKNOWN_TPU) if device.platform == "tpu" else _GPU
+
+
+def default(chip: Chip, cost: ClientCost) -> int:
+    """The largest number of vectorized participants that is fast on a chip."""
+    if cost.numbers > _MOST_NUMBERS or (cost.images and not chip.grouped):
+        return 1
+    held, room = max(1, cost.state + cost.images), chip.main * _TEMPORARY
+    most = min(chip.most, chip.fast // held, room // max(1, cost.temporary))
+    within = min(most, chip.fast // 2 // held)
+    starts = cost.products * chip.start / max(1, most)
+    return max(1, int(most if starts > _PASSES * held else within))
