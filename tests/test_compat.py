@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
 from jaxprs import equations
 from meshes import mesh
 
@@ -260,3 +260,32 @@ def test_literals_have_values():
     kinds = {type(atom) for atom in eqn.invars}
     assert all(issubclass(kind, Var | Literal) for kind in kinds)
     assert [atom.val for atom in eqn.invars if isinstance(atom, Literal)] == [2.0]
+
+
+# Devices
+
+
+def test_the_kind_of_device_that_is_lowered_for():
+    probe, found = Primitive("probe"), []
+    probe.def_abstract_eval(lambda x: x)
+
+    def rule(platform):
+        def lower(ctx, x):
+            found.append(_compat.device_kind(ctx, platform))
+            return [x]
+
+        return lower
+
+    for platform in ("cpu", "tpu"):
+        mlir.register_lowering(probe, rule(platform), platform=platform)
+
+    def lower(platform):
+        jax.jit(probe.bind).trace(X).lower(lowering_platforms=(platform,))
+        return found.pop()
+
+    assert lower("cpu") == jax.devices()[0].device_kind
+    assert lower("tpu") is None  # there is none
+    tpu = AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), abstract_device=tpu)):
+        assert lower("tpu") == "TPU v4"
+        assert lower("cpu") == jax.devices()[0].device_kind
