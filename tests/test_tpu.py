@@ -13,7 +13,7 @@ import optax
 import pytest
 import tpus
 from jax import lax
-from tpus import AGGREGATORS, ALGORITHMS, AUTO, EXPLICIT, N, WITHOUT_AGGREGATOR, shaped
+from tpus import AGGREGATORS, ALGORITHMS, ALONE, AUTO, EXPLICIT, OF_REPLICAS, N, shaped
 
 import fax
 from fax import aggregators, algorithms
@@ -22,7 +22,7 @@ from fax.inspect import report
 tpus.require()
 
 KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-WIDTH = 1024
+WIDTH = 128
 MODEL_BYTES = 2 * 4 * WIDTH * WIDTH
 
 
@@ -52,8 +52,8 @@ def train(params, batches):
     return jax.tree.map(jnp.subtract, trained, params)
 
 
-def fedavg(n, vectorize=None):
-    client = jax.checkpoint(train)
+def fedavg(n, client=train, vectorize=None):
+    client = jax.checkpoint(client)
 
     @fax.program(clients=n)
     def program(params, batches, weights):
@@ -99,7 +99,8 @@ def test_between_slices_a_sharded_model_crosses_once_in_a_round(kind):
     with jax.set_mesh(tpus.mesh(kind, slices=2, clients=2, model=4)):
         found = report(fedavg(2), *arguments(2, "model"))
     assert found.num_slices == 2
-    assert sent(found.between_slices) == MODEL_BYTES / 4 + 4  # the total weight
+    tile = 8 * 128 * 4  # The total weight, a number, takes up to one.
+    assert MODEL_BYTES / 4 < sent(found.between_slices) <= MODEL_BYTES / 4 + tile
     assert {each.axes for each in found.between_slices} == {("clients",)}
     assert all(each.count == 1 for each in found.between_slices)
     assert {each.axes for each in found.collectives} == {("clients",), ("model",)}
@@ -114,20 +115,29 @@ def test_uneven_rows_send_no_more():
 
 
 def test_memory_does_not_grow_with_clients():
-    """For 4 and 16 clients on each chip. What a `jax.vmap` takes up grows."""
+    """For 4 and 16 clients on each chip. That of a `jax.vmap` does.
 
-    def plain(params, batches, weights):
-        updates = jax.vmap(train, (None, 0))(params, batches)
-        return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1), updates)
+    The model has 16 MiB, because small ones stay in fast memory, which is not counted.
+    """
+    shape = (2048, 2048)
+    model_bytes = 4 * 2048**2
+
+    def client(params, factors):
+        trained, _ = lax.scan(lambda p, x: (p - 0.1 * jnp.tanh(p * x), None), params, factors)
+        return trained - params
+
+    def plain(params, factors, weights):
+        return jnp.tensordot(weights, jax.vmap(client, (None, 0))(params, factors), 1)
 
     def temporary(program, n):
-        return report(program, *arguments(n)).memory.temporary_bytes / MODEL_BYTES
+        args = shaped(shape), shaped((n, 2), "clients"), shaped((n,), "clients")
+        return report(program, *args).memory.temporary_bytes / model_bytes
 
     with jax.set_mesh(tpus.mesh(clients=4)):
-        few, many = (temporary(and_gradient(fedavg(n, vectorize=1)), n) for n in (16, 64))
-        assert temporary(plain, 64) > 16
+        few, many = (temporary(and_gradient(fedavg(n, client, 1)), n) for n in (16, 64))
+        assert temporary(plain, 64) > 8
     assert abs(many - few) < 0.02
-    assert many <= 6
+    assert many <= 5
 
 
 # What client functions compute
@@ -158,11 +168,13 @@ def test_every_setting_of_convolutions():
 
     @fax.program(clients=8)
     def program(kernels, images):
-        def one(convolutions, vectorize):
+        def one(number, convolutions, vectorize):
+            own = [number * k for k in kernels]  # so that equal programs are not merged
             how = dict(convolutions=convolutions, vectorize=vectorize)
-            return fax.mean(fax.map(client, fax.broadcast(kernels), images, **how))
+            return fax.mean(fax.map(client, fax.broadcast(own), images, **how))
 
-        return [one(*how) for how in itertools.product(("auto", "xla", "matmul"), (1, 2))]
+        every = itertools.product(("auto", "xla", "matmul"), (1, 2))
+        return [one(number, *how) for number, how in enumerate(every, 1)]
 
     with jax.set_mesh(tpus.mesh(clients=4)):
         kernels = [shaped((3, 3, 2, 8)), shaped((3, 3, 2, 8))]
@@ -172,7 +184,7 @@ def test_every_setting_of_convolutions():
 
 
 def test_an_lstm_on_a_cohort_that_is_on_the_devices():
-    """Rounds in a loop, which gather the examples from where they are."""
+    """A round only gets the numbers of rows, and gathers the examples."""
     model = fax.models.create("char_lstm", num_tokens=10, hidden=8)
     text = {"x": np.ones((5, 4), np.int32), "y": np.ones((5, 4), np.int32)}
     data = fax.data.InMemory({str(i): text for i in range(4)})
@@ -180,14 +192,11 @@ def test_an_lstm_on_a_cohort_that_is_on_the_devices():
     cohort = next(fax.data.cohorts(data, 4, 2, resident=True))
     assert isinstance(cohort.batches, fax.data.Gathered)
     state = algorithm.init(model.init(jax.random.key(0)))
-    rounds = jax.tree.map(lambda x: jnp.stack([x, x]), cohort)
-
-    def train(state, rounds):
-        return lax.scan(algorithm.round, state, rounds)
-
     with jax.set_mesh(tpus.mesh(clients=4)):
         found = report(algorithm.round, state, cohort)
-    assert sent(found.collectives) > 0
+    assert {each.operation for each in found.collectives} == {"all-reduce"}
+    bytes_of_model = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert bytes_of_model < sent(found.collectives) < bytes_of_model + 200  # metrics and counts
 
 
 # Algorithms and aggregators
@@ -204,21 +213,27 @@ SETTINGS = {
 def compiled(algorithm, aggregator, setting):
     """The report of a round in one of the settings."""
     axes, kind, slices, clients = SETTINGS[setting]
-    clients = N if algorithm in tpus.OF_REPLICAS else clients
+    clients = N if algorithm in OF_REPLICAS else clients
     fn, args = tpus.a_round(algorithm, aggregator, clients=clients)
+    placement = "replicas" if algorithm in OF_REPLICAS else "clients"
     mesh = tpus.mesh(kind, slices=slices, **axes)
-    with jax.set_mesh(mesh), fax.sharding.layout(clients="clients", replicas="clients"):
+    with jax.set_mesh(mesh), fax.sharding.layout(**{placement: "clients"}):
         found = report(fn, *args)
     assert found.over("clients")  # at least the metrics
     assert bool(found.between_slices) == (slices > 1)
 
 
+PRIVATE = {"diloco": "dp_ftrl", "fedavg": "gaussian", "fedprox": "laplace"}  # others refuse them
+
+
 def pairs():
     """Every algorithm and every aggregator in one pair at least, spread over the settings."""
-    with_one = [name for name in ALGORITHMS if name not in WITHOUT_AGGREGATOR]
-    chosen = dict(zip(with_one, itertools.cycle(AGGREGATORS)))
-    names = [(name, chosen.get(name)) for name in ALGORITHMS]
-    return [(*pair, setting) for pair, setting in zip(names, itertools.cycle(SETTINGS))]
+    others = itertools.cycle(name for name in AGGREGATORS if name not in PRIVATE.values())
+    settings = itertools.cycle(SETTINGS)
+    return [
+        (name, None if name in ALONE else PRIVATE.get(name) or next(others), next(settings))
+        for name in ALGORITHMS
+    ]
 
 
 def public(module):
@@ -240,3 +255,23 @@ def test_all_algorithms_and_aggregators_are_here():
 @pytest.mark.parametrize(("algorithm", "aggregator", "setting"), pairs())
 def test_an_algorithm_with_an_aggregator(algorithm, aggregator, setting):
     compiled(algorithm, aggregator, setting)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_reductions_of_every_dtype(bits, slices):
+    """Of pairs of 64 bits the compiler has few; complex128 crashes it, also without fax."""
+    short = "float32 bfloat16 float16 float8_e4m3fn int32 int16 int8 uint32 uint16 uint8 bool"
+    dtypes = short.split() if bits == 32 else ["float64", "int64", "uint64"]
+
+    @fax.program(clients=8)
+    def program(rows):
+        rows = fax.map(lambda own: jax.tree.map(jnp.flip, own), rows)
+        return [fax.sum(rows), fax.mean(rows), fax.max(rows), fax.min(rows), fax.collect(rows)]
+
+    with jax.enable_x64(bits == 64), jax.set_mesh(tpus.mesh(slices=slices, clients=4 * slices)):
+        found = report(program, [shaped((8, 5), "clients", dtype=dtype) for dtype in dtypes])
+    assert found.over("clients")

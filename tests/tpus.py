@@ -92,8 +92,8 @@ ALGORITHMS = {
         loss, SGD, replicas=N, steps=2, fragments=2, **own
     ),
 }
-WITHOUT_AGGREGATOR = ("branch_train_merge", "papa_2")
-OF_REPLICAS = (*WITHOUT_AGGREGATOR, "diloco", "local_sgd", "papa", "papa_all", "streaming_diloco")
+ALONE = ("branch_train_merge", "papa_2")  # they take no aggregator
+OF_REPLICAS = (*ALONE, "diloco", "local_sgd", "papa", "papa_all", "streaming_diloco")
 AGGREGATORS = {
     "adaptive_clip": a.chain(a.adaptive_clip()),
     "clip_by_norm": a.chain(a.clip_by_norm(0.5)),
