@@ -76,7 +76,7 @@ def test_the_state_is_what_the_largest_loop_carries():
     width = 16
     found = cost(*dense(width))
     assert found.numbers == 4 * width**2  # two matrices and their momentum
-    assert found.state == 4 * found.numbers
+    assert found.state == 4 * found.numbers + 4 * BATCH * width  # and a batch
     assert found.products == 5  # two forward, two by the weights, one by the hidden layer
     assert found.images == 0
     assert found.temporary >= found.state

@@ -125,8 +125,9 @@ def default(chip: Chip, cost: ClientCost) -> int:
     if cost.numbers > _MOST_NUMBERS or (cost.images and not chip.grouped):
         return 1
     held = max(1, cost.state + cost.images)
-    most = max(1, min(chip.most, int(chip.main * _TEMPORARY) // max(1, cost.temporary)))
-    found = max(1, chip.fast // 2 // held)
+    room = int(chip.main * _TEMPORARY) // max(1, cost.temporary)
+    most = max(1, min(chip.most, room))
+    found = max(1, min(chip.fast // 2 // held, chip.fast // max(1, cost.largest)))
     while found < most and cost.products * chip.start / (2 * found) > _PASSES * held:
         found *= 2
     return min(found, most)
