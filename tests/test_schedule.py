@@ -171,6 +171,10 @@ def at_once(device, size=N, width=8, **how):
     return _vectorize.vectorized(Device(*device), this.replace(**how))(size)
 
 
+def test_the_largest_operation_has_to_fit_into_fast_memory():
+    assert _vectorize.default(V5E, ClientCost(MIB, MIB // 4, 2, largest=16 * MIB)) == 8
+
+
 def test_who_decides():
     tpu, cpu = ("tpu", "TPU v5 lite"), ("cpu",)
     assert [at_once(tpu), at_once(cpu), at_once(("gpu", "NVIDIA H100"))] == [N, 1, N]
