@@ -76,7 +76,7 @@ def test_the_state_is_what_the_largest_loop_carries():
     width = 16
     found = cost(*dense(width))
     assert found.numbers == 4 * width**2  # two matrices and their momentum
-    assert found.state == 4 * found.numbers
+    assert found.state == 4 * found.numbers + 4 * BATCH * width  # and a batch
     assert found.products == 5  # two forward, two by the weights, one by the hidden layer
     assert found.images == 0
     assert found.temporary >= found.state
@@ -169,6 +169,10 @@ def test_results_of_convolutions_have_to_fit_into_fast_memory():
 def at_once(device, size=N, width=8, **how):
     (this,) = rounds(*dense(width))
     return _vectorize.vectorized(Device(*device), this.replace(**how))(size)
+
+
+def test_the_largest_operation_has_to_fit_into_fast_memory():
+    assert _vectorize.default(V5E, ClientCost(MIB, MIB // 4, 2, largest=16 * MIB)) == 8
 
 
 def test_who_decides():

@@ -30,11 +30,13 @@ class ClientCost:
     """The size of a client function, for one participant.
 
     Attributes:
-      state: the bytes that its largest loop carries from step to step or, if these are more, the
-        bytes of its results. In local training this is the model with the optimizer's state.
-      numbers: how many numbers these are.
-      products: how many matrix products each step of that loop computes, those of inner loops
-        included. For a loop of unknown length, those of one step.
+      state: the bytes that a step of its largest loop works on: what the loop carries from step to
+        step, the rows of this step, and what all steps read. If these are more, the bytes of its
+        results. In local training this is about the model with the optimizer's state.
+      numbers: how many numbers the largest loop carries, or are in its results.
+      products: how many matrix products a step of a loop computes, those of inner loops included,
+        for the loop that has most. For an inner loop of unknown length, those of one step.
+      largest: the bytes of the operands and results of its largest operation.
       temporary: the bytes of all intermediate results of one step: more than it needs at a time.
       images: the bytes of the results of convolutions whose kernels differ between participants.
     """
@@ -42,6 +44,7 @@ class ClientCost:
     state: int = 0
     numbers: int = 0
     products: int = 0
+    largest: int = 0
     temporary: int = 0
     images: int = 0
 
@@ -51,14 +54,14 @@ class ClientCost:
         varies = [i.mode == "placed" for i in this.inputs]
         outs, products = cost._visit(this.jaxpr, varies)
         values = zip(this.value_avals, outs, strict=False)
-        cost._carry([aval for aval, v in values if v], products)
+        cost._hold([aval for aval, v in values if v], [], 0 if cost.products else products)
         return cost
 
-    def _carry(self, avals: Sequence[Any], products: int) -> None:
-        state = sum(map(_bytes, avals))
-        if state > self.state:
-            self.state, self.products = state, products
-            self.numbers = sum(math.prod(aval.shape) for aval in avals)
+    def _hold(self, carried: Sequence[Any], read: Sequence[Any], products: int) -> None:
+        """Notes what a loop, or the whole function, works on."""
+        self.state = max(self.state, sum(map(_bytes, [*carried, *read])))
+        self.products = max(self.products, products)
+        self.numbers = max(self.numbers, sum(math.prod(aval.shape) for aval in carried))
 
     def _visit(self, jaxpr: ClosedJaxpr | Jaxpr, varies: Sequence[bool]) -> tuple[list[bool], int]:
         """Which outputs differ between participants, and how many matrix products there are."""
@@ -80,6 +83,11 @@ class ClientCost:
 
     def _equation(self, eqn: JaxprEqn, flags: list[bool]) -> int:
         """How many matrix products an equation computes."""
+        inner = list(jaxprs_in_params(eqn.params))
+        if not inner and any(flags):
+            own = [atom.aval for atom, flag in zip(eqn.invars, flags, strict=True) if flag]
+            size = sum(map(_bytes, [*own, *(var.aval for var in eqn.outvars)]))
+            self.largest = max(self.largest, size)
         if eqn.primitive is dot_general_p:
             return 1
         if eqn.primitive is conv_general_dilated_p:
@@ -94,7 +102,7 @@ class ClientCost:
             carried = len(flags) - skipped - fixed
             return self._loop(eqn, "body_jaxpr", flags[skipped:], fixed, carried)
         products = 0
-        for jaxpr in jaxprs_in_params(eqn.params):
+        for jaxpr in inner:
             count = len(opened(jaxpr).invars)
             # The first operand of a branch says which one it is.
             own = flags[-count:] if count and count <= len(flags) else [any(flags)] * count
@@ -109,7 +117,10 @@ class ClientCost:
         inside = [*flags[:fixed], *[any(flags)] * carried, *flags[fixed + carried :]]
         _, products = self._visit(eqn.params[name], inside)
         if any(flags):
-            self._carry([var.aval for var in eqn.outvars[:carried]], products)
+            own = [var.aval for var in opened(eqn.params[name]).invars]
+            end = fixed + carried
+            read = zip([*own[:fixed], *own[end:]], [*flags[:fixed], *flags[end:]], strict=True)
+            self._hold(own[fixed:end], [aval for aval, flag in read if flag], products)
         return products
 
 

@@ -8,7 +8,7 @@ times that of the main memory (HBM).
     thousands of cycles to start. So participants are vectorized, and share the starts.
   - If their copies do not fit into half of the fast memory (their gradients need the other half),
     each step reads and writes all of them in main memory, which takes longer than the starts.
-    Where there are convolutions, their results have to fit, too.
+    Where there are convolutions, their results have to fit, too, and so has the largest operation.
   - An exception is a client function whose steps have so many operations that starting them takes
     longer still, such as a recurrent network. Its participants are doubled as long as this saves
     more than reading and writing a copy takes. So memory grows only where it pays.
@@ -20,7 +20,13 @@ On CPU participants run one by one, too: small matrix products are faster then, 
 The measurements, by `benchmarks/tpu_schedule.py`, are in benchmarks/README.md. In short, cycles as
 multiples of the best, for 64 participants:
 
-TABLE
+                               1      4      16     64    default
+    logistic, v5e            14.4    4.0    2.1    1.0    64
+    dense, 0.2 M, v6e        15.2           2.1    1.0    64
+    recurrent, 0.8 M, v5e     7.3    2.4    1.2    1.0    32: 1.06
+    recurrent, 4 M, v5e       1.1    1.0    1.2    1.8    1
+    convolutions, 1.2 M, v5e  1.5    1.0    1.4    2.1    4
+    dense, 17 M, v5e          1.0    3.3    3.3    3.2    1
 
 GPUs have not been measured. Their rule is the same with the L2 cache as fast memory, except that at
 most 16 participants are vectorized, and none with convolutions by kernels of their own.
@@ -125,8 +131,9 @@ def default(chip: Chip, cost: ClientCost) -> int:
     if cost.numbers > _MOST_NUMBERS or (cost.images and not chip.grouped):
         return 1
     held = max(1, cost.state + cost.images)
-    most = max(1, min(chip.most, int(chip.main * _TEMPORARY) // max(1, cost.temporary)))
-    found = max(1, chip.fast // 2 // held)
+    room = int(chip.main * _TEMPORARY) // max(1, cost.temporary)
+    most = max(1, min(chip.most, room))
+    found = max(1, min(chip.fast // 2 // held, chip.fast // max(1, cost.largest)))
     while found < most and cost.products * chip.start / (2 * found) > _PASSES * held:
         found *= 2
     return min(found, most)

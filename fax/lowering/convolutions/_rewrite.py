@@ -54,8 +54,8 @@ def rewrite(
     Args:
       jaxpr: what a participant does.
       setting: ``auto``, ``xla`` or ``matmul``.
-      platform: ``cpu``, ``tpu`` or ``gpu``. The table above is for CPUs. On TPUs XLA is faster than
-        anything else, also in loops and for grouped convolutions, and ``auto`` rewrites nothing.
+      platform: ``cpu``, ``tpu`` or ``gpu``. The table above is for CPUs. On TPUs XLA's own are
+        faster by the compiler's estimate, also in loops and grouped, and ``auto`` rewrites nothing.
         GPUs have not been measured; there ``auto`` only rewrites convolutions that vectorization
         makes grouped.
       vectorized: whether `jax.vmap` will run it for several participants at once.
