@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
 from jaxprs import equations
 from meshes import mesh
 
@@ -287,3 +287,32 @@ def test_what_is_remembered_while_a_module_is_lowered():
     for numbers in ((1, 2, 3), (4, 5)):
         jax.jit(lambda x, ns=numbers: [noted_p.bind(x, number=n) for n in ns]).lower(1.0)
     assert seen == [1, 1, 1, 4, 4]
+
+
+# Devices
+
+
+def test_the_kind_of_device_that_is_lowered_for():
+    probe, found = Primitive("probe"), []
+    probe.def_abstract_eval(lambda x: x)
+
+    def rule(platform):
+        def lower(ctx, x):
+            found.append(_compat.device_kind(ctx, platform))
+            return [x]
+
+        return lower
+
+    for platform in ("cpu", "tpu"):
+        mlir.register_lowering(probe, rule(platform), platform=platform)
+
+    def lower(platform):
+        jax.jit(probe.bind).trace(X).lower(lowering_platforms=(platform,))
+        return found.pop()
+
+    assert lower("cpu") == jax.devices()[0].device_kind
+    assert lower("tpu") is None  # there is none
+    tpu = AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), abstract_device=tpu)):
+        assert lower("tpu") == "TPU v4"
+        assert lower("cpu") == jax.devices()[0].device_kind

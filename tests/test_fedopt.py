@@ -1,6 +1,5 @@
 """FedOpt, FedProx and Reptile against the papers in NumPy, and the server optimizers."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
