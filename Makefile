@@ -2,6 +2,7 @@
 #
 #   make quickstart   train a federated model on real data
 #   make test         run the tests, of products of cases a part that covers them
+#   make test-core    run what depends on the version of JAX
 #   make test-all     run every case of every test
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
@@ -9,6 +10,7 @@
 #   make docs         build the documentation
 #   make pages        generate the drawing of the house and the list of public names
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
+#   make checks       check, docs and package, at the same time
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -27,13 +29,20 @@ WITH := $(subst =,-,$(JAX))
 # The newest JAX's tests also compile for TPUs.
 TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
-.PHONY: quickstart test test-all coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
 
+# Only installs what the targets of these names need.
+EXTRAS ?= test
+environment: $(EXTRAS:%=$(VENV)/%.$(WITH))
+
 test: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-core: $(VENV)/test.$(WITH) $(TPU)
+	$(BIN)/python -m pytest --core -n auto --dist worksteal
 
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
@@ -55,6 +64,10 @@ check: $(VENV)/check.$(WITH)
 
 docs: $(VENV)/docs.$(WITH)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# Mostly, each of these uses one core. Their output comes one after another, if make can do that.
+checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)
+	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package
 
 pages:
 	$(PYTHON) tools/house.py

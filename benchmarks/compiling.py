@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,21 +42,8 @@ def compiling() -> list[Table]:
     """The time to trace, lower and compile a round, for CPU and for TPU."""
     tables = [compiling_for(jax.devices("cpu")[0], "CPU")]
     if importlib.util.find_spec("libtpu"):
-        tables.append(compiling_for(tpu("v5e:2x2"), "TPU v5e"))
+        tables.append(compiling_for(fax.sharding.topology("v5e:2x2")[0], "TPU v5e"))
     return tables
-
-
-def tpu(topology: str) -> Any:
-    """A device that programs can be compiled for."""
-    from jax.experimental import topologies
-
-    settings = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    os.environ.update(settings | os.environ)
-    return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
 
 
 def compiling_for(device: Any, name: str) -> Table:

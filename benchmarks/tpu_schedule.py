@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,7 +39,7 @@ CONVOLUTIONS, SETTINGS, SOME = ("EMNIST CNN", "ResNet-18"), ("auto", "xla", "mat
 
 
 class Figures:
-    """What has been compiled: cycles and memory of a program, by what it is."""
+    """What has been compiled, by what it is."""
 
     def __init__(self, path: pathlib.Path | None):
         self._path = path
@@ -46,41 +47,55 @@ class Figures:
         if path is not None and path.exists():
             self.rows = json.loads(path.read_text())
 
-    def of(self, kind: str, task: str, vectorize: int | None, convolutions: str = "auto") -> Any:
-        """The figures of a round. ``cycles`` is None if the chip has too little memory."""
-        key = f"{kind} | {task} | {vectorize or 'default'} | {convolutions}"
+    def of(self, key: str, measure: Callable[[], Any]) -> Any:
         if key not in self.rows:
-            self.rows[key] = measure(kind, task, vectorize, convolutions)
+            self.rows[key] = measure()
             print(key, self.rows[key], file=sys.stderr, flush=True)
             if self._path is not None:
                 self._path.write_text(json.dumps(self.rows, indent=1))
         return self.rows[key]
 
 
-def lowered(kind: str, task: str, vectorize: int | None, convolutions: str) -> Any:
-    how = dict(vectorize=vectorize, convolutions=convolutions)
-    fn, shapes = round_of(task, CLIENTS, STEPS, **how)
+def versions() -> str:
+    return f"libtpu {importlib.metadata.version('libtpu')}, jax {jax.__version__}"
+
+
+def on_chip(kind: str, shapes: Any) -> Any:
     chip = SingleDeviceSharding(fax.sharding.topology(KINDS[kind])[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), shapes)
-    return jax.jit(fn).lower(*args)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), shapes)
 
 
-def measure(kind: str, task: str, vectorize: int | None, convolutions: str) -> dict[str, Any]:
-    params = jax.tree.leaves(round_of(task, CLIENTS, STEPS)[1][0])
-    row = dict(model_bytes=sum(x.size * x.dtype.itemsize for x in params))
+def cost(kind: str, fn: Callable, shapes: Any) -> dict[str, Any]:
+    """Cycles and temporary memory on a chip, None if it has too little memory."""
     try:
-        report = fax.inspect.report(lowered(kind, task, vectorize, convolutions))
+        report = fax.inspect.report(fn, *on_chip(kind, shapes))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | dict(cycles=None, temporary_bytes=None)
-    return row | dict(cycles=report.cycles, temporary_bytes=report.memory.temporary_bytes)
+        return dict(cycles=None, temporary_bytes=None)
+    return dict(cycles=report.cycles, temporary_bytes=report.memory.temporary_bytes)
 
 
-def default(kind: str, task: str, numbers: list[int]) -> int | None:
-    """Which of some numbers fax chooses, None if another one: that whose program is the same."""
-    chosen = lowered(kind, task, None, "auto").as_text()
-    return next((v for v in numbers if lowered(kind, task, v, "auto").as_text() == chosen), None)
+def figures_of(
+    figures: Figures, kind: str, task: str, vectorize: int | None, convolutions: str = "auto"
+) -> Any:
+    """Cycles and temporary memory of a round. ``vectorize`` is None for fax's default."""
+    how = dict(vectorize=vectorize, convolutions=convolutions)
+    return figures.of(
+        f"{kind} | {task} | {vectorize or 'default'} | {convolutions}",
+        lambda: cost(kind, *round_of(task, CLIENTS, STEPS, **how)),
+    )
+
+
+def default(kind: str, task: str) -> int | None:
+    """Which of the numbers fax chooses, None if another one: that whose program is the same."""
+
+    def text(vectorize: int | None) -> str:
+        fn, shapes = round_of(task, CLIENTS, STEPS, vectorize=vectorize)
+        return jax.jit(fn).lower(*on_chip(kind, shapes)).as_text()
+
+    chosen = text(None)
+    return next((v for v in VECTORIZED if text(v) == chosen), None)
 
 
 def schedules(figures: Figures, kinds: list[str], tasks: list[str]) -> None:
@@ -88,9 +103,9 @@ def schedules(figures: Figures, kinds: list[str], tasks: list[str]) -> None:
     for kind in kinds:
         rows = []
         for task in tasks:
-            found = {v: figures.of(kind, task, v) for v in VECTORIZED}
-            chosen = default(kind, task, list(found))
-            own = figures.of(kind, task, None) if chosen is None else found[chosen]
+            found = {v: figures_of(figures, kind, task, v) for v in VECTORIZED}
+            chosen = default(kind, task)
+            own = figures_of(figures, kind, task, None) if chosen is None else found[chosen]
             fits = {v: row["cycles"] for v, row in found.items() if row["cycles"] is not None}
             best = min(fits, key=lambda v: fits[v])
             cells: dict[str, Any] = {str(v): cycles / fits[1] for v, cycles in fits.items()}
@@ -114,7 +129,7 @@ def convolutions(figures: Figures, kinds: list[str]) -> None:
         rows = []
         for task in CONVOLUTIONS:
             for v in SOME:
-                found = {s: figures.of(kind, task, v, s)["cycles"] for s in SETTINGS}
+                found = {s: figures_of(figures, kind, task, v, s)["cycles"] for s in SETTINGS}
                 best = min(cycles for cycles in found.values() if cycles is not None)
                 ratios = {s: cycles and cycles / best for s, cycles in found.items()}
                 rows.append({"client": task, "vectorize": str(v), **ratios})
@@ -128,7 +143,7 @@ def main() -> None:
     parser.add_argument("--convolutions", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    print(f"libtpu {importlib.metadata.version('libtpu')}, jax {jax.__version__}")
+    print(versions())
     figures, kinds = Figures(args.json), args.kinds.split(",")
     if args.convolutions:
         convolutions(figures, kinds)

@@ -2,8 +2,9 @@
 
 Five networks start from different parameters and see the same few images, each in its own order
 and with its own shifts and noise. After every ten steps PAPA pushes them toward their average
-(Jolicoeur-Martineau et al., arXiv:2304.03094). In the end their average, the soup, is better than
-networks that are trained alone. Without the pushes the average is useless.
+(Jolicoeur-Martineau et al., arXiv:2304.03094). As in the authors' code, the pushes get weaker with
+the learning rate. In the end their average, the soup, is better than networks that are trained
+alone. Without the pushes the average is useless.
 
     python examples/papa_digits.py
 
@@ -25,7 +26,8 @@ from tqdm import tqdm
 import fax
 
 BATCH_SIZE, STEPS = 30, 50  # a round has this number of steps
-EVERY, ALPHA = 10, 0.8  # the paper uses 0.99, with many more steps
+EVERY, ALPHA = 10, 0.5  # the paper uses 0.99, with many more steps
+PEAK = 0.1  # the largest learning rate
 
 
 class Network(nnx.Module):
@@ -72,9 +74,13 @@ def main():
     seeds = [options.models * options.seed + i for i in range(options.models)]
     models = [nnx.split(Network(nnx.Rngs(seed)))[1] for seed in seeds]
     start = fax.aggregators.PerClient(jax.tree.map(lambda *x: jnp.stack(x), *models))
-    rate = optax.cosine_decay_schedule(0.1, options.rounds * STEPS)
+    rate = optax.cosine_decay_schedule(PEAK, options.rounds * STEPS)
+
+    def scaled(averages):
+        return 1 - (1 - ALPHA) * rate(EVERY * (averages + 1)) / PEAK
+
     runs = {}
-    for name, alpha in (("alone", 1.0), ("PAPA", ALPHA)):
+    for name, alpha in (("alone", 1.0), ("PAPA", scaled)):
         algorithm = fax.algorithms.papa(
             loss, optax.sgd(rate, momentum=0.9), replicas=options.models, alpha=alpha, steps=EVERY
         )

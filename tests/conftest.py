@@ -47,7 +47,7 @@ ABOVE_THE_CORE = (
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
     *("heterogeneous", "init", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
-    *("privacy_attacks", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
@@ -57,6 +57,7 @@ ABOVE_ONE_IN, BELOW_ONE_IN = 6, 2
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
     *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+    *("absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (
     "long: takes long, and runs with --all or if its file is named; something shorter runs always",

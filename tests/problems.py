@@ -162,3 +162,30 @@ def assert_trees_close(found, expected, rtol=1e-10, atol=1e-12):
         found,
         expected,
     )
+
+
+def expand(cohorts):
+    """Rounds whose examples are arrays, so that they can be scanned over as they are."""
+    batches = {name: cohorts.batches[name] for name in cohorts.batches}
+    return dataclasses.replace(cohorts, batches=batches)
+
+
+def check_sweep(final_loss, sweep):
+    """That a function of two numbers has derivatives in both modes, and a vmap over both.
+
+    The derivatives at the first point are those of central differences. Two programs are compiled:
+    one for a point, and one for all.
+    """
+
+    def everything(point):
+        return jax.value_and_grad(final_loss)(point), jax.jacfwd(final_loss)(point)
+
+    step, each = 1e-5, jax.jit(everything)
+    moved = sweep[0] + step * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    swept = np.asarray(jax.jit(jax.vmap(final_loss))(np.concatenate([sweep, moved])))
+    singly = [each(point) for point in sweep]
+    np.testing.assert_allclose(swept[: len(sweep)], [x[0][0] for x in singly], rtol=1e-10)
+    (_, gradient), forward = singly[0]
+    np.testing.assert_allclose(gradient, forward, rtol=1e-10)
+    up, down = swept[len(sweep) :].reshape(2, 2).T
+    np.testing.assert_allclose(gradient, (up - down) / (2 * step), rtol=1e-6, atol=1e-7)

@@ -1,5 +1,7 @@
 """Cohorts hold what their definition says, on every device and in every round."""
 
+import copy
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -382,6 +384,44 @@ def test_minimum_reuse_lets_everybody_wait_as_long_as_possible():
         for client in members:
             assert r - took_part.get(client, -10) >= 2  # 12 clients, 5 a round
             took_part[client] = r
+
+
+def test_only_streams_are_known_to_have_no_padding():
+    """It is known of the mask of `cohorts`, however a cohort is passed on, and of no other mask."""
+    rounds = fax.data.cohorts(population([3, 7, 1]), 3, 2, max_steps=2, sampler="stream")
+    cohort, several = next(rounds), rounds.take(2)
+    assert not cohort.padded
+    assert not several.padded
+    assert bool(several.mask.all())
+    assert next(fax.data.cohorts(population([4, 4]), 2, 2)).padded  # whatever its mask is
+    seen = []
+
+    @fax.program(clients=3)
+    def program(cohort):
+        return fax.map(lambda client: seen.append(client.padded), cohort.clients())
+
+    for same in (
+        dataclasses.replace(cohort, num_examples=cohort.num_examples * 0),
+        jax.tree.map(lambda x: x, cohort),
+        jax.tree.map(lambda x: x[0], several),
+        copy.deepcopy(cohort),
+        jax.jit(lambda cohort: cohort)(cohort),
+    ):
+        assert not same.padded
+        assert jax.tree.structure(same) == jax.tree.structure(cohort)
+    assert jax.tree.structure(
+        jax.tree.map(lambda x: None, cohort), is_leaf=lambda x: x is None
+    ) == (jax.tree.structure(cohort))
+    other = dataclasses.replace(cohort, mask=jnp.ones_like(cohort.mask))
+    by_hand = fax.data.Cohort(
+        cohort.batches, cohort.mask, cohort.num_examples, cohort.positions, cohort.keys
+    )
+    assert other.padded
+    assert by_hand.padded
+    assert dataclasses.replace(other, num_examples=cohort.num_examples).padded
+    for own in (cohort, other):
+        jax.make_jaxpr(program)(own)
+    assert seen == [False, True]
 
 
 def test_a_stream_goes_on_where_it_stopped():

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
 from jaxprs import equations
 from meshes import mesh
 
@@ -86,6 +86,11 @@ def explicit():
     on = mesh("explicit", clients=2)
     with jax.set_mesh(on):
         yield on
+
+
+def test_devices_that_are_there_are_not_described():
+    """`test_topology.py` has devices that are."""
+    assert not _compat.is_described(jax.devices()[0])
 
 
 @pytest.mark.parametrize("name", WITHOUT_MESH)
@@ -255,3 +260,59 @@ def test_literals_have_values():
     kinds = {type(atom) for atom in eqn.invars}
     assert all(issubclass(kind, Var | Literal) for kind in kinds)
     assert [atom.val for atom in eqn.invars if isinstance(atom, Literal)] == [2.0]
+
+
+def test_where_an_equation_comes_from():
+    def fn(x):
+        with jax.named_scope("outer"):
+            return jnp.sin(x)
+
+    one, two, other = (only("sin", each) for each in (fn, fn, lambda x: jnp.sin(x)))
+    assert _compat.source_of(one) == _compat.source_of(two)
+    (traceback, names), (other_traceback, other_names) = map(_compat.source_of, (one, other))
+    assert (str(names), str(other_names)) == ("outer", "")
+    assert traceback != other_traceback
+
+
+def test_what_is_remembered_while_a_module_is_lowered():
+    seen = []
+    noted_p = Primitive("noted")
+    noted_p.def_abstract_eval(lambda x, number: x)
+
+    def rule(ctx, x, number):
+        seen.append(_compat.cache_of_module(ctx).setdefault(noted_p, number))
+        return [x]
+
+    mlir.register_lowering(noted_p, rule)
+    for numbers in ((1, 2, 3), (4, 5)):
+        jax.jit(lambda x, ns=numbers: [noted_p.bind(x, number=n) for n in ns]).lower(1.0)
+    assert seen == [1, 1, 1, 4, 4]
+
+
+# Devices
+
+
+def test_the_kind_of_device_that_is_lowered_for():
+    probe, found = Primitive("probe"), []
+    probe.def_abstract_eval(lambda x: x)
+
+    def rule(platform):
+        def lower(ctx, x):
+            found.append(_compat.device_kind(ctx, platform))
+            return [x]
+
+        return lower
+
+    for platform in ("cpu", "tpu"):
+        mlir.register_lowering(probe, rule(platform), platform=platform)
+
+    def lower(platform):
+        jax.jit(probe.bind).trace(X).lower(lowering_platforms=(platform,))
+        return found.pop()
+
+    assert lower("cpu") == jax.devices()[0].device_kind
+    assert lower("tpu") is None  # there is none
+    tpu = AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), abstract_device=tpu)):
+        assert lower("tpu") == "TPU v4"
+        assert lower("cpu") == jax.devices()[0].device_kind

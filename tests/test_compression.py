@@ -440,13 +440,14 @@ EVERY = {
 def test_zeros_stay_zeros_and_nothing_is_nan(name):
     tree = {"e": np.zeros((N, 0)), "h": np.zeros((N, 6), jnp.bfloat16), **updates()}
     zeros = jax.tree.map(jnp.zeros_like, tree)
-    update, state, metrics = aggregate(EVERY[name](), zeros)
+    aggregator = EVERY[name]()
+    update, state, metrics = aggregate(aggregator, zeros)
     assert_trees_close(update, rows(zeros), atol=0)
     assert [x.dtype for x in update.values()] == [x.dtype for x in rows(zeros).values()]
     assert np.all(np.isfinite(metrics["clients/bits"]))
     # Constant leaves, and those of one number, are kept by what scales them.
     constant = jax.tree.map(lambda x: jnp.full_like(x, 3), tree)
-    update, state, _ = aggregate(EVERY[name](), constant)
+    update, state, _ = aggregate(aggregator, constant)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((update, state)))
     if name in ("quantization", "entropy", "terngrad", "power_sgd"):
         assert_trees_close(update, rows(constant), rtol=1e-9)

@@ -5,6 +5,7 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import meshes
 import numpy as np
 import optax
@@ -206,6 +207,48 @@ def test_the_number_of_inner_steps_can_be_a_schedule(data, steps):
         other, others = train(static, Quadratic.start(), rounds)
         problems.assert_trees_close(other._replace(clock=state.clock), state)
         problems.assert_trees_close(others, metrics)
+
+
+def test_padding_costs_nothing_where_there_is_none(data):
+    """Inner steps neither branch nor select, unless another mask takes the place of the stream's.
+
+    Results are the same, and with a mask that has padding its steps are left out.
+    """
+    (cohort,) = first(1, cohorts(data, 3))
+    algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS)
+    start, shapes = algorithm.init(Logistic.start()), {(4, 3), (3,)}
+    mask = np.array(cohort.mask)
+    mask[2, 1:] = False
+    padded = dataclasses.replace(cohort, mask=jnp.array(mask))
+    same = dataclasses.replace(cohort, mask=cohort.mask & True)
+    for batches, expected in ((cohort, 0), (same, 1), (padded, 1)):
+        loops = [
+            eqn
+            for eqn in jaxprs.equations(jax.make_jaxpr(algorithm.round)(start, batches))
+            if eqn.primitive.name == "scan" and eqn.params["length"] == 3
+        ]
+        assert len(loops) == 1
+        found = [
+            eqn.primitive.name
+            for eqn in jaxprs.equations(loops[0].params["jaxpr"])
+            if eqn.outvars[0].aval.shape in shapes or eqn.primitive.name == "cond"
+        ]
+        assert "cond" not in found
+        assert bool(found.count("select_n")) == expected
+    step = jax.jit(algorithm.round)
+    results = [step(start, batches) for batches in (cohort, same, padded)]
+    problems.assert_trees_close(results[0], results[1], rtol=1e-12)
+    trained = np.ones((3, REPLICAS), bool)
+    trained[1:, 2] = False
+    expected = numpy_diloco(
+        Logistic,
+        [cohort],
+        lambda n: 3,
+        lambda: AdamW(INNER),
+        Nesterov(0.7, 0.9),
+        trained=trained,
+    )
+    assert_same(results[2][0], expected)
 
 
 # What it is in special cases

@@ -22,6 +22,7 @@ HOMES = [
     fax.sharding,
     fax.data,
     fax.data.partition,
+    fax.inspect,
     fax.metrics,
     fax.aggregators,
     fax.algorithms,

@@ -14,13 +14,13 @@ import fax
 
 # Of what takes long with all of its rounds, a short run, which promises nothing. The scripts of a
 # row run one after another in one process, because most of a start is importing: those in float64,
-# some of those in float32, and the one that makes devices.
+# and those in float32. A script that makes devices is the first of its row.
 SHORT = [
     ("federated_gradient --steps=1", "learned_hyperparameters --steps=1"),
     (
+        "tasks --task=digits --rounds=1",
         "compare_algorithms --rounds=1 --algorithms fedavg apfl",
         "federated_averaging --rounds=1 --clients-per-round=3 --seed=1",
-        "tasks --task=digits --rounds=1",
     ),
     ("maml_digits --rounds=1", "papa_digits --rounds=1 --models=2", "private_digits --rounds=1"),
     ("sharded_transformer --rounds=1",),

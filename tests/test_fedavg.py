@@ -8,7 +8,6 @@ import optax
 import problems
 import pytest
 from flax import nnx
-from jax.test_util import check_grads
 from problems import CLASSES, FEATURES, SIZES, Logistic, numpy_batches
 from subsets import alike
 
@@ -155,24 +154,14 @@ def test_results_do_not_depend_on_devices(data, kind, clients):
 
 
 def test_hyperparameters_can_be_differentiated_and_swept(data):
-    two = [next(c) for c in [cohorts(data)] for _ in range(2)]
+    two = problems.expand(cohorts(data).take(2))
 
     def final_loss(rates):
         algorithm = fedavg(logistic, optax.sgd(rates[0]), optax.sgd(rates[1], momentum=0.5))
-        state = algorithm.init(start())
-        for cohort in two:
-            state, metrics = algorithm.round(state, cohort)
-        return metrics["loss"]
+        _, metrics = jax.lax.scan(algorithm.round, algorithm.init(start()), two)
+        return metrics["loss"][-1]
 
-    rates = jnp.array([0.1, 0.8])
-    check_grads(jax.jit(final_loss), (rates,), order=1, modes=("fwd", "rev"), rtol=1e-6)
-    np.testing.assert_allclose(
-        jax.jit(jax.grad(final_loss))(rates), jax.jit(jax.jacfwd(final_loss))(rates), rtol=1e-10
-    )
-    sweep = jnp.array([[0.1, 0.8], [0.3, 1.0], [0.0, 1.0]])
-    swept = jax.jit(jax.vmap(final_loss))(sweep)
-    one_by_one = jax.jit(final_loss)
-    np.testing.assert_allclose(swept, [one_by_one(r) for r in sweep], rtol=1e-10)
+    problems.check_sweep(final_loss, np.array([[0.1, 0.8], [0.3, 1.0], [0.0, 1.0]]))
 
 
 def test_memory_of_a_round_and_its_gradient_does_not_grow_with_the_cohort():
@@ -264,7 +253,9 @@ def test_a_round_is_compiled_once_for_each_shape(data):
     assert train._cache_size() == len(rounds.shapes)
 
 
-@pytest.mark.parametrize(("at_once", "resident"), [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("at_once", "resident"), [(1, True), pytest.param(2, False, marks=pytest.mark.long)]
+)
 def test_rounds_under_jax_checks(data, at_once, resident):
     """Leaked tracers, NaN, transfers that nobody asked for, and no compilation at all."""
     algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1), vectorize=at_once)

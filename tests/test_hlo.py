@@ -68,6 +68,11 @@ def test_groups_of_one_device_send_nothing():
     assert found("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%s") == ()
 
 
+def test_a_program_that_is_not_divided_over_the_mesh_is_an_error():
+    with pytest.raises(ValueError, match="into 4 parts, on a mesh of 8 devices"):
+        found(partitions=4)
+
+
 def test_groups_that_cannot_be_read_are_an_error():
     with pytest.raises(ValueError, match="cannot read the replica groups in , replica_groups=all"):
         found("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=all, to_apply=%sum")

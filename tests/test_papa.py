@@ -104,6 +104,35 @@ def test_papa_is_that_of_the_paper(data, alpha):
     assert sorted(metrics) == ["loss", "outer_steps", "replicas/bits", "replicas/loss"]
 
 
+def test_pushes_scale_with_the_learning_rate_as_in_the_authors_code(data):
+    every, peak, own = 2, 0.1, 0.8
+    rounds, start = cohorts(data, 4, 3), different_starts(Quadratic)
+    rate = optax.cosine_decay_schedule(peak, 12)
+    algorithm = papa(
+        quadratic,
+        optax.sgd(rate),
+        replicas=REPLICAS,
+        steps=every,
+        alpha=lambda averages: 1 - (1 - own) * rate(every * (averages + 1)) / peak,
+    )
+    state, _ = run(algorithm, rounds, PerClient(start))
+
+    # The loop of main.py in github.com/SamsungSAILMontreal/PAPA: the optimizer's step, that of the
+    # learning rate, and then an average with the new learning rate's share of the old one.
+    w, step = start["w"], 0
+    for batches in map(numpy_batches, rounds):
+        for s in range(4):
+            rates = [peak * (1 + np.cos(np.pi * t / 12)) / 2 for t in (step, step + 1)]
+            for i in range(REPLICAS):
+                _, gradient = Quadratic.losses_and_gradient({"w": w[i]}, *batches[i][s])
+                w[i] -= rates[0] * gradient["w"]
+            step += 1
+            if step % every == 0:
+                share = rates[1] / peak * (1 - own)
+                w = (1 - share) * w + share * w.mean(0)
+    problems.assert_trees_close(state.replicas.rows.params, {"w": w})
+
+
 def test_without_a_share_of_ones_own_papa_is_averaging(data):
     rounds = cohorts(data, 3, 2)
     kwargs = {"replicas": REPLICAS}

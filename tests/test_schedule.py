@@ -15,7 +15,7 @@ from fax.primitives._round import AtMost, Round, Vectorize
 
 N, STEPS, BATCH = 12, 3, 5
 MIB = 2**20
-V5E = Chip(128 * MIB, 16 * 2**30, 1_600_000)
+V5E = Chip(fast=128 * MIB, main=16 * 2**30, start=1_500_000)
 
 
 def training(model, params, client=lambda fn: fn, **how):
@@ -133,7 +133,12 @@ def test_a_gradient_of_a_round_has_the_state_of_the_round():
     [
         (MIB // 8, 8, 64),  # no more than is useful
         (4 * MIB, 8, 16),  # what fits into half of the fast memory
-        (4 * MIB, 1000, 32),  # into all of it, with many operations
+        (
+            4 * MIB,
+            400,
+            32,
+        ),  # a doubling saves 18.75 MB, the next one 9.4, and costs 12.6
+        (4 * MIB, 1000, 64),
         (15 * MIB, 8, 4),
         (0, 0, 64),
     ],
@@ -178,6 +183,14 @@ def test_who_decides():
     assert at_once(cpu, vectorize=AtMost(4)) == 1
     assert at_once(tpu, vectorize=Vectorize.INHERITED) == N
     assert at_once(tpu, width=1500) == at_once(tpu, width=1500, vectorize=AtMost(4)) == 1
+
+
+def test_a_bound_joins_what_fax_adds_to_a_map():
+    """A cohort's bound is that of the whole round, its reductions included."""
+    program, args = dense(8, vectorize=AtMost(4))
+    (this,) = rounds(program, args)
+    assert this.vectorize == AtMost(4)
+    assert "vectorize=at most 4" in str(jax.make_jaxpr(program)(*args))
 
 
 @pytest.mark.parametrize(("size", "expected"), [(64, 16), (20, 20), (50, 10), (47, 16), (3, 3)])

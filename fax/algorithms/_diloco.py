@@ -207,7 +207,8 @@ def outer_steps(
             params, model_state = optax.tree.where(here, new, (own.params, own.model_state))
             return Replica(params, own.optimizer, model_state)
 
-        rows = fax.map(adopt, here, rows, fax.broadcast(params), fax.broadcast(model_state))
+        sent = fax.broadcast(params), fax.broadcast(model_state)
+        rows = fax.map(adopt, here, rows, *sent, vectorize=replicas)
         clock = state.clock and Clock(jnp.int32(0), state.clock.outer_steps + 1)
         rows = PerClient(rows)
         state = DiLoCoState(params, optimizer, rows, model_state, aggregator_state, clock)

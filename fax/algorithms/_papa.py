@@ -79,7 +79,10 @@ def papa(
       inner_optimizer: from optax, for the models. Its states are never averaged.
       replicas: the number of models.
       alpha: α, from 0 to 1, or a schedule, a function of the number of averages so far. The
-        paper's .99 is for training from scratch; .9995 is for fine-tuning.
+        paper's .99 is for training from scratch; .9995 is for fine-tuning. If the learning rate
+        decays, the authors' code scales 1 - α with it:
+        ``lambda averages: 1 - 0.01 * rate(steps * (averages + 1)) / peak``, with the inner
+        optimizer's schedule ``rate`` and its largest rate ``peak``.
       steps: a divisor of the number of batches in a cohort. None: all of them.
       aggregator: from `fax.aggregators`; it averages the w_i. Default: the plain mean. It cannot be
         private, because the soup is the plain mean in any case.
@@ -131,7 +134,8 @@ def papa(
             new = optax.tree.where(here, mixed(before, (params, model_state), share), before)
             return Replica(new[0], own.optimizer, new[1])
 
-        rows = fax.map(mix, here, rows, fax.broadcast(mean), fax.broadcast(model_state))
+        sent = fax.broadcast(mean), fax.broadcast(model_state)
+        rows = fax.map(mix, here, rows, *sent, vectorize=replicas)
         return PAPAState(PerClient(rows), model_state, own, state.averages + 1), metrics
 
     return _population(where, loss, inner_optimizer, replicas, steps, aggregator, vectorize, push)
@@ -235,7 +239,7 @@ def papa_2(
             )
             return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
 
-        rows = fax.map(mix, here, rows, pairs)
+        rows = fax.map(mix, here, rows, pairs, vectorize=replicas)
         model_state = mean_state(rows.model_state, here, None, enough, state.model_state)
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics

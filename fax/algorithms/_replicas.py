@@ -139,6 +139,8 @@ def inner_steps(
 
 def taking_part(cohort: Cohort) -> jax.Array:
     """Which replicas have examples, here and in total, placed bool. Call it in a program."""
+    if not cohort.padded:
+        return fax.map(lambda n: n > 0, cohort.num_examples)
     return fax.map(lambda mask, n: jnp.any(mask) & (n > 0), cohort.mask, cohort.num_examples)
 
 

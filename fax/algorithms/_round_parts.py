@@ -16,7 +16,7 @@ from fax.algorithms._averaging import server_key
 from fax.algorithms._loss import Metrics
 from fax.algorithms._metrics import report
 from fax.data import Cohort
-from fax.data._cohort import Gathered
+from fax.data._cohort import Gathered, with_batches
 
 PyTree = Any
 
@@ -112,7 +112,7 @@ def _rows(cohort: Cohort) -> PyTree:
 def _with_batches(cohort: Cohort, rows: PyTree, mask: jax.Array) -> Cohort:
     if isinstance(cohort.batches, Gathered):
         rows = dataclasses.replace(cohort.batches, rows=rows)
-    return dataclasses.replace(cohort, batches=rows, mask=mask)
+    return with_batches(cohort, rows, mask)
 
 
 def between(cohort: Cohort, begin: int, end: int) -> Cohort:

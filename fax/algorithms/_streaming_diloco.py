@@ -269,7 +269,7 @@ def streaming_diloco(
             return Replica(paste(own.params, part, params), own.optimizer, model_state)
 
         sent = fax.broadcast(outer), fax.broadcast(state.model_state)
-        rows = fax.map(mix, here, state.replicas.rows, *sent)
+        rows = fax.map(mix, here, state.replicas.rows, *sent, vectorize=replicas)
         return state._replace(
             params=paste(state.params, part, outer),
             optimizers=_with(state.optimizers, p, optimizer),

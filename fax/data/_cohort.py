@@ -98,9 +98,58 @@ def _features(batches: PyTree, leading: int) -> str:
     return f"features={', '.join(shown)}"
 
 
-@jax.tree_util.register_dataclass
+class _Batches:
+    """What a client and a cohort have in common.
+
+    Whether there may be padding is static in a pytree. In Python it is known of a certain mask, and
+    so is no longer known if another one takes its place, as with `dataclasses.replace`.
+    """
+
+    mask: Any
+    _full: tuple[Any] | None
+
+    @property
+    def padded(self) -> bool:
+        """Whether there may be padding. If not, ``mask`` is known to be True everywhere."""
+        return self._full is None or self._full[0] is not self.mask
+
+
+Batched = TypeVar("Batched", bound=_Batches)
+
+
+def with_batches(x: Batched, batches: PyTree, mask: jax.Array) -> Batched:
+    """Other batches, with a mask that has padding only if that of ``x`` has."""
+    replaced: Any = dataclasses.replace  # type checkers do not see that these are dataclasses
+    return replaced(x, batches=batches, mask=mask, _full=None if x.padded else (mask,))
+
+
+def _register(cls: type[Batched]) -> type[Batched]:
+    """Registers a dataclass as a pytree."""
+    kind: Any = cls  # type checkers do not see that it is a dataclass
+    own = [field for field in dataclasses.fields(kind) if field.name != "_full"]
+    arrays = [field.name for field in own if not field.metadata.get("static")]
+    static = [field.name for field in own if field.metadata.get("static")]
+
+    def flatten(x: Any) -> tuple[list[Any], Any]:
+        known = *(getattr(x, name) for name in static), x.padded
+        return [getattr(x, name) for name in arrays], known
+
+    def flatten_with_keys(x: Any) -> tuple[list[Any], Any]:
+        values, known = flatten(x)
+        return list(zip(map(jax.tree_util.GetAttrKey, arrays), values)), known
+
+    def unflatten(known: Any, values: Any) -> Any:
+        *others, padded = known
+        given = dict(zip([*arrays, *static], [*values, *others]))
+        return kind(**given, _full=None if padded else (given["mask"],))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@_register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Client:
+class Client(_Batches):
     """One client of a cohort, as a client function sees it. See `Cohort.clients`.
 
     Attributes:
@@ -130,6 +179,7 @@ class Client:
     num_examples: jax.Array
     position: jax.Array
     key: jax.Array
+    _full: tuple[Any] | None = None
 
     def __repr__(self) -> str:
         return _summary(self, "steps", "batch_size")
@@ -160,7 +210,8 @@ class Client:
         """Loops over the client's batches in order, like `jax.lax.scan`.
 
         Steps without any example are not run. Where several clients are vectorized, a step runs
-        if any of them has examples left, and leaves the carries of the others unchanged.
+        if any of them has examples left, and leaves the carries of the others unchanged. None of
+        this costs anything if the cohort is not `padded`.
 
         Args:
           step: ``step(carry, batch, mask, key) -> carry``. The batch has leaves [batch, ...], the
@@ -194,6 +245,11 @@ class Client:
 
         def at(carry: Carry, numbered: tuple[jax.Array, PyTree, jax.Array]) -> tuple[Carry, None]:
             number, x, mask = numbered
+            if not self.padded:
+                key = jax.random.fold_in(self.key, number)
+                new = step(carry, self._fetch(x), jnp.ones_like(mask), key)
+                _check_carry(new, carry)
+                return new, None
             active = jnp.any(mask)
             someone, mine = any_active(active) if branch else (None, active)
 
@@ -252,9 +308,9 @@ def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: lax.select(mine, n, o), new, old)
 
 
-@jax.tree_util.register_dataclass
+@_register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cohort:
+class Cohort(_Batches):
     """The clients of one round and their batches. `cohorts` makes them.
 
     Attributes:
@@ -268,6 +324,9 @@ class Cohort:
       vectorize: for `fax.map`, if the algorithm does not say how many clients a device vectorizes:
         a bound on its default, such that little of the work is padding, or None. Neighbors have
         about the same length.
+      padded: whether there may be padding. False only if it is known that there is none, as with
+        ``sampler="stream"``; programs are then compiled without what padding needs. With another
+        mask, as in ``dataclasses.replace(cohort, mask=mask)``, this is no longer known.
 
     Example:
 
@@ -285,6 +344,7 @@ class Cohort:
     positions: jax.Array
     keys: jax.Array
     vectorize: AtMost | None = dataclasses.field(default=None, metadata={"static": True})
+    _full: tuple[Any] | None = None
 
     def __repr__(self) -> str:
         return _summary(self, "clients", "steps", "batch_size")
@@ -316,4 +376,5 @@ class Cohort:
                     batches, examples=operators.broadcast(batches.examples, placement=placement)
                 )
             )
-        return Client(batches, self.mask, self.num_examples, self.positions, self.keys)
+        client = Client(batches, self.mask, self.num_examples, self.positions, self.keys)
+        return client if self.padded else dataclasses.replace(client, _full=(self.mask,))

@@ -146,7 +146,8 @@ class CohortBuilder:
         if self.resident is not None:
             batches = Gathered(self.resident.examples, batches, self.resident.axes)
         at_once = AtMost(self.vectorize) if self.vectorize else None
-        return Cohort(batches, mask, counts, positions, keys, at_once)
+        full = (mask,) if self._streams else None  # a stream has no end
+        return Cohort(batches, mask, counts, positions, keys, at_once, full)
 
     def _put(self, arrays: Any, sharding: Any) -> Any:
         """Makes global arrays of the rows of each process."""

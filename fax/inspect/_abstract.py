@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from fax import _compat
 from fax._placement import PlacementError
 from fax.data._cohort import Cohort, Gathered
+from fax.sharding._eval_shape import typed
 from fax.sharding._row_sharding import row_sharding_in_scope
 
 
@@ -24,33 +24,21 @@ def on_described_devices(where: str, tree: Any) -> Any:
     mesh = jax.sharding.get_mesh()
     if mesh.empty or not _compat.is_described(mesh.devices.flat[0]):
         return tree
-    everywhere = PartitionSpec()
-
-    def typed(x: Any, spec: PartitionSpec = everywhere) -> Any:
-        if not isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            return x
-        sharding = getattr(x, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
-            sharding = NamedSharding(mesh, spec)
-        aval = jax.typeof(x)
-        return jax.ShapeDtypeStruct(
-            aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type
-        )
 
     def of_cohort(cohort: Cohort) -> Cohort:
         before = cohort.mask.ndim - 3  # axes before that of the clients: rounds
         spec = PartitionSpec(*[None] * before, *_rows(where, cohort.mask.shape[before]))
-        typed_rows = jax.tree.map(lambda x: typed(x, spec), cohort)
+        typed_rows = jax.tree.map(lambda x: typed(x, mesh, spec), cohort)
         own = cohort.batches
         if isinstance(own, Gathered):
-            shared = everywhere if own.axes is None else PartitionSpec(own.axes)
-            examples = jax.tree.map(lambda x: typed(x, shared), own.examples)
+            shared = PartitionSpec(own.axes)
+            examples = jax.tree.map(lambda x: typed(x, mesh, shared), own.examples)
             batches = dataclasses.replace(typed_rows.batches, examples=examples)
             typed_rows = dataclasses.replace(typed_rows, batches=batches)
         return typed_rows
 
     return jax.tree.map(
-        lambda x: of_cohort(x) if isinstance(x, Cohort) else typed(x),
+        lambda x: of_cohort(x) if isinstance(x, Cohort) else typed(x, mesh),
         tree,
         is_leaf=lambda x: isinstance(x, Cohort),
     )

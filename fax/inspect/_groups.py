@@ -88,10 +88,11 @@ class Devices:
             self._positions = [
                 [p for p, own in enumerate(self._slices) if own == number] for number in found
             ]
-
-    def fits(self) -> bool:
-        """Whether the mesh has as many devices as the program, in each slice."""
-        return all(len(positions) == self.count for positions in self._positions)
+        if any(len(positions) != num_partitions for positions in self._positions):
+            raise ValueError(
+                f"fax.inspect cannot read a program that divides its work into {num_partitions} "
+                f"parts, on a mesh of {len(flat)} devices."
+            )
 
     def positions(self, found: Groups) -> list[list[int]]:
         """Groups of positions in the mesh, from groups of a program's numbers."""

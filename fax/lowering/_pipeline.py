@@ -1,7 +1,8 @@
 """How one `federated_map` becomes XLA, from top to bottom.
 
     evaluate          runs a map outside of any transformation, compiled once for all equal maps
-    lowered           the rule that JAX calls for a map in a function that it compiles
+    lowered           the rule that JAX calls for a map in a function that it compiles; equal maps
+                      share a trace of what follows
     _compute          makes Explicit mesh axes Auto
     _run              runs one map on the mesh in scope, in five steps:
 
@@ -36,7 +37,7 @@ from fax.primitives import _effects, _jaxpr
 from fax.primitives._compile_key import Structure, context, execute
 from fax.primitives._debug_nans import watch_round
 from fax.primitives._mask import apply_masks
-from fax.primitives._round import AtMost, Round
+from fax.primitives._round import AtMost, Round, federated_map_p
 from fax.sharding._mesh import other_axes, split_axes
 from fax.sharding._types import without_explicit_axes
 
@@ -55,17 +56,14 @@ def _evaluate(*operands: Any, **params: Any) -> Sequence[Any]:
 
 
 def lowered(platform: str) -> Callable:
-    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes.
-
-    Equal maps of a module, such as those of an unrolled loop over rounds, share a trace.
-    """
+    """The lowering rule for a platform. In a `jax.shard_map`, it does not check varying axes."""
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         device = Device(platform, _compat.device_kind(ctx, platform))
         avals = tuple(map(_compat.type_without_varying, ctx.avals_in))
         compute = functools.partial(_compute, device=device, **params)
         traces = _compat.cache_of_module(ctx)
-        key = (device, context(), avals, *_params_key(**params))
+        key = (federated_map_p, device, context(), avals, *_params_key(**params))
         if key in traces and traces[key] is None:
             jaxpr, consts = _jaxpr.trace(compute, avals)
             traces[key] = functools.partial(_jaxpr.evaluate, jaxpr, *consts)

@@ -7,18 +7,23 @@ times that of the main memory (HBM).
   - One participant of a small model leaves the device idle most of the time: each operation takes
     thousands of cycles to start. So participants are vectorized, and share the starts.
   - If their copies do not fit into half of the fast memory (their gradients need the other half),
-    each step reads and writes all of them in main memory. This takes longer than the starts.
+    each step reads and writes all of them in main memory, which takes longer than the starts.
+    Where there are convolutions, their results have to fit, too.
   - An exception is a client function whose steps have so many operations that starting them takes
-    longer still, such as a recurrent network. Its copies may fill the whole fast memory.
-  - A convolution whose kernel differs between participants is slower than one convolution after
-    another, both as a grouped convolution and as matrix products.
+    longer still, such as a recurrent network. Its participants are doubled as long as this saves
+    more than reading and writing a copy takes. So memory grows only where it pays.
   - From four million numbers on, participants run one by one: memory has to be that of one.
 
-The number is the largest that this allows, but no larger than what makes the batches equal. On CPU
-it is 1: small matrix products run faster one by one, and in a loop `lax.cond` stays a branch.
+On CPU participants run one by one, too: small matrix products are faster then, and in a loop
+`lax.cond` stays a branch.
 
-The measurements, by `benchmarks/tpu_schedule.py`, are in benchmarks/README.md. GPUs have not been
-measured; their rule is the same with the L2 cache as fast memory.
+The measurements, by `benchmarks/tpu_schedule.py`, are in benchmarks/README.md. In short, cycles as
+multiples of the best, for 64 participants:
+
+TABLE
+
+GPUs have not been measured. Their rule is the same with the L2 cache as fast memory, except that at
+most 16 participants are vectorized, and none with convolutions by kernels of their own.
 """
 
 from __future__ import annotations
@@ -59,20 +64,20 @@ class Chip(NamedTuple):
 _MIB, _GIB = 2**20, 2**30
 # By `jax.Device.device_kind`.
 _TPUS = {
-    "TPU v2": Chip(16 * _MIB, 8 * _GIB, 1_600_000),
-    "TPU v3": Chip(16 * _MIB, 16 * _GIB, 1_600_000),
-    "TPU v4": Chip(128 * _MIB, 32 * _GIB, 1_600_000),
-    "TPU v5 lite": Chip(128 * _MIB, 16 * _GIB, 1_600_000),
-    "TPU v5": Chip(128 * _MIB, 95 * _GIB, 1_600_000),
-    "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 1_600_000),
+    "TPU v2": Chip(16 * _MIB, 8 * _GIB, 2_000_000),
+    "TPU v3": Chip(16 * _MIB, 16 * _GIB, 2_000_000),
+    "TPU v4": Chip(128 * _MIB, 32 * _GIB, 2_000_000),
+    "TPU v5 lite": Chip(128 * _MIB, 16 * _GIB, 1_500_000),
+    "TPU v5": Chip(128 * _MIB, 95 * _GIB, 5_000_000),
+    "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 3_000_000),
 }
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
-_GPU = Chip(32 * _MIB, 16 * _GIB, 1_600_000, grouped=False, most=16)
+_GPU = Chip(40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
 
 # A model with more numbers trains one participant at a time.
 _MOST_NUMBERS = 4_000_000
-# How often a step reads or writes what it carries: forward, backward, and to change it.
-_PASSES = 4
+# How often a step goes through what it carries: forward, backward, and to change it.
+_PASSES = 3
 # The part of main memory that may hold intermediate results, which are estimated from above.
 _TEMPORARY = 1 / 4
 
@@ -116,11 +121,12 @@ def _chip(device: Device) -> Chip:
 
 
 def default(chip: Chip, cost: ClientCost) -> int:
-    """The largest number of vectorized participants that is fast on a chip."""
+    """How many participants of a client function are fast on a chip, if it has many."""
     if cost.numbers > _MOST_NUMBERS or (cost.images and not chip.grouped):
         return 1
-    held, room = max(1, cost.state + cost.images), chip.main * _TEMPORARY
-    most = min(chip.most, chip.fast // held, room // max(1, cost.temporary))
-    within = min(most, chip.fast // 2 // held)
-    starts = cost.products * chip.start / max(1, most)
-    return max(1, int(most if starts > _PASSES * held else within))
+    held = max(1, cost.state + cost.images)
+    most = max(1, min(chip.most, int(chip.main * _TEMPORARY) // max(1, cost.temporary)))
+    found = max(1, chip.fast // 2 // held)
+    while found < most and cost.products * chip.start / (2 * found) > _PASSES * held:
+        found *= 2
+    return min(found, most)
