@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--tasks "logistic;dense"] [--seconds 480] [--json PATH]
 
 A round of federated averaging with 10, 100 and 1,000 clients of ten steps each: the three models of
-the comparison with the peers, two LSTMs and a transformer. fax's default is compared with the best
+the comparison with the peers, an LSTM and a transformer. fax's default is compared with the best
 of 1 to 256 vectorized clients, with DrJAX, and with two rounds by hand: all clients in `jax.vmap`,
 and one after another in a loop. Programs take turns; a time is a median,
 or that of the only run if it takes longer than two seconds.
