@@ -93,8 +93,8 @@ def rounds(
 def _placed(state: Any) -> Any:
     """The state with the types that it has after a part, so that a loop can carry it.
 
-    Replicas may come from anywhere, for example from a checkpoint, and along Explicit mesh axes their
-    sharding is part of their type.
+    Replicas may come from anywhere, for example from a checkpoint, and along Explicit mesh axes
+    their sharding is part of their type.
     """
     group = resolve("replicas", "fax.algorithms")
 
