@@ -71,3 +71,28 @@ def _no_keys(aval: ShapedArray) -> jax.Array:
 
     data = jax.eval_shape(data_of, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     return jax.random.wrap_key_data(jnp.zeros(data.shape, data.dtype), impl=kinds[0])
+
+
+def ordered(mode: str, x: jax.Array) -> jax.Array:
+    """Integers in the order of floats, with NaN at the end that a maximum or minimum takes.
+
+    XLA does not promise that an extremum across devices is NaN if one of the numbers is, and on CPU
+    it ignores NaN.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+    limits = jnp.iinfo(bits.dtype)
+    worst = limits.max if mode == "max" else limits.min
+    return jnp.where(jnp.isnan(x), jnp.asarray(worst, bits.dtype), _turned(bits))
+
+
+def from_ordered(x: jax.Array, dtype: Any) -> jax.Array:
+    """The floats of such integers, or ``x`` if it was not a float."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return lax.bitcast_convert_type(_turned(x), dtype) if floating else x
+
+
+def _turned(bits: jax.Array) -> jax.Array:
+    """The bits of floats as integers of the same order, and back: negative ones are reversed."""
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)

@@ -239,3 +239,24 @@ def test_what_replaces_reductions_of_64_bits_on_tpu(dtype, mode):
         np.testing.assert_allclose(found, expected, rtol=1e-15)
     else:
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_extrema_across_devices_are_nan_if_a_row_is(dtype):
+    """XLA's own maxima across CPU devices ignore NaN. Signs and infinities are kept, too."""
+    x = np.random.default_rng(0).normal(size=(8, 9)).astype(np.float32)
+    x[3, 0], x[5, 1], x[:, 2] = np.nan, -np.nan, np.nan
+    x[2, 3], x[6, 4], x[:, 5], x[:, 6] = np.inf, -np.inf, -np.inf, -np.abs(x[:, 6])
+    x[7, 3] = np.nan
+    x = jnp.asarray(x, dtype)
+    extrema = fax.program(clients=8)(lambda x: (fax.max(x), fax.min(x)))
+    with jax.set_mesh(mesh(clients=4)):
+        found = jax.jit(extrema)(put(x, "clients"))
+        run = lambda x: across("tpu", ("clients",), ["max", "min"], [x, x])  # noqa: E731
+        spread = dict(in_specs=PartitionSpec("clients"), out_specs=PartitionSpec())
+        of_pairs = jax.jit(jax.shard_map(run, check_vma=False, **spread))(x[::2])
+    for mode, own, pair in zip((jnp.max, jnp.min), found, of_pairs, strict=True):
+        assert own.dtype == dtype
+        for got, of in ((own, x), (pair[0], x[::2])):
+            # NumPy does not know which bfloat16 are NaN.
+            np.testing.assert_array_equal(got.astype(float), mode(of, 0).astype(float))

@@ -3,6 +3,9 @@
 Not every compiler reduces every dtype. XLA's for CPU aborts at maxima of bfloat16. That for TPU
 emulates numbers of 64 bits by pairs of 32, and of these only sums of signed ones have an all-reduce
 there; so what it lacks is expressed by what it has.
+
+A maximum or minimum of floats is NaN if one of them is. XLA does not promise this across devices,
+and on CPU it ignores NaN. So they are compared as integers of the same order and size.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ def across(
         for i in paired:
             reduced[i] = _extreme_of_pairs(mode, totals[i], axes)
         which = [i for i in which if i not in paired]
-        wide = [_sendable(platform, totals[i].dtype) for i in which]
-        values = [totals[i].astype(dtype) for i, dtype in zip(which, wide, strict=True)]
-        for i, value in zip(which, collective(values, axes) if values else (), strict=True):
+        wide = [totals[i].astype(_sendable(platform, totals[i].dtype)) for i in which]
+        values = [x if mode == "sum" else _arithmetic.ordered(mode, x) for x in wide]
+        sent = collective(values, axes) if values else ()
+        for i, x, value in zip(which, wide, sent, strict=True):
+            value = value if mode == "sum" else _arithmetic.from_ordered(value, x.dtype)
             reduced[i] = value.astype(totals[i].dtype)
     return reduced
 
@@ -62,10 +67,10 @@ def _extreme_of_pairs(mode: str, x: jax.Array, axes: tuple[str, ...]) -> jax.Arr
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     turn: Callable = (lax.neg if is_float else lax.bitwise_not) if mode == "min" else lambda x: x
     high, low = (_float_pair if is_float else _int_pair)(turn(x))
-    top = lax.pmax(high, axes)
+    top = _arithmetic.from_ordered(lax.pmax(_arithmetic.ordered("max", high), axes), high.dtype)
     least = jnp.asarray(-jnp.inf if is_float else 0, low.dtype)
     rest = lax.pmax(jnp.where(high == top, low, least), axes)
-    if is_float:
+    if is_float:  # NaN as top is NaN here, too
         return turn(top.astype(x.dtype) + rest.astype(x.dtype))
     return turn((top.astype(x.dtype) << 32) | rest.astype(x.dtype))
 

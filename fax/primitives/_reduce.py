@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fax._arithmetic import accumulator_dtype, reduce_rows
+from fax._arithmetic import accumulator_dtype, from_ordered, ordered, reduce_rows
 from fax._placement import Placement
 from fax.primitives._broadcast import broadcast_p
 from fax.primitives._map import reduce_late
@@ -29,10 +29,15 @@ max_p = Primitive("max")
 min_p = Primitive("min")
 
 
-def _compute(x, *, mode, **params):
+def _compute(x, *, mode, platform=None, **params):
     if mode == "mean":
         return (reduce_rows("sum", x) / params["size"]).astype(x.dtype)
-    return reduce_rows(mode, x).astype(x.dtype)
+    if mode == "sum" or platform == "tpu":  # which cannot read the bits of float64
+        return reduce_rows(mode, x).astype(x.dtype)
+    # The rows may be on several devices.
+    wide = x.astype(accumulator_dtype(x.dtype))
+    found = reduce_rows(mode, ordered(mode, wide))
+    return from_ordered(found, wide.dtype).astype(x.dtype)
 
 
 def _abstract_eval(x, **params):
@@ -69,9 +74,12 @@ def _transpose_broadcast(cotangent, x, **params):
 
 for _primitive in (sum_p, mean_p, max_p, min_p):
     _reduce = functools.partial(_compute, mode=_primitive.name)
-    _primitive.def_impl(jax.jit(_reduce, static_argnames=("placement", "size", "axes")))
+    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("placement", "size", "axes")))
     _primitive.def_abstract_eval(_abstract_eval)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_reduce, multiple_results=False))
+    for _platform in (None, "tpu"):
+        _rule = functools.partial(_reduce, platform=_platform)
+        _lowered = mlir.lower_fun(_rule, multiple_results=False)
+        mlir.register_lowering(_primitive, _lowered, platform=_platform)
     batching.primitive_batchers[_primitive] = functools.partial(_batch, _primitive)
 ad.deflinear2(sum_p, _transpose_sum)
 ad.deflinear2(mean_p, _transpose_mean)
