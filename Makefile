@@ -16,6 +16,8 @@
 #   make bench-scaling  measure how fax scales with devices
 #   make bench-tasks  measure training and evaluation of the benchmark models
 #   make bench-algorithms  measure what algorithms and aggregators cost
+#   make bench-tpu    estimate rounds on TPUs with their compiler, without a TPU, in 15 minutes
+#   make bench-gpu    measure rounds on this machine's GPU, in less than 9 minutes
 #   make clean        remove the environments and what was built
 #
 # PYTHON chooses the interpreter, VENV the environment, and JAX the version, as in
@@ -29,7 +31,7 @@ WITH := $(subst =,-,$(JAX))
 # The newest JAX's tests also compile for TPUs.
 TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
-.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms clean
+.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-gpu clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
@@ -91,6 +93,15 @@ bench-tasks: $(VENV)/bench.$(WITH)
 
 bench-algorithms: $(VENV)/bench.$(WITH)
 	$(BIN)/python benchmarks/algorithms.py
+
+# What has been compiled is kept, and not compiled again.
+bench-tpu: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
+	mkdir -p runs
+	$(BIN)/python benchmarks/tpu.py --json runs/tpu.json --figure runs/tpu.png
+
+# For example: make bench-gpu JAX="jax[cuda13]"
+bench-gpu: $(VENV)/bench.$(WITH)
+	$(BIN)/python benchmarks/gpu.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,15 +1,17 @@
 """Weak scaling: the number of clients grows with the number of devices.
 
-    python benchmarks/scaling.py [--only compile|run] [--json PATH]
+    python benchmarks/scaling.py [--only compile|tpu|run] [--json PATH]
 
-Programs are compiled for virtual CPU devices, each number of devices in its own process: the
-compiled program shows what a device needs and sends without running it. The runs use one and two
-devices of a single thread each.
+Programs are compiled for virtual CPU devices, and for TPUs if libtpu is installed, each number of
+devices in its own process: the compiled program shows what a device needs and sends without running
+it. The runs use one and two devices of a single thread each.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -33,6 +35,8 @@ LAYERS, UNITS, EXAMPLES = 4, 256, 4
 MODEL_BYTES = 4 * LAYERS * UNITS**2
 RUN_CLIENTS, RUN_STEPS, RUN_EXAMPLES = 16, 20, 16  # per device
 TURNS, ROUNDS = 7, 15
+TPUS = {8: "v5p:2x2x2", 64: "v5p:4x4x4", 512: "v5p:8x8x8", 4096: "v5p:16x16x16"}
+MODEL_CHIPS = 4  # that share a model, where it is sharded
 COLLECTIVE = re.compile(
     r" = .+? (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -68,15 +72,17 @@ def squares(program: Callable) -> Callable:
     return lambda *args: sum(jnp.sum(x**2) for x in program(*args))
 
 
-def arguments(clients: int, steps: int, examples: int) -> tuple:
-    """The types of the arguments on the mesh in scope."""
+def arguments(clients: int, steps: int, examples: int, *, sharded: bool = False) -> tuple:
+    """The types of the arguments on the mesh in scope, and whether layers are sharded over it."""
 
     def of(shape: tuple[int, ...], *spec: str) -> jax.ShapeDtypeStruct:
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(*spec))
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
     data = of((clients, steps, examples, UNITS), "clients")
-    return [of((UNITS, UNITS))] * LAYERS, data, of((clients,), "clients")
+    specs = [(None, "model"), ("model", None)] if sharded else [()]
+    params = [of((UNITS, UNITS), *specs[i % len(specs)]) for i in range(LAYERS)]
+    return params, data, of((clients,), "clients")
 
 
 # By compilation
@@ -129,6 +135,78 @@ def _compiled(count: int) -> dict[str, Any]:
             sent = len(COLLECTIVE.findall(compiled.as_text()))
             figures[name] = dict(memory=memory, collectives=sent, seconds=min(seconds))
     return figures
+
+
+# By compilation for TPUs
+
+
+def compiling_for_tpus() -> list[Table]:
+    """What a chip holds and sends, and the compilation time, by libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        print("\nTPUs are left out: libtpu is not installed, pip install 'fax-jax[tpu]'.")
+        return []
+    figures = {chips: in_process("_compiled_for_tpus", chips) for chips in TPUS}
+    return [tpu_table(name, figures) for name in figures[8] if name != "empty"]
+
+
+def tpu_table(name: str, figures: dict[int, Any]) -> Table:
+    rows: list[Table] = []
+    for quantity, unit in (
+        ("temporary memory, models", "memory"),
+        ("collectives", "collectives"),
+        ("sent by a chip, models", "sent"),
+        ("compile time, CPU s", "seconds"),
+        ("without that of an empty program", "own"),
+    ):
+        values = [figure[name][unit] for figure in figures.values()]
+        row: Table = {"": quantity}
+        row |= {f"{chips:,} chips": value for chips, value in zip(figures, values, strict=True)}
+        if unit in ("seconds", "own"):
+            growth = values[-1] / values[0]
+            row["target"] = verdict(f"grows less than 1.5 times ({growth:.2f})", growth < 1.5)
+        else:
+            row["target"] = verdict("constant", max(values) <= 1.01 * min(values))
+        rows.append(row)
+    libtpu = importlib.metadata.version("libtpu")
+    title = f"{name}, {CLIENTS_PER_DEVICE} clients a chip, v5p, by the compiler's estimate, libtpu"
+    return dict(title=f"{title} {libtpu}", columns=list(rows[0]), rows=rows)
+
+
+def _compiled_for_tpus(chips: int) -> dict[str, Any]:
+    devices = fax.sharding.topology(TPUS[chips])
+    figures: dict[str, Any] = {}
+    for sharded in (False, True):
+        spread = dict(clients=chips // MODEL_CHIPS, model=MODEL_CHIPS) if sharded else {}
+        mesh = fax.sharding.make_mesh(devices=devices, **(spread or dict(clients=chips)))
+        clients = CLIENTS_PER_DEVICE * chips
+        program = federated_averaging(clients)
+        with jax.set_mesh(mesh):
+            args = arguments(clients, 2, EXAMPLES, sharded=sharded)
+            if not sharded:
+                jax.jit(jnp.sum).lower(args[0][0]).compile()  # do not count one-time loading
+                figures["empty"] = empty = measured(lambda *args: args[2] * 2, args)
+            found = measured(program, args)
+            found["own"] = found["seconds"] - empty["seconds"]
+            where = f"sharded over {MODEL_CHIPS} chips" if sharded else "on every chip"
+            figures[f"A round with the model {where}"] = found
+    return figures
+
+
+def measured(fn: Callable, args: tuple) -> dict[str, Any]:
+    """What a program holds and sends. Seconds are the processor's, so that others do not matter."""
+    seconds = []
+    for _ in range(2):
+        jax.clear_caches()
+        start = time.process_time()
+        compiled = jax.jit(fn).lower(*args).compile()
+        seconds.append(time.process_time() - start)
+    found = fax.inspect.report(compiled)
+    return dict(
+        memory=found.memory.temporary_bytes / MODEL_BYTES,
+        collectives=sum(c.count for c in found.collectives),
+        sent=sum(c.total_bytes for c in found.collectives) / MODEL_BYTES,
+        seconds=min(seconds),
+    )
 
 
 # By running
@@ -185,8 +263,8 @@ def in_process(name: str, count: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PARTS = dict(compile=compiling, run=running)
-CALLED = {fn.__name__: fn for fn in (_compiled, _timed)}
+PARTS = dict(compile=compiling, tpu=compiling_for_tpus, run=running)
+CALLED = {fn.__name__: fn for fn in (_compiled, _compiled_for_tpus, _timed)}
 
 
 def main() -> None:

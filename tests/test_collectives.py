@@ -10,6 +10,7 @@ from meshes import KINDS, mesh, mixed, put
 
 import fax
 from fax.inspect import report
+from fax.lowering._across import across
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 # What a round sends, its gradient sends too, which is looked at for all types of axes.
@@ -213,3 +214,28 @@ def test_batches_are_those_of_a_device(vectorize):
         text = jax.jit(program).lower(np.ones((5, 7)), np.ones((24, 5))).as_text()
     together = {size: f"tensor<{size}x7xf64>" in text for size in (3, 6, 24)}
     assert together == {3: vectorize == 3, 6: False, 24: False}
+
+
+@pytest.mark.parametrize("mode", ["sum", "max", "min"])
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
+def test_what_replaces_reductions_of_64_bits_on_tpu(dtype, mode):
+    """The TPU compiler lacks these reductions. What it gets instead has equal results on CPU."""
+    if dtype == "float64":  # as TPUs have them: sums of two float32
+        low, same = 2.0**-30 * np.arange(-4, 4), np.array([1.5, -1.5, np.inf, -np.inf, 0, np.nan])
+        x = np.stack([np.add.outer(same, low).T, np.outer(low, np.ones(6))], 2)
+    else:
+        rng, limits = np.random.default_rng(0), np.iinfo(dtype)
+        x = rng.integers(limits.min, limits.max, (8, 6, 2), dtype, endpoint=True)
+        x[:, 0], x[0, 0], x[:, 1, 0] = limits.min, limits.max, x[0, 1, 0] & ~0xFF
+        x[:, 1, 0] |= np.arange(8).astype(dtype)  # equal in their high parts
+    run = lambda x: across("tpu", ("clients",), [mode], [x])[0]  # noqa: E731
+    with jax.set_mesh(mesh(clients=8)):
+        spread = dict(in_specs=PartitionSpec("clients"), out_specs=PartitionSpec())
+        found = jax.jit(jax.shard_map(run, check_vma=False, **spread))(x)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = getattr(np, mode)(x, axis=0, keepdims=True)
+    assert found.dtype == dtype
+    if dtype == "float64" and mode == "sum":
+        np.testing.assert_allclose(found, expected, rtol=1e-15)
+    else:
+        np.testing.assert_array_equal(found, expected)

@@ -262,6 +262,33 @@ def test_literals_have_values():
     assert [atom.val for atom in eqn.invars if isinstance(atom, Literal)] == [2.0]
 
 
+def test_where_an_equation_comes_from():
+    def fn(x):
+        with jax.named_scope("outer"):
+            return jnp.sin(x)
+
+    one, two, other = (only("sin", each) for each in (fn, fn, lambda x: jnp.sin(x)))
+    assert _compat.source_of(one) == _compat.source_of(two)
+    (traceback, names), (other_traceback, other_names) = map(_compat.source_of, (one, other))
+    assert (str(names), str(other_names)) == ("outer", "")
+    assert traceback != other_traceback
+
+
+def test_what_is_remembered_while_a_module_is_lowered():
+    seen = []
+    noted_p = Primitive("noted")
+    noted_p.def_abstract_eval(lambda x, number: x)
+
+    def rule(ctx, x, number):
+        seen.append(_compat.cache_of_module(ctx).setdefault(noted_p, number))
+        return [x]
+
+    mlir.register_lowering(noted_p, rule)
+    for numbers in ((1, 2, 3), (4, 5)):
+        jax.jit(lambda x, ns=numbers: [noted_p.bind(x, number=n) for n in ns]).lower(1.0)
+    assert seen == [1, 1, 1, 4, 4]
+
+
 # Devices
 
 

@@ -440,8 +440,10 @@ def test_a_replica_can_be_sharded_itself(kind):
         out = P("data") if kind == "explicit" else None
         return (jnp.einsum("bh,h->b", hidden, params["out"], out_sharding=out) - y) ** 2
 
+    specs = {"in": P(None, "model"), "out": P("model")} if kind == "auto" else None
+
     def run(loss, params):
-        algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2)
+        algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2, sharding=specs)
         data = fax.data.InMemory(shards)
         (cohort,) = first(
             1, fax.data.cohorts(data, 4, 4, sampler="stream", max_steps=4, placement="replicas")
@@ -461,9 +463,35 @@ def test_a_replica_can_be_sharded_itself(kind):
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
     assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
+    # Of "in", each of a replica's four devices sends a fourth. The half of "out" that two devices
+    # have in common has three numbers, which cannot be divided by two. And a few numbers more.
+    assert 8 * (24 / 4 + 6 / 2) < found[0].bytes <= 8 * (24 / 4 + 6 / 2) + 40
     rows = state.replicas.rows
     for tree in (rows.params, rows.optimizer[0].mu):
         assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "message"),
+    [
+        ({"w": P()}, "diloco: params has a leaf 'b', but sharding does not. Pass a"),
+        ({"w": P(), "b": P(), "c": P()}, "sharding has a leaf 'c', but params does not"),
+        ({"w": P(), "b": P(None, "model")}, r"for 'b', which has only 1 axes"),
+        ({"w": P(), "b": "model"}, "sharding has 'model' for 'b', expected a jax.sharding.Part"),
+        ({"w": P("model"), "b": P("replicas")}, "the mesh axis 'replicas' is that of the replicas"),
+        ({"w": P("data"), "b": P()}, "the mesh axis 'data' is not in the mesh in scope"),
+    ],
+)
+def test_shardings_of_replicas_have_to_fit(data, sharding, message):
+    def run():
+        algorithm = diloco(
+            losses_of(Logistic), optax.sgd(INNER), replicas=REPLICAS, sharding=sharding
+        )
+        start = algorithm.init(Logistic.start())
+        jax.eval_shape(algorithm.round, start, next(cohorts(data)))
+
+    with jax.set_mesh(meshes.mesh(replicas=2, model=2)), pytest.raises(ValueError, match=message):
+        run()
 
 
 # Transformations

@@ -13,12 +13,12 @@ from fax.inspect._hlo import arrays, parse
 from fax.inspect._loops import Total, runs
 
 
-def mesh(slices=1, **axes):
+def mesh(slices=1, offset=100_000, **axes):
     """Stands for a mesh of described devices, numbered as those of TPU slices are."""
     sizes = list(axes.values())
     own = np.prod(sizes) // slices
-    ids = [(n + 1) * 100_000 * (slices > 1) + i for n in range(slices) for i in range(own)]
-    devices = np.array([SimpleNamespace(id=i, slice_index=i // 100_000) for i in ids])
+    pairs = [(n, (n + 1) * offset * (slices > 1) + i) for n in range(slices) for i in range(own)]
+    devices = np.array([SimpleNamespace(slice_index=n, id=i) for n, i in pairs])
     return SimpleNamespace(axis_names=tuple(axes), devices=devices.reshape(sizes))
 
 
@@ -66,6 +66,11 @@ def test_three_notations_of_groups(groups, axes, size):
 
 def test_groups_of_one_device_send_nothing():
     assert found("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%s") == ()
+
+
+def test_a_program_that_is_not_divided_over_the_mesh_is_an_error():
+    with pytest.raises(ValueError, match="into 4 parts, on a mesh of 8 devices"):
+        found(partitions=4)
 
 
 def test_groups_that_cannot_be_read_are_an_error():
@@ -178,6 +183,7 @@ def test_an_all_reduce_of_which_a_tpu_keeps_a_part_is_a_reduce_scatter():
 # Slices
 
 
+@pytest.mark.parametrize("offset", [100_000, 4])
 @pytest.mark.parametrize(
     ("target", "kind", "operation", "axes"),
     [
@@ -187,7 +193,7 @@ def test_an_all_reduce_of_which_a_tpu_keeps_a_part_is_a_reduce_scatter():
         ("{{100000->200001}}", "ONE_TO_ONE", "collective-permute", ("a", "b")),
     ],
 )
-def test_what_crosses_slices(target, kind, operation, axes):
+def test_what_crosses_slices(target, kind, operation, axes, offset):
     """The program is that of one slice: the groups within it are numbered from 0."""
     attributes = (
         f"frontend_attributes={{_xla_megascale_target={target},"
@@ -199,7 +205,7 @@ def test_what_crosses_slices(target, kind, operation, axes):
         f"%r = (f32[4]{{0}}, u32[], token[]) recv(%t), channel_id=1, {attributes}",
         "%d = token[] send-done(%s), channel_id=2",
         "ROOT %g = f32[4]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%sum",
-        on=mesh(2, a=2, b=4),
+        on=mesh(2, offset, a=2, b=4),
         partitions=4,
     )
     assert (between.operation, between.axes, between.bytes) == (operation, axes, 16)

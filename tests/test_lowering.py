@@ -88,6 +88,16 @@ def test_maps_that_differ_in_their_settings_do_not(schedules):
     assert len(schedules) == 4
 
 
+@pytest.fixture
+def with_lines():
+    """Lets JAX keep the lines of the source, which tests do without to save time."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 10)
+    yield
+    jax.config.update("jax_traceback_in_locations_limit", limit)
+
+
+@pytest.mark.usefixtures("with_lines")
 def test_profiles_show_the_lines_and_scopes_of_equal_functions():
     def named(name):
         def client(x):

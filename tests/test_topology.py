@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -119,6 +120,29 @@ def test_arguments_are_placed_on_described_devices():
     }  # fmt: skip
     assert (only.operation, only.axes) == ("all-reduce", ("clients",))
     assert found.num_devices == 4
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_a_described_state_is_like_the_real_one(kind):
+    """Parameters that are split, their moments, and rows of replicas."""
+    algorithm = fax.algorithms.diloco(lambda *_: 0.0, optax.adam(0.1), replicas=2, steps=2)
+    with jax.set_mesh(meshes.mesh(kind, replicas=2, model=4)):
+        params = {"in": meshes.put(np.ones((2, 8)), None, "model"), "out": np.ones(3)}
+        real = algorithm.init(params)
+        found = fax.sharding.eval_shape(algorithm.init, params)
+    assert jax.tree.structure(found) == jax.tree.structure(real)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(real), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.sharding.is_equivalent_to(other.sharding, other.ndim)
+    moment = found.replicas.rows.optimizer[0].mu["in"]
+    assert moment.sharding.shard_shape(moment.shape) == (1, 2, 2)
+
+
+def test_without_a_mesh_there_are_no_shardings():
+    found = fax.sharding.eval_shape(lambda x, n: x.sum() * n, np.ones(3, np.float32), n=2)
+    assert (found.shape, found.dtype, found.sharding) == ((), np.float32, None)
+    with pytest.raises(fax.PlacementError, match=r"^fax.sharding.eval_shape: fn is 3, expected a"):
+        fax.sharding.eval_shape(3)
 
 
 @pytest.mark.parametrize("axes", [{"clients": 4}, {"clients": 2, "model": 2}])

@@ -16,6 +16,7 @@ from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
+from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._replicas import (
     Replica,
     identical,
@@ -71,6 +72,7 @@ def diloco(
     steps: int | Callable[[jax.Array], jax.Array] | None = None,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
+    sharding: PyTree = None,
     vectorize: int | None = None,
 ) -> Algorithm:
     """DiLoCo: distributed low-communication training, with an inner and an outer optimizer.
@@ -103,6 +105,10 @@ def diloco(
       aggregator: from `fax.aggregators`; it computes -Δ from the updates θ_i - θ. Default: the
         mean. A private one makes a release in each outer step, even if no replica takes part; see
         `fax.aggregators.releases`.
+      sharding: a pytree like the parameters of `jax.sharding.PartitionSpec`, which says how each
+        replica shards its parameters over Auto axes of the mesh. Then each device of a replica
+        sends a part of its own, even if they have the same parameters, and they gather the
+        results. Along Explicit axes this is known from types, and so is done in any case.
       vectorize: the number of replicas that a device works on at once; see `fax.map`. Default: the
         cohort's setting, or 1 on CPU.
 
@@ -147,6 +153,7 @@ def diloco(
         steps,
         weighted,
         aggregator,
+        sharding,
         vectorize,
     )
 
@@ -160,6 +167,7 @@ def outer_steps(
     steps: int | Callable[[jax.Array], jax.Array] | None,
     weighted: bool,
     aggregator: Aggregator | None,
+    sharding: PyTree,
     vectorize: int | None,
 ) -> Algorithm:
     """The algorithm of `diloco`, for ``where``."""
@@ -169,6 +177,7 @@ def outer_steps(
     elif steps is not None:
         steps = _arguments.count(where, "steps", steps)
     _arguments.flag(where, "weighted", weighted)
+    specs = specs_of(where, sharding)
     aggregator = arguments(
         where,
         loss,
@@ -180,6 +189,7 @@ def outer_steps(
 
     def init(params: PyTree, model_state: PyTree = None) -> DiLoCoState:
         check_averaged_state(where, aggregator, model_state)
+        check_specs(where, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
         start = identical(params, inner_optimizer.init(params), model_state, replicas)
         own = None if aggregator is None else aggregator.init(params)
@@ -194,7 +204,7 @@ def outer_steps(
         rows, weights = state.replicas.rows, n if weighted else None
         updates = fax.map(optax.tree.sub, rows.params, fax.broadcast(state.params))
         mean, heard, aggregator_state, metrics = mean_update(
-            aggregator, updates, here, weights, state.aggregator, key
+            aggregator, updates, here, weights, state.aggregator, key, specs
         )
         delta = optax.tree.scale(-1, mean)
         moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)
@@ -216,7 +226,7 @@ def outer_steps(
 
     def part(state: DiLoCoState, part: Part) -> tuple:
         state, metrics = inner_steps(
-            loss, inner_optimizer, state, part.batches, part.first, vectorize
+            loss, inner_optimizer, state, part.batches, part.first, vectorize, specs
         )
         n = part.cohort.num_examples
         if not callable(steps):
@@ -251,6 +261,7 @@ def local_sgd(
     steps: int | Callable[[jax.Array], jax.Array] | None = None,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
+    sharding: PyTree = None,
     vectorize: int | None = None,
 ) -> Algorithm:
     """Local SGD: after every H local steps, the replicas' parameters are replaced by their mean.
@@ -270,6 +281,7 @@ def local_sgd(
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`; it averages the replicas' updates since the last mean.
         Default: the mean.
+      sharding: how each replica shards its parameters; see `diloco`.
       vectorize: the number of replicas that a device works on at once; see `diloco`.
 
     Returns:
@@ -305,5 +317,6 @@ def local_sgd(
         steps,
         weighted,
         aggregator,
+        sharding,
         vectorize,
     )

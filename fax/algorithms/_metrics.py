@@ -59,6 +59,6 @@ def with_personal(
 
 
 def _result(value: Any) -> jax.Array:
-    if isinstance(value, Mean):
+    if isinstance(value, Mean):  # of nothing it is 0
         return value.total / (value.weight + (value.weight == 0))
     return value.result() if isinstance(value, Statistic) else value

@@ -18,6 +18,7 @@ import fax
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._averaging import next_model_state, strong
+from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
 from fax.data import Cohort
@@ -99,6 +100,7 @@ def inner_steps(
     cohort: Cohort,
     first: Any,
     vectorize: int | None,
+    specs: Specs | None = None,
 ) -> tuple[Any, Metrics]:
     """Trains each replica on its batches, without communication. Call it in a program.
 
@@ -109,6 +111,7 @@ def inner_steps(
       cohort: the batches.
       first: the number of the first step in the round.
       vectorize: see `fax.map`.
+      specs: how parameters are sharded over the devices of a replica, if that is given.
 
     Returns:
       The state with the trained replicas, and their metrics, placed.
@@ -119,14 +122,15 @@ def inner_steps(
         trained = local_steps(
             loss,
             optimizer,
-            replica.params,
+            sharded(specs, replica.params),
             client,
             replica.model_state,
             optimizer_state=replica.optimizer,
             first=first,
             branch=False,
         )
-        return Replica(trained.params, trained.optimizer, trained.model_state), trained.metrics
+        params = sharded(specs, trained.params)
+        return Replica(params, trained.optimizer, trained.model_state), trained.metrics
 
     rows, metrics = fax.map(
         jax.checkpoint(work),  # so that gradients of a round do not store steps
@@ -151,6 +155,7 @@ def mean_update(
     num_examples: jax.Array | None,
     state: PyTree,
     key: jax.Array | None,
+    specs: Specs | None = None,
 ) -> tuple[PyTree, jax.Array, PyTree, dict[str, jax.Array]]:
     """The mean update of the replicas that take part, or the aggregator's. Call it in a program.
 
@@ -161,6 +166,7 @@ def mean_update(
       num_examples: placed weights; None for equal ones.
       state: the aggregator's. Row i belongs to replica i.
       key: for the aggregator.
+      specs: how parameters are sharded over the devices of a replica, if that is known.
 
     Returns:
       The update, with the dtypes of a replica's update; whether there is one, because a replica
@@ -174,6 +180,8 @@ def mean_update(
         taking_part,
         updates,
     )
+    once = crossing("fax.algorithms", specs, zeros)
+    zeros = once.split(zeros)
     weights = here
     if num_examples is not None:
         weights = fax.map(lambda on, n: jnp.where(on, n, 0), taking_part, num_examples)
@@ -186,7 +194,7 @@ def mean_update(
         mean, new, metrics = aggregator.aggregate(zeros, weights, state, key)
         state = optax.tree.where(heard, new, state)
     metrics = sent_metrics(metrics, here, heard)
-    mean = jax.tree.map(lambda x, rows: x.astype(rows.dtype), mean, updates)
+    mean = once.join(jax.tree.map(lambda x, rows: x.astype(rows.dtype), mean, updates))
     return mean, heard, state, metrics
 
 

@@ -12,11 +12,14 @@ from jax import lax
 
 import fax
 from fax import _keys
+from fax._placement import resolve
 from fax.algorithms._averaging import server_key
+from fax.algorithms._clients import is_per_client
 from fax.algorithms._loss import Metrics
 from fax.algorithms._metrics import report
 from fax.data import Cohort
 from fax.data._cohort import Gathered, with_batches
+from fax.sharding._types import as_placed
 
 PyTree = Any
 
@@ -77,6 +80,7 @@ def rounds(
                 state, metrics = part(state, (0, *batches))
             else:
                 numbers = jnp.arange(count, dtype=jnp.int32)
+                state = _placed(state)
                 state, metrics = lax.scan(part, state, (numbers, *jax.tree.map(split, batches)))
                 metrics = jax.tree.map(lambda x: jnp.sum(x, 0), metrics)
             return state, round_metrics(*metrics)
@@ -84,6 +88,20 @@ def rounds(
         return run(state, cohort)
 
     return round
+
+
+def _placed(state: Any) -> Any:
+    """The state with the types that it has after a part, so that a loop can carry it.
+
+    Replicas may come from anywhere, for example from a checkpoint, and along Explicit mesh axes
+    their sharding is part of their type.
+    """
+    group = resolve("replicas", "fax.algorithms")
+
+    def placed(x: Any) -> Any:
+        return jax.tree.map(lambda rows: as_placed(rows, group), x) if is_per_client(x) else x
+
+    return jax.tree.map(placed, state, is_leaf=is_per_client)
 
 
 def _parts(where: str, cohort: Cohort, replicas: int, steps: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
+from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
 from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
@@ -105,6 +106,7 @@ def streaming_diloco(
     alpha: Any = 0.5,
     weighted: bool = False,
     aggregator: Aggregator | None = None,
+    sharding: PyTree = None,
     vectorize: int | None = None,
 ) -> Algorithm:
     """Streaming DiLoCo: averages fragments of the parameters one after the other, in 4 bits.
@@ -150,6 +152,7 @@ def streaming_diloco(
         ``chain(e3m0())``, which rounds them to four bits and sums them in float32. Without
         rounding: ``mean()``. A private one makes a release for each fragment in each period, even
         if no replica takes part, and all of them count; see `fax.aggregators.releases`.
+      sharding: how each replica shards its parameters; see `diloco`.
       vectorize: the number of replicas that a device works on at once; see `diloco`.
 
     Returns:
@@ -191,6 +194,7 @@ def streaming_diloco(
     check_fragments(_WHERE, fragments)
     _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
     _arguments.flag(_WHERE, "weighted", weighted)
+    specs = specs_of(_WHERE, sharding)
     if outer_optimizer is None:
         outer_optimizer = optax.sgd(0.4, momentum=0.9, nesterov=True)
     aggregator = arguments(
@@ -206,6 +210,7 @@ def streaming_diloco(
 
     def init(params: PyTree, model_state: PyTree = None) -> StreamingDiLoCoState:
         check_averaged_state(_WHERE, aggregator, model_state)
+        check_specs(_WHERE, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
         parts = [pick(params, part) for part in cut_up(params)]
 
@@ -238,7 +243,7 @@ def streaming_diloco(
 
         updates = fax.map(update_of, rows.params, fax.broadcast(pick(state.params, part)))
         own = state.aggregators[p]
-        update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key)
+        update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key, specs)
         state = state._replace(aggregators=_with(state.aggregators, p, own))
         if p == len(state.optimizers) - 1:
             own = mean_state(rows.model_state, here, weights, heard, state.model_state)
@@ -287,7 +292,7 @@ def streaming_diloco(
             if event.step > begin:
                 batches = between(part.batches, begin, event.step)
                 state, metrics = inner_steps(
-                    loss, inner_optimizer, state, batches, part.first + begin, vectorize
+                    loss, inner_optimizer, state, batches, part.first + begin, vectorize, specs
                 )
                 begin = event.step
                 trained.append(metrics)

@@ -1,8 +1,8 @@
 """The compiler's own estimate of a TPU program's time.
 
-XLA notes the cycles that it expects of each fusion. Their sum over loops is a lower bound, because
-instructions without a note, collectives and waiting for memory count nothing. It compares schedules
-of the same work well.
+XLA notes the cycles that it expects of each fusion. Their sum over loops is less than all of the
+time: instructions without a note, collectives and waiting for memory count nothing. It is good for
+comparing schedules of the same work.
 """
 
 from __future__ import annotations

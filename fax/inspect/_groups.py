@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 Groups = Sequence[Sequence[int]]
 
+_SLICE = 100_000  # the id of device 3 of the second slice is 200,003
+
 
 def groups_of(text: str, count: int) -> Groups:
     """The groups in a collective's attributes, on ``count`` devices: numbers of devices."""
@@ -49,7 +51,7 @@ def groups_between_slices(text: str) -> Groups:
     if product is None:
         raise ValueError(f"fax.inspect cannot read which slices communicate in {text:.200}")
     slices, devices = (_ranges(part) for part in product.groups())
-    return [[100_000 * number + device for number in slices] for device in devices]
+    return [[_SLICE * number + device for number in slices] for device in devices]
 
 
 def _lists(text: str) -> Groups:
@@ -80,6 +82,12 @@ class Devices:
         self._shape = mesh.devices.shape
         self._slices = [getattr(device, "slice_index", 0) for device in flat]
         self._by_id = {device.id: position for position, device in enumerate(flat)}
+        # XLA counts slices from 1, and devices within each, in case their ids do not.
+        for number, own in enumerate(sorted(set(self._slices)), 1):
+            members = [p for p, other in enumerate(self._slices) if other == own]
+            members.sort(key=lambda position: flat[position].id)
+            for rank, position in enumerate(members):
+                self._by_id.setdefault(_SLICE * number + rank, position)
         self.count = num_partitions
         # By slice, the positions in the mesh of the devices that the program numbers.
         self._positions = [list(range(len(flat)))]
@@ -88,10 +96,11 @@ class Devices:
             self._positions = [
                 [p for p, own in enumerate(self._slices) if own == number] for number in found
             ]
-
-    def fits(self) -> bool:
-        """Whether the mesh has as many devices as the program, in each slice."""
-        return all(len(positions) == self.count for positions in self._positions)
+        if any(len(positions) != num_partitions for positions in self._positions):
+            raise ValueError(
+                f"fax.inspect cannot read a program that divides its work into {num_partitions} "
+                f"parts, on a mesh of {len(flat)} devices."
+            )
 
     def positions(self, found: Groups) -> list[list[int]]:
         """Groups of positions in the mesh, from groups of a program's numbers."""

@@ -58,11 +58,11 @@ class Report:
       flops: floating-point operations of matrix products and convolutions on each device, two for
         each multiplication and addition. Of branches, the most expensive one.
       cycles: of each device, by the compiler's estimate: the sum over all fusions that it has
-        estimated. Collectives and waiting for memory are not in it, so it is a lower bound. None if
-        the compiler estimates nothing, as on CPU and GPU.
+        estimated. Collectives and waiting for memory are not in it. Of branches, the most expensive
+        one. None if the compiler estimates nothing, as on CPU and GPU.
       seconds: the cycles at the clock of the device, or None.
-      unknown_loops: whether there are loops whose number of trips is unknown until they run. In
-        all figures they count as one trip.
+      unknown_loops: whether there are loops in these figures whose number of trips is unknown until
+        they run. They count as one trip.
       padding: of the cohorts among the arguments, or None.
     """
 
@@ -156,6 +156,7 @@ def _read(compiled: Any, rows: Padding | None) -> Report:
     mesh, devices = _devices(compiled, module.num_partitions)
     memory = compiled.memory_analysis()
     work, time = flops(module), cycles(module)
+    unknown = work.unknown_loops or (time is not None and time.unknown_loops)
     clock = CLOCKS_GHZ.get(devices[0].device_kind)
     found = () if mesh is None else collectives(module, Devices(mesh, module.num_partitions))
     return Report(
@@ -173,7 +174,7 @@ def _read(compiled: Any, rows: Padding | None) -> Report:
         flops=work.value,
         cycles=time.value if time else None,
         seconds=time.value / clock / 1e9 if time and clock else None,
-        unknown_loops=work.unknown_loops or any(each.unknown_loops for each in found),
+        unknown_loops=unknown or any(each.unknown_loops for each in found),
         padding=rows,
     )
 

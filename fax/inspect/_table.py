@@ -29,10 +29,8 @@ def of(report: Report) -> str:
         ],
         right=[1],
     )
-    parts += [
-        "",
-        "Collectives of each device in a call:" if report.collectives else "Nothing is sent.",
-    ]
+    heading = "Collectives of each device in a call:"
+    parts += ["", heading if report.collectives else "Nothing is sent."]
     rows = _rows(report.collectives)
     parts += [f"  {line}" for line in _aligned([_HEADER, *rows], right=[3, 4, 5])] if rows else []
     parts += ["", *_costs(report)]
@@ -77,7 +75,7 @@ def _costs(report: Report) -> list[str]:
     lines = [f"Matrix products and convolutions: {at_least}{_count(report.flops)}flop"]
     if report.cycles is not None:
         time = "" if report.seconds is None else f", {_seconds(report.seconds)}"
-        lines += [f"By the compiler's estimate: at least {report.cycles:,} cycles{time}"]
+        lines += [f"Cycles by the compiler's estimate: {at_least}{report.cycles:,}{time}"]
     if report.unknown_loops:
         lines += ["Loops of unknown length count as one trip."]
     if report.padding is not None:

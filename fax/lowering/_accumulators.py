@@ -59,10 +59,10 @@ class Accumulators:
         self._modes, self._avals = modes, avals
         self._often = -(-TERMS // vectorize)  # the number of batches between two moves
         two = [_needs_two(m, a, batches, vectorize) for m, a in zip(modes, avals, strict=True)]
-        joined: dict[Any, list[int]] = {}
+        joined: dict[str | int, list[int]] = {}
         for i, aval in enumerate(avals):
             small = two[i] and aval.size <= LARGE and not sharded
-            joined.setdefault(aval.dtype if small else i, []).append(i)
+            joined.setdefault(str(aval.dtype) if small else i, []).append(i)
         self._parts = list(joined.values())  # the totals in each accumulator
         self._twice = [k for k, own in enumerate(self._parts) if two[own[0]]]
 

@@ -31,12 +31,16 @@ def trace(
     """The jaxpr of a flat function, and the arrays or tracers that it closes over.
 
     The latter are its leading inputs. Unlike `jax.make_jaxpr`, this keeps all of an input's type
-    and lets a function close over tracers. Error messages name ``about``.
+    and lets a function close over tracers. Error messages name ``about``, the user's function.
     """
-    info = debug_info("fax", about or fn, (), {}).with_unknown_names()
+    info = _OF_FAX if about is None else debug_info("fax", about, (), {}).with_unknown_names()
     flat = lu.wrap_init(fn, debug_info=info)
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(flat, list(avals))
     return close(jaxpr), list(consts)
+
+
+# It takes JAX longer to look at a function's signature than to trace a few operations.
+_OF_FAX = debug_info("fax", lambda: None, (), {}).with_unknown_names()
 
 
 def cached(fn: Callable) -> Callable:

@@ -1,0 +1,186 @@
+"""What crosses between replicas is split over the devices of each, so that each byte crosses once.
+
+A replica may have several devices. What some of them have in common, such as parameters that are
+sharded over ``model`` alone on a mesh with the axes ``data`` and ``model``, would be summed over
+the replicas on each of them. Instead each of them sums a part, and then they gather the parts,
+over the connections within a replica, which are faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_map_with_path
+
+import fax
+from fax._placement import resolve
+from fax.algorithms._layers import name_of
+from fax.sharding._mesh import other_axes, split_axes
+
+PyTree = Any
+Specs = dict[str, PartitionSpec]
+
+
+class Crossing(NamedTuple):
+    """How the leaves of an update are sharded over the devices of a replica, by their paths.
+
+    Attributes:
+      before: as the parameters are.
+      across: with every device having a part of its own, where sizes allow that.
+      explicit: whether shardings are types.
+    """
+
+    before: Specs
+    across: Specs
+    explicit: bool
+
+    def split(self, updates: PyTree) -> PyTree:
+        """Updates of replicas, before they are summed. Call it in a program."""
+
+        def one(own: PyTree) -> PyTree:
+            # Without the first sharding, the compiler could shard the parameters like the second.
+            return self._as(self.across, self._as(self.before, own))
+
+        return fax.map(one, updates) if self.across else updates
+
+    def join(self, update: PyTree) -> PyTree:
+        """An update after the sum."""
+        return self._as(self.before, update) if self.across else update
+
+    def _as(self, specs: Specs, tree: PyTree) -> PyTree:
+        place = reshard if self.explicit else lax.with_sharding_constraint
+
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            name = name_of(path)
+            return place(x, specs[name]) if name in self.across else x
+
+        return tree_map_with_path(one, tree)
+
+
+def specs_of(where: str, sharding: PyTree) -> Specs | None:
+    """The shardings of a replica's parameters by their paths, or None if they are not given."""
+    if sharding is None:
+        return None
+    leaves = tree_flatten_with_path(sharding, is_leaf=lambda x: isinstance(x, PartitionSpec))[0]
+    specs = {name_of(path): spec for path, spec in leaves}
+    for name, spec in specs.items():
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"{where}: sharding has {spec!r:.80} for {name!r}, expected a "
+                "jax.sharding.PartitionSpec for each leaf of the parameters."
+            )
+    return specs
+
+
+def check_specs(where: str, specs: Specs | None, params: PyTree) -> None:
+    """Checks that there is a sharding for each leaf of the parameters."""
+    if specs is None:
+        return
+    shapes = {name_of(path): jnp.shape(x) for path, x in tree_flatten_with_path(params)[0]}
+    for name in sorted({*shapes} ^ {*specs}):
+        one, other = ("sharding", "params") if name in specs else ("params", "sharding")
+        raise ValueError(
+            f"{where}: {one} has a leaf {name!r}, but {other} does not. Pass a "
+            "jax.sharding.PartitionSpec for each leaf of the parameters."
+        )
+    for name, shape in shapes.items():
+        if len(specs[name]) > len(shape):
+            raise ValueError(
+                f"{where}: sharding has {specs[name]} for {name!r}, which has only "
+                f"{len(shape)} axes."
+            )
+
+
+def crossing(where: str, specs: Specs | None, updates: PyTree) -> Crossing:
+    """How placed updates cross between replicas. Call it in a program.
+
+    Args:
+      where: the algorithm, for messages.
+      specs: how a replica's parameters are sharded over Auto axes. Along Explicit axes the types
+        of the updates say so.
+      updates: placed, with the same paths as the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = split_axes(resolve(None, where), mesh)
+    sizes = {axis: mesh.shape[axis] for axis in other_axes(axes, mesh)}
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    kinds = {types[axis] for axis in sizes}
+    if specs is not None and not mesh.empty:
+        _check_axes(where, specs, mesh.axis_names, axes)
+    before: Specs = {}
+    across: Specs = {}
+    if len(kinds) == 1 and axes and tree_leaves(updates):
+        for path, x in tree_flatten_with_path(updates)[0]:
+            name, typed = name_of(path), jax.typeof(x).sharding.spec[1:]
+            if kinds == {AxisType.Explicit}:
+                before[name] = PartitionSpec(*typed)
+            elif specs is not None:
+                before[name] = specs[name]
+            else:
+                continue
+            wide = _wide(before[name], x.shape[1:], sizes)
+            if wide is not None:
+                across[name] = wide
+    return Crossing(before, across, kinds == {AxisType.Explicit})
+
+
+def sharded(specs: Specs | None, params: PyTree) -> PyTree:
+    """A replica's parameters with their sharding, if it is given and the mesh has such axes.
+
+    Otherwise the compiler could shard them as it shards what crosses, in the middle of training.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if specs is None or mesh.empty or mesh.explicit_axes:
+        return params
+    if any(axis not in mesh.axis_names for spec in specs.values() for axis in _used(spec)):
+        return params  # `crossing` refuses it
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        return lax.with_sharding_constraint(x, specs[name_of(path)])
+
+    return tree_map_with_path(one, params)
+
+
+def _check_axes(where: str, specs: Specs, known: tuple[str, ...], taken: tuple[str, ...]) -> None:
+    for name, spec in specs.items():
+        for axis in _used(spec):
+            if axis not in known or axis in taken:
+                why = "is that of the replicas" if axis in taken else "is not in the mesh in scope"
+                raise ValueError(
+                    f"{where}: sharding has {spec} for {name!r}, but the mesh axis {axis!r} {why}. "
+                    f"Name axes over which a replica is sharded, of {', '.join(known)}."
+                )
+
+
+def _used(spec: PartitionSpec) -> list[str]:
+    return [axis for entry in spec for axis in _names(entry)]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _wide(
+    spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec | None:
+    """The sharding with all axes that it does not use, or None if there is nothing to add."""
+    entries = [list(_names(entry)) for entry in spec] + [[] for _ in shape[len(spec) :]]
+    local = [size / math.prod(sizes.get(a, 1) for a in own) for size, own in zip(shape, entries)]
+    changed = False
+    for axis in sizes:
+        if axis in _used(spec):
+            continue
+        fitting = [d for d, size in enumerate(local) if size % sizes[axis] == 0]
+        if fitting:
+            # As the last axis of its dimension, it only divides what a device has already.
+            largest = max(fitting, key=lambda d: local[d])
+            entries[largest].append(axis)
+            local[largest] /= sizes[axis]
+            changed = True
+    return PartitionSpec(*(tuple(own) or None for own in entries)) if changed else None
