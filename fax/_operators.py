@@ -135,10 +135,9 @@ def map(
         with `jax.vmap`, and such batches follow one another in a loop. With 1, ``fn`` itself
         runs, so that a `jax.lax.cond` in it is a real branch. Results change only by rounding,
         except where `jax.vmap` changes them: keys of ``impl="rbg"`` or ``"unsafe_rbg"`` draw
-        different numbers when vectorized. Default: on CPU 1. On TPU about as many as
-        have room in the chip's fast memory for what they carry from step to step, at most 64, and
-        1 if that is more than four million numbers, as in a large model. On GPU likewise, but at
-        most 16.
+        different numbers when vectorized. Default: on CPU 1. On TPU about as many as have room in
+        the chip's fast memory for what they carry from step to step, at most 64, and 1 if that is
+        more than four million numbers, as in a large model. On GPU likewise, but at most 16.
         `fax.data.Cohort.vectorize` is a bound on this default.
       convolutions: how convolutions in ``fn`` and its derivatives are computed. Results change
         only by rounding. ``"auto"`` chooses what was fastest in measurements. On CPU that is

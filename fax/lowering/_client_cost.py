@@ -85,8 +85,8 @@ class ClientCost:
         """How many matrix products an equation computes."""
         inner = list(jaxprs_in_params(eqn.params))
         if not inner and any(flags):
-            read = [atom.aval for atom, flag in zip(eqn.invars, flags, strict=True) if flag]
-            size = sum(map(_bytes, [*read, *(var.aval for var in eqn.outvars)]))
+            operands = [atom.aval for atom, flag in zip(eqn.invars, flags, strict=True) if flag]
+            size = sum(map(_bytes, [*operands, *(var.aval for var in eqn.outvars)]))
             self.largest = max(self.largest, size)
         if eqn.primitive is dot_general_p:
             return 1
