@@ -77,6 +77,7 @@ _TPUS = {
     "TPU v5": Chip(128 * _MIB, 95 * _GIB, 5_000_000),
     "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 3_000_000),
 }
+_TPUS |= {"TPU v5p": _TPUS["TPU v5"], "TPU v6e": _TPUS["TPU v6 lite"]}  # their other names
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
 _GPU = Chip(40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
 
