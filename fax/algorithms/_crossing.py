@@ -97,7 +97,7 @@ def check_specs(where: str, specs: Specs | None, params: PyTree) -> None:
             )
 
 
-def crossing(where: str, specs: Specs | None, updates: PyTree) -> Crossing:
+def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> Crossing:
     """How placed updates cross between replicas. Call it in a program.
 
     Args:
@@ -105,6 +105,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree) -> Crossing:
       specs: how a replica's parameters are sharded over Auto axes. Along Explicit axes the types
         of the updates say so.
       updates: placed, with the same paths as the parameters.
+      typed: whether updates may be sharded differently along Explicit axes, which changes types.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = split_axes(resolve(None, where), mesh)
@@ -115,10 +116,11 @@ def crossing(where: str, specs: Specs | None, updates: PyTree) -> Crossing:
         _check_axes(where, specs, mesh.axis_names, axes)
     before: Specs = {}
     across: Specs = {}
-    if len(kinds) == 1 and axes and tree_leaves(updates):
+    explicit = kinds == {AxisType.Explicit}
+    if len(kinds) == 1 and (typed or not explicit) and axes and tree_leaves(updates):
         for path, x in tree_flatten_with_path(updates)[0]:
             name, typed = name_of(path), jax.typeof(x).sharding.spec[1:]
-            if kinds == {AxisType.Explicit}:
+            if explicit:
                 before[name] = PartitionSpec(*typed)
             elif specs is not None:
                 before[name] = specs[name]
@@ -127,7 +129,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree) -> Crossing:
             wide = _wide(before[name], x.shape[1:], sizes)
             if wide is not None:
                 across[name] = wide
-    return Crossing(before, across, kinds == {AxisType.Explicit})
+    return Crossing(before, across, explicit)
 
 
 def sharded(specs: Specs | None, params: PyTree) -> PyTree:

@@ -108,7 +108,8 @@ def diloco(
       sharding: a pytree like the parameters of `jax.sharding.PartitionSpec`, which says how each
         replica shards its parameters over Auto axes of the mesh. Then each device of a replica
         sends a part of its own, even if they have the same parameters, and they gather the
-        results. Along Explicit axes this is known from types, and so is done in any case.
+        results. Along Explicit axes the types say so, and it is done in any case, unless there
+        is an ``aggregator``.
       vectorize: the number of replicas that a device works on at once; see `fax.map`. Default: the
         cohort's setting, or 1 on CPU.
 

@@ -156,6 +156,7 @@ def mean_update(
     state: PyTree,
     key: jax.Array | None,
     specs: Specs | None = None,
+    by_leaf: bool = False,
 ) -> tuple[PyTree, jax.Array, PyTree, dict[str, jax.Array]]:
     """The mean update of the replicas that take part, or the aggregator's. Call it in a program.
 
@@ -167,6 +168,8 @@ def mean_update(
       state: the aggregator's. Row i belongs to replica i.
       key: for the aggregator.
       specs: how parameters are sharded over the devices of a replica, if that is known.
+      by_leaf: whether the aggregator is known to treat leaves one by one, as the mean does. Others
+        may not accept leaves that are sharded over different Explicit axes.
 
     Returns:
       The update, with the dtypes of a replica's update; whether there is one, because a replica
@@ -180,7 +183,7 @@ def mean_update(
         taking_part,
         updates,
     )
-    once = crossing("fax.algorithms", specs, zeros)
+    once = crossing("fax.algorithms", specs, zeros, by_leaf or aggregator is None)
     zeros = once.split(zeros)
     weights = here
     if num_examples is not None:

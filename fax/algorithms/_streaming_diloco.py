@@ -243,7 +243,9 @@ def streaming_diloco(
 
         updates = fax.map(update_of, rows.params, fax.broadcast(pick(state.params, part)))
         own = state.aggregators[p]
-        update, heard, own, metrics = mean_update(mean, updates, here, weights, own, key, specs)
+        update, heard, own, metrics = mean_update(
+            mean, updates, here, weights, own, key, specs, by_leaf=aggregator is None
+        )
         state = state._replace(aggregators=_with(state.aggregators, p, own))
         if p == len(state.optimizers) - 1:
             own = mean_state(rows.model_state, here, weights, heard, state.model_state)
