@@ -119,9 +119,9 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
     explicit = kinds == {AxisType.Explicit}
     if len(kinds) == 1 and (typed or not explicit) and axes and tree_leaves(updates):
         for path, x in tree_flatten_with_path(updates)[0]:
-            name, typed = name_of(path), jax.typeof(x).sharding.spec[1:]
+            name = name_of(path)
             if explicit:
-                before[name] = PartitionSpec(*typed)
+                before[name] = PartitionSpec(*jax.typeof(x).sharding.spec[1:])
             elif specs is not None:
                 before[name] = specs[name]
             else:
