@@ -30,7 +30,7 @@ def run(
     operands: Sequence[jax.Array],
     size: int,
     vectorize: int,
-    sharded: bool,
+    apart: bool,
 ) -> list[jax.Array]:
     """Runs a round for some participants on one device.
 
@@ -40,7 +40,7 @@ def run(
       operands: a value for mode ``server``, ``size`` rows for mode ``placed``.
       size: the number of participants.
       vectorize: how many run at once.
-      sharded: whether values may be sharded over mesh axes that are left to the compiler.
+      apart: whether each total has accumulators of its own; see `Accumulators`.
 
     Returns:
       The outputs, each in its mode. Totals have the dtype in which they are summed.
@@ -77,7 +77,7 @@ def run(
         aval.update(dtype=total_dtype(mode, aval.dtype))
         for mode, aval in zip(reduced, pick(out_reduced, this.value_avals), strict=True)
     ]
-    accumulators = Accumulators(reduced, avals, batches, vectorize, sharded)
+    accumulators = Accumulators(reduced, avals, batches, vectorize, apart)
     if batches == 1:
         placed, parts = several(_slice(rows, 0, whole), vectorize)
         state = accumulators.of(parts)
