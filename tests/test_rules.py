@@ -96,3 +96,11 @@ def test_vmap(program, context):
 def test_the_scope_outside_is_undisturbed():
     jax.grad(with_vjp)(2.0)
     assert fax.placements() == {}
+
+
+def test_reductions_with_jit_disabled():
+    rows = jnp.array([1.0, jnp.nan, 3.0])
+    reduce = fax.program(clients=3)(lambda x: (fax.max(x), fax.min(x), fax.sum(x), fax.mean(x)))
+    with jax.disable_jit():
+        assert np.isnan(reduce(rows)).all()
+        np.testing.assert_array_equal(reduce(rows.at[1].set(2.0)), [3, 1, 6, 2])

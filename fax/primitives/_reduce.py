@@ -40,6 +40,10 @@ def _compute(x, *, mode, platform=None, **params):
     return from_ordered(found, wide.dtype).astype(x.dtype)
 
 
+def _evaluate(reduce, x, **params):
+    return reduce(x, platform=jax.default_backend(), **params)
+
+
 def _abstract_eval(x, **params):
     del params
     return row_aval(x)
@@ -74,7 +78,8 @@ def _transpose_broadcast(cotangent, x, **params):
 
 for _primitive in (sum_p, mean_p, max_p, min_p):
     _reduce = functools.partial(_compute, mode=_primitive.name)
-    _primitive.def_impl(jax.jit(_primitive.bind, static_argnames=("placement", "size", "axes")))
+    _jitted = jax.jit(_reduce, static_argnames=("placement", "size", "axes", "platform"))
+    _primitive.def_impl(functools.partial(_evaluate, _jitted))
     _primitive.def_abstract_eval(_abstract_eval)
     for _platform in (None, "tpu"):
         _rule = functools.partial(_reduce, platform=_platform)
