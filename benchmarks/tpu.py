@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -33,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from figures import Figures
 from jax import lax
 from tables import Table, show
 from workloads import drjax
@@ -183,26 +183,18 @@ def with_drjax(task: Task, clients: int, mesh: jax.sharding.Mesh) -> tuple[Calla
 # Figures
 
 
-class Figures:
+class Rounds:
     """What has been compiled: the estimated seconds of a round, and the memory of a core."""
 
     def __init__(self, path: pathlib.Path | None):
-        self._path = path
-        self.rows: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self.rows = json.loads(path.read_text())
+        self._figures = Figures(path)
 
     def of(
         self, who: str, name: str, cores: int, clients: int, vectorize: int | None = None
     ) -> dict[str, Any]:
         """The figures of a round. ``cycles`` is None if a core has too little memory."""
         key = f"{who} | {name} | {cores} | {clients} | {vectorize or 'default'}"
-        if key not in self.rows:
-            self.rows[key] = measure(who, name, cores, clients, vectorize)
-            print(key, self.rows[key], file=sys.stderr, flush=True)
-            if self._path is not None:
-                self._path.write_text(json.dumps(self.rows, indent=1))
-        return self.rows[key]
+        return self._figures.of(key, lambda: measure(who, name, cores, clients, vectorize))
 
 
 def measure(who: str, name: str, cores: int, clients: int, vectorize: int | None) -> dict[str, Any]:
@@ -250,7 +242,7 @@ def peers() -> tuple[str, ...]:
     return ("fax", "DrJAX") if drjax else ("fax",)
 
 
-def paper(figures: Figures) -> list[Table]:
+def paper(figures: Rounds) -> list[Table]:
     """The tasks as in FedJAX's paper."""
     rows = []
     for name, task in TASKS.items():
@@ -268,7 +260,7 @@ def paper(figures: Figures) -> list[Table]:
     return [dict(title="FedJAX's tasks on TPU v2", columns=list(rows[0]), rows=rows)]
 
 
-def vectorize(figures: Figures) -> list[Table]:
+def vectorize(figures: Rounds) -> list[Table]:
     """The same rounds on one core, by the number of vectorized clients."""
     tables = []
     for name, task in TASKS.items():
@@ -289,7 +281,7 @@ def vectorize(figures: Figures) -> list[Table]:
     return tables
 
 
-def clients(figures: Figures) -> list[Table]:
+def clients(figures: Rounds) -> list[Table]:
     """Seconds of a round by the number of clients."""
     tables = []
     for name, task in TASKS.items():
@@ -308,7 +300,7 @@ def clients(figures: Figures) -> list[Table]:
     return tables
 
 
-def draw(figures: Figures, path: str) -> None:
+def draw(figures: Rounds, path: str) -> None:
     """Draws the seconds of a round by the number of clients."""
     from matplotlib.figure import Figure
 
@@ -341,7 +333,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="what has been compiled")
     parser.add_argument("--figure", metavar="PATH", help="draw rounds by clients to a file")
     options = parser.parse_args()
-    figures = Figures(options.json)
+    figures = Rounds(options.json)
     for name in [options.only] if options.only else PARTS:
         for table in PARTS[name](figures):
             show(table)

@@ -21,10 +21,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 from convolutions import LAYERS, equations
+from figures import Figures
 from flax import nnx
 from jax import lax
 from tables import show
-from tpu_schedule import KINDS, Figures, cost, versions
+from tpu_schedule import KINDS, cost, versions
 
 from fax.lowering.convolutions._matmul import Convolution, best_way, convolve
 from fax.lowering.convolutions._max_pool import max_pool_cotangent

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from figures import Figures
 from jax.sharding import SingleDeviceSharding
 from tables import show
 from tpu_clients import DRIVE, GRADIENT, POWER_SGD, TASKS, round_of
@@ -36,24 +35,6 @@ VECTORIZED = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = (*TASKS, f"dense{GRADIENT}", f"MLP 4.4 M{GRADIENT}", f"dense{DRIVE}", f"dense{POWER_SGD}")
 # Clients with convolutions, and the number of vectorized clients where all settings are compared.
 CONVOLUTIONS, SETTINGS, SOME = ("EMNIST CNN", "ResNet-18"), ("auto", "xla", "matmul"), (1, 4)
-
-
-class Figures:
-    """What has been compiled, by what it is."""
-
-    def __init__(self, path: pathlib.Path | None):
-        self._path = path
-        self.rows: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self.rows = json.loads(path.read_text())
-
-    def of(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self.rows:
-            self.rows[key] = measure()
-            print(key, self.rows[key], file=sys.stderr, flush=True)
-            if self._path is not None:
-                self._path.write_text(json.dumps(self.rows, indent=1))
-        return self.rows[key]
 
 
 def versions() -> str:

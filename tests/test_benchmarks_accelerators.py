@@ -102,7 +102,7 @@ def test_what_is_in_the_file_is_not_compiled_again(monkeypatch, tmp_path):
     monkeypatch.setattr(tpu, "measure", measure)
     path = tmp_path / "figures.json"
     for _ in range(2):
-        figures = tpu.Figures(path)
+        figures = tpu.Rounds(path)
         found = [figures.of("fax", "small", 1, 3, v)["cycles"] for v in (None, 2, None)]
         assert found == [1, 2, 1]
     assert len(made) == len(json.loads(path.read_text())) == 2
