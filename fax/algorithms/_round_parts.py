@@ -18,7 +18,8 @@ from fax.algorithms._clients import is_per_client
 from fax.algorithms._loss import Metrics
 from fax.algorithms._metrics import report
 from fax.data import Cohort
-from fax.data._cohort import Gathered, with_batches
+from fax.data._batches import with_batches
+from fax.data._cohort import Gathered
 from fax.sharding._types import as_placed
 
 PyTree = Any

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import fax._operators as operators
+from fax.data._batches import Batches, register
 from fax.primitives._any_active import any_active
 from fax.primitives._round import AtMost
 
@@ -98,58 +99,9 @@ def _features(batches: PyTree, leading: int) -> str:
     return f"features={', '.join(shown)}"
 
 
-class _Batches:
-    """What a client and a cohort have in common.
-
-    Whether there may be padding is static in a pytree. In Python it is known of a certain mask, and
-    so is no longer known if another one takes its place, as with `dataclasses.replace`.
-    """
-
-    mask: Any
-    _full: tuple[Any] | None
-
-    @property
-    def padded(self) -> bool:
-        """Whether there may be padding. If not, ``mask`` is known to be True everywhere."""
-        return self._full is None or self._full[0] is not self.mask
-
-
-Batched = TypeVar("Batched", bound=_Batches)
-
-
-def with_batches(x: Batched, batches: PyTree, mask: jax.Array) -> Batched:
-    """Other batches, with a mask that has padding only if that of ``x`` has."""
-    replaced: Any = dataclasses.replace  # type checkers do not see that these are dataclasses
-    return replaced(x, batches=batches, mask=mask, _full=None if x.padded else (mask,))
-
-
-def _register(cls: type[Batched]) -> type[Batched]:
-    """Registers a dataclass as a pytree."""
-    kind: Any = cls  # type checkers do not see that it is a dataclass
-    own = [field for field in dataclasses.fields(kind) if field.name != "_full"]
-    arrays = [field.name for field in own if not field.metadata.get("static")]
-    static = [field.name for field in own if field.metadata.get("static")]
-
-    def flatten(x: Any) -> tuple[list[Any], Any]:
-        known = *(getattr(x, name) for name in static), x.padded
-        return [getattr(x, name) for name in arrays], known
-
-    def flatten_with_keys(x: Any) -> tuple[list[Any], Any]:
-        values, known = flatten(x)
-        return list(zip(map(jax.tree_util.GetAttrKey, arrays), values)), known
-
-    def unflatten(known: Any, values: Any) -> Any:
-        *others, padded = known
-        given = dict(zip([*arrays, *static], [*values, *others]))
-        return kind(**given, _full=None if padded else (given["mask"],))
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
-@_register
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Client(_Batches):
+class Client(Batches):
     """One client of a cohort, as a client function sees it. See `Cohort.clients`.
 
     Attributes:
@@ -308,9 +260,9 @@ def _select(mine: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: lax.select(mine, n, o), new, old)
 
 
-@_register
+@register
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cohort(_Batches):
+class Cohort(Batches):
     """The clients of one round and their batches. `cohorts` makes them.
 
     Attributes:
