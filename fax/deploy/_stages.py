@@ -1,0 +1,78 @@
+"""Stages: what each client computes in one step of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import export
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr
+
+from fax.deploy._values import CutError
+from fax.primitives import _jaxpr
+from fax.primitives._compile_key import Structure
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """A function of what one client has and receives.
+
+    Attributes:
+      name: differs between the stages of a plan.
+      jaxpr: the function.
+      inputs: for each operand ``server``, the same for all clients, or ``placed``, the client's row.
+      outputs: for each result ``placed``, which stays with the client, or how the server combines
+        what clients send: ``sum``, ``max`` or ``min``.
+    """
+
+    name: str
+    jaxpr: ClosedJaxpr
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @functools.cached_property
+    def run(self) -> Callable[..., list[jax.Array]]:
+        """The function, compiled."""
+        return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
+
+    def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
+        """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
+        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
+        return bytes(export.export(self.run, platforms=tuple(platforms))(*types).serialize())
+
+
+class Stages:
+    """The stages of a plan. Functions that compute the same are one stage."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Stage] = {}
+
+    def __iter__(self):
+        return iter(self._known.values())
+
+    def of(
+        self,
+        what: str,
+        fn: Callable[..., Sequence[Any]],
+        avals: Sequence[ShapedArray],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+    ) -> Stage:
+        """The stage of a function of one client's operands, whose types are ``avals``."""
+        jaxpr, consts = _jaxpr.trace(lambda *xs: list(fn(*xs)), avals)
+        if consts:
+            raise CutError(f"{what} closes over arrays; pass them as arguments.")
+        if jaxpr.effects:
+            raise CutError(
+                f"{what} has effects, such as a callback or printing, which clients cannot carry "
+                "out for the server. Remove them, for example jax.debug.print."
+            )
+        key = (Structure(jaxpr), tuple(jaxpr.in_avals), tuple(inputs), tuple(outputs))
+        name = f"{what} {len(self._known) + 1}"
+        return self._known.setdefault(key, Stage(name, jaxpr, tuple(inputs), tuple(outputs)))
