@@ -302,15 +302,13 @@ def _lines(audit: Audit) -> list[str]:
     lines += [f"  {line}" for line in aligned([header, *rows], right=[1, 2, 3, 4])]
     lines += ["", "How clients' data leave them:"]
     lines += [f"  {line}" for line in aligned(list(audit.statements.items()), right=[])]
-    for name, rows in audit.chosen.items():
-        lines.append(f"  For {name} the server chooses a row for each client: {', '.join(rows)}.")
+    for name, chosen in audit.chosen.items():
+        lines.append(f"  For {name} the server chooses a row for each client: {', '.join(chosen)}.")
     return [*lines, "", *_LIMITS]
 
 
 def _kinds(exchange: Exchange) -> Mapping[str, None]:
-    return dict.fromkeys(
-        f"{m.mode} of {m.type}" for m in exchange.messages if m.mode in _LEAVING
-    )
+    return dict.fromkeys(f"{m.mode} of {m.type}" for m in exchange.messages if m.mode in _LEAVING)
 
 
 _LIMITS = (

@@ -16,14 +16,14 @@ from jax.extend.core import primitives as p
 
 from fax import _compat
 from fax.deploy._steps import Block, Branch, OnClients, Scan, Send, While
-from fax.deploy._values import CutError, Value, of_rows, row_of
+from fax.deploy._values import CutError, Value, aval_of, of_rows, row_of
 
 if TYPE_CHECKING:
     from fax.deploy._cut import Writer
 
 
 def sent(writer: Writer, value: Value, axis: int, like: Value | None) -> Value:
-    """The server's value, with each row at its client: those that hold ``like`` if that is given."""
+    """The server's value, with each row at its client: at those that hold ``like``, if given."""
     if value.axis == axis:
         return value
     if value.held:
@@ -68,7 +68,7 @@ def _cond(writer: Writer, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     for block in blocks:
         axes = _joined(axes, _axes(block.outputs))
     blocks = [_returning(writer, block, axes) for block in blocks]
-    results = [Value(var.aval, axis) for var, axis in zip(eqn.outvars, axes, strict=True)]
+    results = [Value(aval_of(var), axis) for var, axis in zip(eqn.outvars, axes, strict=True)]
     writer.steps.append(Branch((which, *rest), tuple(results), tuple(blocks)))
     return results
 
@@ -117,9 +117,8 @@ def _scan(writer: Writer, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     at = [None if x.axis is None else _element(writer, x, x.axis) for x in sequences]
     stack, results = [], [Value(x.aval, x.axis) for x in carry]
     for value, var in zip(body.outputs[carries:], eqn.outvars[carries:], strict=True):
-        held = value.axis is not None
-        results.append(Value(var.aval, value.axis + 1 if held else None))
-        stack.append(_stack(writer, value, results[-1], length) if held else None)
+        results.append(Value(aval_of(var), None if value.axis is None else value.axis + 1))
+        stack.append(_stack(writer, value, results[-1], length) if value.held else None)
     if not length and stack:
         raise CutError("A loop without iterations stacks results; leave it out.")
     writer.steps.append(

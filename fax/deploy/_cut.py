@@ -9,22 +9,23 @@ blocks of steps inside. Everything else would need the rows themselves at the se
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
-from jax.extend.source_info_util import summarize
 
+import fax
 from fax import _compat
 from fax.deploy import _control
 from fax.deploy._rows import of_rows
 from fax.deploy._stages import Stages
 from fax.deploy._steps import Block, Equation, OnClients, OnServer, Pull, Set, Step, Take
-from fax.deploy._values import CutError, Value, row_of
+from fax.deploy._values import CutError, Value, aval_of, row_of
 from fax.deploy._values import of_rows as type_of_rows
 from fax.primitives import _jaxpr
 from fax.primitives._collect import collect_p, distribute_p
@@ -105,11 +106,13 @@ class Writer:
         self, fn: Callable, operands: Sequence[Value], results: Sequence[Any]
     ) -> list[Value]:
         """Adds what the server computes, to the last step if that is the server's, too."""
-        made = [Value(var.aval) for var in results]
+        made = [Value(aval_of(var)) for var in results]
         part = Equation(fn, tuple(operands), tuple(made))
-        if not self.steps or not isinstance(self.steps[-1], OnServer):
-            self.steps.append(OnServer((), (), []))
-        self.steps[-1].equations.append(part)
+        last = self.steps[-1] if self.steps else None
+        if not isinstance(last, OnServer):
+            last = OnServer((), (), [])
+            self.steps.append(last)
+        last.equations.append(part)
         return made
 
     def on_clients(
@@ -136,11 +139,11 @@ class Writer:
         if not self.cutter.pull:
             raise CutError(
                 f"The server would need the rows of {value.aval.str_short()} from all clients: "
-                f"{reason}, at {summarize(eqn.source_info)}. Reduce them with fax.sum or fax.mean, "
+                f"{reason}, at {_line(eqn)}. Reduce them with fax.sum or fax.mean, "
                 "or allow it by pull=True."
             )
         result = Value(value.aval)
-        self.steps.append(Pull((value,), (result,), f"{reason}, {summarize(eqn.source_info)}"))
+        self.steps.append(Pull((value,), (result,), f"{reason}, at {_line(eqn)}"))
         return result
 
     def _map(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -156,7 +159,7 @@ class Writer:
             given.append(value)
             axes.append(0 if mode.mode == "placed" else None)
         results = [
-            Value(var.aval, 0 if out.mode == "placed" else None)
+            Value(aval_of(var), 0 if out.mode == "placed" else None)
             for var, out in zip(eqn.outvars, this.outputs, strict=True)
         ]
         step = self.on_clients(
@@ -186,13 +189,15 @@ class Writer:
         if value.axis != 0:
             value = self.moved(value, eqn)
         size, name = eqn.params["size"], eqn.params["placement"]
-        total = Value(eqn.outvars[0].aval)
+        total = Value(aval_of(eqn.outvars[0]))
         mode = _REDUCTIONS[eqn.primitive]
         step = self.on_clients(name, lambda row: [row], [value], [0], [total], [mode], size)
         self.steps.append(step)
         if eqn.primitive is not mean_p:
             return total
-        return self.on_server(lambda xs: [(xs[0] / size).astype(xs[0].dtype)], [total], eqn.outvars)[0]
+        return self.on_server(
+            lambda xs: [(xs[0] / size).astype(xs[0].dtype)], [total], eqn.outvars
+        )[0]
 
     def _renamed(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value] | None:
         """Rows taken or replaced by numbers that the server knows."""
@@ -200,7 +205,7 @@ class Writer:
             axis = _rows_of_numbers(operands[1])
             if axis is None:
                 return None
-            result = Value(eqn.outvars[0].aval, 0)
+            result = Value(aval_of(eqn.outvars[0]), 0)
             clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
             self.steps.append(Take(tuple(operands), (result,), clips))
             return [result]
@@ -223,21 +228,35 @@ class Writer:
             return None
         axis = first.axis
         # The server's arrays with that axis are sent row by row.
-        axes = [
-            axis if x.held or x.aval.ndim == first.aval.ndim else None for x in operands
-        ]
+        axes = [axis if x.held or x.aval.ndim == first.aval.ndim else None for x in operands]
         like = eqn.replace(params=found.params)
 
         def fn(*rows: Any) -> list[Any]:
             given = [x if a is None else jnp.expand_dims(x, a) for x, a in zip(rows, axes)]
             return [jnp.squeeze(y, found.axis) for y in _jaxpr.bind(like, given)]
 
-        results = [Value(var.aval, found.axis) for var in eqn.outvars]
+        results = [Value(aval_of(var), found.axis) for var in eqn.outvars]
         modes = ["placed"] * len(results)
         self.steps.append(
             self.on_clients(eqn.primitive.name, fn, operands, axes, results, modes, size)
         )
         return results
+
+
+_OPERATORS = pathlib.Path(fax.__file__).parent
+
+
+def _line(eqn: JaxprEqn) -> str:
+    """The line that called an operator: a user's, or that of an algorithm or aggregator."""
+    for file, line in _compat.frames_of(eqn):
+        path = pathlib.Path(file)
+        if path.parent not in (_OPERATORS, _OPERATORS / "primitives") and not _of_jax(path):
+            return f"{file}:{line}"
+    return "an unknown line"
+
+
+def _of_jax(path: pathlib.Path) -> bool:
+    return path.is_relative_to(pathlib.Path(jax.__file__).parent)
 
 
 def _takes_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
@@ -299,5 +318,3 @@ def _only_needed(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
         needed.update(step.operands)
         kept.append(step)
     return kept[::-1]
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fax.data import Gathered
+from fax.deploy._artifacts import save
 from fax.deploy._audit import Audit, audit
 from fax.deploy._backend import Backend
 from fax.deploy._cut import Cutter
-from fax.deploy._stages import Stage
+from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
 from fax.deploy._values import CutError, Held, Row
 
@@ -117,7 +119,7 @@ class Plan:
             if value.held and not isinstance(x, Held):
                 rows = runner.send(rows_of(jnp.asarray(x), 0), None)
                 x = Held(rows, value.aval.shape, value.aval.dtype)
-            given.append(x)
+            given.append(x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype))
         return jax.tree.unflatten(self._results, self._block.run(runner, given))
 
     def audit(self) -> Audit:
@@ -134,6 +136,21 @@ class Plan:
           {"[0]['words']": 'only through sums over 3'}
         """
         return audit(self._block, self._names)
+
+    def save(self, folder: str | os.PathLike, platforms: Sequence[str] = PLATFORMS) -> None:
+        """Writes the stages and the audit to a new folder, for clients that have JAX alone.
+
+        ``python -m fax.deploy.client`` runs them with ``--plan``; so does the file
+        ``fax/deploy/client.py`` on a machine without fax. See `Processes` for a server.
+
+        Args:
+          folder: where to. It may exist if it is empty.
+          platforms: what the stages are compiled for.
+
+        Raises:
+          FileExistsError: if the folder is not empty.
+        """
+        save(folder, self.stages, self.audit(), platforms)
 
     def fetch(self, backend: Backend, tree: PyTree) -> PyTree:
         """The values with every `Held` replaced by an array of its rows."""
@@ -258,5 +275,3 @@ def _check_type(name: str, x: Any, value: Any) -> None:
             f"Plan.run: {name} is held by clients, but the plan was made for a value of the "
             "server; add its name to held= of fax.deploy.cut."
         )
-
-

@@ -102,6 +102,7 @@ class Processes:
                 process.stdin.close()
                 self._processes.append(process)
             links = {}
+            # The listener has no timeout of its own.
             listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
             for _ in range(number):
                 link = self._accept(listener)
@@ -139,7 +140,7 @@ class Processes:
             missing at some.
         """
         types = {(c, n): (t, tuple(s)) for rows in self._about for c, n, t, s in rows}
-        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))  # type: ignore
+        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))
         chosen = everybody if clients is None else list(clients)
         found = {}
         for name in dict.fromkeys(name for _, name in types):
@@ -176,22 +177,19 @@ class Processes:
         name = self._deploy(stage, {self._process(client) for client in clients})
         kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
         shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
-        own = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
+        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
         parts: dict[int, list[int]] = {}
         for number, client in enumerate(clients):
             parts.setdefault(self._process(client), []).append(number)
         for process, numbers in parts.items():
-            jobs = [
-                [clients[i], [x[i].slot if isinstance(x[i], Row) else x[i] for x in own], kept[i]]
-                for i in numbers
-            ]
+            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
             self._send(process, "run", stage=name, shared=shared, jobs=jobs)
         sent: dict[int, list[Any]] = {}
         for process, numbers in parts.items():
             sent.update(zip(numbers, self._receive(process), strict=True))
         contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
         return [
-            [Row(client, slots[k]) for client, slots in zip(clients, kept, strict=True)]
+            [Row(client, str(own[k])) for client, own in zip(clients, kept, strict=True)]
             if mode == "placed"
             else combine(mode, next(contributions))
             for k, mode in enumerate(stage.outputs)
@@ -267,6 +265,11 @@ class Processes:
         return ClientError(
             f"Process {process} has ended with status {status}. It ran the clients {clients}."
         )
+
+
+def _named(x: Any) -> Any:
+    """The name of what a client holds, or a value for it."""
+    return x.slot if isinstance(x, Row) else x
 
 
 _blobs: weakref.WeakKeyDictionary[Stage, tuple[str, bytes]] = weakref.WeakKeyDictionary()

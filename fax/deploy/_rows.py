@@ -15,6 +15,7 @@ from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
 from fax._compat import Named
+from fax.deploy._values import aval_of
 from fax.primitives._rowwise import is_elementwise
 
 
@@ -98,9 +99,11 @@ def _broadcast(eqn: JaxprEqn, axis: int, size: int) -> OfRows | None:
 def _reshape(eqn: JaxprEqn, axis: int, size: int) -> OfRows | None:
     if eqn.params["dimensions"] is not None:
         return None
-    before, sizes = math.prod(eqn.invars[0].aval.shape[:axis]), eqn.params["new_sizes"]
+    before, sizes = math.prod(aval_of(eqn.invars[0]).shape[:axis]), eqn.params["new_sizes"]
     products = itertools.accumulate((1, *sizes), lambda total, n: total * n)
-    places = (i for i, (n, total) in enumerate(zip(sizes, products)) if (n, total) == (size, before))
+    places = (
+        i for i, (n, total) in enumerate(zip(sizes, products)) if (n, total) == (size, before)
+    )
     new = next(places, None)
     if new is None:
         return None

@@ -26,7 +26,7 @@ class Stage:
     Attributes:
       name: differs between the stages of a plan.
       jaxpr: the function.
-      inputs: for each operand ``server``, the same for all clients, or ``placed``, the client's row.
+      inputs: for each operand ``server``, the same for all clients, or ``placed``, its own row.
       outputs: for each result ``placed``, which stays with the client, or how the server combines
         what clients send: ``sum``, ``max`` or ``min``.
     """
@@ -37,8 +37,8 @@ class Stage:
     outputs: tuple[str, ...]
 
     @functools.cached_property
-    def run(self) -> Callable[..., list[jax.Array]]:
-        """The function, compiled."""
+    def run(self) -> Any:
+        """The jitted function. It returns a list."""
         return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:

@@ -1,11 +1,11 @@
 """The steps of a plan, and how each of them runs.
 
-    OnServer    computes with the server's values
-    OnClients   has every client run a stage; what it makes stays there, or the server combines it
-    Take, Set   rename rows by numbers that the server knows: no row moves
-    Send        gives each client its row of a server's value
-    Pull        fetches the rows of clients, if the plan may
-    Branch, While, Scan    choose or repeat other steps, on the server
+OnServer    computes with the server's values
+OnClients   has every client run a stage; what it makes stays there, or the server combines it
+Take, Set   rename rows by numbers that the server knows: no row moves
+Send        gives each client its row of a server's value
+Pull        fetches the rows of clients, if the plan may
+Branch, While, Scan    choose or repeat other steps, on the server
 """
 
 from __future__ import annotations
@@ -176,11 +176,12 @@ class Set(Step):
 
 @dataclasses.dataclass(eq=False)
 class Send(Step):
-    """Gives each client its row of the first operand: the clients of the second, if there is one."""
+    """Gives each client its row of the first operand: those that hold the second, if given."""
 
     def run(self, runner, operands):
         value, *like = operands
         (result,) = self.results
+        assert result.axis is not None
         rows = rows_of(value, result.axis)
         return [_held(runner.send(rows, like[0] if like else None), result)]
 

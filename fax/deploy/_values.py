@@ -70,6 +70,11 @@ class Held:
         return f"Held({self.dtype}[{size}], {len(self.rows)} rows along axis {self.axis})"
 
 
+def aval_of(var: Any) -> ShapedArray:
+    """The type of a variable of a jaxpr."""
+    return var.aval
+
+
 def row_of(aval: ShapedArray, axis: int) -> ShapedArray:
     """The type of one row."""
     shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])

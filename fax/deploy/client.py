@@ -50,7 +50,8 @@ def encode(message: Any) -> bytes:
             return {str(name): plain(value) for name, value in x.items()}
         if isinstance(x, list | tuple):
             return [plain(value) for value in x]
-        if x is None or isinstance(x, bool | int | float | str):
+        number = isinstance(x, bool | int | float) and not isinstance(x, np.generic)
+        if x is None or number or isinstance(x, str):
             return x
         if isinstance(x, bytes):
             buffers.append(x)
@@ -126,7 +127,9 @@ class _Buffer:
         if self.kind == "bytes":
             return bytes(part)
         array = np.frombuffer(part, self.dtype).reshape(self.shape)
-        return array if self.key is None else jax.random.wrap_key_data(array, impl=self.key)
+        if self.key is None:
+            return array
+        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=self.key)
 
 
 def _count(x: Any) -> int:
@@ -138,7 +141,7 @@ def _count(x: Any) -> int:
 # Stages
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The server asked for something that the client does not do."""
 
 
@@ -158,14 +161,16 @@ class Clients:
         plan: dict[str, Any] | None = None,
         folder: pathlib.Path | None = None,
     ):
-        self._values = {(client, name): x for client, own in data.items() for name, x in own.items()}
+        self._values = {
+            (client, name): x for client, own in data.items() for name, x in own.items()
+        }
         self._plan = plan
         self._stages: dict[str, Callable] = {}
         for name, stage in (plan or {"stages": {}})["stages"].items():
             assert folder is not None
             blob = (folder / stage["file"]).read_bytes()
             if hashlib.sha256(blob).hexdigest() != name:
-                raise Refused(f"{stage['file']} is not what the plan's manifest says.")
+                raise RefusedError(f"{stage['file']} is not what the plan's manifest says.")
             self._stages[name] = _loaded(blob)
 
     def answer(self, request: dict[str, Any]) -> Any:
@@ -181,9 +186,9 @@ class Clients:
 
     def do_stage(self, name: str, blob: bytes) -> None:
         if hashlib.sha256(blob).hexdigest() != name:
-            raise Refused("a stage is not what its name says")
+            raise RefusedError("a stage is not what its name says")
         if self._plan is not None:
-            raise Refused("a stage is not in the plan that this client was given")
+            raise RefusedError("a stage is not in the plan that this client was given")
         self._stages[name] = _loaded(blob)
 
     def do_put(self, clients: list[Any], slots: list[str], values: list[Any]) -> None:
@@ -192,7 +197,7 @@ class Clients:
 
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
-            raise Refused("the plan that this client was given fetches no rows")
+            raise RefusedError("the plan that this client was given fetches no rows")
         return [self._values[client, slot] for client, slot in rows]
 
     def do_free(self, rows: list[Any]) -> None:
@@ -207,7 +212,7 @@ class Clients:
         each output the name under which it stays, or None if it is sent.
         """
         if stage not in self._stages:
-            raise Refused("a stage is unknown")
+            raise RefusedError("a stage is unknown")
         run, sent = self._stages[stage], []
         for client, own, keep in jobs:
             self._check(stage, keep)
@@ -228,7 +233,7 @@ class Clients:
             return
         stays = [mode == "placed" for mode in self._plan["stages"][stage]["outputs"]]
         if [name is not None for name in keep] != stays:
-            raise Refused("a result would be sent that stays with the client in the plan")
+            raise RefusedError("a result would be sent that stays with the client in the plan")
 
 
 def _loaded(blob: bytes) -> Callable:
@@ -237,7 +242,10 @@ def _loaded(blob: bytes) -> Callable:
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     """The manifest of a saved plan."""
-    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    if plan.get("format") != 1:
+        raise RefusedError(f"{folder} has format {plan.get('format')!r}, expected 1.")
+    return plan
 
 
 def serve(link: Any, clients: Clients) -> None:
@@ -261,7 +269,8 @@ def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         spec = importlib.util.spec_from_file_location("clients_data", module)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         found = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
     else:
