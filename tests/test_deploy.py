@@ -128,6 +128,12 @@ def squares(scale, rows):
 ROWS = {"x": np.random.default_rng(0).normal(size=(3, 4))}
 
 
+def test_clients_do_not_send_what_nobody_needs():
+    """The gradient does not need the value."""
+    exchanges = deploy.cut(jax.grad(squares), 1.0, ROWS, held=["x"]).audit().exchanges
+    assert [exchange.bytes("sum") for exchange in exchanges] == [0, 8]
+
+
 def many(scale, rows):
     def again(scale, _):
         return scale - 0.1 * squares(scale, rows), scale

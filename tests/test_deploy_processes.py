@@ -12,7 +12,7 @@ import pytest
 
 import fax
 from fax import deploy
-from fax.deploy import client as runtime
+from fax.deploy import _client as runtime
 
 CLIENTS = ["ann", "bob", "cleo"]
 # What each process does: it holds rows that would be recognized anywhere.

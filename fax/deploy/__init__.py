@@ -1,5 +1,9 @@
 """Programs as plans, which run where the data are: in other processes, and on devices."""
 
+from fax import _extras
+
+_extras.require("fax.deploy", "flatbuffers", "deploy")
+
 from fax.deploy._audit import Audit as Audit
 from fax.deploy._audit import Exchange as Exchange
 from fax.deploy._audit import Message as Message

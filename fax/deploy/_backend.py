@@ -99,8 +99,23 @@ class InProcess:
 def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:
     """The sum, maximum or minimum of what clients sent.
 
-    Floats are summed in float64, or in their own dtype if that has more bits, so that the order of
-    clients hardly matters. Integers wrap, as in the program.
+    Floats are summed in float64, so that the order of clients hardly matters. Integers wrap, as in
+    the program.
+
+    Args:
+      mode: ``sum``, ``max`` or ``min``.
+      contributions: one array from each client, all of the same shape.
+
+    Returns:
+      An array of that shape.
+
+    Raises:
+      ValueError: if there are no contributions, or their shapes differ.
+
+    Example:
+
+      >>> fax.deploy.combine("sum", [jnp.array([1, 2]), jnp.array([3, 4])]).tolist()
+      [4, 6]
     """
     rows = np.stack([np.asarray(x) for x in contributions])
     if mode != "sum":

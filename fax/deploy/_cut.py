@@ -8,7 +8,9 @@ blocks of steps inside. Everything else would need the rows themselves at the se
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,7 +69,7 @@ class Writer:
         return self.block(inputs, outputs)
 
     def block(self, inputs: list[Value], outputs: list[Value]) -> Block:
-        return Block(inputs, _only_needed(self.steps, outputs), outputs, self.constants)
+        return Block(inputs, self._only_needed(outputs), outputs, self.constants)
 
     def _interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         return _jaxpr.interpret(jaxpr, operands, self.equation, self._constant)
@@ -242,6 +244,34 @@ class Writer:
         )
         return results
 
+    def _only_needed(self, outputs: Sequence[Value]) -> list[Step]:
+        """The steps that outputs need. Clients do not even compute what nobody needs."""
+        needed: set[Value] = set(outputs)
+        kept: list[Step] = []
+        for step in reversed(self.steps):
+            if isinstance(step, OnServer):
+                step = _needed_equations(step, needed)
+            if needed.isdisjoint(step.results):
+                continue
+            if isinstance(step, OnClients):
+                step = self._needed_results(step, needed)
+            needed.update(step.operands)
+            kept.append(step)
+        return kept[::-1]
+
+    def _needed_results(self, step: OnClients, needed: set[Value]) -> OnClients:
+        wanted = [value in needed for value in step.results]
+        if all(wanted):
+            return step
+        stage, used = self.cutter.stages.keep(step.stage, wanted)
+        return dataclasses.replace(
+            step,
+            operands=tuple(itertools.compress(step.operands, used)),
+            results=tuple(itertools.compress(step.results, wanted)),
+            stage=stage,
+            axes=tuple(itertools.compress(step.axes, used)),
+        )
+
 
 _OPERATORS = pathlib.Path(fax.__file__).parent
 
@@ -294,27 +324,16 @@ def _replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
     )
 
 
-def _only_needed(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
-    """The steps that outputs need, each with the operands and results that are needed."""
-    needed, kept = set(outputs), []
-    for step in reversed(steps):
-        if isinstance(step, OnServer):
-            equations = []
-            made: set[Value] = set()
-            wanted = set(needed)
-            for part in reversed(step.equations):
-                if wanted.isdisjoint(part.results):
-                    continue
-                equations.append(part)
-                wanted.update(part.operands)
-                made.update(part.results)
-            if not equations:
-                continue
-            results = tuple(value for value in made if value in needed)
-            used = dict.fromkeys(v for part in equations for v in part.operands if v not in made)
-            step = OnServer(tuple(used), results, equations[::-1])
-        elif needed.isdisjoint(step.results):
+def _needed_equations(step: OnServer, needed: set[Value]) -> OnServer:
+    wanted, equations = set(needed), []
+    made: list[Value] = []
+    for part in reversed(step.equations):
+        if wanted.isdisjoint(part.results):
             continue
-        needed.update(step.operands)
-        kept.append(step)
-    return kept[::-1]
+        equations.append(part)
+        wanted.update(part.operands)
+        made += part.results
+    own = set(made)
+    used = dict.fromkeys(v for part in equations for v in part.operands if v not in own)
+    results = tuple(value for value in made if value in needed)
+    return OnServer(tuple(used), results, equations[::-1])

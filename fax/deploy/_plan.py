@@ -69,7 +69,9 @@ def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = 
     cutter = Cutter(pull)
     block = cutter.block(jaxpr, [0 if own else None for own in where])
     names = [jax.tree_util.keystr(path) for path, _ in paths]
-    return Plan(block, tuple(cutter.stages), tree, jax.tree.structure(out), tuple(names))
+    return Plan(
+        block, tuple(dict.fromkeys(block.stages())), tree, jax.tree.structure(out), tuple(names)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,8 +142,7 @@ class Plan:
     def save(self, folder: str | os.PathLike, platforms: Sequence[str] = PLATFORMS) -> None:
         """Writes the stages and the audit to a new folder, for clients that have JAX alone.
 
-        ``python -m fax.deploy.client`` runs them with ``--plan``; so does the file
-        ``fax/deploy/client.py`` on a machine without fax. See `Processes` for a server.
+        The file ``fax/deploy/_client.py`` runs them on a machine without fax; see `Processes`.
 
         Args:
           folder: where to. It may exist if it is empty.

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from fax import _arguments
-from fax.deploy import client as runtime
+from fax.deploy import _client as runtime
 from fax.deploy._backend import combine
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
@@ -33,7 +33,7 @@ class ClientError(RuntimeError):
 class Processes:
     """Clients in processes on this machine. A process runs several clients one after another.
 
-    The processes run `fax/deploy/client.py` with JAX alone. They hold what is put there, or the
+    The processes run `fax/deploy/_client.py` with JAX alone. They hold what is put there, or the
     data that they load themselves, and send what stages send. Everything goes over sockets of this
     machine's loopback interface, with a key that only these processes know.
 

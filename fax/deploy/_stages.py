@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -53,9 +54,6 @@ class Stages:
     def __init__(self) -> None:
         self._known: dict[Hashable, Stage] = {}
 
-    def __iter__(self):
-        return iter(self._known.values())
-
     def of(
         self,
         what: str,
@@ -73,6 +71,19 @@ class Stages:
                 f"{what} has effects, such as a callback or printing, which clients cannot carry "
                 "out for the server. Remove them, for example jax.debug.print."
             )
-        key = (Structure(jaxpr), tuple(jaxpr.in_avals), tuple(inputs), tuple(outputs))
+        return self._known_as(what, jaxpr, tuple(inputs), tuple(outputs))
+
+    def keep(self, stage: Stage, wanted: Sequence[bool]) -> tuple[Stage, list[bool]]:
+        """A stage with only some of its results, and which of the operands it needs."""
+        jaxpr, used = _jaxpr.prune(stage.jaxpr, wanted)
+        inputs = itertools.compress(stage.inputs, used)
+        outputs = itertools.compress(stage.outputs, wanted)
+        what = stage.name.rpartition(" ")[0]
+        return self._known_as(what, jaxpr, tuple(inputs), tuple(outputs)), used
+
+    def _known_as(
+        self, what: str, jaxpr: ClosedJaxpr, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> Stage:
+        key = (Structure(jaxpr), tuple(jaxpr.in_avals), inputs, outputs)
         name = f"{what} {len(self._known) + 1}"
-        return self._known.setdefault(key, Stage(name, jaxpr, tuple(inputs), tuple(outputs)))
+        return self._known.setdefault(key, Stage(name, jaxpr, inputs, outputs))

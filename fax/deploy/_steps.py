@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -48,10 +48,9 @@ class Step:
     def run(self, runner: Runner, operands: list[Any]) -> Sequence[Any]:
         raise NotImplementedError
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The steps inside."""
-        return ()
+    def stages(self) -> Iterator[Stage]:
+        """What clients run."""
+        return iter(())
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,6 +68,11 @@ class Block:
     steps: list[Step]
     outputs: list[Value]
     constants: dict[Value, Any]
+
+    def stages(self) -> Iterator[Stage]:
+        """What clients run, in the order of the steps."""
+        for step in self.steps:
+            yield from step.stages()
 
     @functools.cached_property
     def _last(self) -> list[list[Value]]:
@@ -128,6 +132,9 @@ class OnClients(Step):
     placement: str
     size: int
     axes: tuple[int | None, ...]
+
+    def stages(self):
+        yield self.stage
 
     def run(self, runner, operands):
         found = runner.on_clients(self.stage, self.size, operands, self.axes)
@@ -203,9 +210,9 @@ class Branch(Step):
 
     branches: tuple[Block, ...]
 
-    @property
-    def blocks(self):
-        return self.branches
+    def stages(self):
+        for block in self.branches:
+            yield from block.stages()
 
     def run(self, runner, operands):
         which, *rest = operands
@@ -221,9 +228,9 @@ class While(Step):
     body: Block
     reads: tuple[int, int]
 
-    @property
-    def blocks(self):
-        return self.condition, self.body
+    def stages(self):
+        yield from self.condition.stages()
+        yield from self.body.stages()
 
     def run(self, runner, operands):
         one, other = self.reads
@@ -251,9 +258,11 @@ class Scan(Step):
     at: tuple[OnClients | None, ...]
     stack: tuple[OnClients | None, ...]
 
-    @property
-    def blocks(self):
-        return (self.body,)
+    def stages(self):
+        for step in (*self.at, *self.stack):
+            if step is not None:
+                yield step.stage
+        yield from self.body.stages()
 
     def run(self, runner, operands):
         read = operands[: self.reads]

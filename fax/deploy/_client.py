@@ -1,6 +1,6 @@
 """A process that runs stages for some clients. It needs JAX, and neither fax nor the model's code.
 
-    python client.py ADDRESS [--load MODULE:FUNCTION] [--number N] [--plan FOLDER]
+    python _client.py ADDRESS [--load MODULE:FUNCTION] [--number N] [--plan FOLDER]
 
 connects to a server, which sends stages and what they work on. The server gets only what a stage
 sends, or rows that it asks for. With ``--load``, the clients' data come from a function, called
