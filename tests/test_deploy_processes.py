@@ -249,6 +249,19 @@ def test_what_is_saved(saved):
         plan.save(folder)
 
 
+def test_processes_with_a_plan(saved):
+    folder, plan = saved
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    other = deploy.cut(lambda rows: squares(2.0, rows["x"]), {"x": x}, held=["x"])
+    with deploy.Processes(1, plan=folder) as backend:
+        total, stays = plan.run(backend, {"x": x})
+        np.testing.assert_allclose(total, np.sin(x).sum())
+        with pytest.raises(deploy.ClientError, match="fetches no rows"):
+            plan.fetch(backend, stays)
+        with pytest.raises(deploy.ClientError):  # the plan has no such results
+            other.run(backend, {"x": x})
+
+
 def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
     folder, _ = saved
     manifest = runtime.read_plan(folder)

@@ -71,6 +71,10 @@ class Processes:
         self.sent = self.received = 0
         self._timeout = timeout
         self._plan = plan
+        self._saved: dict[str, str] | None = None  # the names of stages and their hashes
+        if plan is not None:
+            stages = runtime.read_plan(pathlib.Path(plan))["stages"]
+            self._saved = {stage["name"]: name for name, stage in stages.items()}
         self._slots = itertools.count()
         self._freed: list[tuple[Hashable, str]] = []
         self._home: dict[Hashable, int] = {}
@@ -157,9 +161,7 @@ class Processes:
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, self._slot()) for client in clients]
-        parts: dict[int, list[int]] = {}
-        for number, client in enumerate(clients):
-            parts.setdefault(self._process(client), []).append(number)
+        parts = self._by_process(clients)
         for process, own in parts.items():
             self._send(
                 process,
@@ -178,9 +180,7 @@ class Processes:
         kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
         shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
         placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
-        parts: dict[int, list[int]] = {}
-        for number, client in enumerate(clients):
-            parts.setdefault(self._process(client), []).append(number)
+        parts = self._by_process(clients)
         for process, numbers in parts.items():
             jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
             self._send(process, "run", stage=name, shared=shared, jobs=jobs)
@@ -196,10 +196,11 @@ class Processes:
         ]
 
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        return [
-            self._ask(self._process(row.client), "fetch", rows=[[row.client, row.slot]])[0]
-            for row in rows
-        ]
+        found: dict[int, Any] = {}
+        for process, numbers in self._by_process([row.client for row in rows]).items():
+            own = [[rows[i].client, rows[i].slot] for i in numbers]
+            found.update(zip(numbers, self._ask(process, "fetch", rows=own), strict=True))
+        return [found[i] for i in range(len(rows))]
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
         self._freed += rows  # later, because this may be called at any moment
@@ -214,13 +215,26 @@ class Processes:
 
     def _deploy(self, stage: Stage, processes: Iterable[int]) -> str:
         """Sends a stage where it is not known yet, and returns its name there."""
+        if self._saved is not None:
+            if stage.name not in self._saved:
+                raise ClientError(
+                    f"The stage {stage.name!r} is not in the plan in {self._plan}, which has "
+                    f"{list(self._saved)}."
+                )
+            return self._saved[stage.name]
         name, blob = _exported(stage)
-        if self._plan is None:
-            for process in processes:
-                if name not in self._known[process]:
-                    self._ask(process, "stage", name=name, blob=blob)
-                    self._known[process].add(name)
+        for process in processes:
+            if name not in self._known[process]:
+                self._ask(process, "stage", name=name, blob=blob)
+                self._known[process].add(name)
         return name
+
+    def _by_process(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
+        """The numbers of the clients that each process runs."""
+        parts: dict[int, list[int]] = {}
+        for number, client in enumerate(clients):
+            parts.setdefault(self._process(client), []).append(number)
+        return parts
 
     def _process(self, client: Hashable) -> int:
         return self._home.setdefault(client, len(self._home) % len(self._links))
@@ -278,7 +292,7 @@ _blobs: weakref.WeakKeyDictionary[Stage, tuple[str, bytes]] = weakref.WeakKeyDic
 def _exported(stage: Stage) -> tuple[str, bytes]:
     """The stage for CPUs, and its hash."""
     if stage not in _blobs:
-        blob = stage.exported()
+        blob = stage.exported(["cpu"])
         _blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
     return _blobs[stage]
 
