@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import scripts
+from scripts import EXAMPLES
 
 import fax
 from fax import deploy
@@ -107,7 +109,7 @@ def test_a_process_that_dies_is_noticed_and_traffic_is_the_audits():
         (exchange,) = plan.audit().exchanges
         sent = sum(map(array_bytes, backend.traffic))
         assert sent == exchange.clients * exchange.bytes("down", "row", "sum")
-        backend._processes[1].kill()
+        backend.kill(1)
         with pytest.raises(deploy.ClientError, match=r"Process 1 has ended with status -9.*\[1\]"):
             plan.run(backend, 1.5, rows)
 
@@ -117,6 +119,17 @@ def test_a_function_that_fails_says_so(tmp_path):
     file.write_text("def load(number):\n    raise SystemExit(7)\n")
     with pytest.raises(deploy.ClientError, match="ended at its start, with status 7"):
         deploy.Processes(1, load=f"{file}:load")
+
+
+def test_the_example(run):
+    text = run(EXAMPLES / "hand_over.py", "--rounds", 3)
+    assert "[1].batches['x']  only through sums over 3" in text
+    loss, accuracy = scripts.numbers(
+        r"training loss ([\d.]+), accuracy on all digits ([\d.]+) %?", text
+    )
+    assert loss < 2
+    assert accuracy > 20
+    assert "Process 1 has ended with status -9. It ran the clients ['client 1']." in text
 
 
 # Messages

@@ -136,6 +136,11 @@ class Processes:
         """Stops the processes."""
         self._finalizer()
 
+    def kill(self, process: int) -> None:
+        """Kills a process, to try what happens then."""
+        self._processes[process].kill()
+        self._processes[process].wait()
+
     def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
         """What the clients loaded, by name: for some clients, or for all in the order of names.
 
