@@ -69,10 +69,11 @@ def main():
             start = time.perf_counter()
             state, metrics = plan.run(backend, state, cohort(number))
             seconds.append(time.perf_counter() - start)
+        share = float(accuracy(algorithm.params(state)))
         print(
             f"{options.rounds} rounds, training loss {float(metrics['loss']):.3f}, accuracy on all "
-            f"digits {float(accuracy(algorithm.params(state))):.1%}, {np.median(seconds):.4f} s per "
-            f"round, {backend.received / options.rounds / 1e3:.1f} kB received per round"
+            f"digits {share:.1%}, {np.median(seconds):.4f} s per round, "
+            f"{backend.received / options.rounds / 1e3:.1f} kB received per round"
         )
         backend.kill(1)
         try:
