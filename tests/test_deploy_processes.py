@@ -124,9 +124,8 @@ def test_a_function_that_fails_says_so(tmp_path):
 def test_the_example(run):
     text = run(EXAMPLES / "hand_over.py", "--rounds", 3)
     assert "[1].batches['x']  only through sums over 3" in text
-    loss, accuracy = scripts.numbers(
-        r"training loss ([\d.]+), accuracy on all digits ([\d.]+) %?", text
-    )
+    pattern = r"training loss ([\d.]+), accuracy on all digits ([\d.]+)%"
+    loss, accuracy = scripts.numbers(pattern, text)
     assert loss < 2
     assert accuracy > 20
     assert "Process 1 has ended with status -9. It ran the clients ['client 1']." in text
