@@ -138,6 +138,8 @@ class MimeLite(Mime):
 
 
 PAPERS = [Scaffold, Mime, MimeLite]
+# For tests of what Mime and MimeLite share.
+EACH_KIND = [Scaffold, Mime, pytest.param(MimeLite, marks=pytest.mark.long)]
 PAIRS = [
     (paper, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, paper in enumerate(PAPERS)
@@ -361,7 +363,7 @@ def test_many_rounds_are_rounds(data):
 # Models with state, aggregators, mistakes
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", EACH_KIND)
 def test_model_state_is_that_of_averaging(data, paper):
     """A running mean of the features, and a counter, which is not averaged."""
 
@@ -396,7 +398,7 @@ class Counting(fax.aggregators.Transformation):
         return super().__new__(cls, init, update)
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", EACH_KIND)
 def test_updates_go_through_the_aggregator(data, paper):
     algorithm = paper.make(Logistic, aggregator=fax.aggregators.chain(Counting()))
     cohort = next(cohorts(data))
