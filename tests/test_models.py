@@ -228,7 +228,7 @@ def plain_lstm(z, recurrent):
 def test_the_derivative_of_the_lstm():
     rng = np.random.default_rng(0)
     z, recurrent = rng.normal(size=(5, 2, 12)), rng.normal(size=(3, 12))
-    check_grads(recur, (z, recurrent), order=2, modes=("fwd", "rev"), rtol=1e-5)
+    check_grads(jax.jit(recur), (z, recurrent), order=2, modes=("fwd", "rev"), rtol=1e-5)
 
     def gradient(fn):
         return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(fn(*a))), argnums=(0, 1)))
