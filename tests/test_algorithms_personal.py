@@ -218,7 +218,7 @@ def test_rounds_are_those_of_the_paper(data, paper):
 @pytest.mark.parametrize(
     ("paper", "setting"),
     [
-        (paper, setting)
+        problems.case(paper, setting)
         for i, paper in enumerate(ALGORITHMS)
         for j, setting in enumerate(list(problems.SETTINGS)[1:])  # without a mesh: above
         if j != (i + 1) % 4

@@ -141,7 +141,7 @@ PAPERS = [Scaffold, Mime, MimeLite]
 # For tests of what Mime and MimeLite share.
 EACH_KIND = [Scaffold, Mime, pytest.param(MimeLite, marks=pytest.mark.long)]
 PAIRS = [
-    (paper, [Logistic, Quadratic][(i + j) % 2], setting)
+    problems.case(paper, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, paper in enumerate(PAPERS)
     for j, setting in enumerate(SETTINGS)
     if paper is Scaffold or (i + j) % 2

@@ -108,7 +108,7 @@ CASES = {
     ),
 }
 PAIRS = [
-    (case, [Logistic, Quadratic][(i + j) % 2], setting)
+    problems.case(case, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, case in enumerate(CASES)
     for j, setting in enumerate(SETTINGS)
     if setting == "jitted" or (i + j) % len(CASES) in (2, 3)

@@ -110,7 +110,9 @@ PAIRS = [
 assert {setting for *_, setting in PAIRS} == set(SETTINGS)
 
 
-@pytest.mark.parametrize(("problem", "first_order", "setting"), PAIRS)
+@pytest.mark.parametrize(
+    ("problem", "first_order", "setting"), [problems.case(*pair) for pair in PAIRS]
+)
 def test_rounds_are_those_of_the_paper(data, problem, first_order, setting):
     context, at_once = problems.setting(setting)
     with context:
