@@ -31,6 +31,9 @@ WITH := $(subst =,-,$(JAX))
 # The newest JAX's tests also compile for TPUs.
 TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
+# The tests start many processes, which need not all compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-gpu clean
 
 quickstart: $(VENV)/examples.$(WITH)
