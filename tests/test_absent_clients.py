@@ -80,13 +80,13 @@ def local(params, x):
     return jax.tree.map(lambda p, x: p * jnp.log(p * x), params, x)
 
 
-# What stands behind a transformation: an aggregator of each kind, and of means, which stand behind
-# all of them in the first case, only one that needs what clients send as it is. Some are
-# differentiated, for the others' derivatives are those of a masked sum, as the mean's, or zero.
+# What stands behind a transformation: an aggregator of each kind. The mean does in the case "none".
+# Some are differentiated, for the others' derivatives are those of a masked sum, as the mean's, or
+# zero.
 KINDS = ("dp_ftrl", "gaussian", "krum", "power_sgd", "secure_sum")
 DIFFERENTIATED = ("krum", "mean", "power_sgd")
-# Encodings and a scaling, client by client: what one of them does before another aggregator, the
-# others do.
+# Encodings and a scaling, client by client: before an aggregator other than the mean, what one of
+# them does, the others do.
 ALIKE = ("drive", "e3m0", "hadamard", "terngrad", "top_k", "clip_by_norm", "uniform_quantization")
 FIRST = [
     pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE[:-2])) for name in TRANSFORMATIONS

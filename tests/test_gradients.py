@@ -297,7 +297,7 @@ KIND_NAMES = [kind.__name__ for kind, _ in KINDS]
 
 FIRST_DERIVATIVES = {"grad": "reverse", "jit": "reverse", "jvp": "forward"}
 # Of each kind of map all ways, and of each reduction those of a mean and those of an extremum. Each
-# map and reduction is differentiated once in both modes, and twice in one of the ways.
+# map and each reduction is differentiated once, in every mode, and twice, in one of the ways.
 COVERING = pytest.mark.kinds(
     name=lambda name: name in ("max", "min"),
     kind=lambda kind: "map" if kind in (of_a_checkpointed_map, of_two_maps) else kind,
