@@ -31,14 +31,17 @@ WITH := $(subst =,-,$(JAX))
 # The newest JAX's tests also compile for TPUs.
 TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 
+# The tests start many processes, which need not all compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-gpu clean
 
 quickstart: $(VENV)/examples.$(WITH)
 	$(BIN)/python examples/federated_averaging.py
 
-# Only installs what the targets of these names need.
+# Only installs what the targets of these names need, all at once: make environment EXTRAS=docs,test
 EXTRAS ?= test
-environment: $(EXTRAS:%=$(VENV)/%.$(WITH))
+environment: $(VENV)/$(EXTRAS).$(WITH)
 
 test: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -107,10 +110,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# A stamp for each extra and version of JAX, made anew when the requirements change.
+# A stamp for each extra and version of JAX, made anew when the requirements change. Several extras
+# are separated by commas.
+comma := ,
 $(VENV)/%.$(WITH): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]" "$(JAX)"
-	@touch $@
+	@touch $@ $(patsubst %,$(VENV)/%.$(WITH),$(subst $(comma), ,$*))
 
 # Where the TPU compiler cannot be installed, its tests are skipped, and the next run tries again.
 $(VENV)/tpu.$(WITH): pyproject.toml | $(VENV)/test.$(WITH)

@@ -27,6 +27,9 @@ import subsets  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
+# JAX computes the key of every program in its persistent cache, even if it has no folder for that.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_enable_compilation_cache", False)
 # Of each operation, XLA is told the name, but not the lines of Python that it comes from.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # Tests leave many objects that live on, in JAX's caches. The garbage collector looks through them

@@ -25,10 +25,12 @@ SETTINGS = {
 }
 
 
-# For tests of code that is on a mesh of 1 as on one of 2.
-EACH_SETTING = [
-    pytest.param(name, marks=[pytest.mark.long] * (name == "a mesh of 1")) for name in SETTINGS
-]
+def case(*values):
+    """A case of a test of code that does the same on a mesh of 1 as on one of 2."""
+    return pytest.param(*values, marks=[pytest.mark.long] * ("a mesh of 1" in values))
+
+
+EACH_SETTING = [case(name) for name in SETTINGS]
 
 
 def setting(name, placement="clients"):

@@ -218,7 +218,7 @@ def test_rounds_are_those_of_the_paper(data, paper):
 @pytest.mark.parametrize(
     ("paper", "setting"),
     [
-        (paper, setting)
+        problems.case(paper, setting)
         for i, paper in enumerate(ALGORITHMS)
         for j, setting in enumerate(list(problems.SETTINGS)[1:])  # without a mesh: above
         if j != (i + 1) % 4
@@ -281,7 +281,7 @@ def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
         alpha=0.0,
         alpha_optimizer=optax.set_to_zero(),
     )
-    state, _ = alone.round(alone.init(Logistic.start()), next(cohorts(data)))
+    state, _ = jax.jit(alone.round)(alone.init(Logistic.start()), next(cohorts(data)))
     every = jax.tree.map(lambda x: np.broadcast_to(x, (N, *x.shape)), state.params)
     assert_trees_close(alone.models(state), every)
 
@@ -410,7 +410,7 @@ def test_domains_without_examples_keep_weight_and_counts():
         domain_counts=[5, 5, 7],
     )
     state = algorithm.init(np.zeros(()))
-    state, metrics = algorithm.round(state, next(fax.data.cohorts(data, 2, 3)))
+    state, metrics = jax.jit(algorithm.round)(state, next(fax.data.cohorts(data, 2, 3)))
     assert np.isnan(metrics["domains/loss"][2])
     np.testing.assert_allclose(state.server.window, [[3, 2, 7]])
     raised = np.array([0.3, 0.5]) * np.exp(2.0 * np.array([(0 + 1 + 1) / 3, (4 + 0) / 2]))
@@ -422,7 +422,7 @@ def test_a_domain_that_there_is_not_makes_nan():
     for strange in (-1, 2):
         data = fax.data.InMemory({"ann": {"x": np.ones(3), "domain": np.array([0, strange, 1])}})
         algorithm = agnostic_fedavg(squares, optax.sgd(0.1), num_domains=2, domain_learning_rate=1)
-        state, _ = algorithm.round(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
+        state, _ = jax.jit(algorithm.round)(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
         assert np.isnan(state.params)
         assert np.isnan(state.server.weights).all()
 
@@ -430,7 +430,7 @@ def test_a_domain_that_there_is_not_makes_nan():
 def test_large_losses_do_not_overflow():
     data = fax.data.InMemory({"ann": {"x": np.array([0.0, 1e4]), "domain": np.arange(2)}})
     algorithm = agnostic_fedavg(squares, optax.sgd(0.0), num_domains=2, domain_learning_rate=1.0)
-    state, _ = algorithm.round(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
+    state, _ = jax.jit(algorithm.round)(algorithm.init(0.0), next(fax.data.cohorts(data, 1, 2)))
     np.testing.assert_array_equal(state.server.weights, [0, 1])
 
 
@@ -438,7 +438,7 @@ def test_a_cluster_that_nobody_chooses_keeps_its_model_and_optimizer(data):
     algorithm = hyp_cluster(Quadratic.loss, optax.sgd(RATE), optax.adam(0.1), num_clusters=2)
     params = {"w": np.stack([Quadratic.start()["w"], np.full(4, 1e3)])}
     before = algorithm.init(params)
-    after, metrics = algorithm.round(before, next(cohorts(data)))
+    after, metrics = jax.jit(algorithm.round)(before, next(cohorts(data)))
     np.testing.assert_array_equal(metrics["clients/cluster"], 0)
     changed = jax.tree.map(
         lambda a, b: np.any(np.asarray(a != b), tuple(range(1, a.ndim))), before, after

@@ -138,8 +138,10 @@ class MimeLite(Mime):
 
 
 PAPERS = [Scaffold, Mime, MimeLite]
+# For tests of what Mime and MimeLite share.
+EACH_KIND = [Scaffold, Mime, pytest.param(MimeLite, marks=pytest.mark.long)]
 PAIRS = [
-    (paper, [Logistic, Quadratic][(i + j) % 2], setting)
+    problems.case(paper, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, paper in enumerate(PAPERS)
     for j, setting in enumerate(SETTINGS)
     if paper is Scaffold or (i + j) % 2
@@ -231,7 +233,7 @@ def test_the_first_round_of_scaffold_is_that_of_averaging():
         scaffold(Logistic.loss, RATE, 0.7, num_clients=4),
         fedavg(Logistic.loss, optax.sgd(RATE), optax.sgd(0.7)),
     ):
-        states.append(algorithm.round(algorithm.init(Logistic.start()), cohort)[0])
+        states.append(jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)[0])
     assert_trees_close(states[0].params, states[1].params, rtol=1e-12)
 
 
@@ -256,7 +258,7 @@ def test_mime_with_sgd_and_full_batches_of_equal_curvature_takes_many_steps_of_s
     clients = {i: {"a": np.full(i + 1, 2.0), "b": np.full(i + 1, float(i))} for i in range(3)}
     cohort = next(fax.data.cohorts(fax.data.InMemory(clients), 3, 3, epochs=7))
     algorithm = mime(drifting_loss, optax.sgd(SLOW))
-    state, _ = algorithm.round(algorithm.init(np.float64(4)), cohort)
+    state, _ = jax.jit(algorithm.round)(algorithm.init(np.float64(4)), cohort)
     mean = (1 * 0 + 2 * 1 + 3 * 2) / 6
     np.testing.assert_allclose(state.params, mean + (1 - 2 * SLOW) ** 7 * (4 - mean), rtol=1e-12)
 
@@ -267,7 +269,9 @@ def test_mime_lite_with_sgd_is_averaging(data):
         mime_lite(Logistic.loss, optax.sgd(RATE), 0.6),
         fedavg(Logistic.loss, optax.sgd(RATE), optax.sgd(0.6)),
     ):
-        ends.append(algorithm.round(algorithm.init(Logistic.start()), next(cohorts(data)))[0])
+        ends.append(
+            jax.jit(algorithm.round)(algorithm.init(Logistic.start()), next(cohorts(data)))[0]
+        )
     assert_trees_close(ends[0].params, ends[1].params, rtol=1e-12)
 
 
@@ -359,7 +363,7 @@ def test_many_rounds_are_rounds(data):
 # Models with state, aggregators, mistakes
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", EACH_KIND)
 def test_model_state_is_that_of_averaging(data, paper):
     """A running mean of the features, and a counter, which is not averaged."""
 
@@ -394,13 +398,13 @@ class Counting(fax.aggregators.Transformation):
         return super().__new__(cls, init, update)
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", EACH_KIND)
 def test_updates_go_through_the_aggregator(data, paper):
     algorithm = paper.make(Logistic, aggregator=fax.aggregators.chain(Counting()))
     cohort = next(cohorts(data))
-    state, metrics = algorithm.round(algorithm.init(Logistic.start()), cohort)
+    state, metrics = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)
     plain = paper.make(Logistic)
-    whole, _ = plain.round(plain.init(Logistic.start()), cohort)
+    whole, _ = jax.jit(plain.round)(plain.init(Logistic.start()), cohort)
     middle = combine(lambda a, b: (a + b) / 2, Logistic.start(), plain.params(whole))
     assert_trees_close(algorithm.params(state), middle)
     took_part = np.isin(np.arange(N), cohort.positions)

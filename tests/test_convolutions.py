@@ -42,9 +42,12 @@ def assert_close(one, other, rtol=1e-11):
 
 
 def convolutions_in(fn, *args):
+    return convolutions_of(jax.jit(fn).lower(*args).compile())
+
+
+def convolutions_of(compiled):
     """The convolutions that XLA is given, each as its layout and number of groups."""
-    text = jax.jit(fn).lower(*args).compile().as_text()
-    found = re.findall(r" convolution\(.*", text)
+    found = re.findall(r" convolution\(.*", compiled.as_text())
     groups = [re.search(r"feature_group_count=(\d+)", line) for line in found]
     labels = [re.search(r"dim_labels=(\S+?)[,\s]", line + " ")[1] for line in found]
     return [(label, int(g[1]) if g else 1) for label, g in zip(labels, groups, strict=True)]
@@ -136,7 +139,8 @@ def test_derivatives_of_the_program(setting):
         gradient = jax.grad(fn, (0, 1))
         return gradient(x, w), jax.jvp(gradient, (x, w), (x + 1, w - 1))[1]
 
-    assert_close(jax.jit(derivatives, static_argnums=0)(ours), derivatives(plain))
+    compiled = jax.jit(derivatives, static_argnums=0)
+    assert_close(compiled(ours), compiled(plain))
 
 
 @pytest.mark.kinds(dtype=lambda name: name.rstrip("0123456789").removeprefix("b"), setting=alike)
@@ -164,7 +168,7 @@ def test_dtypes(setting, dtype):
         return conv(1), conv(2), conv(1, wide)
 
     # These are small integers, which all of the dtypes hold.
-    assert_close(mapped(client, setting, x, w), jax.vmap(client)(x, w), rtol=0)
+    assert_close(mapped(client, setting, x, w), jax.jit(jax.vmap(client))(x, w), rtol=0)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -356,8 +360,9 @@ def test_convolutions_inside(place):
     def ours(x, w):
         return mapped(client, "matmul", x, w)
 
-    assert_close(jax.jit(ours)(IMAGES, KERNELS), jax.vmap(client)(IMAGES, KERNELS))
-    assert not convolutions_in(ours, IMAGES, KERNELS)
+    compiled = jax.jit(ours).lower(IMAGES, KERNELS).compile()
+    assert_close(compiled(IMAGES, KERNELS), jax.jit(jax.vmap(client))(IMAGES, KERNELS))
+    assert not convolutions_of(compiled)
 
 
 def test_nested_maps_have_settings_of_their_own():
@@ -375,8 +380,9 @@ def test_nested_maps_have_settings_of_their_own():
 
     reference = jax.vmap(lambda x, w: 4 * conv(x, w))(IMAGES, KERNELS)
     for outer, inner, left in (("matmul", "xla", 1), ("xla", "matmul", 1), ("matmul", "matmul", 0)):
-        assert len(convolutions_in(program(outer, inner), IMAGES, KERNELS)) == left
-        assert_close(jax.jit(program(outer, inner))(IMAGES, KERNELS), reference)
+        compiled = jax.jit(program(outer, inner)).lower(IMAGES, KERNELS).compile()
+        assert len(convolutions_of(compiled)) == left
+        assert_close(compiled(IMAGES, KERNELS), reference)
 
 
 def test_without_jit():
@@ -490,9 +496,14 @@ def test_derivatives_of_max_pools(window, strides, padding):
         y, pull = jax.vjp(lambda x: nnx.max_pool(x, window, strides, padding), x)
         return pull(jnp.arange(1.0, y.size + 1).reshape(y.shape))[0]
 
-    for vectorize in (1, 2):
-        found = mapped(client, "auto", x, vectorize=vectorize)
-        np.testing.assert_array_equal(found, jax.vmap(client)(x))
+    @jax.jit
+    def everything(x):
+        ours = [mapped(client, "auto", x, vectorize=vectorize) for vectorize in (1, 2)]
+        return ours, jax.vmap(client)(x)
+
+    ours, expected = everything(x)
+    for found in ours:
+        np.testing.assert_array_equal(found, expected)
     for setting, left in (("auto", False), ("xla", True)):
         text = jax.jit(lambda x, s=setting: mapped(client, s, x)).lower(x).as_text()
         assert ("select_and_scatter" in text) == left

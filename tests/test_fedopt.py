@@ -108,7 +108,7 @@ CASES = {
     ),
 }
 PAIRS = [
-    (case, [Logistic, Quadratic][(i + j) % 2], setting)
+    problems.case(case, [Logistic, Quadratic][(i + j) % 2], setting)
     for i, case in enumerate(CASES)
     for j, setting in enumerate(SETTINGS)
     if setting == "jitted" or (i + j) % len(CASES) in (2, 3)
@@ -171,7 +171,7 @@ def test_an_infinite_proximal_term_holds_clients_where_they_are():
     cohort = next(fax.data.cohorts(x, 3, 2, epochs=300))
     for mu in (0.0, 1.0, 9.0):
         algorithm = fedprox(lambda p, b, k: (p - b["b"]) ** 2 / 2, optax.sgd(0.1), mu=mu)
-        state, _ = algorithm.round(algorithm.init(np.float64(5)), cohort)
+        state, _ = jax.jit(algorithm.round)(algorithm.init(np.float64(5)), cohort)
         np.testing.assert_allclose(algorithm.params(state), (1 + mu * 5) / (1 + mu), rtol=1e-10)
 
 
@@ -232,9 +232,9 @@ def test_updates_go_through_the_aggregator(data, make):
         ),
     )
     algorithm = make(Logistic.loss, aggregator=fax.aggregators.chain(half))
-    state, metrics = algorithm.round(algorithm.init(Logistic.start()), next(cohorts(data)))
+    state, metrics = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), next(cohorts(data)))
     plain = make(Logistic.loss)
-    whole, _ = plain.round(plain.init(Logistic.start()), next(cohorts(data)))
+    whole, _ = jax.jit(plain.round)(plain.init(Logistic.start()), next(cohorts(data)))
     middle = combine(lambda a, b: (a + b) / 2, Logistic.start(), plain.params(whole))
     assert_trees_close(algorithm.params(state), middle)
     assert metrics["clients/bits"].shape == (4,)

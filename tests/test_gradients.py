@@ -73,6 +73,13 @@ OPERATORS: dict[str, tuple[Callable, tuple]] = {
 }
 
 
+def group(name: str) -> str:
+    """Operators whose derivatives have rules in common."""
+    operator = name.split()[0]
+    return operator if operator in ("sum", "mean", "max", "min") else "rows"
+
+
+@pytest.mark.kinds(name=group, fused=subsets.alike)
 @BOTH
 @pytest.mark.parametrize("name", OPERATORS)
 def test_derivatives_are_those_of_finite_differences(name, fused):
@@ -129,11 +136,11 @@ def test_ties_share_the_gradient_equally(sign, vectorize, fused):
     alone = SHARES * 0
     alone[2, 0] = 1
     alone[[2, 3, 5], 1] = 1 / 3
+    gradients = jax.jit(jax.jacrev(lambda x: [jnp.sum(y) for y in best(x, mask)]))(TIED)
+    moved = jax.jit(lambda x, t: jax.jvp(lambda x: best(x, mask), (x,), (t,))[1])(TIED, X)
     for k, shares in enumerate([SHARES, alone]):
-        gradient = jax.grad(lambda x, k=k: jnp.sum(best(x, mask)[k]))(TIED)
-        assert_close(gradient, factor * shares)
-        moved = jax.jvp(lambda x, k=k: best(x, mask)[k], (TIED,), (X,))[1]
-        assert_close(moved, factor * np.sum(shares * X, axis=0))
+        assert_close(gradients[k], factor * shares)
+        assert_close(moved[k], factor * np.sum(shares * X, axis=0))
 
 
 # Masked participants
@@ -288,10 +295,13 @@ KINDS = [
 KIND_NAMES = [kind.__name__ for kind, _ in KINDS]
 
 
-# Of each kind of map all ways, and of each reduction those of a mean and those of an extremum.
+FIRST_DERIVATIVES = {"grad": "reverse", "jit": "reverse", "jvp": "forward"}
+# Of each kind of map all ways, and of each reduction those of a mean and those of an extremum. Each
+# map and each reduction is differentiated once, in every mode, and twice, in one of the ways.
 COVERING = pytest.mark.kinds(
     name=lambda name: name in ("max", "min"),
     kind=lambda kind: "map" if kind in (of_a_checkpointed_map, of_two_maps) else kind,
+    way=lambda way: FIRST_DERIVATIVES.get(way, "twice"),
     vectorize=subsets.alike,
 )
 
@@ -368,23 +378,39 @@ NO_WEIGHTS = {
 }
 
 
+@functools.cache
+def average_and_derivatives(vectorize: int, fused: bool) -> Callable:
+    """A weighted mean, its gradient, its derivative along the arguments, and its Hessian."""
+
+    @fax.program(clients=N)
+    def average(p, x, weights, mask):
+        rows = fax.map(jnp.multiply, fax.broadcast(p), x, vectorize=vectorize) if fused else x
+        return p * fax.mean(rows, weights=weights, where=mask)
+
+    @jax.jit
+    def everything(args, mask):
+        def of(*args):
+            return average(*args, mask)
+
+        def total(*args):
+            return jnp.sum(of(*args))
+
+        gradients, curvature = jax.grad(total, (0, 1, 2)), jax.hessian(total, (0, 1, 2))
+        return of(*args), gradients(*args), jax.jvp(of, args, args)[1], curvature(*args)
+
+    return everything
+
+
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("name", NO_WEIGHTS)
 def test_zero_total_weight_gives_zeros_and_zero_gradients(name, vectorize, fused):
     weights, mask = NO_WEIGHTS[name]
-
-    @fax.program(clients=N)
-    def average(p, x, weights):
-        rows = fax.map(jnp.multiply, fax.broadcast(p), x, vectorize=vectorize) if fused else x
-        return p * fax.mean(rows, weights=weights, where=mask)
-
-    args = (np.float64(0.8), X, weights)
-    assert_close(average(*args), np.zeros(2))
-    gradients = jax.grad(lambda *args: jnp.sum(average(*args)), (0, 1, 2))(*args)
+    everything = average_and_derivatives(vectorize, fused)
+    value, gradients, moved, curvature = everything((np.float64(0.8), X, weights), mask)
+    assert_close(value, np.zeros(2))
     assert_close(gradients, (np.zeros(()), np.zeros((N, 2)), np.zeros(N)))
-    assert_close(jax.jvp(average, args, args)[1], np.zeros(2))
-    curvature = jax.hessian(lambda *args: jnp.sum(average(*args)), (0, 1, 2))(*args)
+    assert_close(moved, np.zeros(2))
     assert all(np.all(block == 0) for block in jax.tree.leaves(curvature))
 
 

@@ -110,7 +110,9 @@ PAIRS = [
 assert {setting for *_, setting in PAIRS} == set(SETTINGS)
 
 
-@pytest.mark.parametrize(("problem", "first_order", "setting"), PAIRS)
+@pytest.mark.parametrize(
+    ("problem", "first_order", "setting"), [problems.case(*pair) for pair in PAIRS]
+)
 def test_rounds_are_those_of_the_paper(data, problem, first_order, setting):
     context, at_once = problems.setting(setting)
     with context:
@@ -147,7 +149,7 @@ def test_a_linear_problem_in_closed_form():
             optax.sgd(1.0),
             first_order=first_order,
         )
-        state, metrics = algorithm.round(algorithm.init(np.float64(x)), cohort)
+        state, metrics = jax.jit(algorithm.round)(algorithm.init(np.float64(x)), cohort)
         np.testing.assert_allclose(algorithm.params(state), x - expected, rtol=1e-12)
         np.testing.assert_allclose(metrics["loss"], (y - q) ** 2 / 2, rtol=1e-6)
 
@@ -187,7 +189,7 @@ def test_adapting_is_what_clients_do(data):
     # On all examples and with any optimizer it is what Reptile and FedAvg average.
     own = personalize(Logistic.loss, optax.adam(RATE), vectorize=2)(Logistic.start(), cohort)
     algorithm = fedavg(Logistic.loss, optax.adam(RATE))
-    state, _ = algorithm.round(algorithm.init(Logistic.start()), cohort)
+    state, _ = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)
     weights = np.asarray(cohort.num_examples) / cohort.num_examples.sum()
     mean = {k: np.tensordot(weights, v, 1) for k, v in own.items()}
     assert_trees_close(state.params, mean)

@@ -122,27 +122,28 @@ def both(client, *how):
     return jax.jit(lambda p, d: (fn(p, d), jax.grad(loss, (0, 1))(p, d)))
 
 
-def check_all(clients):
-    for client in clients:
+def check_all():
+    for client in branch, one_of_three, steps, doubled, deep, by_hand:
+        expected = {}
         # Vectorized, both branches are taken in JAX, too, and some loops of `doubled` never end.
         for n, vectorize in [(8, 1), (7, 1)] + [(8, 2)] * (client is not doubled):
             p, d = points(2, 4, seed=1), points(n, 2, seed=2)
-            want = jax.device_get(both(client, n, None, plain_layer)(p, d))
+            if n not in expected:
+                expected[n] = jax.device_get(both(client, n, None, plain_layer)(p, d))
+            want = expected[n]
             with jax.set_mesh(mesh(clients=4, model=2)):
                 assert_close(both(client, n, vectorize, layer)(put(p, None, "model"), d), want)
     print("all agree")
 
 
-@pytest.mark.parametrize("names", ["branch, one_of_three", "steps, doubled", "deep, by_hand"])
-def test_branches_that_differ_between_devices_are_right_and_do_not_hang(names):
+def test_branches_that_differ_between_devices_are_right_and_do_not_hang():
     """In a process of its own, for a test that hangs could not fail."""
-    own = ", ".join(f"t.{name}" for name in names.split(", "))
     done = subprocess.run(
-        [sys.executable, "-c", f"import conftest, test_mesh_branches as t; t.check_all([{own}])"],
+        [sys.executable, "-c", "import conftest, test_mesh_branches as t; t.check_all()"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("all agree\n")

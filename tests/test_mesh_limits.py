@@ -1,5 +1,6 @@
 """Effects, random keys and short types on meshes, and what fax says of what it cannot do."""
 
+import functools
 import re
 
 import jax
@@ -110,13 +111,19 @@ def dtypes(n):
     return program, d
 
 
+@functools.cache
+def on_one_device(n):
+    program, d = dtypes(n)
+    return jax.device_get(jax.jit(program)(d, jax.random.key(3)))
+
+
 @pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [3, 8, 13])
 def test_dtypes_and_random_keys(kind, n):
     program, d = dtypes(n)
     key = jax.random.key(3)
-    want = jax.device_get(jax.jit(program)(d, key))
+    want = on_one_device(n)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(n))
     assert_close(want[0], np.asarray(jax.random.key_data(keys)))
     for name in "int32", "uint8", "bfloat16":

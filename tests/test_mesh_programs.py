@@ -66,6 +66,17 @@ def expected(n):
 # Inside the user's `jax.shard_map`
 
 
+@functools.cache
+def in_parts(parts, n):
+    """What is expected of a program on each of several parts of the data."""
+
+    def whole(p, d):
+        mean, _, z = reference(p, d)
+        return mean, jnp.stack([reference(p, rows)[1] for rows in jnp.split(d, parts)]), z
+
+    return jax.device_get(both(whole)(*data(n)))
+
+
 @pytest.mark.kinds(kind=mixed, axes=alike, axis=alike, n=alike)
 @EVERY_KIND
 @CHECKED
@@ -86,11 +97,7 @@ def test_programs_in_a_shard_map(kind, check_vma, axes, axis, n):
         mean, best, z = program_of(n)(p, d)
         return lax.pmean(mean, axis), best[None], z
 
-    def whole(p, d):
-        mean, _, z = reference(p, d)
-        return mean, jnp.stack([reference(p, rows)[1] for rows in jnp.split(d, axes[axis])]), z
-
-    want = jax.device_get(both(whole)(p, d))
+    want = in_parts(axes[axis], size)
     with jax.set_mesh(mesh(kind, **axes)):
         spread = jax.shard_map(
             local,
@@ -114,6 +121,12 @@ def tree_mean(p, d):
     return means.mean(0), peaks
 
 
+@functools.cache
+def expected_tree_mean(shape):
+    p, d = points(3, seed=2), points(*shape, 3, seed=3)
+    return p, d, jax.device_get(both(tree_mean)(p, d))
+
+
 @pytest.mark.kinds(kind=mixed, shape=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("shape", [(2, 8), (4, 4), (3, 5)], ids=str)
@@ -134,8 +147,7 @@ def test_placements_nested_on_two_axes(kind, shape):
         means, peaks = fax.map(region, everywhere, d, placement="regions")
         return fax.mean(means, placement="regions"), peaks
 
-    p, d = points(3, seed=2), points(*shape, 3, seed=3)
-    want = jax.device_get(both(tree_mean)(p, d))
+    p, d, want = expected_tree_mean(shape)
     with jax.set_mesh(mesh(kind, regions=2, clients=4)):
         assert_close(both(program)(p, d), want)
 
@@ -234,6 +246,12 @@ def plain(p, d):
     return y.mean(), y.max(), d.sum(1)
 
 
+@functools.cache
+def expected_plain(n):
+    p, d = points(3, 4, seed=6), points(n, 3, seed=7)
+    return p, d, jax.device_get(both(plain)(p, d))
+
+
 @pytest.mark.kinds(kind=alike, n=alike, vectorize=alike)
 @pytest.mark.parametrize(
     ("work", "kind"),
@@ -247,8 +265,7 @@ def plain(p, d):
 )
 @pytest.mark.parametrize(("n", "vectorize"), [(8, 1), (8, 2), (7, 1), (7, 3)])
 def test_clients_that_are_sharded_over_model(work, kind, n, vectorize):
-    p, d = points(3, 4, seed=6), points(n, 3, seed=7)
-    want = jax.device_get(both(plain)(p, d))
+    p, d, want = expected_plain(n)
     with jax.set_mesh(mesh(kind, clients=4, model=2)):
         assert_close(both(program_of(n, vectorize, work))(put(p, None, "model"), d), want)
         checkpointed = program_of(n, vectorize, jax.checkpoint(work))

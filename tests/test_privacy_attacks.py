@@ -256,7 +256,7 @@ def test_words_of_a_client_for_two_clusters_do_not_open_each_other(monkeypatch):
     secret = aggregators.secure_sum(max_value=4.0, max_weight=4)
     algorithm = algorithms.hyp_cluster(Split.loss, SGD, num_clusters=2, aggregator=secret)
     jax.block_until_ready(
-        algorithm.round(algorithm.init(Split.start()), Split.cohort(1.0, 2.0, 9.5))
+        jax.jit(algorithm.round)(algorithm.init(Split.start()), Split.cohort(1.0, 2.0, 9.5))
     )
     jax.effects_barrier()
     (one, one_sent), (other, other_sent) = seen.values()

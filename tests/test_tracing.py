@@ -93,7 +93,8 @@ def calls_in_fax(fn):
     return count
 
 
-@pytest.mark.parametrize("transform", ["program", "gradient"])
+# The program is traced for its gradient, too.
+@pytest.mark.parametrize("transform", [pytest.param("program", marks=pytest.mark.long), "gradient"])
 @pytest.mark.parametrize("body", PROGRAMS)
 def test_the_work_of_tracing_is_linear_in_leaves(body, transform):
     transform = {"program": lambda fn: fn, "gradient": lambda fn: jax.grad(total(fn))}[transform]

@@ -317,7 +317,8 @@ def vmap_of_grad(s: Subject) -> None:
 
 @transformation("reverse")
 def grad_of_vmap(s: Subject) -> None:
-    gradients = s.gradient(lambda *at: jnp.sum(jax.vmap(s.loss)(*at)))(*stacked(s.at))
+    gradient = s.gradient(lambda *at: jnp.sum(jax.vmap(s.loss)(*at)))
+    gradients = jax.jit(gradient)(*stacked(s.at))
     expected = [s.expected.gradient(scale * s.theta) for scale in SCALES]
     assert_close(join_rows(gradients), np.stack(expected))
 
