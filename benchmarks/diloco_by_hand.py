@@ -17,11 +17,14 @@ def make_round(
     inner: optax.GradientTransformation,
     outer: optax.GradientTransformation,
     replicas: int,
+    axis: str | None = None,
 ) -> tuple[Callable, Callable]:
     """Returns ``init(params) -> state`` and ``round(state, batches) -> (state, losses)``.
 
-    Batches have leaves [outer steps, replicas, inner steps, batch, ...]. The first entry of the
-    state are the outer parameters.
+    Batches have leaves [outer steps, replicas, inner steps, batch, ...]. The state are the outer
+    parameters, the state of the outer optimizer, and the replicas' parameters and optimizers, with
+    leaves [replicas, ...]. With an axis, a round is that of one device in a `jax.shard_map`, with
+    as many replicas, and the mean is over all devices.
     """
 
     def rows(tree: PyTree) -> PyTree:
@@ -45,6 +48,8 @@ def make_round(
         theta, memory, params, states = state
         _, (params, states, losses) = jax.lax.scan(replica, None, (params, states, batches))
         delta = jax.tree.map(lambda t, r: t - r.mean(0), theta, params)
+        if axis is not None:
+            delta = jax.lax.pmean(delta, axis)
         updates, memory = outer.update(delta, memory, theta)
         theta = optax.apply_updates(theta, updates)
         return (theta, memory, rows(theta), states), losses
