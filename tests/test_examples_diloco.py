@@ -85,8 +85,10 @@ def test_the_table_says_what_is_learned_and_what_is_sent(run, tmp_path):
 
 
 def test_bytes_are_those_of_the_compiled_program(example):
-    """In a round of two steps, a device sends its own 16 of 64 numbers, and a few metrics. The other
-    devices of its replica get what they need within the replica."""
+    """In a round of two steps, a device sends its own 16 of 64 numbers, and a few metrics.
+
+    The other devices of its replica get what they need within the replica.
+    """
     params = {"w": jnp.zeros(64, jnp.float32)}
     x = np.ones((4, 6, 64), np.float32)
     data = fax.data.InMemory({str(i): {"x": x[i]} for i in range(4)})
