@@ -113,8 +113,9 @@ def test_bytes_are_those_of_the_compiled_program(example):
 
 
 def test_muon_takes_the_matrices_of_layers(example):
-    model, specs = example.make_model(CHARACTERS, LENGTH, WIDTH, BLOCKS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    with jax.set_mesh(fax.sharding.make_mesh(data=4, model=2)):
+        model, specs = example.make_model(CHARACTERS, LENGTH, WIDTH, BLOCKS)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.structure(shapes) == jax.tree.structure(specs)
     layer = {"attend": (16, 16), "mix": (16, 16), "hide": (16, 64), "show": (64, 16)}
     found = {}
