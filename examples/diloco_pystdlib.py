@@ -24,8 +24,9 @@ each device passes to collectives in a step, along the axis `replicas`, which ma
 between data centers, and along the others, which are fast. The last column is the size of what a
 replica sends as its aggregator encodes it, if it does.
 
-Unlike in the paper, the replicas are not pretrained: a data-parallel step sends more than 50 of
-DiLoCo's.
+A data-parallel step sends the gradient, and H steps of DiLoCo send the change of the parameters.
+What the devices of a replica have in common crosses once in DiLoCo and its relatives, each device
+sending a part. Unlike in the paper, the replicas are not pretrained by data-parallel steps.
 """
 
 import argparse
