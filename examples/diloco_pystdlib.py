@@ -284,7 +284,7 @@ def show(found):
             f"{sent.within:,.0f}",
             "" if sent.encoded is None else f"{sent.encoded:,.0f}",
         )
-        print(f"{name:<26}" + "".join(f"{value:>14}" for value in values))
+        print(f"{name:<26}{''.join(f'{value:>14}' for value in values)}".rstrip())
 
 
 def draw(found):
