@@ -226,6 +226,168 @@ def test_random_keys_travel():
     check_plan(noisy, (ROWS, jax.random.key(1)), held=["x"])
 
 
+# Clients that fail
+
+
+class Failing(deploy.InProcess):
+    """Some clients fail when a stage runs for the nth time, and from then on."""
+
+    def __init__(self, clients, nth=1):
+        super().__init__()
+        self.clients, self.left = set(clients), nth
+
+    def run(self, stage, clients, operands):
+        self.left -= 1
+        failed = self.clients.intersection(clients)
+        if self.left <= 0 and failed:
+            raise deploy.ClientError("failed", failed)
+        return super().run(stage, clients, operands)
+
+
+CLIPPED = aggregators.chain(aggregators.clip_by_norm(0.1), aggregators.mean())
+
+
+@pytest.mark.parametrize("name", ["fedavg", "mime", "clipped"])
+def test_a_round_without_clients_that_fail(name):
+    """It is the round in which they have no examples."""
+    algorithm = {
+        "fedavg": lambda: algorithms.fedavg(loss, sgd(), optax.adam(0.1)),
+        "mime": lambda: algorithms.mime(loss, optax.sgd(0.1, momentum=0.9)),
+        "clipped": lambda: algorithms.fedavg(
+            loss,
+            sgd(),
+            aggregator=CLIPPED,
+        ),
+    }[name]()
+    cohort = cohort_of()
+    args = algorithm.init(PARAMS), cohort
+    plan = deploy.cut(algorithm.round, *args)
+    backend = Failing([1, 3])
+    state, metrics = plan.run(backend, *args, quorum=2)
+    left = np.array([True, False, True, False])
+    absent = dataclasses.replace(
+        cohort,
+        mask=cohort.mask & left[:, None, None],
+        num_examples=cohort.num_examples * left,
+    )
+    expected, others = jax.jit(algorithm.round)(args[0], absent)
+    for own, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-6)
+    assert [row is None for row in metrics["clients/loss"].rows] == [False, True, False, True]
+    with pytest.raises(deploy.ClientError, match=r"no rows of the clients \[1, 3\]"):
+        plan.fetch(backend, metrics)
+    with pytest.raises(deploy.ClientError, match="2 of 4 clients are left, fewer than the quorum"):
+        plan.run(Failing([1, 3]), *args, quorum=3)
+    with pytest.raises(deploy.ClientError, match="failed"):
+        plan.run(Failing([1, 3]), *args)
+
+
+def test_a_client_that_fails_in_the_middle_of_a_loop():
+    @fax.program(clients=3)
+    def mean(scale, rows):
+        losses = fax.map(lambda s, x: jnp.sum((s * x) ** 2), fax.broadcast(scale), rows["x"])
+        return fax.mean(losses, weights=fax.map(lambda x: jnp.ones(()), rows["x"]))
+
+    def train(scale, rows):
+        return jax.lax.fori_loop(0, 4, lambda i, s: s - 0.1 * jax.grad(mean)(s, rows), scale)
+
+    plan = deploy.cut(train, 1.5, ROWS, held=["x"])
+    # In the second half of the third step: the first half has counted the client already.
+    found = plan.run(Failing([1], nth=6), 1.5, ROWS, quorum=1)
+    left = ROWS["x"][[0, 2]]
+    expected = 1.5
+    for _ in range(4):
+        expected -= 0.1 * 2 * expected * (left**2).sum() / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_state_of_a_client_that_fails_stays():
+    @fax.program(clients=2)
+    def advance(state, numbers, rows):
+        own = state["x"][numbers]
+        new = fax.map(lambda s, x: s + x, own, rows["x"])
+        return {"x": state["x"].at[numbers].set(new)}
+
+    state, rows = {"x": np.arange(8.0).reshape(4, 2)}, {"x": np.ones((2, 2))}
+    numbers = np.array([3, 1])
+    plan = deploy.cut(advance, state, numbers, rows, held=["x"])
+    backend = Failing([3])
+    found = plan.run(backend, state, numbers, rows, clients=[3, 1], quorum=1)
+    expected = state["x"].copy()
+    expected[1] += 1
+    np.testing.assert_array_equal(plan.fetch(backend, found)["x"], expected)
+
+
+UNWEIGHTED = r"divided by their number, 3, at .*test_deploy.py.*pass weights="
+STATIC = {
+    "a mean": (lambda rows: fax.mean(rows["x"]), UNWEIGHTED),
+    "a mean by hand": (lambda rows: fax.sum(rows["x"]) / 3, UNWEIGHTED),
+    "a mean by multiplication": (lambda rows: fax.sum(rows["x"]) * (1 / 3), UNWEIGHTED),
+    "a sum and a number": (lambda rows: fax.sum(rows["x"]) + 1, "degrees 0 and 1"),
+    "a function of a sum": (lambda rows: jnp.exp(fax.sum(rows["x"])), "exp is applied to it"),
+    "a sum that is sent": (
+        lambda rows: fax.sum(fax.map(jnp.add, rows["x"], fax.broadcast(fax.sum(rows["x"])))),
+        "degrees 0 and 1",
+    ),
+    "a branch": (
+        lambda rows: jax.lax.cond(fax.sum(rows["x"])[0] > 1, fax.max, fax.min, rows["x"]),
+        "degrees 0 and 1",
+    ),
+    "unsigned": (lambda rows: fax.sum(rows["x"].astype(jnp.uint32)), "unsigned"),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_results_that_would_be_wrong_without_some_clients(name):
+    fn, message = STATIC[name]
+    plan = deploy.cut(fax.program(clients=3)(fn), ROWS, held=["x"])
+    with pytest.raises(deploy.CutError, match=message):
+        plan.run(deploy.InProcess(), ROWS, quorum=2)
+    plan.run(deploy.InProcess(), ROWS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: algorithms.scaffold(loss, 0.1, num_clients=N),
+        lambda: algorithms.fedavg(loss, sgd(), aggregator=FEDAVG["secure sum"]()),
+        lambda: algorithms.fedavg(loss, sgd(), aggregator=FEDAVG["clipped, Gaussian"]()),
+    ],
+    ids=["scaffold", "secure sum", "Gaussian"],
+)
+def test_algorithms_that_need_all_clients(make):
+    algorithm = make()
+    args = algorithm.init(PARAMS), cohort_of()
+    held = [*DATA, "clients"] if hasattr(args[0].clients, "rows") else DATA
+    plan = deploy.cut(algorithm.round, *args, held=held)
+    with pytest.raises(deploy.CutError, match=r"smaller|cancel only if all clients"):
+        plan.run(deploy.InProcess(), *args, quorum=2)
+
+
+def test_results_that_are_right_without_some_clients():
+    """Ratios of sums, of any form, extrema, and sums as they are."""
+
+    @fax.program(clients=3)
+    def right(rows):
+        x = rows["x"]
+        ones = fax.map(lambda x: jnp.ones(()), x)
+        number, total, squares = fax.sum(ones), fax.sum(x), fax.sum(x**2)
+        mean = total / jnp.maximum(number, 1)
+        deviation = jnp.sqrt(squares / number - mean**2)
+        fraction = jnp.where(number > 0, jnp.sqrt(squares * number) / number, 0.0)
+        return fax.max(x), total, total * 2, jnp.exp(mean), deviation, fraction
+
+    plan = deploy.cut(right, ROWS, held=["x"])
+    found = plan.run(Failing([0]), ROWS, quorum=2)
+    x = ROWS["x"][1:]
+    mean = x.mean(0)
+    fraction = np.sqrt((x**2).mean(0))
+    expected = x.max(0), x.sum(0), 2 * x.sum(0), np.exp(mean), x.std(0), fraction
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-6)
+
+
 # Mistakes
 
 

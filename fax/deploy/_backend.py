@@ -14,8 +14,20 @@ from fax.deploy._stages import Stage
 from fax.deploy._values import Row
 
 
+class ClientError(RuntimeError):
+    """A client failed, is gone, or did not answer in time.
+
+    Attributes:
+      clients: the clients that a plan may go on without; see `Plan.run`.
+    """
+
+    def __init__(self, message: str, clients: Iterable[Hashable] = ()):
+        super().__init__(message)
+        self.clients = tuple(clients)
+
+
 class Backend(Protocol):
-    """Where clients run."""
+    """Where clients run. Its methods raise `ClientError`, with the names of all that failed."""
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         """Gives each client a value, and returns where they are."""

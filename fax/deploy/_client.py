@@ -255,13 +255,15 @@ def serve(link: Any, clients: Clients) -> None:
             data = link.recv_bytes()
         except (EOFError, ConnectionError):
             return
+        number = None
         try:
             request = decode(data)
-            if request == {"do": "stop", "with": {}}:
+            number = _count(request["number"])
+            if request["do"] == "stop":
                 return
-            answer = {"result": clients.answer(request)}
+            answer = {"number": number, "result": clients.answer(request)}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
         link.send_bytes(encode(answer))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +20,11 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
-import fax
-from fax import _compat
 from fax.deploy import _control
 from fax.deploy._rows import of_rows
 from fax.deploy._stages import Stages
 from fax.deploy._steps import Block, Equation, OnClients, OnServer, Pull, Set, Step, Take
-from fax.deploy._values import CutError, Value, aval_of, row_of
+from fax.deploy._values import CutError, Value, aval_of, line_of, row_of
 from fax.deploy._values import of_rows as type_of_rows
 from fax.primitives import _jaxpr
 from fax.primitives._collect import collect_p, distribute_p
@@ -86,7 +83,7 @@ class Writer:
         inside = _jaxpr.any_inside(eqn, is_operator)
         held = any(value.held for value in operands)
         if not held and not inside and eqn.primitive is not distribute_p:
-            return self.on_server(functools.partial(_jaxpr.bind, eqn), operands, eqn.outvars)
+            return self.on_server(functools.partial(_jaxpr.bind, eqn), operands, eqn.outvars, eqn)
         called = _jaxpr.called(eqn)
         if called is not None:
             return self._interpret(called, operands)
@@ -105,11 +102,15 @@ class Writer:
         return found
 
     def on_server(
-        self, fn: Callable, operands: Sequence[Value], results: Sequence[Any]
+        self,
+        fn: Callable,
+        operands: Sequence[Value],
+        results: Sequence[Any],
+        eqn: JaxprEqn,
     ) -> list[Value]:
         """Adds what the server computes, to the last step if that is the server's, too."""
         made = [Value(aval_of(var)) for var in results]
-        part = Equation(fn, tuple(operands), tuple(made))
+        part = Equation(fn, tuple(operands), tuple(made), eqn)
         last = self.steps[-1] if self.steps else None
         if not isinstance(last, OnServer):
             last = OnServer((), (), [])
@@ -141,11 +142,11 @@ class Writer:
         if not self.cutter.pull:
             raise CutError(
                 f"The server would need the rows of {value.aval.str_short()} from all clients: "
-                f"{reason}, at {_line(eqn)}. Reduce them with fax.sum or fax.mean, "
+                f"{reason}, at {line_of(eqn)}. Reduce them with fax.sum or fax.mean, "
                 "or allow it by pull=True."
             )
         result = Value(value.aval)
-        self.steps.append(Pull((value,), (result,), f"{reason}, at {_line(eqn)}"))
+        self.steps.append(Pull((value,), (result,), f"{reason}, at {line_of(eqn)}"))
         return result
 
     def _map(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -197,9 +198,11 @@ class Writer:
         self.steps.append(step)
         if eqn.primitive is not mean_p:
             return total
-        return self.on_server(
-            lambda xs: [(xs[0] / size).astype(xs[0].dtype)], [total], eqn.outvars
-        )[0]
+
+        def divide(xs: list[Any]) -> list[Any]:
+            return [(xs[0] / size).astype(xs[0].dtype)]
+
+        return self.on_server(divide, [total], eqn.outvars, eqn)[0]
 
     def _renamed(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value] | None:
         """Rows taken or replaced by numbers that the server knows."""
@@ -271,22 +274,6 @@ class Writer:
             stage=stage,
             axes=tuple(itertools.compress(step.axes, used)),
         )
-
-
-_OPERATORS = pathlib.Path(fax.__file__).parent
-
-
-def _line(eqn: JaxprEqn) -> str:
-    """The line that called an operator: a user's, or that of an algorithm or aggregator."""
-    for file, line in _compat.frames_of(eqn):
-        path = pathlib.Path(file)
-        if path.parent not in (_OPERATORS, _OPERATORS / "primitives") and not _of_jax(path):
-            return f"{file}:{line}"
-    return "an unknown line"
-
-
-def _of_jax(path: pathlib.Path) -> bool:
-    return path.is_relative_to(pathlib.Path(jax.__file__).parent)
 
 
 def _takes_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import weakref
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fax import _arguments
 from fax.data import Gathered
+from fax.deploy._absence import check_absence
 from fax.deploy._artifacts import save
 from fax.deploy._audit import Audit, audit
-from fax.deploy._backend import Backend
+from fax.deploy._backend import Backend, ClientError
 from fax.deploy._cut import Cutter
+from fax.deploy._runner import Runner, fetch
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
-from fax.deploy._values import CutError, Held, Row
+from fax.deploy._values import CutError, Held
 
 PyTree = Any
 # The fields of a `fax.data.Cohort` that are clients' data.
@@ -89,7 +91,11 @@ class Plan:
     _names: tuple[str, ...]
 
     def run(
-        self, backend: Backend, *args: PyTree, clients: Sequence[Hashable] | None = None
+        self,
+        backend: Backend,
+        *args: PyTree,
+        clients: Sequence[Hashable] | None = None,
+        quorum: int | None = None,
     ) -> PyTree:
         """Runs the plan. The values are those of the program up to rounding.
 
@@ -99,6 +105,9 @@ class Plan:
             rows are sent to the clients first.
           clients: the names of the clients, in the order of the rows. Default: those that hold the
             arguments, or the numbers from 0.
+          quorum: the least number of clients of a stage that must be left, if others fail. The run
+            then starts again without these, so its results are those of a program in which they are
+            left out, for example by ``where=``. Default: it ends if any client fails.
 
         Returns:
           The program's results. Those with a row for each client are `Held`: they stay there, and
@@ -107,22 +116,42 @@ class Plan:
         Raises:
           ValueError: if arguments differ from those that the plan was made for, or rows of one
             participant are with different clients.
+          CutError: if there is a ``quorum``, and results would be wrong without some clients, for
+            example because `fax.mean` without weights divides by the number of all of them.
+          ClientError: if a client fails, or with ``quorum``, if too few are left.
         """
+        if quorum is not None:
+            _arguments.count("Plan.run", "quorum", quorum)
+            check_absence(self._block)
         leaves, tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, Held))
         if tree != self._arguments:
             raise ValueError(
                 f"Plan.run: the arguments have the structure {tree}, expected that of the "
                 f"arguments of fax.deploy.cut: {self._arguments}."
             )
-        runner = _Runner(backend, clients, leaves)
-        given = []
+        runner = Runner(backend, clients, leaves, quorum)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
             _check_type(name, x, value)
+        given: list[Any] = []
+        while True:
+            try:
+                given = given or list(self._placed(runner, leaves))
+                found = self._block.run(runner, given)
+                return jax.tree.unflatten(self._results, found)
+            except ClientError as error:
+                if quorum is None or runner.failed.issuperset(error.clients):
+                    raise
+                # From the start, because all sums must be over the same clients. A stage only adds
+                # to what clients hold, so nothing has changed.
+                runner.failed.update(error.clients)
+
+    def _placed(self, runner: Runner, leaves: Sequence[Any]) -> Iterator[Any]:
+        """The arguments, those that clients hold with them."""
+        for x, value in zip(leaves, self._block.inputs, strict=True):
             if value.held and not isinstance(x, Held):
-                rows = runner.send(rows_of(jnp.asarray(x), 0), None)
-                x = Held(rows, value.aval.shape, value.aval.dtype)
-            given.append(x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype))
-        return jax.tree.unflatten(self._results, self._block.run(runner, given))
+                names, rows = runner.send(rows_of(jnp.asarray(x), 0), None)
+                x = Held(tuple(rows), names, value.aval.shape, value.aval.dtype)
+            yield x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype)
 
     def audit(self) -> Audit:
         """What the plan moves, and how each input of the clients can reach the server.
@@ -159,67 +188,9 @@ class Plan:
         def fetched(x: Any) -> Any:
             if not isinstance(x, Held):
                 return x
-            return jnp.stack([jnp.asarray(row) for row in backend.fetch(x.rows)], x.axis)
+            return jnp.stack([jnp.asarray(row) for row in fetch(backend, x)], x.axis)
 
         return jax.tree.map(fetched, tree, is_leaf=lambda x: isinstance(x, Held))
-
-
-class _Runner:
-    """Runs steps on a backend, and knows which client is which participant."""
-
-    def __init__(self, backend: Backend, clients: Any, leaves: Sequence[Any]):
-        self._backend = backend
-        self._clients = clients
-        self._holders: dict[int, set[tuple[Hashable, ...]]] = {}
-        for x in leaves:
-            if isinstance(x, Held):
-                self._holders.setdefault(len(x.rows), set()).add(x.clients)
-
-    def _names(self, size: int) -> tuple[Hashable, ...]:
-        """The clients of participants of whom no operand says who they are."""
-        if self._clients is not None and len(self._clients) == size:
-            return tuple(self._clients)
-        known = self._holders.get(size, {tuple(range(size))})
-        if len(known) > 1:
-            raise ValueError(
-                f"Plan.run: arguments with {size} rows are held by different clients, so it is not "
-                "known which clients are meant elsewhere; name them by clients=."
-            )
-        return next(iter(known))
-
-    def on_clients(
-        self, stage: Stage, size: int, operands: Sequence[Any], axes: Sequence[int | None]
-    ) -> list[Any]:
-        holders = {x.clients for x in operands if isinstance(x, Held)}
-        if len(holders) > 1:
-            raise ValueError(
-                f"Stage {stage.name!r} uses rows that are with different clients: "
-                f"{' and '.join(map(str, holders))}. Rows of the same participant have to be with "
-                "the same client."
-            )
-        clients = next(iter(holders)) if holders else self._names(size)
-        given = [
-            x if axis is None else x.rows if isinstance(x, Held) else rows_of(jnp.asarray(x), axis)
-            for x, axis in zip(operands, axes, strict=True)
-        ]
-        found = self._backend.run(stage, clients, given)
-        for mode, rows in zip(stage.outputs, found, strict=True):
-            if mode == "placed":
-                self._free_later(rows)
-        return found
-
-    def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Row, ...]:
-        clients = self._names(len(rows)) if like is None else like.clients
-        found = self._backend.put(clients, rows)
-        self._free_later(found)
-        return tuple(found)
-
-    def fetch(self, held: Held) -> list[np.ndarray]:
-        return self._backend.fetch(held.rows)
-
-    def _free_later(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
 
 
 def _refuse_resident(args: PyTree) -> None:

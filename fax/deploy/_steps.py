@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row, Value
+
+Clients = tuple[Hashable, ...]
 
 
 class Runner(Protocol):
@@ -28,10 +31,10 @@ class Runner(Protocol):
 
     def on_clients(
         self, stage: Stage, size: int, operands: Sequence[Any], axes: Sequence[int | None]
-    ) -> list[Any]:
-        """Runs a stage: a tuple of rows for each placed result, a total for the others."""
+    ) -> tuple[Clients, list[Any]]:
+        """Runs a stage. Returns the clients, and rows for placed results, totals for the others."""
 
-    def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Row, ...]:
+    def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Clients, list[Row | None]]:
         """Gives each client its row, those clients that hold ``like`` if it is not None."""
 
     def fetch(self, held: Held) -> list[np.ndarray]:
@@ -98,11 +101,17 @@ class Block:
 
 @dataclasses.dataclass(eq=False)
 class Equation:
-    """A part of what the server computes: ``fn`` takes a list of operands."""
+    """A part of what the server computes.
+
+    Attributes:
+      fn: takes a list of operands, and returns the results.
+      eqn: the equation of the program.
+    """
 
     fn: Callable[[list[Any]], Sequence[Any]]
     operands: tuple[Value, ...]
     results: tuple[Value, ...]
+    eqn: JaxprEqn
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,16 +146,16 @@ class OnClients(Step):
         yield self.stage
 
     def run(self, runner, operands):
-        found = runner.on_clients(self.stage, self.size, operands, self.axes)
+        clients, found = runner.on_clients(self.stage, self.size, operands, self.axes)
         return [
-            _held(rows, value) if value.held else jnp.asarray(rows, value.aval.dtype)
+            _held(clients, rows, value) if value.held else jnp.asarray(rows, value.aval.dtype)
             for rows, value in zip(found, self.results, strict=True)
         ]
 
 
-def _held(rows: Any, value: Value) -> Held:
+def _held(clients: Clients, rows: Iterable[Row | None], value: Value) -> Held:
     assert value.axis is not None
-    return Held(tuple(rows), value.aval.shape, value.aval.dtype, value.axis)
+    return Held(tuple(rows), clients, value.aval.shape, value.aval.dtype, value.axis)
 
 
 @dataclasses.dataclass(eq=False)
@@ -165,18 +174,22 @@ class Take(Step):
         if wrong.size:
             raise IndexError(f"row {wrong[0]} of a value with {known} rows, one for each client")
         (result,) = self.results
-        return [_held([held.rows[i] for i in chosen], result)]
+        clients = tuple(held.clients[i] for i in chosen)
+        return [_held(clients, [held.rows[i] for i in chosen], result)]
 
 
 @dataclasses.dataclass(eq=False)
 class Set(Step):
-    """Replaces rows of the first operand; those out of range are dropped."""
+    """Replaces rows of the first operand; those out of range are dropped.
+
+    The rows of clients that failed stay as they were.
+    """
 
     def run(self, runner, operands):
         held, numbers, others = operands
         rows = list(held.rows)
         for number, row in zip(np.asarray(numbers).reshape(-1), others.rows, strict=True):
-            if 0 <= number < len(rows):
+            if 0 <= number < len(rows) and row is not None:
                 rows[number] = row
         return [dataclasses.replace(held, rows=tuple(rows))]
 
@@ -190,7 +203,8 @@ class Send(Step):
         (result,) = self.results
         assert result.axis is not None
         rows = rows_of(value, result.axis)
-        return [_held(runner.send(rows, like[0] if like else None), result)]
+        clients, sent = runner.send(rows, like[0] if like else None)
+        return [_held(clients, sent, result)]
 
 
 @dataclasses.dataclass(eq=False)

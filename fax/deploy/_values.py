@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Hashable
 from typing import Any
 
+import jax
 from jax.core import ShapedArray
+from jax.extend.core import JaxprEqn
+
+import fax
+from fax import _compat
 
 
 class CutError(ValueError):
@@ -49,21 +55,18 @@ class Held:
     """A placed value that stays with the clients. The server only knows where its rows are.
 
     Attributes:
-      rows: a `Row` for each participant.
+      rows: a `Row` for each participant, None for one that failed.
+      clients: whose rows they are.
       shape: of the whole value.
       dtype: of the whole value.
       axis: the axis of the rows.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row | None, ...]
+    clients: tuple[Hashable, ...]
     shape: tuple[int, ...]
     dtype: Any
     axis: int = 0
-
-    @property
-    def clients(self) -> tuple[Hashable, ...]:
-        """Whose rows they are."""
-        return tuple(row.client for row in self.rows)
 
     def __repr__(self) -> str:
         size = ",".join(map(str, self.shape))
@@ -85,3 +88,19 @@ def of_rows(aval: ShapedArray, size: int, axis: int) -> ShapedArray:
     """The type of a value with such rows."""
     shape = (*aval.shape[:axis], size, *aval.shape[axis:])
     return ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+_OPERATORS = pathlib.Path(fax.__file__).parent
+
+
+def line_of(eqn: JaxprEqn) -> str:
+    """The line that called an operator: a user's, or that of an algorithm or aggregator."""
+    for file, line in _compat.frames_of(eqn):
+        path = pathlib.Path(file)
+        if path.parent not in (_OPERATORS, _OPERATORS / "primitives") and not _of_jax(path):
+            return f"{file}:{line}"
+    return "an unknown line"
+
+
+def _of_jax(path: pathlib.Path) -> bool:
+    return path.is_relative_to(pathlib.Path(jax.__file__).parent)
