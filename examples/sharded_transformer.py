@@ -10,7 +10,8 @@ with three axes:
 
 fax uses the axis with the name of the placement and leaves the others to the client function,
 which uses them through JAX's shardings. A round sends only one sum of updates along `clients`. The
-layers and batches of a client communicate only among its own devices.
+layers and batches of a client communicate only among its own devices. In `diloco_pystdlib.py` the
+same transformer is trained in a data center.
 
     python examples/sharded_transformer.py
 
@@ -20,8 +21,6 @@ losses to runs/sharded_transformer.png.
 """
 
 import argparse
-import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from _transformer import load, make_model, use_eight_devices
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,10 +37,7 @@ from tqdm import tqdm
 
 import fax
 
-ALPHABET = b"\n" + bytes(range(ord(" "), ord("~") + 1))
-CHARACTERS = len(ALPHABET) + 1  # the last one stands for every other byte
-CONTEXT = 64
-WIDTH, HEADS, BLOCKS = 64, 4, 2
+LENGTH, WIDTH, BLOCKS = 64, 64, 2
 LOCAL_STEPS, BATCH_SIZE = 8, 16
 HELD_OUT = 16
 CLIENT_OPTIMIZER = optax.adam(3e-3)
@@ -51,31 +47,26 @@ SERVER_OPTIMIZER = optax.sgd(1.0, momentum=0.5, nesterov=True)
 # The clients
 
 
-def read_modules():
-    """Every module's text as character numbers. A module is a file or a folder of files."""
-    number = np.full(256, CHARACTERS - 1, np.uint8)
-    number[list(ALPHABET)] = np.arange(len(ALPHABET))
-    library, modules = Path(sysconfig.get_paths()["stdlib"]), {}
-    for name in sorted(sys.stdlib_module_names):
-        files = [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]
-        text = b"".join(file.read_bytes() for file in files if file.is_file())
-        if len(text) > 20 * CONTEXT:  # some modules are written in C, with little Python
-            modules[name] = number[np.frombuffer(text, np.uint8)]
-    return modules
+def read_modules(task):
+    """Every module's sequences, if it has enough of them for a batch."""
+    modules = {name: task.train.client(name) for name in task.train.client_ids()}
+    return {name: own for name, own in modules.items() if len(own["x"]) >= BATCH_SIZE}
 
 
-def windows(text, starts):
-    """Windows of the length that the model reads, plus the next character, to be predicted."""
-    return text[np.expand_dims(starts, -1) + np.arange(CONTEXT + 1)]
+def random_sequences(module, rng):
+    rows = rng.integers(len(module["x"]), size=(LOCAL_STEPS, BATCH_SIZE))
+    return {name: x[rows] for name, x in module.items()}
 
 
-def random_windows(text, rng):
-    starts = rng.integers(len(text) - CONTEXT, size=(LOCAL_STEPS, BATCH_SIZE))
-    return windows(text, starts)
+def even_sequences(module):
+    rows = np.linspace(0, len(module["x"]) - 1, BATCH_SIZE, dtype=int)
+    return {name: x[rows] for name, x in module.items()}
 
 
-def even_windows(text):
-    return windows(text, np.linspace(0, len(text) - CONTEXT - 1, BATCH_SIZE, dtype=int))
+def stack(clients, mesh, spec):
+    """Puts clients' sequences onto the mesh."""
+    stacked = jax.tree.map(lambda *x: np.stack(x), *clients)
+    return jax.device_put(stacked, NamedSharding(mesh, spec))
 
 
 def entropy(text):
@@ -84,73 +75,14 @@ def entropy(text):
     return -np.sum(shares * np.log(shares))
 
 
-# The model
-
-
-class Block(nnx.Module):
-    """Causal attention, then a hidden layer.
-
-    A device has half of the heads and of the hidden units. The matrices before them are split by
-    columns, so each device computes its own part from the whole of `x`. The matrices after them are
-    split by rows, so each device computes one term of a sum. Only this sum over `model` has to be
-    sent: twice in the forward pass and twice in the backward pass.
-    """
-
-    def __init__(self, width, heads, rngs):
-        def linear(inputs, outputs, spec, axis=-1):
-            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), spec)
-            return nnx.LinearGeneral(
-                inputs, outputs, axis=axis, use_bias=False, kernel_init=init, rngs=rngs
-            )
-
-        head = (heads, width // heads)
-        self.norm_1 = nnx.LayerNorm(width, rngs=rngs)
-        self.attend = linear(width, (3, *head), (None, None, "model", None))
-        self.mix = linear(head, width, ("model", None, None), axis=(-2, -1))
-        self.norm_2 = nnx.LayerNorm(width, rngs=rngs)
-        self.hide = linear(width, 4 * width, (None, "model"))
-        self.show = linear(4 * width, width, ("model", None))
-
-    def __call__(self, x):
-        qkv = shard(self.attend(self.norm_1(x)), "data", None, None, "model")
-        query, key, value = jnp.moveaxis(qkv, 2, 0)
-        heads = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = shard(x + self.mix(heads), "data")
-        hidden = shard(nnx.gelu(self.hide(self.norm_2(x))), "data", None, "model")
-        return shard(x + self.show(hidden), "data")
-
-
-class Transformer(nnx.Module):
-    def __init__(self, width, heads, blocks, rngs):
-        self.embed = nnx.Linear(CHARACTERS, width, use_bias=False, rngs=rngs)
-        self.positions = nnx.Param(0.1 * jax.random.normal(rngs.params(), (CONTEXT, width)))
-        self.blocks = nnx.List(Block(width, heads, rngs) for _ in range(blocks))
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.out = nnx.Linear(width, CHARACTERS, rngs=rngs)
-
-    def __call__(self, text):
-        # A matrix product, because the gradient of a lookup would gather the batch over `data`.
-        x = self.embed(jax.nn.one_hot(text, CHARACTERS)) + self.positions[...]
-        for block in self.blocks:
-            x = block(x)
-        return self.out(self.norm(x))
-
-
-def shard(x, *axes):
-    """Shards the dimensions of `x` over mesh axes, the first over the first axis, and so on."""
-    return lax.with_sharding_constraint(x, P(*axes))
-
-
 # Training
 
 
-def make_round(graph, clients):
+def make_round(model, clients):
     """Makes a round of federated training, and the evaluation on held-out clients."""
 
-    def mean_loss(params, text):
-        text = shard(text, "data")
-        logits = nnx.merge(graph, params)(text[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+    def mean_loss(params, batch):
+        return jnp.mean(model.loss(params, batch, None)[0])
 
     def local_update(params, batches):
         """Returns the change of the parameters by a client's training, and the loss before it."""
@@ -191,29 +123,27 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    jax.config.update("jax_platforms", "cpu")  # remove these two lines to use eight accelerators
-    jax.config.update("jax_num_cpu_devices", 8)
-    mesh = fax.sharding.make_mesh(clients=2, data=2, model=2)
-    jax.set_mesh(mesh)
-
-    modules = read_modules()
+    mesh = use_eight_devices("clients")
+    task, characters = load(LENGTH)
+    modules = read_modules(task)
     rng = np.random.default_rng(options.seed)
     names = rng.permutation(list(modules))
-    held_out = np.stack([even_windows(modules[name]) for name in names[:HELD_OUT]])
-    limit = entropy(held_out[..., 1:])
-    held_out = jax.device_put(held_out, NamedSharding(mesh, P("clients", "data")))
+    held_out = [even_sequences(modules[name]) for name in names[:HELD_OUT]]
+    limit = entropy(np.stack([own["y"] for own in held_out]))
+    held_out = stack(held_out, mesh, P("clients", "data"))
 
     # With a mesh in scope, the parameters are created with their shardings.
-    graph, params = nnx.split(Transformer(WIDTH, HEADS, BLOCKS, nnx.Rngs(options.seed)))
+    model, _ = make_model(characters, LENGTH, WIDTH, BLOCKS)
+    params = model.init(jax.random.key(options.seed))
     state = SERVER_OPTIMIZER.init(params)
-    federated_round, evaluate = make_round(graph, options.clients_per_round)
+    federated_round, evaluate = make_round(model, options.clients_per_round)
 
     losses, held_out_losses, seconds = [], {}, []
     for number in (progress := tqdm(range(1, options.rounds + 1), unit="round")):
         members = rng.choice(names[HELD_OUT:], options.clients_per_round, replace=False)
-        cohort = np.stack([random_windows(modules[name], rng) for name in members])
+        cohort = [random_sequences(modules[name], rng) for name in members]
         start = time.perf_counter()
-        cohort = jax.device_put(cohort, NamedSharding(mesh, P("clients", None, "data")))
+        cohort = stack(cohort, mesh, P("clients", None, "data"))
         params, state, loss = jax.block_until_ready(federated_round(params, state, cohort))
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))

@@ -48,7 +48,7 @@ def run(tmp_path):
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
-    *("heterogeneous", "init", "personal_parts"),
+    *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )

@@ -1,7 +1,5 @@
 """What the sharded transformer keeps on which device, and what its devices send to each other."""
 
-import bisect
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +7,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fax
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLIENTS, STEPS, BATCH = 4, 2, 4
-WIDTH, HEADS, BLOCKS = 16, 2, 1
+LENGTH, WIDTH, HEADS, BLOCKS = 64, 16, 2, 1
+CHARACTERS = 97
 FLOAT = 4  # bytes
 
 
@@ -35,13 +32,17 @@ def example():
 
 def prepare(example, mesh):
     """A tiny transformer, its round and a cohort of random text, on a mesh in scope."""
-    graph, params = nnx.split(example.Transformer(WIDTH, HEADS, BLOCKS, nnx.Rngs(0)))
-    federated_round, evaluate = example.make_round(graph, CLIENTS)
+    model, _ = example.make_model(CHARACTERS, LENGTH, WIDTH, BLOCKS)
+    params = model.init(jax.random.key(0))
+    federated_round, evaluate = example.make_round(model, CLIENTS)
 
     def text(spec, *shape):
-        shape = (*shape, BATCH, example.CONTEXT + 1)
-        text = np.random.default_rng(0).integers(example.CHARACTERS, size=shape)
-        return jax.device_put(text.astype(np.uint8), NamedSharding(mesh, spec))
+        rng = np.random.default_rng(0)
+        clients = [
+            {name: rng.integers(1, CHARACTERS, (*shape[1:], BATCH, LENGTH)) for name in "xy"}
+            for _ in range(shape[0])
+        ]
+        return example.stack(clients, mesh, spec)
 
     arguments = params, example.SERVER_OPTIMIZER.init(params)
     arguments += (text(P("clients", None, "data"), CLIENTS, STEPS),)
@@ -64,7 +65,7 @@ def case(example, mesh):
         yield prepare(example, mesh)
 
 
-def test_devices_send_each_other_the_least_that_there_is_to_send(example, mesh, case):
+def test_devices_send_each_other_the_least_that_there_is_to_send(case):
     found = fax.inspect.report(case.round)
     assert {c.operation for c in found.collectives} == {"all-reduce"}
     assert all(len(c.axes) == 1 for c in found.collectives)
@@ -76,7 +77,7 @@ def test_devices_send_each_other_the_least_that_there_is_to_send(example, mesh, 
         assert sum(c.bytes for c in found.over(axis)) == part + FLOAT
 
     # Along `model` activations, for the part of the batch that belongs to a device.
-    activations = BATCH // 2 * example.CONTEXT * WIDTH * FLOAT
+    activations = BATCH // 2 * LENGTH * WIDTH * FLOAT
     over_model = [(c.operation, c.bytes) for c in found.over("model")]
     # Two forward and two backward.
     assert over_model == [("all-reduce", activations)] * 4 * BLOCKS
@@ -112,7 +113,7 @@ def test_the_model_stays_split_over_model_and_the_batch_over_data(case):
         assert old.sharding.is_equivalent_to(new.sharding, old.ndim)
 
     taken = jax.tree.leaves(case.round.input_shardings)[-1]
-    assert taken.shard_shape(batches.shape)[:3] == (CLIENTS // 2, STEPS, BATCH // 2)
+    assert taken.shard_shape(batches["x"].shape)[:3] == (CLIENTS // 2, STEPS, BATCH // 2)
 
 
 def test_one_device_computes_the_same(example, case):
@@ -128,27 +129,18 @@ def test_one_device_computes_the_same(example, case):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-3, atol=1e-4)
 
 
-def test_modules_are_read_as_characters(example):
-    modules = example.read_modules()
-    assert len(modules) > 150
-    assert "math" not in modules  # is not written in Python
-    symbols = example.ALPHABET + b"?"
-    text = bytes(symbols[number] for number in modules["bisect"])
-    assert text == Path(bisect.__file__).read_bytes()
-    files = sorted(Path(json.__file__).parent.glob("*.py"))
-    assert modules["json"].size == sum(file.stat().st_size for file in files)
-
-
-def test_windows_reach_from_the_first_character_to_the_last(example):
-    text = np.arange(200)
-    length = example.CONTEXT + 1
-    even = example.even_windows(text)
-    np.testing.assert_array_equal(even[0], text[:length])
-    np.testing.assert_array_equal(even[-1], text[-length:])
-    random = example.random_windows(text[: length + 2], np.random.default_rng(0))
-    assert random.shape == (example.LOCAL_STEPS, example.BATCH_SIZE, length)
-    assert (np.diff(random) == 1).all()
-    assert (random.min(), random.max()) == (0, length + 1)
+def test_sequences_are_drawn_from_all_of_a_module(example):
+    x = np.arange(200)[:, None] + np.zeros(LENGTH, int)
+    module = {"x": x, "y": -x}
+    even = example.even_sequences(module)
+    assert even["x"].shape == (example.BATCH_SIZE, LENGTH)
+    assert (even["x"][[0, -1], 0] == [0, 199]).all()
+    short = {name: rows[:2] for name, rows in module.items()}
+    drawn = example.random_sequences(short, np.random.default_rng(0))
+    assert drawn["x"].shape == (example.LOCAL_STEPS, example.BATCH_SIZE, LENGTH)
+    assert (drawn["x"].min(), drawn["x"].max()) == (0, 1)
+    for batch in (even, drawn):
+        np.testing.assert_array_equal(batch["y"], -batch["x"])
 
 
 def test_entropy(example):
