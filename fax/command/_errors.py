@@ -1,0 +1,32 @@
+"""Errors that end the command with a message and an exit code instead of a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+WRONG = 2  # arguments or configuration
+
+
+class CommandError(Exception):
+    """Ends the command.
+
+    Attributes:
+      code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int = WRONG) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """What fax refuses in here is a mistake in the arguments or in the configuration."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        text = str(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            text = f"there is no file {error.filename}."
+        raise CommandError(text) from error
