@@ -44,6 +44,8 @@ FLOORS = (
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",
     },
     {"tasks": "data, a model, metrics and settings together"},
+    {"experiment": "from a configuration to a finished, resumable, plotted run"},
+    {"command": "experiments from the shell"},
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
@@ -153,6 +155,8 @@ class House:
         pieces = name.split(".")
         if len(pieces) == 1:
             return name
+        if pieces[1] == "__main__":
+            return "command"
         if not pieces[1].startswith("_"):
             return pieces[1]
         alone = all(other.startswith("fax._") for other in self.reached(name))
