@@ -72,7 +72,7 @@ def _load() -> None:
     import fax.drjax
     import fax.inspect
     import fax.metrics
-    import fax.sharding
+    import fax.sharding  # noqa: F401
     from fax import _operators, _placement, _program, _reductions
 
     for home in (_operators, _placement, _program, _reductions):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from fax.algorithms import Algorithm
 from fax.data import Cohorts, FederatedData, cohorts, split
 from fax.experiment import _catalog
 from fax.experiment._config import Config, Table
+from fax.experiment._run import Result, run
 from fax.tasks._optimizers import optimizer
 
 PyTree = Any
@@ -56,6 +58,24 @@ class Experiment:
     )
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+
+    def run(self, folder: str | os.PathLike[str] | None = None, **options: Any) -> Result:
+        """Calls `fax.experiment.run`.
+
+        Args:
+          folder: where to leave the results.
+          **options: other arguments of `run`.
+        """
+        return run(
+            self.algorithm,
+            self.algorithm.init(*self.start),
+            self.cohorts,
+            rounds=self.rounds,
+            folder=folder,
+            evaluate=self.evaluate,
+            config=self.config,
+            **{**self.options, **options},
+        )
 
 
 def build(config: Config) -> Experiment:
