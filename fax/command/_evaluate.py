@@ -23,7 +23,7 @@ def command(args: argparse.Namespace) -> int:
         experiment = source.make()
         experiment.cohorts.close()
         state = experiment.algorithm.init(*experiment.start)
-        checkpoint = fax.experiment.restore(folder, state)
+        checkpoint = fax.experiment.restore(folder, state, round=args.round)
         if source.config is not None:
             evaluate = evaluation(source.config, load(source.config), args.on)
         elif args.on in experiment.evaluate:

@@ -62,6 +62,15 @@ def one_of(what: str, known: Sequence[str]) -> Any:
     return check
 
 
+def _round(text: str) -> int | str:
+    """The round of a checkpoint."""
+    if text == "best":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a round nor best.")
+    return int(text)
+
+
 def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parser, dict]:
     """The parser, and those of its commands.
 
@@ -138,13 +147,21 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     evaluate = command(
         "evaluate",
         "evaluate the model of a run",
-        "Evaluates the model of a run's last checkpoint, on all clients together.",
-        "example:\n  fax evaluate runs/a --on test\n",
+        "Evaluates the model of a checkpoint of a run, on all clients together.",
+        "examples:\n  fax evaluate runs/a --on test\n  fax evaluate runs/a --round best\n",
     )
     evaluate.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     on = ("test", "train")
     evaluate.add_argument(
         "--on", default="test", type=one_of("data set", on), choices=on, help="default: test"
+    )
+
+    evaluate.add_argument(
+        "--round",
+        type=_round,
+        metavar="N",
+        help="of which checkpoint: a round, or best, that with "
+        "the smallest loss on the test data (default: the newest)",
     )
 
     compare = command(

@@ -47,7 +47,9 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
         print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")
         try:
             with experiment.cohorts:
-                return experiment.run(folder, progress=not quiet, force=force)
+                return experiment.run(
+                    folder, progress=not quiet, force=force, **_outputs(experiment, folder)
+                )
         except fax.experiment.FolderInUseError as error:
             raise CommandError(str(error), IN_USE) from error
         except fax.experiment.NotFiniteError as error:
@@ -56,6 +58,12 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
             raise CommandError(
                 f"interrupted and saved. To go on: fax resume {folder}", INTERRUPTED
             ) from None
+
+
+def _outputs(experiment: fax.experiment.Experiment, folder: Path) -> dict[str, Any]:
+    """What the command adds to an experiment that does not say it itself."""
+    writers = [*experiment.options.get("writers", ()), fax.experiment.TensorBoard(folder)]
+    return {"writers": writers}
 
 
 def _title(source: Source, experiment: fax.experiment.Experiment) -> str:
@@ -68,14 +76,20 @@ def show(source: Source, folder: Path, result: Any) -> None:
     last: dict[str, Any] = {}
     for row in result.history:
         last |= row
-    numbers = [f"{key} {_number(key, value)}" for key, value in last.items() if _is_shown(key)]
+    numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
     print(f"After {last.get('round', 0)} rounds: {', '.join(numbers)}")
+    if result.reason:
+        print(f"Stopped early: {result.reason}")
     for figure in fax.experiment.draw(folder):
         print(f"Figure: {figure}")
 
 
-def _is_shown(key: str) -> bool:
+def _shown(key: str) -> bool:
     return key.rpartition("/")[2] in ("loss", "accuracy", "epsilon")
+
+
+def _name(key: str) -> str:
+    return f"training {key}" if key in ("loss", "accuracy") else key.replace("/", " ")
 
 
 def _number(key: str, value: float) -> str:

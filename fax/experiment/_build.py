@@ -18,6 +18,7 @@ import fax.tasks
 from fax.algorithms import Algorithm
 from fax.data import Cohorts, FederatedData, cohorts, split
 from fax.experiment import _catalog
+from fax.experiment._checkpoints import Keep
 from fax.experiment._config import Config, Table
 from fax.experiment._run import Result, run
 from fax.tasks._optimizers import optimizer
@@ -122,6 +123,7 @@ def build(config: Config) -> Experiment:
             "every": config.every,
             "rounds_per_call": config.rounds_per_call,
             "on_nan": config.on_nan,
+            "keep": Keep(best="test/loss", mode="min"),
         },
         config=config.to_dict(),
     )

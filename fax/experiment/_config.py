@@ -70,7 +70,9 @@ class Config:
     mesh: Annotated[Table, "the size of each mesh axis; -1 for the remaining devices"]
     rounds: Annotated[int, "how many rounds to train"]
     seed: Annotated[int, "from which everything random is derived"] = 0
-    every: Annotated[int, "evaluate and save a checkpoint after so many rounds"]
+    every: Annotated[
+        int | None, 'evaluate and save after so many rounds; `"none"`: 20 times in a run'
+    ] = None
     rounds_per_call: Annotated[int, "how many rounds run in one compiled loop"] = 1
     evaluation_clients: Annotated[int, "evaluate on at most so many clients"] = 3400
     on_nan: Annotated[str, 'if the loss is NaN: `"stop"`, or `"restore"` the last checkpoint'] = (
@@ -182,8 +184,6 @@ def configure(
 
     rest = {key: tables[key] for key in known if key in tables and key not in _TABLES}
     rest.setdefault("rounds", settings.rounds)
-    rounds = rest["rounds"]
-    rest.setdefault("every", max(rounds // 20, 1) if isinstance(rounds, int) else 1)
     defaults = {name: getattr(settings, name) for name in _TUNED}
     if "replicas" in own:  # replicas keep their shards, and have a number of steps in a round
         defaults |= {"epochs": 1}

@@ -54,7 +54,7 @@ def sweep(config: Config, settings: Sequence[Setting]) -> Experiment:
         return dataclasses.replace(one, options={**one.options, "on_nan": "ignore"})
     task = load(config)
     names = [label(setting) for setting in settings]
-    rows = {key: jnp.array([float(s[key]) for s in settings]) for key in settings[0]}
+    rows = {key: jnp.array([s[key] for s in settings], jnp.float32) for key in settings[0]}
 
     def algorithm_of(row: Mapping[str, Any]) -> Algorithm:
         tables = {"algorithm": config.algorithm, "client": config.client, "server": config.server}
@@ -94,6 +94,6 @@ def sweep(config: Config, settings: Sequence[Setting]) -> Experiment:
         one,
         algorithm=Algorithm(init, round, params),
         evaluate={"test": evaluate},
-        options={**one.options, "on_nan": "ignore"},
-        config={**config.to_dict(), "grid": {key: rows[key].tolist() for key in rows}},
+        options={**one.options, "on_nan": "ignore", "keep": 2},
+        config={**config.to_dict(), "grid": {key: [s[key] for s in settings] for key in rows}},
     )
