@@ -25,7 +25,7 @@ NONE = "none"  # TOML has no null
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cohorts:
+class Batches:
     """The table ``[cohorts]``: see `fax.data.cohorts`. The defaults of some are the task's."""
 
     clients: Annotated[int, "how many clients take part in a round"]
@@ -66,7 +66,7 @@ class Config:
     client: Annotated[Table, "the clients' optimizer, its learning rate, and its other options"]
     server: Annotated[Table | None, "the server's optimizer, in the same form"]
     aggregator: Annotated[list[Table], "the aggregator and its options, or a list of them: a chain"]
-    cohorts: Annotated[Cohorts, "who takes part in a round, and with which batches"]
+    cohorts: Annotated[Batches, "who takes part in a round, and with which batches"]
     mesh: Annotated[Table, "the size of each mesh axis; -1 for the remaining devices"]
     rounds: Annotated[int, "how many rounds to train"]
     seed: Annotated[int, "from which everything random is derived"] = 0
@@ -202,7 +202,7 @@ def configure(
         client=client,
         server=server,
         aggregator=aggregator,
-        cohorts=Cohorts(**_fields(where, "cohorts", {**defaults, **batches}, Cohorts)),
+        cohorts=Batches(**_fields(where, "cohorts", {**defaults, **batches}, Batches)),
         mesh=dict(mesh),
         **_fields(where, "", rest, Config),
     )
