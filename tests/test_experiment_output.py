@@ -86,16 +86,18 @@ class Run:
         self.round, self.rounds, self.rounds_per_call = 0, rounds, rounds_per_call
         self.folder, self.cohorts = folder, cohorts
         self.metrics, self.results, self.params, self.state = {}, {}, None, None
+        self.history = []
 
     def go(self, *callbacks, until=None, values=lambda r: ({}, {}, None)):
         """Runs rounds, and returns the reason why a callback stops them."""
-        for callback in callbacks:
-            if hasattr(callback, "start"):
-                callback.start(self)
+        starts = [own.start(self) for own in callbacks if hasattr(own, "start")]
+        if reasons := list(filter(None, starts)):
+            return reasons[0]
         while self.round < (until or self.rounds):
             self.round += min(self.rounds_per_call, self.rounds - self.round)
             self.metrics, self.results, self.params = values(self.round)
             self.state = self.params
+            self.history.append({"round": self.round, **self.metrics, **self.results})
             if reasons := list(filter(None, [own.after_round(self) for own in callbacks])):
                 return reasons[0]
         return None
@@ -132,8 +134,9 @@ def test_early_stopping(sign, mode, values, stops, best):
         assert part.go(first, until=middle, values=evaluated(values)) is None
         second = experiment.EarlyStopping("test/loss", 3, mode)
         second.state = dict(first.state)
-        assert part.go(second, values=evaluated(values)) == reason
-        assert (part.round, second.state) == (run.round, whole.state)
+        for _ in range(2):  # the second time, it stays stopped
+            assert part.go(second, values=evaluated(values)) == reason
+            assert (part.round, second.state) == (run.round, whole.state)
 
 
 def test_early_stopping_forgets_an_earlier_run():
@@ -148,9 +151,10 @@ def test_early_stopping_forgets_an_earlier_run():
 def test_a_target_stops_a_run(sign, mode):
     values = [sign * x for x in (3, math.nan, 2, 1.5, 1, 0)]
     run = Run(12)
-    reason = run.go(experiment.StopAt("test/loss", sign * 1.5, mode), values=evaluated(values))
-    assert run.round == 8
-    assert reason == f"test/loss is {sign * 1.5}, and the target was {sign * 1.5}"
+    for _ in range(2):  # the second time, it stays stopped
+        reason = run.go(experiment.StopAt("test/loss", sign * 1.5, mode), values=evaluated(values))
+        assert run.round == 8
+        assert reason == f"test/loss is {sign * 1.5}, and the target was {sign * 1.5}"
     assert Run(4).go(experiment.StopAt("test/loss", 0, mode), values=evaluated(values)) is None
 
 
@@ -308,8 +312,8 @@ def test_a_spent_budget_stops_a_run(per_call):
 
     again = callback()
     again.state = whole.state
-    with pytest.raises(aggregators.PrivacyBudgetError, match="the privacy budget is spent"):
-        run.go(again, values=released)
+    assert run.go(again, values=released) == reason
+    assert run.round == part.round
 
 
 WRONG = {
@@ -381,8 +385,8 @@ def test_the_bar(monkeypatch):
 
 def test_the_bar_is_quiet_without_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = Progress()
-    Run(3, cohorts=iter(())).go(bar, values=lambda r: ({"loss": 1.0}, {}, None))
+    bar, cohorts = Progress(), types.SimpleNamespace(examples=0)
+    Run(3, cohorts=cohorts).go(bar, values=lambda r: ({"loss": 1.0}, {}, None))
     bar.close()
     assert sys.stderr.getvalue() == ""
 
@@ -522,16 +526,12 @@ def test_figures_are_drawn_from_files(tmp_path):
         np.testing.assert_array_equal(read[name], own)
     for name, values in CLIENTS.items():
         np.testing.assert_array_equal(clients[name], values)
-    for _ in range(2):
-        paths = experiment.draw(str(folder))
-        assert [path.name for path in paths] == [
-            "rounds.png",
-            "bits.png",
-            "clients.png",
-            "epsilon.png",
-        ]
-        for path in paths:
-            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (folder / "figures").mkdir()
+    (folder / "figures" / "rounds.png").write_bytes(b"of an earlier round")
+    paths = experiment.draw(str(folder))
+    assert [path.stem for path in paths] == ["rounds", "bits", "clients", "epsilon"]
+    for path in paths:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in (folder / "figures").iterdir()) == sorted(p.name for p in paths)
 
 

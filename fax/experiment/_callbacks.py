@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fax import _arguments
-from fax.aggregators import Budget, PrivacyBudgetError
+from fax.aggregators import Budget
 
 if TYPE_CHECKING:
     from fax.experiment._run import Run
@@ -26,8 +26,9 @@ PyTree = Any
 class Callback(Protocol):
     """What `fax.experiment.run` calls between rounds. Either method may be missing.
 
-    If a callback has an attribute ``state``, a pytree of arrays and numbers, it is saved in
-    checkpoints and set again when the run is resumed.
+    A method that returns True, or the reason as a string, stops the run. If a callback has an
+    attribute ``state``, a pytree of arrays and numbers, it is saved in checkpoints and set again
+    when the run is resumed.
 
     Example:
 
@@ -37,14 +38,11 @@ class Callback(Protocol):
       ...         return run.metrics["loss"] < 0.01 and "the loss is small"
     """
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run) -> bool | str | None:
         """Is called before the first round, and before the first one after a resume."""
 
     def after_round(self, run: Run) -> bool | str | None:
-        """Is called after each round, or after each block of rounds in one program.
-
-        Returns True, or the reason as a string, to stop the run.
-        """
+        """Is called after each round, or after each block of rounds in one program."""
 
 
 class EarlyStopping:
@@ -81,10 +79,11 @@ class EarlyStopping:
     def _initial(self) -> dict[str, Any]:
         return {"best": -self._sign * float("inf"), "round": 0, "waited": 0}
 
-    def start(self, run: Run) -> None:
-        """Forgets an earlier run."""
+    def start(self, run: Run) -> str | None:
+        """Forgets an earlier run. A run that has been stopped stays stopped."""
         if run.round == 0:
             self.state = self._initial()
+        return self._reason()
 
     def after_round(self, run: Run) -> str | None:
         """Compares the metric with its best value."""
@@ -93,8 +92,11 @@ class EarlyStopping:
             return None
         if self._sign * value > self._sign * self.state["best"]:
             self.state = {"best": value, "round": run.round, "waited": 0}
-            return None
-        self.state = {**self.state, "waited": self.state["waited"] + 1}
+        else:
+            self.state = {**self.state, "waited": self.state["waited"] + 1}
+        return self._reason()
+
+    def _reason(self) -> str | None:
         if self.state["waited"] < self._patience:
             return None
         best = f"{self.state['best']:.6g} in round {self.state['round']}"
@@ -123,10 +125,18 @@ class StopAt:
         self._target = float(_arguments.number(self._where, "target", target))
         self._sign = _sign(self._where, mode)
 
+    def start(self, run: Run) -> str | None:
+        """A run that has reached the target before stays stopped."""
+        values = [row[self._metric] for row in run.history if self._metric in row]
+        return next(filter(None, map(self._reason, values)), None)
+
     def after_round(self, run: Run) -> str | None:
         """Compares the metric with its target."""
         value = _metric(self._where, self._metric, run)
-        if value is None or not self._sign * value >= self._sign * self._target:
+        return None if value is None else self._reason(value)
+
+    def _reason(self, value: float) -> str | None:
+        if not self._sign * value >= self._sign * self._target:
             return None
         return f"{self._metric} is {value:.6g}, and the target was {self._target:.6g}"
 
@@ -178,7 +188,7 @@ class StopAtBudget:
     Raises:
       ValueError: if ``budget`` is something else.
       PrivacyBudgetError: during the run, if the budget does not even allow the first block of
-        rounds. Nothing of that block may be published.
+        rounds. Nothing in this block may be published.
 
     Example:
 
@@ -203,10 +213,9 @@ class StopAtBudget:
         self._budget.record = {name: int(count) for name, count in state["record"].items()}
         self._last = int(state["last"])
 
-    def start(self, run: Run) -> None:
-        """Refuses to continue a run that has no budget left."""
-        if self._last and self._spent():
-            raise PrivacyBudgetError(f"fax.experiment.StopAtBudget: {self._spent()}.")
+    def start(self, run: Run) -> str | None:
+        """A run that has no budget left stays stopped."""
+        return self._reason()
 
     def after_round(self, run: Run) -> str | None:
         """Takes from the budget what the state has released."""
@@ -214,9 +223,9 @@ class StopAtBudget:
         self._budget.spend(run.state)
         self._last = self._budget.spent - before
         run.metrics["epsilon"] = self._budget.epsilon
-        return self._spent()
+        return self._reason()
 
-    def _spent(self) -> str | None:
+    def _reason(self) -> str | None:
         own = self._budget
         if own.spent + self._last <= own.rounds:
             return None
@@ -346,9 +355,10 @@ def _sign(where: str, mode: str) -> int:
 
 def _metric(where: str, name: str, run: Run) -> float | None:
     """The value of a metric, or None if it is from an evaluation, and this round has none."""
+    for found in (run.results, run.metrics):
+        if name in found:
+            return float(found[name])
     values = {**run.metrics, **run.results}
-    if name in values:
-        return float(values[name])
     if not run.results:
         return None
     nearest = difflib.get_close_matches(name, values, 1)

@@ -28,25 +28,23 @@ class Progress:
             disable=None,  # unless it is a terminal
         )
         self._shown: dict[str, str] = {}
-        self._mark = (time.perf_counter(), getattr(run.cohorts, "examples", 0))
+        self._mark = (time.perf_counter(), run.cohorts.examples)
 
     def after_round(self, run: Run) -> None:
         """Moves the bar."""
         if self._bar.disable:
             return
-        if "loss" in run.metrics:
-            self._shown["loss"] = f"{run.metrics['loss']:.4g}"
-        for name, value in run.results.items():
-            self._shown[name] = f"{value:.4g}"
-        cohorts = run.cohorts
-        if hasattr(cohorts, "examples"):
-            now, (then, before) = time.perf_counter(), self._mark
-            if now - then >= 1 or "examples/s" not in self._shown:
-                rate = (cohorts.examples - before) / (now - then)
-                self._shown["examples/s"] = f"{rate:,.0f}"
-                self._mark = (now, cohorts.examples)
-            self._shown["compilations"] = f"{len(cohorts.shapes)}"
-            self._shown["padding"] = f"{cohorts.padding:.0%}"
+        # From the history, since to ask for run.metrics would be to wait for the devices.
+        known = {**run.history[-1], **run.results} if run.history else run.results
+        for name, value in known.items():
+            if name.rpartition("/")[2] in ("loss", "accuracy"):
+                self._shown[name] = f"{value:.4g}"
+        cohorts, now, (then, before) = run.cohorts, time.perf_counter(), self._mark
+        if now - then >= 1 or "examples/s" not in self._shown:
+            self._shown["examples/s"] = f"{(cohorts.examples - before) / (now - then):,.0f}"
+            self._mark = (now, cohorts.examples)
+        self._shown["compilations"] = f"{len(cohorts.shapes)}"
+        self._shown["padding"] = f"{cohorts.padding:.0%}"
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(run.round - self._bar.n)
 
