@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from fax import _arguments
 from fax.aggregators import Budget
@@ -144,7 +146,8 @@ class StopAt:
 class StopAfter:
     """Stops a run after some time, for example before a cluster ends the job.
 
-    The time begins when the run starts or is resumed, so a resumed run has all of it again.
+    The time begins when the run starts or is resumed, so a resumed run has all of it again. In
+    several processes, the clock is that of process 0.
 
     Args:
       hours: after how many hours.
@@ -166,7 +169,10 @@ class StopAfter:
 
     def after_round(self, run: Run) -> str | None:
         """Looks at the clock."""
-        return f"{self._hours:g} hours are over" if time.monotonic() >= self._end else None
+        over = time.monotonic() >= self._end
+        if jax.process_count() > 1:  # all of them have to stop after the same round
+            over = bool(multihost_utils.broadcast_one_to_all(np.int32(over)))
+        return f"{self._hours:g} hours are over" if over else None
 
 
 class StopAtBudget:
