@@ -44,6 +44,7 @@ FLOORS = (
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",
     },
     {"tasks": "data, a model, metrics and settings together"},
+    {"experiment": "a run of many rounds: its loop, its checkpoints and its folder"},
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

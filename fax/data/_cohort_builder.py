@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class CohortBuilder:
         self.all_clients, self._choose, self.clients = all_clients, choose, clients
         self._seed, self.row_sharding, self.resident = seed, row_sharding, resident
         self._streams, self._custom_sampler = sampler == STREAM, callable(sampler)
+        self._sampler = "a function" if callable(sampler) else sampler
         self._sharding = row_sharding.sharding(clients)
         self._own = row_sharding.own_rows(WHERE, clients)
         self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
@@ -87,6 +89,21 @@ class CohortBuilder:
         positions = uniform(everyone, self.clients, number, (self._seed,))
         steps = self.all_clients.batching.steps(self.all_clients.num_examples(positions))
         return steps[_batching.balanced_order(steps, self.row_sharding.num_shards)]
+
+    def settings(self) -> dict[str, Any]:
+        """What a round depends on besides its number and the examples."""
+        batching = dataclasses.asdict(self.all_clients.batching)
+        return {
+            "clients": self.clients,
+            "of_clients": len(self.all_clients.ids),
+            "sampler": self._sampler,
+            "seed": self._seed,
+            **{name: "none" if value is None else value for name, value in batching.items()},
+        }
+
+    def positions(self, number: int) -> np.ndarray:
+        """The clients of a round, in the order of its cohort."""
+        return self._plan(number).positions
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:

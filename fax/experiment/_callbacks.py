@@ -350,7 +350,7 @@ class Profile:
         if tracing:
             self._end()
             return
-        jax.profiler.start_trace(self._folder or Path(run.folder, "profile"))
+        jax.profiler.start_trace(self._folder or Path(run.folder or "", "profile"))
         # If the run ends during the trace, by an error or another callback, the trace ends too.
         self._end = weakref.finalize(run, jax.profiler.stop_trace)
 
