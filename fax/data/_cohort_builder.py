@@ -172,15 +172,15 @@ class CohortBuilder:
             return jax.device_put(arrays, sharding)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
-    def __call__(self, number: int) -> tuple[Cohort, np.ndarray]:
-        """The cohort of a round, and how many steps each of its clients has."""
+    def __call__(self, number: int) -> tuple[Cohort, RoundPlan]:
+        """The cohort of a round, and its plan."""
         with self._settings():
             plan = self._plan(number)
             placed = self._put(self._arrays(plan), self._sharding)
             numbers = jax.device_put((np.int32(number), plan.positions.astype(np.int32)))
-            return self._cohort(placed, self._make_keys(self._key, *numbers)), plan.steps
+            return self._cohort(placed, self._make_keys(self._key, *numbers)), plan
 
-    def several(self, start: int, rounds: int) -> tuple[Cohort, list[np.ndarray]]:
+    def several(self, start: int, rounds: int) -> tuple[Cohort, list[RoundPlan]]:
         """The cohorts of several rounds, padded to one shape, with a leading axis [rounds]."""
         with self._settings():
             plans = [self._plan(number) for number in range(start, start + rounds)]
@@ -191,7 +191,7 @@ class CohortBuilder:
             numbers = np.arange(start, start + rounds, dtype=np.int32)
             keys = self._make_keys_of_rounds(self._key, *jax.device_put((numbers, positions)))
             placed = self._put(arrays, self._sharding_of_rounds)
-            return self._cohort(placed, keys), [p.steps for p in plans]
+            return self._cohort(placed, keys), plans
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from fax import _arguments
 from fax.data import _batching
 from fax.data._all_clients import WHERE, AllClients
-from fax.data._batching import Batching
+from fax.data._batching import Batching, RoundPlan
 from fax.data._check_examples import check_federated
 from fax.data._cohort import Cohort
 from fax.data._cohort_builder import CohortBuilder
@@ -149,6 +149,7 @@ class Cohorts(Iterator[Cohort]):
     Attributes:
       shapes: how many cohorts so far had each shape (clients, steps, batch). A jitted round is
         compiled once for each shape.
+      examples: how many examples the batches of the cohorts so far had, each in every epoch.
 
     Example:
 
@@ -156,11 +157,12 @@ class Cohorts(Iterator[Cohort]):
       >>> with fax.data.cohorts(fax.data.InMemory(visits), clients=2, batch_size=2) as rounds:
       ...     for _, cohort in zip(range(3), rounds):
       ...         pass  # train on the cohort here
-      >>> rounds.round, rounds.shapes, rounds.padding
-      (3, {(2, 3, 2): 3}, 0.0)
+      >>> rounds.round, rounds.shapes, rounds.examples, rounds.padding
+      (3, {(2, 3, 2): 3}, 30, 0.0)
     """
 
     shapes: dict[tuple[int, ...], int]
+    examples: int
 
     def __init__(self, builder: CohortBuilder, start: int, ahead: int) -> None:
         self._builder, self._ahead = builder, ahead
@@ -169,14 +171,15 @@ class Cohorts(Iterator[Cohort]):
         self._needed = self._computed = 0
         self._round = start
         self.shapes = {}
+        self.examples = 0
 
     def __next__(self) -> Cohort:
         if self._closed:
             raise StopIteration
         if self._items is None:
             self._items = Prefetch(self._builder, self.round, self._ahead)
-        cohort, steps = next(self._items)
-        self._note(cohort.mask.shape, steps)
+        cohort, plan = next(self._items)
+        self._note(cohort.mask.shape, plan)
         self._round += 1
         return cohort
 
@@ -225,9 +228,9 @@ class Cohorts(Iterator[Cohort]):
                 "the host. Pass resident=True, or take one round at a time."
             )
         self._stop_working_ahead()
-        cohort, steps = self._builder.several(self.round, rounds)
-        for own in steps:
-            self._note(cohort.mask.shape[1:], own)
+        cohort, plans = self._builder.several(self.round, rounds)
+        for plan in plans:
+            self._note(cohort.mask.shape[1:], plan)
         self._round += rounds
         return cohort
 
@@ -236,8 +239,10 @@ class Cohorts(Iterator[Cohort]):
             self._items.close()
             self._items = None
 
-    def _note(self, shape: tuple[int, ...], steps: np.ndarray) -> None:
+    def _note(self, shape: tuple[int, ...], plan: RoundPlan) -> None:
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
+        self.examples += int(plan.mask.sum())
+        steps = plan.steps
         self._needed += int(steps.sum())
         devices, vectorize = self._builder.row_sharding.num_shards, self._builder.vectorize or 1
         self._computed += _batching.computed_steps(steps, devices, vectorize)

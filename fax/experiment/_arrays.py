@@ -107,7 +107,7 @@ def _sharding(leaf: Leaf, like: Any) -> NamedSharding | None:
         if not isinstance(own, NamedSharding) or not isinstance(own.mesh, Mesh):
             return None
         mesh = own.mesh
-    spec = []
+    spec: list[Any] = []
     for size, axes in zip(leaf.shape, leaf.spec or []):
         names = [axes] if isinstance(axes, str) else list(axes or ())
         parts = int(np.prod([mesh.shape.get(name, 0) for name in names]))

@@ -95,9 +95,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The round of the checkpoint with the best metric."""
-        infos = [info for info in self._manager._checkpoints.get() if info.metrics is not None]
-        return max(infos, key=lambda info: self._keep.better(info.metrics)).step if infos else None
+        """The round of the checkpoint with the best metric, or None if none has it."""
+        known = {number: self._manager.metrics(number) for number in self.rounds()}
+        values = {n: self._keep.better(own) for n, own in known.items() if own is not None}
+        return max(values, key=values.__getitem__) if values else None
 
     def save(
         self,
@@ -168,9 +169,7 @@ class Checkpoints:
         facts = self._manager.restore(number, args=item).facts
         leaves = [Leaf(**leaf) for leaf in facts["leaves"]]
         whole = [template(leaf, own) for leaf, own in zip(leaves, like(leaves), strict=True)]
-        item = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore([x for x in whole if x.size])  # type: ignore[call-arg]
-        )
+        item = ocp.args.Composite(arrays=ocp.args.StandardRestore([x for x in whole if x.size]))
         restored = iter(self._manager.restore(number, args=item).arrays)
         arrays = [next(restored) if x.size else x for x in whole]
         clients = self.folder / str(number) / "clients" / CLIENTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,15 @@ from jax.experimental import multihost_utils
 from fax.algorithms import ClientStore
 from fax.experiment import _folder
 from fax.experiment._checkpoints import Checkpoints
+from fax.experiment._figures import draw
 from fax.experiment._history import Table, replace, text_of
+from fax.experiment._progress import Progress
 from fax.experiment._resume import contents, lost_noise, newest, put_back, say
 from fax.experiment._rounds import Run
+from fax.experiment._writers import TensorBoard
 
 _NEW, _SAME, _OTHER = range(3)
+_MOST_RETURNS = 3
 
 
 class Outputs:
@@ -37,12 +42,15 @@ class Outputs:
     def __init__(self, run: Run, writers: Sequence[Any], settings: Mapping[str, Any], force: bool):
         self._run, self._settings, self._force = run, settings, force
         self._first = jax.process_index() == 0
-        self._writers = writers if self._first else ()
+        own = [] if run.folder is None else [TensorBoard(run.folder / "tensorboard")]
+        self._writers = [*writers, *own] if self._first else []
         self._written = 0  # rows of the history
         self._table: Table | None = None
         self._checkpoints: Checkpoints | None = None
         self._saved: int | None = None
         self._stack = contextlib.ExitStack()
+        # How often the state of each checkpoint was put back after a failure.
+        self._returns: collections.Counter[int] = collections.Counter()
 
     def __enter__(self) -> Outputs:
         with contextlib.ExitStack() as stack:
@@ -82,7 +90,8 @@ class Outputs:
 
     def _resume(self, same: bool) -> None:
         run = self._run
-        assert self._checkpoints is not None and run.folder is not None
+        assert self._checkpoints is not None
+        assert run.folder is not None
         saved = newest(self._checkpoints, "fax.experiment.run", run.state, delete=True)
         put_back(run, saved)
         path = run.folder / _folder.METRICS
@@ -110,14 +119,13 @@ class Outputs:
     def save(self, *, wait: bool = False) -> None:
         """Saves a checkpoint of the run, and the clients' metrics. Rounds go on meanwhile."""
         run = self._run
-        run.check_params()
         if self._checkpoints is not None and run.folder is not None and self._saved != run.round:
             store = run.algorithm.save if isinstance(run.algorithm, ClientStore) else None
             arrays, facts = contents(run)
             row = run.history[-1] if run.history else {}
             self._checkpoints.save(run.round, arrays, facts, row, store)
             self._saved = run.round
-            clients = run.clients
+            clients = run.measured or run.clients
             if self._first and clients:
                 replace(run.folder / _folder.CLIENTS, text_of(clients))
         if wait and self._checkpoints is not None:
@@ -130,16 +138,38 @@ class Outputs:
         self._checkpoints.wait()
         done, cohort, history = run.round, run.cohorts.round, list(run.history)
         put_back(run, newest(self._checkpoints, "fax.experiment.run", run.state, delete=True))
+        self._returns[run.round] += 1
+        if self._returns[run.round] > _MOST_RETURNS:
+            raise error
         say(f"{error} The state is that after round {run.round} again.")
         run.round, run.cohorts.round = done, cohort
         run.history[:] = history
+
+    def progress(self) -> list[Progress]:
+        """A progress bar in process 0, as a callback. It ends with the context."""
+        if not self._first:
+            return []
+        bar = Progress()
+        bar.start(self._run)
+        self._stack.callback(bar.close)
+        return [bar]
+
+    def finish(self) -> None:
+        """Draws the figures."""
+        run = self._run
+        _folder.log.info("ends after round %d. %s", run.round, run.reason)
+        if self._first and run.folder is not None:
+            try:
+                draw(run.folder)
+            except Exception as error:  # all else is there
+                say(f"fax.experiment.run: figures could not be drawn ({error}).")
 
 
 def _facts(run: Run) -> dict[str, Any]:
     """What `run` was called with, for ``config.toml``."""
     store = isinstance(run.algorithm, ClientStore)
     return {
-        "algorithm": repr(run.algorithm.algorithm if store else run.algorithm),
+        "algorithm": repr(getattr(run.algorithm, "algorithm", run.algorithm)),
         "store": store,
         "rounds_per_call": run.rounds_per_call,
         "cohorts": run.cohorts.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class Run:
       callbacks: as passed to `run`.
       round: how many rounds are done, including those before a resume.
       state: the algorithm's state.
-      results: what the evaluations of this round returned, by name, or an empty dict.
+      results: the numbers that the evaluations of this round returned, by name, or an empty dict.
+      measured: the arrays that the last evaluations returned, by name.
       history: the metrics of each round: dicts of numbers with the key ``"round"``.
       reason: why the run stops before its last round, or "".
     """
@@ -66,11 +68,15 @@ class Run:
         self.callbacks, self.keep = tuple(callbacks), keep or Keep()
         self.round, self.reason = 0, ""
         self.results: dict[str, float] = {}
+        self.measured: dict[str, np.ndarray] = {}
         self.history: list[dict[str, Any]] = []
         self.initial = split(state, "state")[0]
         self._check, self._start = check, time.monotonic()
-        in_store = isinstance(algorithm, ClientStore)
-        self._step = algorithm.round if in_store else jax.jit(algorithm.round)
+        if isinstance(algorithm, ClientStore):
+            self._step = algorithm.round
+        else:
+            self._step = jax.jit(algorithm.round)
+            self._many = functools.partial(many_rounds, algorithm)
         # Of blocks of rounds that the devices may still work on: the number of the first round, the
         # cohort's, how many rounds there are, and their metrics.
         self._pending: list[tuple[int, int, int, Mapping[str, Any]]] = []
@@ -94,6 +100,7 @@ class Run:
     @property
     def clients(self) -> dict[str, np.ndarray]:
         """The metrics of the last round that are arrays, such as ``"clients/loss"`` [clients]."""
+        self.fetch()
         return {name: _everywhere(x) for name, x in self._clients.items()}
 
     @property
@@ -107,7 +114,7 @@ class Run:
         if rounds == 1:
             self.state, metrics = self._step(self.state, next(self.cohorts))
         else:
-            self.state, metrics = many_rounds(self.algorithm, self.state, self.cohorts, rounds)
+            self.state, metrics = self._many(self.state, self.cohorts, rounds)
         self._pending.append((self.round + 1, before, rounds, metrics))
         self.round += rounds
         self.results = {}
@@ -120,22 +127,17 @@ class Run:
         """
         pending, self._pending = self._pending, []
         numbers = jax.device_get([_numbers(rounds, found) for *_, rounds, found in pending])
+        error = None
         for (first, cohort, rounds, found), own in zip(pending, numbers):
             for at in range(rounds):
-                values = {k: plain(x if rounds == 1 else x[at]) for k, x in own.items()}
-                self.history.append({"round": first + at, **values})
-                self._metrics = values
-                self._clients = (
-                    {
-                        name: x if rounds == 1 else x[at]
-                        for name, x in found.items()
-                        if name not in own
-                    }
-                    if at == rounds - 1 or not _finite(values)
-                    else {}
-                )
-                if self._check and not _finite(values):
-                    raise NotFiniteError(self._blame(first + at, cohort + at, values))
+                self._metrics = {k: plain(x[at] if rounds > 1 else x) for k, x in own.items()}
+                self.history.append({"round": first + at, **self._metrics})
+                if self._check and error is None and not _finite(self._metrics):
+                    self._clients = _arrays(own, found, rounds, at)
+                    error = NotFiniteError(self._blame(first + at, cohort + at))
+            self._clients = _arrays(own, found, rounds, rounds - 1)
+        if error is not None:
+            raise error
 
     def settle(self) -> None:
         """Completes the history with what evaluations and callbacks have found."""
@@ -143,8 +145,13 @@ class Run:
         if self.history and self.history[-1]["round"] == self.round:
             self.history[-1].update({**self._metrics, **self.results})
 
-    def check_params(self) -> None:
-        """Raises a NotFiniteError if there is a parameter that is NaN or infinite."""
+    def check(self) -> None:
+        """Checks the losses and the parameters before they are saved.
+
+        Raises:
+          NotFiniteError: if a loss or a parameter is NaN or infinite.
+        """
+        self.fetch()
         if self._check and not bool(_all_finite(self.params)):
             raise NotFiniteError(
                 f"fax.experiment.run: parameters are NaN or infinite after round {self.round}, "
@@ -152,14 +159,15 @@ class Run:
                 "or pass on_nan='restore'."
             )
 
-    def _blame(self, number: int, cohort: int, values: Mapping[str, Any]) -> str:
+    def _blame(self, number: int, cohort: int) -> str:
         """Says in which round a loss is not finite, and for which clients."""
+        values = self._metrics
         name = next(name for name in values if not _finite({name: values[name]}))
         each = self.clients.get("clients/loss")
         ids = self.cohorts.client_ids(cohort)
-        bad = [] if each is None else np.flatnonzero(~np.isfinite(np.asarray(each, np.float64)))
         who = "For each client alone it is finite"
-        if len(bad) and len(ids) == len(np.asarray(each)):
+        if each is not None and len(each) == len(ids) and not np.all(np.isfinite(each)):
+            bad = np.flatnonzero(~np.isfinite(each))
             some = ", ".join(repr(ids[i]) for i in bad[:5])
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
             who = f"It is for {len(bad)} of {len(ids)} clients: {some}{more}"
@@ -173,6 +181,14 @@ class Run:
 def _numbers(rounds: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that are one number for each round."""
     return {k: x for k, x in metrics.items() if np.ndim(x) == (rounds > 1)}
+
+
+def _arrays(
+    numbers: Mapping[str, Any], metrics: Mapping[str, Any], rounds: int, at: int
+) -> dict[str, Any]:
+    """The metrics of a round that are not ``numbers``."""
+    others = {name: x for name, x in metrics.items() if name not in numbers}
+    return {name: x[at] if rounds > 1 else x for name, x in others.items()}
 
 
 def _finite(values: Mapping[str, Any]) -> bool:

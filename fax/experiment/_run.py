@@ -69,17 +69,18 @@ def run(
         for cohort in cohorts: state, metrics = algorithm.round(state, cohort)
 
     The folder has ``metrics.csv``, with a line for each round; ``clients.csv``, with the metrics of
-    the last cohort's clients; ``config.toml``, with the settings, versions, devices and the commit;
-    ``log.txt``; and ``checkpoints/``. A checkpoint is written while training goes on, and has
-    everything: the state, the number of the next cohort, the rows of a `fax.algorithms.ClientStore`,
-    callbacks' states, such as a privacy budget, and the history.
+    clients, as last measured; ``config.toml``, with the settings, versions, devices and commit;
+    ``log.txt``, ``tensorboard/``, ``figures/`` and ``checkpoints/``. A checkpoint is written while
+    training goes on, and has everything: the state, the next cohort's number, the rows of a
+    `fax.algorithms.ClientStore`, callbacks' states, such as a privacy budget, and the history.
 
     If the folder has a run, the same call continues it after its newest checkpoint. On the same
     devices and versions, the result is that of a run without interruption, to the bit. On others it
     is only close, since sums are rounded differently; see `restore` for how arrays are spread then.
     If a process is killed, at most the rounds since the last checkpoint are run again. At SIGTERM
-    and Ctrl-C a run ends its block of rounds, saves, and leaves: with exit status 143 after SIGTERM,
-    and by KeyboardInterrupt, whose exit status is 130, after Ctrl-C. A second one ends it at once.
+    and Ctrl-C a run ends its block of rounds, saves, and leaves: with exit status 143 after
+    SIGTERM, and by KeyboardInterrupt, whose exit status is 130, after Ctrl-C. A second one ends it
+    at once.
 
     In several processes, each calls this with the same arguments. Process 0 writes the files, and
     all of them their part of a checkpoint, so the folder must be one that all of them see.
@@ -96,10 +97,8 @@ def run(
         ``"checkpoint"`` and ``"log"``. Everything also happens after the last round. Default: 20
         times in a run. Metrics are fetched and logged after each block of rounds by default; less
         often, the devices do not have to wait for the host.
-      callbacks: objects with ``start(run)``, ``after_round(run)``, or both. They may return True, or
-        a reason as a string, to stop the run. What is in their attribute ``state`` is saved and set
-        again. ``run`` is a `Run`.
-      writers: objects with ``write(round, values)``, and possibly ``close()``.
+      callbacks: see `Callback`; ``run`` is a `Run`.
+      writers: see `Writer`. The folder's `TensorBoard` need not be among them.
       rounds_per_call: how many rounds are in one program, see `fax.algorithms.many_rounds`.
         Evaluation and checkpoints end such a block.
       keep: how many of the newest checkpoints are kept, or a `Keep`, which can also keep the best.
@@ -149,8 +148,8 @@ def run(
     rounds_per_call = _arguments.count(_WHERE, "rounds_per_call", rounds_per_call)
     if rounds_per_call > 1 and isinstance(algorithm, ClientStore):
         raise ValueError(
-            f"{_WHERE}: rounds_per_call is {rounds_per_call}, but a ClientStore needs the host after "
-            "each round. Leave it out, or keep clients' state on the devices."
+            f"{_WHERE}: rounds_per_call is {rounds_per_call}, but a ClientStore needs the host "
+            "after each round. Leave it out, or keep clients' state on the devices."
         )
     if folder is not None:
         folder = Path(_arguments.path(_WHERE, "folder", folder))
@@ -176,31 +175,35 @@ def run(
         check=on_nan != "ignore",
     )
     with Interruption() as interruption, Outputs(current, writers, config or {}, force) as outputs:
-        current.reason = _reason(current, "start")
+        current.reason = _reason(current, callbacks, "start")
+        bar = outputs.progress() if progress else []
         while current.round < rounds and not current.reason:
             before = current.round
             current.advance(times.block(before))
             due = functools.partial(times.due, before, current.round)
+            leaves = _in_any_process(interruption.caught)
+            ends = current.round == rounds or leaves
             try:
                 if due("log"):
                     current.fetch()
                 if due("evaluate"):
-                    current.results = _evaluate(evaluations, current.params)
-                current.reason = _reason(current, "after_round")
-                leaves = _in_any_process(interruption.caught)
-                ends = current.round == rounds or current.reason or leaves
-                if ends or due("checkpoint"):
-                    outputs.log()
-                    outputs.save(wait=bool(ends))
-                elif due("log"):
-                    outputs.log()
+                    current.fetch()
+                    current.results, current.measured = _evaluate(evaluations, current.params)
+                current.reason = _reason(current, [*callbacks, *bar], "after_round")
+                if ends or current.reason or due("checkpoint"):
+                    current.check()
             except NotFiniteError as error:
                 if on_nan != "restore":
                     raise
                 outputs.go_back(error)
-                continue
+            if ends or current.reason or due("checkpoint"):
+                outputs.log()
+                outputs.save(wait=bool(ends or current.reason))
+            elif due("log"):
+                outputs.log()
             if leaves:
                 interruption.leave(leaves)
+        outputs.finish()
     return Result(current.state, current.history, current.reason)
 
 
@@ -215,14 +218,19 @@ def _evaluations(evaluate: Any) -> dict[str, Callable[[PyTree], Any]]:
     return found
 
 
-def _evaluate(evaluations: Mapping[str, Callable[[PyTree], Any]], params: PyTree) -> dict[str, Any]:
-    """The numbers that evaluations return, by name."""
-    results = {}
+def _evaluate(
+    evaluations: Mapping[str, Callable[[PyTree], Any]], params: PyTree
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The numbers that evaluations return, and the arrays, by name."""
+    results: dict[str, Any] = {}
     for name, function in evaluations.items():
         found = function(params)
-        own = {f"{name}/{k}": x for k, x in found.items()} if isinstance(found, Mapping) else {}
-        results.update(own or {name: found})
-    return {name: plain(x) for name, x in results.items() if np.ndim(x) == 0}
+        if isinstance(found, Mapping):
+            results |= {f"{name}/{key}": value for key, value in found.items()}
+        else:
+            results[name] = found
+    numbers = {name: plain(x) for name, x in results.items() if np.ndim(x) == 0}
+    return numbers, {name: np.asarray(x) for name, x in results.items() if name not in numbers}
 
 
 def _check_objects(argument: str, objects: Any, methods: Sequence[str]) -> None:
@@ -256,9 +264,9 @@ def _check_on_nan(on_nan: str, folder: Any, state: PyTree) -> None:
         )
 
 
-def _reason(run: Run, method: str) -> str:
-    """Calls all callbacks. Returns why one of them stops the run, or ""."""
-    called = [own for own in run.callbacks if hasattr(own, method)]
+def _reason(run: Run, callbacks: Sequence[Any], method: str) -> str:
+    """Calls the callbacks. Returns why one of them stops the run, or ""."""
+    called = [own for own in callbacks if hasattr(own, method)]
     reasons = [getattr(own, method)(run) for own in called]
     for own, reason in zip(called, reasons):
         if reason:

@@ -1,0 +1,55 @@
+"""The numbers of a run, read from the files in its folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fax import _arguments
+
+METRICS, CLIENTS = "metrics.csv", "clients.csv"
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+def check_folder(where: str, name: str, folder: Any) -> Path:
+    """Checks that a folder is that of a run."""
+    path = Path(_arguments.path(where, name, folder))
+    if not (path / METRICS).is_file():
+        raise ValueError(
+            f"{where}: {name} is {os.fspath(folder)!r}, which has no {METRICS}, expected the "
+            "folder of a run that has logged something."
+        )
+    return path
+
+
+def read(folder: Path) -> dict[str, Curve]:
+    """The metrics of a run by name, each as the rounds that have a value, and these values."""
+    with open(folder / METRICS, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    curves = {}
+    for name in rows[0] if rows else ():
+        own = [(int(row["round"]), float(row[name])) for row in rows if row[name]]
+        if own and name != "round":
+            rounds, values = zip(*own)
+            curves[name] = (np.array(rounds), np.array(values))
+    return curves
+
+
+def read_clients(folder: Path) -> dict[str, np.ndarray]:
+    """The last values of the clients' metrics, by name."""
+    if not (folder / CLIENTS).is_file():
+        return {}
+    with open(folder / CLIENTS, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0] if rows else ()
+    return {name: np.array([float(row[name]) for row in rows if row[name]]) for name in names}
+
+
+def against(curve: Curve, other: Curve) -> Curve:
+    """A curve as a function of another one instead of rounds, where both have a value."""
+    _, here, there = np.intersect1d(curve[0], other[0], return_indices=True)
+    return other[1][there], curve[1][here]
