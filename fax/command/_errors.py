@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-WRONG = 2  # arguments or configuration
+# Exit codes: while running; of arguments or a configuration; after Ctrl-C and SIGTERM.
+FAILED, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class CommandError(Exception):

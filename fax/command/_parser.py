@@ -11,9 +11,11 @@ from fax._nearest import did_you_mean
 KINDS = ("tasks", "algorithms", "models", "aggregators", "optimizers")
 EXIT_CODES = """\
 exit codes:
-  0   done
-  1   an error while running
-  2   wrong arguments or a wrong configuration: nothing was run
+  0    done
+  1    an error while running, such as a loss that is not finite; checkpoints remain
+  2    wrong arguments or a wrong configuration: nothing was run
+  130  Ctrl-C: the run has saved, and fax resume goes on
+  143  SIGTERM, which schedulers send: the same
 """
 _TOP = """\
 Federated learning from the shell: from a task's name to a finished, resumable, plotted run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -40,4 +41,5 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
             f"{folder} has a run that was started by a program, not by this command. Run the "
             "program again: fax.experiment.run goes on where the folder's last checkpoint is."
         )
-    return _source.of_tables(found, str(path), changes or {})
+    source = _source.of_tables(found, str(path), changes or {})
+    return dataclasses.replace(source, name=found["task"]["name"])

@@ -11,10 +11,10 @@ import jax
 
 import fax.experiment
 from fax.command import _devices, _source
-from fax.command._errors import CommandError, mistakes
+from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
 from fax.command._source import Source
 
-NOT_FINITE, IN_USE, INTERRUPTED = 3, 4, 130
+_SAVED = "the run was interrupted after a round, and has saved it. To go on:"
 
 
 def command(args: argparse.Namespace) -> int:
@@ -47,23 +47,27 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
         print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")
         try:
             with experiment.cohorts:
-                return experiment.run(
-                    folder, progress=not quiet, force=force, **_outputs(experiment, folder)
-                )
+                return experiment.run(folder, progress=not quiet, force=force)
         except fax.experiment.FolderInUseError as error:
-            raise CommandError(str(error), IN_USE) from error
-        except fax.experiment.NotFiniteError as error:
-            raise CommandError(str(error), NOT_FINITE) from error
+            raise CommandError(_text(error)) from error
+        except ValueError as error:
+            if not str(error).startswith("fax."):  # a mistake that fax has not found itself
+                raise
+            raise CommandError(_text(error)) from error
+        except (fax.experiment.NotFiniteError, OSError) as error:
+            raise CommandError(_text(error), FAILED) from error
         except KeyboardInterrupt:
-            raise CommandError(
-                f"interrupted and saved. To go on: fax resume {folder}", INTERRUPTED
-            ) from None
+            raise CommandError(f"{_SAVED} fax resume {folder}", INTERRUPTED) from None
+        except SystemExit as left:
+            if left.code != TERMINATED:
+                raise
+            raise CommandError(f"{_SAVED} fax resume {folder}", TERMINATED) from None
 
 
-def _outputs(experiment: fax.experiment.Experiment, folder: Path) -> dict[str, Any]:
-    """What the command adds to an experiment that does not say it itself."""
-    writers = [*experiment.options.get("writers", ()), fax.experiment.TensorBoard(folder)]
-    return {"writers": writers}
+def _text(error: Exception) -> str:
+    """A message with the command's names of arguments."""
+    text = str(error).removeprefix("fax.experiment.run: ").replace("force=True", "--force")
+    return text.replace("pass on_nan='restore'", "use --set on_nan=restore")
 
 
 def _title(source: Source, experiment: fax.experiment.Experiment) -> str:
@@ -80,7 +84,7 @@ def show(source: Source, folder: Path, result: Any) -> None:
     print(f"After {last.get('round', 0)} rounds: {', '.join(numbers)}")
     if result.reason:
         print(f"Stopped early: {result.reason}")
-    for figure in fax.experiment.draw(folder):
+    for figure in sorted(Path(folder, "figures").glob("*.png")):
         print(f"Figure: {figure}")
 
 
