@@ -1,0 +1,614 @@
+"""The command `fax`: what it prints, its exit codes, and the configurations that it runs."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+from scripts import PACKAGE, is_figure
+
+import fax
+from fax.command import _values, main
+from fax.command._parser import make_parser
+from fax.experiment import _build, _catalog, _config, _sweep, _toml
+from fax.tasks import _settings
+
+ROOT = Path(__file__).parents[1]
+# Small enough that a round is compiled quickly.
+SMALL = {
+    "task": {"name": "digits", "clients": 12},
+    "model": {"name": "dense", "sizes": [64, 10]},
+    "cohorts": {"clients": 8, "epochs": 1},
+    "rounds": 4,
+    "every": 2,
+}
+OPTIONS = {
+    "agnostic_fedavg": {"num_domains": 2, "domain_learning_rate": 0.1},
+    "clip_by_norm": {"clip_norm": 1.0},
+    "ditto": {"mu": 0.1},
+    "dp_ftrl": {"clip_norm": 1.0, "noise_multiplier": 1.0, "separation": 2, "participations": 2},
+    "error_feedback": {"transformation": {"name": "top_k", "k": 0.1}},
+    "feddyn": {"alpha": 0.1},
+    "fedper": {"personal": "layers/1"},
+    "fedprox": {"mu": 0.1},
+    "gaussian": {"clip_norm": 1.0, "noise_multiplier": 1.0},
+    "hadamard": {"transformation": {"name": "uniform_quantization", "levels": 4}},
+    "hyp_cluster": {"num_clusters": 2},
+    "krum": {"byzantine": 1},
+    "laplace": {"clip_norm": 1.0, "noise_multiplier": 1.0},
+    "multi_krum": {"byzantine": 1, "select": 2},
+    "power_sgd": {"rank": 2},
+    "qfedavg": {"q": 1.0, "lipschitz": 10.0},
+    "secure_sum": {"max_value": 1.0, "max_weight": 100.0},
+    "streaming_diloco": {"steps": 2, "fragments": 2},
+    "top_k": {"k": 0.1},
+    "trimmed_mean": {"count": 1},
+    "uniform_quantization": {"levels": 4},
+}
+
+
+def run(folder, *args, code=0):
+    """Runs the command in a process of its own, and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fax", *map(str, args)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with a small configuration, in which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(_toml.dumps(SMALL))
+    return tmp_path
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# From end to end
+
+
+def test_a_run_from_the_shell_and_what_can_be_done_with_it(small):
+    printed = run(small, "run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05")
+    first, last, *figures, title, one, two, three = printed.splitlines()
+    assert re.fullmatch(
+        r"small: fedavg, 4 rounds, on \d+ cpu devices \(clients=\d+\), in runs/a", first
+    )
+    assert re.match(r"After 4 rounds: .*training loss [\d.]+.* test accuracy [\d.]+%", last)
+    assert "Figure: runs/a/figures/rounds.png" in figures
+    assert is_figure(small / "runs/a/figures/rounds.png")
+    assert title == "Try next:"
+    rows = rows_of(small / "runs/a/metrics.csv")
+    assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["test/loss"] != "" for row in rows] == [False, True, False, True]
+    saved = tomllib.loads((small / "runs/a/config.toml").read_text())
+    assert saved["client"] == {"optimizer": "sgd", "rate": 0.05}
+
+    # The commands that it says to try are commands.
+    _, commands = make_parser()
+    for line in (one, two, three):
+        program, name, *rest = line.split()
+        assert program == "fax"
+        commands[name].parse_args(rest)
+
+    # With the same arguments, nothing is left to be done. Other settings are refused.
+    again = run(small, "run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05")
+    assert again.splitlines()[1] == last
+    other = run(small, "run", "small.toml", "--folder", "runs/a", code=2)
+    assert "client.rate was 0.05, and is 0.1" in other
+    assert "pass --force to go on" in other
+
+
+def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
+    assert main(["run", "small.toml", "--folder", "runs/a", "--rounds", "2", "--quiet"]) == 0
+    assert main(["resume", "runs/a", "--rounds", "4", "--quiet"]) == 0
+    assert main(["run", "small.toml", "--folder", "runs/b", "--quiet"]) == 0
+    a, b = rows_of("runs/a/metrics.csv"), rows_of("runs/b/metrics.csv")
+    assert a == b  # as if it had not been interrupted
+    capsys.readouterr()
+
+    assert main(["evaluate", "runs/b", "--on", "test"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("runs/b, test data, after 4 rounds:\n")
+    loss, accuracy = (
+        re.search(rf"  {name} +([\d.]+)", printed)[1] for name in ("loss", "accuracy")
+    )
+    assert float(loss) == pytest.approx(float(b[-1]["test/loss"]), rel=1e-5)
+    assert float(accuracy) == pytest.approx(float(b[-1]["test/accuracy"]), rel=1e-5)
+    assert main(["evaluate", "runs/b", "--on", "train", "--round", "2"]) == 0
+    assert "runs/b, train data, after 2 rounds:" in capsys.readouterr().out
+
+    assert main(["compare", "runs/a", "runs/b", "--figure", "both.png"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^a +.*4 ", printed, re.M)
+    assert re.search(r"^b +.*4 ", printed, re.M)
+    assert printed.endswith("Figure: both.png\n")
+    assert is_figure(Path("both.png"))
+
+
+@pytest.mark.long
+def test_the_quickstart_keeps_its_promise(tmp_path):
+    printed = run(tmp_path, "run", "digits")
+    assert "digits: fedavg, 300 rounds" in printed
+    (accuracy,) = re.findall(r"test accuracy ([\d.]+)%", printed)
+    assert float(accuracy) >= 97
+    assert "Figure: runs/digits/figures/rounds.png" in printed
+    assert is_figure(tmp_path / "runs/digits/figures/rounds.png")
+    assert len(printed.partition("Try next:\n")[2].splitlines()) == 3
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^quickstart: .*\n\t\$\(BIN\)/fax run digits$", makefile, re.M)
+
+
+MODULE = """
+import fax
+
+def experiment():
+    config = fax.experiment.configure("small.toml")
+    return fax.experiment.build(config)
+
+nothing = 3
+"""
+
+
+def test_an_experiment_of_a_module(small, capsys, monkeypatch):
+    Path("own_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(small))
+    assert main(["run", "own_module:experiment", "--quiet"]) == 0
+    assert "experiment: fedavg, 4 rounds" in capsys.readouterr().out
+    found = tomllib.loads(Path("runs/experiment/config.toml").read_text())
+    assert found["experiment"] == "own_module:experiment"
+    assert main(["evaluate", "runs/experiment"]) == 0
+    assert "after 4 rounds" in capsys.readouterr().out
+    for arguments, message in [
+        (["run", "own_module:nothing"], "own_module:nothing is 3, expected a fax.experiment.Exper"),
+        (["run", "own_module:other"], "the module own_module has no other."),
+        (["run", "own_module:experiment", "--rounds", "3"], "is made by a program. Change rounds"),
+        (["resume", "runs/experiment", "--rounds", "9"], "is made by a program. Change rounds"),
+        (["evaluate", "runs/experiment", "--on", "train"], "can be evaluated on test, and not on"),
+        (["sweep", "own_module:experiment", "--grid", "client.rate=1"], "is made by a program."),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_exit_codes(small, capsys):
+    # A loss that is not finite is an error while running.
+    assert main(["run", "small.toml", "--set", "client.rate=1e30", "--folder", "nan"]) == 1
+    message = capsys.readouterr().err
+    assert re.match(r"fax run: loss is \w+ in round \d. .*use --set on_nan=restore", message)
+
+
+# Sweeps
+
+
+def test_a_sweep_finds_what_single_runs_find(small, capsys):
+    grid = ["client.rate=.02,.2", "cohorts.batch_size=5,8"]
+    assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    # The rates are in one program, the sizes of batches one after another.
+    assert "Part 1 of 2: cohorts.batch_size=5, 2 at once" in printed
+    assert "Part 2 of 2: cohorts.batch_size=8, 2 at once" in printed
+    rows = rows_of("runs/small-sweep/sweep.csv")
+    assert len(rows) == 4
+    for row in rows:
+        if row["cohorts.batch_size"] == "5":
+            single = _config.configure(
+                "small.toml", {"client": {"rate": float(row["client.rate"])}}
+            )
+            with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
+                history = _build.build(single).run().history
+            for name in ("loss", "accuracy", "test/loss", "test/accuracy"):
+                assert float(row[name]) == pytest.approx(history[-1][name], rel=1e-4)
+    best = min(rows, key=lambda row: float(row["test/loss"]))
+    settings = f"cohorts.batch_size={best['cohorts.batch_size']} client.rate={best['client.rate']}"
+    assert f"To train with it: fax run small.toml --set {settings}\n" in printed
+    (marked,) = [line for line in printed.splitlines() if line.startswith("*")]
+    assert marked.split()[1:3] == [best["cohorts.batch_size"], best["client.rate"]]
+
+    # Run again, it finds that everything is done. Another grid in its folder is refused.
+    before = Path("runs/small-sweep/cohorts.batch_size=8/metrics.csv").stat().st_mtime_ns
+    assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
+    assert capsys.readouterr().out == printed
+    assert rows_of("runs/small-sweep/sweep.csv") == rows
+    assert main(["sweep", "small.toml", "--grid", "client.rate=.02,.3", grid[1], "--quiet"]) == 2
+    assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
+    assert main(["resume", "runs/small-sweep/cohorts.batch_size=5"]) == 2
+    assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
+    assert before
+
+
+def test_what_can_be_traced():
+    config = _config.configure(SMALL, {"algorithm": {"name": "fedprox", "mu": 0.1}})
+    for key, values, expected in [
+        ("client.rate", [0.1, 1], True),
+        ("server.rate", [0.1], True),
+        ("algorithm.mu", [0.0, 1.0], True),
+        ("algorithm.vectorize", [1, 2], False),
+        ("algorithm.name", ["fedavg"], False),
+        ("client.momentum", [0.9], False),
+        ("client.optimizer", ["adam"], False),
+        ("cohorts.clients", [4, 8], False),
+        ("rounds", [1, 2], False),
+    ]:
+        assert _sweep.traceable(config, key, values) is expected, key
+    config = _config.configure(SMALL, {"algorithm": "scaffold"})
+    assert not _sweep.traceable(config, "server.rate", [0.1])  # it has none to change
+
+
+# Configurations
+
+
+def configurations():
+    for name in _catalog.catalog("tasks"):
+        yield {"task": name}
+    for name in _catalog.catalog("models"):
+        yield {"task": "digits", "model": name}
+    for kind in ("algorithm", "aggregator"):
+        for name in _catalog.catalog(f"{kind}s"):
+            yield {"task": "digits", kind: {"name": name, **OPTIONS.get(name, {})}}
+    for name in _catalog.catalog("optimizers"):
+        yield {"task": "digits", "server": {"optimizer": name, "rate": 0.1}}
+
+
+def test_configurations_survive_a_file():
+    for tables in configurations():
+        config = _config.configure(tables)
+        written = _toml.dumps(config.to_dict())
+        assert _config.configure(tomllib.loads(written)) == config
+
+
+def test_every_task_algorithm_and_aggregator_can_be_configured():
+    task = _build.load(_config.configure(SMALL))
+    params = task.model.init(jax.random.key(0))
+    refused = {"fedbn": "matches nothing"}  # the models of tasks have no batch norm
+    for tables in configurations():
+        config = _config.configure(tables)
+        name = config.algorithm["name"]
+        if "algorithm" in tables and name in refused:
+            algorithm = _build.make_algorithm(config, task)
+            with pytest.raises(ValueError, match=refused[name]):
+                algorithm.init(params)
+        elif "algorithm" in tables or "aggregator" in tables or "server" in tables:
+            algorithm = _build.make_algorithm(config, task)
+            start = (params, params) if name == "hyp_cluster" else (params,)
+            if tables.get("algorithm", {}).get("name") == "fedper":
+                continue  # its layers are those of the task's model
+            state = jax.eval_shape(algorithm.init, *start)
+            assert jax.tree.structure(algorithm.params(state)) == jax.tree.structure(params)
+        else:
+            name = config.task["name"]
+            settings = _settings.tuned(name, _config._first_model(name))
+            assert config.cohorts.clients == settings.clients
+            assert config.client == settings.client
+
+
+def test_settings_go_where_they_belong():
+    config = _config.configure(
+        SMALL,
+        {
+            "algorithm": {"name": "fedprox", "mu": 0.5},
+            "client": {"rate": 0.5},
+            "server": {"optimizer": "adam", "rate": 0.25, "b1": 0.5},
+            "aggregator": [{"name": "clip_by_norm", "clip_norm": 0.125}, "median"],
+        },
+    )
+    task = _build.load(config)
+    params = task.model.init(jax.random.key(0))
+    aggregator = fax.aggregators.chain(
+        fax.aggregators.clip_by_norm(0.125), fax.aggregators.median()
+    )
+    expected = fax.algorithms.fedprox(
+        task.model.loss,
+        optax.sgd(0.5),
+        optax.adam(0.25, b1=0.5),
+        mu=0.5,
+        aggregator=aggregator,
+    )
+    found = _build.make_algorithm(config, task)
+    with _build.make_cohorts(config, task) as cohorts:
+        cohort = next(cohorts)
+    one, other = (
+        str(jax.make_jaxpr(own.round)(jax.eval_shape(own.init, params), cohort))
+        for own in (found, expected)
+    )
+    assert one == other
+    changed = _config.configure(config.to_dict(), {"server": {"b1": 0.75}})
+    third = _build.make_algorithm(changed, task)
+    assert str(jax.make_jaxpr(third.round)(jax.eval_shape(third.init, params), cohort)) != one
+
+
+def test_what_a_named_optimizer_replaces():
+    # Without a name the task's optimizer is changed, with a name it is replaced.
+    changed = _config.configure("digits", {"server": {"rate": 0.3}})
+    assert changed.server == {"optimizer": "sgd", "rate": 0.3, "momentum": 0.9}
+    replaced = _config.configure("digits", {"server": {"optimizer": "sgd", "rate": 1.0}})
+    assert replaced.server == {"optimizer": "sgd", "rate": 1.0}
+    # Algorithms with a step of their own at the server do not get what was tuned for FedAvg.
+    assert _config.configure("digits", {"algorithm": "scaffold"}).server is None
+    dyn = {"name": "feddyn", "alpha": 0.1}
+    assert _config.configure("digits", {"algorithm": dyn}).server is None
+    none = _config.configure("digits", {"server": "none"})
+    assert none.server == {"optimizer": "sgd", "rate": 1.0}
+
+
+WRONG = {
+    "a key": ({"clients": 3}, "there is no key clients. Did you mean 'client'?"),
+    "a key in a table": (
+        {"cohorts": {"client": 3}},
+        "there is no key cohorts.client. Did you mean 'cohorts.clients'?",
+    ),
+    "an option": (
+        {"client": {"momentun": 0.9}},
+        "there is no key client.momentun for sgd. Did you mean 'client.momentum'?",
+    ),
+    "a task": ({"task": "digit"}, "task 'digit' does not exist. Did you mean 'digits'?"),
+    "an algorithm": ({"algorithm": "fedporx"}, "Did you mean 'fedprox'?"),
+    "an aggregator": ({"aggregator": "medain"}, "Did you mean 'median'?"),
+    "a part": (
+        {"aggregator": {"name": "hadamard", "transformation": "topk"}},
+        "aggregator.transformation 'topk' does not exist. Did you mean 'top_k'?",
+    ),
+    "an optimizer": (
+        {"server": {"optimizer": "adm", "rate": 1.0}},
+        "server.optimizer 'adm' does not exist. Did you mean 'adam'?",
+    ),
+    "no rate": ({"server": {"optimizer": "adam"}}, "server.rate is missing, the learning rate of"),
+    "no option": ({"algorithm": "fedprox"}, "algorithm.mu is missing. fedprox needs it"),
+    "a string": ({"rounds": "many"}, "rounds is 'many', expected an int."),
+    "a float": ({"cohorts": {"clients": 2.5}}, "cohorts.clients is 2.5, expected an int."),
+    "a bool": ({"seed": True}, "seed is True, expected an int."),
+    "no bool": ({"cohorts": {"drop_remainder": 1}}, "drop_remainder is 1, expected true or false."),
+    "no table": ({"client": 0.1}, "client is 0.1, expected a table, such as"),
+    "no name": ({"algorithm": {"mu": 0.1}}, "expected a name, or a table with a name and options"),
+    "an axis": ({"mesh": {"clients": "all"}}, "mesh.clients is 'all', expected an int."),
+    "momentum": (
+        {"algorithm": "scaffold", "client": {"momentum": 0.9}},
+        "but scaffold takes a learning rate there",
+    ),
+    "a server": (
+        {"algorithm": "papa", "server": {"rate": 1.0}},
+        "papa has no optimizer at the server. Leave out server.",
+    ),
+    "no aggregator": ({"algorithm": "papa_2", "aggregator": "mean"}, "papa_2 takes no aggregator."),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configurations(name):
+    change, message = WRONG[name]
+    tables = _config.merged({"task": "digits"}, change)
+    with pytest.raises(ValueError, match=re.escape(message)) as found:
+        _config.configure(tables, where="my.toml")
+    assert str(found.value).startswith("my.toml: ")
+
+
+def test_values_on_the_command_line():
+    found = _values.tables(
+        ["client.rate=.5", "rounds=3", "a.b=true", "a.c=x=y", "m.sizes=[64, 10]", "n=1e3"]
+    )
+    assert found == {
+        "client": {"rate": 0.5},
+        "rounds": 3,
+        "a": {"b": True, "c": "x=y"},
+        "m": {"sizes": [64, 10]},
+        "n": 1000.0,
+    }
+    assert _values.tables(["algorithm=fedprox", "algorithm.mu=1"]) == {
+        "algorithm": {"name": "fedprox", "mu": 1}
+    }
+    assert _values.grid(["a.b=.1,1", "c=x,y"]) == {"a.b": [0.1, 1], "c": ["x", "y"]}
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu", "digits"], "fax: there is no command 'rnu'. Did you mean 'run'?"),
+        (["run", "digits", "--round", "3"], "there is no option --round. Did you mean '--rounds'?"),
+        (["run", "digits", "--rounds", "x"], "argument --rounds: invalid int value: 'x'"),
+        (["run", "digitz"], "fax run: digitz is neither a task nor a TOML file, nor module:name."),
+        (["run", "none.toml"], "fax run: there is no file none.toml."),
+        (["run", "digits", "--set", "rate"], "'rate' is not of the form KEY=VALUE"),
+        (["run", "digits", "--set", "client.rat=1"], "digits: there is no key client.rat for sgd."),
+        (["run", "digits", "--algorithm", "scafold"], "Did you mean 'scaffold'?"),
+        (["list", "algorithm"], "there is no list 'algorithm'. Did you mean 'algorithms'?"),
+        (["resume", "nowhere"], "nowhere is not the folder of a run: it has no config.toml."),
+        (
+            ["evaluate", "nowhere", "--on", "tset"],
+            "there is no data set 'tset'. Did you mean 'test'",
+        ),
+        (["evaluate", "nowhere", "--round", "last"], "'last' is neither a round nor best."),
+        (["compare", "nowhere"], "fax compare: "),
+        (["sweep", "digits", "--grid", "rounds=1,1"], "'rounds=1,1' has the same value twice."),
+        (
+            ["sweep", "digits", "--grid", "client.rate=x,y"],
+            "client: rate is 'x', expected a number",
+        ),
+        (
+            ["report", "digits", "--on", "v5e"],
+            "name is 'v5e', expected a generation and the number",
+        ),
+        (["report", "digits", "--set", "mesh.clients=16"], "the sizes {'clients': 16} do not multiply"),
+        (["completion", "fish"], "there is no shell 'fish'. There is bash, zsh."),
+    ],
+)
+def test_mistakes(arguments, message, small, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+# What the other commands print
+
+
+def test_lists_have_a_line_for_each_name(capsys):
+    for kind in KINDS:
+        assert main(["list", kind]) == 0
+        printed = capsys.readouterr().out
+        for name in _catalog.catalog(kind):
+            (line,) = re.findall(rf"^{name}  +(.*)$", printed, re.M)
+            assert line
+            assert line[0].isupper() or line.startswith(("q-", "The"))
+    main(["list", "algorithms"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^fedprox .*\n +mu \(required\), vectorize$", printed, re.M)
+
+
+def test_a_report_is_that_of_a_round(small, capsys):
+    assert main(["report", "small.toml"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^8 devices \(cpu\), mesh clients=8", printed)
+    (size,) = re.findall(r"clients +all-reduce +float32 +([\d.]+) KiB", printed)
+    assert float(size) == pytest.approx(4 * 650 / 1024, abs=0.1)  # the model, and a few metrics
+    assert "Padding: " in printed
+    assert not Path("runs").exists()
+
+
+def test_the_doctor_says_what_is_there_and_what_is_missing(monkeypatch, capsys):
+    versions = {"jax": jax.__version__, "optax": optax.__version__}
+
+    def version(name):
+        if name == "orbax-checkpoint":
+            raise importlib.metadata.PackageNotFoundError
+        return versions.get(name, "1.0")
+
+    required = ["jax>=0.1", 'orbax-checkpoint>=0.11 ; extra == "experiment"', "x; extra == 'test'"]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required)
+    monkeypatch.setenv("FAX_CACHE", "/nowhere/at/all")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"fax {fax.__version__}, Python {platform.python_version()} at ")
+    assert re.search(rf"^  jax +{re.escape(jax.__version__)}$", printed, re.M)
+    assert re.search(r"^  orbax-checkpoint +not installed$", printed, re.M)
+    assert "Devices: 8 (cpu), " in printed
+    assert "Data of tasks: /nowhere/at/all, 0.00 GiB, " in printed
+    end = "Missing:\n  orbax-checkpoint: pip install 'fax-jax[experiment]'\n"
+    assert printed.endswith(end)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys, tmp_path):
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    for word in ("resume", "--algorithm", "scaffold", "uniform_quantization", "pystdlib"):
+        assert word in script.read_text()
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    subprocess.run([shell, "-n", script], check=True)
+    if shell == "bash":
+        for words, expected in [
+            ("fax ru", {"run"}),
+            ("fax run dig", {"digits"}),
+            ("fax run digits --algorithm scaf", {"scaffold"}),
+            ("fax list mo", {"models"}),
+        ]:
+            ask = (
+                f"source {script}; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+                'complete -p fax > /dev/null; _shtab_fax; echo "${COMPREPLY[@]}"'
+            )
+            done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+            assert set(done.stdout.split()) == expected, words
+
+
+HELP = """
+import sys
+from fax.command import main
+for command in ["", *{commands}]:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as left:
+        assert left.code == 0
+    print("END")
+assert not {{"jax", "numpy"}} & sys.modules.keys()
+"""
+
+
+def test_help_is_there_at_once_and_has_examples(tmp_path):
+    _, commands = make_parser()
+    code = HELP.format(commands=list(commands))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, *each = done.stdout.split("END\n")[:-1]
+    assert "exit codes:" in first
+    for (name, parser), text in zip(commands.items(), each, strict=True):
+        assert re.search(rf"^  +{name} +\w+", first, re.M), name
+        assert text.startswith(f"usage: fax {name}")
+        # The examples can be parsed.
+        for line in re.findall(r"^  fax (.*)$", text, re.M):
+            command, *rest = shlex.split(line.partition("  ")[0])
+            assert command == name
+            if "*" not in line:
+                parser.parse_args(rest)
+
+
+def test_the_page_lists_the_keys_and_the_commands():
+    page = (ROOT / "docs" / "command.md").read_text()
+    _, commands = make_parser()
+    for name in commands:
+        assert f"`fax {name}" in page, name
+    listed = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", page, re.M)
+    assert [tuple(map(str.strip, row)) for row in listed] == list(keys())
+
+
+def keys():
+    """The keys of a configuration: their names, types, defaults, and what they mean."""
+    for prefix, schema in (("", Config), ("cohorts.", Batches)):
+        hints = typing.get_type_hints(schema, include_extras=True)
+        for field in dataclasses.fields(schema):
+            kind, what = typing.get_args(hints[field.name])
+            if kind is Batches:
+                continue
+            default = "the task's" if field.default is dataclasses.MISSING else field.default
+            default = {"task": "required", "algorithm": '`"fedavg"`'}.get(field.name, default)
+            default = {"server": "the task's", "aggregator": "none", "mesh": "all devices"}.get(
+                field.name, default
+            )
+            yield prefix + field.name, TYPES[kind], shown(default), what
+        prefix = "cohorts."
+
+
+TYPES = {
+    int: "int",
+    int | None: 'int or `"none"`',
+    str: "string",
+    bool: "bool",
+    dict[str, typing.Any]: "name or table",
+    dict[str, typing.Any] | None: "name or table",
+    list[dict[str, typing.Any]]: "name, table, or a list of these",
+}
+
+
+def shown(default):
+    if isinstance(default, str):
+        return default
+    return '`"none"`' if default is None else f"`{json.dumps(default)}`"
