@@ -542,7 +542,7 @@ def test_runs_are_compared(tmp_path):
     runs = {
         "a": ([0.5, 0.75], "seed = 0\n[client]\nrate = 0.1\n"),
         "b/c": ([0.5, 0.8, 0.9], "seed = 0\n[client]\nrate = 0.3\n"),
-        "d": ([0.25, math.nan], "seed = 0\n[server]\nmomentum = 0.9\n"),
+        "d": ([0.25, math.nan], "seed = 0\n[server]\nmomentum = 0.9\n[environment]\nn = 1\n"),
     }
     folders = [
         write_run(
