@@ -60,18 +60,23 @@ def split(tree: PyTree, prefix: str) -> tuple[list[Leaf], list[Any]]:
 def template(leaf: Leaf, like: Any = None) -> Any:
     """What a checkpoint's array is restored to: on the mesh in scope if it was on one."""
     dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape)
-    sharding = None if leaf.spec is None else _sharding(leaf, like)
-    if sharding is None:
+    sharding = sharding_of(leaf, like)
+    if sharding is None or leaf.weak:
         return np.empty(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def whole(leaf: Leaf, x: Any) -> jax.Array:
+def whole(leaf: Leaf, x: Any, like: Any = None) -> jax.Array:
     """A leaf of a state from a restored array."""
-    if isinstance(x, np.ndarray | np.generic):
-        # A number of Python has a weak type.
-        x = jnp.asarray(x[()].item() if leaf.weak and x.ndim == 0 else x)
-    return jax.random.wrap_key_data(x, impl=leaf.key) if leaf.key else x
+    if leaf.weak:
+        x = jax.jit(_weak, out_shardings=sharding_of(leaf, like))(x)
+    return jax.random.wrap_key_data(x, impl=leaf.key) if leaf.key else jnp.asarray(x)
+
+
+def _weak(x: jax.Array) -> jax.Array:
+    """An array of a weak type, as it comes from numbers of Python. No dtype makes one."""
+    weak = jnp.full(x.shape, x.dtype.type(0).item())
+    return weak.at[...].set(x) if weak.dtype == x.dtype else x
 
 
 def difference(saved: Sequence[Leaf], given: Sequence[Leaf]) -> str | None:
@@ -96,11 +101,13 @@ def _spec(x: Any) -> list | None:
     return [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
 
 
-def _sharding(leaf: Leaf, like: Any) -> NamedSharding | None:
-    """The sharding on the mesh in scope, or on that of ``like``.
+def sharding_of(leaf: Leaf, like: Any) -> NamedSharding | None:
+    """The sharding on the mesh in scope, or on that of ``like``. None if it was on no mesh.
 
     A dimension is not spread over axes that the mesh does not have, or that do not divide it.
     """
+    if leaf.spec is None:
+        return None
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         own = getattr(like, "sharding", None)
@@ -108,7 +115,7 @@ def _sharding(leaf: Leaf, like: Any) -> NamedSharding | None:
             return None
         mesh = own.mesh
     spec: list[Any] = []
-    for size, axes in zip(leaf.shape, leaf.spec or []):
+    for size, axes in zip(leaf.shape, leaf.spec):
         names = [axes] if isinstance(axes, str) else list(axes or ())
         parts = int(np.prod([mesh.shape.get(name, 0) for name in names]))
         spec.append(tuple(names) if names and parts and size % parts == 0 else None)

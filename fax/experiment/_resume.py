@@ -181,7 +181,8 @@ def state_of(saved: Saved, state: PyTree, where: str) -> PyTree:
             f"{differs}. Pass what the run was started with, or choose another folder."
         )
     leaves = [Leaf(**leaf) for leaf in saved.facts["leaves"]]
-    own = {leaf.name: whole(leaf, x) for leaf, x in zip(leaves, saved.arrays)}
+    restored = zip(leaves, saved.arrays, _like(leaves, state))
+    own = {leaf.name: whole(leaf, x, like) for leaf, x, like in restored}
     return jax.tree.unflatten(jax.tree.structure(state), [own[leaf.name] for leaf in given])
 
 
