@@ -73,13 +73,17 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep.newest)]
         if keep.best is not None:
             # Without a metric, a checkpoint is no candidate.
-            kept.append(policies.BestN(keep.better, n=1, keep_checkpoints_without_metrics=False))
+            best = policies.BestN(
+                get_metric_fn=keep.better, n=1, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
         self._keep = keep
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=None if keep.best is None else keep.better,  # so that metrics are saved
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),
