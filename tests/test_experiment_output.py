@@ -3,6 +3,8 @@
 import io
 import itertools
 import math
+import pathlib
+import re
 import struct
 import sys
 import time
@@ -152,6 +154,58 @@ def test_a_run_that_was_interrupted_leaves_what_another_one_does(per_call, tmp_p
     assert rows[-1]["epsilon"] == aggregators.epsilon(20.0, len(rows), 1e-5)
     np.testing.assert_array_equal(curves["bits"][1], [128.0 * r for r in range(1, len(rows) + 1)])
     assert curves["test/distance"][0].tolist()[:3] == [2, 4, 6]
+
+
+# Writers of the documentation
+
+
+def documented(module, fake, monkeypatch):
+    """The class in the block of the page that imports a module, which is replaced by a fake."""
+    monkeypatch.setitem(sys.modules, module, fake)
+    page = (pathlib.Path(__file__).parent.parent / "docs/experiments.md").read_text("utf-8")
+    (source,) = re.findall(rf"```python\n(import {module}\n.*?)```", page, re.DOTALL)
+    names = {}
+    exec(source, names)
+    return next(own for own in names.values() if isinstance(own, type))
+
+
+def test_the_writer_for_weights_and_biases(monkeypatch):
+    log = []
+    started = types.SimpleNamespace(
+        log=lambda values, step: log.append((step, values)), finish=lambda: log.append("finished")
+    )
+    fake = types.SimpleNamespace(init=lambda **how: log.append(how) or started)
+    writer = documented("wandb", fake, monkeypatch)("digits", "first")
+    writer.write(1, types.MappingProxyType({"loss": 0.5}))
+    writer.close()
+    how = {"project": "digits", "id": "first", "resume": "allow"}
+    assert log == [how, (1, {"loss": 0.5}), "finished"]
+
+
+def test_the_writer_for_mlflow_writes_no_round_twice(monkeypatch):
+    log, runs = [], []
+
+    def start_run(run_name):
+        runs.append(types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_name)))
+        return runs[0]
+
+    fake = types.SimpleNamespace(
+        set_experiment=lambda name: None,
+        search_runs=lambda filter_string, output_format: list(runs),
+        start_run=start_run,
+        end_run=lambda: None,
+        MlflowClient=lambda: types.SimpleNamespace(
+            get_metric_history=lambda own, name: [types.SimpleNamespace(step=x[0]) for x in log]
+        ),
+        log_metrics=lambda values, step, run_id: log.append((step, values, run_id)),
+    )
+    make = documented("mlflow", fake, monkeypatch)
+    for rounds in ((1, 2, 3), (2, 3, 4)):
+        writer = make("digits", "first")
+        for r in rounds:
+            writer.write(r, {"loss": 1 / r})
+    assert log == [(r, {"loss": 1 / r}, "first") for r in (1, 2, 3, 4)]
+    assert len(runs) == 1
 
 
 # The progress bar
