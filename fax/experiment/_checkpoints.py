@@ -83,6 +83,7 @@ class Checkpoints:
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=None if keep.best is None else keep.better,  # so that metrics are saved
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),

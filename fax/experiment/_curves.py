@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
+from fax.experiment._folder import CLIENTS, METRICS
 
-METRICS, CLIENTS = "metrics.csv", "clients.csv"
 Curve = tuple[np.ndarray, np.ndarray]
 
 
