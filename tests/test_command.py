@@ -1,22 +1,30 @@
 """The command `fax`: what it prints, its exit codes, and the configurations that it runs."""
 
 import csv
+import dataclasses
+import importlib.metadata
+import json
 import os
+import platform
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 import pytest
 from scripts import PACKAGE, is_figure
 
 import fax
 from fax.command import _values, main
-from fax.command._parser import make_parser
-from fax.experiment import _build, _catalog, _config, _sweep, _toml
+from fax.command._parser import KINDS, make_parser
+from fax.experiment import Batches, Config, _build, _catalog, _config, _sweep, _toml
 from fax.tasks import _settings
 
 ROOT = Path(__file__).parents[1]
@@ -285,10 +293,12 @@ def test_every_task_algorithm_and_aggregator_can_be_configured():
                 algorithm.init(params)
         elif "algorithm" in tables or "aggregator" in tables or "server" in tables:
             algorithm = _build.make_algorithm(config, task)
-            start = (params, params) if name == "hyp_cluster" else (params,)
+            start = params
+            if name == "hyp_cluster":
+                start = jax.tree.map(lambda x: np.stack([x, x + 1]), params)
             if tables.get("algorithm", {}).get("name") == "fedper":
                 continue  # its layers are those of the task's model
-            state = jax.eval_shape(algorithm.init, *start)
+            state = jax.eval_shape(algorithm.init, start)
             assert jax.tree.structure(algorithm.params(state)) == jax.tree.structure(params)
         else:
             name = config.task["name"]
@@ -384,6 +394,14 @@ WRONG = {
         {"algorithm": "papa", "server": {"rate": 1.0}},
         "papa has no optimizer at the server. Leave out server.",
     ),
+    "a budget": (
+        {"aggregator": "median", "budget": {"epsilon": 1.0, "delta": 1e-5}},
+        "budget needs an aggregator that ends with gaussian or laplace",
+    ),
+    "no delta": (
+        {"aggregator": {"name": "gaussian", **OPTIONS["gaussian"]}, "budget": {"epsilon": 1.0}},
+        "budget.delta is None, expected a number above 0.",
+    ),
     "no aggregator": ({"algorithm": "papa_2", "aggregator": "mean"}, "papa_2 takes no aggregator."),
 }
 
@@ -445,7 +463,10 @@ def test_values_on_the_command_line():
             ["report", "digits", "--on", "v5e"],
             "name is 'v5e', expected a generation and the number",
         ),
-        (["report", "digits", "--set", "mesh.clients=16"], "the sizes {'clients': 16} do not multiply"),
+        (
+            ["report", "digits", "--set", "mesh.clients=16"],
+            "{'clients': 16} do not multiply",
+        ),
         (["completion", "fish"], "there is no shell 'fish'. There is bash, zsh."),
     ],
 )

@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
     """A parser that keeps the line breaks of its texts, and names the nearest known option."""
 
     def __init__(self, **how: Any) -> None:
-        how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **how)
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=kind, **how)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
@@ -80,9 +80,16 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
       names: of tasks, algorithms and aggregators, for completion. They need not be known to parse.
     """
     names = names or {}
-    top = Parser(prog="fax", description=_TOP, epilog=EXIT_CODES)
+    top = Parser(
+        prog="fax",
+        usage="fax [--help] [--version] COMMAND [ARGUMENTS]",
+        description=_TOP,
+        epilog=EXIT_CODES,
+    )
     top.add_argument("--version", action="store_true", help="print the version of fax, and exit")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = top.add_subparsers(
+        dest="command", metavar="COMMAND [ARGUMENTS]", title="commands", prog="fax"
+    )
     parsers = {}
 
     def command(name: str, summary: str, description: str, epilog: str = "") -> Parser:

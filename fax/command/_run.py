@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 import fax.experiment
+from fax.aggregators import PrivacyBudgetError
 from fax.command import _devices, _source
 from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
 from fax.command._source import Source
@@ -54,7 +55,7 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
             if not str(error).startswith("fax."):  # a mistake that fax has not found itself
                 raise
             raise CommandError(_text(error)) from error
-        except (fax.experiment.NotFiniteError, OSError) as error:
+        except (fax.experiment.NotFiniteError, PrivacyBudgetError, OSError) as error:
             raise CommandError(_text(error), FAILED) from error
         except KeyboardInterrupt:
             raise CommandError(f"{_SAVED} fax resume {folder}", INTERRUPTED) from None

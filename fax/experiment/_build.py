@@ -18,6 +18,7 @@ import fax.tasks
 from fax.algorithms import Algorithm
 from fax.data import Cohorts, FederatedData, cohorts, split
 from fax.experiment import _catalog
+from fax.experiment._callbacks import StopAtBudget
 from fax.experiment._checkpoints import Keep
 from fax.experiment._config import Config, Table
 from fax.experiment._run import Result, run
@@ -124,6 +125,7 @@ def build(config: Config) -> Experiment:
             "rounds_per_call": config.rounds_per_call,
             "on_nan": config.on_nan,
             "keep": Keep(best="test/loss", mode="min"),
+            "callbacks": [] if config.budget is None else [_budget(config, len(task.train))],
         },
         config=config.to_dict(),
     )
@@ -188,6 +190,21 @@ def _make_part(part: Table, num_clients: int) -> Any:
     if "num_clients" in _catalog.parameters("aggregators", part["name"]):
         options["num_clients"] = num_clients
     return _catalog.catalog("aggregators")[part["name"]](**options)
+
+
+def _budget(config: Config, num_clients: int) -> StopAtBudget:
+    """Stops a private run when its budget is spent."""
+    assert config.budget is not None
+    private = config.aggregator[-1]
+    uniform = config.cohorts.sampler == "uniform"
+    budget = fax.aggregators.Budget(
+        config.budget["epsilon"],
+        config.budget["delta"],
+        private["noise_multiplier"],
+        sampling_rate=config.cohorts.clients / num_clients if uniform else None,
+        mechanism=private["name"],
+    )
+    return StopAtBudget(budget)
 
 
 def evaluation(config: Config, task: fax.tasks.Task, on: str) -> Callable[[PyTree], dict[str, Any]]:

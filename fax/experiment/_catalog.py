@@ -67,7 +67,9 @@ def options(kind: str, name: str) -> list[str]:
 
 
 def required(kind: str, name: str) -> list[str]:
-    """The options of an algorithm or aggregator that have no default."""
+    """The options that have no default."""
+    if kind not in ("algorithms", "aggregators"):
+        return []
     own = parameters(kind, name)
     return [key for key in options(kind, name) if own[key].default is inspect.Parameter.empty]
 

@@ -50,6 +50,7 @@ class Config:
       server: the same at the server, or None for that of the algorithm.
       aggregator: the aggregators of a chain, in order: each a ``name`` and options.
       cohorts: who takes part in a round, and with which batches.
+      budget: the ``epsilon`` and ``delta`` of a private aggregator, or None.
       mesh: the size of each mesh axis.
       rounds, seed, every, rounds_per_call, evaluation_clients, on_nan: see ``docs/command.md``.
 
@@ -67,6 +68,9 @@ class Config:
     server: Annotated[Table | None, "the server's optimizer, in the same form"]
     aggregator: Annotated[list[Table], "the aggregator and its options, or a list of them: a chain"]
     cohorts: Annotated[Batches, "who takes part in a round, and with which batches"]
+    budget: Annotated[
+        Table | None, "a private run stops when this `epsilon` is spent, for this `delta`"
+    ]
     mesh: Annotated[Table, "the size of each mesh axis; -1 for the remaining devices"]
     rounds: Annotated[int, "how many rounds to train"]
     seed: Annotated[int, "from which everything random is derived"] = 0
@@ -190,6 +194,9 @@ def configure(
     batches = tables.get("cohorts", {})
     if not isinstance(batches, Mapping):
         raise ValueError(f"{where}: cohorts is {_arguments.shown(batches)}, expected a table.")
+    budget = None if tables.get("budget", NONE) == NONE else tables["budget"]
+    if budget is not None:
+        _check_budget(where, budget, aggregator)
     mesh = tables.get("mesh", {})
     if not isinstance(mesh, Mapping):
         raise ValueError(f"{where}: mesh is {_arguments.shown(mesh)}, expected a table.")
@@ -203,6 +210,7 @@ def configure(
         server=server,
         aggregator=aggregator,
         cohorts=Batches(**_fields(where, "cohorts", {**defaults, **batches}, Batches)),
+        budget=budget,
         mesh=dict(mesh),
         **_fields(where, "", rest, Config),
     )
@@ -210,8 +218,9 @@ def configure(
 
 _NAMED = {**dict.fromkeys(("task", "model", "algorithm", "aggregator"), "name")}
 _NAMED |= dict.fromkeys(("client", "server"), "optimizer")
-_TABLES = (*_NAMED, "cohorts", "mesh")
+_TABLES = (*_NAMED, "cohorts", "budget", "mesh")
 _TUNED = ("clients", "batch_size", "epochs", "max_steps")
+_PRIVATE = ("gaussian", "laplace")
 _PLAIN = {"optimizer": "sgd", "rate": 1.0}
 # Their corrections are for the server's step of their papers, not for a step tuned for FedAvg.
 _OWN_SERVER = ("feddyn", "qfedavg")
@@ -259,6 +268,24 @@ def _optimizer(where: str, key: str, value: Any, default: Mapping[str, Any]) -> 
     if "rate" not in value:
         raise ValueError(f"{where}: {key}.rate is missing, the learning rate of {name}.")
     return dict(value)
+
+
+def _check_budget(where: str, budget: Any, aggregator: list[Table]) -> None:
+    """A budget needs one private mean whose noise is independent in each round."""
+    keys = ("epsilon", "delta")
+    if not isinstance(budget, Mapping):
+        raise ValueError(
+            f"{where}: budget is {_arguments.shown(budget)}, expected a table, such as "
+            "{epsilon = 8.0, delta = 1e-5}."
+        )
+    _check_keys(where, "budget.", budget, keys)
+    for key in keys:
+        _arguments.number(where, f"budget.{key}", budget.get(key), above=0)
+    if not aggregator or aggregator[-1]["name"] not in _PRIVATE:
+        raise ValueError(
+            f"{where}: budget needs an aggregator that ends with {' or '.join(_PRIVATE)}, whose "
+            "noise it can account for."
+        )
 
 
 def _takes_tuned_server(algorithm: str) -> bool:
