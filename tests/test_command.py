@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,7 @@ import pytest
 from scripts import PACKAGE, is_figure
 
 import fax
+from fax.command import _sweep as _command_sweep
 from fax.command import _values, main
 from fax.command._parser import KINDS, make_parser
 from fax.experiment import Batches, Config, _build, _catalog, _config, _sweep, _toml
@@ -114,33 +116,31 @@ def test_a_run_from_the_shell_and_what_can_be_done_with_it(small):
         assert program == "fax"
         commands[name].parse_args(rest)
 
-    # With the same arguments, nothing is left to be done. Other settings are refused.
-    again = run(small, "run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05")
-    assert again.splitlines()[1] == last
-    other = run(small, "run", "small.toml", "--folder", "runs/a", code=2)
-    assert "client.rate was 0.05, and is 0.1" in other
-    assert "pass --force to go on" in other
-
 
 def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert main(["run", "small.toml", "--folder", "runs/a", "--rounds", "2", "--quiet"]) == 0
-    assert main(["resume", "runs/a", "--rounds", "4", "--quiet"]) == 0
-    assert main(["run", "small.toml", "--folder", "runs/b", "--quiet"]) == 0
-    a, b = rows_of("runs/a/metrics.csv"), rows_of("runs/b/metrics.csv")
-    assert a == b  # as if it had not been interrupted
-    capsys.readouterr()
+    assert main(["resume", "runs/a", "--quiet", "--rounds", "4"]) == 0
+    assert "digits: fedavg, 4 rounds" in capsys.readouterr().out
+    rows = rows_of("runs/a/metrics.csv")
+    assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
+    # Other settings are refused.
+    other = ["run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05"]
+    assert main(other) == 2
+    message = capsys.readouterr().err
+    assert "client.rate was 0.1, and is 0.05" in message
+    assert "pass --force to go on" in message
 
-    assert main(["evaluate", "runs/b", "--on", "test"]) == 0
+    assert main(["evaluate", "runs/a", "--on", "test"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("runs/b, test data, after 4 rounds:\n")
-    loss, accuracy = (
-        re.search(rf"  {name} +([\d.]+)", printed)[1] for name in ("loss", "accuracy")
-    )
-    assert float(loss) == pytest.approx(float(b[-1]["test/loss"]), rel=1e-5)
-    assert float(accuracy) == pytest.approx(float(b[-1]["test/accuracy"]), rel=1e-5)
-    assert main(["evaluate", "runs/b", "--on", "train", "--round", "2"]) == 0
-    assert "runs/b, train data, after 2 rounds:" in capsys.readouterr().out
+    assert printed.startswith("runs/a, test data, after 4 rounds:\n")
+    for name in ("loss", "accuracy"):
+        (found,) = re.findall(rf"  {name} +([\d.]+)", printed)
+        assert float(found) == pytest.approx(float(rows[-1][f"test/{name}"]), rel=1e-5)
+    best = min((row for row in rows if row["test/loss"]), key=lambda r: float(r["test/loss"]))
+    assert main(["evaluate", "runs/a", "--on", "train", "--round", "best"]) == 0
+    assert f"runs/a, train data, after {best['round']} rounds:" in capsys.readouterr().out
 
+    shutil.copytree("runs/a", "runs/b")
     assert main(["compare", "runs/a", "runs/b", "--figure", "both.png"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^a +.*4 ", printed, re.M)
@@ -163,11 +163,18 @@ def test_the_quickstart_keeps_its_promise(tmp_path):
 
 
 MODULE = """
+import dataclasses, os
 import fax
 
+class Interrupts:
+    def after_round(self, run):
+        if os.path.exists("signal"):
+            os.kill(os.getpid(), int(open("signal").read()))
+            os.remove("signal")
+
 def experiment():
-    config = fax.experiment.configure("small.toml")
-    return fax.experiment.build(config)
+    one = fax.experiment.build(fax.experiment.configure("small.toml"))
+    return dataclasses.replace(one, options={**one.options, "callbacks": [Interrupts()]})
 
 nothing = 3
 """
@@ -176,8 +183,21 @@ nothing = 3
 def test_an_experiment_of_a_module(small, capsys, monkeypatch):
     Path("own_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(small))
-    assert main(["run", "own_module:experiment", "--quiet"]) == 0
-    assert "experiment: fedavg, 4 rounds" in capsys.readouterr().out
+    # It is interrupted twice on its way, by Ctrl-C and by SIGTERM.
+    for command, number, code in [
+        (["run", "own_module:experiment"], signal.SIGINT, 130),
+        (["resume", "runs/experiment"], signal.SIGTERM, 143),
+        (["resume", "runs/experiment"], None, 0),
+    ]:
+        if number:
+            Path("signal").write_text(str(int(number)))
+        assert main([*command, "--quiet"]) == code
+        captured = capsys.readouterr()
+        assert captured.out.startswith("experiment: fedavg, 4 rounds")
+        if code:
+            assert captured.err.endswith("To go on: fax resume runs/experiment\n")
+    rows = rows_of("runs/experiment/metrics.csv")
+    assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
     found = tomllib.loads(Path("runs/experiment/config.toml").read_text())
     assert found["experiment"] == "own_module:experiment"
     assert main(["evaluate", "runs/experiment"]) == 0
@@ -194,9 +214,8 @@ def test_an_experiment_of_a_module(small, capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
-def test_exit_codes(small, capsys):
-    # A loss that is not finite is an error while running.
-    assert main(["run", "small.toml", "--set", "client.rate=1e30", "--folder", "nan"]) == 1
+def test_a_loss_that_is_not_finite(small, capsys):
+    assert main(["run", "small.toml", "--set", "client.rate=1e38", "--folder", "nan"]) == 1
     message = capsys.readouterr().err
     assert re.match(r"fax run: loss is \w+ in round \d. .*use --set on_nan=restore", message)
 
@@ -205,39 +224,59 @@ def test_exit_codes(small, capsys):
 
 
 def test_a_sweep_finds_what_single_runs_find(small, capsys):
-    grid = ["client.rate=.02,.2", "cohorts.batch_size=5,8"]
+    grid = ["client.rate=.02,.2", "cohorts.batch_size=8"]
     assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
     printed = capsys.readouterr().out
-    # The rates are in one program, the sizes of batches one after another.
-    assert "Part 1 of 2: cohorts.batch_size=5, 2 at once" in printed
-    assert "Part 2 of 2: cohorts.batch_size=8, 2 at once" in printed
+    assert "Part 1 of 1: cohorts.batch_size=8, 2 at once" in printed
     rows = rows_of("runs/small-sweep/sweep.csv")
-    assert len(rows) == 4
-    for row in rows:
-        if row["cohorts.batch_size"] == "5":
-            single = _config.configure(
-                "small.toml", {"client": {"rate": float(row["client.rate"])}}
-            )
-            with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
-                history = _build.build(single).run().history
-            for name in ("loss", "accuracy", "test/loss", "test/accuracy"):
-                assert float(row[name]) == pytest.approx(history[-1][name], rel=1e-4)
-    best = min(rows, key=lambda row: float(row["test/loss"]))
-    settings = f"cohorts.batch_size={best['cohorts.batch_size']} client.rate={best['client.rate']}"
-    assert f"To train with it: fax run small.toml --set {settings}\n" in printed
+    assert [(row["client.rate"], row["cohorts.batch_size"]) for row in rows] == [
+        ("0.02", "8"),
+        ("0.2", "8"),
+    ]
+    changes = {"client": {"rate": 0.2}, "cohorts": {"batch_size": 8}}
+    with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
+        single = _build.build(_config.configure("small.toml", changes))
+        with single.cohorts:
+            history = single.run().history
+    for name in ("loss", "accuracy", "test/loss", "test/accuracy"):
+        assert float(rows[1][name]) == pytest.approx(history[-1][name], rel=1e-4)
+    assert float(rows[0]["loss"]) > 1.1 * float(rows[1]["loss"])
+    assert "To train with it: fax run small.toml --set cohorts.batch_size=8 client.rate=0.2\n" in (
+        printed
+    )
     (marked,) = [line for line in printed.splitlines() if line.startswith("*")]
-    assert marked.split()[1:3] == [best["cohorts.batch_size"], best["client.rate"]]
+    assert marked.split()[:3] == ["*", "8", "0.2"]
 
     # Run again, it finds that everything is done. Another grid in its folder is refused.
-    before = Path("runs/small-sweep/cohorts.batch_size=8/metrics.csv").stat().st_mtime_ns
     assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
     assert capsys.readouterr().out == printed
     assert rows_of("runs/small-sweep/sweep.csv") == rows
-    assert main(["sweep", "small.toml", "--grid", "client.rate=.02,.3", grid[1], "--quiet"]) == 2
+    assert main(["sweep", "small.toml", "--grid", "client.rate=.02,.3", grid[1]]) == 2
     assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
-    assert main(["resume", "runs/small-sweep/cohorts.batch_size=5"]) == 2
+    assert main(["resume", "runs/small-sweep/cohorts.batch_size=8"]) == 2
     assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
-    assert before
+
+
+def test_the_parts_of_a_sweep():
+    values = {
+        "cohorts.clients": [4, 8],
+        "client.rate": [0.1, 1],
+        "algorithm": ["fedavg", "scaffold"],
+    }
+    plan = _command_sweep._plan(_config.configure(SMALL), values, "small.toml")
+    assert [fixed for fixed, _, _ in plan] == [
+        {"cohorts.clients": clients, "algorithm": algorithm}
+        for clients in (4, 8)
+        for algorithm in ("fedavg", "scaffold")
+    ]
+    for fixed, config, settings in plan:
+        assert config.cohorts.clients == fixed["cohorts.clients"]
+        assert config.algorithm == {"name": fixed["algorithm"]}
+        assert settings == [{"client.rate": 0.1}, {"client.rate": 1}]
+    # An optimizer is named in one place, and its rates in another.
+    values = {"client.optimizer": ["adam"], "client.rate": [0.1]}
+    (part,) = _command_sweep._plan(_config.configure(SMALL), values, "small.toml")
+    assert part[1].client == {"optimizer": "adam", "rate": 0.1}
 
 
 def test_what_can_be_traced():
@@ -299,7 +338,8 @@ def test_every_task_algorithm_and_aggregator_can_be_configured():
             if tables.get("algorithm", {}).get("name") == "fedper":
                 continue  # its layers are those of the task's model
             state = jax.eval_shape(algorithm.init, start)
-            assert jax.tree.structure(algorithm.params(state)) == jax.tree.structure(params)
+            found = jax.eval_shape(algorithm.params, state)
+            assert jax.tree.structure(found) == jax.tree.structure(params)
         else:
             name = config.task["name"]
             settings = _settings.tuned(name, _config._first_model(name))
