@@ -56,7 +56,7 @@ OPTIONS = {
     "power_sgd": {"rank": 2},
     "qfedavg": {"q": 1.0, "lipschitz": 10.0},
     "secure_sum": {"max_value": 1.0, "max_weight": 100.0},
-    "streaming_diloco": {"steps": 2, "fragments": 2},
+    "streaming_diloco": {"steps": 2, "fragments": 1},
     "top_k": {"k": 0.1},
     "trimmed_mean": {"count": 1},
     "uniform_quantization": {"levels": 4},
@@ -163,14 +163,16 @@ def test_the_quickstart_keeps_its_promise(tmp_path):
 
 
 MODULE = """
-import dataclasses, os
+import dataclasses, os, pathlib
 import fax
 
 class Interrupts:
     def after_round(self, run):
-        if os.path.exists("signal"):
-            os.kill(os.getpid(), int(open("signal").read()))
-            os.remove("signal")
+        path = pathlib.Path("signal")
+        if path.exists():
+            number = int(path.read_text())
+            path.unlink()
+            os.kill(os.getpid(), number)
 
 def experiment():
     one = fax.experiment.build(fax.experiment.configure("small.toml"))
@@ -263,7 +265,7 @@ def test_the_parts_of_a_sweep():
         "client.rate": [0.1, 1],
         "algorithm": ["fedavg", "scaffold"],
     }
-    plan = _command_sweep._plan(_config.configure(SMALL), values, "small.toml")
+    plan = _command_sweep._plan(SMALL, values, "small.toml")
     assert [fixed for fixed, _, _ in plan] == [
         {"cohorts.clients": clients, "algorithm": algorithm}
         for clients in (4, 8)
@@ -275,7 +277,7 @@ def test_the_parts_of_a_sweep():
         assert settings == [{"client.rate": 0.1}, {"client.rate": 1}]
     # An optimizer is named in one place, and its rates in another.
     values = {"client.optimizer": ["adam"], "client.rate": [0.1]}
-    (part,) = _command_sweep._plan(_config.configure(SMALL), values, "small.toml")
+    (part,) = _command_sweep._plan(SMALL, values, "small.toml")
     assert part[1].client == {"optimizer": "adam", "rate": 0.1}
 
 

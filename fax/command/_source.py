@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fax.command._errors import mistakes
-from fax.command._values import tables
+from fax.command import _values
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
-from fax.experiment._config import read
+from fax.experiment._config import merged, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Source:
     Attributes:
       name: a short name, for folders and titles.
       config: its configuration, or None if it comes from a module.
+      tables: what was given of the configuration, without defaults.
       make: builds it. On a mesh, it is called under `jax.set_mesh`.
       mesh: the size of each mesh axis, or empty for all devices along ``axis``.
       axis: the placement of the participants.
@@ -35,12 +36,13 @@ class Source:
     make: Callable[[], Experiment]
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     axis: str = "clients"
+    tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def of_arguments(args: argparse.Namespace) -> Source:
     """The experiment of SOURCE with the changes of the other arguments."""
     with mistakes():
-        changes = tables(args.set)
+        changes = _values.tables(args.set)
         for key in ("rounds", "seed"):
             if getattr(args, key) is not None:
                 changes[key] = getattr(args, key)
@@ -63,8 +65,9 @@ def of_tables(found: Mapping[str, Any], where: str, changes: Mapping[str, Any]) 
     """The experiment of a configuration."""
     with mistakes():
         config = configure(found, changes, where=where)
+    tables = merged(found, changes)
     stem = Path(where).stem
-    return Source(stem, config, lambda: build(config), config.mesh, placement(config))
+    return Source(stem, config, lambda: build(config), config.mesh, placement(config), tables)
 
 
 def of_module(where: str) -> Source:

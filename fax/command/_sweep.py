@@ -28,7 +28,7 @@ def command(args: argparse.Namespace) -> int:
     if source.config is None:
         raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
     with mistakes():
-        plan = _plan(source.config, grid(args.grid), args.source)
+        plan = _plan(source.tables, grid(args.grid), args.source)
     root = Path(args.folder) if args.folder else Path("runs", f"{source.name}-sweep")
     results: list[tuple[Setting, dict[str, float]]] = []
     for number, (fixed, config, settings) in enumerate(plan, 1):
@@ -40,20 +40,30 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _plan(
-    config: Config, values: Mapping[str, list[Any]], where: str
+    tables: Mapping[str, Any], values: Mapping[str, list[Any]], where: str
 ) -> list[tuple[Setting, Config, list[Setting]]]:
     """The parts of a sweep: a fixed setting, its configuration, and the settings trained at once.
 
     All configurations are checked before anything is run.
     """
-    fixed = {key: own for key, own in values.items() if not traceable(config, key, own)}
-    parts = []
-    traced = _product({key: each for key, each in values.items() if key not in fixed})
-    for setting in _product(fixed):
+
+    def configured(setting: Setting) -> Config:
         changes: dict[str, Any] = {}
-        for key, value in {**setting, **traced[0]}.items():
+        for key, value in setting.items():
             changes = put(changes, key, value)
-        parts.append((setting, configure(config.to_dict(), changes, where=where), traced))
+        return configure(tables, changes, where=where)
+
+    parts = []
+    # Which numbers may be traced depends on the algorithm, which may be in the grid, too.
+    numbers = {k: own for k, own in values.items() if k.split(".")[0] in ("client", "server")}
+    numbers |= {k: own for k, own in values.items() if k.startswith("algorithm.")}
+    for outer in _product({k: own for k, own in values.items() if k not in numbers}):
+        config = configured({**outer, **{k: own[0] for k, own in numbers.items()}})
+        traced = {k: own for k, own in numbers.items() if traceable(config, k, own)}
+        for inner in _product({k: own for k, own in numbers.items() if k not in traced}):
+            fixed = {**outer, **inner}
+            settings = _product(traced)
+            parts.append((fixed, configured({**fixed, **settings[0]}), settings))
     return parts
 
 
