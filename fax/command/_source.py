@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fax.command._errors import mistakes
 from fax.command import _values
+from fax.command._errors import mistakes
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
 from fax.experiment._config import merged, read

@@ -79,7 +79,7 @@ class Config:
     ] = None
     rounds_per_call: Annotated[int, "how many rounds run in one compiled loop"] = 1
     evaluation_clients: Annotated[int, "evaluate on at most so many clients"] = 3400
-    on_nan: Annotated[str, 'if the loss is NaN: `"stop"`, or `"restore"` the last checkpoint'] = (
+    on_nan: Annotated[str, 'if a loss is NaN or infinite: `"stop"`, `"restore"` or `"ignore"`'] = (
         "stop"
     )
 

@@ -26,6 +26,10 @@ def traceable(config: Config, key: str, values: Sequence[Any]) -> bool:
     """Whether the values of a key can be traced, so that one program trains with all of them."""
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return False
+    # A private aggregator draws a secret key for each training run.
+    names = [part["name"] for part in config.aggregator]
+    if any("key" in _catalog.parameters("aggregators", name) for name in names):
+        return False
     table, _, option = key.partition(".")
     if table == "algorithm":
         own = _catalog.parameters("algorithms", config.algorithm["name"])
