@@ -95,7 +95,7 @@ def fork(folder, ready, me, count, port, report):
 
 
 def start(folder, count, report):
-    """Starts all processes of a run, and returns their numbers and where they say they are ready."""
+    """Starts all processes of a run. Returns their numbers, and the pipe that they write to."""
     from processes import free_port
 
     read, write = os.pipe()

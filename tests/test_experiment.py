@@ -133,7 +133,8 @@ def test_a_resumed_run_is_that_without_interruption(name, tmp_path):
 
 
 def loss(params, batch, key):
-    return ((batch["x"][:, None] - params["w"]) ** 2).sum(1)
+    # NaN below -1
+    return ((batch["x"][:, None] - params["w"]) ** 2).sum(1) * jnp.sqrt(1 + batch["x"])
 
 
 PARAMS = {"w": np.zeros(3)}
@@ -253,7 +254,7 @@ def test_rows_of_a_store_are_resumed(in_file, tmp_path):
         checkpoint = experiment.restore(tmp_path / "run", state)
         store.load(checkpoint.clients)
         assert_same_state(store.models(checkpoint.state, range(8)), others[1])
-    with pytest.raises(ValueError, match="kept clients' state in a ClientStore. Pass one"):
+    with pytest.raises(ValueError, match="had a ClientStore"):
         train(tmp_path / "run", algorithm=PERSONAL, force=True)
 
 
@@ -347,6 +348,7 @@ def test_a_line_that_was_cut_off_is_removed(whole, tmp_path):
     assert one == two
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in orbax
 def test_if_the_disk_is_full(tmp_path):
     """The run ends with an error, and goes on when there is space again."""
     resource = pytest.importorskip("resource", reason="Windows has no such limits")
@@ -360,7 +362,9 @@ def test_if_the_disk_is_full(tmp_path):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
 
     try:
-        with pytest.raises(OSError, match="could not be written .*newest whole one is of round 2"):
+        with pytest.raises(
+            OSError, match=r"of round \d could not be written .*newest whole one is of round"
+        ):
             train(tmp_path / "run", state=ALGORITHM.init(big), callbacks=[Full()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -397,7 +401,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         def start(self, run):
             train(run.folder)
 
-    with pytest.raises(experiment.FolderInUseError, match="another run is using folder=.*run'"):
+    with pytest.raises(experiment.FolderInUseError, match=r"another run is using folder=.*run'"):
         train(tmp_path / "run", callbacks=[Second()])
     train(tmp_path / "run")  # it is free again
 
@@ -461,17 +465,17 @@ def test_what_restore_refuses(whole, tmp_path):
 # NaN
 
 BROKEN = fax.data.InMemory(
-    {f"client {i}": {"x": np.full(i + 1, np.nan if i == 5 else 1.0)} for i in range(8)}
+    {f"client {i}": {"x": np.full(i + 1, -2.0 if i == 5 else 1.0)} for i in range(8)}
 )
 
 
-def first_with(client, seed):
-    """The first round with this client."""
+def rounds_with(client, seed):
+    """In which of the first five rounds this client takes part."""
     with fax.data.cohorts(DATA, clients=4, batch_size=8, seed=seed) as cohorts:
-        return next(r for r in itertools.count() if client in cohorts.client_ids(r)) + 1
+        return [r + 1 for r in range(5) if client in cohorts.client_ids(r)]
 
 
-SEED = next(seed for seed in itertools.count() if first_with("client 5", seed) == 4)
+SEED = next(seed for seed in itertools.count() if rounds_with("client 5", seed) == [4])
 
 
 def test_nan_stops_the_run_and_names_the_client(tmp_path):
@@ -492,11 +496,9 @@ def test_nan_goes_back_to_a_checkpoint(tmp_path):
         )
     step = jax.jit(ALGORITHM.round)
     with fax.data.cohorts(BROKEN, clients=4, batch_size=8, seed=SEED) as cohorts:
-        bad = [r + 1 for r in range(5) if "client 5" in cohorts.client_ids(r)]
         for number, cohort in zip(range(1, 6), cohorts):
-            if number not in bad:
+            if number != 4:
                 state, _ = step(state, cohort)
-    assert bad == [4]
     assert_same_state(found.state, state)
     assert np.isnan(found.history[3]["loss"])
     assert [row["round"] for row in found.history] == [1, 2, 3, 4, 5]
@@ -653,7 +655,10 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
         ({"config": 3}, "config is 3, expected a dict"),
         ({"config": {"a": {"b": object()}}}, r"config\['a.b'\] is <object"),
         ({"config": {"run": 3}}, "config has 'run', which config.toml needs"),
-        ({"algorithm": loss, "state": 0}, "algorithm is the function loss, expected an Algorithm"),
+        (
+            {"algorithm": loss, "state": 0},
+            "algorithm is the function .*loss, expected an Algorithm",
+        ),
     ],
 )
 def test_invalid_arguments(options, message, tmp_path):
@@ -690,5 +695,5 @@ def test_errors_of_orbax_are_errors_of_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_checkpoints.Keep, "better", fails)
     keep = experiment.Keep(newest=1, best="test/sum")
-    with pytest.raises(OSError, match="could not be written .*No space left"):
+    with pytest.raises(OSError, match=r"could not be written .*No space left"):
         train(tmp_path / "run", keep=keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,11 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep.newest)]
         if keep.best is not None:
             # Without a metric, a checkpoint is no candidate.
-            kept.append(policies.BestN(keep.better, n=1, keep_checkpoints_without_metrics=False))
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=keep.better, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         self._keep = keep
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -187,8 +192,9 @@ class Checkpoints:
         number, self._saving = self._saving, None
         rest = self.rounds()
         left = f"The newest whole one is of round {rest[-1]}" if rest else "There is no other one"
+        full = "No space left" in str(error)
         return OSError(
-            getattr(error, "errno", None),
+            getattr(error, "errno", None) or (errno.ENOSPC if full else errno.EIO),
             f"fax.experiment.run: the checkpoint of round {number} could not be written "
             f"({type(error).__name__}: {error!s:.300}). {left}. Free some space on the disk, or "
             "allow writing there, and run the same again, which continues from that checkpoint",
