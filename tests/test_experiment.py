@@ -580,15 +580,23 @@ def test_states_of_callbacks_are_resumed(tmp_path):
 
 
 def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path):
-    values = iter([0.1, 0.9, np.nan, 0.3, 0.2])
-    keep = experiment.Keep(newest=1, best="test/value", mode="max")
-    train(
-        tmp_path / "run",
-        rounds=5,
-        every=1,
-        evaluate=lambda params: {"value": next(values)},
-        keep=keep,
-    )
+    """Also by another process: the run is resumed after round 3."""
+    values = {1: 0.1, 2: 0.9, 3: np.nan, 4: 0.3, 5: 0.2}
+
+    def run(*callbacks):
+        options = dict(rounds=5, every=1, keep=experiment.Keep(1, "test/value", "max"))
+        current = Current()
+        options["evaluate"] = lambda params: {"value": values[current.run.round]}
+        return train(tmp_path / "run", callbacks=[current, *callbacks], **options)
+
+    class Current:
+        def start(self, run):
+            self.run = run
+
+    with pytest.raises(StoppedError):
+        run(StopAt(4))
+    assert rounds_of(tmp_path / "run") == [2, 3]
+    run()
     assert rounds_of(tmp_path / "run") == [2, 5]
     assert experiment.restore(tmp_path / "run", round="best").round == 2
     assert experiment.restore(tmp_path / "run").round == 5
