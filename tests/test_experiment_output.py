@@ -1,15 +1,19 @@
-"""What runs show and write, and when they stop: callbacks, writers, the bar, and figures."""
+"""What a run shows and leaves: events for TensorBoard, a progress bar, figures, comparisons."""
 
 import io
 import itertools
 import math
+import pathlib
+import re
 import struct
 import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -76,278 +80,133 @@ def test_tensorboard_makes_no_file_without_numbers(tmp_path):
     assert not (tmp_path / "events").exists()
 
 
-# Callbacks
+# A run
 
 
-class Run:
-    """The fields of a run that callbacks read."""
-
-    def __init__(self, rounds, folder=None, rounds_per_call=1, cohorts=None):
-        self.round, self.rounds, self.rounds_per_call = 0, rounds, rounds_per_call
-        self.folder, self.cohorts = folder, cohorts
-        self.metrics, self.results, self.params, self.state = {}, {}, None, None
-        self.history = []
-
-    def go(self, *callbacks, until=None, values=lambda r: ({}, {}, None)):
-        """Runs rounds, and returns the reason why a callback stops them."""
-        starts = [own.start(self) for own in callbacks if hasattr(own, "start")]
-        if reasons := list(filter(None, starts)):
-            return reasons[0]
-        while self.round < (until or self.rounds):
-            self.round += min(self.rounds_per_call, self.rounds - self.round)
-            self.metrics, self.results, self.params = values(self.round)
-            self.state = self.params
-            self.history.append({"round": self.round, **self.metrics, **self.results})
-            if reasons := list(filter(None, [own.after_round(self) for own in callbacks])):
-                return reasons[0]
-        return None
+def loss(params, batch, key):
+    return (batch["x"] - params) ** 2
 
 
-def evaluated(values, every=2):
-    """Every second round has the next value as the result of an evaluation."""
-    return lambda r: ({"loss": 1.0}, {} if r % every else {"test/loss": values[r // every - 1]}, 0)
+class Fail:
+    """Ends a run as if its process were killed."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def after_round(self, run):
+        if run.round >= self._number:
+            raise TimeoutError
 
 
-@pytest.mark.parametrize(("sign", "mode"), [(1, "min"), (-1, "max")])
-@pytest.mark.parametrize(
-    ("values", "stops", "best"),
-    [
-        ([3, 2, 2.5, 1, 1, 2, 1.5, 0], 14, (1, 8)),  # equal is no improvement
-        ([math.nan, math.nan, math.nan, 0], 6, (math.inf, 0)),
-        ([2, math.nan, 1, math.nan, math.nan, 0.5, 3, 4], None, (0.5, 12)),
-    ],
-)
-def test_early_stopping(sign, mode, values, stops, best):
-    values = [sign * value for value in values]
-    whole = experiment.EarlyStopping("test/loss", 3, mode)
-    run = Run(2 * len(values))
-    reason = run.go(whole, values=evaluated(values))
-    assert (run.round if reason else None) == stops
-    assert (whole.state["best"], whole.state["round"]) == (sign * best[0], best[1])
-    if stops:
-        assert f"test/loss has not improved on {sign * best[0]:.6g} in round {best[1]}" in reason
-
-    # A run that is resumed in any round stops in the same round, with the same state.
-    for middle in range(1, run.round):
-        first = experiment.EarlyStopping("test/loss", 3, mode)
-        part = Run(run.rounds)
-        assert part.go(first, until=middle, values=evaluated(values)) is None
-        second = experiment.EarlyStopping("test/loss", 3, mode)
-        second.state = dict(first.state)
-        for _ in range(2):  # the second time, it stays stopped
-            assert part.go(second, values=evaluated(values)) == reason
-            assert (part.round, second.state) == (run.round, whole.state)
-
-
-def test_early_stopping_forgets_an_earlier_run():
-    callback = experiment.EarlyStopping("loss", 2, "min")
-    for _ in range(2):
-        run = Run(5)
-        assert run.go(callback, values=lambda r: ({"loss": 1.0}, {}, 0))
-        assert run.round == 3
-
-
-@pytest.mark.parametrize(("sign", "mode"), [(1, "min"), (-1, "max")])
-def test_a_target_stops_a_run(sign, mode):
-    values = [sign * x for x in (3, math.nan, 2, 1.5, 1, 0)]
-    run = Run(12)
-    for _ in range(2):  # the second time, it stays stopped
-        reason = run.go(experiment.StopAt("test/loss", sign * 1.5, mode), values=evaluated(values))
-        assert run.round == 8
-        assert reason == f"test/loss is {sign * 1.5}, and the target was {sign * 1.5}"
-    assert Run(4).go(experiment.StopAt("test/loss", 0, mode), values=evaluated(values)) is None
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [experiment.StopAt("test/los", 1, "min"), experiment.EarlyStopping("test/los", 1, "min")],
-)
-def test_a_metric_that_is_not_there(callback):
-    name = type(callback).__name__
-    message = (
-        f"fax.experiment.{name}: metric is 'test/los', but the run has 'loss' or 'test/loss'. Did "
-        "you mean 'test/loss'?"
-    )
-    with pytest.raises(ValueError, match=message):
-        Run(4).go(callback, values=evaluated([1, 1]))
-
-
-def test_time_stops_a_run(monkeypatch):
-    clock = itertools.count(0, 900)  # it is looked at every quarter of an hour
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    callback = experiment.StopAfter(hours=1.5)
-    for _ in range(2):  # a resumed run has the whole time again
-        run = Run(100)
-        assert run.go(callback) == "1.5 hours are over"
-        assert run.round == 6
-
-
-@pytest.mark.parametrize("per_call", [1, 3])
-def test_the_average_of_parameters(per_call):
+@pytest.mark.parametrize("per_call", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_a_run_that_was_interrupted_leaves_what_another_one_does(per_call, tmp_path):
+    key = jax.random.key(0)
+    private = aggregators.gaussian(1.0, 20.0, key=key)
+    algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), aggregator=private)
     rng = np.random.default_rng(0)
-    params = rng.normal(size=(8, 5)).astype(np.float32)
-    decay, rounds = 0.8, 7
+    data = fax.data.InMemory({name: {"x": rng.normal(size=3)} for name in "abcd"})
+    start = algorithm.init(jnp.ones(()))
 
-    def values(r):
-        return {}, {}, {"w": jnp.array(params[r]), "half": jnp.array(params[r], jnp.bfloat16)}
+    def run(name, *more):
+        """The result, and what callbacks have found."""
+        average = experiment.EMA(0.9)
+        stopping = experiment.EarlyStopping("test/distance", 50, "min")
+        budget = experiment.StopAtBudget(aggregators.Budget(0.7, 1e-5, 20.0))
+        with fax.data.cohorts(data, 2, 2, seed=1) as cohorts:
+            result = experiment.run(
+                algorithm,
+                start,
+                cohorts,
+                rounds=30,
+                rounds_per_call=per_call,
+                folder=tmp_path / name,
+                evaluate=lambda params: {"distance": abs(float(params))},
+                every={"evaluate": 2, "checkpoint": 5},
+                callbacks=[average, stopping, budget, *more],
+                progress=False,
+            )
+        return result, [np.asarray(average.state), stopping.state, budget.state]
 
-    def begin(average, run, until):
-        run.params = values(run.round)[2]
-        run.go(average, until=until, values=values)
-        return average
+    expected, kept = run("whole", experiment.Profile([4]))
+    assert list((tmp_path / "whole/profile").glob("**/*.xplane.pb"))
+    for number in (3, 9):  # before the first checkpoint, and after that of round 5
+        with pytest.raises(TimeoutError):
+            run("interrupted", Fail(number))
+    assert "the privacy budget is spent" in expected.reason
+    for _ in range(2):  # the second time, there is nothing left to do
+        result, found = run("interrupted")
+        assert result.history == expected.history
+        assert result.reason == expected.reason
+        assert float(result.state.params) == float(expected.state.params)
+        np.testing.assert_equal(found, kept)
 
-    whole = begin(experiment.EMA(decay), Run(rounds, rounds_per_call=per_call), rounds)
-    expected = [params[0], np.array(jnp.array(params[0], jnp.bfloat16), np.float32)]
-    for r in range(1, rounds + 1):
-        at = params[min(-(-r // per_call) * per_call, rounds)]  # what is there after the block
-        new = [at, np.array(jnp.array(at, jnp.bfloat16), np.float32)]
-        expected = [decay * e + (1 - decay) * n for e, n in zip(expected, new)]
-    np.testing.assert_allclose(whole.state["w"], expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(whole.state["half"], expected[1], rtol=1e-5, atol=1e-6)
-    assert {x.dtype.name for x in whole.state.values()} == {"float32"}
+    whole, other = tmp_path / "whole", tmp_path / "interrupted"
+    for name in ("metrics.csv", "clients.csv"):
+        assert (whole / name).read_bytes() == (other / name).read_bytes()
+    assert len(list((other / "tensorboard").iterdir())) > 2
+    assert shown(whole / "tensorboard") == shown(other / "tensorboard")
+    for folder in (whole, other):
+        names = sorted(path.name for path in (folder / "figures").iterdir())
+        assert names == ["bits.png", "clients.png", "epsilon.png", "rounds.png"]
 
-    run = Run(rounds, rounds_per_call=per_call)
-    first = begin(experiment.EMA(decay), run, 3)
-    second = experiment.EMA(decay)
-    second.state = first.state
-    begin(second, run, rounds)
-    for name, own in whole.state.items():
-        np.testing.assert_array_equal(second.state[name], own)
-
-
-def test_the_average_survives_that_the_state_is_donated():
-    run = Run(1)
-    run.params = jnp.ones(3)
-    average = experiment.EMA(0.5)
-    average.start(run)
-    run.params.delete()
-    run.round, run.params = 1, jnp.zeros(3)
-    average.after_round(run)
-    np.testing.assert_array_equal(average.state, [0.5, 0.5, 0.5])
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """What is traced: the rounds and folders of traces that have ended."""
-    log = types.SimpleNamespace(run=None, open=None, done=[])
-
-    def start(folder):
-        assert log.open is None
-        log.open = (log.run().round, folder)
-
-    def stop():
-        first, folder = log.open
-        run = log.run()
-        log.open = None
-        log.done.append((first, run and run.round, str(folder)))
-
-    monkeypatch.setattr("jax.profiler.start_trace", start)
-    monkeypatch.setattr("jax.profiler.stop_trace", stop)
-    return log
+    rows, curves = expected.history, _curves.read(whole)
+    events = [x for x in shown(whole / "tensorboard") if x[1] == "bits"]
+    assert [x[0] for x in events] == list(range(1, len(rows) + 1))
+    assert rows[-1]["epsilon"] == aggregators.epsilon(20.0, len(rows), 1e-5)
+    np.testing.assert_array_equal(curves["bits"][1], [128.0 * r for r in range(1, len(rows) + 1)])
+    assert curves["test/distance"][0].tolist()[:3] == [2, 4, 6]
 
 
-@pytest.mark.parametrize(
-    ("rounds", "per_call", "first", "expected"),
-    [
-        ([3, 4], 1, 0, [(2, 4)]),
-        ([1, 4, 10], 1, 0, [(0, 1), (3, 4), (9, 10)]),
-        ([3, 4], 4, 0, [(0, 4)]),
-        ([4, 5], 4, 0, [(0, 8)]),
-        ([9], 4, 0, [(8, 10)]),
-        ([2, 6, 7], 1, 5, [(5, 7)]),  # resumed after round 5
-        ([], 1, 0, []),
-    ],
-)
-def test_profiles(traced, tmp_path, rounds, per_call, first, expected):
-    run = Run(10, tmp_path, rounds_per_call=per_call)
-    traced.run = lambda: run
-    run.round = first
-    run.go(experiment.Profile(rounds))
-    assert traced.done == [(*own, str(tmp_path / "profile")) for own in expected]
-    assert traced.open is None
+# Writers of the documentation
 
 
-def test_a_trace_ends_with_its_run(traced, tmp_path):
-    run = Run(10)
-    traced.run = lambda: run
-    profile = experiment.Profile([5, 6], tmp_path)
-    run.go(profile, until=4)  # then another callback stops it, or there is an error
-    assert traced.open == (4, tmp_path)
-    run = None
-    assert traced.done == [(4, None, str(tmp_path))]
+def documented(module, fake, monkeypatch):
+    """The class in the block of the page that imports a module, which is replaced by a fake."""
+    monkeypatch.setitem(sys.modules, module, fake)
+    page = (pathlib.Path(__file__).parent.parent / "docs/experiments.md").read_text("utf-8")
+    (source,) = re.findall(rf"```python\n(import {module}\n.*?)```", page, re.DOTALL)
+    names = {}
+    exec(source, names)
+    return next(own for own in names.values() if isinstance(own, type))
 
 
-def test_profiles_need_a_folder_and_rounds_that_the_run_has():
-    with pytest.raises(ValueError, match=r"Profile: the run has no folder, .* Pass folder=."):
-        Run(10).go(experiment.Profile([5]))
-    with pytest.raises(ValueError, match="rounds has 11, but the run ends after round 10"):
-        Run(10).go(experiment.Profile([5, 11], "traces"))
+def test_the_writer_for_weights_and_biases(monkeypatch):
+    log = []
+    started = types.SimpleNamespace(
+        log=lambda values, step: log.append((step, values)), finish=lambda: log.append("finished")
+    )
+    fake = types.SimpleNamespace(init=lambda **how: log.append(how) or started)
+    writer = documented("wandb", fake, monkeypatch)("digits", "first")
+    writer.write(1, types.MappingProxyType({"loss": 0.5}))
+    writer.close()
+    how = {"project": "digits", "id": "first", "resume": "allow"}
+    assert log == [how, (1, {"loss": 0.5}), "finished"]
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
-def test_a_spent_budget_stops_a_run(per_call):
-    state = aggregators.gaussian(1.0, 20.0).init(jnp.zeros(3))
+def test_the_writer_for_mlflow_writes_no_round_twice(monkeypatch):
+    log, runs = [], []
 
-    def released(r):
-        return {}, {}, state._replace(noise=state.noise._replace(releases=np.int32(r)))
+    def start_run(run_name):
+        runs.append(types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_name)))
+        return runs[0]
 
-    def callback():
-        return experiment.StopAtBudget(aggregators.Budget(0.6, 1e-5, 20.0))
-
-    allowed = aggregators.Budget(0.6, 1e-5, 20.0).rounds
-    epsilon = aggregators.epsilon(20.0, allowed // per_call * per_call, 1e-5)
-    assert 5 < allowed < 20
-    assert allowed % 4
-    run, whole = Run(20, rounds_per_call=per_call), callback()
-    reason = run.go(whole, values=released)
-    assert run.round == allowed // per_call * per_call
-    assert run.metrics["epsilon"] == pytest.approx(epsilon, rel=1e-6)
-    assert f"epsilon is {epsilon:.4g} at delta=1e-05 after {run.round} releases" in reason
-
-    part, first, second = Run(20, rounds_per_call=per_call), callback(), callback()
-    assert part.go(first, until=4, values=released) is None
-    second.state = first.state
-    assert part.go(second, values=released) == reason
-    assert (part.round, second.state) == (run.round, whole.state)
-
-    again = callback()
-    again.state = whole.state
-    assert run.go(again, values=released) == reason
-    assert run.round == part.round
-
-
-WRONG = {
-    "mode": (
-        lambda: experiment.EarlyStopping("loss", 3, "least"),
-        "EarlyStopping: mode is 'least', expected 'min' or 'max'",
-    ),
-    "patience": (
-        lambda: experiment.EarlyStopping("loss", 0, "min"),
-        "patience is 0, expected an int of at least 1",
-    ),
-    "metric": (lambda: experiment.StopAt(0.9, 0.9, "max"), "metric is 0.9, expected a string"),
-    "target": (
-        lambda: experiment.StopAt("loss", math.nan, "max"),
-        "target is nan, expected a number",
-    ),
-    "hours": (lambda: experiment.StopAfter(0), "hours is 0, expected a number above 0"),
-    "decay": (lambda: experiment.EMA(1.0), "decay is 1.0, expected a number of at least 0 and"),
-    "rounds": (lambda: experiment.Profile(3), r"rounds is 3, .* as in rounds=range\(10, 13\)"),
-    "folder": (lambda: experiment.Profile([3], 5), "folder is 5, expected a path"),
-    "budget": (lambda: experiment.StopAtBudget(1.0), r"budget is 1.0, .*fax.aggregators.Budget"),
-    "writer": (lambda: experiment.TensorBoard(None), "TensorBoard: folder is None, expected a"),
-    "no run": (lambda: experiment.draw("tests"), "folder is 'tests', which has no metrics.csv"),
-    "no runs": (lambda: experiment.compare([]), r"folders is \[\], expected the folders of runs"),
-    "one folder": (lambda: experiment.compare("a"), "folders is 'a', expected the folders of"),
-    "no second": (lambda: experiment.compare(["tests"]), r"folders\[0\] is 'tests', which has no"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_mistakes(name):
-    make, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        make()
+    fake = types.SimpleNamespace(
+        set_experiment=lambda name: None,
+        search_runs=lambda filter_string, output_format: list(runs),
+        start_run=start_run,
+        end_run=lambda: None,
+        MlflowClient=lambda: types.SimpleNamespace(
+            get_metric_history=lambda own, name: [types.SimpleNamespace(step=x[0]) for x in log]
+        ),
+        log_metrics=lambda values, step, run_id: log.append((step, values, run_id)),
+    )
+    make = documented("mlflow", fake, monkeypatch)
+    for rounds in ((1, 2, 3), (2, 3, 4)):
+        writer = make("digits", "first")
+        for r in rounds:
+            writer.write(r, {"loss": 1 / r})
+    assert log == [(r, {"loss": 1 / r}, "first") for r in (1, 2, 3, 4)]
+    assert len(runs) == 1
 
 
 # The progress bar
@@ -361,17 +220,15 @@ class Terminal(io.StringIO):
 def test_the_bar(monkeypatch):
     data = fax.data.InMemory({"ann": {"x": np.ones(6)}, "bob": {"x": np.ones(3)}})
     with fax.data.cohorts(data, 2, 3, epochs=2) as cohorts:
-        run = Run(8, cohorts=cohorts)
-        run.round = 3
-        assert cohorts.examples == 0
-
-        def values(r):
-            next(cohorts)
-            return {"loss": 1 / r}, {"test/accuracy": 0.5} if r == 4 else {}, None
-
+        run = types.SimpleNamespace(round=3, rounds=8, cohorts=cohorts, history=[], results={})
         monkeypatch.setattr(sys, "stderr", Terminal())
         bar = Progress()
-        run.go(bar, until=7, values=values)
+        bar.start(run)
+        for r in range(4, 8):
+            next(cohorts)
+            run.round, run.results = r, {"test/accuracy": 0.5} if r == 4 else {}
+            run.history.append({"round": r, "loss": 1 / r, "grad_norm": 1.0})
+            bar.after_round(run)
         bar._bar.refresh()
         last = sys.stderr.getvalue().split("\r")[-1]
         assert cohorts.examples == 4 * 2 * 9
@@ -380,13 +237,16 @@ def test_the_bar(monkeypatch):
     for part in ("round/s", "loss=0.1429", "test/accuracy=0.5", "compilations=1", "padding="):
         assert part in last
     assert "examples/s=" in last
+    assert "norm" not in last
     assert sys.stderr.getvalue().endswith("\n")
 
 
 def test_the_bar_is_quiet_without_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     bar, cohorts = Progress(), types.SimpleNamespace(examples=0)
-    Run(3, cohorts=cohorts).go(bar, values=lambda r: ({"loss": 1.0}, {}, None))
+    run = types.SimpleNamespace(round=0, rounds=8, cohorts=cohorts)
+    bar.start(run)
+    bar.after_round(run)
     bar.close()
     assert sys.stderr.getvalue() == ""
 
@@ -444,6 +304,7 @@ LONG = {
 CLIENTS = {
     "test/loss": np.array([0.1, 0.2, 0.4, math.nan]),
     "test/accuracy": np.linspace(0.5, 1.0, 90),
+    "train/accuracy": np.ones(50),
     "test/non_finite": np.zeros(90),
 }
 
@@ -468,9 +329,10 @@ def test_figures_show_what_the_folder_has():
     assert points(loss)["test"] == [[32e6 * r, 3 / r] for r in range(1, 21)]
     assert "bits" in accuracy.get_xlabel()
 
-    loss, accuracy = found["clients"].axes
+    loss, accuracy, train = found["clients"].axes
+    assert train.get_title() == "train, 50 clients"
     assert sum(bar.get_height() for bar in loss.patches) == 3
-    assert "1 of 4" in loss.get_title()
+    assert loss.get_title() == "test, 4 clients, 1 without a finite value"
     assert sum(bar.get_height() for bar in accuracy.patches) == 90
     assert accuracy.get_xlim()[1] > 95
     assert loss.lines[0].get_xdata()[0] == pytest.approx(0.7 / 3)
@@ -526,6 +388,9 @@ def test_figures_are_drawn_from_files(tmp_path):
         np.testing.assert_array_equal(read[name], own)
     for name, values in CLIENTS.items():
         np.testing.assert_array_equal(clients[name], values)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("201,0.1")  # a line that is being written
+    assert _curves.read(folder)["loss"][0][-1] == 200
     (folder / "figures").mkdir()
     (folder / "figures" / "rounds.png").write_bytes(b"of an earlier round")
     paths = experiment.draw(str(folder))
@@ -542,7 +407,7 @@ def test_runs_are_compared(tmp_path):
     runs = {
         "a": ([0.5, 0.75], "seed = 0\n[client]\nrate = 0.1\n"),
         "b/c": ([0.5, 0.8, 0.9], "seed = 0\n[client]\nrate = 0.3\n"),
-        "d": ([0.25, math.nan], "seed = 0\n[server]\nmomentum = 0.9\n"),
+        "d": ([0.25, math.nan], "seed = 0\n[server]\nmomentum = 0.9\n[environment]\nn = 1\n"),
     }
     folders = [
         write_run(
@@ -598,3 +463,19 @@ def test_runs_without_a_loss_have_a_table_and_no_figure(tmp_path):
     found = experiment.compare([write_run(tmp_path / "a", {"bits": curve([8])})])
     assert found.figure is None
     assert found.table.split() == ["run", "rounds", "bits", "a", "1", "8"]
+
+
+WRONG = {
+    "writer": (lambda: experiment.TensorBoard(None), "TensorBoard: folder is None, expected a"),
+    "no run": (lambda: experiment.draw("tests"), "folder is 'tests', which has no metrics.csv"),
+    "no runs": (lambda: experiment.compare([]), r"folders is \[\], expected the folders of runs"),
+    "one folder": (lambda: experiment.compare("a"), "folders is 'a', expected the folders of"),
+    "no second": (lambda: experiment.compare(["tests"]), r"folders\[0\] is 'tests', which has no"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes(name):
+    make, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -16,7 +16,7 @@ from fax.experiment._curves import Curve
 
 # Units: accuracies are shown as percentages.
 KINDS = {"loss": ("loss", 1), "accuracy": ("accuracy (%)", 100)}
-X_LABELS = {"round": "round", "bits": "sent by clients so far (bits)", "epsilon": "epsilon"}
+X_LABELS = {"round": "round", "bits": "sent so far (bits)", "epsilon": "epsilon"}
 _FEW = 60  # points, up to which each has a marker
 
 
@@ -31,11 +31,11 @@ def by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def panels(count: int, right: float = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of panels beside each other, and inches for a legend to the right of them."""
-    figure = Figure(figsize=(4.5 * count + right, 3.4))
+def panels(columns: int, rows: int = 1, right: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, row by row, and so many inches for a legend to the right of them."""
+    figure = Figure(figsize=(4.5 * columns + right, 3.4 * rows))
     figure.set_layout_engine("constrained", wspace=0.08)
-    axes = list(figure.subplots(1, count, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for own in axes:
         own.grid(alpha=0.3)
         own.set_axisbelow(True)
@@ -49,7 +49,7 @@ def plot(axes: Axes, points: Curve, x: str, kind: str, **style: Any) -> None:
     marker = "." if len(points[0]) <= _FEW else ""
     axes.plot(points[0], scale * points[1], marker=marker, linewidth=1.2, **style)
     axes.set(xlabel=X_LABELS[x], ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=x == "round"))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=x == "round"))
     if x == "bits":
         axes.xaxis.set_major_formatter(EngFormatter())
 
@@ -63,9 +63,10 @@ def histogram(axes: Axes, values: np.ndarray, kind: str, source: str) -> None:
         mean = finite.mean()
         axes.axvline(mean, color="black", linestyle="--", label=f"mean of clients: {mean:.4g}")
         axes.legend(frameon=False, fontsize="small")
+    title = f"{source}, {len(values)} clients"
     if missing := len(values) - len(finite):
-        source += f" ({missing} of {len(values)} clients have no finite value)"
-    axes.set_title(source, fontsize="medium")
+        title += f", {missing} without a finite value"
+    axes.set_title(title, fontsize="medium")
     axes.set(xlabel=label, ylabel="clients")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from fax.experiment import _axes, _curves
 from fax.experiment._curves import Curve
+from fax.experiment._folder import CONFIG, flat
 
 Curves = Mapping[str, Curve]
 # The legend: lines in a column, and inches of a letter and of what is left of the names.
@@ -94,21 +95,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What was written to the configuration of a run, each by the path of its tables."""
-    path = folder / "config.toml"
+    """The user's settings by their paths; if there are none, those that `run` was called with."""
+    path = folder / CONFIG
     if not path.is_file():
         return {}
-    found: dict[str, Any] = {}
-
-    def add(prefix: str, table: Mapping[str, Any]) -> None:
-        for key, value in table.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{key}.", value)
-            else:
-                found[prefix + key] = value
-
-    add("", tomllib.loads(path.read_text(encoding="utf-8")))
-    return found
+    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    found.pop("environment", None)
+    run = found.pop("run", {})
+    return flat(found or run)
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

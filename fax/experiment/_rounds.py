@@ -46,7 +46,8 @@ class Run:
       state: the algorithm's state.
       results: the numbers that the evaluations of this round returned, by name, or an empty dict.
       measured: the arrays that the last evaluations returned, by name.
-      history: the metrics of each round: dicts of numbers with the key ``"round"``.
+      history: the metrics of each round: dicts of numbers with the key ``"round"``, and with
+        ``"bits"``, what has been sent in all rounds so far, if the algorithm counts it.
       reason: why the run stops before its last round, or "".
     """
 
@@ -129,8 +130,13 @@ class Run:
         numbers = jax.device_get([_numbers(rounds, found) for *_, rounds, found in pending])
         error = None
         for (first, cohort, rounds, found), own in zip(pending, numbers):
+            sent = [_everywhere(x) for name, x in found.items() if name.endswith("/bits")]
             for at in range(rounds):
                 self._metrics = {k: plain(x[at] if rounds > 1 else x) for k, x in own.items()}
+                if sent:
+                    before = self.history[-1].get("bits", 0.0) if self.history else 0.0
+                    now = [np.sum(x[at] if rounds > 1 else x, dtype=np.float64) for x in sent]
+                    self._metrics["bits"] = before + float(sum(now))
                 self.history.append({"round": first + at, **self._metrics})
                 if self._check and error is None and not _finite(self._metrics):
                     self._clients = _arrays(own, found, rounds, at)

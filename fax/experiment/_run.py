@@ -35,7 +35,8 @@ class Result(NamedTuple):
       state: the algorithm's state after the last round.
       history: the metrics of each round, a list of dicts of numbers. ``"round"`` counts from 1; the
         algorithm's metrics have their own names, and those of an evaluation the name of the
-        evaluation before them, as in ``"test/accuracy"``.
+        evaluation before them, as in ``"test/accuracy"``. ``"bits"`` is what has been sent in all
+        rounds so far, if the algorithm counts it.
       reason: why the run stopped before its last round, or "".
     """
 
@@ -136,7 +137,7 @@ def run(
       ...     every=10,
       ... )
       >>> [round(row["test/params"], 2) for row in result.history if "test/params" in row]
-      [0.61, 0.61, 0.61]
+      [0.71, 0.73, 0.73]
     """
     check_algorithm(_WHERE, getattr(algorithm, "algorithm", algorithm))
     if not isinstance(cohorts, Cohorts):
