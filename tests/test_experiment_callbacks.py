@@ -5,10 +5,12 @@ import math
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fax
 from fax import aggregators, experiment
 
 
@@ -115,6 +117,21 @@ def test_time_stops_a_run(monkeypatch):
         assert run.round == 6
 
 
+def test_all_processes_stop_when_the_time_of_process_0_is_over(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    sent = []
+
+    def broadcast(over):  # that of process 0, while this is another one
+        sent.append(int(over))
+        return np.int32(len(sent) == 4)
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
+    run = Run(10)
+    assert run.go(experiment.StopAfter(hours=1)) == "1 hours are over"
+    assert run.round == 4
+    assert sent == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("per_call", [1, 3])
 def test_the_average_of_parameters(per_call):
     rng = np.random.default_rng(0)
@@ -146,6 +163,17 @@ def test_the_average_of_parameters(per_call):
     begin(second, run, rounds)
     for name, own in whole.state.items():
         np.testing.assert_array_equal(second.state[name], own)
+
+
+def test_the_average_is_sharded_as_the_parameters_are():
+    mesh = fax.sharding.make_mesh(model=-1)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    params = [jax.device_put(np.full((2, 8), r, np.float32), sharding) for r in range(3)]
+    run, average = Run(2), experiment.EMA(0.5)
+    run.params = params[0]
+    run.go(average, values=lambda r: ({}, {}, params[r]))
+    assert average.state.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(average.state, np.full((2, 8), 1.25))
 
 
 def test_the_average_survives_that_the_state_is_donated():

@@ -127,7 +127,8 @@ def test_a_run_that_was_interrupted_leaves_what_another_one_does(per_call, tmp_p
             )
         return result, [np.asarray(average.state), stopping.state, budget.state]
 
-    expected, kept = run("whole")
+    expected, kept = run("whole", experiment.Profile([4]))
+    assert list((tmp_path / "whole/profile").glob("**/*.xplane.pb"))
     for number in (3, 9):  # before the first checkpoint, and after that of round 5
         with pytest.raises(TimeoutError):
             run("interrupted", Fail(number))
@@ -303,6 +304,7 @@ LONG = {
 CLIENTS = {
     "test/loss": np.array([0.1, 0.2, 0.4, math.nan]),
     "test/accuracy": np.linspace(0.5, 1.0, 90),
+    "train/accuracy": np.ones(50),
     "test/non_finite": np.zeros(90),
 }
 
@@ -327,7 +329,8 @@ def test_figures_show_what_the_folder_has():
     assert points(loss)["test"] == [[32e6 * r, 3 / r] for r in range(1, 21)]
     assert "bits" in accuracy.get_xlabel()
 
-    loss, accuracy = found["clients"].axes
+    loss, accuracy, train = found["clients"].axes
+    assert train.get_title() == "train, 50 clients"
     assert sum(bar.get_height() for bar in loss.patches) == 3
     assert loss.get_title() == "test, 4 clients, 1 without a finite value"
     assert sum(bar.get_height() for bar in accuracy.patches) == 90
@@ -385,6 +388,9 @@ def test_figures_are_drawn_from_files(tmp_path):
         np.testing.assert_array_equal(read[name], own)
     for name, values in CLIENTS.items():
         np.testing.assert_array_equal(clients[name], values)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("201,0.1")  # a line that is being written
+    assert _curves.read(folder)["loss"][0][-1] == 200
     (folder / "figures").mkdir()
     (folder / "figures" / "rounds.png").write_bytes(b"of an earlier round")
     paths = experiment.draw(str(folder))

@@ -31,11 +31,11 @@ def by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def panels(count: int, right: float = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of panels beside each other, and inches for a legend to the right of them."""
-    figure = Figure(figsize=(4.5 * count + right, 3.4))
+def panels(columns: int, rows: int = 1, right: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, row by row, and so many inches for a legend to the right of them."""
+    figure = Figure(figsize=(4.5 * columns + right, 3.4 * rows))
     figure.set_layout_engine("constrained", wspace=0.08)
-    axes = list(figure.subplots(1, count, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for own in axes:
         own.grid(alpha=0.3)
         own.set_axisbelow(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ def check_folder(where: str, name: str, folder: Any) -> Path:
 
 def read(folder: Path) -> dict[str, Curve]:
     """The metrics of a run by name, each as the rounds that have a value, and these values."""
-    with open(folder / METRICS, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(folder / METRICS)
     curves = {}
     for name in rows[0] if rows else ():
         own = [(int(row["round"]), float(row[name])) for row in rows if row[name]]
@@ -41,12 +41,15 @@ def read(folder: Path) -> dict[str, Curve]:
 
 def read_clients(folder: Path) -> dict[str, np.ndarray]:
     """The last values of the clients' metrics, by name."""
-    if not (folder / CLIENTS).is_file():
-        return {}
-    with open(folder / CLIENTS, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(folder / CLIENTS) if (folder / CLIENTS).is_file() else []
     names = rows[0] if rows else ()
     return {name: np.array([float(row[name]) for row in rows if row[name]]) for name in names}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a table, without a last one that is not whole: a run may be writing it."""
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def against(curve: Curve, other: Curve) -> Curve:

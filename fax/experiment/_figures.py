@@ -80,11 +80,15 @@ def _as_functions_of(other: Curve, kinds: Any) -> dict[str, dict[str, Curve]]:
 
 
 def _histograms(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """A panel for each metric of the clients."""
-    pairs = [(kind, *item) for kind, own in kinds.items() for item in own.items()]
-    figure, panels = _axes.panels(len(pairs))
-    for axes, (kind, source, values) in zip(panels, pairs, strict=True):
-        _axes.histogram(axes, values, kind, source)
+    """A row for each kind of metric, with a panel for each evaluation."""
+    columns = max(map(len, kinds.values()))
+    figure, panels = _axes.panels(columns, rows=len(kinds))
+    for row, (kind, own) in enumerate(kinds.items()):
+        at = panels[row * columns :][:columns]
+        for axes, (source, values) in zip(at, own.items()):
+            _axes.histogram(axes, values, kind, source)
+        for axes in at[len(own) :]:
+            axes.remove()
     return figure
 
 

@@ -137,7 +137,7 @@ def run(
       ...     every=10,
       ... )
       >>> [round(row["test/params"], 2) for row in result.history if "test/params" in row]
-      [0.61, 0.61, 0.61]
+      [0.71, 0.73, 0.73]
     """
     check_algorithm(_WHERE, getattr(algorithm, "algorithm", algorithm))
     if not isinstance(cohorts, Cohorts):
