@@ -330,9 +330,10 @@ def test_figures_show_what_the_folder_has():
     assert "bits" in accuracy.get_xlabel()
 
     loss, accuracy, train = found["clients"].axes
-    assert train.get_title() == "train, 50 clients"
+    assert train.get_title() == "train: 50 clients, mean 100 (dashed)"
     assert sum(bar.get_height() for bar in loss.patches) == 3
-    assert loss.get_title() == "test, 4 clients, 1 without a finite value"
+    title = "test: 3 clients, mean 0.2333 (dashed)\n1 more without a finite value"
+    assert loss.get_title() == title
     assert sum(bar.get_height() for bar in accuracy.patches) == 90
     assert accuracy.get_xlim()[1] > 95
     assert loss.lines[0].get_xdata()[0] == pytest.approx(0.7 / 3)
