@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -38,9 +40,9 @@ class Keep(NamedTuple):
     mode: str = "max"
 
     def better(self, metrics: Mapping[str, float]) -> float:
-        """A number that is larger if the metrics are better."""
-        value = float(metrics[self.best or ""])
-        return float("-inf") if value != value else value if self.mode == "max" else -value
+        """A number that is larger if the metrics are better. Without a number it is least."""
+        value = float(metrics.get(self.best or "", np.nan))
+        return -np.inf if np.isnan(value) else value if self.mode == "max" else -value
 
 
 class Saved(NamedTuple):
@@ -72,18 +74,14 @@ class Checkpoints:
         self.folder = folder
         kept: list[Any] = [policies.LatestN(keep.newest)]
         if keep.best is not None:
-            # Without a metric, a checkpoint is no candidate.
-            best = policies.BestN(
-                get_metric_fn=keep.better, n=1, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best)
+            kept.append(policies.BestN(get_metric_fn=keep.better, n=1))
         self._keep = keep
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
-                best_fn=None if keep.best is None else keep.better,  # so that metrics are saved
+                best_fn=None if keep.best is None else keep.better,  # or metrics are not saved
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
             ),
@@ -101,7 +99,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """The round of the checkpoint with the best metric, or None if none has it."""
         known = {number: self._manager.metrics(number) for number in self.rounds()}
-        values = {n: self._keep.better(own) for n, own in known.items() if own is not None}
+        values = {n: self._keep.better(own) for n, own in known.items() if own}
+        values = {n: value for n, value in values.items() if value > -np.inf}
         return max(values, key=values.__getitem__) if values else None
 
     def save(
@@ -129,7 +128,6 @@ class Checkpoints:
             "arrays": ocp.args.StandardSave([x for x in arrays if x.size]),
             "facts": ocp.args.JsonSave(facts),
         }
-        best = self._keep.best in metrics
         self._saving = number
         try:
             if clients is not None:
@@ -137,9 +135,7 @@ class Checkpoints:
                 partial.unlink(missing_ok=True)
                 clients(partial)
                 items["clients"] = _MovedArgs(os.fspath(partial))
-            self._manager.save(
-                number, args=ocp.args.Composite(**items), metrics=dict(metrics) if best else None
-            )
+            self._manager.save(number, args=ocp.args.Composite(**items), metrics=dict(metrics))
         except Exception as error:
             raise self._failed(error) from error
 
@@ -191,8 +187,9 @@ class Checkpoints:
         number, self._saving = self._saving, None
         rest = self.rounds()
         left = f"The newest whole one is of round {rest[-1]}" if rest else "There is no other one"
+        full = "No space left" in str(error)
         return OSError(
-            getattr(error, "errno", None),
+            getattr(error, "errno", None) or (errno.ENOSPC if full else errno.EIO),
             f"fax.experiment.run: the checkpoint of round {number} could not be written "
             f"({type(error).__name__}: {error!s:.300}). {left}. Free some space on the disk, or "
             "allow writing there, and run the same again, which continues from that checkpoint",

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 
-from fax.experiment._history import replace
 from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
@@ -81,32 +80,31 @@ def opened(folder: Path) -> Iterator[None]:
         yield
 
 
-def settle(
+def compare(
     folder: Path, settings: Mapping[str, Any], run: Mapping[str, Any], *, force: bool
-) -> dict[str, Any] | None:
-    """Compares the settings with those in the folder, and writes them there.
+) -> tuple[str, dict[str, Any] | None]:
+    """Compares settings with those in the folder.
 
     Args:
       folder: of the run.
       settings: the user's settings.
       run: what `run` was called with.
-      force: whether to replace settings that differ.
+      force: whether settings may differ.
 
     Returns:
-      What the folder said of the environment so far, or None if the run is new.
+      The text for ``config.toml``, and the environment of the run so far, or None if it is new.
 
     Raises:
       ValueError: if settings differ. The message lists the differences.
     """
-    path = folder / CONFIG
     new = {**settings, "run": dict(run)}
     clash = {"run", "environment"} & settings.keys()
     if clash:
         raise ValueError(f"{_WHERE}: config has {min(clash)!r}, which {CONFIG} needs. Rename it.")
     text = dumps({**new, "environment": environment()})
+    path = folder / CONFIG
     if not path.exists():
-        replace(path, text)
-        return None
+        return text, None
     old = tomllib.loads(path.read_text(encoding="utf-8"))
     before = old.pop("environment", {})
     changes = _changes(flat(old), flat(tomllib.loads(dumps(new))))
@@ -118,8 +116,7 @@ def settle(
         )
     for change in changes:
         log.warning("a setting has changed: %s", change)
-    replace(path, text)
-    return before
+    return text, before
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,11 +132,12 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs. More rounds are no change: they continue a run."""
+    names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+    if old.get("rounds", 0) < new.get("rounds", 0):
+        names.remove("rounds")
     return [
         f"{name} was {old.get(name, 'not set')!r}, and is {new.get(name, 'not set')!r}"
-        for name in sorted({**old, **new})
-        if old.get(name) != new.get(name)
-        and not (name == "rounds" and name in old and new.get(name, -1) > old[name])
+        for name in names
     ]
 
 

@@ -68,9 +68,15 @@ class Outputs:
         run, folder = self._run, self._run.folder
         assert folder is not None
 
+        config = folder / _folder.CONFIG
+        text = ""
+
         def prepare() -> int:
+            nonlocal text
             stack.enter_context(_folder.opened(folder))
-            before = _folder.settle(folder, self._settings, _facts(run), force=self._force)
+            text, before = _folder.compare(folder, self._settings, _facts(run), force=self._force)
+            if before is None:  # whatever comes next is known to belong to a run
+                replace(config, text)
             now = _folder.environment()
             same = before and all(before.get(x) == now[x] for x in ("versions", "devices"))
             return _NEW if before is None else _SAME if same else _OTHER
@@ -83,6 +89,7 @@ class Outputs:
         else:
             self.save(wait=True)
         if self._first:
+            replace(config, text)  # only now, since a run that is refused changes nothing
             self._table = Table(folder / _folder.METRICS)
             self._table.rewrite(run.history)
             stack.callback(self._table.close)

@@ -220,8 +220,6 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
         "history": list(run.history),
         "callbacks": callbacks,
         "keep": list(run.keep),
-        "store_rounds": run.algorithm.rounds if isinstance(run.algorithm, ClientStore) else None,
-        "reason": run.reason,
     }
     return arrays, facts
 
@@ -229,18 +227,15 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
 def put_back(run: Run, saved: Saved) -> None:
     """Makes a run what it was when a checkpoint was saved."""
     where, facts = "fax.experiment.run", saved.facts
+    in_store = isinstance(run.algorithm, ClientStore)
+    if in_store != (saved.clients is not None):
+        had, fix = ("no", "the algorithm itself") if in_store else ("a", "one")
+        raise ValueError(f"{where}: the run in this folder had {had} ClientStore. Pass {fix}.")
     run.state = state_of(saved, run.state, where)
     run.round, run.cohorts.round = facts["round"], facts["cohort"]
     run.history[:] = facts["history"]
     if isinstance(run.algorithm, ClientStore):
-        if saved.clients is None:
-            raise ValueError(f"{where}: the run in this folder had no ClientStore.")
         run.algorithm.load(saved.clients)
-    elif saved.clients is not None:
-        raise ValueError(
-            f"{where}: the run in this folder kept clients' state in a ClientStore. Pass one as "
-            "algorithm."
-        )
     left = list(facts["callbacks"])
     for callback in run.callbacks:
         own = next((x for x in left if x["name"] == type(callback).__name__), None)
