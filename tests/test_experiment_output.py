@@ -75,6 +75,20 @@ def test_tensorboard_shows_no_round_twice_after_a_resume(tmp_path, monkeypatch):
     assert shown(tmp_path)[-1] == (10, "test/accuracy", 10 / 16)
 
 
+def test_a_full_disk_is_an_error(tmp_path):
+    writer = experiment.TensorBoard(tmp_path)
+    writer.write(1, {"loss": 0.5})
+    with open("/dev/full", "wb", buffering=0) as full:
+        file, writer._file = writer._file, full
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(2, {"loss": 0.5})
+        partial = types.SimpleNamespace(write=lambda record: 5, name="events")
+        writer._file = partial
+        with pytest.raises(OSError, match="TensorBoard: no space is left on the disk"):
+            writer.write(2, {"loss": 0.5})
+    file.close()
+
+
 def test_tensorboard_makes_no_file_without_numbers(tmp_path):
     experiment.TensorBoard(tmp_path / "events").close()
     assert not (tmp_path / "events").exists()
