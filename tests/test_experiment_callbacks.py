@@ -21,7 +21,7 @@ class Run:
         self.round, self.rounds, self.rounds_per_call = 0, rounds, rounds_per_call
         self.folder, self.cohorts = folder, cohorts
         self.metrics, self.results, self.params, self.state = {}, {}, None, None
-        self.history = []
+        self.history, self.evaluations = [], ("test",)
 
     def go(self, *callbacks, until=None, values=lambda r: ({}, {}, None)):
         """Runs rounds, and returns the reason why a callback stops them."""
@@ -94,17 +94,20 @@ def test_a_target_stops_a_run(sign, mode):
 
 
 @pytest.mark.parametrize(
-    "callback",
-    [experiment.StopAt("test/los", 1, "min"), experiment.EarlyStopping("test/los", 1, "min")],
+    ("name", "number", "message"),
+    [
+        ("test/los", 2, "has 'loss' or 'test/loss'. Did you mean 'test/loss'?"),
+        ("los", 1, "has 'loss' or 'test/...'. Did you mean 'loss'?"),
+        ("train/loss", 1, "has 'loss' or 'test/...'."),
+    ],
 )
-def test_a_metric_that_is_not_there(callback):
-    name = type(callback).__name__
-    message = (
-        f"fax.experiment.{name}: metric is 'test/los', but the run has 'loss' or 'test/loss'. Did "
-        "you mean 'test/loss'?"
-    )
-    with pytest.raises(ValueError, match=message):
-        Run(4).go(callback, values=evaluated([1, 1]))
+@pytest.mark.parametrize("kind", [experiment.StopAt, experiment.EarlyStopping])
+def test_a_metric_that_is_not_there(kind, name, number, message):
+    run = Run(4)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: metric is '{name}'") as error:
+        run.go(kind(name, 1, "min"), values=evaluated([1, 1]))
+    assert message in str(error.value)
+    assert run.round == number
 
 
 def test_time_stops_a_run(monkeypatch):

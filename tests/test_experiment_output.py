@@ -75,6 +75,20 @@ def test_tensorboard_shows_no_round_twice_after_a_resume(tmp_path, monkeypatch):
     assert shown(tmp_path)[-1] == (10, "test/accuracy", 10 / 16)
 
 
+def test_a_full_disk_is_an_error(tmp_path):
+    writer = experiment.TensorBoard(tmp_path)
+    writer.write(1, {"loss": 0.5})
+    with open("/dev/full", "wb", buffering=0) as full:
+        file, writer._file = writer._file, full
+        with pytest.raises(OSError, match="No space left"):
+            writer.write(2, {"loss": 0.5})
+        partial = types.SimpleNamespace(write=lambda record: 5, name="events")
+        writer._file = partial
+        with pytest.raises(OSError, match="TensorBoard: no space is left on the disk"):
+            writer.write(2, {"loss": 0.5})
+    file.close()
+
+
 def test_tensorboard_makes_no_file_without_numbers(tmp_path):
     experiment.TensorBoard(tmp_path / "events").close()
     assert not (tmp_path / "events").exists()
@@ -330,9 +344,10 @@ def test_figures_show_what_the_folder_has():
     assert "bits" in accuracy.get_xlabel()
 
     loss, accuracy, train = found["clients"].axes
-    assert train.get_title() == "train, 50 clients"
+    assert train.get_title() == "train: 50 clients, mean 100 (dashed)"
     assert sum(bar.get_height() for bar in loss.patches) == 3
-    assert loss.get_title() == "test, 4 clients, 1 without a finite value"
+    title = "test: 3 clients, mean 0.2333 (dashed)\n1 more without a finite value"
+    assert loss.get_title() == title
     assert sum(bar.get_height() for bar in accuracy.patches) == 90
     assert accuracy.get_xlim()[1] > 95
     assert loss.lines[0].get_xdata()[0] == pytest.approx(0.7 / 3)

@@ -59,13 +59,12 @@ def histogram(axes: Axes, values: np.ndarray, kind: str, source: str) -> None:
     label, scale = KINDS[kind]
     finite = scale * values[np.isfinite(values)]
     axes.hist(finite, bins=int(np.clip(np.sqrt(len(finite)), 5, 40)), alpha=0.8)
+    title = f"{source}: {len(finite)} clients"
     if len(finite):
-        mean = finite.mean()
-        axes.axvline(mean, color="black", linestyle="--", label=f"mean of clients: {mean:.4g}")
-        axes.legend(frameon=False, fontsize="small")
-    title = f"{source}, {len(values)} clients"
+        axes.axvline(finite.mean(), color="black", linestyle="--")
+        title += f", mean {finite.mean():.4g} (dashed)"
     if missing := len(values) - len(finite):
-        title += f", {missing} without a finite value"
+        title += f"\n{missing} more without a finite value"
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=label, ylabel="clients")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -364,11 +364,11 @@ def _metric(where: str, name: str, run: Run) -> float | None:
     for found in (run.results, run.metrics):
         if name in found:
             return float(found[name])
-    values = {**run.metrics, **run.results}
-    if not run.results:
+    if not run.results and any(name == e or name.startswith(f"{e}/") for e in run.evaluations):
         return None
+    values = sorted({*run.metrics, *(run.results or [f"{e}/..." for e in run.evaluations])})
     nearest = difflib.get_close_matches(name, values, 1)
     fix = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(
-        f"{where}: metric is {name!r}, but the run has {_arguments.either(sorted(values))}.{fix}"
+        f"{where}: metric is {name!r}, but the run has {_arguments.either(values)}.{fix}"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,8 +16,8 @@ from fax.experiment._curves import Curve
 def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """Draws the figures of a run, finished or not, into the folder ``figures`` of its folder.
 
-    ``rounds.png`` has the loss and the accuracy by round, and ``bits.png`` by what the clients have
-    sent. ``clients.png`` has histograms of the loss and the accuracy of the clients, as they were
+    ``rounds.png`` has the loss and the accuracy by round, and ``bits.png`` by what has been sent.
+    ``clients.png`` has histograms of the loss and the accuracy of the clients, as they were
     last measured. ``epsilon.png`` has epsilon by round, and the accuracy, or else the loss, by
     epsilon. Figures for which a run has no numbers are left out.
 
@@ -71,7 +70,9 @@ def _lines(x: str, kinds: Mapping[str, Mapping[str, Curve]]) -> Figure:
     return figure
 
 
-def _as_functions_of(other: Curve, kinds: Any) -> dict[str, dict[str, Curve]]:
+def _as_functions_of(
+    other: Curve, kinds: Mapping[str, Mapping[str, Curve]]
+) -> dict[str, dict[str, Curve]]:
     """All curves against another metric instead of rounds."""
     return {
         kind: {source: _curves.against(curve, other) for source, curve in own.items()}

@@ -42,6 +42,7 @@ class Run:
       rounds_per_call: how many of them are in one program.
       folder: of the run, or None.
       callbacks: as passed to `run`.
+      evaluations: the names of the evaluations.
       round: how many rounds are done, including those before a resume.
       state: the algorithm's state.
       results: the numbers that the evaluations of this round returned, by name, or an empty dict.
@@ -61,12 +62,14 @@ class Run:
         rounds_per_call: int = 1,
         folder: Path | None = None,
         callbacks: Sequence[Any] = (),
+        evaluations: Sequence[str] = (),
         keep: Keep | None = None,
         check: bool = True,
     ):
         self.algorithm, self.state, self.cohorts = algorithm, state, cohorts
         self.rounds, self.rounds_per_call, self.folder = rounds, rounds_per_call, folder
         self.callbacks, self.keep = tuple(callbacks), keep or Keep()
+        self.evaluations = tuple(evaluations)
         self.round, self.reason = 0, ""
         self.results: dict[str, float] = {}
         self.measured: dict[str, np.ndarray] = {}

@@ -172,6 +172,7 @@ def run(
         rounds_per_call=rounds_per_call,
         folder=folder,
         callbacks=callbacks,
+        evaluations=tuple(evaluations),
         keep=check_keep(_WHERE, keep),
         check=on_nan != "ignore",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -15,6 +16,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from fax import _arguments
+
+_PREFIX = "events.out.tfevents."
 
 
 class Writer(Protocol):
@@ -79,12 +82,14 @@ class TensorBoard:
     def _open(self, round: int) -> None:
         """Begins a file, whose name sorts last even if the clock has been set back."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        earlier = [int(path.name.split(".")[3]) for path in self._folder.glob(_NAME.format("*"))]
-        stamp = max(int(time.time()), *(number + 1 for number in earlier), 0)
-        path = self._folder / _NAME.format(f"{stamp:010d}.{socket.gethostname()}")
+        names = [path.name for path in self._folder.glob(f"{_PREFIX}*")]
+        stamps = [name.removeprefix(_PREFIX).partition(".")[0] for name in names]
+        later = [int(stamp) + 1 for stamp in stamps if stamp.isdecimal()]
+        stamp = max([int(time.time()), *later])
+        path = self._folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}"
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (close closes it)
         self._add(file_version="brain.Event:2")
-        if earlier:  # TensorBoard drops the earlier events of this round and of later ones
+        if names:  # TensorBoard drops the earlier events of this round and of later ones
             self._add(step=round, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, **fields: object) -> None:
@@ -96,7 +101,11 @@ class TensorBoard:
         data = Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(data))
         checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-        self._file.write(length + checksums[0] + data + checksums[1])
-
-
-_NAME = "events.out.tfevents.{}"
+        record = length + checksums[0] + data + checksums[1]
+        if self._file.write(record) < len(record):
+            raise OSError(
+                errno.ENOSPC,
+                "fax.experiment.TensorBoard: no space is left on the disk. Free some space, and "
+                "run the same again, which continues from the newest checkpoint",
+                self._file.name,
+            )

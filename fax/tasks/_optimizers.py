@@ -17,15 +17,16 @@ from fax import _arguments
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """All functions of optax and `fax.algorithms` that make an optimizer from a learning rate.
 
-    L-BFGS is not among them: its line search evaluates the loss several times for each step.
+    L-BFGS is not among them: its line search evaluates the loss several times for each step. Nor
+    is noisy SGD, which needs a key.
     """
     found: dict[str, Callable[..., optax.GradientTransformation]] = {}
     for home in (optax, fax.algorithms):
         for name, value in sorted(vars(home).items()):
             part = name.startswith(("_", "scale_by_")) or name == "lbfgs"
             if not part and inspect.isfunction(value):
-                first = next(iter(inspect.signature(value).parameters), None)
-                if first == "learning_rate":
+                own = list(inspect.signature(value).parameters)
+                if own[:1] == ["learning_rate"] and "key" not in own:
                     found[name] = value
     return found
 
