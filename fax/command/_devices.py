@@ -15,7 +15,7 @@ from fax import PlacementError
 
 def mesh_of(axes: Mapping[str, int], axis: str) -> Any:
     """The mesh of these axes. Without any, all devices are along one axis."""
-    sizes = dict(axes) or {axis: -1}
+    sizes: dict[str, Any] = dict(axes) or {axis: -1}
     known = math.prod(size for size in sizes.values() if size != -1)
     count = None if -1 in sizes.values() else known
     with contextlib.suppress(PlacementError):  # JAX has already set up its devices

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ def command(args: argparse.Namespace) -> int:
         experiment.cohorts.close()
         state = experiment.algorithm.init(*experiment.start)
         checkpoint = fax.experiment.restore(folder, state, round=args.round)
+        evaluate: Callable[[Any], Mapping[str, Any]]
         if source.config is not None:
             evaluate = evaluation(source.config, load(source.config), args.on)
         elif args.on in experiment.evaluate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 
@@ -21,7 +22,7 @@ def command(args: argparse.Namespace) -> int:
             # Data and parameters have to be real, and so they are made here, before the mesh of
             # described devices is in scope.
             devices = fax.sharding.topology(args.on, slices=args.slices)
-            axes = source.mesh or {source.axis: -1}
+            axes: dict[str, Any] = dict(source.mesh) or {source.axis: -1}
             mesh = fax.sharding.make_mesh(devices=devices, **axes)
         experiment = source.make()
         with experiment.cohorts:

@@ -180,7 +180,7 @@ def _make_aggregator(parts: list[Table], num_clients: int) -> Any:
     return fax.aggregators.chain(*made) if len(made) > 1 else made[0] if made else None
 
 
-def _make_part(part: Table, num_clients: int) -> Any:
+def _make_part(part: Mapping[str, Any], num_clients: int) -> Any:
     """An aggregator of a table, which may hold others."""
     options = {
         key: _make_part(value, num_clients) if isinstance(value, Mapping) else value

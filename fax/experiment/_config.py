@@ -85,11 +85,9 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to a TOML file."""
-        found = {
-            name: NONE if value is None else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        found["cohorts"] = {k: NONE if v is None else v for k, v in found["cohorts"].items()}
+        found = dataclasses.asdict(self)
+        for table in (found, found["cohorts"]):
+            table.update({name: NONE for name, value in table.items() if value is None})
         return found
 
 

@@ -19,7 +19,7 @@ from fax.experiment._build import Experiment, build, evaluation, load, make_algo
 from fax.experiment._config import Config, merged
 
 PyTree = Any
-Setting = Mapping[str, Any]  # by key, as in {"client.rate": 0.1}
+Setting = dict[str, Any]  # by key, as in {"client.rate": 0.1}
 
 
 def traceable(config: Config, key: str, values: Sequence[Any]) -> bool:
@@ -61,7 +61,9 @@ def sweep(config: Config, settings: Sequence[Setting]) -> Experiment:
     rows = {key: jnp.array([s[key] for s in settings], jnp.float32) for key in settings[0]}
 
     def algorithm_of(row: Mapping[str, Any]) -> Algorithm:
-        tables = {"algorithm": config.algorithm, "client": config.client, "server": config.server}
+        tables: dict[str, Any] = {
+            name: getattr(config, name) for name in ("algorithm", "client", "server")
+        }
         for key, value in row.items():
             table, _, option = key.partition(".")
             tables = merged(tables, {table: {option: value}})
@@ -87,7 +89,7 @@ def sweep(config: Config, settings: Sequence[Setting]) -> Experiment:
     on_test = evaluation(config, task, "test")
 
     def evaluate(params: PyTree) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for i, each in enumerate(names):
             results = on_test(jax.tree.map(lambda x, i=i: x[i], params))
             found |= {f"{each}/{name}": value for name, value in results.items()}
