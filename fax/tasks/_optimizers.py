@@ -13,18 +13,21 @@ import fax.algorithms
 from fax import _arguments
 
 
+# L-BFGS evaluates the loss several times for each step. The other one is deprecated.
+_LEFT_OUT = ("lbfgs", "optimistic_adam")
+
+
 @functools.cache
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """All functions of optax and `fax.algorithms` that make an optimizer from a learning rate.
 
-    L-BFGS is not among them: its line search evaluates the loss several times for each step. Nor
-    is noisy SGD, which needs a key.
+    Noisy SGD is not among them, because it needs a key.
     """
     found: dict[str, Callable[..., optax.GradientTransformation]] = {}
     for home in (optax, fax.algorithms):
         for name, value in sorted(vars(home).items()):
-            part = name.startswith(("_", "scale_by_")) or name == "lbfgs"
-            if not part and inspect.isfunction(value):
+            left_out = name.startswith(("_", "scale_by_")) or name in _LEFT_OUT
+            if not left_out and inspect.isfunction(value):
                 own = list(inspect.signature(value).parameters)
                 if own[:1] == ["learning_rate"] and "key" not in own:
                     found[name] = value
