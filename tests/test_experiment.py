@@ -1,18 +1,26 @@
 """Runs of many rounds: stopped and resumed, restored elsewhere, refused, and what they write."""
 
+import errno
+import itertools
 import json
+import os
+import shutil
+import signal
+import threading
+import tomllib
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import meshes
 import numpy as np
+import optax
 import pytest
 import tpus
 
+import fax
 from fax import experiment
-<<<<<<< HEAD
-from fax.experiment import _outputs
-=======
 from fax.experiment import _checkpoints, _folder, _outputs, _toml
->>>>>>> exp-core
 
 ROUNDS = 5
 

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
 
       >>> fax.command.main(["list", "tasks"])  # doctest: +ELLIPSIS
-      cifar100 ...
+      digits ... divided over clients in Dirichlet proportions.
+      ...
       0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -12,7 +12,6 @@ import optax
 import fax.algorithms
 from fax import _arguments
 
-
 # L-BFGS evaluates the loss several times for each step. The other one is deprecated.
 _LEFT_OUT = ("lbfgs", "optimistic_adam")
 
