@@ -20,7 +20,7 @@ import tpus
 
 import fax
 from fax import experiment
-from fax.experiment import _checkpoints, _outputs, _toml
+from fax.experiment import _checkpoints, _folder, _outputs, _toml
 
 ROUNDS = 5
 
@@ -196,6 +196,22 @@ def test_the_loop_is_that_of_an_algorithm(whole):
     assert "ends after round 6" in (folder / "log.txt").read_text()
 
 
+def test_a_round_may_donate_its_state(tmp_path):
+    """A checkpoint that is being written has the state as it was."""
+
+    def step(state, cohort):
+        return state * 3 + 1, {"loss": state[0]}
+
+    step = jax.jit(step, donate_argnums=0)
+    algorithm = fax.algorithms.Algorithm(lambda params: params, step, lambda state: state)
+    state = jnp.zeros(1_000_000)
+    options = dict(evaluate=None, every=1, rounds=4, keep=5)
+    train(tmp_path / "run", algorithm=algorithm, state=state + 0, **options)
+    for number, value in enumerate([0, 1, 4, 13, 40]):
+        saved = experiment.restore(tmp_path / "run", state, round=number).state
+        assert np.all(np.asarray(saved) == value)
+
+
 def test_a_finished_run_is_read_and_more_rounds_continue_it(whole, tmp_path):
     result, folder = whole
     shutil.copytree(folder, tmp_path / "run")
@@ -335,6 +351,15 @@ def test_if_no_checkpoint_can_be_read(whole, tmp_path):
     for number in (4, 6):
         damage("arrays", tmp_path / "run" / "checkpoints" / f"{number}")
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be read: .*round 6.*round 4"):
+        train(tmp_path / "run")
+
+
+def test_a_run_that_has_no_checkpoint_or_more_rounds(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    with pytest.raises(ValueError, match=r"rounds is 4, but the run in .* has 6 already"):
+        train(tmp_path / "run", rounds=4)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match=r"has metrics of a run, but no checkpoint"):
         train(tmp_path / "run")
 
 
@@ -633,11 +658,12 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run(StopAt(4))
     with monkeypatch.context() as patch:
-        devices = fax.experiment._folder.environment()["devices"] | {"count": 1}
-        old = fax.experiment._folder.environment()
-        patch.setattr(fax.experiment._folder, "environment", lambda: old | {"devices": devices})
+        now = _folder.environment()
+        devices = now["devices"] | {"count": 1}
+        patch.setattr(_folder, "environment", lambda: now | {"devices": devices})
         with pytest.raises(ValueError, match="rounds 3 to 3 of this private run were released"):
             run()
+    # The refusal has changed nothing.
     result = run()
     assert [row["epsilon"] for row in result.history] == sorted(
         row["epsilon"] for row in result.history

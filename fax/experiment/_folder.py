@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -80,9 +80,23 @@ def opened(folder: Path) -> Iterator[None]:
         yield
 
 
+class Comparison(NamedTuple):
+    """How a run compares with that in its folder.
+
+    Attributes:
+      text: for ``config.toml``.
+      new: whether there is no run in the folder.
+      same: whether its settings, versions and devices are the same.
+    """
+
+    text: str
+    new: bool
+    same: bool
+
+
 def compare(
     folder: Path, settings: Mapping[str, Any], run: Mapping[str, Any], *, force: bool
-) -> tuple[str, dict[str, Any] | None]:
+) -> Comparison:
     """Compares settings with those in the folder.
 
     Args:
@@ -91,9 +105,6 @@ def compare(
       run: what `run` was called with.
       force: whether settings may differ.
 
-    Returns:
-      The text for ``config.toml``, and the environment of the run so far, or None if it is new.
-
     Raises:
       ValueError: if settings differ. The message lists the differences.
     """
@@ -101,10 +112,11 @@ def compare(
     clash = {"run", "environment"} & settings.keys()
     if clash:
         raise ValueError(f"{_WHERE}: config has {min(clash)!r}, which {CONFIG} needs. Rename it.")
-    text = dumps({**new, "environment": environment()})
+    now = environment()
+    text = dumps({**new, "environment": now})
     path = folder / CONFIG
     if not path.exists():
-        return text, None
+        return Comparison(text, new=True, same=False)
     old = tomllib.loads(path.read_text(encoding="utf-8"))
     before = old.pop("environment", {})
     changes = _changes(flat(old), flat(tomllib.loads(dumps(new))))
@@ -116,7 +128,8 @@ def compare(
         )
     for change in changes:
         log.warning("a setting has changed: %s", change)
-    return text, before
+    unchanged = all(before.get(part) == now[part] for part in ("versions", "devices"))
+    return Comparison(text, new=False, same=unchanged and not changes)
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,8 +26,7 @@ def plain(value: Any) -> float | int:
     number = np.asarray(value)[()]
     if number.dtype.kind in "iub":
         return int(number)
-    # bfloat16 and its like print as their float32 would
-    return float(str(number)) if number.dtype.itemsize == 4 else float(number)
+    return float(number) if number.dtype.itemsize > 4 else float(str(np.float32(number)))
 
 
 class Table:

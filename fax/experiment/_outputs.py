@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +24,6 @@ from fax.experiment._resume import contents, lost_noise, newest, put_back, say
 from fax.experiment._rounds import Run
 from fax.experiment._writers import TensorBoard
 
-_NEW, _SAME, _OTHER = range(3)
 _MOST_RETURNS = 3
 
 
@@ -74,18 +75,22 @@ class Outputs:
         def prepare() -> int:
             nonlocal text
             stack.enter_context(_folder.opened(folder))
-            text, before = _folder.compare(folder, self._settings, _facts(run), force=self._force)
-            if before is None:  # whatever comes next is known to belong to a run
+            found = _folder.compare(folder, self._settings, _facts(run), force=self._force)
+            text = found.text
+            if found.new:  # whatever comes next is known to belong to a run
                 replace(config, text)
-            now = _folder.environment()
-            same = before and all(before.get(x) == now[x] for x in ("versions", "devices"))
-            return _NEW if before is None else _SAME if same else _OTHER
+            return int(found.same)
 
-        found = _by_first(prepare)
+        same = _by_first(prepare) == 1
         self._checkpoints = Checkpoints(folder / _folder.CHECKPOINTS, run.keep)
         stack.callback(self._checkpoints.close)
         if self._checkpoints.rounds():
-            self._resume(found == _SAME)
+            self._resume(folder, same)
+        elif _logged(folder):
+            raise ValueError(
+                f"fax.experiment.run: folder={os.fspath(folder)!r} has metrics of a run, but no "
+                "checkpoint to continue it from. Choose another folder, or remove this one."
+            )
         else:
             self.save(wait=True)
         if self._first:
@@ -95,19 +100,21 @@ class Outputs:
             stack.callback(self._table.close)
         self._written = len(run.history)
 
-    def _resume(self, same: bool) -> None:
+    def _resume(self, folder: Path, same: bool) -> None:
         run = self._run
         assert self._checkpoints is not None
-        assert run.folder is not None
         saved = newest(self._checkpoints, "fax.experiment.run", run.state, delete=True)
         put_back(run, saved)
-        path = run.folder / _folder.METRICS
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if (row["round"] or "").isdecimal()]
-            lost_noise(run, rows, same)
+        if run.round > run.rounds:
+            raise ValueError(
+                f"fax.experiment.run: rounds is {run.rounds}, but the run in "
+                f"folder={os.fspath(folder)!r} has {run.round} already. Pass at least as many."
+            )
+        logged = _logged(folder)
+        lost_noise(run, logged, same)
         self._saved = run.round
-        _folder.log.info("continues after round %d", run.round)
+        again = f"; rounds to {logged} are run again" if logged > run.round else ""
+        _folder.log.info("continues after round %d%s", run.round, again)
 
     def log(self) -> None:
         """Writes the metrics of the rounds since the last call."""
@@ -181,6 +188,16 @@ def _facts(run: Run) -> dict[str, Any]:
         "rounds_per_call": run.rounds_per_call,
         "cohorts": run.cohorts.settings,
     }
+
+
+def _logged(folder: Path) -> int:
+    """The last round in ``metrics.csv``, or 0."""
+    path = folder / _folder.METRICS
+    if not path.exists():
+        return 0
+    with open(path, newline="", encoding="utf-8") as file:
+        numbers = [row["round"] or "" for row in csv.DictReader(file)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _by_first(prepare: Callable[[], int]) -> int:

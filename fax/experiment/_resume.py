@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -234,7 +234,7 @@ def put_back(run: Run, saved: Saved) -> None:
     run.state = state_of(saved, run.state, where)
     run.round, run.cohorts.round = facts["round"], facts["cohort"]
     run.history[:] = facts["history"]
-    if isinstance(run.algorithm, ClientStore):
+    if isinstance(run.algorithm, ClientStore) and saved.clients is not None:
         run.algorithm.load(saved.clients)
     left = list(facts["callbacks"])
     for callback in run.callbacks:
@@ -251,22 +251,26 @@ def put_back(run: Run, saved: Saved) -> None:
         log.info("the callback %s is not there any more", record["name"])
 
 
-def lost_noise(run: Run, rows: Sequence[Mapping[str, Any]], same: bool) -> None:
-    """Refuses to repeat private rounds on other devices.
+def lost_noise(run: Run, last: int, same: bool) -> None:
+    """Refuses to repeat private rounds in another way.
 
     On the same devices, a round that is run again releases the same numbers. On others, sums may
     differ in their last bits; with the same noise, the difference says something about clients.
 
+    Args:
+      run: after its checkpoint was put back.
+      last: the last round that was released.
+      same: whether settings, versions and devices are the same.
+
     Raises:
-      ValueError: if some rounds after the checkpoint were released.
+      ValueError: if some rounds after the checkpoint were released, and they are not.
     """
-    last = max((int(row["round"]) for row in rows), default=0)
     if not same and last > run.round and noise_states("fax.experiment.run", run.state):
         raise ValueError(
             f"fax.experiment.run: rounds {run.round + 1} to {last} of this private run were "
-            "released after its last checkpoint. They would be run again on other devices or "
-            "versions, where sums round differently, and with the same noise, the difference "
-            "would say something about clients. Continue on what it ran on before."
+            "released after its last checkpoint. They would be run again with other settings, "
+            "devices or versions, but with the same noise, and the difference would say "
+            "something about clients. Continue with what it had before."
         )
 
 

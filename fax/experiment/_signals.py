@@ -28,7 +28,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._remember)
+                # None stands for a handler that is not Python's.
+                self._before[number] = signal.signal(number, self._remember) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_: Any) -> None:
