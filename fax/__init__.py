@@ -19,6 +19,7 @@ if _typing.TYPE_CHECKING:
     from fax import aggregators as aggregators
     from fax import algorithms as algorithms
     from fax import data as data
+    from fax import deploy as deploy
     from fax import drjax as drjax
     from fax import experiment as experiment
     from fax import inspect as inspect
@@ -41,8 +42,8 @@ if _typing.TYPE_CHECKING:
     from fax._reductions import sum as sum
 
 _PACKAGES = (
-    *("aggregators", "algorithms", "data", "drjax", "experiment", "inspect", "metrics", "models"),
-    *("sharding", "tasks"),
+    *("aggregators", "algorithms", "data", "deploy", "drjax", "experiment", "inspect", "metrics"),
+    *("models", "sharding", "tasks"),
 )
 _NAMES = (
     *("broadcast", "collect", "distribute", "index", "keys", "map", "PlacementError"),

@@ -246,6 +246,8 @@ def test_the_bar(monkeypatch):
         bar._bar.refresh()
         last = sys.stderr.getvalue().split("\r")[-1]
         assert cohorts.examples == 4 * 2 * 9
+        cohorts.take(2)
+        assert cohorts.examples == 6 * 2 * 9
         bar.close()
     assert " 7/8 " in last
     for part in ("round/s", "loss=0.1429", "test/accuracy=0.5", "compilations=1", "padding="):

@@ -43,8 +43,11 @@ FLOORS = (
         "models": "benchmark models as pure functions of their parameters",
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",
     },
-    {"tasks": "data, a model, metrics and settings together"},
-    {"experiment": "from a configuration to a finished, resumable, plotted run"},
+    {
+        "tasks": "data, a model, metrics and settings together",
+        "deploy": "programs as plans that run where the data are, and their audits",
+    },
+    {"experiment": "a run of many rounds: its configuration, its loop and its folder"},
     {"command": "experiments from the shell"},
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}

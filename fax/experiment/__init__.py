@@ -9,10 +9,7 @@ from fax.experiment._build import Experiment as Experiment
 from fax.experiment._build import build as build
 from fax.experiment._callbacks import EMA as EMA
 from fax.experiment._callbacks import Callback as Callback
-from fax.experiment._callbacks import EarlyStopping as EarlyStopping
 from fax.experiment._callbacks import Profile as Profile
-from fax.experiment._callbacks import StopAfter as StopAfter
-from fax.experiment._callbacks import StopAt as StopAt
 from fax.experiment._callbacks import StopAtBudget as StopAtBudget
 from fax.experiment._checkpoints import Keep as Keep
 from fax.experiment._compare import Comparison as Comparison
@@ -28,5 +25,8 @@ from fax.experiment._rounds import NotFiniteError as NotFiniteError
 from fax.experiment._rounds import Run as Run
 from fax.experiment._run import Result as Result
 from fax.experiment._run import run as run
+from fax.experiment._stopping import EarlyStopping as EarlyStopping
+from fax.experiment._stopping import StopAfter as StopAfter
+from fax.experiment._stopping import StopAt as StopAt
 from fax.experiment._writers import TensorBoard as TensorBoard
 from fax.experiment._writers import Writer as Writer
