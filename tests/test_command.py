@@ -619,6 +619,10 @@ for command in ["", *{commands}]:
         assert left.code == 0
     print("END")
 assert not {{"jax", "numpy"}} & sys.modules.keys()
+
+# Without an extra, the message says how to install it.
+sys.modules["flax"] = None
+assert main(["list", "tasks"]) == 2
 """
 
 
@@ -633,6 +637,7 @@ def test_help_is_there_at_once_and_has_examples(tmp_path):
         text=True,
         check=True,
     )
+    assert "pip install 'fax-jax[" in done.stderr
     first, *each = done.stdout.split("END\n")[:-1]
     assert "exit codes:" in first
     for (name, parser), text in zip(commands.items(), each, strict=True):

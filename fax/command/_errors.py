@@ -22,11 +22,11 @@ class CommandError(Exception):
 
 
 @contextlib.contextmanager
-def mistakes() -> Iterator[None]:
+def mistakes(*kinds: type[Exception]) -> Iterator[None]:
     """What fax refuses in here is a mistake in the arguments or in the configuration."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except kinds or (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         text = str(error)
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"there is no file {error.filename}."

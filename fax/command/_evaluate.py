@@ -21,11 +21,14 @@ def command(args: argparse.Namespace) -> int:
     """Prints a line for each metric."""
     folder = Path(args.folder)
     source = saved(folder)
-    with mistakes(), jax.set_mesh(_devices.mesh_of(source.mesh, source.axis)):
-        experiment = source.make()
+    with mistakes():
+        mesh = _devices.mesh_of(source.mesh, source.axis)
+    with jax.set_mesh(mesh):
+        experiment = source.build()
         experiment.cohorts.close()
         state = experiment.algorithm.init(*experiment.start)
-        checkpoint = fax.experiment.restore(folder, state, round=args.round)
+        with mistakes():
+            checkpoint = fax.experiment.restore(folder, state, round=args.round)
         evaluate: Callable[[Any], Mapping[str, Any]]
         if source.config is not None:
             evaluate = evaluation(source.config, load(source.config), args.on)

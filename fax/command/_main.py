@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fax._nearest import did_you_mean
-from fax.command._errors import CommandError
+from fax.command._errors import CommandError, mistakes
 from fax.command._parser import make_parser
 
 
@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fax {fax.__version__}")
         return 0
-    module = importlib.import_module(f"fax.command._{first}")
     try:
+        with mistakes(ModuleNotFoundError):  # an extra is not installed
+            module = importlib.import_module(f"fax.command._{first}")
         return module.command(args)
     except CommandError as error:
         print(f"fax {first}: {error}", file=sys.stderr)

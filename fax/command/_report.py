@@ -24,7 +24,8 @@ def command(args: argparse.Namespace) -> int:
             devices = fax.sharding.topology(args.on, slices=args.slices)
             axes: dict[str, Any] = dict(source.mesh) or {source.axis: -1}
             mesh = fax.sharding.make_mesh(devices=devices, **axes)
-        experiment = source.make()
+    experiment = source.build()
+    with mistakes():
         with experiment.cohorts:
             cohort = next(experiment.cohorts)
         with jax.set_mesh(mesh):

@@ -41,8 +41,7 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
     with mistakes():
         mesh = _devices.mesh_of(source.mesh, source.axis)
     with jax.set_mesh(mesh):
-        with mistakes():
-            experiment = source.make()
+        experiment = source.build()
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         kind = mesh.devices.flat[0].platform
         print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fax.command import _values
-from fax.command._errors import mistakes
+from fax.command._errors import CommandError, mistakes
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
 from fax.experiment._config import merged, read
@@ -37,6 +38,11 @@ class Source:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     axis: str = "clients"
     tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self) -> Experiment:
+        """Builds the experiment. The errors of a user's module keep their tracebacks."""
+        with contextlib.nullcontext() if self.config is None else mistakes():
+            return self.make()
 
 
 def of_arguments(args: argparse.Namespace) -> Source:
@@ -77,13 +83,14 @@ def of_module(where: str) -> Source:
         sys.path.insert(0, os.getcwd())
 
     def make() -> Experiment:
-        home: Any = importlib.import_module(module)
+        with mistakes(ModuleNotFoundError):
+            home: Any = importlib.import_module(module)
         if not hasattr(home, name):
-            raise ValueError(f"{where}: the module {module} has no {name}.")
+            raise CommandError(f"{where}: the module {module} has no {name}.")
         found = getattr(home, name)
         found = found() if callable(found) else found
         if not isinstance(found, Experiment):
-            raise ValueError(
+            raise CommandError(
                 f"{where} is {found!r:.80}, expected a fax.experiment.Experiment, or a function "
                 "that returns one."
             )
