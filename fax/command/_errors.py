@@ -24,9 +24,10 @@ class CommandError(Exception):
 @contextlib.contextmanager
 def mistakes(*kinds: type[Exception]) -> Iterator[None]:
     """What fax refuses in here is a mistake in the arguments or in the configuration."""
+    caught = kinds or (ValueError, TypeError, OSError, ModuleNotFoundError)
     try:
         yield
-    except kinds or (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except caught as error:
         text = str(error)
         if isinstance(error, FileNotFoundError) and error.filename:
             text = f"there is no file {error.filename}."
