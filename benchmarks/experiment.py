@@ -16,11 +16,14 @@ in memory, and rounds without a checkpoint with those during which one is writte
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ from timing import Times, take_turns
 
 import fax
 from fax.algorithms import Algorithm
+from fax.experiment._checkpoints import Checkpoints
 
 
 def w2() -> tuple[Algorithm, Any, dict[str, Any]]:
@@ -140,45 +144,53 @@ def overhead(turns: int, rounds: int) -> dict[str, float]:
 
 def checkpoints(size: int, rounds: int = 32, every: int = 8) -> dict[str, float]:
     """Milliseconds of rounds, of what holds them up, and of a copy of the state."""
-    from fax.experiment import _outputs
-
     algorithm, state, cohorts = nothing(size, work=10)
-    copies = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.array(state["w"], copy=True)
-        copies.append(time.perf_counter() - start)
-    held: list[float] = []
-    save = _outputs.Outputs.save
-
-    def timed(self: Any, **options: Any) -> None:
-        start = time.perf_counter()
-        save(self, **options)
-        held.append(time.perf_counter() - start)
-
     clock = Clock()
-    _outputs.Outputs.save = timed  # type: ignore[method-assign]
-    try:
-        with fax.data.cohorts(**cohorts) as iterator, tempfile.TemporaryDirectory() as folder:
-            fax.experiment.run(
-                algorithm,
-                state,
-                iterator,
-                rounds=rounds,
-                folder=folder,
-                every=every,
-                callbacks=[clock],
-            )
-    finally:
-        _outputs.Outputs.save = save  # type: ignore[method-assign]
-    times = clock.rounds()[:, 0]
+    for _ in range(5):
+        np.array(state["w"], copy=True)
+        clock.after_round(None)
+    copies = clock.rounds()
+    with (
+        mock.patch.object(Checkpoints, "save", Timed(Checkpoints.save)) as saves,
+        mock.patch.object(Checkpoints, "wait", Timed(Checkpoints.wait)) as waits,
+        fax.data.cohorts(**cohorts) as iterator,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        clock = Clock()
+        options = dict(rounds=rounds, folder=folder, every=every, callbacks=[clock])
+        fax.experiment.run(algorithm, state, iterator, **options)
+        # Before a checkpoint is written, the one before has to be. The last two waits are at ends.
+        held = np.array(saves.times) - np.array([waits.times[0], *waits.times[2:-1]])
+    times = clock.rounds()
     after = np.arange(1, rounds + 1) % every == 1
-    return {
-        "a copy of the state": 1e3 * float(np.median(copies)),
-        "a checkpoint holds rounds up": 1e3 * float(np.median(held[1:-1])),
-        "a round": 1e3 * float(np.median(times[~after][2:])),
-        "a round, with the checkpoint before it": 1e3 * float(np.median(times[after][1:])),
+    found = {
+        "a copy of the state": copies,
+        "a checkpoint holds rounds up": held[1:],
+        "a round": times[~after][2:],
+        "a round, with the checkpoint before it": times[after][1:],
     }
+    return {
+        f"{name}, {kind}": 1e3 * value
+        for name, own in found.items()
+        for kind, value in zip(("wall", "processor"), map(float, np.median(own, axis=0)))
+    }
+
+
+class Timed:
+    """A method that notes how long its calls take."""
+
+    def __init__(self, method: Callable) -> None:
+        self._method = method
+        self.times: list[tuple[float, float]] = []
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else functools.partial(self, owner)
+
+    def __call__(self, *args: Any) -> None:
+        clock = Clock()
+        self._method(*args)
+        clock.after_round(None)
+        self.times += map(tuple, clock.rounds())
 
 
 def main() -> None:
@@ -202,7 +214,7 @@ def main() -> None:
             continue
         found[part] = measure()
         for name, value in found[part].items():
-            print(f"{name:40} {value:8.3f}{'' if '/' in name else ' ms'}", flush=True)
+            print(f"{name:50} {value:8.3f}{'' if '/' in name else ' ms'}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1))
