@@ -1,11 +1,13 @@
 """What `fax.experiment.run` costs: rounds with logging, and checkpoints of a large model.
 
-    python benchmarks/experiment.py [--turns N] [--rounds N] [--parameters N] [--json PATH]
+    python benchmarks/experiment.py [--only overhead|checkpoints] [--turns N] [--json PATH]
 
 The rounds are those of W2, logistic regression with 100 clients (`peers/workloads.py`), each with
 its metrics fetched and logged. The bare loop is the same jitted round, with the loss fetched. A
-third loop has rounds that do nothing, so that all of its time is overhead. Loops take turns, in an
-order that is reversed every time. A ratio is the median over turns of the ratio of medians.
+third loop has rounds that do nothing, so that nearly all of its time is overhead; for these, the
+processor time of the process is shown too, which other processes on the machine change less. Loops
+take turns, in an order that is reversed every time. A ratio is the median over turns of the ratio
+of medians.
 
 A checkpoint is written while rounds go on. What holds them up is compared with a copy of the state
 in memory, and rounds without a checkpoint with those during which one is written.
@@ -14,21 +16,25 @@ in memory, and rounds without a checkpoint with those during which one is writte
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from peers import models, workloads
-from timing import take_turns
+from timing import Times, take_turns
 
 import fax
 from fax.algorithms import Algorithm
+from fax.experiment._checkpoints import Checkpoints
 
 
 def w2() -> tuple[Algorithm, Any, dict[str, Any]]:
@@ -69,29 +75,38 @@ def nothing(size: int = 0, work: int = 0) -> tuple[Algorithm, Any, dict[str, Any
 
 
 class Clock:
-    """The seconds of each round."""
+    """The seconds of each round, and the seconds of the processor."""
 
     def __init__(self) -> None:
-        self.times = [time.perf_counter()]
+        self.times = [self._now()]
 
     def after_round(self, run: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self._now())
 
-    def median(self) -> float:
-        return float(np.median(np.diff(self.times)[2:]))
+    def rounds(self) -> np.ndarray:
+        """Seconds [rounds, 2]."""
+        return np.diff(self.times, axis=0)
+
+    def medians(self) -> dict[str, float]:
+        wall, processor = np.median(self.rounds()[2:], axis=0)
+        return {"wall": float(wall), "processor": float(processor)}
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
 
-def bare(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> float:
+def bare(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> Times:
     step, clock = jax.jit(algorithm.round), Clock()
     with fax.data.cohorts(**cohorts) as iterator:
         for _ in range(rounds):
             state, metrics = step(state, next(iterator))
             float(metrics["loss"])
             clock.after_round(None)
-    return clock.median()
+    return clock.medians()
 
 
-def by_run(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> float:
+def by_run(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> Times:
     clock = Clock()
     with fax.data.cohorts(**cohorts) as iterator, tempfile.TemporaryDirectory() as folder:
         fax.experiment.run(
@@ -103,7 +118,7 @@ def by_run(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: in
             every=rounds,
             callbacks=[clock],
         )
-    return clock.median()
+    return clock.medians()
 
 
 def overhead(turns: int, rounds: int) -> dict[str, float]:
@@ -111,66 +126,76 @@ def overhead(turns: int, rounds: int) -> dict[str, float]:
     result = {}
     for name, problem in (("W2", w2()), ("nothing", nothing())):
         runs = {
-            "bare": lambda _, own=problem: {"round": bare(*own, rounds)},
-            "run": lambda _, own=problem: {"round": by_run(*own, rounds)},
+            "bare": lambda _, own=problem: bare(*own, rounds),
+            "run": lambda _, own=problem: by_run(*own, rounds),
         }
         take_turns(runs, 1)  # compiles
         times = take_turns(runs, turns)
-        one, other = (np.array([t["round"] for t in times[x]]) for x in ("bare", "run"))
-        result |= {
-            f"{name}, bare": 1e3 * float(np.median(one)),
-            f"{name}, run": 1e3 * float(np.median(other)),
-            f"{name}, run / bare": float(np.median(other / one)),
-            f"{name}, run - bare": 1e3 * float(np.median(other - one)),
-        }
+        for clock in ("wall", "processor"):
+            one, other = (np.array([t[clock] for t in times[x]]) for x in ("bare", "run"))
+            result |= {
+                f"{name}, {clock}, bare": 1e3 * float(np.median(one)),
+                f"{name}, {clock}, run": 1e3 * float(np.median(other)),
+                f"{name}, {clock}, run - bare": 1e3 * float(np.median(other - one)),
+                f"{name}, {clock}, run / bare": float(np.median(other / one)),
+            }
     return result
 
 
-def checkpoints(size: int, rounds: int = 60, every: int = 12) -> dict[str, float]:
+def checkpoints(size: int, rounds: int = 32, every: int = 8) -> dict[str, float]:
     """Milliseconds of rounds, of what holds them up, and of a copy of the state."""
-    from fax.experiment import _outputs
-
-    algorithm, state, cohorts = nothing(size, work=40)
-    copies = []
-    for _ in range(5):
-        start = time.perf_counter()
-        np.array(state["w"], copy=True)
-        copies.append(time.perf_counter() - start)
-    held: list[float] = []
-    save = _outputs.Outputs.save
-
-    def timed(self: Any, **options: Any) -> None:
-        start = time.perf_counter()
-        save(self, **options)
-        held.append(time.perf_counter() - start)
-
+    algorithm, state, cohorts = nothing(size, work=10)
     clock = Clock()
-    _outputs.Outputs.save = timed  # type: ignore[method-assign]
-    try:
-        with fax.data.cohorts(**cohorts) as iterator, tempfile.TemporaryDirectory() as folder:
-            fax.experiment.run(
-                algorithm,
-                state,
-                iterator,
-                rounds=rounds,
-                folder=folder,
-                every=every,
-                callbacks=[clock],
-            )
-    finally:
-        _outputs.Outputs.save = save  # type: ignore[method-assign]
-    times = np.diff(clock.times)
+    for _ in range(5):
+        np.array(state["w"], copy=True)
+        clock.after_round(None)
+    copies = clock.rounds()
+    with (
+        mock.patch.object(Checkpoints, "save", Timed(Checkpoints.save)) as saves,
+        mock.patch.object(Checkpoints, "wait", Timed(Checkpoints.wait)) as waits,
+        fax.data.cohorts(**cohorts) as iterator,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        clock = Clock()
+        options = dict(rounds=rounds, folder=folder, every=every, callbacks=[clock])
+        fax.experiment.run(algorithm, state, iterator, **options)
+        # Before a checkpoint is written, the one before has to be. The last two waits are at ends.
+        held = np.array(saves.times) - np.array([waits.times[0], *waits.times[2:-1]])
+    times = clock.rounds()
     after = np.arange(1, rounds + 1) % every == 1
-    return {
-        "a copy of the state": 1e3 * float(np.median(copies)),
-        "a checkpoint holds rounds up": 1e3 * float(np.median(held[1:-1])),
-        "a round": 1e3 * float(np.median(times[~after][2:])),
-        "a round, with the checkpoint before it": 1e3 * float(np.median(times[after][1:])),
+    found = {
+        "a copy of the state": copies,
+        "a checkpoint holds rounds up": held[1:],
+        "a round": times[~after][2:],
+        "a round, with the checkpoint before it": times[after][1:],
     }
+    return {
+        f"{name}, {kind}": 1e3 * value
+        for name, own in found.items()
+        for kind, value in zip(("wall", "processor"), map(float, np.median(own, axis=0)))
+    }
+
+
+class Timed:
+    """A method that notes how long its calls take."""
+
+    def __init__(self, method: Callable) -> None:
+        self._method = method
+        self.times: list[tuple[float, float]] = []
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else functools.partial(self, owner)
+
+    def __call__(self, *args: Any) -> None:
+        clock = Clock()
+        self._method(*args)
+        clock.after_round(None)
+        self.times += map(tuple, clock.rounds())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("overhead", "checkpoints"))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--parameters", type=int, default=50_000_000)
@@ -185,9 +210,11 @@ def main() -> None:
     }
     found: dict[str, Any] = {"machine": machine()}
     for part, measure in parts.items():
+        if options.only not in (None, part):
+            continue
         found[part] = measure()
         for name, value in found[part].items():
-            print(f"{name:40} {value:8.3f}{'' if '/' in name else ' ms'}", flush=True)
+            print(f"{name:50} {value:8.3f}{'' if '/' in name else ' ms'}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1))

@@ -563,6 +563,14 @@ def test_a_signal_saves_and_leaves(number, error, whole, tmp_path):
     assert_same_run(train(tmp_path / "run"), whole[0])
 
 
+def test_a_signal_after_the_last_round_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(_outputs, "draw", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path / "run")
+    assert left.value.code == 143
+    assert max(rounds_of(tmp_path / "run")) == 6
+
+
 def test_a_run_in_a_thread_handles_no_signals(whole):
     found = []
     thread = threading.Thread(target=lambda: found.append(train(None)))

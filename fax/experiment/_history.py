@@ -70,11 +70,16 @@ class Table:
         return [row.get(name, "") for name in self._columns]
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a file such that it has its old content or the new one, even after a crash."""
+def replace(path: Path, text: str, *, sync: bool = True) -> None:
+    """Writes a file such that it has its old content or the new one.
+
+    With ``sync`` this also holds if the machine crashes. It then waits for the disk, which may take
+    long while a checkpoint is being written.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8", newline="")
-    sync_to_disk(temporary)
+    if sync:
+        sync_to_disk(temporary)
     os.replace(temporary, path)
 
 

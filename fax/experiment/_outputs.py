@@ -141,7 +141,7 @@ class Outputs:
             self._saved = run.round
             clients = run.measured or run.clients
             if self._first and clients:
-                replace(run.folder / _folder.CLIENTS, text_of(clients))
+                replace(run.folder / _folder.CLIENTS, text_of(clients), sync=False)
         if wait and self._checkpoints is not None:
             self._checkpoints.wait()
 

@@ -209,7 +209,7 @@ def _finite(values: Mapping[str, Any]) -> bool:
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def _everywhere(x: Any) -> np.ndarray:

@@ -206,6 +206,8 @@ def run(
             if leaves:
                 interruption.leave(leaves)
         outputs.finish()
+        if leaves := _in_any_process(interruption.caught):
+            interruption.leave(leaves)
     return Result(current.state, current.history, current.reason)
 
 
@@ -267,17 +269,19 @@ def _check_on_nan(on_nan: str, folder: Any, state: PyTree) -> None:
 
 
 def _reason(run: Run, callbacks: Sequence[Any], method: str) -> str:
-    """Calls the callbacks. Returns why one of them stops the run, or ""."""
-    called = [own for own in callbacks if hasattr(own, method)]
-    reasons = [getattr(own, method)(run) for own in called]
-    for own, reason in zip(called, reasons):
-        if reason:
-            return reason if isinstance(reason, str) else f"{type(own).__name__} has stopped it"
-    return ""
+    """Calls the callbacks. Returns why one of them stops the run, in any process, or ""."""
+    reasons = []
+    for own in callbacks:
+        if hasattr(own, method) and (reason := getattr(own, method)(run)):
+            name = type(own).__name__
+            reasons.append(reason if isinstance(reason, str) else f"{name} has stopped it")
+    # Clocks, for example, are not the same in all processes.
+    stops = _in_any_process(len(reasons))
+    return reasons[0] if reasons else "another process has stopped it" if stops else ""
 
 
-def _in_any_process(signal: int) -> int:
-    """The number of the signal that some process has received, or 0."""
+def _in_any_process(number: int) -> int:
+    """The largest of the numbers that the processes have here."""
     if jax.process_count() == 1:
-        return signal
-    return int(np.max(multihost_utils.process_allgather(np.int32(signal))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
