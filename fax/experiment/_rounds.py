@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from fax.algorithms import Algorithm, ClientStore, many_rounds
 from fax.data import Cohorts
-from fax.experiment._arrays import split
+from fax.experiment._arrays import Leaf, split
 from fax.experiment._checkpoints import Keep
 from fax.experiment._history import plain
 
@@ -51,6 +51,19 @@ class Run:
         ``"bits"``, what has been sent in all rounds so far, if the algorithm counts it.
       reason: why the run stops before its last round, or "".
     """
+
+    algorithm: Algorithm | ClientStore
+    state: PyTree
+    cohorts: Cohorts
+    rounds: int
+    rounds_per_call: int
+    folder: Path | None
+    callbacks: tuple[Any, ...]
+    evaluations: tuple[str, ...]
+    keep: Keep
+    round: int
+    reason: str
+    initial: list[Leaf]
 
     def __init__(
         self,
