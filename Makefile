@@ -36,8 +36,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-gpu clean
 
-quickstart: $(VENV)/examples.$(WITH)
-	$(BIN)/python examples/federated_averaging.py
+quickstart: $(VENV)/experiment.$(WITH)
+	$(BIN)/fax run digits
 
 # Only installs what the targets of these names need, all at once: make environment EXTRAS=docs,test
 EXTRAS ?= test

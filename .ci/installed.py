@@ -32,7 +32,7 @@ expect(("fax", True) not in required, "an extra requires fax, which is another p
 
 # Subpackages that need an extra name it.
 extras = metadata.get_all("Provides-Extra")
-for module in ("aggregators", "algorithms", "models", "tasks"):
+for module in ("aggregators", "algorithms", "models", "tasks", "experiment"):
     try:
         getattr(fax, module)
     except ModuleNotFoundError as error:

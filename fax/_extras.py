@@ -10,10 +10,11 @@ def require(caller: str, module: str, name: str) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if error.name not in (module, module.partition(".")[0]):
             raise
+        package = module.replace("_", "-").replace(".", "-")
         raise ModuleNotFoundError(
-            f"{caller} needs the package {module.replace('_', '-')}, which is not installed. "
+            f"{caller} needs the package {package}, which is not installed. "
             f"Install it with pip install 'fax-jax[{name}]'.",
             name=module,
         ) from error

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, take_current_trace
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, tree_flatten, tree_unflatten
 
+from fax import lowering as _lowering  # noqa: F401  (says how maps are compiled)
 from fax._checks import function, is_array
 from fax._compat import has_sharding, is_jet
 from fax._placement import PlacementError, Scope, declare, in_program, scope

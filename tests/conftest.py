@@ -46,9 +46,10 @@ def run(tmp_path):
 # For --core: what is written with operators and exported names of JAX alone. What differs between
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
-    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
+    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
-    *("heterogeneous", "init", "inner_steps", "personal_parts"),
+    *("experiment_callbacks", "experiment_output", "heterogeneous", "init", "inner_steps"),
+    "personal_parts",
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )

@@ -27,13 +27,15 @@ HOMES = [
     fax.aggregators,
     fax.algorithms,
     fax.deploy,
+    fax.experiment,
     fax.models,
     fax.tasks,
 ]
 PUBLIC = {
     f"{home.__name__}.{name}": value
     for home in HOMES
-    for name, value in vars(home).items()
+    for name in dir(home)
+    for value in [getattr(home, name)]
     if not name.startswith("_") and inspect.isfunction(value) and value.__module__[:4] == "fax."
     if hasattr(home, "__path__") or value.__module__ == home.__name__
 }

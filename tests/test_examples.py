@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 from scripts import EXAMPLES, is_figure, numbers
 
-import fax
-
 # Of what takes long with all of its rounds, a short run, which promises nothing. The scripts of a
 # row run one after another in one process, because most of a start is importing: those in float64,
 # and those in float32. A script that makes devices is the first of its row.
 SHORT = [
     ("federated_gradient --steps=1", "learned_hyperparameters --steps=1"),
     (
-        "tasks --task=digits --rounds=1",
         "compare_algorithms --rounds=1 --algorithms fedavg apfl",
         "federated_averaging --rounds=1 --clients-per-round=3 --seed=1",
     ),
@@ -130,26 +127,6 @@ def test_a_partition_covers_every_example_once_and_is_uneven(monkeypatch):
 
 
 @pytest.mark.long
-def test_tasks_keeps_its_promise_on_digits(run, tmp_path):
-    printed = run(EXAMPLES / "tasks.py", "--task=digits")
-    assert "digits, fedopt, 300 rounds" in printed
-    accuracy, loss = numbers(r"test accuracy ([\d.]+)%, loss ([\d.]+), see", printed)
-    assert accuracy >= 97
-    assert loss < 0.2
-    assert is_figure(tmp_path / "runs" / "tasks_digits.png")
-
-
-@pytest.mark.long
-def test_tasks_trains_on_the_standard_library(run, tmp_path):
-    printed = run(EXAMPLES / "tasks.py", "--task=pystdlib", "--algorithm=fedavg", "--rounds=1")
-    assert "pystdlib, fedavg, 1 rounds" in printed
-    loss, trigram = numbers(r"loss ([\d.]+) \(trigram model ([\d.]+)\), see", printed)
-    assert 1.5 < trigram < 2.2
-    assert trigram < loss < 4.6
-    assert is_figure(tmp_path / "runs" / "tasks_pystdlib.png")
-
-
-@pytest.mark.long
 def test_papa_digits_keeps_its_promise(run, tmp_path):
     printed = run(EXAMPLES / "papa_digits.py")
     line = r"soup ([\d.]+)%, its models [\d.]+%; alone, models ([\d.]+)%, their soup ([\d.]+)%"
@@ -159,30 +136,3 @@ def test_papa_digits_keeps_its_promise(run, tmp_path):
     (gain,) = numbers(r"gains (-?[\d.]+) points", printed)
     assert gain == pytest.approx(soup - alone, abs=0.02)
     assert is_figure(tmp_path / "runs" / "papa_digits.png")
-
-
-def test_the_trigram_model_backs_off(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from _trigram import Trigram
-
-    # The counts after nothing and 1: 2 twice, 3 once. After 1 and 2: 3 twice.
-    data = fax.data.InMemory(
-        {
-            "ann": {"x": np.array([[1, 2], [1, 2]]), "y": np.array([[2, 3], [2, 3]])},
-            "bob": {"x": np.array([[1, 0]]), "y": np.array([[3, 0]])},
-        }
-    )
-    model = Trigram(data, 4)
-    # In all three, once and twice: of one token 2 (of 5, each with 1 more), 3 (3 more).
-    np.testing.assert_allclose(model.single, [1 / 9, 1 / 9, 3 / 9, 4 / 9])
-    # n(1 2) = 2, n(1 3) = 1, n(2 3) = 2: one seen once, two twice, so that d = 1 / 5.
-    d = 1 / 5
-    after_1 = [2 * d / 3 / 2, 2 * d / 3 / 2, (2 - d) / 3, (1 - d) / 3]  # 0 and 1 share what is left
-    np.testing.assert_allclose(model.double[1], after_1)
-    np.testing.assert_allclose(model.double[3], model.single)  # never seen
-    after_12 = np.array([*model.double[2, :3], 0]) * (d / 2) / model.double[2, :3].sum()
-    after_12[3] = (2 - d) / 2
-    np.testing.assert_allclose(model.triple[1, 2], after_12)
-    np.testing.assert_allclose(model.triple.sum(-1), 1)
-    rows = [(0, 1, 2), (1, 2, 3)] * 2 + [(0, 1, 3)]
-    assert model.loss(data) == pytest.approx(-np.mean([np.log(model.triple[row]) for row in rows]))

@@ -102,7 +102,8 @@ def public_names():
     inside = [module.name for module in pkgutil.walk_packages(fax.__path__, "fax.")]
     for name in ["fax", *(m for m in inside if not any(p[0] == "_" for p in m.split(".")))]:
         home = importlib.import_module(name)
-        for own, value in vars(home).items():
+        for own in dir(home):
+            value = getattr(home, own)
             where = getattr(value, "__module__", "")
             there = where.startswith("fax") if hasattr(home, "__path__") else where == name
             if own[0] != "_" and there and not isinstance(value, types.ModuleType):

@@ -26,6 +26,7 @@ import fax
 from fax.data import DataError, FederatedData
 from fax.tasks import Characters, DownloadError, Words, _tff_datasets
 from fax.tasks._local_datasets import PYTHON_CHARACTERS
+from fax.tasks._trigram import Trigram
 
 # Tokens
 
@@ -435,6 +436,38 @@ def test_unknown_names():
         fax.tasks.load("emnist", model="lstm")
     with pytest.raises(ValueError, match=r"model is 'conv', expected 'logistic' or 'resnet18'"):
         fax.tasks.load("cifar100", model="conv")
+
+
+# The baseline
+
+
+def test_the_trigram_model_backs_off():
+    # The counts after nothing and 1: 2 twice, 3 once. After 1 and 2: 3 twice.
+    data = fax.data.InMemory(
+        {
+            "ann": {"x": np.array([[1, 2], [1, 2]]), "y": np.array([[2, 3], [2, 3]])},
+            "bob": {"x": np.array([[1, 0]]), "y": np.array([[3, 0]])},
+        }
+    )
+    model = Trigram(data, 4)
+    # In all three, once and twice: of one token 2 (of 5, each with 1 more), 3 (3 more).
+    np.testing.assert_allclose(model.single, [1 / 9, 1 / 9, 3 / 9, 4 / 9])
+    # n(1 2) = 2, n(1 3) = 1, n(2 3) = 2: one seen once, two twice, so that d = 1 / 5.
+    d = 1 / 5
+    after_1 = [2 * d / 3 / 2, 2 * d / 3 / 2, (2 - d) / 3, (1 - d) / 3]  # 0 and 1 share what is left
+    np.testing.assert_allclose(model.double[1], after_1)
+    np.testing.assert_allclose(model.double[3], model.single)  # never seen
+    after_12 = np.array([*model.double[2, :3], 0]) * (d / 2) / model.double[2, :3].sum()
+    after_12[3] = (2 - d) / 2
+    np.testing.assert_allclose(model.triple[1, 2], after_12)
+    np.testing.assert_allclose(model.triple.sum(-1), 1)
+    rows = [(0, 1, 2), (1, 2, 3)] * 2 + [(0, 1, 3)]
+    assert model.loss(data) == pytest.approx(-np.mean([np.log(model.triple[row]) for row in rows]))
+
+
+def test_a_trigram_model_needs_tokens():
+    with pytest.raises(ValueError, match="task is 'digits', expected one that predicts the next"):
+        fax.tasks.trigram_loss(fax.tasks.load("digits", clients=2))
 
 
 # Learning

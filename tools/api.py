@@ -47,7 +47,9 @@ def public_modules(root: pathlib.Path) -> list[str]:
 
 def definition(root: pathlib.Path, module: str, name: str) -> ast.FunctionDef | ast.ClassDef:
     """The definition of a name, which the module may import from another one."""
-    for node in ast.parse(home(root, module).read_text(encoding="utf-8")).body:
+    body = ast.parse(home(root, module).read_text(encoding="utf-8")).body
+    body += [each for node in body if isinstance(node, ast.If) for each in node.body]
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node
         if isinstance(node, ast.ImportFrom):
@@ -60,7 +62,10 @@ def definition(root: pathlib.Path, module: str, name: str) -> ast.FunctionDef | 
 def exported(root: pathlib.Path, module: str) -> list[str]:
     """The public functions and classes of a module, in the order of the source."""
     path, names = home(root, module), []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    # What is imported when it is first used is written down for type checkers.
+    body += [each for node in body if isinstance(node, ast.If) for each in node.body]
+    for node in body:
         if path.name == "__init__.py" and isinstance(node, ast.ImportFrom):
             names += [
                 alias.name

@@ -47,6 +47,8 @@ FLOORS = (
         "tasks": "data, a model, metrics and settings together",
         "deploy": "programs as plans that run where the data are, and their audits",
     },
+    {"experiment": "a run of many rounds: its configuration, its loop and its folder"},
+    {"command": "experiments from the shell"},
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
@@ -156,6 +158,8 @@ class House:
         pieces = name.split(".")
         if len(pieces) == 1:
             return name
+        if pieces[1] == "__main__":
+            return "command"
         if not pieces[1].startswith("_"):
             return pieces[1]
         alone = all(other.startswith("fax._") for other in self.reached(name))

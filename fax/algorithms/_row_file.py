@@ -114,6 +114,57 @@ class RowFile:
             if self._path is not None:
                 self._file.execute("DELETE FROM newest.clients")
 
+    def save(self, path: str) -> None:
+        """Writes all rows, flushed or not, to a new file as `create` makes them.
+
+        Raises:
+          OSError: if there is no space for them. No file is left behind then.
+        """
+        start = self.read(START)
+        create(path, self.facts, start)
+        try:
+            consequence = "No file is left behind, and the store has all of them"
+            with _written(path, f"the rows of {self.rounds} rounds", consequence):
+                self._copy_to(path)
+        except OSError:
+            os.remove(path)
+            raise
+
+    def _copy_to(self, path: str) -> None:
+        self._file.execute("ATTACH ? AS copy", [path])
+        try:
+            with _transaction(self._file):
+                for schema in reversed(self._schemas):
+                    self._file.execute(f"{_PUT.format('copy')} SELECT * FROM {schema}.clients")
+                update = "UPDATE copy.facts SET value = ? WHERE name = 'rounds'"
+                self._file.execute(update, [str(self.rounds)])
+        finally:
+            self._file.execute("DETACH copy")
+
+    def load(self, path: str) -> None:
+        """Replaces all rows by those of a file that `save` has written.
+
+        Raises:
+          ValueError: if it is not such a file.
+          OSError: if there is no space for the rows. Nothing has changed then.
+        """
+        self._file.execute("ATTACH ? AS copy", [path])
+        try:
+            with self._damaged("the rows"):
+                found = dict(self._file.execute("SELECT name, value FROM copy.facts"))
+            if {**found, "rounds": ""} != {**self.facts, "rounds": ""}:
+                raise ValueError(f"{WHERE}: {path!r} has the rows of other clients or parameters.")
+            consequence = "All rows are as before"
+            with _written(self._path, "the rows", consequence), _transaction(self._file):
+                for schema in self._schemas:
+                    self._file.execute(f"DELETE FROM {schema}.clients")
+                self._file.execute(f"{_PUT.format('main')} SELECT * FROM copy.clients")
+                update = "UPDATE main.facts SET value = ? WHERE name = 'rounds'"
+                self._file.execute(update, [found["rounds"]])
+        finally:
+            self._file.execute("DETACH copy")
+        self.rounds = int(found["rounds"])
+
     def close(self) -> None:
         """Closes the database, and discards what was not flushed."""
         self._file.close()

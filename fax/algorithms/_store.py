@@ -214,6 +214,32 @@ class ClientStore:
         """
         self._opened().flush()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all rows and the number of rounds to a new file, for a checkpoint.
+
+        Raises:
+          OSError: if the disk is full. No file is left behind then.
+          DataError: if the file exists.
+        """
+        self._opened().save(os.fspath(_arguments.path(f"{WHERE}.save", "path", path)))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replaces all rows and the number of rounds by those that `save` has written.
+
+        With a file of its own, the store has them there, too. Call it after `init`.
+
+        Raises:
+          FileNotFoundError: if there is no such file.
+          ValueError: if it has the rows of other clients or parameters.
+          OSError: if the disk is full. Nothing has changed then.
+        """
+        path = os.fspath(_arguments.path(f"{WHERE}.load", "path", path))
+        rows = self._opened()
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{WHERE}: there is no file {path!r} to load.")
+        rows.load(path)
+        self._gathered = None
+
     def close(self) -> None:
         """Flushes and closes the file. The store cannot be used anymore.
 

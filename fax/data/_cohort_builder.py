@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ class CohortBuilder:
         self.all_clients, self._choose, self.clients = all_clients, choose, clients
         self._seed, self.row_sharding, self.resident = seed, row_sharding, resident
         self._streams, self._custom_sampler = sampler == STREAM, callable(sampler)
+        self._sampler = "a function" if callable(sampler) else sampler
         self._sharding = row_sharding.sharding(clients)
         self._own = row_sharding.own_rows(WHERE, clients)
         self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
@@ -87,6 +89,21 @@ class CohortBuilder:
         positions = uniform(everyone, self.clients, number, (self._seed,))
         steps = self.all_clients.batching.steps(self.all_clients.num_examples(positions))
         return steps[_batching.balanced_order(steps, self.row_sharding.num_shards)]
+
+    def settings(self) -> dict[str, Any]:
+        """What a round depends on besides its number and the examples."""
+        batching = dataclasses.asdict(self.all_clients.batching)
+        return {
+            "clients": self.clients,
+            "of_clients": len(self.all_clients.ids),
+            "sampler": self._sampler,
+            "seed": self._seed,
+            **{name: "none" if value is None else value for name, value in batching.items()},
+        }
+
+    def positions(self, number: int) -> np.ndarray:
+        """The clients of a round, in the order of its cohort."""
+        return self._plan(number).positions
 
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
@@ -155,15 +172,15 @@ class CohortBuilder:
             return jax.device_put(arrays, sharding)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
-    def __call__(self, number: int) -> tuple[Cohort, np.ndarray]:
-        """The cohort of a round, and how many steps each of its clients has."""
+    def __call__(self, number: int) -> tuple[Cohort, RoundPlan]:
+        """The cohort of a round, and its plan."""
         with self._settings():
             plan = self._plan(number)
             placed = self._put(self._arrays(plan), self._sharding)
             numbers = jax.device_put((np.int32(number), plan.positions.astype(np.int32)))
-            return self._cohort(placed, self._make_keys(self._key, *numbers)), plan.steps
+            return self._cohort(placed, self._make_keys(self._key, *numbers)), plan
 
-    def several(self, start: int, rounds: int) -> tuple[Cohort, list[np.ndarray]]:
+    def several(self, start: int, rounds: int) -> tuple[Cohort, list[RoundPlan]]:
         """The cohorts of several rounds, padded to one shape, with a leading axis [rounds]."""
         with self._settings():
             plans = [self._plan(number) for number in range(start, start + rounds)]
@@ -174,7 +191,7 @@ class CohortBuilder:
             numbers = np.arange(start, start + rounds, dtype=np.int32)
             keys = self._make_keys_of_rounds(self._key, *jax.device_put((numbers, positions)))
             placed = self._put(arrays, self._sharding_of_rounds)
-            return self._cohort(placed, keys), [p.steps for p in plans]
+            return self._cohort(placed, keys), plans
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -11,12 +11,12 @@ import numpy as np
 from fax import _arguments
 from fax.data import _batching
 from fax.data._all_clients import WHERE, AllClients
-from fax.data._batching import Batching
+from fax.data._batching import Batching, RoundPlan
 from fax.data._check_examples import check_federated
 from fax.data._cohort import Cohort
 from fax.data._cohort_builder import CohortBuilder
 from fax.data._prefetch import Prefetch
-from fax.data._protocol import DataError, FederatedData
+from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._samplers import STREAM, check_sampler, make_sampler
 from fax.sharding._row_sharding import row_sharding_in_scope
 
@@ -147,9 +147,9 @@ class Cohorts(Iterator[Cohort]):
     also ends when nothing refers to the iterator any more.
 
     Attributes:
-      round: the number of the next cohort.
       shapes: how many cohorts so far had each shape (clients, steps, batch). A jitted round is
         compiled once for each shape.
+      examples: how many examples the batches of the cohorts so far had, each in every epoch.
 
     Example:
 
@@ -157,30 +157,53 @@ class Cohorts(Iterator[Cohort]):
       >>> with fax.data.cohorts(fax.data.InMemory(visits), clients=2, batch_size=2) as rounds:
       ...     for _, cohort in zip(range(3), rounds):
       ...         pass  # train on the cohort here
-      >>> rounds.round, rounds.shapes, rounds.padding
-      (3, {(2, 3, 2): 3}, 0.0)
+      >>> rounds.round, rounds.shapes, rounds.examples, rounds.padding
+      (3, {(2, 3, 2): 3}, 30, 0.0)
     """
 
-    round: int
     shapes: dict[tuple[int, ...], int]
+    examples: int
 
     def __init__(self, builder: CohortBuilder, start: int, ahead: int) -> None:
         self._builder, self._ahead = builder, ahead
         self._items: Prefetch | None = None
         self._closed = False
         self._needed = self._computed = 0
-        self.round = start
+        self._round = start
         self.shapes = {}
+        self.examples = 0
 
     def __next__(self) -> Cohort:
         if self._closed:
             raise StopIteration
         if self._items is None:
             self._items = Prefetch(self._builder, self.round, self._ahead)
-        cohort, steps = next(self._items)
-        self._note(cohort.mask.shape, steps)
-        self.round += 1
+        cohort, plan = next(self._items)
+        self._note(cohort.mask.shape, plan)
+        self._round += 1
         return cohort
+
+    @property
+    def round(self) -> int:
+        """The number of the next cohort. Set it to go to another round."""
+        return self._round
+
+    @round.setter
+    def round(self, number: int) -> None:
+        number = _count("round", number, least=0)
+        if number != self._round:
+            self._stop_working_ahead()
+        self._round = number
+
+    def client_ids(self, number: int) -> list[ClientId]:
+        """The ids of the clients of a round, in the order of its cohort."""
+        positions = self._builder.positions(_count("number", number, least=0))
+        return [self._builder.all_clients.ids[position] for position in positions]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What round r depends on besides r and the examples, as strings, numbers and bools."""
+        return self._builder.settings()
 
     def take(self, rounds: int) -> Cohort:
         """The next cohorts, for a loop over rounds on the devices.
@@ -204,17 +227,22 @@ class Cohorts(Iterator[Cohort]):
                 f"{WHERE}: several rounds at once need examples on the devices, but these are on "
                 "the host. Pass resident=True, or take one round at a time."
             )
+        self._stop_working_ahead()
+        cohort, plans = self._builder.several(self.round, rounds)
+        for plan in plans:
+            self._note(cohort.mask.shape[1:], plan)
+        self._round += rounds
+        return cohort
+
+    def _stop_working_ahead(self) -> None:
         if self._items is not None:
             self._items.close()
             self._items = None
-        cohort, steps = self._builder.several(self.round, rounds)
-        for own in steps:
-            self._note(cohort.mask.shape[1:], own)
-        self.round += rounds
-        return cohort
 
-    def _note(self, shape: tuple[int, ...], steps: np.ndarray) -> None:
+    def _note(self, shape: tuple[int, ...], plan: RoundPlan) -> None:
         self.shapes[shape] = self.shapes.get(shape, 0) + 1
+        self.examples += int(plan.mask.sum())
+        steps = plan.steps
         self._needed += int(steps.sum())
         devices, vectorize = self._builder.row_sharding.num_shards, self._builder.vectorize or 1
         self._computed += _batching.computed_steps(steps, devices, vectorize)

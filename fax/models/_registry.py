@@ -24,6 +24,13 @@ _SEQUENCES: dict[str, Callable] = {
     "shakespeare_lstm": _text.ShakespeareLSTM,
     "stackoverflow_lstm": _text.StackOverflowLSTM,
 }
+MODELS = {**_CLASSES, **_SEQUENCES}
+
+
+def options_of(name: str) -> list[str]:
+    """The options of a model."""
+    own = {*inspect.signature(vars(MODELS[name])["__init__"]).parameters} - {"self", "rngs"}
+    return sorted(own | ({"loss_length"} if name in _SEQUENCES else set()))
 
 
 def create(name: str, *, loss_length: float | None = None, **options: Any) -> Model:
@@ -53,14 +60,11 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
       >>> sum(x.size for x in jax.tree.leaves(params))
       7850
     """
-    known = {**_CLASSES, **_SEQUENCES}
-    _arguments.choice("fax.models.create", "name", name, sorted(known))
+    _arguments.choice("fax.models.create", "name", name, sorted(MODELS))
     where = f"fax.models.create({name!r})"
-    own = {*inspect.signature(vars(known[name])["__init__"]).parameters} - {"self", "rngs"}
-    own |= {"loss_length"} if name in _SEQUENCES else set()
     if loss_length is not None:
         options["loss_length"] = loss_length
-    _arguments.options(where, options, sorted(own))
+    _arguments.options(where, options, options_of(name))
     if loss_length is not None:
         _arguments.number(where, "loss_length", loss_length, above=0)
     for option, value in options.items():

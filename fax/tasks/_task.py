@@ -8,43 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import optax
-
 import fax.metrics
 import fax.models
 from fax import _arguments
 from fax.data import FederatedData
 from fax.tasks import _local_datasets, _tff_datasets
+from fax.tasks._settings import Settings, tuned
 from fax.tasks._tokens import BOS, EOS, PAD
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of federated averaging.
-
-    Attributes:
-      clients: how many take part in a round.
-      batch_size: examples in a batch.
-      epochs: how often a client goes through its examples in a round.
-      max_steps: the most batches that a client has in a round, or None.
-      rounds: the number of rounds after which results are usually reported.
-      client_optimizer: of optax.
-      server_optimizer: of optax.
-
-    Example:
-
-      >>> settings = fax.tasks.load("digits", clients=20).settings
-      >>> settings.clients, settings.batch_size, settings.epochs, settings.rounds
-      (20, 5, 5, 300)
-    """
-
-    clients: int
-    batch_size: int
-    epochs: int
-    max_steps: int | None
-    rounds: int
-    client_optimizer: optax.GradientTransformation
-    server_optimizer: optax.GradientTransformation
 
 
 @dataclass(frozen=True)
@@ -124,14 +94,14 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
     """
     if cache is not None:
         _arguments.path("fax.tasks.load", "cache", cache)
-    build = _TASKS[_arguments.choice("fax.tasks.load", "name", name, sorted(_TASKS))]
-    known = [p for p in inspect.signature(build).parameters if p != "cache"]
-    _arguments.options(f"fax.tasks.load({name!r})", options, known)
+    build = TASKS[_arguments.choice("fax.tasks.load", "name", name, sorted(TASKS))]
+    _arguments.options(f"fax.tasks.load({name!r})", options, options_of(name))
     return build(cache, **options)
 
 
-def _chosen(task: str, model: Any, models: Mapping[str, Any]) -> Any:
-    return models[_arguments.choice(f"fax.tasks.load({task!r})", "model", model, list(models))]
+def options_of(name: str) -> list[str]:
+    """The options of a task."""
+    return [p for p in inspect.signature(TASKS[name]).parameters if p != "cache"]
 
 
 def _classifier_metrics() -> dict[str, Any]:
@@ -156,37 +126,32 @@ def _language_metrics(oov: int) -> dict[str, Any]:
 
 
 def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0) -> Task:
+    """Handwritten digits of scikit-learn, divided over clients in Dirichlet proportions."""
     seed = _arguments.seed("fax.tasks.load('digits')", seed)
     return Task(
         "digits",
         *_local_datasets.digits(clients, alpha, seed),
         fax.models.create("dense", sizes=(64, 512, 10)),
         _classifier_metrics(),
-        Settings(20, 5, 5, None, 300, optax.sgd(0.1), optax.sgd(0.2, momentum=0.9)),
+        tuned("digits"),
     )
 
 
 def _pystdlib(cache: Any, *, length: int = 80) -> Task:
+    """The next character of the modules of Python's standard library."""
     tokens = _local_datasets.PYTHON_CHARACTERS.size
     return Task(
         "pystdlib",
         *_local_datasets.pystdlib(length),
         fax.models.create("char_lstm", num_tokens=tokens),
         _language_metrics(tokens - 1),
-        Settings(16, 8, 1, 32, 300, optax.adam(2e-3), optax.sgd(1.0)),
+        tuned("pystdlib"),
     )
 
 
 def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Task:
-    adam = optax.adam(1.0, b1=0.9, b2=0.99, eps=0.01)
-    settings = {
-        "conv": Settings(10, 10, 1, None, 1500, optax.sgd(0.001), adam),
-        "dense": Settings(340, 20, 1, None, 500, optax.sgd(0.001), adam),
-        "logistic": Settings(
-            10, 10, 1, None, 1500, optax.sgd(10**-0.5), optax.adagrad(1.0, eps=1e-7)
-        ),
-    }
-    chosen = _chosen("emnist", model, settings)
+    """Handwritten characters of 3,400 writers, or digits."""
+    chosen = tuned("emnist", model)
     return Task(
         "emnist",
         *_tff_datasets.emnist(cache, digits_only),
@@ -197,14 +162,9 @@ def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Ta
 
 
 def _cifar100(cache: Any, *, model: str = "logistic") -> Task:
-    yogi = optax.yogi(0.1, b1=0.9, b2=0.999, eps=0.01)
-    settings = {
-        "logistic": Settings(10, 20, 1, None, 4000, optax.sgd(0.01), yogi),
-        # A first guess after Reddi et al., arXiv:2003.00295, which is not tuned.
-        "resnet18": Settings(10, 20, 1, None, 4000, optax.sgd(10**-1.5), optax.sgd(1.0, 0.9)),
-    }
+    """Images of 100 classes on 500 clients."""
+    chosen = tuned("cifar100", model)
     names = {"logistic": "cifar100_logistic", "resnet18": "resnet18"}
-    chosen = _chosen("cifar100", model, settings)
     return Task(
         "cifar100",
         *_tff_datasets.cifar100(cache),
@@ -215,6 +175,7 @@ def _cifar100(cache: Any, *, model: str = "logistic") -> Task:
 
 
 def _shakespeare(cache: Any, *, length: int = 80) -> Task:
+    """The next letter of 715 characters of plays."""
     tokens = _tff_datasets.SHAKESPEARE_CHARACTERS.size
     return Task(
         "shakespeare",
@@ -222,11 +183,12 @@ def _shakespeare(cache: Any, *, length: int = 80) -> Task:
         # FedJAX divides by the length of a sequence with its padding.
         fax.models.create("shakespeare_lstm", num_tokens=tokens, loss_length=length),
         _language_metrics(tokens - 1),
-        Settings(10, 10, 1, None, 1500, optax.sgd(10**-1.5), optax.sgd(1.0)),
+        tuned("shakespeare"),
     )
 
 
 def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_000) -> Task:
+    """The next word of 342,477 people who ask and answer."""
     where = "fax.tasks.load('stackoverflow')"
     tokens = 4 + _arguments.count(where, "vocabulary_size", vocabulary_size)
     return Task(
@@ -235,11 +197,11 @@ def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_00
         # FedJAX divides by the average number of words of a sentence.
         fax.models.create("stackoverflow_lstm", num_tokens=tokens, loss_length=13.3),
         {**_language_metrics(tokens - 1), "truncation_rate": fax.metrics.TruncationRate(EOS)},
-        Settings(50, 16, 1, 500, 1500, optax.sgd(0.5), optax.adam(0.02)),
+        tuned("stackoverflow"),
     )
 
 
-_TASKS: dict[str, Callable[..., Task]] = {
+TASKS: dict[str, Callable[..., Task]] = {
     "digits": _digits,
     "pystdlib": _pystdlib,
     "emnist": _emnist,

@@ -1,0 +1,110 @@
+"""``fax run``: trains, and says what came out and where it is."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import fax.experiment
+from fax.aggregators import PrivacyBudgetError
+from fax.command import _devices, _source
+from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
+from fax.command._source import Source
+
+_SAVED = "the run was interrupted after a round, and has saved it. To go on:"
+
+
+def command(args: argparse.Namespace) -> int:
+    """Trains the experiment of SOURCE."""
+    source = _source.of_arguments(args)
+    folder = Path(args.folder) if args.folder else new_folder(Path("runs", source.name))
+    result = train(source, folder, quiet=args.quiet, force=args.force)
+    show(source, folder, result)
+    print("Try next:")
+    for line in _next(args.source, folder):
+        print(f"  {line}")
+    return 0
+
+
+def new_folder(first: Path) -> Path:
+    """The first of runs/name, runs/name-2, runs/name-3, ... that does not exist."""
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
+
+
+def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> Any:
+    """Runs an experiment in a folder, from the last checkpoint there if it has one."""
+    with mistakes():
+        mesh = _devices.mesh_of(source.mesh, source.axis)
+    with jax.set_mesh(mesh):
+        experiment = source.build()
+        axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        kind = mesh.devices.flat[0].platform
+        print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")
+        try:
+            with experiment.cohorts:
+                return experiment.run(folder, progress=not quiet, force=force)
+        except fax.experiment.FolderInUseError as error:
+            raise CommandError(_text(error)) from error
+        except ValueError as error:
+            if not str(error).startswith("fax."):  # a mistake that fax has not found itself
+                raise
+            raise CommandError(_text(error)) from error
+        except (fax.experiment.NotFiniteError, PrivacyBudgetError, OSError) as error:
+            raise CommandError(_text(error), FAILED) from error
+        except KeyboardInterrupt:
+            raise CommandError(f"{_SAVED} fax resume {folder}", INTERRUPTED) from None
+        except SystemExit as left:
+            if left.code != TERMINATED:
+                raise
+            raise CommandError(f"{_SAVED} fax resume {folder}", TERMINATED) from None
+
+
+def _text(error: Exception) -> str:
+    """A message with the command's names of arguments."""
+    text = str(error).removeprefix("fax.experiment.run: ").replace("force=True", "--force")
+    return text.replace("pass on_nan='restore'", "use --set on_nan=restore")
+
+
+def _title(source: Source, experiment: fax.experiment.Experiment) -> str:
+    name = f"{source.name}: {experiment.algorithm!r}".replace("Algorithm(", "").replace(")", "")
+    return f"{name}, {experiment.rounds} rounds"
+
+
+def show(source: Source, folder: Path, result: Any) -> None:
+    """Prints the last results, and the figures."""
+    last: dict[str, Any] = {}
+    for row in result.history:
+        last |= row
+    numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
+    print(f"After {last.get('round', 0)} rounds: {', '.join(numbers)}")
+    if result.reason:
+        print(f"Stopped early: {result.reason}")
+    for figure in sorted(Path(folder, "figures").glob("*.png")):
+        print(f"Figure: {figure}")
+
+
+def _shown(key: str) -> bool:
+    return key.rpartition("/")[2] in ("loss", "accuracy", "epsilon")
+
+
+def _name(key: str) -> str:
+    return f"training {key}" if key in ("loss", "accuracy") else key.replace("/", " ")
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
+
+
+def _next(source: str, folder: Path) -> list[str]:
+    """Three commands to try next."""
+    other = new_folder(folder.with_name(f"{folder.name}-scaffold"))
+    return [
+        f"fax evaluate {folder} --on train",
+        f"fax run {source} --algorithm scaffold --folder {other}",
+        f"fax compare {folder} {other}",
+    ]

@@ -1,0 +1,105 @@
+"""Where an experiment comes from: a task's name, a TOML file, or an object in a module."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fax.command import _values
+from fax.command._errors import CommandError, mistakes
+from fax.experiment import Config, Experiment, build, configure
+from fax.experiment._build import placement
+from fax.experiment._config import merged, read
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An experiment that has not been built yet.
+
+    Attributes:
+      name: a short name, for folders and titles.
+      config: its configuration, or None if it comes from a module.
+      tables: what was given of the configuration, without defaults.
+      make: builds it. On a mesh, it is called under `jax.set_mesh`.
+      mesh: the size of each mesh axis, or empty for all devices along ``axis``.
+      axis: the placement of the participants.
+    """
+
+    name: str
+    config: Config | None
+    make: Callable[[], Experiment]
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    axis: str = "clients"
+    tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def build(self) -> Experiment:
+        """Builds the experiment. The errors of a user's module keep their tracebacks."""
+        with contextlib.nullcontext() if self.config is None else mistakes():
+            return self.make()
+
+
+def of_arguments(args: argparse.Namespace) -> Source:
+    """The experiment of SOURCE with the changes of the other arguments."""
+    with mistakes():
+        changes = _values.tables(args.set)
+        for key in ("rounds", "seed"):
+            if getattr(args, key) is not None:
+                changes[key] = getattr(args, key)
+        for key in ("algorithm", "aggregator"):
+            if name := getattr(args, key):
+                own = changes.get(key, {})
+                if isinstance(own, str):
+                    raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")
+                changes[key] = {"name": name, **own}
+        if _in_module(args.source):
+            if changes:
+                raise ValueError(
+                    f"{args.source} is made by a program. Change {', '.join(changes)} there."
+                )
+            return of_module(args.source)
+        return of_tables(read(args.source), args.source, changes)
+
+
+def of_tables(found: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> Source:
+    """The experiment of a configuration."""
+    with mistakes():
+        config = configure(found, changes, where=where)
+    tables = merged(found, changes)
+    stem = Path(where).stem
+    return Source(stem, config, lambda: build(config), config.mesh, placement(config), tables)
+
+
+def of_module(where: str) -> Source:
+    """The experiment ``module:name``, an `Experiment` or a function that returns one."""
+    module, _, name = where.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+    def make() -> Experiment:
+        with mistakes(ModuleNotFoundError):
+            home: Any = importlib.import_module(module)
+        if not hasattr(home, name):
+            raise CommandError(f"{where}: the module {module} has no {name}.")
+        found = getattr(home, name)
+        found = found() if callable(found) else found
+        if not isinstance(found, Experiment):
+            raise CommandError(
+                f"{where} is {found!r:.80}, expected a fax.experiment.Experiment, or a function "
+                "that returns one."
+            )
+        config = {**(found.config or {}), "experiment": where}
+        return dataclasses.replace(found, config=config)
+
+    return Source(name, None, make)
+
+
+def _in_module(source: str) -> bool:
+    module, colon, name = source.partition(":")
+    return bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))

@@ -1,0 +1,141 @@
+"""``fax sweep``: trains with every combination of some settings, and finds the best."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fax._nearest import did_you_mean
+from fax.command import _run, _source
+from fax.command._errors import CommandError, mistakes
+from fax.command._source import Source
+from fax.command._values import grid, put
+from fax.experiment._build import placement
+from fax.experiment._config import Config, configure
+from fax.experiment._sweep import Setting, label, sweep, traceable
+
+_SHOWN = ("loss", "accuracy")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Trains all combinations, and prints a table."""
+    source = _source.of_arguments(args)
+    if source.config is None:
+        raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
+    with mistakes():
+        plan = _plan(source.tables, grid(args.grid), args.source)
+    root = Path(args.folder) if args.folder else Path("runs", f"{source.name}-sweep")
+    results: list[tuple[Setting, dict[str, float]]] = []
+    for number, (fixed, config, settings) in enumerate(plan, 1):
+        name = label(fixed) or "all"
+        print(f"Part {number} of {len(plan)}: {name}, {len(settings)} at once")
+        results += _train(source, root / name, fixed, config, settings, args.quiet)
+    _save(root / "sweep.csv", results)
+    return _show(args, root, results)
+
+
+def _plan(
+    tables: Mapping[str, Any], values: Mapping[str, list[Any]], where: str
+) -> list[tuple[Setting, Config, list[Setting]]]:
+    """The parts of a sweep: a fixed setting, its configuration, and the settings trained at once.
+
+    All configurations are checked before anything is run.
+    """
+
+    def configured(setting: Setting) -> Config:
+        changes: dict[str, Any] = {}
+        for key, value in setting.items():
+            changes = put(changes, key, value)
+        return configure(tables, changes, where=where)
+
+    parts = []
+    # Which numbers may be traced depends on the algorithm, which may be in the grid, too.
+    numbers = {k: own for k, own in values.items() if k.split(".")[0] in ("client", "server")}
+    numbers |= {k: own for k, own in values.items() if k.startswith("algorithm.")}
+    for outer in _product({k: own for k, own in values.items() if k not in numbers}):
+        config = configured({**outer, **{k: own[0] for k, own in numbers.items()}})
+        traced = {k: own for k, own in numbers.items() if traceable(config, k, own)}
+        for inner in _product({k: own for k, own in numbers.items() if k not in traced}):
+            fixed = {**outer, **inner}
+            settings = _product(traced)
+            parts.append((fixed, configured({**fixed, **settings[0]}), settings))
+    return parts
+
+
+def _product(values: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    return [dict(zip(values, each)) for each in itertools.product(*values.values())]
+
+
+def _train(
+    source: Source,
+    folder: Path,
+    fixed: Setting,
+    config: Config,
+    settings: list[Setting],
+    quiet: bool,
+) -> list[tuple[Setting, dict[str, float]]]:
+    """Trains one part, and returns the last metrics of each setting."""
+    part = Source(
+        source.name, config, lambda: sweep(config, settings), config.mesh, placement(config)
+    )
+    last: dict[str, Any] = {}
+    for row in _run.train(part, folder, quiet=quiet).history:
+        last |= row
+    found = []
+    for setting in settings:
+        own = label(setting)
+        mine = {
+            "/".join(part for part in name.split("/") if part != own): value
+            for name, value in last.items()
+            if not own or own in name.split("/")
+        }
+        found.append(({**fixed, **setting}, mine))
+    return found
+
+
+def _save(path: Path, results: list[tuple[Setting, dict[str, float]]]) -> None:
+    rows = [{**setting, **metrics} for setting, metrics in results]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _show(
+    args: argparse.Namespace, root: Path, results: list[tuple[Setting, dict[str, float]]]
+) -> int:
+    """Prints the table with the best setting, and how to train with it."""
+    names = list(dict.fromkeys(name for _, metrics in results for name in metrics))
+    if args.by not in names:
+        raise CommandError(f"there is no metric {args.by!r}. {did_you_mean(args.by, names)}")
+    sign = 1 if args.by.endswith("loss") else -1
+    finite = [own for own in results if math.isfinite(own[1].get(args.by, math.nan))]
+    best = min(finite, key=lambda own: sign * own[1][args.by], default=None)
+    shown = [name for name in names if name.rpartition("/")[2] in _SHOWN or name == args.by]
+    keys = list(results[0][0])
+    rows = [["", *keys, *shown]]
+    for own in results:
+        numbers = [own[1].get(name, math.nan) for name in shown]
+        rows.append(
+            [
+                "*" if own is best else "",
+                *(str(own[0][key]) for key in keys),
+                *(f"{x:.4g}" if math.isfinite(x) else "diverged" for x in numbers),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"Table: {root / 'sweep.csv'}")
+    if best is None:
+        print("All of them have diverged. Try smaller learning rates.")
+        return 0
+    settings = " ".join(f"{key}={value}" for key, value in best[0].items())
+    print(f"Best by {args.by}, marked *. To train with it: fax run {args.source} --set {settings}")
+    return 0

@@ -1,0 +1,179 @@
+"""The folder of a run: one process group at a time, its settings, and its log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from fax.experiment._toml import dumps
+
+CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
+log = logging.getLogger("fax.experiment")
+_WHERE = "fax.experiment.run"
+_PACKAGES = ("fax-jax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
+
+
+class FolderInUseError(RuntimeError):
+    """Another run is using the folder.
+
+    Example:
+
+      >>> issubclass(fax.experiment.FolderInUseError, RuntimeError)
+      True
+    """
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it. Messages go to its ``log.txt``.
+
+    The system removes the lock when the process ends, however it ends.
+
+    Raises:
+      FolderInUseError: if another run is using it.
+      ValueError: if it has files of something else with the names of a run's files.
+      OSError: if nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / ".lock", "a"))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{_WHERE}: nothing can be written to folder ({error.strerror}). Choose another "
+                "one, or allow writing there",
+                os.fspath(folder),
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(
+                f"{_WHERE}: another run is using folder={os.fspath(folder)!r}. Choose another "
+                "folder, or wait until it ends."
+            ) from None
+        others = [name for name in (METRICS, CHECKPOINTS) if (folder / name).exists()]
+        if others and not (folder / CONFIG).exists():
+            raise ValueError(
+                f"{_WHERE}: folder={os.fspath(folder)!r} has {others[0]} but no {CONFIG}, so it "
+                "is not the folder of a run. Choose another one."
+            )
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False  # warnings are for the user, the rest is for the file
+        stack.callback(handler.close)
+        stack.callback(log.removeHandler, handler)
+        yield
+
+
+class Comparison(NamedTuple):
+    """How a run compares with that in its folder.
+
+    Attributes:
+      text: for ``config.toml``.
+      new: whether there is no run in the folder.
+      same: whether its settings, versions and devices are the same.
+    """
+
+    text: str
+    new: bool
+    same: bool
+
+
+def compare(
+    folder: Path, settings: Mapping[str, Any], run: Mapping[str, Any], *, force: bool
+) -> Comparison:
+    """Compares settings with those in the folder.
+
+    Args:
+      folder: of the run.
+      settings: the user's settings.
+      run: what `run` was called with.
+      force: whether settings may differ.
+
+    Raises:
+      ValueError: if settings differ. The message lists the differences.
+    """
+    new = {**settings, "run": dict(run)}
+    clash = {"run", "environment"} & settings.keys()
+    if clash:
+        raise ValueError(f"{_WHERE}: config has {min(clash)!r}, which {CONFIG} needs. Rename it.")
+    now = environment()
+    text = dumps({**new, "environment": now})
+    path = folder / CONFIG
+    if not path.exists():
+        return Comparison(text, new=True, same=False)
+    old = tomllib.loads(path.read_text(encoding="utf-8"))
+    before = old.pop("environment", {})
+    changes = _changes(flat(old), flat(tomllib.loads(dumps(new))))
+    if changes and not force:
+        raise ValueError(
+            f"{_WHERE}: folder={os.fspath(folder)!r} has a run with other settings:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another folder, undo the changes, or pass force=True to go on with them."
+        )
+    for change in changes:
+        log.warning("a setting has changed: %s", change)
+    unchanged = all(before.get(part) == now[part] for part in ("versions", "devices"))
+    return Comparison(text, new=False, same=unchanged and not changes)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a table and of the tables in it, by path."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        own = (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+        found |= own
+    return found
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that differs. More rounds are no change: they continue a run."""
+    names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+    if old.get("rounds", 0) < new.get("rounds", 0):
+        names.remove("rounds")
+    return [
+        f"{name} was {old.get(name, 'not set')!r}, and is {new.get(name, 'not set')!r}"
+        for name in names
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """The versions, the devices, and the commit of the working directory, if it has one."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    devices = jax.devices()
+    found: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "versions": versions,
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+            "mesh": {name: int(n) for name, n in jax.sharding.get_mesh().shape.items()},
+        },
+    }
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(commit, capture_output=True, text=True, timeout=10, check=True)
+        found["commit"] = done.stdout.strip()
+    return found

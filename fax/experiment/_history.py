@@ -1,0 +1,101 @@
+"""`metrics.csv`: a line for each round, with the metrics of the algorithm and evaluations."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from fax.data._atomic_write import sync_to_disk
+
+Row = Mapping[str, Any]
+
+
+def plain(value: Any) -> float | int:
+    """A scalar as a number of Python.
+
+    A float of 32 bits or less is the shortest decimal that stands for it: 0.1, and not
+    0.10000000149011612.
+    """
+    number = np.asarray(value)[()]
+    if number.dtype.kind in "iub":
+        return int(number)
+    return float(number) if number.dtype.itemsize > 4 else float(str(np.float32(number)))
+
+
+class Table:
+    """A CSV file with a column for each metric, to which rows are appended.
+
+    A line is in the file when `append` returns. Lines are only written whole; what a process that
+    was killed has left of one, and lines of rounds that are repeated, are removed by `rewrite`. A
+    metric that comes up later gets a new column, for which the whole file is written again.
+
+    Args:
+      path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._columns: list[str] = ["round"]
+        self._file: TextIO | None = None
+
+    def rewrite(self, rows: Sequence[Row]) -> None:
+        """Replaces the file by one with these rows, atomically."""
+        self.close()
+        self._columns = _columns(["round"], rows)
+        replace(self._path, _text([self._columns, *(self._cells(row) for row in rows)]))
+        self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+
+    def append(self, rows: Sequence[Row], before: Sequence[Row]) -> None:
+        """Adds rows to the file, which has those ``before``."""
+        if len(_columns(self._columns, rows)) > len(self._columns) or self._file is None:
+            self.rewrite([*before, *rows])
+            return
+        self._file.write(_text([self._cells(row) for row in rows]))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _cells(self, row: Row) -> list[Any]:
+        return [row.get(name, "") for name in self._columns]
+
+
+def replace(path: Path, text: str, *, sync: bool = True) -> None:
+    """Writes a file such that it has its old content or the new one.
+
+    With ``sync`` this also holds if the machine crashes. It then waits for the disk, which may take
+    long while a checkpoint is being written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    if sync:
+        sync_to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def _columns(known: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """The names of all metrics, in the order in which they came up."""
+    return list(dict.fromkeys([*known, *(name for row in rows for name in row)]))
+
+
+def _text(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def text_of(columns: Mapping[str, np.ndarray]) -> str:
+    """Arrays [n] as CSV, a column for each of them. Shorter ones are filled up with nothing."""
+    own = {name: [plain(x) for x in array] for name, array in columns.items() if array.ndim == 1}
+    rows = itertools.zip_longest(*own.values(), fillvalue="")
+    return _text([list(own), *rows])

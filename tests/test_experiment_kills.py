@@ -1,0 +1,39 @@
+"""Runs whose processes are killed at random moments, also while they save, and then go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import ENV
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("processes", "kills"),
+    [
+        pytest.param(1, 4),
+        pytest.param(2, 2),
+        pytest.param(1, 100, marks=pytest.mark.long),
+        pytest.param(2, 100, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_is_killed_ends_as_one_that_is_not(processes, kills, tmp_path):
+    done = subprocess.run(
+        [sys.executable, HERE / "kills.py", *map(str, (tmp_path, kills, processes, kills))],
+        env=ENV | {"PYTHONPATH": os.pathsep.join([ENV["PYTHONPATH"], str(HERE)])},
+        capture_output=True,
+        text=True,
+        timeout=100 + 15 * kills,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    whole, killed, counts = map(json.loads, lines)
+    assert whole == killed
+    assert len(whole["metrics"].splitlines()) == 25
+    assert counts["killed"] == kills
+    if kills > 10:
+        assert counts["in a checkpoint"] > 5
