@@ -48,8 +48,8 @@ def run(tmp_path):
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
-    *("experiment_callbacks", "experiment_output", "heterogeneous", "init", "inner_steps"),
-    "personal_parts",
+    *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
+    *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
