@@ -18,6 +18,7 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
+from fax.algorithms._in_flight import Sending, receive, send
 from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
     Replica,
@@ -228,29 +229,35 @@ def streaming_diloco(
             tuple(nothing(p) for p in range(len(parts))),
         )
 
-    def send(
+    def update_of(
         p: int,
         part: Fragment,
         state: StreamingDiLoCoState,
         here: jax.Array,
         n: jax.Array,
         key: jax.Array,
-    ) -> tuple[StreamingDiLoCoState, InFlight, dict[str, jax.Array]]:
+    ) -> tuple[InFlight, PyTree, PyTree, dict[str, jax.Array]]:
+        """What is sent of a fragment, the states of the aggregator and the model, and metrics."""
         rows, weights = state.replicas.rows, n if weighted else None
 
-        def update_of(params: PyTree, outer: dict) -> dict:
+        def change(params: PyTree, outer: dict) -> dict:
             return optax.tree.sub(pick(params, part), outer)
 
-        updates = fax.map(update_of, rows.params, fax.broadcast(pick(state.params, part)))
-        own = state.aggregators[p]
+        updates = fax.map(change, rows.params, fax.broadcast(pick(state.params, part)))
         update, heard, own, metrics = mean_update(
-            mean, updates, here, weights, own, key, specs, by_leaf=aggregator is None
+            mean,
+            updates,
+            here,
+            weights,
+            state.aggregators[p],
+            key,
+            specs,
+            by_leaf=aggregator is None,
         )
-        state = state._replace(aggregators=_with(state.aggregators, p, own))
+        model_state = state.model_state
         if p == len(state.optimizers) - 1:
-            own = mean_state(rows.model_state, here, weights, heard, state.model_state)
-            state = state._replace(model_state=own)
-        return state, InFlight(update, heard), metrics
+            model_state = mean_state(rows.model_state, here, weights, heard, model_state)
+        return InFlight(update, heard), own, model_state, metrics
 
     def outer_step(
         p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight
@@ -289,19 +296,39 @@ def streaming_diloco(
         assert part.key is not None
         keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(fragments))]
         in_flight = list(state.in_flight)
+        sending: dict[int, Sending] = {}
         begin, trained, sent_metrics = 0, [], []
-        for event in events_of(steps, len(fragments), tau):
-            if event.step > begin:
+
+        def arrived(state: StreamingDiLoCoState, p: int, result: tuple) -> StreamingDiLoCoState:
+            in_flight[p], own, model_state, metrics = result
+            sent_metrics.append(metrics)
+            if p == len(fragments) - 1:
+                state = state._replace(model_state=model_state)
+            return state._replace(aggregators=_with(state.aggregators, p, own))
+
+        for event in [*events_of(steps, len(fragments), tau), None]:
+            if event is not None and event.step > begin:
                 batches = between(part.batches, begin, event.step)
                 state, metrics = inner_steps(
                     loss, inner_optimizer, state, batches, part.first + begin, vectorize, specs
                 )
                 begin = event.step
                 trained.append(metrics)
+            due = [p for p in sending if event is None or p in event.landing]
+            if due:
+                own = [sending.pop(p) for p in due]
+                results, (rows, trained) = receive(own, (state.replicas, trained))
+                state = state._replace(replicas=rows)
+                for p, result in zip(due, results):
+                    state = arrived(state, p, result)
+            if event is None:
+                break
             for p in event.sent:
-                n = part.cohort.num_examples
-                state, in_flight[p], sent = send(p, fragments[p], state, here, n, keys[p])
-                sent_metrics.append(sent)
+                args = p, fragments[p], state, here, part.cohort.num_examples, keys[p]
+                if tau:
+                    sending[p] = send(update_of, *args)
+                else:
+                    state = arrived(state, p, update_of(*args))
             for p in event.landing:
                 landing, in_flight[p] = in_flight[p], None
                 assert landing is not None  # either from this period or from the last
