@@ -25,6 +25,30 @@ PyTree = Any
 _CROSSING = (collect_p, max_p, mean_p, min_p, sum_p)
 
 
+class Event(NamedTuple):
+    """After ``step`` steps of a period, some fragments are sent, and then others land."""
+
+    step: int
+    sent: list[int]
+    landing: list[int]
+
+
+def lands_at(p: int, steps: int, fragments: int) -> int:
+    """The step of a period after which a fragment lands. The last lands at its end."""
+    return p * steps // fragments - -steps // fragments
+
+
+def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
+    """The events of a period of ``steps`` steps, in order. The last is at its end."""
+    landing = [lands_at(p, steps, fragments) for p in range(fragments)]
+    # A fragment that lands early in a period was sent late in the one before.
+    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
+    return [
+        Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
+        for step in sorted({*sent, *landing})
+    ]
+
+
 class Sending(NamedTuple):
     """A computation of which everything is done up to its last reductions.
 
@@ -71,36 +95,35 @@ def receive(sending: Sequence[Sending], after: PyTree) -> tuple[list[PyTree], Py
 
 
 def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
-    """Two parts of a jaxpr: with its last reductions, and what has to wait for their results.
+    """A jaxpr in two: up to its last reductions, and what waits for their results.
 
-    The first returns the inputs of the second. As many of these as the number says are results of
-    reductions.
+    The first part returns the inputs of the second. The number says how many of these, the first
+    ones, are results of reductions.
     """
-    inner = jaxpr.jaxpr
-    crossing = [_crosses(eqn) for eqn in inner.eqns]
-    needed: set[Var] = set()  # before something is sent
-    for eqn, crosses in zip(reversed(inner.eqns), reversed(crossing)):
+    eqns, outvars = jaxpr.jaxpr.eqns, jaxpr.jaxpr.outvars
+    crossing = [_crosses(eqn) for eqn in eqns]
+    needed: set[Var] = set()  # by something that is sent
+    for eqn, crosses in zip(reversed(eqns), reversed(crossing)):
         if crosses or not needed.isdisjoint(eqn.outvars):
             needed.update(eqn.outvars, _jaxpr.variables(eqn.invars))
     sums: set[Var] = set()
-    waiting: set[Var] = set()
-    parts: tuple[list[JaxprEqn], list[JaxprEqn]] = [], []
-    for eqn, crosses in zip(inner.eqns, crossing):
+    late: set[Var] = set()
+    start: list[JaxprEqn] = []
+    rest: list[JaxprEqn] = []
+    for eqn, crosses in zip(eqns, crossing):
+        inputs = _jaxpr.variables(eqn.invars)
         if crosses:
             sums.update(eqn.outvars)
-        waits = needed.isdisjoint(eqn.outvars) and not (sums | waiting).isdisjoint(
-            _jaxpr.variables(eqn.invars)
-        )
-        if waits:
-            waiting.update(eqn.outvars)
-        parts[waits].append(eqn)
-    read = [atom for eqn in parts[1] for atom in eqn.invars]
-    between = dict.fromkeys(v for v in _jaxpr.variables([*read, *inner.outvars]))
-    own = [v for v in between if v not in waiting]
-    own.sort(key=lambda v: v not in sums)
-    start = _jaxpr.rebuild(jaxpr, inner.invars, own, parts[0])
-    rest = _jaxpr.rebuild(jaxpr, own, inner.outvars, parts[1])
-    return start, rest, sum(v in sums for v in own)
+        if needed.isdisjoint(eqn.outvars) and not (sums | late).isdisjoint(inputs):
+            late.update(eqn.outvars)
+            rest.append(eqn)
+        else:
+            start.append(eqn)
+    read = _jaxpr.variables([*(atom for eqn in rest for atom in eqn.invars), *outvars])
+    between = sorted({var: None for var in read if var not in late}, key=lambda v: v not in sums)
+    count = sum(var in sums for var in between)
+    first = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, between, start)
+    return first, _jaxpr.rebuild(jaxpr, between, outvars, rest), count
 
 
 def _crosses(eqn: JaxprEqn) -> bool:

@@ -18,7 +18,7 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
-from fax.algorithms._in_flight import Sending, receive, send
+from fax.algorithms._in_flight import Sending, events_of, lands_at, receive, send
 from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
     Replica,
@@ -69,30 +69,6 @@ class StreamingDiLoCoState(NamedTuple):
     model_state: PyTree
     aggregators: tuple[PyTree, ...]
     in_flight: tuple[InFlight | None, ...]
-
-
-class Event(NamedTuple):
-    """After ``step`` steps of a period, some fragments are sent, and then others land."""
-
-    step: int
-    sent: list[int]
-    landing: list[int]
-
-
-def _lands_at(p: int, steps: int, fragments: int) -> int:
-    """The step of a period after which a fragment lands. The last lands at its end."""
-    return p * steps // fragments - -steps // fragments
-
-
-def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
-    """The events of a period of ``steps`` steps, in order. The last is at its end."""
-    landing = [_lands_at(p, steps, fragments) for p in range(fragments)]
-    # A fragment that lands early in a period was sent late in the one before.
-    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
-    return [
-        Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
-        for step in sorted({*sent, *landing})
-    ]
 
 
 def streaming_diloco(
@@ -216,7 +192,7 @@ def streaming_diloco(
         parts = [pick(params, part) for part in cut_up(params)]
 
         def nothing(p: int) -> InFlight | None:
-            if _lands_at(p, steps, len(parts)) >= tau:
+            if lands_at(p, steps, len(parts)) >= tau:
                 return None
             return InFlight(optax.tree.zeros_like(parts[p]), jnp.bool_(False))
 
@@ -299,30 +275,35 @@ def streaming_diloco(
         sending: dict[int, Sending] = {}
         begin, trained, sent_metrics = 0, [], []
 
-        def arrived(state: StreamingDiLoCoState, p: int, result: tuple) -> StreamingDiLoCoState:
-            in_flight[p], own, model_state, metrics = result
+        def arrived(state: StreamingDiLoCoState, p: int, sums: tuple) -> StreamingDiLoCoState:
+            in_flight[p], own, model_state, metrics = sums
             sent_metrics.append(metrics)
             if p == len(fragments) - 1:
                 state = state._replace(model_state=model_state)
             return state._replace(aggregators=_with(state.aggregators, p, own))
 
-        for event in [*events_of(steps, len(fragments), tau), None]:
-            if event is not None and event.step > begin:
+        def received(
+            state: StreamingDiLoCoState, trained: list, due: list[int]
+        ) -> tuple[StreamingDiLoCoState, list]:
+            """Receives fragments. What comes next cannot begin before, nor be sent with them."""
+            if due:
+                own = [sending.pop(p) for p in due]
+                results, (rows, trained) = receive(own, (state.replicas, trained))
+                state = state._replace(replicas=rows)
+                for p, sums in zip(due, results):
+                    state = arrived(state, p, sums)
+            return state, trained
+
+        for event in events_of(steps, len(fragments), tau):
+            if event.step > begin:
                 batches = between(part.batches, begin, event.step)
                 state, metrics = inner_steps(
                     loss, inner_optimizer, state, batches, part.first + begin, vectorize, specs
                 )
                 begin = event.step
                 trained.append(metrics)
-            due = [p for p in sending if event is None or p in event.landing]
-            if due:
-                own = [sending.pop(p) for p in due]
-                results, (rows, trained) = receive(own, (state.replicas, trained))
-                state = state._replace(replicas=rows)
-                for p, result in zip(due, results):
-                    state = arrived(state, p, result)
-            if event is None:
-                break
+            due = [p for p in event.landing if p in sending]
+            state, trained = received(state, trained, due)
             for p in event.sent:
                 args = p, fragments[p], state, here, part.cohort.num_examples, keys[p]
                 if tau:
@@ -333,6 +314,7 @@ def streaming_diloco(
                 landing, in_flight[p] = in_flight[p], None
                 assert landing is not None  # either from this period or from the last
                 state = land(p, fragments[p], state, landing, here)
+        state, trained = received(state, trained, list(sending))
         metrics = fax.map(total, *trained)
         state = state._replace(in_flight=tuple(in_flight))
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))
