@@ -128,6 +128,16 @@ def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
 
 def _crosses(eqn: JaxprEqn) -> bool:
     """Whether an equation reduces over replicas, or gathers from them, at any depth."""
-    if eqn.primitive is federated_map_p:
+    if _is_map(eqn) or _reduces(eqn):
+        return _reduces(eqn)
+    return _jaxpr.any_inside(eqn, _reduces, inside=lambda each: not _is_map(each))
+
+
+def _is_map(eqn: JaxprEqn) -> bool:
+    return eqn.primitive is federated_map_p
+
+
+def _reduces(eqn: JaxprEqn) -> bool:
+    if _is_map(eqn):
         return any(out.mode != PLACED.mode for out in Round.of(eqn.params).outputs)
-    return eqn.primitive in _CROSSING or _jaxpr.any_inside(eqn, _crosses)
+    return eqn.primitive in _CROSSING
