@@ -96,7 +96,6 @@ def test_a_round_on_two_slices():
     (line,) = [line for line in lines if "between slices" in line and "64.0 KiB" in line]
     assert line.split()[:6] == ["clients", "all-reduce", "float32", "64.0", "KiB", "1"]
     assert line.endswith(f"between slices, in flight for {large[1].cycles_in_flight:,} cycles")
-    assert 0 <= large[1].cycles_in_flight < found.cycles / 2  # nothing is left to overlap it with
 
 
 @NEEDS_LIBTPU

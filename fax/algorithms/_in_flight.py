@@ -1,10 +1,10 @@
-"""Sums that are in flight while replicas take steps: nothing may use them before these steps.
+"""Sums that are in flight while replicas take steps: nothing uses them before these steps end.
 
 A compiler overlaps a sum over replicas with the steps that follow if nothing needs the sum before
-they end. The division that makes a mean of it, or the gathering of its parts within a replica, is
-enough to wait for it: compilers move such operations to an early place, and merge them with others.
-They also merge a small sum with a later one, which is then sent too late. So what follows the sums
-is computed after the steps, and a barrier keeps it there.
+they end. But compilers move what follows a sum, such as the division that makes a mean of it, to an
+early place, and merge it with other operations there. Then the sum is received before the steps.
+They also merge a small sum with a later one, and then it is sent after the steps. So what follows
+the sums is computed after the steps, and a barrier keeps it there.
 """
 
 from __future__ import annotations
