@@ -22,7 +22,8 @@ from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import PLACED, Round, federated_map_p
 
 PyTree = Any
-_CROSSING = (collect_p, max_p, mean_p, min_p, sum_p)
+# The last one is for what gathers in a `jax.shard_map` of its own.
+_CROSSING = (collect_p, max_p, mean_p, min_p, sum_p, lax.all_gather_p)
 
 
 class Event(NamedTuple):
