@@ -49,9 +49,17 @@ class Crossing(NamedTuple):
 
         return fax.map(one, updates) if self.across else updates
 
+    def crossed(self, update: PyTree) -> PyTree:
+        """An update that every device has computed for its own part."""
+        return self._as(self.across, update) if self.across else update
+
     def join(self, update: PyTree) -> PyTree:
         """An update after the sum."""
         return self._as(self.before, update) if self.across else update
+
+    def spec(self, name: str) -> PartitionSpec | None:
+        """How a leaf crosses, or None if that is left to the compiler."""
+        return self.across.get(name, self.before.get(name))
 
     def _as(self, specs: Specs, tree: PyTree) -> PyTree:
         place = reshard if self.explicit else lax.with_sharding_constraint
