@@ -82,10 +82,11 @@ def int8() -> Transformation:
 def e4m3() -> Transformation:
     """Rounds updates to 8-bit floats, E4M3: a sign, four bits of exponent, and three of mantissa.
 
-    A leaf x of a client's update has a power of two as its scale, s = 2^floor(log2 max abs(x)) / 128.
-    A number x_j becomes s times the E4M3 nearest to x_j / s, of two the one whose last bit is zero.
-    So relative errors are at most 1/16, for numbers down to 2^-13 times the largest, and those
-    below 2^-18 of it vanish. Derivatives are those of x, as if nothing were rounded.
+    A leaf x of a client's update has a power of two as its scale, 2^floor(log2 max abs(x)) / 128.
+    In units of this scale, a number x_j becomes the nearest number of this format. Ties go to the
+    one whose last bit is zero. So relative errors are at most 1/16 for numbers of at least 2^-13
+    times the largest, and numbers below 2^-18 of it vanish. Derivatives are those of x, as if
+    nothing were rounded.
 
     The rounded updates are float32, or float64 if the updates were. Replicas in a data center send
     each other eight bits for each number; see `fax.algorithms.diloco`.

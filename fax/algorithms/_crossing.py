@@ -49,10 +49,6 @@ class Crossing(NamedTuple):
 
         return fax.map(one, updates) if self.across else updates
 
-    def crossed(self, update: PyTree) -> PyTree:
-        """An update that every device has computed for its own part."""
-        return self._as(self.across, update) if self.across else update
-
     def join(self, update: PyTree) -> PyTree:
         """An update after the sum."""
         return self._as(self.before, update) if self.across else update
@@ -125,7 +121,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
     before: Specs = {}
     across: Specs = {}
     explicit = kinds == {AxisType.Explicit}
-    if len(kinds) == 1 and (typed or not explicit) and axes and tree_leaves(updates):
+    if len(kinds) == 1 and axes and tree_leaves(updates):
         for path, x in tree_flatten_with_path(updates)[0]:
             name = name_of(path)
             if explicit:
@@ -135,7 +131,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
             else:
                 continue
             wide = _wide(before[name], x.shape[1:], sizes)
-            if wide is not None:
+            if wide is not None and (typed or not explicit):
                 across[name] = wide
     return Crossing(before, across, explicit)
 
