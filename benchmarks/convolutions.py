@@ -25,7 +25,8 @@ from jax import lax
 
 import fax
 from fax.lowering.convolutions import _rewrite
-from fax.lowering.convolutions._matmul import Convolution, Way, best_way, convolve
+from fax.lowering.convolutions._convolution import Convolution, Way, best_way
+from fax.lowering.convolutions._matmul import convolve
 
 PyTree = Any
 

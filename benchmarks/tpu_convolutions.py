@@ -27,7 +27,8 @@ from jax import lax
 from tables import show
 from tpu_schedule import KINDS, cost, versions
 
-from fax.lowering.convolutions._matmul import Convolution, best_way, convolve
+from fax.lowering.convolutions._convolution import Convolution, best_way
+from fax.lowering.convolutions._matmul import convolve
 from fax.lowering.convolutions._max_pool import max_pool_cotangent
 
 STEPS, VECTORIZED = 8, (1, 4)

@@ -38,13 +38,14 @@ __version__ = "0.1.0"
 if _typing.TYPE_CHECKING:
     from fax import aggregators as aggregators
     from fax import algorithms as algorithms
+    from fax import deploy as deploy
     from fax import models as models
     from fax import tasks as tasks
 
 
 def __getattr__(name: str) -> object:
-    """Imports the subpackages that need optax or flax on first use."""
-    if name in ("aggregators", "algorithms", "models", "tasks"):
+    """Imports the subpackages that need more than JAX on first use."""
+    if name in ("aggregators", "algorithms", "deploy", "models", "tasks"):
         import importlib
 
         return importlib.import_module(f"fax.{name}")

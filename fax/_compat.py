@@ -145,6 +145,13 @@ def source_of(eqn: JaxprEqn) -> tuple[Any, Any]:
     return eqn.source_info.traceback, eqn.source_info.name_stack
 
 
+def frames_of(eqn: JaxprEqn) -> list[tuple[str, int]]:
+    """The files and lines of the calls that led to an equation, the innermost first."""
+    traceback: Any = eqn.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    return [(frame.file_name, frame.line_num) for frame in frames]
+
+
 def is_named_axis(effect: Any) -> bool:
     """Whether an effect only says that an axis name is used."""
     return type(effect).__name__ == "NamedAxisEffect"

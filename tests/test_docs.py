@@ -26,6 +26,7 @@ HOMES = [
     fax.metrics,
     fax.aggregators,
     fax.algorithms,
+    fax.deploy,
     fax.models,
     fax.tasks,
 ]

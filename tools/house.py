@@ -43,7 +43,10 @@ FLOORS = (
         "models": "benchmark models as pure functions of their parameters",
         "algorithms": "federated algorithms: pure functions of a server's state and a cohort",
     },
-    {"tasks": "data, a model, metrics and settings together"},
+    {
+        "tasks": "data, a model, metrics and settings together",
+        "deploy": "programs as plans that run where the data are, and their audits",
+    },
 )
 KNOWS = {part: knows for floor in FLOORS for part, knows in floor.items()}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

@@ -18,20 +18,20 @@ def of(report: Report) -> str:
     """The table of a report."""
     memory = report.memory
     parts = [_devices(report), "", "Memory of each device:"]
-    parts += _aligned(
+    parts += aligned(
         [
-            ("  arguments", _bytes(memory.argument_bytes)),
-            ("  results", _bytes(memory.output_bytes)),
-            ("    in place of arguments", _bytes(memory.aliased_bytes)),
-            ("  temporary", _bytes(memory.temporary_bytes)),
-            ("  at most", _bytes(memory.peak_bytes)),
+            ("  arguments", in_bytes(memory.argument_bytes)),
+            ("  results", in_bytes(memory.output_bytes)),
+            ("    in place of arguments", in_bytes(memory.aliased_bytes)),
+            ("  temporary", in_bytes(memory.temporary_bytes)),
+            ("  at most", in_bytes(memory.peak_bytes)),
         ],
         right=[1],
     )
     heading = "Collectives of each device in a call:"
     parts += ["", heading if report.collectives else "Nothing is sent."]
     rows = _rows(report.collectives)
-    parts += [f"  {line}" for line in _aligned([_HEADER, *rows], right=[3, 4, 5])] if rows else []
+    parts += [f"  {line}" for line in aligned([_HEADER, *rows], right=[3, 4, 5])] if rows else []
     parts += ["", *_costs(report)]
     return "\n".join(line.rstrip() for line in parts)
 
@@ -56,9 +56,9 @@ def _rows(found: Sequence[Collective]) -> list[tuple[str, ...]]:
             ", ".join(kind.axes),
             kind.operation,
             kind.dtype,
-            _bytes(kind.bytes),
+            in_bytes(kind.bytes),
             _bound(kind) + f"{count:,}",
-            _bound(kind) + _bytes(count * kind.bytes),
+            _bound(kind) + in_bytes(count * kind.bytes),
             _between_slices(own) if kind.between_slices else "",
         )
         rows.append(row)
@@ -94,7 +94,7 @@ def _costs(report: Report) -> list[str]:
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
     """Rows of cells as lines, in columns. Those with numbers are aligned on the right."""
     most = max(map(len, rows))
     filled = [[*row, *[""] * (most - len(row))] for row in rows]
@@ -108,7 +108,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
     ]
 
 
-def _bytes(number: int) -> str:
+def in_bytes(number: int) -> str:
     power = min(int(math.log2(number) // 10) if number else 0, 4)
     unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
     return f"{number} {unit}" if power == 0 else f"{number / 1024**power:,.1f} {unit}"

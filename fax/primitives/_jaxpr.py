@@ -104,14 +104,14 @@ def evaluate_in_steps(jaxpr: ClosedJaxpr, *operands: Any, plain: bool = False) -
     """
 
     def step(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-        called = _called(eqn)
-        if called is None or eqn.primitive is jit_p or not plain:
+        inner = called(eqn)
+        if inner is None or eqn.primitive is jit_p or not plain:
             try:
                 return bind(eqn, values)
             except Exception as error:
-                if called is None or not _compat.is_invalid_result_of_jit(error):
+                if inner is None or not _compat.is_invalid_result_of_jit(error):
                     raise
-        return evaluate_in_steps(called, *values, plain=plain)
+        return evaluate_in_steps(inner, *values, plain=plain)
 
     return interpret(jaxpr, operands, step)
 
@@ -148,7 +148,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return eval_jaxpr(rebuild(empty(), own, eqn.outvars, [eqn]).jaxpr, [], *own.values())
 
 
-def _called(eqn: JaxprEqn) -> ClosedJaxpr | None:
+def called(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """The jaxpr that an equation calls, if it does nothing else."""
     if eqn.primitive is remat_p:
         return ClosedJaxpr(eqn.params["jaxpr"], [])

@@ -27,7 +27,8 @@ from jax.custom_batching import custom_vmap
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core.primitives import conv_general_dilated_p, select_and_scatter_add_p
 
-from fax.lowering.convolutions._matmul import Convolution, best_way, convolve
+from fax.lowering.convolutions._convolution import Convolution, best_way
+from fax.lowering.convolutions._matmul import convolve
 from fax.lowering.convolutions._max_pool import is_max_pool, max_pool_cotangent
 from fax.primitives import _jaxpr
 from fax.primitives._jaxpr import AnyJaxpr, Replacement

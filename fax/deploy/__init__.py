@@ -1,0 +1,20 @@
+"""Programs as plans, which run where the data are: in other processes, and on devices."""
+
+from fax import _extras
+
+_extras.require("fax.deploy", "flatbuffers", "deploy")
+
+from fax.deploy._audit import Audit as Audit
+from fax.deploy._audit import Exchange as Exchange
+from fax.deploy._audit import Message as Message
+from fax.deploy._backend import Backend as Backend
+from fax.deploy._backend import ClientError as ClientError
+from fax.deploy._backend import InProcess as InProcess
+from fax.deploy._backend import combine as combine
+from fax.deploy._plan import Plan as Plan
+from fax.deploy._plan import cut as cut
+from fax.deploy._processes import Processes as Processes
+from fax.deploy._stages import Stage as Stage
+from fax.deploy._values import CutError as CutError
+from fax.deploy._values import Held as Held
+from fax.deploy._values import Row as Row

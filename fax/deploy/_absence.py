@@ -1,0 +1,267 @@
+"""Whether a plan's results are right without clients that fail: the degrees of values in sums.
+
+Without some clients, a sum is smaller. What the server computes is not biased by that if it stays
+the same when all sums are multiplied by a number: then it is a function of ratios of sums, such as
+a weighted mean. So each of the server's values has a degree d: with all sums multiplied by a > 0,
+the value is multiplied by a^d. Sums have degree 1. What does not come from clients has degree 0.
+
+    x y          adds degrees         x + y, max(x, y)    need equal degrees
+    x / y        subtracts them       f(x)                needs degree 0
+
+The same holds for what clients compute with what they receive. What decides branches and loops must
+have degree 0. Results of a program may have degree 1: they are sums over the clients that are
+there. A sum that is divided by the number of clients is an error, as by `fax.mean` without weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from jax.extend.core import JaxprEqn
+from jax.extend.core import primitives as p
+
+from fax.deploy._steps import (
+    Block,
+    Branch,
+    OnClients,
+    OnServer,
+    Pull,
+    Scan,
+    Send,
+    Set,
+    Step,
+    Take,
+    While,
+)
+from fax.deploy._values import CutError, Value, line_of
+from fax.primitives import _jaxpr
+from fax.primitives._reduce import mean_p
+
+
+@dataclasses.dataclass(frozen=True)
+class Degree:
+    """The degree of a value.
+
+    Attributes:
+      of: the degree, None for any, as zeros have.
+      known: the number that all elements are known to be.
+      clients: how many clients a sum is over, if the value is a sum.
+      guard: whether it only says where another value is zero, as added to a divisor.
+    """
+
+    of: Fraction | None = Fraction(0)
+    known: float | None = None
+    clients: int | None = None
+    guard: bool = False
+
+
+_ZERO, _ANY = Degree(), Degree(None, 0.0)
+# Some elements of the first operand, or sums of them, or their negatives.
+_STRUCTURE = {
+    *(p.reshape_p, p.broadcast_in_dim_p, p.transpose_p, p.squeeze_p, p.slice_p, p.rev_p, p.copy_p),
+    *(p.convert_element_type_p, p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p),
+    *(p.cummax_p, p.cummin_p, p.neg_p, p.abs_p, p.stop_gradient_p, p.reduce_precision_p),
+    *(p.gather_p, p.dynamic_slice_p),
+}
+_SUMS = {p.add_p, p.sub_p, p.add_jaxvals_p, p.concatenate_p, p.pad_p}
+_CHOICES = {p.max_p, p.min_p, p.clamp_p, p.select_n_p}  # known numbers are a guard, such as 1
+_COMPARISONS = {p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p}
+_PRODUCTS = {p.mul_p, p.dot_general_p, p.conv_general_dilated_p}
+_POWERS: dict[Any, Callable[[JaxprEqn], Fraction]] = {
+    p.sqrt_p: lambda eqn: Fraction(1, 2),
+    p.rsqrt_p: lambda eqn: Fraction(-1, 2),
+    p.square_p: lambda eqn: Fraction(2),
+    p.integer_pow_p: lambda eqn: Fraction(eqn.params["y"]),
+}
+_SCALE_FREE = {p.sign_p, p.is_finite_p, p.argmax_p, p.argmin_p}
+
+
+def check_absence(block: Block) -> None:
+    """Checks that results are right without some of the clients.
+
+    Raises:
+      CutError: if they may not be. It names the line.
+    """
+    _Checker().block(block, [_ZERO] * len(block.inputs))
+
+
+class _Checker:
+    def block(self, block: Block, degrees: Sequence[Degree]) -> list[Degree]:
+        """The degrees of a block's results."""
+        env = {value: _of_constant(x) for value, x in block.constants.items()}
+        env.update(zip(block.inputs, degrees, strict=True))
+        for step in block.steps:
+            given = [env[value] for value in step.operands]
+            if isinstance(step, OnServer):
+                self._server(step, env)
+                continue
+            env.update(zip(step.results, self._step(step, given), strict=True))
+        return [env[value] for value in block.outputs]
+
+    def _step(self, step: Step, given: list[Degree]) -> Sequence[Degree]:
+        match step:
+            case OnClients():
+                return self._stage(step, given)
+            case Take() | Pull() | Send():
+                return given[:1]
+            case Set():
+                return [_alike([given[0], given[2]], None)]
+            case Branch():
+                _need_zero(given[:1], "a branch depends on it", None)
+                found = [self.block(b, given[1:]) for b in step.branches]
+                return [_alike(each, None) for each in zip(*found, strict=True)]
+            case While():
+                one, other = step.reads
+                seen, read, carry = given[:one], given[one : one + other], given[one + other :]
+                carry = self._stable(carry, lambda now: self.block(step.body, [*read, *now]))
+                condition = self.block(step.condition, [*seen, *carry])
+                _need_zero(condition, "the condition of a loop depends on it", None)
+                return carry
+            case Scan():
+                return self._scan(step, given)
+        return [_ZERO] * len(step.results)
+
+    def _stage(self, step: OnClients, given: list[Degree]) -> list[Degree]:
+        stage = step.stage
+        degrees = [dataclasses.replace(own, known=None, clients=None) for own in given]
+        found: Sequence[Degree] = [_ZERO] * len(stage.outputs)
+        if any(own.of for own in degrees):
+            found = _jaxpr.interpret(stage.jaxpr, degrees, _equation, _of_constant)
+        return [
+            self._sent(step, aval, own) if mode == "sum" else own
+            for mode, aval, own in zip(stage.outputs, stage.jaxpr.out_avals, found, strict=True)
+        ]
+
+    def _sent(self, step: OnClients, aval: Any, own: Degree) -> Degree:
+        if np.issubdtype(aval.dtype, np.unsignedinteger):
+            raise CutError(
+                f"Stage {step.stage.name!r} sends unsigned integers to be summed, as a masked sum "
+                "does. Their masks cancel only if all clients take part."
+            )
+        return Degree(1 + (own.of or Fraction(0)), clients=None if own.of else step.size)
+
+    def _scan(self, step: Scan, given: list[Degree]) -> list[Degree]:
+        read = given[: step.reads]
+        carry = given[step.reads : step.reads + step.carries]
+        now = given[step.reads + step.carries :]
+        stacked: list[Degree] = []
+
+        def once(carried: list[Degree]) -> list[Degree]:
+            found = self.block(step.body, [*read, *carried, *now])
+            stacked[:] = found[step.carries :]
+            return found[: step.carries]
+
+        return [*self._stable(carry, once), *stacked]
+
+    def _stable(self, carry: list[Degree], once: Callable) -> list[Degree]:
+        """The degrees of what a loop carries, which are those at its start, or any for zeros."""
+        while True:
+            pairs = zip(carry, once(carry), strict=True)
+            found = [_alike([a, dataclasses.replace(b, known=None)], None) for a, b in pairs]
+            if found == carry:
+                return carry
+            carry = found
+
+    def _server(self, step: OnServer, env: dict[Value, Degree]) -> None:
+        for part in step.equations:
+            given = [env[value] for value in part.operands]
+            env.update(zip(part.results, _equation(part.eqn, given), strict=True))
+
+
+def _equation(eqn: JaxprEqn, given: Sequence[Degree]) -> Sequence[Degree]:
+    """The degrees of the results of an equation of the server."""
+    if eqn.primitive is mean_p and given[0].clients is not None:
+        raise _static(given[0].clients, eqn)
+    inner = _jaxpr.called(eqn)
+    if inner is not None:
+        return _jaxpr.interpret(inner, given, _equation, _of_constant)
+    return [_result(eqn, given)] * len(eqn.outvars)
+
+
+def _result(eqn: JaxprEqn, given: Sequence[Degree]) -> Degree:
+    kind = eqn.primitive
+    if kind in _STRUCTURE:
+        _need_zero(given[1:], "it is the number of an element", eqn)
+        keeps = kind in (p.broadcast_in_dim_p, p.convert_element_type_p, p.reshape_p)
+        return given[0] if keeps else dataclasses.replace(given[0], known=None)
+    if kind in _SUMS:
+        return _alike([d for d in given if not d.guard] or given, eqn)
+    if kind in _CHOICES:
+        if kind is p.select_n_p:
+            _need_zero(given[:1], "it decides between values", eqn)
+            given = given[1:]
+        return _alike([d for d in given if d.known is None] or given, eqn)
+    if kind in _COMPARISONS:
+        _alike(given, eqn)
+        return Degree(guard=kind is p.eq_p and any(d.known == 0 for d in given))
+    if kind in _PRODUCTS or kind is p.div_p:
+        return _product(eqn, *given)
+    if kind in _POWERS:
+        (own,) = given
+        return _ANY if own.of is None else Degree(own.of * _POWERS[kind](eqn))
+    if kind not in _SCALE_FREE:
+        _need_zero(given, f"{kind.name} is applied to it", eqn)
+    return _ZERO
+
+
+def _product(eqn: JaxprEqn, one: Degree, other: Degree) -> Degree:
+    divides = eqn.primitive is p.div_p
+    for total, factor in ((one, other), (other, one))[: 1 if divides else 2]:
+        if total.clients is not None and factor.known:
+            number = factor.known if divides else 1 / factor.known
+            if np.isclose(number, total.clients, rtol=1e-6):
+                raise _static(total.clients, eqn)
+    if one.of is None or (other.of is None and not divides):
+        return _ANY
+    if other.of is None:
+        return Degree(one.of)
+    clients = one.clients if other.known is not None else None
+    return Degree(one.of - other.of if divides else one.of + other.of, clients=clients)
+
+
+def _static(clients: int, eqn: JaxprEqn) -> CutError:
+    return CutError(
+        f"A sum over clients is divided by their number, {clients}{_at(eqn)}. Without clients that "
+        "fail, this would be too small. Divide by a sum over clients: pass weights= or where= to "
+        "fax.mean, for example weights of one."
+    )
+
+
+def _alike(given: Iterable[Degree], eqn: JaxprEqn | None) -> Degree:
+    """The degree that values have, if they have the same."""
+    definite = [d for d in given if d.of is not None]
+    degrees = {d.of for d in definite}
+    if len(degrees) > 1:
+        shown = " and ".join(map(str, sorted(d for d in degrees if d is not None)))
+        raise CutError(
+            f"Without clients that fail, sums over clients are smaller, and values of degrees "
+            f"{shown} in them are put together{_at(eqn)}. Use means whose weights are summed, too."
+        )
+    if not definite:
+        return _ANY
+    clients = {d.clients for d in definite}
+    return Degree(definite[0].of, clients=clients.pop() if len(clients) == 1 else None)
+
+
+def _need_zero(given: Iterable[Degree], why: str, eqn: JaxprEqn | None) -> None:
+    for own in given:
+        if own.of:
+            raise CutError(
+                "A sum over clients is smaller without those that fail, and is used as it is: "
+                f"{why}{_at(eqn)}. Use means whose weights are summed, too."
+            )
+
+
+def _of_constant(x: Any) -> Degree:
+    values = np.asarray(x) if not hasattr(x, "dtype") or x.dtype.kind in "biufc" else None
+    if values is None or not values.size or not (values == values.flat[0]).all():
+        return _ZERO
+    return Degree(Fraction(0), float(values.flat[0].real)) if values.flat[0] else _ANY
+
+
+def _at(eqn: JaxprEqn | None) -> str:
+    return "" if eqn is None else f", at {line_of(eqn)}"

@@ -1,0 +1,67 @@
+"""Plans on disk: what clients need to run their stages, and to check what they are asked for.
+
+    plan.json           the version of the format, and for each stage its file, types and modes
+    audit.txt           the audit as text, for people
+    <name>.stablehlo    a stage, as `jax.export` serializes it
+
+A stage is known by the SHA-256 hash of its file. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from fax.deploy._audit import Audit
+from fax.deploy._stages import Stage
+
+FORMAT = 1
+
+
+def save(
+    folder: str | os.PathLike, stages: Sequence[Stage], audit: Audit, platforms: Sequence[str]
+) -> None:
+    """Writes a plan. The manifest comes last, so that a folder with one is whole."""
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise FileExistsError(f"Plan.save: {path} is not empty; choose a new folder.")
+    described = {}
+    for number, stage in enumerate(stages, 1):
+        blob = stage.exported(platforms)
+        file = f"{number}_{stage.name.split()[0]}.stablehlo"
+        (path / file).write_bytes(blob)
+        described[hashlib.sha256(blob).hexdigest()] = {
+            "file": file,
+            "name": stage.name,
+            "inputs": list(stage.inputs),
+            "outputs": list(stage.outputs),
+            "input types": list(map(str, stage.jaxpr.in_avals)),
+            "output types": list(map(str, stage.jaxpr.out_avals)),
+        }
+    manifest = {
+        "format": FORMAT,
+        "jax": jax.__version__,
+        "platforms": list(platforms),
+        "fetches": any(m.mode == "fetched" for m in _messages(audit)),
+        "stages": described,
+        "statements": audit.statements,
+        "chosen": audit.chosen,
+        "exchanges": [dataclasses.asdict(exchange) for exchange in audit.exchanges],
+    }
+    (path / "audit.txt").write_text(f"{audit}\n", encoding="utf-8")
+    written = path / "plan.json.part"
+    written.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    written.replace(path / "plan.json")
+
+
+def _messages(audit: Audit) -> Iterator[Any]:
+    for exchange in audit.exchanges:
+        yield from exchange.messages

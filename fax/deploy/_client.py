@@ -1,0 +1,301 @@
+"""A process that runs stages for some clients. It needs JAX, and neither fax nor the model's code.
+
+    python _client.py ADDRESS [--load MODULE:FUNCTION] [--number N] [--plan FOLDER]
+
+connects to a server, which sends stages and what they work on. The server gets only what a stage
+sends, or rows that it asks for. With ``--load``, the clients' data come from a function, called
+with the process's number, which returns ``{client: {name: array}}``. With ``--plan``, the process
+runs only the stages in a folder that `fax.deploy.Plan.save` wrote, and sends only what they send.
+
+A message is a JSON document followed by the bytes of its arrays. Nothing is pickled. The key of the
+connection is the first line of standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+# Messages
+
+LARGEST = 2**34  # bytes
+_SIZE = struct.Struct("<Q")
+
+
+class MessageError(ValueError):
+    """Bytes that are not a message."""
+
+
+def encode(message: Any) -> bytes:
+    """A message of None, bools, numbers, strings, lists, dicts with strings, bytes, and arrays."""
+    buffers: list[bytes] = []
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {str(name): plain(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(value) for value in x]
+        number = isinstance(x, bool | int | float) and not isinstance(x, np.generic)
+        if x is None or number or isinstance(x, str):
+            return x
+        if isinstance(x, bytes):
+            buffers.append(x)
+            return {"": "bytes", "size": len(x)}
+        impl = None
+        if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            impl, x = str(jax.random.key_impl(x)), jax.random.key_data(x)
+        array = np.asarray(x)
+        if array.dtype.hasobject:
+            raise TypeError(f"a message cannot hold a {type(x).__name__}")
+        buffers.append(array.tobytes())
+        return {"": "array", "dtype": array.dtype.name, "shape": list(array.shape), "key": impl}
+
+    text = json.dumps(plain(message)).encode()
+    return b"".join([_SIZE.pack(len(text)), text, *buffers])
+
+
+def decode(data: bytes) -> Any:
+    """The message that `encode` made. Arrays are NumPy's, and random keys JAX's.
+
+    Raises:
+      MessageError: if the bytes are anything else.
+    """
+    try:
+        (size,) = _SIZE.unpack_from(data)
+        end = _SIZE.size + size
+        if end > len(data):
+            raise MessageError("a message is truncated")
+        rest = memoryview(data)[end:]
+
+        def value(x: Any) -> Any:
+            nonlocal rest
+            if isinstance(x, list):
+                return [value(each) for each in x]
+            if not isinstance(x, dict):
+                return x
+            if "" not in x:
+                return {name: value(each) for name, each in x.items()}
+            own = _Buffer(x)
+            if own.size > len(rest):
+                raise MessageError("a message is truncated")
+            part, rest = rest[: own.size], rest[own.size :]
+            return own.read(part)
+
+        found = value(json.loads(data[_SIZE.size : end]))
+    except MessageError:
+        raise
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MessageError(f"not a message: {error}") from error
+    if len(rest):
+        raise MessageError(f"a message has {len(rest)} bytes too many")
+    return found
+
+
+class _Buffer:
+    """How the bytes of an array, or bytes, are described."""
+
+    def __init__(self, about: dict[str, Any]):
+        self.kind = about[""]
+        if self.kind == "bytes":
+            self.size = _count(about["size"])
+            return
+        self.dtype = jax.numpy.dtype(about["dtype"])
+        self.shape = tuple(map(_count, about["shape"]))
+        self.key = about["key"]
+        if self.kind != "array" or self.dtype.hasobject or not isinstance(self.key, str | None):
+            raise MessageError("not a message")
+        self.size = math.prod(self.shape) * self.dtype.itemsize
+        if self.size > LARGEST:
+            raise MessageError(f"an array of {self.size} bytes is too large")
+
+    def read(self, part: memoryview) -> Any:
+        if self.kind == "bytes":
+            return bytes(part)
+        array = np.frombuffer(part, self.dtype).reshape(self.shape)
+        if self.key is None:
+            return array
+        return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=self.key)
+
+
+def _count(x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, int) or x < 0:
+        raise MessageError("not a message")
+    return x
+
+
+# Stages
+
+
+class RefusedError(ValueError):
+    """The server asked for something that the client does not do."""
+
+
+class Clients:
+    """What the clients of a process hold, and the stages that they run.
+
+    Args:
+      data: what they hold at first, by client and name.
+      plan: the stages that they run, from the manifest of a saved plan; None for all that the
+        server sends.
+      folder: where the stages of the plan are.
+    """
+
+    def __init__(
+        self,
+        data: dict[Any, dict[str, Any]],
+        plan: dict[str, Any] | None = None,
+        folder: pathlib.Path | None = None,
+    ):
+        self._values = {
+            (client, name): x for client, own in data.items() for name, x in own.items()
+        }
+        self._plan = plan
+        self._stages: dict[str, Callable] = {}
+        for name, stage in (plan or {"stages": {}})["stages"].items():
+            assert folder is not None
+            blob = (folder / stage["file"]).read_bytes()
+            if hashlib.sha256(blob).hexdigest() != name:
+                raise RefusedError(f"{stage['file']} is not what the plan's manifest says.")
+            self._stages[name] = _loaded(blob)
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        """Does what the server asks for."""
+        return getattr(self, f"do_{request['do']}")(**request["with"])
+
+    def do_about(self) -> list[Any]:
+        """What clients hold: name, dtype and shape."""
+        return [
+            [client, name, str(np.asarray(x).dtype), list(np.shape(x))]
+            for (client, name), x in self._values.items()
+        ]
+
+    def do_stage(self, name: str, blob: bytes) -> None:
+        if hashlib.sha256(blob).hexdigest() != name:
+            raise RefusedError("a stage is not what its name says")
+        if self._plan is not None:
+            raise RefusedError("a stage is not in the plan that this client was given")
+        self._stages[name] = _loaded(blob)
+
+    def do_put(self, clients: list[Any], slots: list[str], values: list[Any]) -> None:
+        for client, slot, value in zip(clients, slots, values, strict=True):
+            self._values[client, slot] = value
+
+    def do_fetch(self, rows: list[Any]) -> list[Any]:
+        if self._plan is not None and not self._plan["fetches"]:
+            raise RefusedError("the plan that this client was given fetches no rows")
+        return [self._values[client, slot] for client, slot in rows]
+
+    def do_free(self, rows: list[Any]) -> None:
+        for client, slot in rows:
+            self._values.pop((client, slot), None)
+
+    def do_run(self, stage: str, shared: list[Any], jobs: list[Any]) -> list[list[Any]]:
+        """Runs a stage for some clients, and returns what each of them sends.
+
+        ``shared`` has the values that are the same for all, and None at the others. A job is a
+        client, its other operands, each of which is the name of what it holds or a value, and for
+        each output the name under which it stays, or None if it is sent.
+        """
+        if stage not in self._stages:
+            raise RefusedError("a stage is unknown")
+        run, sent = self._stages[stage], []
+        for client, own, keep in jobs:
+            self._check(stage, keep)
+            rest = iter(own)
+            operands = [self._own(client, next(rest)) if x is None else x for x in shared]
+            made = run(*operands)
+            for name, value in zip(keep, made, strict=True):
+                if name is not None:
+                    self._values[client, name] = value
+            sent.append([x for name, x in zip(keep, made, strict=True) if name is None])
+        return sent
+
+    def _own(self, client: Any, x: Any) -> Any:
+        return self._values[client, x] if isinstance(x, str) else x
+
+    def _check(self, stage: str, keep: Sequence[str | None]) -> None:
+        if self._plan is None:
+            return
+        stays = [mode == "placed" for mode in self._plan["stages"][stage]["outputs"]]
+        if [name is not None for name in keep] != stays:
+            raise RefusedError("a result would be sent that stays with the client in the plan")
+
+
+def _loaded(blob: bytes) -> Callable:
+    return jax.jit(export.deserialize(bytearray(blob)).call)
+
+
+def read_plan(folder: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a saved plan."""
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    if plan.get("format") != 1:
+        raise RefusedError(f"{folder} has format {plan.get('format')!r}, expected 1.")
+    return plan
+
+
+def serve(link: Any, clients: Clients) -> None:
+    """Answers requests until the server stops or is gone."""
+    while True:
+        try:
+            data = link.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        number = None
+        try:
+            request = decode(data)
+            number = _count(request["number"])
+            if request["do"] == "stop":
+                return
+            answer = {"number": number, "result": clients.answer(request)}
+        except Exception as error:
+            answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
+        link.send_bytes(encode(answer))
+
+
+def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
+    module, _, function = name.rpartition(":")
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location("clients_data", module)
+        assert spec is not None
+        assert spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    else:
+        found = importlib.import_module(module)
+    return getattr(found, function)(number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("address", help="HOST:PORT of the server")
+    parser.add_argument("--load", help="MODULE:FUNCTION or FILE.py:FUNCTION for the clients' data")
+    parser.add_argument("--number", type=int, default=0, help="the number of this process")
+    parser.add_argument("--plan", type=pathlib.Path, help="a folder with a saved plan")
+    args = parser.parse_args()
+    host, _, port = args.address.rpartition(":")
+    key = sys.stdin.readline().strip().encode()
+    data = _load(args.load, args.number) if args.load else {}
+    plan = None if args.plan is None else read_plan(args.plan)
+    clients = Clients(data, plan, args.plan)
+    with connection.Client((host, int(port)), authkey=key) as link:
+        link.send_bytes(encode({"number": args.number, "pid": os.getpid()}))
+        serve(link, clients)
+
+
+if __name__ == "__main__":
+    main()

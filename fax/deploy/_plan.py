@@ -1,0 +1,249 @@
+"""Plans: a program divided into stages of the server and of the clients, and how it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fax import _arguments
+from fax.data import Gathered
+from fax.deploy._absence import check_absence
+from fax.deploy._artifacts import save
+from fax.deploy._audit import Audit, audit
+from fax.deploy._backend import Backend, ClientError
+from fax.deploy._cut import Cutter
+from fax.deploy._runner import Runner, fetch
+from fax.deploy._stages import PLATFORMS, Stage
+from fax.deploy._steps import Block, rows_of
+from fax.deploy._values import CutError, Held
+
+PyTree = Any
+# The fields of a `fax.data.Cohort` that are clients' data.
+DATA = ("batches", "mask", "num_examples")
+
+
+def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = False) -> Plan:
+    """Divides a program into what the server does and what each client does.
+
+    Clients run the function of every `fax.map`, each on its own rows, and send only what is
+    reduced. Everything else is the server's. Gradients, loops and branches work as in the program.
+    The program is only traced: values of ``args`` are not looked at.
+
+    Args:
+      fn: a function that calls programs, such as an algorithm's ``round``.
+      *args: its arguments, or their shapes and dtypes as `jax.ShapeDtypeStruct`.
+      held: which leaves of the arguments the clients hold: those with one of these names in their
+        path, of a field, or a key of a dict. The leading axis of each has a row for each client.
+        Default: the batches, the mask and the number of examples of a `fax.data.Cohort`. Add
+        the names of state that clients keep, such as ``clients`` for `fax.algorithms.scaffold`.
+      pull: whether the server may fetch rows where it needs them. The audit lists where it does.
+
+    Returns:
+      The plan.
+
+    Raises:
+      CutError: if the server needs the rows of clients and ``pull`` is False, if no leaf has one of
+        the names, if a client function has effects, or if the cohort's examples are on the server.
+
+    Example:
+
+      >>> @fax.program(clients=3)
+      ... def mean_length(words):
+      ...     return fax.mean(fax.map(lambda w: jnp.sum(w != 0), words["words"]))
+      >>> words = {"words": jnp.array([[7, 0, 0], [7, 7, 0], [7, 7, 7]])}
+      >>> plan = fax.deploy.cut(mean_length, words, held=["words"])
+      >>> float(plan.run(fax.deploy.InProcess(), words))
+      2.0
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(args)
+    _refuse_resident(args)
+    where = [bool({_name(key) for key in path} & set(held)) for path, _ in paths]
+    _check_names(held, paths)
+    types = [_type(x) for _, x in paths]
+    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, types))
+    cutter = Cutter(pull)
+    block = cutter.block(jaxpr, [0 if own else None for own in where])
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    return Plan(
+        block, tuple(dict.fromkeys(block.stages())), tree, jax.tree.structure(out), tuple(names)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A program as steps of the server and stages of the clients. See `cut`.
+
+    Attributes:
+      stages: what clients compute, each function once.
+    """
+
+    _block: Block
+    stages: tuple[Stage, ...]
+    _arguments: Any
+    _results: Any
+    _names: tuple[str, ...]
+
+    def run(
+        self,
+        backend: Backend,
+        *args: PyTree,
+        clients: Sequence[Hashable] | None = None,
+        quorum: int | None = None,
+    ) -> PyTree:
+        """Runs the plan. The values are those of the program up to rounding.
+
+        Args:
+          backend: where clients run.
+          *args: the arguments of the program. What clients hold is a `Held`; if it is an array, its
+            rows are sent to the clients first.
+          clients: the names of the clients, in the order of the rows. Default: those that hold the
+            arguments, or the numbers from 0.
+          quorum: the least number of clients of a stage that must be left, if others fail. The run
+            then starts again without these, so its results are those of a program in which they are
+            left out, for example by ``where=``. Default: it ends if any client fails.
+
+        Returns:
+          The program's results. Those with a row for each client are `Held`: they stay there, and
+          ``fetch`` brings them.
+
+        Raises:
+          ValueError: if arguments differ from those that the plan was made for, or rows of one
+            participant are with different clients.
+          CutError: if there is a ``quorum``, and results would be wrong without some clients, for
+            example because `fax.mean` without weights divides by the number of all of them.
+          ClientError: if a client fails, or with ``quorum``, if too few are left.
+        """
+        if quorum is not None:
+            _arguments.count("Plan.run", "quorum", quorum)
+            check_absence(self._block)
+        leaves, tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, Held))
+        if tree != self._arguments:
+            raise ValueError(
+                f"Plan.run: the arguments have the structure {tree}, expected that of the "
+                f"arguments of fax.deploy.cut: {self._arguments}."
+            )
+        runner = Runner(backend, clients, leaves, quorum)
+        for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
+            _check_type(name, x, value)
+        given: list[Any] = []
+        while True:
+            try:
+                given = given or list(self._placed(runner, leaves))
+                found = self._block.run(runner, given)
+                return jax.tree.unflatten(self._results, found)
+            except ClientError as error:
+                if quorum is None or runner.failed.issuperset(error.clients):
+                    raise
+                # From the start, because all sums must be over the same clients. A stage only adds
+                # to what clients hold, so nothing has changed.
+                runner.failed.update(error.clients)
+
+    def _placed(self, runner: Runner, leaves: Sequence[Any]) -> Iterator[Any]:
+        """The arguments, those that clients hold with them."""
+        for x, value in zip(leaves, self._block.inputs, strict=True):
+            if value.held and not isinstance(x, Held):
+                names, rows = runner.send(rows_of(jnp.asarray(x), 0), None)
+                x = Held(tuple(rows), names, value.aval.shape, value.aval.dtype)
+            yield x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype)
+
+    def audit(self) -> Audit:
+        """What the plan moves, and how each input of the clients can reach the server.
+
+        Example:
+
+          >>> @fax.program(clients=3)
+          ... def mean_length(words):
+          ...     return fax.mean(fax.map(lambda w: jnp.sum(w != 0), words["words"]))
+          >>> words = {"words": jax.ShapeDtypeStruct((3, 8), jnp.int32)}
+          >>> plan = fax.deploy.cut(mean_length, words, held=["words"])
+          >>> plan.audit().statements
+          {"[0]['words']": 'only through sums over 3'}
+        """
+        return audit(self._block, self._names)
+
+    def save(self, folder: str | os.PathLike, platforms: Sequence[str] = PLATFORMS) -> None:
+        """Writes the stages and the audit to a new folder, for clients that have JAX alone.
+
+        The file ``fax/deploy/_client.py`` runs them on a machine without fax; see `Processes`.
+
+        Args:
+          folder: where to. It may exist if it is empty.
+          platforms: what the stages are compiled for.
+
+        Raises:
+          FileExistsError: if the folder is not empty.
+        """
+        save(folder, self.stages, self.audit(), platforms)
+
+    def fetch(self, backend: Backend, tree: PyTree) -> PyTree:
+        """The values with every `Held` replaced by an array of its rows."""
+
+        def fetched(x: Any) -> Any:
+            if not isinstance(x, Held):
+                return x
+            return jnp.stack([jnp.asarray(row) for row in fetch(backend, x)], x.axis)
+
+        return jax.tree.map(fetched, tree, is_leaf=lambda x: isinstance(x, Held))
+
+
+def _refuse_resident(args: PyTree) -> None:
+    def is_gathered(x: Any) -> bool:
+        return isinstance(x, Gathered)
+
+    if any(map(is_gathered, jax.tree.leaves(args, is_leaf=is_gathered))):
+        raise CutError(
+            "fax.deploy.cut: the cohort's batches are rows of examples that are all on the server. "
+            "Make cohorts that clients can hold by fax.data.cohorts(..., resident=False)."
+        )
+
+
+def _check_names(held: Collection[str], paths: Sequence[Any]) -> None:
+    known = {_name(key) for path, _ in paths for key in path}
+    missing = [name for name in held if name not in known]
+    if missing and set(held) != set(DATA):
+        raise CutError(
+            f"fax.deploy.cut: held names {missing[0]!r}, which is in no path of the arguments. "
+            f"Their names are {sorted(name for name in known if isinstance(name, str))}."
+        )
+
+
+def _name(key: Any) -> Any:
+    """The name of a field or the key of a dict in a path."""
+    return getattr(key, "name", getattr(key, "key", None))
+
+
+@functools.singledispatch
+def _type(x: Any) -> Any:
+    aval = jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+@_type.register
+def _(x: Held) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@_type.register
+def _(x: jax.ShapeDtypeStruct) -> Any:
+    return x
+
+
+def _check_type(name: str, x: Any, value: Any) -> None:
+    own = _type(x)
+    if (own.shape, own.dtype) != (value.aval.shape, value.aval.dtype):
+        raise ValueError(
+            f"Plan.run: {name} is {own.dtype}{list(own.shape)}, expected "
+            f"{value.aval.dtype}{list(value.aval.shape)}, as when the plan was made."
+        )
+    if isinstance(x, Held) and not value.held:
+        raise ValueError(
+            f"Plan.run: {name} is held by clients, but the plan was made for a value of the "
+            "server; add its name to held= of fax.deploy.cut."
+        )

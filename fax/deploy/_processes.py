@@ -1,0 +1,259 @@
+"""Clients in processes of their own on this machine, which share nothing with the server."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import pathlib
+import time
+import weakref
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fax import _arguments
+from fax.deploy import _client as runtime
+from fax.deploy import _links
+from fax.deploy._backend import ClientError, combine
+from fax.deploy._links import Link, LinkError
+from fax.deploy._stages import Stage
+from fax.deploy._values import Held, Row
+
+
+class Processes:
+    """Clients in processes on this machine. A process runs several clients one after another.
+
+    The processes run `fax/deploy/_client.py` with JAX alone. They hold what is put there, or the
+    data that they load themselves, and send what stages send. Everything goes over sockets of this
+    machine's loopback interface, with a key that only these processes know.
+
+    Args:
+      number: how many processes.
+      load: ``"module:function"`` or ``"file.py:function"``, called in each process with its number,
+        which returns the data of its clients, ``{client: {name: array}}``. Clients are ints or
+        strings. See `held`.
+      plan: a folder that `Plan.save` wrote. The processes then run only its stages.
+      timeout: seconds to wait for a process to start, and for the clients of a stage to answer.
+        Answers that come later are ignored.
+
+    Raises:
+      ClientError: in any method, if a process fails, ends, or does not answer in time.
+
+    Example::
+
+      with fax.deploy.Processes(4) as backend:
+          state, metrics = plan.run(backend, state, cohort)
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        load: str | None = None,
+        plan: str | os.PathLike | None = None,
+        timeout: float = 300.0,
+    ):
+        where = "fax.deploy.Processes"
+        _arguments.count(where, "number", number)
+        _arguments.number(where, "timeout", timeout, above=0)
+        self._timeout = timeout
+        self._slots = itertools.count()
+        self._freed: list[tuple[Hashable, str]] = []
+        self._home: dict[Hashable, int] = {}
+        self._known: list[set[str]] = [set() for _ in range(number)]
+        self._saved: dict[str, str] | None = None  # the names of stages, and their hashes
+        options = [] if load is None else ["--load", load]
+        if plan is not None:
+            options += ["--plan", os.fspath(plan)]
+            stages = runtime.read_plan(pathlib.Path(plan))["stages"]
+            self._saved = {stage["name"]: name for name, stage in stages.items()}
+        self._links = _links.start(number, options, timeout)
+        self._finalizer = weakref.finalize(self, _stop, self._links)
+        about = {i: dict[str, Any]() for i in range(number)} if load else {}
+        self._about = self._ask("about", about)
+        for process, rows in self._about.items():
+            for client, *_ in rows:
+                if self._home.setdefault(client, process) != process:
+                    raise ClientError(f"{where}: two processes have a client {client!r}.")
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def sent(self) -> int:
+        """The bytes of all messages to processes so far."""
+        return sum(link.sent for link in self._links)
+
+    @property
+    def received(self) -> int:
+        """The bytes of all messages from processes so far."""
+        return sum(link.received for link in self._links)
+
+    def stop(self) -> None:
+        """Stops the processes."""
+        self._finalizer()
+
+    def kill(self, process: int) -> None:
+        """Kills a process, to try what happens then."""
+        self._links[process].process.kill()
+        self._links[process].process.wait()
+
+    def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
+        """What the clients loaded, by name: for some clients, or for all in the order of names.
+
+        Raises:
+          ValueError: if an array has different shapes or dtypes at different clients, or is
+            missing at some.
+        """
+        types = {(c, n): (t, tuple(s)) for rows in self._about.values() for c, n, t, s in rows}
+        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))
+        chosen = everybody if clients is None else list(clients)
+        found = {}
+        for name in dict.fromkeys(name for _, name in types):
+            own = {types.get((client, name)) for client in chosen}
+            if len(own) != 1 or None in own:
+                raise ValueError(
+                    f"Processes.held: {name!r} differs between clients, expected one shape and "
+                    f"dtype: {sorted(map(str, own))}."
+                )
+            ((dtype, shape),) = own  # type: ignore[misc]
+            rows = tuple(Row(client, name) for client in chosen)
+            found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
+        return found
+
+    def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
+        made = [Row(client, self._slot()) for client in clients]
+        requests = {
+            process: {
+                "clients": [clients[i] for i in own],
+                "slots": [made[i].slot for i in own],
+                "values": [rows[i] for i in own],
+            }
+            for process, own in self._by_process(clients).items()
+        }
+        self._ask("put", requests)
+        return made
+
+    def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
+        self._free_now()
+        parts = self._by_process(clients)
+        name = self._deploy(stage, parts)
+        kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
+        shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
+        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
+        requests = {}
+        for process, numbers in parts.items():
+            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
+            requests[process] = {"stage": name, "shared": shared, "jobs": jobs}
+        sent: dict[int, list[Any]] = {}
+        for process, answer in self._ask("run", requests).items():
+            sent.update(zip(parts[process], answer, strict=True))
+        contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
+        return [
+            [Row(client, str(own[k])) for client, own in zip(clients, kept, strict=True)]
+            if mode == "placed"
+            else combine(mode, next(contributions))
+            for k, mode in enumerate(stage.outputs)
+        ]
+
+    def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        parts = self._by_process([row.client for row in rows])
+        requests = {
+            process: {"rows": [[rows[i].client, rows[i].slot] for i in own]}
+            for process, own in parts.items()
+        }
+        found: dict[int, Any] = {}
+        for process, answer in self._ask("fetch", requests).items():
+            found.update(zip(parts[process], answer, strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
+        self._freed += rows  # later, because this may be called at any moment
+
+    def _free_now(self) -> None:
+        freed, self._freed = self._freed, []
+        for process, own in self._by_process([client for client, _ in freed]).items():
+            with contextlib.suppress(LinkError):  # then it holds nothing any more
+                self._links[process].send("free", rows=[list(freed[i]) for i in own])
+
+    def _deploy(self, stage: Stage, processes: Iterable[int]) -> str:
+        """Sends a stage where it is not known yet, and returns its name there."""
+        if self._saved is not None:
+            if stage.name not in self._saved:
+                raise ClientError(
+                    f"The stage {stage.name!r} is not in the plan of these processes, which has "
+                    f"{list(self._saved)}."
+                )
+            return self._saved[stage.name]
+        name, blob = _exported(stage)
+        new = [process for process in processes if name not in self._known[process]]
+        self._ask("stage", {process: {"name": name, "blob": blob} for process in new})
+        for process in new:
+            self._known[process].add(name)
+        return name
+
+    def _by_process(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
+        """The numbers of the clients that each process runs."""
+        parts: dict[int, list[int]] = {}
+        for number, client in enumerate(clients):
+            home = self._home.setdefault(client, len(self._home) % len(self._links))
+            parts.setdefault(home, []).append(number)
+        return parts
+
+    def _slot(self) -> str:
+        return f"v{next(self._slots)}"
+
+    def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, Any]:
+        """Sends requests to processes, and waits for all answers, for as long as `timeout` says.
+
+        Raises:
+          ClientError: if some did not answer. It names all of their clients.
+        """
+        answers: dict[int, Any] = {}
+        failed: dict[int, LinkError] = {}
+        for process, what in requests.items():
+            try:
+                self._links[process].send(do, **what)
+            except LinkError as error:
+                failed[process] = error
+        end = time.monotonic() + self._timeout
+        for process in requests:
+            try:
+                if process not in failed:
+                    left = end - time.monotonic()
+                    answers[process] = self._links[process].receive(left)
+            except LinkError as error:
+                failed[process] = error
+        if failed:
+            text = "; ".join(f"process {process} {error}" for process, error in failed.items())
+            clients = [client for client, home in self._home.items() if home in failed]
+            raise ClientError(f"{text}. Clients that they run: {clients}.", clients)
+        return answers
+
+
+def _named(x: Any) -> Any:
+    """The name of what a client holds, or a value for it."""
+    return x.slot if isinstance(x, Row) else x
+
+
+_blobs: weakref.WeakKeyDictionary[Stage, tuple[str, bytes]] = weakref.WeakKeyDictionary()
+
+
+def _exported(stage: Stage) -> tuple[str, bytes]:
+    """The stage for CPUs, and its hash."""
+    if stage not in _blobs:
+        blob = stage.exported(["cpu"])
+        _blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
+    return _blobs[stage]
+
+
+def _stop(links: Iterable[Link]) -> None:
+    for link in links:
+        link.stop()

@@ -1,0 +1,89 @@
+"""Stages: what each client computes in one step of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import export
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr
+
+from fax.deploy._values import CutError
+from fax.primitives import _jaxpr
+from fax.primitives._compile_key import Structure
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """A function of what one client has and receives.
+
+    Attributes:
+      name: differs between the stages of a plan.
+      jaxpr: the function.
+      inputs: for each operand ``server``, the same for all clients, or ``placed``, its own row.
+      outputs: for each result ``placed``, which stays with the client, or how the server combines
+        what clients send: ``sum``, ``max`` or ``min``.
+    """
+
+    name: str
+    jaxpr: ClosedJaxpr
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """The jitted function. It returns a list."""
+        return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
+
+    def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
+        """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
+        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
+        return bytes(export.export(self.run, platforms=tuple(platforms))(*types).serialize())
+
+
+class Stages:
+    """The stages of a plan. Functions that compute the same are one stage."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Stage] = {}
+
+    def of(
+        self,
+        what: str,
+        fn: Callable[..., Sequence[Any]],
+        avals: Sequence[ShapedArray],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+    ) -> Stage:
+        """The stage of a function of one client's operands, whose types are ``avals``."""
+        jaxpr, consts = _jaxpr.trace(lambda *xs: list(fn(*xs)), avals)
+        if consts:
+            raise CutError(f"{what} closes over arrays; pass them as arguments.")
+        if jaxpr.effects:
+            raise CutError(
+                f"{what} has effects, such as a callback or printing, which clients cannot carry "
+                "out for the server. Remove them, for example jax.debug.print."
+            )
+        return self._known_as(what, jaxpr, tuple(inputs), tuple(outputs))
+
+    def keep(self, stage: Stage, wanted: Sequence[bool]) -> tuple[Stage, list[bool]]:
+        """A stage with only some of its results, and which of the operands it needs."""
+        jaxpr, used = _jaxpr.prune(stage.jaxpr, wanted)
+        inputs = itertools.compress(stage.inputs, used)
+        outputs = itertools.compress(stage.outputs, wanted)
+        what = stage.name.rpartition(" ")[0]
+        return self._known_as(what, jaxpr, tuple(inputs), tuple(outputs)), used
+
+    def _known_as(
+        self, what: str, jaxpr: ClosedJaxpr, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> Stage:
+        key = (Structure(jaxpr), tuple(jaxpr.in_avals), inputs, outputs)
+        name = f"{what} {len(self._known) + 1}"
+        return self._known.setdefault(key, Stage(name, jaxpr, inputs, outputs))

@@ -1,0 +1,106 @@
+"""Values of a plan: while it is made, where a value is; while it runs, references to rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import JaxprEqn
+
+import fax
+from fax import _compat
+
+
+class CutError(ValueError):
+    """A program cannot be divided into what the server does and what each client does."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value of a plan. Equal only to itself.
+
+    Attributes:
+      aval: its type.
+      axis: None if the server has it. Otherwise each client has a row of it, and this is the axis
+        of the rows.
+    """
+
+    aval: ShapedArray
+    axis: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self.axis is not None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """A row that a client holds.
+
+    Attributes:
+      client: whose row it is.
+      slot: its name at the client.
+    """
+
+    client: Hashable
+    slot: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Held:
+    """A placed value that stays with the clients. The server only knows where its rows are.
+
+    Attributes:
+      rows: a `Row` for each participant, None for one that failed.
+      clients: whose rows they are.
+      shape: of the whole value.
+      dtype: of the whole value.
+      axis: the axis of the rows.
+    """
+
+    rows: tuple[Row | None, ...]
+    clients: tuple[Hashable, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    axis: int = 0
+
+    def __repr__(self) -> str:
+        size = ",".join(map(str, self.shape))
+        return f"Held({self.dtype}[{size}], {len(self.rows)} rows along axis {self.axis})"
+
+
+def aval_of(var: Any) -> ShapedArray:
+    """The type of a variable of a jaxpr."""
+    return var.aval
+
+
+def row_of(aval: ShapedArray, axis: int) -> ShapedArray:
+    """The type of one row."""
+    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
+    return ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def of_rows(aval: ShapedArray, size: int, axis: int) -> ShapedArray:
+    """The type of a value with such rows."""
+    shape = (*aval.shape[:axis], size, *aval.shape[axis:])
+    return ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+_OPERATORS = pathlib.Path(fax.__file__).parent
+
+
+def line_of(eqn: JaxprEqn) -> str:
+    """The line that called an operator: a user's, or that of an algorithm or aggregator."""
+    for file, line in _compat.frames_of(eqn):
+        path = pathlib.Path(file)
+        if path.parent not in (_OPERATORS, _OPERATORS / "primitives") and not _of_jax(path):
+            return f"{file}:{line}"
+    return "an unknown line"
+
+
+def _of_jax(path: pathlib.Path) -> bool:
+    return path.is_relative_to(pathlib.Path(jax.__file__).parent)

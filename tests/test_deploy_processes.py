@@ -1,0 +1,341 @@
+"""Clients in processes of their own: they have JAX alone, and send what the plan says."""
+
+import json
+import random
+import signal
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import scripts
+from scripts import EXAMPLES
+
+import fax
+from fax import deploy
+from fax.deploy import _client as runtime
+from fax.deploy import _links
+
+CLIENTS = ["ann", "bob", "cleo"]
+# What each process does: it holds rows that would be recognized anywhere.
+DATA = """
+import atexit, pathlib, sys
+import numpy as np
+
+CLIENTS = ["ann", "bob", "cleo"]
+
+def rows(number):
+    return {CLIENTS[number]: {"x": np.arange(4.0) + 1234.5 * (number + 1)}}
+
+def at_exit():
+    assert not any(name.split(".")[0] in ("fax", "flax", "optax") for name in sys.modules)
+    pathlib.Path(__file__).with_name(f"left_{number_of_this}").touch()
+
+def load(number):
+    global number_of_this
+    number_of_this = number
+    atexit.register(at_exit)
+    return rows(number)
+"""
+
+
+@fax.program(clients=3)
+def squares(scale, x):
+    return fax.mean(fax.map(lambda s, x: jnp.sum((s * x) ** 2), fax.broadcast(scale), x))
+
+
+def steps(scale, rows):
+    """Three steps of gradient descent, and the rows of a client that stay there."""
+    step = jax.grad(lambda s: jnp.log(squares(s, rows["x"])))
+    scale = jax.lax.fori_loop(0, 3, lambda i, s: s - 0.1 * step(s), scale)
+    return scale, rows["x"] * scale
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Everything that the server sends and receives."""
+    found = []
+    send, receive = _links.Link.send, _links.Link.receive
+
+    def recorded_send(self, do, **what):
+        found.append(runtime.encode(what))
+        send(self, do, **what)
+
+    def recorded_receive(self, timeout):
+        answer = receive(self, timeout)
+        found.append(runtime.encode(answer))
+        return answer
+
+    monkeypatch.setattr(_links.Link, "send", recorded_send)
+    monkeypatch.setattr(_links.Link, "receive", recorded_receive)
+    return found
+
+
+def test_data_never_leave(tmp_path, traffic):
+    file = tmp_path / "own_data.py"
+    file.write_text(DATA)
+    names = {"__file__": str(file)}
+    exec(DATA, names)
+    rows = np.stack([names["rows"](i)[name]["x"] for i, name in enumerate(CLIENTS)])
+    plan = deploy.cut(steps, 1.5, {"x": rows}, held=["x"])
+    with deploy.Processes(3, load=f"{file}:load") as backend:
+        held = backend.held()
+        assert held["x"].clients == tuple(CLIENTS)
+        assert held["x"].shape == (3, 4)
+        found, own = plan.run(backend, 1.5, held)
+        expected = jax.jit(steps)(1.5, {"x": rows})
+        np.testing.assert_allclose(found, expected[0], rtol=1e-12)
+        everything = b"".join(traffic)
+        for row in rows:
+            assert row.tobytes() not in everything
+            assert all(struct.pack("d", x) not in everything for x in row)
+        np.testing.assert_allclose(plan.fetch(backend, own), expected[1], rtol=1e-12)
+    assert {f"left_{i}" for i in range(3)} <= {path.name for path in tmp_path.iterdir()}
+
+
+def placed(backend, x):
+    """An array whose rows are with clients 0, 1, 2 and so on."""
+    clients = tuple(range(len(x)))
+    return deploy.Held(tuple(backend.put(clients, list(x))), clients, x.shape, x.dtype)
+
+
+def array_bytes(message):
+    """The bytes of the arrays in a message."""
+    (size,) = struct.unpack_from("<Q", message)
+    return len(message) - 8 - size
+
+
+def test_a_process_that_dies_is_noticed_and_traffic_is_the_audits(traffic):
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    plan = deploy.cut(
+        squares_of_rows := (lambda s, r: squares(s, r["x"])), 1.5, {"x": x}, held=["x"]
+    )
+    with deploy.Processes(3) as backend:
+        rows = {"x": placed(backend, x)}
+        plan.run(backend, 1.5, rows)
+        traffic.clear()
+        np.testing.assert_allclose(plan.run(backend, 1.5, rows), squares_of_rows(1.5, {"x": x}))
+        (exchange,) = plan.audit().exchanges
+        sent = sum(map(array_bytes, traffic))
+        assert sent == exchange.clients * exchange.bytes("down", "row", "sum")
+        backend.kill(1)
+        with pytest.raises(deploy.ClientError, match=r"process 1 has ended with status -9.*\[1\]"):
+            plan.run(backend, 1.5, rows)
+
+
+def test_late_answers_are_ignored():
+    """A process that stops for a while is left out, and takes part again later."""
+
+    @fax.program(clients=3)
+    def mean(rows):
+        return fax.mean(rows["x"], weights=fax.map(lambda x: jnp.ones(()), rows["x"]))
+
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    plan = deploy.cut(mean, {"x": x}, held=["x"])
+    with deploy.Processes(3) as backend:
+        rows = {"x": placed(backend, x)}
+        np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+        process = backend._links[1].process
+        process.send_signal(signal.SIGSTOP)
+        backend._timeout = 1.0
+        for _ in range(2):
+            np.testing.assert_allclose(plan.run(backend, rows, quorum=2), x[[0, 2]].mean(0))
+        process.send_signal(signal.SIGCONT)
+        backend._timeout = 100.0
+        for _ in range(2):
+            np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+
+
+def test_a_function_that_fails_says_so(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def load(number):\n    raise SystemExit(7)\n")
+    with pytest.raises(deploy.ClientError, match="ended at its start, with status 7"):
+        deploy.Processes(1, load=f"{file}:load")
+
+
+def test_the_example(run):
+    text = run(EXAMPLES / "hand_over.py", "--rounds", 3)
+    assert "[1].batches['x']  only through sums over 3" in text
+    pattern = r"training loss ([\d.]+), accuracy on all digits ([\d.]+)%"
+    loss, accuracy = scripts.numbers(pattern, text)
+    assert loss < 2
+    assert accuracy > 20
+    assert "process 1 has ended with status -9. Clients that they run: ['client 1']." in text
+
+
+# Messages
+
+
+MESSAGE = {
+    "do": "run",
+    "with": {
+        "none": None,
+        "list": [1, 2.5, "text", True],
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "short": np.ones(3, ml_dtypes.bfloat16),
+        "empty": np.zeros((0, 2), np.float32),
+        "bytes": b"\x00\xff",
+        "scalar": np.float64(2.5),
+    },
+}
+
+
+def test_messages_come_back():
+    found = runtime.decode(runtime.encode(MESSAGE))
+    assert found["do"] == "run"
+    for name, value in MESSAGE["with"].items():
+        own = found["with"][name]
+        if isinstance(value, np.ndarray | np.generic):
+            assert own.dtype == value.dtype
+            np.testing.assert_array_equal(own, value)
+        else:
+            assert own == value
+    key = jax.random.key(3, impl="rbg")
+    own = runtime.decode(runtime.encode([key]))[0]
+    assert jax.random.key_impl(own) == jax.random.key_impl(key)
+    np.testing.assert_array_equal(jax.random.key_data(own), jax.random.key_data(key))
+
+
+def test_messages_hold_no_objects():
+    with pytest.raises(TypeError, match="cannot hold"):
+        runtime.encode([object()])
+
+
+def mutated(data, rng):
+    """The bytes with one of them changed, some left out, or some more."""
+    data, at = bytearray(data), rng.randrange(len(data))
+    match rng.randrange(4):
+        case 0:
+            data[at] ^= 1 << rng.randrange(8)
+        case 1:
+            del data[at:]
+        case 2:
+            del data[at : at + rng.randrange(1, 9)]
+        case 3:
+            data[at:at] = rng.randbytes(rng.randrange(1, 9))
+    return bytes(data)
+
+
+class Link:
+    """A connection with requests that are known."""
+
+    def __init__(self, requests):
+        self.requests, self.answers = list(requests), []
+
+    def recv_bytes(self):
+        if not self.requests:
+            raise EOFError
+        return self.requests.pop(0)
+
+    def send_bytes(self, data):
+        self.answers.append(runtime.decode(data))
+
+
+def test_a_client_survives_wrong_messages(tmp_path):
+    """Each of them gets an answer, and what the client holds is not changed by most of them."""
+    plan = deploy.cut(lambda s, r: squares(s, r["x"]), 1.5, {"x": np.ones((3, 4))}, held=["x"])
+    plan.save(tmp_path, ["cpu"])
+    manifest = runtime.read_plan(tmp_path)
+    (name,) = manifest["stages"]
+    clients = runtime.Clients({"ann": {"x": np.arange(4.0)}}, manifest, tmp_path)
+    job = ["ann", ["x"], [None]]
+    what = {"stage": name, "shared": [np.float64(2.0), None], "jobs": [job]}
+    right = runtime.encode({"number": 1, "do": "run", "with": what})
+    rng = random.Random(0)
+    wrong = [mutated(right, rng) for _ in range(1000)]
+    link = Link([*wrong, right])
+    runtime.serve(link, clients)
+    assert len(link.answers) == 1001
+    assert link.answers[-1]["result"] == [[np.sum((2 * np.arange(4.0)) ** 2)]]
+    secret = np.arange(4.0).tolist()
+    for answer in link.answers:
+        assert set(answer) in ({"number", "error"}, {"number", "result"})
+        if "result" in answer:  # a number of the request has changed
+            assert np.shape(answer["result"]) == (1, 1)
+        assert secret not in jax.tree.map(lambda x: np.asarray(x).tolist(), answer).values()
+
+
+def test_arrays_that_are_too_large():
+    (size,) = struct.unpack_from("<Q", data := runtime.encode([np.zeros(3)]))
+    text = data[8 : 8 + size].replace(b"[3]", b"[3000000000000]")
+    with pytest.raises(runtime.MessageError, match="too large"):
+        runtime.decode(struct.pack("<Q", len(text)) + text + bytes(24))
+
+
+# Saved plans
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan") / "squares"
+
+    @fax.program(clients=3)
+    def program(rows):
+        stays = fax.map(jnp.sin, rows["x"])
+        return fax.sum(fax.map(jnp.sum, stays)), stays
+
+    plan = deploy.cut(program, {"x": np.ones((3, 4))}, held=["x"])
+    plan.save(folder)
+    return folder, plan
+
+
+def test_what_is_saved(saved):
+    folder, plan = saved
+    manifest = json.loads((folder / "plan.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
+    assert manifest["statements"] == {"[0]['x']": "only through sums over 3"}
+    (stage,) = manifest["stages"].values()
+    assert sorted(stage["outputs"]) == ["placed", "sum"]
+    assert (folder / "audit.txt").read_text() == f"{plan.audit()}\n"
+    with pytest.raises(FileExistsError, match="not empty"):
+        plan.save(folder)
+
+
+def test_processes_with_a_plan(saved):
+    folder, plan = saved
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    other = deploy.cut(lambda rows: squares(2.0, rows["x"]), {"x": x}, held=["x"])
+    with deploy.Processes(1, plan=folder) as backend:
+        total, stays = plan.run(backend, {"x": x})
+        np.testing.assert_allclose(total, np.sin(x).sum())
+        with pytest.raises(deploy.ClientError, match="fetches no rows"):
+            plan.fetch(backend, stays)
+        with pytest.raises(deploy.ClientError):  # the plan has no such results
+            other.run(backend, {"x": x})
+
+
+def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
+    folder, _ = saved
+    manifest = runtime.read_plan(folder)
+    ((name, stage),) = manifest["stages"].items()
+    clients = runtime.Clients({0: {"x": np.ones(4)}}, manifest, folder)
+    keeps = ["kept" if mode == "placed" else None for mode in stage["outputs"]]
+
+    def run(keep, stage=name):
+        request = {"stage": stage, "shared": [None], "jobs": [[0, ["x"], keep]]}
+        return clients.answer({"do": "run", "with": request})
+
+    np.testing.assert_allclose(run(keeps)[0], [4 * np.sin(1.0)])
+    with pytest.raises(runtime.RefusedError, match="stays with the client"):
+        run([None, None])
+    with pytest.raises(runtime.RefusedError, match="unknown"):
+        run(keeps, "0" * 64)
+    with pytest.raises(runtime.RefusedError, match="fetches no rows"):
+        clients.answer({"do": "fetch", "with": {"rows": [[0, "kept"]]}})
+    blob = (folder / stage["file"]).read_bytes()
+    with pytest.raises(runtime.RefusedError, match="not in the plan"):
+        clients.answer({"do": "stage", "with": {"name": name, "blob": blob}})
+    for part in folder.iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    (tmp_path / stage["file"]).write_bytes(blob[:-1])
+    with pytest.raises(runtime.RefusedError, match="not what the plan's manifest says"):
+        runtime.Clients({}, manifest, tmp_path)
+
+
+def test_a_plan_of_another_format(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format": 2}')
+    with pytest.raises(runtime.RefusedError, match="format 2, expected 1"):
+        runtime.read_plan(tmp_path)
