@@ -127,8 +127,9 @@ def streaming_diloco(
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`; it computes -Δ_p from the updates θ_ip - θ_p. Default:
         ``chain(e3m0())``, which rounds them to four bits, sends these, and sums in float32; see
-        `diloco` for when bits are sent. Without rounding: ``mean()``. A private one makes a release for each fragment in each period, even
-        if no replica takes part, and all of them count; see `fax.aggregators.releases`.
+        `diloco` for when bits are sent. Without rounding: ``mean()``. A private one makes a release
+        for each fragment in each period, even if no replica takes part, and all of them count; see
+        `fax.aggregators.releases`.
       sharding: how each replica shards its parameters; see `diloco`.
       vectorize: the number of replicas that a device works on at once; see `diloco`.
 
