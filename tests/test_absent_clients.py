@@ -24,8 +24,10 @@ TRANSFORMATIONS = {
     "clip_by_norm": a.clip_by_norm(0.5),
     "drive": a.drive(),
     "e3m0": a.e3m0(),
+    "e4m3": a.e4m3(),
     "error_feedback": a.error_feedback(a.chain(a.top_k(3), a.e3m0()), num_clients=N, decay=0.9),
     "hadamard": a.hadamard(a.uniform_quantization(4)),
+    "int8": a.int8(),
     "non_finite": a.non_finite(),
     "terngrad": a.terngrad(),
     "top_k": a.top_k(1, per=4, values=a.e3m0()),
@@ -87,7 +89,10 @@ KINDS = ("dp_ftrl", "gaussian", "krum", "power_sgd", "secure_sum")
 DIFFERENTIATED = ("krum", "mean", "power_sgd")
 # Encodings and a scaling, client by client: before an aggregator other than the mean, what one of
 # them does, the others do.
-ALIKE = ("drive", "e3m0", "hadamard", "terngrad", "top_k", "clip_by_norm", "uniform_quantization")
+ALIKE = (
+    *("drive", "e3m0", "e4m3", "hadamard", "int8", "terngrad", "top_k"),
+    *("clip_by_norm", "uniform_quantization"),
+)
 FIRST = [
     pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE[:-2])) for name in TRANSFORMATIONS
 ]

@@ -213,6 +213,38 @@ def test_what_crosses_slices(target, kind, operation, axes, offset):
     assert (within.operation, within.axes, within.between_slices) == ("all-reduce", ("b",), False)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_computed_while_a_transfer_is_in_flight(late):
+    """A fusion of 5 cycles and, if it is received late, four trips of a loop of 10."""
+    attributes = (
+        'frontend_attributes={_xla_host_transfer_rendezvous="%s",_xla_megascale_target='
+        '"{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    cost = 'calls=%%none, backend_config={"estimated_cycles":"%d"}'
+    others = (
+        "%none (x: f32[4]) -> f32[4] {\n  ROOT %x = f32[4]{0} parameter(0)\n}\n"
+        "%condition (x: f32[4]) -> pred[] {\n  ROOT %c = pred[] constant(true)\n}\n"
+        "%body (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n"
+        f"  ROOT %f = f32[4]{{0}} fusion(%x), {cost % 10}\n}}"
+    )
+    loop = [f"%w = f32[4]{{0}} while(%p), condition=%condition, body=%body{NOTED}"]
+    received = ["%d = (f32[4]{0}, token[]) recv-done(%r), channel_id=1"]
+    between, unknown = found(
+        "%t = token[] after-all()",
+        f"%s = (f32[4]{{0}}, u32[], token[]) send(%p, %t), {attributes % 'one'}",
+        f"%b = f32[4]{{0}} fusion(%p), {cost % 5}",
+        f"%r = (f32[4]{{0}}, u32[], token[]) recv(%t), {attributes % 'one'}",
+        *(loop + received if late else received + loop),
+        f"%a = f32[4]{{0}} fusion(%w), {cost % 3}",
+        f"ROOT %o = (f32[4]{{0}}, u32[], token[]) send(%a, %t), {attributes % 'other'}",
+        others=others,
+        on=mesh(2, a=2, b=4),
+        partitions=4,
+    )
+    assert between.cycles_in_flight == (45 if late else 5)
+    assert unknown.cycles_in_flight is None
+
+
 def test_a_transfer_between_slices_that_cannot_be_read_is_an_error():
     line = (
         '%s = f32[] send(%p, %t), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'

@@ -18,6 +18,7 @@ from problems import SIZES, AdamW, Logistic, Nesterov, combine, numpy_batches
 import fax
 from fax.algorithms import diloco, layer_fragments, streaming_diloco
 from fax.algorithms._fragments import cut
+from fax.algorithms._in_flight import receive, send
 from fax.algorithms._streaming_diloco import events_of
 
 REPLICAS = len(SIZES)
@@ -612,7 +613,36 @@ def test_a_period_is_never_cut_short(data):
 # Settings
 
 
-def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one_sum(data):
+def test_what_follows_a_sum_waits_for_the_steps_in_between():
+    """Of two reductions, the first is needed for the second, and so is not held back."""
+
+    def update(rows, weights):
+        largest = fax.max(rows)
+        shares = fax.map(jnp.divide, rows, fax.broadcast(largest))
+        return {"mean": fax.mean(shares, weights=weights), "largest": largest + 1, "own": shares}
+
+    @fax.program(replicas=3)
+    def program(rows, weights, others):
+        sending = send(update, rows, weights)
+        others = fax.map(jnp.sin, others)
+        (found,), others = receive([sending], others)
+        return found, others
+
+    rows, weights, others = np.array([[1.0, 4], [3, 2], [2, 1]]), np.array([1.0, 2, 0]), np.ones(3)
+    found, after = program(rows, weights, others)
+    problems.assert_trees_close(after, np.sin(others))
+    shares = rows / rows.max(0)
+    expected = {"mean": weights @ shares / 3, "largest": rows.max(0) + 1, "own": shares}
+    problems.assert_trees_close(found, expected)
+    jaxpr = jax.make_jaxpr(program)(rows, weights, others).jaxpr
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    (barrier,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier")
+    held = sorted(made[var].primitive.name for var in barrier.invars)
+    # The sums of products and of weights, the others after their step, and the maximum.
+    assert held == ["federated_map"] * 3 + ["max"]
+
+
+def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_once(data):
     results = []
     for name in ("jitted", "vectorized", "a mesh of 2"):
         context, at_once = problems.setting(name, "replicas")
@@ -630,17 +660,23 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_costs_one
             if "mesh" in name:
                 state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 4)
                 found = fax.inspect.report(algorithm.round, state, cohort).collectives
-    assert [c.operation for c in found] == ["all-reduce"] * 2
-    assert [c.loops for c in found] == [0, 0]  # and inner steps are in loops
-    # The leaves of the fragment, and a few numbers.
-    small, large = sorted(c.bytes for c in found)
-    assert 8 * 3 < small <= 8 * 3 + 40
-    assert 8 * 12 < large <= 8 * 12 + 40
+    assert {c.loops for c in found} == {0}  # and inner steps are in loops
+    sent = [c for c in found if c.operation == "all-gather"]
+    # Half a byte for a number, a scale and a weight, of all replicas of a device.
+    assert sorted(c.bytes for c in sent) == [REPLICAS // 2 * (x + 8 + 8) for x in (2, 6)]
+    assert {c.dtype for c in sent} == {"uint8"}
+    others = [c for c in found if c not in sent]
+    assert sum(c.bytes for c in others) <= 40  # a few numbers
+    for state, metrics in results:
+        bits = metrics.pop("replicas/bits")
+        expected = 8 * (2 + 6 + 2 * 16) if state is results[-1][0] else 4 * 15 + 2 * 32
+        np.testing.assert_array_equal(bits, [expected] * REPLICAS)
     for found in results[1:]:
         problems.assert_trees_close(found, results[0], rtol=1e-9)
 
 
-def test_rates_can_be_differentiated(data):
+@pytest.mark.parametrize("tau", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_rates_can_be_differentiated(data, tau):
     (cohort,) = cohorts(data, 2)
 
     def after(rates):
@@ -651,7 +687,7 @@ def test_rates_can_be_differentiated(data):
             replicas=REPLICAS,
             steps=2,
             fragments=[["w"], ["b"]],
-            tau=0,
+            tau=tau,
             alpha=rates[2],
             aggregator=MEAN,
         )

@@ -95,6 +95,7 @@ def test_a_round_on_two_slices():
     assert lines[0] == "8 devices (TPU v5 lite) in 2 slices, mesh clients=8"
     (line,) = [line for line in lines if "between slices" in line and "64.0 KiB" in line]
     assert line.split()[:6] == ["clients", "all-reduce", "float32", "64.0", "KiB", "1"]
+    assert line.endswith(f"between slices, in flight for {large[1].cycles_in_flight:,} cycles")
 
 
 @NEEDS_LIBTPU

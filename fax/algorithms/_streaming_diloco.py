@@ -18,6 +18,7 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
+from fax.algorithms._in_flight import Sending, events_of, lands_at, receive, send
 from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
     Replica,
@@ -68,30 +69,6 @@ class StreamingDiLoCoState(NamedTuple):
     model_state: PyTree
     aggregators: tuple[PyTree, ...]
     in_flight: tuple[InFlight | None, ...]
-
-
-class Event(NamedTuple):
-    """After ``step`` steps of a period, some fragments are sent, and then others land."""
-
-    step: int
-    sent: list[int]
-    landing: list[int]
-
-
-def _lands_at(p: int, steps: int, fragments: int) -> int:
-    """The step of a period after which a fragment lands. The last lands at its end."""
-    return p * steps // fragments - -steps // fragments
-
-
-def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
-    """The events of a period of ``steps`` steps, in order. The last is at its end."""
-    landing = [_lands_at(p, steps, fragments) for p in range(fragments)]
-    # A fragment that lands early in a period was sent late in the one before.
-    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
-    return [
-        Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
-        for step in sorted({*sent, *landing})
-    ]
 
 
 def streaming_diloco(
@@ -149,9 +126,10 @@ def streaming_diloco(
       alpha: α, the share of its own parameters that a replica keeps, from 0 to 1.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`; it computes -Δ_p from the updates θ_ip - θ_p. Default:
-        ``chain(e3m0())``, which rounds them to four bits and sums them in float32. Without
-        rounding: ``mean()``. A private one makes a release for each fragment in each period, even
-        if no replica takes part, and all of them count; see `fax.aggregators.releases`.
+        ``chain(e3m0())``, which rounds them to four bits, sends these, and sums in float32; see
+        `diloco` for when bits are sent. Without rounding: ``mean()``. A private one makes a release
+        for each fragment in each period, even if no replica takes part, and all of them count; see
+        `fax.aggregators.releases`.
       sharding: how each replica shards its parameters; see `diloco`.
       vectorize: the number of replicas that a device works on at once; see `diloco`.
 
@@ -215,7 +193,7 @@ def streaming_diloco(
         parts = [pick(params, part) for part in cut_up(params)]
 
         def nothing(p: int) -> InFlight | None:
-            if _lands_at(p, steps, len(parts)) >= tau:
+            if lands_at(p, steps, len(parts)) >= tau:
                 return None
             return InFlight(optax.tree.zeros_like(parts[p]), jnp.bool_(False))
 
@@ -228,29 +206,35 @@ def streaming_diloco(
             tuple(nothing(p) for p in range(len(parts))),
         )
 
-    def send(
+    def update_of(
         p: int,
         part: Fragment,
         state: StreamingDiLoCoState,
         here: jax.Array,
         n: jax.Array,
         key: jax.Array,
-    ) -> tuple[StreamingDiLoCoState, InFlight, dict[str, jax.Array]]:
+    ) -> tuple[InFlight, PyTree, PyTree, dict[str, jax.Array]]:
+        """What is sent of a fragment, the states of the aggregator and the model, and metrics."""
         rows, weights = state.replicas.rows, n if weighted else None
 
-        def update_of(params: PyTree, outer: dict) -> dict:
+        def change(params: PyTree, outer: dict) -> dict:
             return optax.tree.sub(pick(params, part), outer)
 
-        updates = fax.map(update_of, rows.params, fax.broadcast(pick(state.params, part)))
-        own = state.aggregators[p]
+        updates = fax.map(change, rows.params, fax.broadcast(pick(state.params, part)))
         update, heard, own, metrics = mean_update(
-            mean, updates, here, weights, own, key, specs, by_leaf=aggregator is None
+            mean,
+            updates,
+            here,
+            weights,
+            state.aggregators[p],
+            key,
+            specs,
+            by_leaf=aggregator is None,
         )
-        state = state._replace(aggregators=_with(state.aggregators, p, own))
+        model_state = state.model_state
         if p == len(state.optimizers) - 1:
-            own = mean_state(rows.model_state, here, weights, heard, state.model_state)
-            state = state._replace(model_state=own)
-        return state, InFlight(update, heard), metrics
+            model_state = mean_state(rows.model_state, here, weights, heard, model_state)
+        return InFlight(update, heard), own, model_state, metrics
 
     def outer_step(
         p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight
@@ -289,7 +273,28 @@ def streaming_diloco(
         assert part.key is not None
         keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(fragments))]
         in_flight = list(state.in_flight)
+        sending: dict[int, Sending] = {}
         begin, trained, sent_metrics = 0, [], []
+
+        def arrived(state: StreamingDiLoCoState, p: int, sums: tuple) -> StreamingDiLoCoState:
+            in_flight[p], own, model_state, metrics = sums
+            sent_metrics.append(metrics)
+            if p == len(fragments) - 1:
+                state = state._replace(model_state=model_state)
+            return state._replace(aggregators=_with(state.aggregators, p, own))
+
+        def received(
+            state: StreamingDiLoCoState, trained: list, due: list[int]
+        ) -> tuple[StreamingDiLoCoState, list]:
+            """Receives fragments. What comes next cannot begin before, nor be sent with them."""
+            if due:
+                own = [sending.pop(p) for p in due]
+                results, (rows, trained) = receive(own, (state.replicas, trained))
+                state = state._replace(replicas=rows)
+                for p, sums in zip(due, results):
+                    state = arrived(state, p, sums)
+            return state, trained
+
         for event in events_of(steps, len(fragments), tau):
             if event.step > begin:
                 batches = between(part.batches, begin, event.step)
@@ -298,14 +303,19 @@ def streaming_diloco(
                 )
                 begin = event.step
                 trained.append(metrics)
+            due = [p for p in event.landing if p in sending]
+            state, trained = received(state, trained, due)
             for p in event.sent:
-                n = part.cohort.num_examples
-                state, in_flight[p], sent = send(p, fragments[p], state, here, n, keys[p])
-                sent_metrics.append(sent)
+                args = p, fragments[p], state, here, part.cohort.num_examples, keys[p]
+                if tau:
+                    sending[p] = send(update_of, *args)
+                else:
+                    state = arrived(state, p, update_of(*args))
             for p in event.landing:
                 landing, in_flight[p] = in_flight[p], None
                 assert landing is not None  # either from this period or from the last
                 state = land(p, fragments[p], state, landing, here)
+        state, trained = received(state, trained, list(sending))
         metrics = fax.map(total, *trained)
         state = state._replace(in_flight=tuple(in_flight))
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from fax.inspect._cycles import cycles_in_flight
 from fax.inspect._groups import Devices, groups_between_slices, groups_of
 from fax.inspect._hlo import Instruction, Module, operand_arrays
 from fax.inspect._loops import Run, runs
@@ -36,6 +37,9 @@ class Collective:
       loops: how many loops it is in.
       unknown_loops: of how many of these the number of trips is unknown.
       conditional: whether it is in a branch, which may not be taken.
+      cycles_in_flight: if it crosses slices, the cycles of what a device computes between sending
+        and receiving it, by the compiler's estimate, in one execution. Otherwise None, and also if
+        the program does not show where it is received.
     """
 
     operation: str
@@ -48,6 +52,7 @@ class Collective:
     loops: int
     unknown_loops: int
     conditional: bool
+    cycles_in_flight: int | None
 
     @property
     def total_bytes(self) -> int:
@@ -75,7 +80,7 @@ def _collectives(module: Module, devices: Devices) -> Iterator[Collective]:
         if fused and run.frame.name.startswith("all-reduce-scatter"):
             operation = "reduce-scatter"  # an all-reduce of which each device keeps its part
         if axes and not repeated:
-            yield _collective(run, operation, positions, axes, devices)
+            yield _collective(module, run, operation, positions, axes, devices)
 
 
 def _channel(instruction: Instruction) -> str | None:
@@ -110,6 +115,7 @@ def _groups(instruction: Instruction, devices: Devices) -> tuple[str, list[list[
 
 
 def _collective(
+    module: Module,
     run: Run,
     operation: str,
     positions: list[list[int]],
@@ -117,6 +123,8 @@ def _collective(
     devices: Devices,
 ) -> Collective:
     sent = operand_arrays(run.frame.own, run.instruction)
+    between_slices = devices.cross_slices(positions)
+    wait = cycles_in_flight(module, run.frame, run.instruction) if between_slices else None
     return Collective(
         operation=operation,
         axes=axes,
@@ -124,8 +132,9 @@ def _collective(
         bytes=sum(array.nbytes for array in sent),
         count=run.times,
         group_size=max(map(len, positions)),
-        between_slices=devices.cross_slices(positions),
+        between_slices=between_slices,
         loops=run.loops,
         unknown_loops=run.unknown_loops,
         conditional=run.conditional,
+        cycles_in_flight=wait,
     )

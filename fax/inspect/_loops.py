@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from fax.inspect._frames import Frame, called, entry
@@ -58,26 +58,35 @@ def total(module: Module, cost: Callable[[Frame, Instruction], int], *, fusions:
 
     With ``fusions``, instructions within fusions count; otherwise fusions are single instructions.
     """
+    start = entry(module)
+    return total_of(module, start, start.own.values(), cost, fusions=fusions)
 
-    def of(frame: Frame) -> Total:
-        value, unknown = 0, False
-        for instruction in frame.own.values():
-            value += cost(frame, instruction)
-            if instruction.opcode == "fusion" and not fusions:
-                continue
-            inner = called(module, frame, instruction)
-            found = [of(each) for each in inner]
-            unknown = unknown or any(each.unknown_loops for each in found)
-            if instruction.opcode == "while":
-                known = trips(module, frame, instruction)
-                unknown = unknown or (known is None and any(each.value for each in found))
-                for each, (more, _) in zip(inner, found, strict=True):
-                    times = 1 if known is None else known
-                    value += more * (times + (each.role == "condition"))
-            elif instruction.opcode == "conditional":
-                value += max((each.value for each in found), default=0)
-            else:
-                value += sum(each.value for each in found)
-        return Total(value, unknown)
 
-    return of(entry(module))
+def total_of(
+    module: Module,
+    frame: Frame,
+    instructions: Iterable[Instruction],
+    cost: Callable[[Frame, Instruction], int],
+    *,
+    fusions: bool,
+) -> Total:
+    """The same for some of the instructions of a computation, with all that these call."""
+    value, unknown = 0, False
+    for instruction in instructions:
+        value += cost(frame, instruction)
+        if instruction.opcode == "fusion" and not fusions:
+            continue
+        inner = called(module, frame, instruction)
+        found = [total_of(module, each, each.own.values(), cost, fusions=fusions) for each in inner]
+        unknown = unknown or any(each.unknown_loops for each in found)
+        if instruction.opcode == "while":
+            known = trips(module, frame, instruction)
+            unknown = unknown or (known is None and any(each.value for each in found))
+            for each, (more, _) in zip(inner, found, strict=True):
+                times = 1 if known is None else known
+                value += more * (times + (each.role == "condition"))
+        elif instruction.opcode == "conditional":
+            value += max((each.value for each in found), default=0)
+        else:
+            value += sum(each.value for each in found)
+    return Total(value, unknown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -47,21 +46,29 @@ def _devices(report: Report) -> str:
 
 def _rows(found: Sequence[Collective]) -> list[tuple[str, ...]]:
     """A line for all collectives that are alike, with how often they run together."""
-    alike: collections.Counter[Collective] = collections.Counter()
+    alike: dict[Collective, list[Collective]] = {}
     for each in found:
-        alike[dataclasses.replace(each, count=0)] += each.count
-    return [
-        (
-            ", ".join(each.axes),
-            each.operation,
-            each.dtype,
-            in_bytes(each.bytes),
-            _bound(each) + f"{count:,}",
-            _bound(each) + in_bytes(count * each.bytes),
-            "between slices" if each.between_slices else "",
+        alike.setdefault(dataclasses.replace(each, count=0, cycles_in_flight=None), []).append(each)
+    rows: list[tuple[str, ...]] = []
+    for kind, own in alike.items():
+        count = sum(each.count for each in own)
+        row = (
+            ", ".join(kind.axes),
+            kind.operation,
+            kind.dtype,
+            in_bytes(kind.bytes),
+            _bound(kind) + f"{count:,}",
+            _bound(kind) + in_bytes(count * kind.bytes),
+            _between_slices(own) if kind.between_slices else "",
         )
-        for each, count in alike.items()
-    ]
+        rows.append(row)
+    return rows
+
+
+def _between_slices(found: Sequence[Collective]) -> str:
+    known = [each.cycles_in_flight for each in found if each.cycles_in_flight is not None]
+    meanwhile = f", in flight for {min(known):,} cycles" if len(known) == len(found) else ""
+    return f"between slices{meanwhile}"
 
 
 def _bound(each: Collective) -> str:

@@ -1,0 +1,144 @@
+"""Sums that are in flight while replicas take steps: nothing uses them before these steps end.
+
+A compiler overlaps a sum over replicas with the steps that follow if nothing needs the sum before
+they end. But compilers move what follows a sum, such as the division that makes a mean of it, to an
+early place, and merge it with other operations there. Then the sum is received before the steps.
+They also merge a small sum with a later one, and then it is sent after the steps. So what follows
+the sums is computed after the steps, and a barrier keeps it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+
+from fax.primitives import _jaxpr
+from fax.primitives._collect import collect_p
+from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
+from fax.primitives._round import PLACED, Round, federated_map_p
+
+PyTree = Any
+# The last one is for what gathers in a `jax.shard_map` of its own.
+_CROSSING = (collect_p, max_p, mean_p, min_p, sum_p, lax.all_gather_p)
+
+
+class Event(NamedTuple):
+    """After ``step`` steps of a period, some fragments are sent, and then others land."""
+
+    step: int
+    sent: list[int]
+    landing: list[int]
+
+
+def lands_at(p: int, steps: int, fragments: int) -> int:
+    """The step of a period after which a fragment lands. The last lands at its end."""
+    return p * steps // fragments - -steps // fragments
+
+
+def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
+    """The events of a period of ``steps`` steps, in order. The last is at its end."""
+    landing = [lands_at(p, steps, fragments) for p in range(fragments)]
+    # A fragment that lands early in a period was sent late in the one before.
+    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
+    return [
+        Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
+        for step in sorted({*sent, *landing})
+    ]
+
+
+class Sending(NamedTuple):
+    """A computation of which everything is done up to its last reductions.
+
+    Attributes:
+      sums: the results of these reductions that the rest needs.
+      others: what else the rest needs.
+      rest: from sums and others to the leaves of the result.
+      treedef: of the result.
+    """
+
+    sums: list[jax.Array]
+    others: list[jax.Array]
+    rest: ClosedJaxpr
+    treedef: Any
+
+    def result(self) -> PyTree:
+        leaves = _jaxpr.evaluate(self.rest, *self.sums, *self.others)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def send(fn: Callable[..., PyTree], *args: Any) -> Sending:
+    """Evaluates a function up to its last reductions over replicas. Call it in a program."""
+    treedef = None
+
+    def flat() -> list[Any]:
+        nonlocal treedef
+        leaves, treedef = jax.tree.flatten(fn(*args))
+        return leaves
+
+    jaxpr, operands = _jaxpr.trace(flat, ())
+    start, rest, count = _split(jaxpr)
+    values = _jaxpr.evaluate(start, *operands)
+    return Sending(values[:count], values[count:], rest, treedef)
+
+
+def receive(sending: Sequence[Sending], after: PyTree) -> tuple[list[PyTree], PyTree]:
+    """The results of what was sent, computed after ``after``, which is returned, too.
+
+    What uses the ``after`` that is returned waits for the sums in turn. So a later sum of it cannot
+    be merged with these.
+    """
+    sums, after = lax.optimization_barrier(([each.sums for each in sending], after))
+    return [each._replace(sums=own).result() for each, own in zip(sending, sums)], after
+
+
+def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
+    """A jaxpr in two: up to its last reductions, and what waits for their results.
+
+    The first part returns the inputs of the second. The number says how many of these, the first
+    ones, are results of reductions.
+    """
+    eqns, outvars = jaxpr.jaxpr.eqns, jaxpr.jaxpr.outvars
+    crossing = [_crosses(eqn) for eqn in eqns]
+    needed: set[Var] = set()  # by something that is sent
+    for eqn, crosses in zip(reversed(eqns), reversed(crossing)):
+        if crosses or not needed.isdisjoint(eqn.outvars):
+            needed.update(eqn.outvars, _jaxpr.variables(eqn.invars))
+    sums: set[Var] = set()
+    late: set[Var] = set()
+    start: list[JaxprEqn] = []
+    rest: list[JaxprEqn] = []
+    for eqn, crosses in zip(eqns, crossing):
+        inputs = _jaxpr.variables(eqn.invars)
+        if crosses:
+            sums.update(eqn.outvars)
+        if needed.isdisjoint(eqn.outvars) and not (sums | late).isdisjoint(inputs):
+            late.update(eqn.outvars)
+            rest.append(eqn)
+        else:
+            start.append(eqn)
+    read = _jaxpr.variables([*(atom for eqn in rest for atom in eqn.invars), *outvars])
+    between = sorted({var: None for var in read if var not in late}, key=lambda v: v not in sums)
+    count = sum(var in sums for var in between)
+    first = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, between, start)
+    return first, _jaxpr.rebuild(jaxpr, between, outvars, rest), count
+
+
+def _crosses(eqn: JaxprEqn) -> bool:
+    """Whether an equation reduces over replicas, or gathers from them, at any depth."""
+    if _is_map(eqn) or _reduces(eqn):
+        return _reduces(eqn)
+    return _jaxpr.any_inside(eqn, _reduces, inside=lambda each: not _is_map(each))
+
+
+def _is_map(eqn: JaxprEqn) -> bool:
+    return eqn.primitive is federated_map_p
+
+
+def _reduces(eqn: JaxprEqn) -> bool:
+    if _is_map(eqn):
+        return any(out.mode != PLACED.mode for out in Round.of(eqn.params).outputs)
+    return eqn.primitive in _CROSSING
