@@ -83,7 +83,7 @@ def is_shape(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-def shaped(shape: tuple[int, ...], spec: P = P(), dtype: Any = jnp.float32) -> Any:
+def shaped(shape: tuple[int, ...], spec: P, dtype: Any = jnp.float32) -> Any:
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -262,7 +262,7 @@ def with_drjax(work: Work) -> Program:
     rows, states = jax.tree.map(on_replicas, (params, state))
     spec = P("replicas", "data")
     tokens = shaped((work.replicas, work.batch, work.length + 1), spec, jnp.int32)
-    kept = shaped((), dtype=jnp.int32), params, momentum, rows, states
+    kept = shaped((), P(), jnp.int32), params, momentum, rows, states
     fn = jax.jit(step, donate_argnums=range(5), out_shardings=(*as_before(kept), None))
     return fn, (*kept, tokens), 1
 
@@ -271,10 +271,11 @@ def streaming(work: Work, **options: Any) -> Program:
     return with_fax(fax.algorithms.streaming_diloco, work, **options)
 
 
+DRJAX = "DiLoCo, DrJAX"
 WAYS: dict[str, Callable[..., Program]] = {
     "data-parallel": data_parallel,
     "DiLoCo": functools.partial(with_fax, fax.algorithms.diloco),
-    "DiLoCo, DrJAX": with_drjax,
+    DRJAX: with_drjax,
     "Streaming": functools.partial(streaming, aggregator=fax.aggregators.mean()),
     "Streaming, 4 bits": streaming,
 }
