@@ -24,6 +24,7 @@ import fax
 
 PyTree = Any
 INNER = optax.adamw(3e-4, weight_decay=0.1)
+QUERIES = 256
 OUTER = optax.sgd(0.4, momentum=0.9, nesterov=True)
 
 
@@ -106,11 +107,10 @@ def losses(model: Model, rows: Any, params: PyTree, tokens: jax.Array) -> jax.Ar
 
     @jax.checkpoint
     def block(x, w):
-        h, length = norm(x, w["norm_1"]), x.shape[1]
+        h = norm(x, w["norm_1"])
         q, k, v = (split(h @ half(w[name]), None, "model") for name in ("q", "k", "v"))
         q, k, v = (y.reshape(*y.shape[:2], -1, model.head) for y in (q, k, v))
-        attended = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-        attended = split(attended.reshape(len(x), length, -1), None, "model")
+        attended = split(attention(rotated(q), rotated(k), v), None, "model")
         x = split(x + attended @ half(w["o"]))
         h = norm(x, w["norm_2"])
         h = jax.nn.silu(h @ half(w["gate"])) * (h @ half(w["up"]))
@@ -125,6 +125,21 @@ def losses(model: Model, rows: Any, params: PyTree, tokens: jax.Array) -> jax.Ar
     right = jnp.arange(model.vocabulary) == tokens[:, 1:, None]
     chosen = jnp.sum(jnp.where(right, scores, 0), -1)
     return jnp.mean(jax.nn.logsumexp(scores, -1) - chosen, -1)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention, for some of the queries at a time."""
+    length = q.shape[1]
+    size = min(QUERIES, length)
+
+    @jax.checkpoint
+    def some(start):
+        own = lax.dynamic_slice_in_dim(q, start, size, 1)
+        seen = start + jnp.arange(size)[:, None] >= jnp.arange(length)
+        return jax.nn.dot_product_attention(own, k, v, mask=seen[None, None])
+
+    found = lax.map(some, jnp.arange(0, length, size))  # [parts, batch, size, heads, head]
+    return jnp.moveaxis(found, 0, 1).reshape(len(q), length, -1)
 
 
 def rotated(x: jax.Array) -> jax.Array:
