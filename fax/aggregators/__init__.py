@@ -7,6 +7,7 @@ _extras.require("fax.aggregators", "optax", "algorithms")
 from fax.aggregators._accounting import calibrate as calibrate
 from fax.aggregators._accounting import epsilon as epsilon
 from fax.aggregators._aggregator import Aggregator as Aggregator
+from fax.aggregators._aggregator import Format as Format
 from fax.aggregators._aggregator import PerClient as PerClient
 from fax.aggregators._aggregator import Transformation as Transformation
 from fax.aggregators._budget import Budget as Budget
@@ -20,6 +21,8 @@ from fax.aggregators._dp_ftrl import DPFTRLState as DPFTRLState
 from fax.aggregators._dp_ftrl import dp_ftrl as dp_ftrl
 from fax.aggregators._drive import drive as drive
 from fax.aggregators._e3m0 import e3m0 as e3m0
+from fax.aggregators._eight_bits import e4m3 as e4m3
+from fax.aggregators._eight_bits import int8 as int8
 from fax.aggregators._error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from fax.aggregators._error_feedback import error_feedback as error_feedback
 from fax.aggregators._krum import krum as krum

@@ -54,6 +54,31 @@ class Aggregator(NamedTuple):
         return f"Aggregator({made_by(self.aggregate)})"
 
 
+class Format(NamedTuple):
+    """How numbers that a transformation has rounded fit in few bits, leaf by leaf, without loss.
+
+    Attributes:
+      bits: how many bits a number takes, 4 or 8.
+      encode: ``encode(x) -> (codes, scale)``, of a leaf as the transformation returns it for one
+        client. ``codes`` are uint8, less than 2^bits, in the shape of x, and ``scale`` is one
+        float of its dtype. It looks at all numbers alike, so that x may be sharded.
+      decode: ``decode(codes, scale) -> x``, the same numbers as before.
+
+    Example:
+
+      >>> part = fax.aggregators.e3m0()
+      >>> codes, scale = part.format.encode(jnp.array([8.0, -4.0, 0.0]))
+      >>> codes, scale
+      (Array([ 7, 14,  0], dtype=uint8), Array(8., dtype=float32))
+      >>> part.format.decode(codes, scale)
+      Array([ 8., -4.,  0.], dtype=float32)
+    """
+
+    bits: int
+    encode: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    decode: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Transformation(NamedTuple):
     """Changes the updates of clients before they are aggregated, as pure functions.
 
@@ -64,6 +89,8 @@ class Transformation(NamedTuple):
         updates reports what a client sends in the metric ``"clients/bits"``. Clients of weight zero
         do not take part: nothing that they hold reaches any result, and their rows of the state
         stay as they are.
+      format: the `Format` in which the updates that it returns fit in few bits, or None. Replicas
+        in a data center then send each other these bits; see `fax.algorithms.diloco`.
 
     Example:
 
@@ -76,6 +103,7 @@ class Transformation(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, jax.Array, PyTree, Metrics]]
+    format: Format | None = None
 
     def __repr__(self) -> str:
         return f"Transformation({made_by(self.update)})"
@@ -138,12 +166,14 @@ def stateless_aggregator(
 def stateless_transformation(
     name: str,
     update: Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, jax.Array, Metrics]],
+    format: Format | None = None,
 ) -> Transformation:
     """A transformation without state.
 
     Args:
       name: of the function that makes it.
       update: ``update(updates, weights, key) -> (updates, weights, metrics)``.
+      format: as in `Transformation`.
     """
 
     def whole(
@@ -152,7 +182,7 @@ def stateless_transformation(
         updates, weights, metrics = update(updates, weights, key)
         return updates, weights, state, metrics
 
-    return Transformation(_no_state, _named(name, whole))
+    return Transformation(_no_state, _named(name, whole), format)
 
 
 Part = TypeVar("Part", Aggregator, Transformation)

@@ -118,7 +118,8 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
     def init_alone(params: PyTree) -> tuple[PyTree, ...]:
         return tuple(part.init(params) for part in transformations)
 
-    transformation = Transformation(init_alone, transform) if alone else None
+    format = transformations[-1].format if transformations else None
+    transformation = Transformation(init_alone, transform, format) if alone else None
     return Aggregator(init, aggregate, private=aggregator.private, transformation=transformation)
 
 

@@ -38,7 +38,7 @@ def leafwise(
         leaves without numbers. Leaves with NaN or infinity become NaN.
       draws: how many random numbers a leaf of this size takes.
     """
-    encode = _in_units_of_the_largest(encode)
+    encode = in_units_of_the_largest(encode)
 
     def client(update: PyTree, key: jax.Array) -> tuple[PyTree, jax.Array]:
         leaves, treedef = jax.tree.flatten(update)
@@ -61,7 +61,7 @@ def leafwise(
     return of_floats(name, stateless_transformation(name, update))
 
 
-def _in_units_of_the_largest(encode: Encoding) -> Encoding:
+def in_units_of_the_largest(encode: Encoding) -> Encoding:
     """s encode(x / s) for the size s of the largest number. Its derivative does not contain s."""
 
     def parts(x: jax.Array, random: jax.Array) -> tuple[Callable, jax.Array, jax.Array]:

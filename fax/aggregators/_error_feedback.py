@@ -123,7 +123,7 @@ def error_feedback(
         rows = memory_after(weights, each(difference, totals, sent), memory)
         return sent, weights, ErrorFeedbackState(PerClient(rows), inner), metrics
 
-    return of_floats("error_feedback", Transformation(init, update))
+    return of_floats("error_feedback", Transformation(init, update, transformation.format))
 
 
 def _in_dtype_of(total: jax.Array, update: jax.Array) -> jax.Array:

@@ -53,6 +53,10 @@ class Crossing(NamedTuple):
         """An update after the sum."""
         return self._as(self.before, update) if self.across else update
 
+    def spec(self, name: str) -> PartitionSpec | None:
+        """How a leaf crosses, or None if that is left to the compiler."""
+        return self.across.get(name, self.before.get(name))
+
     def _as(self, specs: Specs, tree: PyTree) -> PyTree:
         place = reshard if self.explicit else lax.with_sharding_constraint
 
@@ -117,7 +121,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
     before: Specs = {}
     across: Specs = {}
     explicit = kinds == {AxisType.Explicit}
-    if len(kinds) == 1 and (typed or not explicit) and axes and tree_leaves(updates):
+    if len(kinds) == 1 and axes and tree_leaves(updates):
         for path, x in tree_flatten_with_path(updates)[0]:
             name = name_of(path)
             if explicit:
@@ -127,7 +131,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
             else:
                 continue
             wide = _wide(before[name], x.shape[1:], sizes)
-            if wide is not None:
+            if wide is not None and (typed or not explicit):
                 across[name] = wide
     return Crossing(before, across, explicit)
 

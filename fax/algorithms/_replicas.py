@@ -21,6 +21,7 @@ from fax.algorithms._averaging import next_model_state, strong
 from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
+from fax.algorithms._packed import mean_of_bytes, sent_in_bytes
 from fax.data import Cohort
 
 PyTree = Any
@@ -193,6 +194,12 @@ def mean_update(
     if aggregator is None:
         metrics = {"clients/bits": all_bits(updates)}
         mean = fax.mean(zeros, weights=weights)
+    elif (rounding := sent_in_bytes(aggregator, zeros, once)) is not None:
+        *before, last = state  # of the mean at the end of the chain
+        zeros, weights, new, metrics = rounding.update(zeros, weights, tuple(before), key)
+        mean, bits = mean_of_bytes(zeros, weights, rounding.format, once)
+        metrics = {**metrics, "clients/bits": bits}
+        state = optax.tree.where(heard, (*new, last), state)
     else:
         mean, new, metrics = aggregator.aggregate(zeros, weights, state, key)
         state = optax.tree.where(heard, new, state)

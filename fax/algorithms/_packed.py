@@ -1,0 +1,224 @@
+"""The mean of rounded updates, of which replicas send each other the bits, and not float32.
+
+A transformation such as `fax.aggregators.e3m0` returns numbers that fit in four bits. Every replica
+encodes its own, two to a byte, and gathers the bytes of all others. Then it decodes those of one
+replica after the other and adds them up in float32. The mean is the same as if float32 were sent.
+
+With n replicas an all-gather of b bits sends (n - 1) b bits for each number and replica, and an
+all-reduce of float32 sends 64 (n - 1) / n. So this is done if n b is at most 64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
+
+import fax
+from fax._placement import resolve
+from fax.aggregators._aggregator import Aggregator, Format, Transformation
+from fax.aggregators._per_client import each
+from fax.algorithms._crossing import Crossing
+from fax.algorithms._layers import name_of
+from fax.sharding._mesh import num_shards, other_axes, split_axes
+
+PyTree = Any
+
+_MOST_BITS = 64  # of all replicas for a number: about what an all-reduce of float32 sends
+_HALF = 4  # bits of a byte
+
+
+class Replicas(NamedTuple):
+    """The replicas in scope.
+
+    Attributes:
+      size: how many there are.
+      axes: the mesh axes that they are spread over.
+      devices: how many devices there are along these.
+      inside: the mesh axes of more than one device within a replica.
+    """
+
+    size: int
+    axes: tuple[str, ...]
+    devices: int
+    inside: list[str]
+
+
+def _replicas() -> Replicas:
+    group, mesh = resolve(None, "fax.algorithms"), jax.sharding.get_abstract_mesh()
+    axes = () if jax.config.jax_disable_jit else split_axes(group, mesh)
+    return Replicas(group.size, axes, num_shards(axes, mesh), other_axes(axes, mesh))
+
+
+def sent_in_bytes(aggregator: Aggregator, updates: PyTree, once: Crossing) -> Transformation | None:
+    """The transformation whose results replicas send as bytes before they are averaged, if any.
+
+    Args:
+      aggregator: the user's.
+      updates: placed.
+      once: how they are sharded over the devices of a replica. That has to be known.
+    """
+    rounding = aggregator.transformation
+    if rounding is None or rounding.format is None:
+        return None
+    replicas = _replicas()
+    fits = replicas.size * rounding.format.bits <= _MOST_BITS
+    # If replicas are not spread evenly, all devices already have all of them.
+    spread = replicas.devices > 1 and replicas.size % replicas.devices == 0
+    names = [name_of(path) for path, _ in tree_flatten_with_path(updates)[0]]
+    known = not replicas.inside or all(once.spec(name) is not None for name in names)
+    return rounding if fits and spread and known else None
+
+
+class Packing(NamedTuple):
+    """How the codes of a leaf become bytes, on one device.
+
+    Attributes:
+      shape: of the codes there, without the rows.
+      bits: of a code, 4 or 8.
+      axis: along which the second half shares the bytes of the first. None if there is no axis of
+        even size: then they are flattened first.
+    """
+
+    shape: tuple[int, ...]
+    bits: int
+    axis: int | None
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """Rows of codes as rows of bytes."""
+        if self.bits <= _HALF:
+            if self.axis is None:
+                codes = codes.reshape(len(codes), -1)
+                codes = jnp.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+            low, high = jnp.split(codes, 2, 1 + (self.axis or 0))
+            codes = low | high << _HALF
+        return codes.reshape(len(codes), -1)
+
+    def unpack(self, packed: jax.Array) -> jax.Array:
+        """The codes of one row."""
+        if self.bits > _HALF:
+            return packed.reshape(self.shape)
+        axis = self.axis or 0
+        if self.axis is not None:
+            half = self.shape[axis] // 2
+            packed = packed.reshape(*self.shape[:axis], half, *self.shape[axis + 1 :])
+        codes = jnp.concatenate([packed & (2**_HALF - 1), packed >> _HALF], axis)
+        return (
+            codes if self.axis is not None else codes[: math.prod(self.shape)].reshape(self.shape)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        size = math.prod(self.shape)
+        return -(-size // 2) if self.bits <= _HALF else size
+
+
+def mean_of_bytes(
+    rows: PyTree, weights: jax.Array, format: Format, once: Crossing
+) -> tuple[PyTree, jax.Array]:
+    """`fax.mean`, without replicas of weight zero, of what is sent as bytes.
+
+    Args:
+      rows: placed, as a transformation with this format returns them.
+      weights: placed.
+      format: of the rows.
+      once: how leaves are sharded over the devices of a replica.
+
+    Returns:
+      The mean, with the derivatives of `fax.mean`; and how many bits each replica sends, float
+      [replicas].
+    """
+    replicas, mesh = _replicas(), jax.sharding.get_abstract_mesh()
+    paths, treedef = tree_flatten_with_path(rows)
+    specs = [once.spec(name_of(path)) or PartitionSpec() for path, _ in paths]
+    packings = [
+        _packing(format.bits, x.shape[1:], spec, mesh) for spec, (_, x) in zip(specs, paths)
+    ]
+    dtypes = [x.dtype for _, x in paths]
+    widest = np.result_type(np.float32, *dtypes)
+
+    def encode(row: PyTree, weight: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        made = [format.encode(x) for x in tree_leaves(lax.stop_gradient(row))]
+        numbers = [*(scale for _, scale in made), lax.stop_gradient(weight)]
+        return [codes for codes, _ in made], jnp.stack([x.astype(widest) for x in numbers])
+
+    def exchange(codes: list[jax.Array], numbers: jax.Array) -> list[jax.Array]:
+        """On one device, from its replicas' rows to the mean."""
+        tail = lax.bitcast_convert_type(numbers, jnp.uint8).reshape(len(numbers), -1)
+        parts = [*(own.pack(x) for own, x in zip(packings, codes)), tail]
+        ends = list(itertools.accumulate(x.shape[1] for x in parts))[:-1]
+        gathered = lax.all_gather(jnp.concatenate(parts, 1), replicas.axes, tiled=True)
+
+        def part(i: Any) -> tuple[list[jax.Array], jax.Array]:
+            """What a replica contributes to the totals."""
+            row = lax.dynamic_index_in_dim(gathered, i, keepdims=False)
+            *packed, last = jnp.split(row, ends)
+            *scales, share = lax.bitcast_convert_type(last.reshape(-1, widest.itemsize), widest)
+            values = [
+                format.decode(own.unpack(x), scale.astype(dtype)) * share.astype(dtype)
+                for own, x, scale, dtype in zip(packings, packed, scales, dtypes)
+            ]
+            return [jnp.where(share != 0, x, 0) for x in values], share
+
+        # As in `fax.mean`, the replicas of a device are added up first. So the result is the same.
+        count = replicas.size // replicas.devices
+
+        def of_device(i: Any) -> tuple[list[jax.Array], jax.Array]:
+            return _sum(lambda k: part(i * count + k), count)
+
+        totals, total = _sum(of_device, replicas.devices)
+        return [x / jnp.where(total != 0, total, 1).astype(x.dtype) for x in totals]
+
+    codes, numbers = each(encode, rows, weights)
+    split = [PartitionSpec(replicas.axes, *spec) for spec in specs]
+    means = jax.shard_map(
+        exchange,
+        in_specs=(split, PartitionSpec(replicas.axes)),
+        out_specs=specs,
+        axis_names={*replicas.axes, *replicas.inside},
+        check_vma=False,
+    )(codes, numbers)
+    nbytes = sum(own.nbytes for own in packings) + widest.itemsize * (len(packings) + 1)
+    bits = 8 * nbytes * num_shards(replicas.inside, mesh)
+    mean = _with_derivatives(tree_unflatten(treedef, means), rows, weights)
+    return mean, jnp.full(replicas.size, bits, jnp.float32)
+
+
+def _sum(term: Callable[[Any], PyTree], count: int) -> PyTree:
+    """term(0) + term(1) + ... + term(count - 1), in this order."""
+
+    def add(i: jax.Array, total: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, total, term(i))
+
+    return term(0) if count == 1 else lax.fori_loop(1, count, add, term(0))
+
+
+@jax.custom_jvp
+def _with_derivatives(mean: PyTree, rows: PyTree, weights: jax.Array) -> PyTree:
+    """The mean, with the derivatives of `fax.mean` of the rows."""
+    del rows, weights
+    return mean
+
+
+@_with_derivatives.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+    def mean(rows: PyTree, weights: jax.Array) -> PyTree:
+        return fax.mean(rows, weights=weights, where=weights != 0)
+
+    return primals[0], jax.jvp(mean, primals[1:], tangents[1:])[1]
+
+
+def _packing(bits: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any) -> Packing:
+    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    shards = [num_shards(entry, mesh) for entry in entries] + [1] * (len(shape) - len(entries))
+    local = tuple(size // count for size, count in zip(shape, shards))
+    even = (axis for axis, size in enumerate(local) if size % 2 == 0)
+    return Packing(local, bits, next(even, None))
