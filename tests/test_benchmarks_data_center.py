@@ -45,7 +45,6 @@ def test_replicas_on_two_slices_send_each_parameter_once_a_period(monkeypatch):
     assert row["dtypes"] == ["all-reduce float32"]
     # Parameters and two moments of a replica; outer parameters and momentum.
     assert row["argument_bytes"] >= 5 * 4 * TINY.size() / SMALL.chips
-    assert row["seconds"] > 0
 
 
 @pytest.mark.long
@@ -139,7 +138,7 @@ def test_tables_and_a_figure(monkeypatch, tmp_path):
     def measure(name, slices, way):
         memory = dict(argument_bytes=2**30, temporary_bytes=2**31, peak_bytes=3 * 2**30)
         traffic = dict(passed_bytes=2**20, sent_bytes=slices * 2**20, dtypes=["all-reduce"])
-        return memory | traffic | dict(seconds=0.5, flops=1.0, cpu_seconds=2.0)
+        return memory | traffic | dict(cpu_seconds=2.0)
 
     monkeypatch.setattr(data_center, "measure", measure)
     compiled = data_center.Compiled(tmp_path / "figures.json")
