@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, reshard
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_map_with_path
 
 import fax
@@ -127,6 +127,7 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
             if explicit:
                 before[name] = PartitionSpec(*jax.typeof(x).sharding.spec[1:])
             elif specs is not None:
+                _check_even(where, name, specs[name], x.shape[1:], mesh)
                 before[name] = specs[name]
             else:
                 continue
@@ -162,6 +163,19 @@ def _check_axes(where: str, specs: Specs, known: tuple[str, ...], taken: tuple[s
                     f"{where}: sharding has {spec} for {name!r}, but the mesh axis {axis!r} {why}. "
                     f"Name axes over which a replica is sharded, of {', '.join(known)}."
                 )
+
+
+def _check_even(
+    where: str, name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: AbstractMesh
+) -> None:
+    for axis, (size, entry) in enumerate(zip(shape, spec)):
+        devices = math.prod(mesh.shape[name] for name in _names(entry))
+        if size % devices:
+            raise ValueError(
+                f"{where}: sharding has {spec} for {name!r}, but what is sent of it at once has "
+                f"size {size} along axis {axis}, which is not a multiple of the {devices} devices "
+                f"along {', '.join(_names(entry))}. Shard another axis, or choose other fragments."
+            )
 
 
 def _used(spec: PartitionSpec) -> list[str]:

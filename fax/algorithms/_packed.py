@@ -34,6 +34,9 @@ PyTree = Any
 
 _MOST_BITS = 64  # of all replicas for a number: about what an all-reduce of float32 sends
 _HALF = 4  # bits of a byte
+# TPUs have rows of 128 numbers, and take long to compile parts of long vectors that begin within a
+# row. So leaves of at least so many bytes begin with one.
+_ROW, _LARGE = 128, 4096
 
 
 class Replicas(NamedTuple):
@@ -111,14 +114,54 @@ class Packing(NamedTuple):
             half = self.shape[axis] // 2
             packed = packed.reshape(*self.shape[:axis], half, *self.shape[axis + 1 :])
         codes = jnp.concatenate([packed & (2**_HALF - 1), packed >> _HALF], axis)
-        return (
-            codes if self.axis is not None else codes[: math.prod(self.shape)].reshape(self.shape)
-        )
+        if self.axis is not None:
+            return codes
+        return codes[: math.prod(self.shape)].reshape(self.shape)
 
     @property
     def nbytes(self) -> int:
         size = math.prod(self.shape)
         return -(-size // 2) if self.bits <= _HALF else size
+
+
+class Buffer:
+    """What a device sends: one array of bytes, so that there is one collective.
+
+    Args:
+      sizes: of its parts, in bytes.
+    """
+
+    def __init__(self, sizes: list[int]):
+        self._sizes = sizes
+        large = [[k] for k, size in enumerate(sizes) if size >= _LARGE]
+        small = [k for k, size in enumerate(sizes) if size < _LARGE]
+        # The parts in each piece. A large one is alone.
+        self._pieces = [*large, small] if small else large
+        self._lengths = [sum(sizes[k] for k in piece) for piece in self._pieces]
+        self._width = _ROW if large else self._lengths[0]
+        self._rows = [-(-length // self._width) for length in self._lengths]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._rows) * self._width
+
+    def join(self, parts: list[jax.Array]) -> jax.Array:
+        """The buffers [n, rows, width] of n rows of bytes for each part."""
+        pieces = []
+        for piece, length, rows in zip(self._pieces, self._lengths, self._rows):
+            joined = jnp.concatenate([parts[k] for k in piece], 1)
+            padded = jnp.pad(joined, ((0, 0), (0, rows * self._width - length)))
+            pieces.append(padded.reshape(-1, rows, self._width))
+        return jnp.concatenate(pieces, 1)
+
+    def split(self, buffer: jax.Array) -> list[jax.Array]:
+        """The parts of one buffer."""
+        parts: dict[int, jax.Array] = {}
+        pieces = jnp.split(buffer, list(itertools.accumulate(self._rows))[:-1])
+        for piece, length, x in zip(self._pieces, self._lengths, pieces):
+            ends = list(itertools.accumulate(self._sizes[k] for k in piece))[:-1]
+            parts |= dict(zip(piece, jnp.split(x.reshape(-1)[:length], ends)))
+        return [parts[k] for k in range(len(parts))]
 
 
 def mean_of_bytes(
@@ -144,27 +187,27 @@ def mean_of_bytes(
     ]
     dtypes = [x.dtype for _, x in paths]
     widest = np.result_type(np.float32, *dtypes)
+    numbers = widest.itemsize * (len(packings) + 1)
+    buffer = Buffer([*(own.nbytes for own in packings), numbers])
 
     def encode(row: PyTree, weight: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         made = [format.encode(x) for x in tree_leaves(lax.stop_gradient(row))]
-        numbers = [*(scale for _, scale in made), lax.stop_gradient(weight)]
-        return [codes for codes, _ in made], jnp.stack([x.astype(widest) for x in numbers])
+        scales = [*(scale for _, scale in made), lax.stop_gradient(weight)]
+        return [codes for codes, _ in made], jnp.stack([x.astype(widest) for x in scales])
 
-    def exchange(codes: list[jax.Array], numbers: jax.Array) -> list[jax.Array]:
+    def exchange(codes: list[jax.Array], scales: jax.Array) -> list[jax.Array]:
         """On one device, from its replicas' rows to the mean."""
-        tail = lax.bitcast_convert_type(numbers, jnp.uint8).reshape(len(numbers), -1)
+        tail = lax.bitcast_convert_type(scales, jnp.uint8).reshape(len(scales), -1)
         parts = [*(own.pack(x) for own, x in zip(packings, codes)), tail]
-        ends = list(itertools.accumulate(x.shape[1] for x in parts))[:-1]
-        gathered = lax.all_gather(jnp.concatenate(parts, 1), replicas.axes, tiled=True)
+        gathered = lax.all_gather(buffer.join(parts), replicas.axes, tiled=True)
 
         def part(i: Any) -> tuple[list[jax.Array], jax.Array]:
             """What a replica contributes to the totals."""
-            row = lax.dynamic_index_in_dim(gathered, i, keepdims=False)
-            *packed, last = jnp.split(row, ends)
-            *scales, share = lax.bitcast_convert_type(last.reshape(-1, widest.itemsize), widest)
+            *packed, last = buffer.split(lax.dynamic_index_in_dim(gathered, i, keepdims=False))
+            *own_scales, share = lax.bitcast_convert_type(last.reshape(-1, widest.itemsize), widest)
             values = [
                 format.decode(own.unpack(x), scale.astype(dtype)) * share.astype(dtype)
-                for own, x, scale, dtype in zip(packings, packed, scales, dtypes)
+                for own, x, scale, dtype in zip(packings, packed, own_scales, dtypes)
             ]
             return [jnp.where(share != 0, x, 0) for x in values], share
 
@@ -177,17 +220,16 @@ def mean_of_bytes(
         totals, total = _sum(of_device, replicas.devices)
         return [x / jnp.where(total != 0, total, 1).astype(x.dtype) for x in totals]
 
-    codes, numbers = each(encode, rows, weights)
+    codes, scales = each(encode, rows, weights)
     split = [PartitionSpec(replicas.axes, *spec) for spec in specs]
     means = jax.shard_map(
         exchange,
         in_specs=(split, PartitionSpec(replicas.axes)),
         out_specs=specs,
-        axis_names={*replicas.axes, *replicas.inside},
+        axis_names={*mesh.axis_names}.difference(mesh.manual_axes),
         check_vma=False,
-    )(codes, numbers)
-    nbytes = sum(own.nbytes for own in packings) + widest.itemsize * (len(packings) + 1)
-    bits = 8 * nbytes * num_shards(replicas.inside, mesh)
+    )(codes, scales)
+    bits = 8 * buffer.nbytes * num_shards(replicas.inside, mesh)
     mean = _with_derivatives(tree_unflatten(treedef, means), rows, weights)
     return mean, jnp.full(replicas.size, bits, jnp.float32)
 

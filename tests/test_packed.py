@@ -1,0 +1,255 @@
+"""The bits that replicas send each other: the same means as in float32, to the bit."""
+
+import contextlib
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import meshes
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import fax
+from fax import aggregators as a
+from fax.algorithms import _packed, _replicas
+
+N = 4
+AGGREGATORS = {
+    "e3m0": a.chain(a.e3m0()),
+    "int8": a.chain(a.clip_by_norm(20.0), a.int8()),
+    "e4m3": a.chain(a.e4m3()),
+    "error_feedback": a.chain(a.error_feedback(a.e3m0(), num_clients=N)),
+}
+BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 4}
+SHAPES = {"b": (3,), "s": (), "w": (5, 8), "x": (2, 3)}
+ONE = {name: jnp.zeros(shape, jnp.float32) for name, shape in SHAPES.items()}
+
+
+def mean_of(aggregator, updates, here, n, specs=None, by_leaf=False):
+    """The mean update, the state of the aggregator and the metrics, as algorithms compute them."""
+    n_replicas = len(here)
+
+    @fax.program(replicas=n_replicas)
+    def mean(updates, here, n):
+        one = jax.tree.map(lambda x: x[0], updates)
+        key = jax.random.key(1)
+        return _replicas.mean_update(
+            aggregator, updates, here, n, aggregator.init(one), key, specs, by_leaf
+        )
+
+    return mean(updates, here, n)
+
+
+def means_and_gradients(aggregators, updates, here, n, **options):
+    """All means, and derivatives with respect to updates and weights."""
+
+    def loss(updates, n):
+        found = {
+            name: mean_of(aggregator, updates, here, n, **options)
+            for name, aggregator in aggregators.items()
+        }
+        leaves = [x for name in found for x in jax.tree.leaves(found[name][0])]
+        return sum(jnp.sum(jnp.sin(x)) for x in leaves), found
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(updates, n)
+
+
+def in_float32(monkeypatch):
+    monkeypatch.setattr(_replicas, "sent_in_bytes", lambda *_: None)
+
+
+def rows(shapes=SHAPES, n=N):
+    rng = np.random.default_rng(0)
+    return {k: np.asarray(rng.normal(size=(n, *s)), np.float32) for k, s in shapes.items()}
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_means_and_gradients_are_those_of_float32_to_the_bit(devices, monkeypatch):
+    """With weights, and a replica that is lost."""
+    updates, here = rows(), np.array([True, True, False, True])
+    updates["w"][2] = np.nan
+    n = np.array([3, 1, 2, 7], np.float32)
+    with jax.set_mesh(meshes.mesh(replicas=devices)):
+        step = jax.jit(functools.partial(means_and_gradients, AGGREGATORS))
+        (_, found), moved = step(updates, here, n)
+        only = {"e3m0": AGGREGATORS["e3m0"]}
+        sent = fax.inspect.report(
+            lambda *x: {k: mean_of(v, *x)[0] for k, v in AGGREGATORS.items()}, updates, here, n
+        )
+        in_float32(monkeypatch)
+        arithmetic = jax.jit(functools.partial(means_and_gradients, AGGREGATORS))
+        (_, expected), others = arithmetic(updates, here, n)
+    for name in AGGREGATORS:
+        assert_same(found[name][:3], expected[name][:3])
+    for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+        assert np.isfinite(x).all()
+
+    # One collective for each: the bytes, a scale for each leaf, and a weight.
+    gathers = [c for c in sent.collectives if "uint8" in c.dtype]
+    size = {4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
+    expected = [size[BITS[name]] + 4 * (4 + 1) for name in AGGREGATORS]
+    own = N // devices
+    assert {c.operation for c in gathers} == {"all-gather"}
+    assert sorted(c.bytes for c in gathers) == sorted(own * x for x in expected)
+    assert all(c.bytes <= 8 * own for c in sent.collectives if "uint8" not in c.dtype)
+    for name, nbytes in zip(AGGREGATORS, expected):
+        bits = np.where(here, 8.0 * nbytes, 0)
+        np.testing.assert_array_equal(found[name][3]["replicas/bits"], bits)
+    assert only
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
+    """Leaves are sharded over `model`, and what crosses also over `data`. Large ones have rows."""
+    shapes = {"in": (4, 6), "norm": (3,), "out": (8, 2)}
+    specs = {"in": P(None, "model"), "norm": P(), "out": P("model")}
+    here, n = np.ones(2, bool), np.ones(2, np.float32)
+    monkeypatch.setattr(_packed, "_LARGE", 4)
+    monkeypatch.setattr(_packed, "_ROW", 4)
+    with jax.set_mesh(meshes.mesh(kind, replicas=2, data=2, model=2)):
+        updates = {k: meshes.put(x, "replicas", *specs[k]) for k, x in rows(shapes, 2).items()}
+
+        def mean(updates, here, n):
+            own = specs if kind == "auto" else None
+            return mean_of(AGGREGATORS["e3m0"], updates, here, n, specs=own, by_leaf=True)
+
+        found = jax.jit(mean)(updates, here, n)
+        lowered = jax.jit(mean).lower(updates, here, n)
+        in_float32(monkeypatch)
+        expected = jax.jit(lambda *x: mean(*x))(updates, here, n)
+    assert_same(found[:3], expected[:3])
+    over = fax.inspect.report(lowered).over("replicas")
+    (gather,) = [c for c in over if "uint8" in c.dtype]
+    assert (gather.operation, gather.axes) == ("all-gather", ("replicas",))
+    # A fourth of 24 and of 16 numbers: 3 bytes and 2. All of the other 3 numbers: 2 bytes. Then
+    # three scales and a weight.
+    assert gather.bytes == 3 + 2 + 2 + 16
+    np.testing.assert_array_equal(found[3]["replicas/bits"], [4 * 8 * gather.bytes] * 2)
+    for name, shape in {"in": (4, 3), "out": (4, 2)}.items():
+        assert found[0][name].sharding.shard_shape(shapes[name]) == shape
+
+
+def test_a_replica_at_a_time_is_decoded(monkeypatch):
+    """The memory is that of the bytes and of the mean, in rows as TPUs have them."""
+    shape = {"w": (64, 1024)}
+    size = 4 * 64 * 1024
+    updates = {"w": jax.ShapeDtypeStruct((16, 64, 1024), jnp.float32)}
+    arguments = updates, np.ones(16, bool), np.ones(16, np.float32)
+    mean = functools.partial(mean_of, AGGREGATORS["e3m0"])
+    with jax.set_mesh(meshes.mesh(replicas=4)):
+        found = fax.inspect.report(mean, *arguments)
+        in_float32(monkeypatch)
+        before = fax.inspect.report(lambda *x: mean(*x), *arguments)
+    # The codes of 4 replicas, their bytes, those of all 16, and totals of a device and of all.
+    more = found.memory.temporary_bytes - before.memory.temporary_bytes
+    assert more < (4 / 4 + 2 * 4 / 8 + 16 / 8 + 4) * size
+    (gather,) = [c for c in found.collectives if "uint8" in c.dtype]
+    assert gather.bytes == 4 * (math.prod(shape["w"]) // 2 + 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "axes", "packed"),
+    [
+        ("e3m0", 16, {"replicas": 4}, True),
+        ("e3m0", 18, {"replicas": 2}, False),  # an all-reduce sends less
+        ("int8", 8, {"replicas": 4}, True),
+        ("int8", 10, {"replicas": 2}, False),
+        ("e3m0", 6, {"replicas": 4}, False),  # not spread evenly
+        ("e3m0", 4, {}, False),
+        ("e3m0", 4, {"data": 2}, False),
+        ("e3m0", 4, {"replicas": 2, "model": 2}, False),  # the compiler decides what is where
+        ("mean", 4, {"replicas": 4}, False),
+        ("clipped later", 4, {"replicas": 4}, False),
+    ],
+)
+def test_bytes_are_sent_where_that_is_less(name, n, axes, packed):
+    others = {"mean": a.mean(), "clipped later": a.chain(a.e3m0(), a.clip_by_norm(1.0))}
+    mean = functools.partial(mean_of, {**AGGREGATORS, **others}[name])
+    with jax.set_mesh(meshes.mesh(**axes)) if axes else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(mean)({"w": jnp.ones((n, 8))}, jnp.ones(n, bool), jnp.ones(n))
+    assert ("all_gather" in str(jaxpr)) == packed
+
+
+def test_what_is_sent_has_to_be_divisible():
+    specs = {"w": P(None, ("model",))}
+    mean = functools.partial(mean_of, AGGREGATORS["e3m0"], specs=specs)
+    message = "for 'w', but what is sent of it at once has size 3 along axis 1, which is not a mult"
+    with (
+        jax.set_mesh(meshes.mesh(replicas=2, model=2)),
+        pytest.raises(ValueError, match=message),
+    ):
+        jax.eval_shape(mean, {"w": jnp.ones((2, 4, 3))}, jnp.ones(2, bool), jnp.ones(2))
+
+
+# Formats
+
+
+@functools.cache
+def rounded(name):
+    """A leaf as it is sent, and what is decoded after it was encoded once more."""
+    part = getattr(a, name)()
+
+    @jax.jit
+    @fax.program(clients=1)
+    def both(x, key):
+        sent = part.update(x[None], jnp.ones(1), (), key)[0][0]
+        return sent, part.format.decode(*part.format.encode(sent))
+
+    return both
+
+
+VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6, max_size=6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["e3m0", "e4m3", "int8"])
+def test_formats_lose_nothing(name, dtype):
+    @settings(max_examples=40)
+    @given(VALUES, st.integers(-90, 90), st.integers(0, 99))
+    def check(values, exponent, seed):
+        x = np.asarray(values, dtype) * np.asarray(2.0, dtype) ** exponent
+        x = np.where(np.abs(x) < 1e-30, 0, x)
+        sent, again = rounded(name)(x, jax.random.key(seed))
+        assert sent.dtype == again.dtype == dtype
+        np.testing.assert_array_equal(sent, again)
+
+    check()
+    for bad in (np.nan, np.inf):
+        sent, again = rounded(name)(np.array([1, bad, 0, 0, 0, 0], dtype), jax.random.key(0))
+        assert np.isnan(sent).all()
+        assert np.isnan(again).all()
+    for big in (3e38, 2e-38):
+        x = big * np.array([1, -0.7, 0.1, 0, 0, 0], dtype)
+        sent, again = rounded(name)(x, jax.random.key(0))
+        np.testing.assert_array_equal(sent, again)
+        np.testing.assert_allclose(sent[:2], x[:2], rtol=0.3)
+
+
+def test_e4m3_is_the_nearest_8_bit_float():
+    x = np.random.default_rng(0).normal(size=6).astype(np.float32) * 4.0 ** -np.arange(6)
+    sent, _ = rounded("e4m3")(x, jax.random.key(0))
+    scale = 2 ** np.floor(np.log2(np.abs(x).max())) / 128
+    expected = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    np.testing.assert_array_equal(sent, expected)
+
+
+def test_int8_is_unbiased_and_between_neighbors():
+    x = np.array([1.0, -0.3, 0.011, 0.002, -0.7, 0], np.float32)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draws = np.asarray(jax.vmap(rounded("int8"), (None, 0))(x, keys)[0], np.float64)
+    step = np.abs(draws[0, 0]) / 127
+    assert 0 <= 1 / 127 - step <= 2.0**-15 / 127
+    below = np.floor(x / step)
+    assert set(np.round(draws / step - below).ravel()) == {0, 1} | {0}
+    np.testing.assert_allclose(draws.mean(0), x, atol=4 * step / 2 / np.sqrt(4000))
+    np.testing.assert_array_equal(np.round(draws[:, 0] / step), 127)
