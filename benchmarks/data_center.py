@@ -231,9 +231,9 @@ def draw(compiled: Compiled, names: list[str], slices: int, path: str) -> None:
         for way, style in zip(ways(), styles):
             found = utilization(size, way, compiled.of(name, slices, way), GBITS)
             axes.plot(GBITS, 100 * found, style, label=way)
-        axes.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":")
+        axes.axhline(100 * TARGET, color="gray", linewidth=0.8, linestyle=":", label="95 %")
         title = f"{name}, {slices} slices of {size.chips} chips"
-        axes.set(xscale="log", xlim=(0.1, 1e5), ylim=(0, 103), title=title)
+        axes.set(xscale="log", xlim=(0.01, 1e4), ylim=(0, 103), title=title)
         axes.set_xlabel("Gbit/s from each slice")
         if number == 0:
             axes.set_ylabel("time in which chips compute, %")

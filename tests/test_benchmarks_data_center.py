@@ -57,7 +57,7 @@ def test_all_ways_compile_for_two_slices(monkeypatch):
     assert 2 * part <= rows["data-parallel"]["passed_bytes"] < 2.2 * part
     assert 0.4 * part <= rows[programs.DRJAX]["passed_bytes"]
     assert 0.4 * part <= rows["Streaming"]["passed_bytes"] < 0.5 * part
-    assert rows["Streaming, 4 bits"]["passed_bytes"] < 0.5 * part
+    assert 0.05 * part <= rows["Streaming, 4 bits"]["passed_bytes"] < 0.07 * part
 
 
 @pytest.mark.long
