@@ -24,8 +24,10 @@ TRANSFORMATIONS = {
     "clip_by_norm": a.clip_by_norm(0.5),
     "drive": a.drive(),
     "e3m0": a.e3m0(),
+    "e4m3": a.e4m3(),
     "error_feedback": a.error_feedback(a.chain(a.top_k(3), a.e3m0()), num_clients=N, decay=0.9),
     "hadamard": a.hadamard(a.uniform_quantization(4)),
+    "int8": a.int8(),
     "non_finite": a.non_finite(),
     "terngrad": a.terngrad(),
     "top_k": a.top_k(1, per=4, values=a.e3m0()),
@@ -85,7 +87,8 @@ def local(params, x):
 KINDS = ("dp_ftrl", "gaussian", "krum", "mean", "power_sgd", "secure_sum")
 DIFFERENTIATED = ("krum", "mean", "power_sgd")
 ALIKE = (  # encodings and a scaling, client by client: what one of them does, the others do
-    *("clip_by_norm", "drive", "e3m0", "hadamard", "terngrad", "top_k", "uniform_quantization"),
+    *("clip_by_norm", "drive", "e3m0", "e4m3", "hadamard", "int8", "terngrad", "top_k"),
+    "uniform_quantization",
 )
 
 

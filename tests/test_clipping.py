@@ -200,7 +200,9 @@ SCALES = [-90, 0, 40, 80, 120]
 LINEAR = {
     "drive": a.chain(a.drive()),
     "e3m0": a.chain(a.e3m0()),
+    "e4m3": a.chain(a.e4m3()),
     "hadamard": a.chain(a.hadamard(a.uniform_quantization(4))),
+    "int8": a.chain(a.int8()),
     "krum": a.krum(1),
     "multi_krum": a.multi_krum(1, 2),
     "power_sgd": a.power_sgd(1, num_clients=7),

@@ -27,16 +27,14 @@ AGGREGATORS = {
 }
 BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 4}
 SHAPES = {"b": (3,), "s": (), "w": (5, 8), "x": (2, 3)}
-ONE = {name: jnp.zeros(shape, jnp.float32) for name, shape in SHAPES.items()}
 
 
 def mean_of(aggregator, updates, here, n, specs=None, by_leaf=False):
     """The mean update, the state of the aggregator and the metrics, as algorithms compute them."""
-    n_replicas = len(here)
 
-    @fax.program(replicas=n_replicas)
+    @fax.program(replicas=len(here))
     def mean(updates, here, n):
-        one = jax.tree.map(lambda x: x[0], updates)
+        one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), updates)
         key = jax.random.key(1)
         return _replicas.mean_update(
             aggregator, updates, here, n, aggregator.init(one), key, specs, by_leaf
@@ -81,7 +79,6 @@ def test_means_and_gradients_are_those_of_float32_to_the_bit(devices, monkeypatc
     with jax.set_mesh(meshes.mesh(replicas=devices)):
         step = jax.jit(functools.partial(means_and_gradients, AGGREGATORS))
         (_, found), moved = step(updates, here, n)
-        only = {"e3m0": AGGREGATORS["e3m0"]}
         sent = fax.inspect.report(
             lambda *x: {k: mean_of(v, *x)[0] for k, v in AGGREGATORS.items()}, updates, here, n
         )
@@ -105,7 +102,6 @@ def test_means_and_gradients_are_those_of_float32_to_the_bit(devices, monkeypatc
     for name, nbytes in zip(AGGREGATORS, expected):
         bits = np.where(here, 8.0 * nbytes, 0)
         np.testing.assert_array_equal(found[name][3]["replicas/bits"], bits)
-    assert only
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
@@ -114,7 +110,7 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
     shapes = {"in": (4, 6), "norm": (3,), "out": (8, 2)}
     specs = {"in": P(None, "model"), "norm": P(), "out": P("model")}
     here, n = np.ones(2, bool), np.ones(2, np.float32)
-    monkeypatch.setattr(_packed, "_LARGE", 4)
+    monkeypatch.setattr(_packed, "_LARGE", 3)
     monkeypatch.setattr(_packed, "_ROW", 4)
     with jax.set_mesh(meshes.mesh(kind, replicas=2, data=2, model=2)):
         updates = {k: meshes.put(x, "replicas", *specs[k]) for k, x in rows(shapes, 2).items()}
@@ -131,9 +127,9 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
     over = fax.inspect.report(lowered).over("replicas")
     (gather,) = [c for c in over if "uint8" in c.dtype]
     assert (gather.operation, gather.axes) == ("all-gather", ("replicas",))
-    # A fourth of 24 and of 16 numbers: 3 bytes and 2. All of the other 3 numbers: 2 bytes. Then
-    # three scales and a weight.
-    assert gather.bytes == 3 + 2 + 2 + 16
+    # A fourth of 24 numbers in a row of 4 bytes, a fourth of 16 and all of the other 3 in another
+    # one, and three scales and a weight.
+    assert gather.bytes == 4 + (2 + 2) + 16
     np.testing.assert_array_equal(found[3]["replicas/bits"], [4 * 8 * gather.bytes] * 2)
     for name, shape in {"in": (4, 3), "out": (4, 2)}.items():
         assert found[0][name].sharding.shard_shape(shapes[name]) == shape
@@ -166,7 +162,6 @@ def test_a_replica_at_a_time_is_decoded(monkeypatch):
         ("int8", 10, {"replicas": 2}, False),
         ("e3m0", 6, {"replicas": 4}, False),  # not spread evenly
         ("e3m0", 4, {}, False),
-        ("e3m0", 4, {"data": 2}, False),
         ("e3m0", 4, {"replicas": 2, "model": 2}, False),  # the compiler decides what is where
         ("mean", 4, {"replicas": 4}, False),
         ("clipped later", 4, {"replicas": 4}, False),
@@ -228,11 +223,11 @@ def test_formats_lose_nothing(name, dtype):
         sent, again = rounded(name)(np.array([1, bad, 0, 0, 0, 0], dtype), jax.random.key(0))
         assert np.isnan(sent).all()
         assert np.isnan(again).all()
-    for big in (3e38, 2e-38):
-        x = big * np.array([1, -0.7, 0.1, 0, 0, 0], dtype)
+    for size in (3e38, 2e-38):
+        x = size * np.array([1, -0.7, 0.1, 0, 0, 0], dtype)
         sent, again = rounded(name)(x, jax.random.key(0))
         np.testing.assert_array_equal(sent, again)
-        np.testing.assert_allclose(sent[:2], x[:2], rtol=0.3)
+        np.testing.assert_allclose(sent[0], x[0], rtol=0.07)
 
 
 def test_e4m3_is_the_nearest_8_bit_float():
@@ -250,6 +245,6 @@ def test_int8_is_unbiased_and_between_neighbors():
     step = np.abs(draws[0, 0]) / 127
     assert 0 <= 1 / 127 - step <= 2.0**-15 / 127
     below = np.floor(x / step)
-    assert set(np.round(draws / step - below).ravel()) == {0, 1} | {0}
+    assert set(np.round(draws / step - below).ravel()) == {0, 1}
     np.testing.assert_allclose(draws.mean(0), x, atol=4 * step / 2 / np.sqrt(4000))
     np.testing.assert_array_equal(np.round(draws[:, 0] / step), 127)

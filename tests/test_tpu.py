@@ -17,6 +17,7 @@ from tpus import AGGREGATORS, ALGORITHMS, ALONE, AUTO, EXPLICIT, OF_REPLICAS, N,
 
 import fax
 from fax import aggregators, algorithms
+from fax.algorithms._replicas import mean_update
 from fax.inspect import report
 
 tpus.require()
@@ -275,3 +276,26 @@ def test_reductions_of_every_dtype(bits, slices):
     with jax.enable_x64(bits == 64), jax.set_mesh(tpus.mesh(slices=slices, clients=4 * slices)):
         found = report(program, [shaped((8, 5), "clients", dtype=dtype) for dtype in dtypes])
     assert found.over("clients")
+
+
+def test_between_slices_replicas_send_four_bits():
+    """Each chip sends its part of a fragment in one all-gather, of an eighth of the bytes."""
+    shapes = {"in": (64, 256), "norm": (64,), "out": (256, 64)}
+    specs = {"in": jax.P(None, "model"), "norm": jax.P(), "out": jax.P("model")}
+    aggregator = fax.aggregators.chain(fax.aggregators.e3m0())
+
+    @fax.program(replicas=2)
+    def mean(updates, here):
+        state = aggregator.init(None)
+        key = jax.random.key(0)
+        return mean_update(aggregator, updates, here, None, state, key, specs)[:2]
+
+    with jax.set_mesh(tpus.mesh(slices=2, replicas=2, model=4)):
+        updates = {k: shaped((2, *s), "replicas", *specs[k]) for k, s in shapes.items()}
+        found = report(mean, updates, shaped((2,), "replicas", dtype="bool"))
+    (gather,) = [each for each in found.between_slices if each.dtype == "uint8"]
+    assert (gather.operation, gather.axes, gather.count) == ("all-gather", ("replicas",), 1)
+    numbers = 2 * 64 * 256 // 4
+    assert numbers // 2 < gather.bytes <= numbers // 2 + 128
+    others = [each for each in found.between_slices if each is not gather]
+    assert sent(others) <= 8 * 128 * 4  # whether anyone takes part: a number, in a tile

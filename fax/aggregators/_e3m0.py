@@ -93,10 +93,12 @@ def _relative_to(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 def _encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A sign, and which of the magnitudes of a rounded leaf it is."""
+    unit = unit_of(largest_of([x], x.dtype))
+    x = x * unit.inverse
     scale = jnp.max(jnp.abs(x), initial=0)
     size = _relative_to(scale, x)
     codes = sum(((size >= middle).astype(jnp.uint8) for middle, _ in _STEPS), jnp.uint8(0))
-    return codes | (x < 0).astype(jnp.uint8) << _EXPONENT_BITS, scale
+    return codes | (x < 0).astype(jnp.uint8) << _EXPONENT_BITS, scale * unit.value
 
 
 def _decode(codes: jax.Array, scale: jax.Array) -> jax.Array:

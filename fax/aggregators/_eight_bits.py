@@ -18,7 +18,7 @@ from fax.aggregators._aggregator import (
     stateless_transformation,
 )
 from fax.aggregators._encoding import Encoding, bits_of, in_units_of_the_largest, straight_through
-from fax.aggregators._norms import largest_of, unit_of, wide
+from fax.aggregators._norms import Unit, largest_of, unit_of, wide
 from fax.aggregators._per_client import each_present
 
 _BITS = 8
@@ -167,18 +167,25 @@ def _shortened(x: jax.Array, extra: int) -> jax.Array:
     return lax.bitcast_convert_type(short, jnp.float32).astype(x.dtype)
 
 
+def _step_of(largest: jax.Array) -> tuple[Unit, jax.Array]:
+    """A unit, and the step of numbers of which the largest is 127 steps, in this unit."""
+    unit = unit_of(largest)
+    # Half of the last bit makes it the nearest, should a division not be exact.
+    return unit, _shortened(largest * unit.inverse / _MOST, 2 ** (_LOST_BITS - 1))
+
+
 def _encode_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    unit = unit_of(largest_of([x], x.dtype))
-    x = x * unit.inverse
     largest = jnp.max(jnp.abs(x), initial=0)
-    step = _shortened(largest / _MOST, 2 ** (_LOST_BITS - 1))  # the nearest, should division err
-    level = jnp.round(x / jnp.where(step > 0, step, 1)).astype(jnp.int8)
-    scale = jnp.where(jnp.isfinite(largest), step, jnp.nan) * unit.value
+    unit, step = _step_of(largest)
+    level = jnp.round(x * unit.inverse / jnp.where(step > 0, step, 1)).astype(jnp.int8)
+    scale = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
     return lax.bitcast_convert_type(level, jnp.uint8), scale
 
 
 def _decode_int8(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(codes, jnp.int8).astype(scale.dtype) * scale
+    unit, step = _step_of(scale)
+    step = jnp.where(jnp.isfinite(scale), step, jnp.nan)
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(scale.dtype) * step * unit.value
 
 
 def _encode_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -190,9 +197,10 @@ def _encode_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # the scale has the same numbers.
     top = jnp.where(largest == own.value, 2 * _TOP, _TOP)
     codes = (x * (top * own.inverse)).astype(jnp.float32).astype(_FLOAT8)
-    scale = jnp.where(jnp.isfinite(largest), own.value / top, jnp.nan) * unit.value
+    scale = jnp.where(jnp.isfinite(largest), own.value * (_TOP / top), jnp.nan) * unit.value
     return lax.bitcast_convert_type(codes, jnp.uint8), scale
 
 
 def _decode_e4m3(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype) * scale
+    level = lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype)
+    return level * (1 / _TOP) * scale

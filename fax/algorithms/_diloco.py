@@ -103,12 +103,15 @@ def diloco(
         decided once per round.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`; it computes -Δ from the updates θ_i - θ. Default: the
-        mean. A private one makes a release in each outer step, even if no replica takes part; see
+        mean. If it is a chain of transformations of which the last one has a `Format`, such as
+        ``chain(e3m0())``, and replicas are spread evenly over several devices, they send each other
+        bytes: 4 or 8 bits for each number, as long as that is less than an all-reduce of float32
+        would send, with up to 16 or 8 replicas. The result is the same. A private one makes a release in each outer step, even if no replica takes part; see
         `fax.aggregators.releases`.
       sharding: a pytree like the parameters of `jax.sharding.PartitionSpec`, which says how each
         replica shards its parameters over Auto axes of the mesh. Then each device of a replica
         sends a part of its own, even if they have the same parameters, and they gather the
-        results. Along Explicit axes the types say so, and it is done in any case, unless there
+        results. Only then are bytes sent, if replicas are sharded over Auto axes. Along Explicit axes the types say so, and it is done in any case, unless there
         is an ``aggregator``.
       vectorize: the number of replicas that a device works on at once; see `fax.map`. Default: the
         cohort's setting, or 1 on CPU.

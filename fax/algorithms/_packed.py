@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten_with_path, tree_leaves, tree_unflatten
 
 import fax
-from fax._placement import resolve
+from fax._placement import resolve, scope
 from fax.aggregators._aggregator import Aggregator, Format, Transformation
 from fax.aggregators._per_client import each
 from fax.algorithms._crossing import Crossing
@@ -243,19 +243,24 @@ def _sum(term: Callable[[Any], PyTree], count: int) -> PyTree:
     return term(0) if count == 1 else lax.fori_loop(1, count, add, term(0))
 
 
-@jax.custom_jvp
 def _with_derivatives(mean: PyTree, rows: PyTree, weights: jax.Array) -> PyTree:
     """The mean, with the derivatives of `fax.mean` of the rows."""
-    del rows, weights
-    return mean
+    group = resolve(None, "fax.algorithms")
 
+    @jax.custom_jvp
+    def known(mean: PyTree, rows: PyTree, weights: jax.Array) -> PyTree:
+        del rows, weights
+        return mean
 
-@_with_derivatives.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
-    def mean(rows: PyTree, weights: jax.Array) -> PyTree:
-        return fax.mean(rows, weights=weights, where=weights != 0)
+    def of_float32(rows: PyTree, weights: jax.Array) -> PyTree:
+        with scope((group,)):  # JAX runs the rule after the program was traced
+            return fax.mean(rows, weights=weights, where=weights != 0)
 
-    return primals[0], jax.jvp(mean, primals[1:], tangents[1:])[1]
+    @known.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
+        return primals[0], jax.jvp(of_float32, primals[1:], tangents[1:])[1]
+
+    return known(mean, rows, weights)
 
 
 def _packing(bits: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any) -> Packing:

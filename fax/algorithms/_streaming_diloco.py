@@ -149,8 +149,8 @@ def streaming_diloco(
       alpha: α, the share of its own parameters that a replica keeps, from 0 to 1.
       weighted: whether the mean is weighted by ``num_examples``, the sizes of the shards.
       aggregator: from `fax.aggregators`; it computes -Δ_p from the updates θ_ip - θ_p. Default:
-        ``chain(e3m0())``, which rounds them to four bits and sums them in float32. Without
-        rounding: ``mean()``. A private one makes a release for each fragment in each period, even
+        ``chain(e3m0())``, which rounds them to four bits, sends these, and sums in float32; see
+        `diloco` for when bits are sent. Without rounding: ``mean()``. A private one makes a release for each fragment in each period, even
         if no replica takes part, and all of them count; see `fax.aggregators.releases`.
       sharding: how each replica shards its parameters; see `diloco`.
       vectorize: the number of replicas that a device works on at once; see `diloco`.
