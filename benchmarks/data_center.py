@@ -59,7 +59,7 @@ class Size(NamedTuple):
     def compute(self) -> float:
         """Seconds of a step: flops of the model, forward and backward, without those of remat."""
         model, tokens = self.model, self.batch * LENGTH
-        products = self.model.size() - model.vocabulary * model.width  # a lookup is none
+        products = model.size() - model.vocabulary * model.width  # a lookup is none
         attention = model.layers * model.heads * model.head * LENGTH  # two of them, half masked
         return 6 * (products + attention) * tokens / (self.chips * PEAK * UTILIZED)
 
@@ -180,6 +180,7 @@ def ways() -> list[str]:
 
 
 def tables(compiled: Compiled, names: list[str], slices: list[int]) -> list[Table]:
+    """Tables of the models, and of what has been compiled."""
     sizes, rows = [], []
     for name, count in itertools.product(names, slices):
         size = SIZES[name]
@@ -254,6 +255,8 @@ def main() -> None:
     names, slices = (list(SIZES), list(SLICES)) if options.all else DEFAULT
     if options.models:
         names = options.models.split(",")
+        if unknown := set(names) - set(SIZES):
+            parser.error(f"--models: {', '.join(unknown)} unknown, choose of {', '.join(SIZES)}")
     if options.slices:
         slices = [int(n) for n in options.slices.split(",")]
     compiled = Compiled(options.json)

@@ -23,8 +23,8 @@ from workloads import drjax
 import fax
 
 PyTree = Any
+QUERIES = 256  # at a time, in attention
 INNER = optax.adamw(3e-4, weight_decay=0.1)
-QUERIES = 256
 OUTER = optax.sgd(0.4, momentum=0.9, nesterov=True)
 
 
@@ -116,6 +116,7 @@ def losses(model: Model, rows: Any, params: PyTree, tokens: jax.Array) -> jax.Ar
         h = jax.nn.silu(h @ half(w["gate"])) * (h @ half(w["up"]))
         return split(x + split(h, None, "model") @ half(w["down"])), None
 
+    # Vectors are split, not the vocabulary, because libtpu fails to split a lookup over it.
     table = lax.with_sharding_constraint(half(params["embedding"]), P(None, "model"))
     x = split(split(table[tokens[:, :-1]], None, "model"))
     x, _ = lax.scan(block, x, params["layers"])
