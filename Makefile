@@ -17,6 +17,7 @@
 #   make bench-tasks  measure training and evaluation of the benchmark models
 #   make bench-algorithms  measure what algorithms and aggregators cost
 #   make bench-tpu    estimate rounds on TPUs with their compiler, without a TPU, in 15 minutes
+#   make bench-data-center  estimate what training sends between slices of a data center, without a TPU
 #   make bench-gpu    measure rounds on this machine's GPU, in less than 9 minutes
 #   make clean        remove the environments and what was built
 #
@@ -34,7 +35,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-gpu clean
+.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -101,6 +102,11 @@ bench-algorithms: $(VENV)/bench.$(WITH)
 bench-tpu: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 	mkdir -p runs
 	$(BIN)/python benchmarks/tpu.py --json runs/tpu.json --figure runs/tpu.png
+
+# For all models and numbers of slices: make bench-data-center DATA_CENTER=--all
+bench-data-center: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
+	mkdir -p runs
+	$(BIN)/python benchmarks/data_center.py --json runs/data_center.json --figure runs/data_center.png $(DATA_CENTER)
 
 # For example: make bench-gpu JAX="jax[cuda13]"
 bench-gpu: $(VENV)/bench.$(WITH)
