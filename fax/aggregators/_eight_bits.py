@@ -185,7 +185,7 @@ def _encode_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _decode_int8(codes: jax.Array, largest: jax.Array) -> jax.Array:
     unit, step = _step_of(largest)
     step = jnp.where(jnp.isfinite(largest), step, jnp.nan)
-    return lax.bitcast_convert_type(codes, jnp.int8).astype(scale.dtype) * step * unit.value
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(largest.dtype) * step * unit.value
 
 
 def _scale_of(largest: jax.Array) -> tuple[Unit, jax.Array]:
