@@ -231,10 +231,12 @@ def pairs():
     """Every algorithm and every aggregator in one pair at least, spread over the settings."""
     others = itertools.cycle(name for name in AGGREGATORS if name not in PRIVATE.values())
     settings = itertools.cycle(SETTINGS)
-    return [
+    tried = [
         (name, None if name in ALONE else PRIVATE.get(name) or next(others), next(settings))
         for name in ALGORITHMS
     ]
+    left = sorted({*AGGREGATORS}.difference(aggregator for _, aggregator, _ in tried))
+    return tried + [("fedavg", name, next(settings)) for name in left]
 
 
 def public(module):

@@ -178,29 +178,35 @@ def _encode_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(jnp.abs(x), initial=0)
     unit, step = _step_of(largest)
     level = jnp.round(x * unit.inverse / jnp.where(step > 0, step, 1)).astype(jnp.int8)
-    scale = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
-    return lax.bitcast_convert_type(level, jnp.uint8), scale
+    sent = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    return lax.bitcast_convert_type(level, jnp.uint8), sent
 
 
-def _decode_int8(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    unit, step = _step_of(scale)
-    step = jnp.where(jnp.isfinite(scale), step, jnp.nan)
-    return lax.bitcast_convert_type(codes, jnp.int8).astype(scale.dtype) * step * unit.value
+def _decode_int8(codes: jax.Array, largest: jax.Array) -> jax.Array:
+    unit, step = _step_of(largest)
+    step = jnp.where(jnp.isfinite(largest), step, jnp.nan)
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(largest.dtype) * step * unit.value
+
+
+def _scale_of(largest: jax.Array) -> tuple[Unit, jax.Array]:
+    """A unit, and the scale of floats of which this is the largest, in this unit."""
+    unit = unit_of(largest)
+    largest = largest * unit.inverse
+    power = unit_of(largest).value  # It is not 1 at the ends of the range; see `unit_of`.
+    # A power of two may have been rounded up to it. Then this is the scale that was used, and if
+    # not, half the scale has the same numbers.
+    return unit, power / jnp.where(largest == power, 2 * _TOP, _TOP)
 
 
 def _encode_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    unit = unit_of(largest_of([x], x.dtype))
-    x = x * unit.inverse
     largest = jnp.max(jnp.abs(x), initial=0)
-    own = unit_of(largest)  # It is not 1 at the ends of the range; see `unit_of`.
-    # A power of two may have been rounded up to it. Then half the scale was used, and if not, half
-    # the scale has the same numbers.
-    top = jnp.where(largest == own.value, 2 * _TOP, _TOP)
-    codes = (x * (top * own.inverse)).astype(jnp.float32).astype(_FLOAT8)
-    scale = jnp.where(jnp.isfinite(largest), own.value * (_TOP / top), jnp.nan) * unit.value
-    return lax.bitcast_convert_type(codes, jnp.uint8), scale
+    unit, scale = _scale_of(largest)
+    codes = (x * unit.inverse / scale).astype(jnp.float32).astype(_FLOAT8)
+    sent = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    return lax.bitcast_convert_type(codes, jnp.uint8), sent
 
 
-def _decode_e4m3(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    level = lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype)
-    return level * (1 / _TOP) * scale
+def _decode_e4m3(codes: jax.Array, largest: jax.Array) -> jax.Array:
+    unit, scale = _scale_of(largest)
+    scale = jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+    return lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype) * scale * unit.value

@@ -195,6 +195,7 @@ def mean_update(
         metrics = {"clients/bits": all_bits(updates)}
         mean = fax.mean(zeros, weights=weights)
     elif (rounding := sent_in_bytes(aggregator, zeros, once)) is not None:
+        assert rounding.format is not None
         *before, last = state  # of the mean at the end of the chain
         zeros, weights, new, metrics = rounding.update(zeros, weights, tuple(before), key)
         mean, bits = mean_of_bytes(zeros, weights, rounding.format, once)
