@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 def save(
-    folder: str | os.PathLike, stages: Sequence[Stage], audit: Audit, platforms: Sequence[str]
+    folder: str | os.PathLike[str], stages: Sequence[Stage], audit: Audit, platforms: Sequence[str]
 ) -> None:
     """Writes a plan. The manifest comes last, so that a folder with one is whole."""
     path = pathlib.Path(folder)

@@ -23,7 +23,7 @@ class ClientError(RuntimeError):
 
     def __init__(self, message: str, clients: Iterable[Hashable] = ()):
         super().__init__(message)
-        self.clients = tuple(clients)
+        self.clients: tuple[Hashable, ...] = tuple(clients)
 
 
 class Backend(Protocol):

@@ -168,7 +168,7 @@ class Plan:
         """
         return audit(self._block, self._names)
 
-    def save(self, folder: str | os.PathLike, platforms: Sequence[str] = PLATFORMS) -> None:
+    def save(self, folder: str | os.PathLike[str], platforms: Sequence[str] = PLATFORMS) -> None:
         """Writes the stages and the audit to a new folder, for clients that have JAX alone.
 
         The file ``fax/deploy/_client.py`` runs them on a machine without fax; see `Processes`.

@@ -54,7 +54,7 @@ class Processes:
         number: int,
         *,
         load: str | None = None,
-        plan: str | os.PathLike | None = None,
+        plan: str | os.PathLike[str] | None = None,
         timeout: float = 300.0,
     ):
         where = "fax.deploy.Processes"
