@@ -319,6 +319,10 @@ def test_state_of_a_client_that_fails_stays():
     np.testing.assert_array_equal(plan.fetch(backend, found)["x"], expected)
 
 
+def count(rows):
+    return fax.sum(fax.map(lambda x: jnp.ones(()), rows["x"]))
+
+
 UNWEIGHTED = r"divided by their number, 3, at .*test_deploy.py.*pass weights="
 STATIC = {
     "a mean": (lambda rows: fax.mean(rows["x"]), UNWEIGHTED),
@@ -335,6 +339,34 @@ STATIC = {
         "degrees 0 and 1",
     ),
     "unsigned": (lambda rows: fax.sum(rows["x"].astype(jnp.uint32)), "unsigned"),
+    "a gradient of a mean": (
+        lambda rows: jax.grad(lambda s: fax.mean(fax.broadcast(s) * rows["x"][:, 0]))(1.0),
+        "divided by their number, 3",
+    ),
+    "a guard of another value": (
+        lambda rows: fax.sum(rows["x"]) / (count(rows) + (jnp.sum(fax.sum(rows["x"])) == 0)),
+        "degrees 0 and 1",
+    ),
+    "zero is zero": (
+        lambda rows: fax.sum(rows["x"]) / (count(rows) + (jnp.zeros(()) == 0)),
+        "degrees 0 and 1",
+    ),
+    "a choice of the server": (
+        lambda rows: fax.sum(rows["x"]) / jnp.where(fax.max(rows["x"]) > 0, count(rows), 1),
+        "degrees 0 and 1",
+    ),
+    "the wrong case": (
+        lambda rows: (lambda n: fax.sum(rows["x"]) / jnp.where(n != 0, 1, n))(count(rows)),
+        "degrees 0 and 1",
+    ),
+    "a bound": (lambda rows: jnp.minimum(fax.sum(rows["x"]), 1.0), "degrees 0 and 1"),
+    "a clipped sum": (
+        lambda rows: fax.sum(rows["x"]) / jnp.maximum(1, optax.tree.norm(fax.sum(rows["x"]))),
+        "degrees 0 and 1",
+    ),
+    "a bool": (lambda rows: 1 + fax.sum(rows["x"]) / count(rows).astype(bool), "degrees 0 and 1"),
+    "a truncated sum": (lambda rows: fax.sum(rows["x"]).astype(int), "truncated"),
+    "a square": (lambda rows: fax.sum(rows["x"]) ** 2, "degree 2"),
 }
 
 
@@ -376,6 +408,9 @@ def test_results_that_are_right_without_some_clients():
         mean = total / jnp.maximum(number, 1)
         deviation = jnp.sqrt(squares / number - mean**2)
         fraction = jnp.where(number > 0, jnp.sqrt(squares * number) / number, 0.0)
+        mean = (
+            mean + total / (number + (number == 0)) + total / jnp.where(number > 0, number, 1)
+        ) / 3
         return fax.max(x), total, total * 2, jnp.exp(mean), deviation, fraction
 
     plan = deploy.cut(right, ROWS, held=["x"])
