@@ -126,6 +126,7 @@ def squares(scale, rows):
 
 
 ROWS = {"x": np.random.default_rng(0).normal(size=(3, 4))}
+HALF = np.full((3, 2), 40000, np.float16)  # their sum is infinite
 
 
 def test_clients_do_not_send_what_nobody_needs():
@@ -226,6 +227,27 @@ def test_random_keys_travel():
     check_plan(noisy, (ROWS, jax.random.key(1)), held=["x"])
 
 
+def test_a_mean_of_short_floats_does_not_overflow():
+    check_plan(fax.program(clients=3)(lambda r: fax.mean(r["x"])), ({"x": HALF},), held=["x"])
+
+
+def test_rows_that_are_replaced_stay_with_their_clients():
+    @fax.program(clients=3)
+    def replaced(rows, numbers):
+        return rows["x"].at[numbers].set(jnp.ones((2, 4)))
+
+    @fax.program(clients=3)
+    def exchanged(rows, numbers):
+        return rows["x"].at[numbers].set(rows["x"][numbers[::-1]])
+
+    args = ROWS, np.array([2, 1])
+    _, found = check_plan(replaced, args, held=["x"])
+    assert [row.client for row in found.rows] == [0, 1, 2]
+    plan = deploy.cut(exchanged, *args, held=["x"])
+    with pytest.raises(ValueError, match="Row 2 is with the client 2, and would be replaced"):
+        plan.run(deploy.InProcess(), *args)
+
+
 # Clients that fail
 
 
@@ -321,6 +343,25 @@ def test_state_of_a_client_that_fails_stays():
 
 def count(rows):
     return fax.sum(fax.map(lambda x: jnp.ones(()), rows["x"]))
+
+
+def test_rows_that_are_missing_from_the_start():
+    """The client is left out of all sums, also of those that do not need the missing row."""
+
+    @fax.program(clients=3)
+    def mean(rows):
+        return fax.sum(rows["x"]) / fax.sum(fax.map(lambda y: jnp.ones(()), rows["y"]))
+
+    rows = {"x": ROWS["x"], "y": ROWS["x"]}
+    plan = deploy.cut(mean, rows, held=["x", "y"])
+    backend = deploy.InProcess()
+    own = backend.put([0, 1, 2], list(ROWS["x"]))
+    own[1] = None
+    rows["x"] = deploy.Held(tuple(own), (0, 1, 2), (3, 4), ROWS["x"].dtype)
+    found = plan.run(backend, rows, quorum=2)
+    np.testing.assert_allclose(found, ROWS["x"][[0, 2]].mean(0))
+    with pytest.raises(deploy.ClientError, match=r"no rows of the clients \['1'\]"):
+        plan.run(backend, rows)
 
 
 UNWEIGHTED = r"divided by their number, 3, at .*test_deploy.py.*pass weights="
@@ -450,8 +491,14 @@ def test_examples_on_the_server():
             lambda r: fax.sum(fax.map(lambda x: jax.debug.print("{}", x) or x, r["x"])),
             "has effects",
         ),
+        (
+            lambda r: jax.lax.custom_linear_solve(
+                lambda x: fax.sum(fax.broadcast(x)), 1.0, lambda matvec, b: matvec(b)
+            ),
+            r"custom_linear_solve calls operators of fax, at .*test_deploy.py",
+        ),
     ],
-    ids=["collect", "sort", "cumulative sum", "scan", "branch", "effect"],
+    ids=["collect", "sort", "cumulative sum", "scan", "branch", "effect", "linear solve"],
 )
 def test_programs_that_cannot_be_cut(fn, message):
     program = fax.program(clients=3)(fn)
