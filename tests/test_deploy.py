@@ -149,6 +149,9 @@ TRANSFORMED = {
     "Hessian": jax.hessian(squares),
     "tangent": lambda s, rows: jax.jvp(lambda s: squares(s, rows), (s,), (1.0,))[1],
     "vectorized": lambda s, rows: jax.vmap(lambda t: squares(s * t, rows))(jnp.arange(3.0)),
+    "vectorized rows": lambda s, rows: jax.vmap(
+        fax.program(clients=3)(lambda t: fax.mean(rows["x"] * t))
+    )(jnp.arange(2.0)),
     "scan": many,
     "gradient of a scan": jax.grad(lambda s, rows: many(s, rows)[0]),
     "while": lambda s, rows: jax.lax.while_loop(
@@ -246,6 +249,16 @@ def test_rows_that_are_replaced_stay_with_their_clients():
     plan = deploy.cut(exchanged, *args, held=["x"])
     with pytest.raises(ValueError, match="Row 2 is with the client 2, and would be replaced"):
         plan.run(deploy.InProcess(), *args)
+
+
+def test_one_row_that_is_repeated():
+    @fax.program(clients=1)
+    def repeated(rows):
+        return fax.mean(rows["x"]), rows["x"] * jnp.arange(3.0)[:, None]
+
+    with pytest.raises(deploy.CutError, match="mul uses the rows of several clients"):
+        deploy.cut(repeated, {"x": np.ones((1, 4))}, held=["x"])
+    check_plan(repeated, ({"x": np.ones((1, 4))},), held=["x"], pull=True)
 
 
 # Clients that fail

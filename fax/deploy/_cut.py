@@ -239,12 +239,18 @@ class Writer:
         first = next(value for value in operands if value.held)
         assert first.axis is not None
         size = first.aval.shape[first.axis]
+        if any(x.axis is not None and x.aval.shape[x.axis] != size for x in operands):
+            return None
         found = of_rows(eqn, [value.axis for value in operands], size)
         if found is None:
             return None
         axis = first.axis
-        # The server's arrays with that axis are sent row by row.
-        axes = [axis if x.held or x.aval.ndim == first.aval.ndim else None for x in operands]
+
+        # The server's arrays with that axis are sent row by row, and others as they are.
+        def has_rows(x: Value) -> bool:
+            return x.aval.ndim == first.aval.ndim and x.aval.shape[axis] == size
+
+        axes = [axis if x.held or has_rows(x) else None for x in operands]
         like = eqn.replace(params=found.params)
 
         def fn(*rows: Any) -> list[Any]:
