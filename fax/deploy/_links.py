@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import secrets
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -48,7 +50,7 @@ class Link:
         try:
             self._line.send_bytes(data)
         except (OSError, ValueError) as error:
-            raise self._ended() from error
+            raise self._ended(error) from error
         self.sent += len(data)
 
     def receive(self, timeout: float) -> Any:
@@ -63,18 +65,24 @@ class Link:
             try:
                 if not self._line.poll(max(0.0, end - time.monotonic())):
                     raise LinkError("did not answer in time")
-                data = self._line.recv_bytes()
+                data = self._line.recv_bytes(runtime.LARGEST)
             except (EOFError, OSError) as error:
-                raise self._ended() from error
+                raise self._ended(error) from error
             self.received += len(data)
-            answer = runtime.decode(data)
-            if answer["number"] == self._number:
-                break
-        if "error" in answer:
+            try:
+                answer = runtime.decode(data)
+                if answer["number"] != self._number:
+                    continue
+                if "error" not in answer:
+                    return answer["result"]
+            except (runtime.MessageError, TypeError, KeyError) as error:
+                raise LinkError("sent what is not an answer") from error
             raise ClientError(f"A client's process failed: {answer['error']}")
-        return answer["result"]
 
-    def _ended(self) -> LinkError:
+    def _ended(self, error: Exception) -> LinkError:
+        self._line.close()  # a message may have been cut off
+        if isinstance(error, BlockingIOError):
+            return LinkError("did not answer in time")
         try:
             return LinkError(f"has ended with status {self.process.wait(5)}")
         except subprocess.TimeoutExpired:
@@ -126,6 +134,7 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
                 process.stdin.close()
             for _ in range(number):
                 line = _accept(listener, started, timeout)
+                _limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
         except BaseException:
             for process in started:
@@ -133,6 +142,14 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
                 process.wait()
             raise
     return [Link(process, lines[i]) for i, process in enumerate(started)]
+
+
+def _limit(line: Any, timeout: float) -> None:
+    """Lets reading and writing fail after a while, if the process stops within a message."""
+    with socket.socket(fileno=os.dup(line.fileno())) as own:
+        limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _accept(
