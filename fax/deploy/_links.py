@@ -91,14 +91,14 @@ class Link:
     def stop(self) -> None:
         """Asks the process to end, and kills it if it does not."""
         try:
-            self.send("stop")
-            self._line.close()
-            self.process.wait(5)
-        except (LinkError, OSError):
+            if not self._line.closed:
+                self.send("stop")
+                self._line.close()
+                self.process.wait(5)
+        except (LinkError, OSError, subprocess.TimeoutExpired):
             pass
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()  # does nothing if it has ended
+        self.process.wait()
 
 
 def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
