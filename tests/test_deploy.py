@@ -261,6 +261,32 @@ def test_one_row_that_is_repeated():
     check_plan(repeated, ({"x": np.ones((1, 4))},), held=["x"], pull=True)
 
 
+def test_what_the_server_prints(capfd):
+    @fax.program(clients=3)
+    def printed(rows):
+        total = fax.sum(rows["x"])
+        jax.debug.print("the sum is {}", total.sum())
+        return total
+
+    deploy.cut(printed, ROWS, held=["x"]).run(deploy.InProcess(), ROWS, quorum=2)
+    jax.effects_barrier()
+    assert f"the sum is {ROWS['x'].sum():.4f}"[:16] in capfd.readouterr().out
+
+
+def test_rows_along_another_axis():
+    """The type does not say along which axis the rows are."""
+
+    @fax.program(clients=3)
+    def turned(rows):
+        return {"x": rows["x"].T}
+
+    rows = {"x": ROWS["x"][:, :3]}
+    plan = deploy.cut(turned, rows, held=["x"])
+    backend = deploy.InProcess()
+    with pytest.raises(ValueError, match="rows along axis 1, expected axis 0"):
+        plan.run(backend, plan.run(backend, rows))
+
+
 # Clients that fail
 
 

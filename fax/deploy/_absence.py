@@ -193,14 +193,14 @@ class _Checker:
 
 
 def _equation(eqn: JaxprEqn, given: Sequence[Degree]) -> Sequence[Degree]:
-    """The degrees of the results of an equation of the server."""
+    """The degrees of the results of an equation."""
     if eqn.primitive is mean_p and given[0].clients is not None:
         raise _static(given[0].clients, eqn)
     inner = _jaxpr.called(eqn)
     if inner is not None:
         return _jaxpr.interpret(inner, given, _equation, _of_constant)
-    found = _result(eqn, given)
-    return [found] if len(eqn.outvars) == 1 else [dataclasses.replace(found) for _ in eqn.outvars]
+    found = _result(eqn, given) if eqn.outvars else _ZERO  # without results it prints
+    return [found, *map(dataclasses.replace, [found] * len(eqn.outvars))][: len(eqn.outvars)]
 
 
 def _result(eqn: JaxprEqn, given: Sequence[Degree]) -> Degree:
@@ -294,8 +294,7 @@ def _product(eqn: JaxprEqn, one: Degree, other: Degree) -> Degree:
         return Degree(one.of)
     of = one.of - other.of if divides else one.of + other.of
     over = next((d.over for d in (one, other) if d.over and bool(d.of) == bool(of)), None)
-    if divides and not of and not one.of:
-        over = over or other.known
+    over = over or (other.known if divides and not of and not one.of else None)
     if divides and of and np.issubdtype(aval_of(eqn.outvars[0]).dtype, np.integer):
         _need_zero([one, other], "it is divided without a remainder", eqn)
     clients = one.clients if other.known is not None else None

@@ -271,7 +271,7 @@ class Writer:
         for step in reversed(self.steps):
             if isinstance(step, OnServer):
                 step = _needed_equations(step, needed)
-            if needed.isdisjoint(step.results):
+            if needed.isdisjoint(step.results) and not _has_effects(step):
                 continue
             if isinstance(step, OnClients):
                 step = self._needed_results(step, needed)
@@ -328,11 +328,16 @@ def _replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
     )
 
 
+def _has_effects(step: Step) -> bool:
+    """Whether the server prints, or calls back, in a step."""
+    return isinstance(step, OnServer) and any(part.eqn.effects for part in step.equations)
+
+
 def _needed_equations(step: OnServer, needed: set[Value]) -> OnServer:
     wanted, equations = set(needed), []
     made: list[Value] = []
     for part in reversed(step.equations):
-        if wanted.isdisjoint(part.results):
+        if wanted.isdisjoint(part.results) and not part.eqn.effects:
             continue
         equations.append(part)
         wanted.update(part.operands)

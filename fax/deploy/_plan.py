@@ -247,3 +247,8 @@ def _check_type(name: str, x: Any, value: Any) -> None:
             f"Plan.run: {name} is held by clients, but the plan was made for a value of the "
             "server; add its name to held= of fax.deploy.cut."
         )
+    if isinstance(x, Held) and x.axis != value.axis:
+        raise ValueError(
+            f"Plan.run: {name} has its rows along axis {x.axis}, expected axis {value.axis}. "
+            "Return it transposed from the plan that made it."
+        )
