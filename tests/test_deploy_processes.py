@@ -7,6 +7,7 @@ import random
 import signal
 import struct
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +293,12 @@ def test_a_client_that_answers_anything(data, message):
     os.write(other.fileno(), data)
     with pytest.raises(_links.LinkError, match=message):
         link.receive(10.0)
+
+
+def test_others_that_connect():
+    found = [multiprocessing.AuthenticationError(), EOFError(), ConnectionResetError(), "line"]
+    listener = unittest.mock.Mock(accept=unittest.mock.Mock(side_effect=found))
+    assert _links._accept(listener, [], 10.0) == "line"
 
 
 def test_a_client_that_does_not_read():

@@ -301,7 +301,7 @@ def _product(eqn: JaxprEqn, one: Degree, other: Degree) -> Degree:
     return Degree(of, clients=clients, over=over)
 
 
-def _static(clients: int, eqn: JaxprEqn) -> CutError:
+def _static(clients: int, eqn: JaxprEqn | None) -> CutError:
     return CutError(
         f"A sum over clients is divided by their number, {clients}{_at(eqn)}. Without clients that "
         "fail, this would be too small. Divide by a sum over clients: pass weights= or where= to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pathlib
 import secrets
@@ -159,6 +160,8 @@ def _accept(
     while time.monotonic() < end:
         try:
             return listener.accept()
+        except (multiprocessing.AuthenticationError, EOFError, ConnectionError):
+            continue  # it was not one of the processes
         except TimeoutError:
             ended = [p.returncode for p in started if p.poll() is not None]
             if any(ended):
