@@ -554,6 +554,8 @@ def test_arguments_that_differ():
         plan.run(deploy.InProcess(), 1.0, wrong)
     with pytest.raises(ValueError, match="structure"):
         plan.run(deploy.InProcess(), 1.0)
+    with pytest.raises(ValueError, match=r"clients names 2 clients, expected .* take part: 3"):
+        plan.run(deploy.InProcess(), 1.0, ROWS, clients=["ann", "bob"])
 
 
 # The audit
