@@ -126,6 +126,7 @@ def squares(scale, rows):
 
 
 ROWS = {"x": np.random.default_rng(0).normal(size=(3, 4))}
+HALF = np.full((3, 2), 40000, np.float16)  # their sum is infinite
 
 
 def test_clients_do_not_send_what_nobody_needs():
@@ -148,6 +149,9 @@ TRANSFORMED = {
     "Hessian": jax.hessian(squares),
     "tangent": lambda s, rows: jax.jvp(lambda s: squares(s, rows), (s,), (1.0,))[1],
     "vectorized": lambda s, rows: jax.vmap(lambda t: squares(s * t, rows))(jnp.arange(3.0)),
+    "vectorized rows": lambda s, rows: jax.vmap(
+        fax.program(clients=3)(lambda t: fax.mean(rows["x"] * t))
+    )(jnp.arange(2.0)),
     "scan": many,
     "gradient of a scan": jax.grad(lambda s, rows: many(s, rows)[0]),
     "while": lambda s, rows: jax.lax.while_loop(
@@ -224,6 +228,63 @@ def test_random_keys_travel():
         return fax.sum(fax.map(lambda x, k: x + jax.random.normal(k), rows["x"], fax.keys(key)))
 
     check_plan(noisy, (ROWS, jax.random.key(1)), held=["x"])
+
+
+def test_a_mean_of_short_floats_does_not_overflow():
+    check_plan(fax.program(clients=3)(lambda r: fax.mean(r["x"])), ({"x": HALF},), held=["x"])
+
+
+def test_rows_that_are_replaced_stay_with_their_clients():
+    @fax.program(clients=3)
+    def replaced(rows, numbers):
+        return rows["x"].at[numbers].set(jnp.ones((2, 4)))
+
+    @fax.program(clients=3)
+    def exchanged(rows, numbers):
+        return rows["x"].at[numbers].set(rows["x"][numbers[::-1]])
+
+    args = ROWS, np.array([2, 1])
+    _, found = check_plan(replaced, args, held=["x"])
+    assert [row.client for row in found.rows] == [0, 1, 2]
+    plan = deploy.cut(exchanged, *args, held=["x"])
+    with pytest.raises(ValueError, match="Row 2 is with the client 2, and would be replaced"):
+        plan.run(deploy.InProcess(), *args)
+
+
+def test_one_row_that_is_repeated():
+    @fax.program(clients=1)
+    def repeated(rows):
+        return fax.mean(rows["x"]), rows["x"] * jnp.arange(3.0)[:, None]
+
+    with pytest.raises(deploy.CutError, match="mul uses the rows of several clients"):
+        deploy.cut(repeated, {"x": np.ones((1, 4))}, held=["x"])
+    check_plan(repeated, ({"x": np.ones((1, 4))},), held=["x"], pull=True)
+
+
+def test_what_the_server_prints(capfd):
+    @fax.program(clients=3)
+    def printed(rows):
+        total = fax.sum(rows["x"])
+        jax.debug.print("the sum is {}", total.sum())
+        return total
+
+    deploy.cut(printed, ROWS, held=["x"]).run(deploy.InProcess(), ROWS, quorum=2)
+    jax.effects_barrier()
+    assert f"the sum is {ROWS['x'].sum():.4f}"[:16] in capfd.readouterr().out
+
+
+def test_rows_along_another_axis():
+    """The type does not say along which axis the rows are."""
+
+    @fax.program(clients=3)
+    def turned(rows):
+        return {"x": rows["x"].T}
+
+    rows = {"x": ROWS["x"][:, :3]}
+    plan = deploy.cut(turned, rows, held=["x"])
+    backend = deploy.InProcess()
+    with pytest.raises(ValueError, match="rows along axis 1, expected axis 0"):
+        plan.run(backend, plan.run(backend, rows))
 
 
 # Clients that fail
@@ -319,6 +380,29 @@ def test_state_of_a_client_that_fails_stays():
     np.testing.assert_array_equal(plan.fetch(backend, found)["x"], expected)
 
 
+def count(rows):
+    return fax.sum(fax.map(lambda x: jnp.ones(()), rows["x"]))
+
+
+def test_rows_that_are_missing_from_the_start():
+    """The client is left out of all sums, also of those that do not need the missing row."""
+
+    @fax.program(clients=3)
+    def mean(rows):
+        return fax.sum(rows["x"]) / fax.sum(fax.map(lambda y: jnp.ones(()), rows["y"]))
+
+    rows = {"x": ROWS["x"], "y": ROWS["x"]}
+    plan = deploy.cut(mean, rows, held=["x", "y"])
+    backend = deploy.InProcess()
+    own = backend.put([0, 1, 2], list(ROWS["x"]))
+    own[1] = None
+    rows["x"] = deploy.Held(tuple(own), (0, 1, 2), (3, 4), ROWS["x"].dtype)
+    found = plan.run(backend, rows, quorum=2)
+    np.testing.assert_allclose(found, ROWS["x"][[0, 2]].mean(0))
+    with pytest.raises(deploy.ClientError, match=r"no rows of the clients \['1'\]"):
+        plan.run(backend, rows)
+
+
 UNWEIGHTED = r"divided by their number, 3, at .*test_deploy.py.*pass weights="
 STATIC = {
     "a mean": (lambda rows: fax.mean(rows["x"]), UNWEIGHTED),
@@ -335,6 +419,34 @@ STATIC = {
         "degrees 0 and 1",
     ),
     "unsigned": (lambda rows: fax.sum(rows["x"].astype(jnp.uint32)), "unsigned"),
+    "a gradient of a mean": (
+        lambda rows: jax.grad(lambda s: fax.mean(fax.broadcast(s) * rows["x"][:, 0]))(1.0),
+        "divided by their number, 3",
+    ),
+    "a guard of another value": (
+        lambda rows: fax.sum(rows["x"]) / (count(rows) + (jnp.sum(fax.sum(rows["x"])) == 0)),
+        "degrees 0 and 1",
+    ),
+    "zero is zero": (
+        lambda rows: fax.sum(rows["x"]) / (count(rows) + (jnp.zeros(()) == 0)),
+        "degrees 0 and 1",
+    ),
+    "a choice of the server": (
+        lambda rows: fax.sum(rows["x"]) / jnp.where(fax.max(rows["x"]) > 0, count(rows), 1),
+        "degrees 0 and 1",
+    ),
+    "the wrong case": (
+        lambda rows: (lambda n: fax.sum(rows["x"]) / jnp.where(n != 0, 1, n))(count(rows)),
+        "degrees 0 and 1",
+    ),
+    "a bound": (lambda rows: jnp.minimum(fax.sum(rows["x"]), 1.0), "degrees 0 and 1"),
+    "a clipped sum": (
+        lambda rows: fax.sum(rows["x"]) / jnp.maximum(1, optax.tree.norm(fax.sum(rows["x"]))),
+        "degrees 0 and 1",
+    ),
+    "a bool": (lambda rows: 1 + fax.sum(rows["x"]) / count(rows).astype(bool), "degrees 0 and 1"),
+    "a truncated sum": (lambda rows: fax.sum(rows["x"]).astype(int), "truncated"),
+    "a square": (lambda rows: fax.sum(rows["x"]) ** 2, "degree 2"),
 }
 
 
@@ -376,6 +488,9 @@ def test_results_that_are_right_without_some_clients():
         mean = total / jnp.maximum(number, 1)
         deviation = jnp.sqrt(squares / number - mean**2)
         fraction = jnp.where(number > 0, jnp.sqrt(squares * number) / number, 0.0)
+        mean = (
+            mean + total / (number + (number == 0)) + total / jnp.where(number > 0, number, 1)
+        ) / 3
         return fax.max(x), total, total * 2, jnp.exp(mean), deviation, fraction
 
     plan = deploy.cut(right, ROWS, held=["x"])
@@ -415,8 +530,14 @@ def test_examples_on_the_server():
             lambda r: fax.sum(fax.map(lambda x: jax.debug.print("{}", x) or x, r["x"])),
             "has effects",
         ),
+        (
+            lambda r: jax.lax.custom_linear_solve(
+                lambda x: fax.sum(fax.broadcast(x)), 1.0, lambda matvec, b: matvec(b)
+            ),
+            r"custom_linear_solve calls operators of fax, at .*test_deploy.py",
+        ),
     ],
-    ids=["collect", "sort", "cumulative sum", "scan", "branch", "effect"],
+    ids=["collect", "sort", "cumulative sum", "scan", "branch", "effect", "linear solve"],
 )
 def test_programs_that_cannot_be_cut(fn, message):
     program = fax.program(clients=3)(fn)
@@ -433,6 +554,8 @@ def test_arguments_that_differ():
         plan.run(deploy.InProcess(), 1.0, wrong)
     with pytest.raises(ValueError, match="structure"):
         plan.run(deploy.InProcess(), 1.0)
+    with pytest.raises(ValueError, match=r"clients names 2 clients, expected .* take part: 3"):
+        plan.run(deploy.InProcess(), 1.0, ROWS, clients=["ann", "bob"])
 
 
 # The audit

@@ -1,9 +1,13 @@
 """Clients in processes of their own: they have JAX alone, and send what the plan says."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import struct
+import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ from scripts import EXAMPLES
 import fax
 from fax import deploy
 from fax.deploy import _client as runtime
-from fax.deploy import _links
+from fax.deploy import _links, _processes
 
 CLIENTS = ["ann", "bob", "cleo"]
 # What each process does: it holds rows that would be recognized anywhere.
@@ -198,6 +202,11 @@ def test_messages_come_back():
     np.testing.assert_array_equal(jax.random.key_data(own), jax.random.key_data(key))
 
 
+def test_other_byte_orders():
+    (own,) = runtime.decode(runtime.encode([np.arange(3, dtype=">i4")]))
+    np.testing.assert_array_equal(own, np.arange(3))
+
+
 def test_messages_hold_no_objects():
     with pytest.raises(TypeError, match="cannot hold"):
         runtime.encode([object()])
@@ -224,7 +233,7 @@ class Link:
     def __init__(self, requests):
         self.requests, self.answers = list(requests), []
 
-    def recv_bytes(self):
+    def recv_bytes(self, largest):
         if not self.requests:
             raise EOFError
         return self.requests.pop(0)
@@ -264,19 +273,73 @@ def test_arrays_that_are_too_large():
         runtime.decode(struct.pack("<Q", len(text)) + text + bytes(24))
 
 
+LARGE = struct.pack("!iQ", -1, 2**60)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (struct.pack("!i", 4) + b"junk", "sent what is not an answer"),
+        (struct.pack("!i", 10) + runtime.encode([]), "sent what is not an answer"),
+        (struct.pack("!i", 100) + b"only half of it", "did not answer in time"),
+        (LARGE, "has ended with status 0"),
+    ],
+    ids=["no message", "no number", "stopped", "too large"],
+)
+def test_a_client_that_answers_anything(data, message):
+    own, other = multiprocessing.Pipe()
+    _links._limit(own, 0.1)
+    link = _links.Link(types.SimpleNamespace(wait=lambda timeout: 0), own)
+    os.write(other.fileno(), data)
+    with pytest.raises(_links.LinkError, match=message):
+        link.receive(10.0)
+
+
+def test_others_that_connect():
+    found = [multiprocessing.AuthenticationError(), EOFError(), ConnectionResetError(), "line"]
+    listener = unittest.mock.Mock(accept=unittest.mock.Mock(side_effect=found))
+    assert _links._accept(listener, [], 10.0) == "line"
+
+
+def test_a_client_that_does_not_read():
+    own, _other = multiprocessing.Pipe()
+    _links._limit(own, 0.1)
+    link = _links.Link(types.SimpleNamespace(), own)
+    with pytest.raises(_links.LinkError, match="did not answer in time"):
+        link.send("put", values=[np.zeros(2**22)])
+
+
+def test_a_client_that_sends_other_types():
+    plan = deploy.cut(lambda s, r: squares(s, r["x"]), 1.5, {"x": np.ones((3, 4))}, held=["x"])
+    (stage,) = plan.stages
+    right = [[np.zeros((), np.float64)]] * 2
+    _processes._check_answer(0, stage, ["ann", "bob"], right)
+    for wrong in (None, right[:1], [[1.0]] * 2, [[np.zeros(1)]] * 2, [[np.float32(0)]] * 2):
+        with pytest.raises(deploy.ClientError, match=r"for each.*float64\[\]") as error:
+            _processes._check_answer(0, stage, ["ann", "bob"], wrong)
+        assert error.value.clients == ("ann", "bob")
+
+
+def test_a_server_whose_message_is_too_large():
+    own, other = multiprocessing.Pipe()
+    os.write(other.fileno(), LARGE)
+    runtime.serve(own, runtime.Clients({}))  # ends
+
+
 # Saved plans
+
+
+@fax.program(clients=3)
+def sines(rows, function=jnp.sin):
+    stays = fax.map(function, rows["x"])
+    return fax.sum(fax.map(jnp.sum, stays)), stays
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan") / "squares"
 
-    @fax.program(clients=3)
-    def program(rows):
-        stays = fax.map(jnp.sin, rows["x"])
-        return fax.sum(fax.map(jnp.sum, stays)), stays
-
-    plan = deploy.cut(program, {"x": np.ones((3, 4))}, held=["x"])
+    plan = deploy.cut(sines, {"x": np.ones((3, 4))}, held=["x"])
     plan.save(folder)
     return folder, plan
 
@@ -298,13 +361,16 @@ def test_processes_with_a_plan(saved):
     folder, plan = saved
     x = np.random.default_rng(0).normal(size=(3, 4))
     other = deploy.cut(lambda rows: squares(2.0, rows["x"]), {"x": x}, held=["x"])
+    cosines = deploy.cut(lambda rows: sines(rows, jnp.cos), {"x": x}, held=["x"])
     with deploy.Processes(1, plan=folder) as backend:
         total, stays = plan.run(backend, {"x": x})
         np.testing.assert_allclose(total, np.sin(x).sum())
         with pytest.raises(deploy.ClientError, match="fetches no rows"):
             plan.fetch(backend, stays)
-        with pytest.raises(deploy.ClientError):  # the plan has no such results
-            other.run(backend, {"x": x})
+        for program in (other, cosines):
+            with pytest.raises(deploy.ClientError, match="is not in the plan of these processes"):
+                program.run(backend, {"x": x})
+        deploy.cut(sines, {"x": x}, held=["x"]).run(backend, {"x": x})  # traced again
 
 
 def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
@@ -325,9 +391,23 @@ def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
         run(keeps, "0" * 64)
     with pytest.raises(runtime.RefusedError, match="fetches no rows"):
         clients.answer({"do": "fetch", "with": {"rows": [[0, "kept"]]}})
+    for do, what in (
+        ("put", {"clients": [0], "slots": ["x"], "values": [np.zeros(4)]}),
+        (
+            "run",
+            {"stage": name, "shared": [None], "jobs": [[0, ["x"], [k and "x" for k in keeps]]]},
+        ),
+    ):
+        with pytest.raises(runtime.RefusedError, match="data would be replaced"):
+            clients.answer({"do": do, "with": what})
+    clients.answer({"do": "free", "with": {"rows": [[0, "x"]]}})
+    np.testing.assert_allclose(run(keeps)[0], [4 * np.sin(1.0)])
     blob = (folder / stage["file"]).read_bytes()
     with pytest.raises(runtime.RefusedError, match="not in the plan"):
         clients.answer({"do": "stage", "with": {"name": name, "blob": blob}})
+    outside = {"stages": {name: stage | {"file": f"../{folder.name}/{stage['file']}"}}}
+    with pytest.raises(runtime.RefusedError, match="not a file in the plan's folder"):
+        runtime.Clients({}, outside, folder)
     for part in folder.iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
     (tmp_path / stage["file"]).write_bytes(blob[:-1])

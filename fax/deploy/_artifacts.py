@@ -41,6 +41,7 @@ def save(
         described[hashlib.sha256(blob).hexdigest()] = {
             "file": file,
             "name": stage.name,
+            "program": stage.digest,
             "inputs": list(stage.inputs),
             "outputs": list(stage.outputs),
             "input types": list(map(str, stage.jaxpr.in_avals)),

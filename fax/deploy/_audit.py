@@ -312,7 +312,8 @@ def _kinds(exchange: Exchange) -> Mapping[str, None]:
 
 
 _LIMITS = (
-    "Not proven: that a sum hides a client's row. It does not if all others contribute zero, or if",
-    "the server compares sums over different clients. Norms that clipping promises, noise and",
-    "epsilon are not proven either.",
+    "Not proven: that a sum hides a client's row. It does not if all others contribute zero, if",
+    "the server compares sums over different clients, or if it reads what each client sends before",
+    "it adds. With quorum=, sums are over the clients that are left. Norms that clipping promises,",
+    "noise and epsilon are not proven either.",
 )

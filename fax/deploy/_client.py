@@ -62,6 +62,7 @@ def encode(message: Any) -> bytes:
         array = np.asarray(x)
         if array.dtype.hasobject:
             raise TypeError(f"a message cannot hold a {type(x).__name__}")
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         buffers.append(array.tobytes())
         return {"": "array", "dtype": array.dtype.name, "shape": list(array.shape), "key": impl}
 
@@ -165,9 +166,12 @@ class Clients:
             (client, name): x for client, own in data.items() for name, x in own.items()
         }
         self._plan = plan
+        self._data = frozenset(self._values)  # which the server cannot replace
         self._stages: dict[str, Callable] = {}
         for name, stage in (plan or {"stages": {}})["stages"].items():
             assert folder is not None
+            if pathlib.Path(stage["file"]).name != stage["file"]:
+                raise RefusedError(f"{stage['file']} is not a file in the plan's folder.")
             blob = (folder / stage["file"]).read_bytes()
             if hashlib.sha256(blob).hexdigest() != name:
                 raise RefusedError(f"{stage['file']} is not what the plan's manifest says.")
@@ -193,7 +197,7 @@ class Clients:
 
     def do_put(self, clients: list[Any], slots: list[str], values: list[Any]) -> None:
         for client, slot, value in zip(clients, slots, values, strict=True):
-            self._values[client, slot] = value
+            self._keep(client, slot, value)
 
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
@@ -202,7 +206,8 @@ class Clients:
 
     def do_free(self, rows: list[Any]) -> None:
         for client, slot in rows:
-            self._values.pop((client, slot), None)
+            if (client, slot) not in self._data:
+                self._values.pop((client, slot), None)
 
     def do_run(self, stage: str, shared: list[Any], jobs: list[Any]) -> list[list[Any]]:
         """Runs a stage for some clients, and returns what each of them sends.
@@ -221,9 +226,14 @@ class Clients:
             made = run(*operands)
             for name, value in zip(keep, made, strict=True):
                 if name is not None:
-                    self._values[client, name] = value
+                    self._keep(client, name, value)
             sent.append([x for name, x in zip(keep, made, strict=True) if name is None])
         return sent
+
+    def _keep(self, client: Any, name: str, value: Any) -> None:
+        if (client, name) in self._data:
+            raise RefusedError("a client's data would be replaced")
+        self._values[client, name] = value
 
     def _own(self, client: Any, x: Any) -> Any:
         return self._values[client, x] if isinstance(x, str) else x
@@ -249,11 +259,11 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def serve(link: Any, clients: Clients) -> None:
-    """Answers requests until the server stops or is gone."""
+    """Answers requests until the server stops, is gone, or sends a message that is too large."""
     while True:
         try:
-            data = link.recv_bytes()
-        except (EOFError, ConnectionError):
+            data = link.recv_bytes(LARGEST)
+        except (EOFError, OSError):
             return
         number = None
         try:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
+from fax._arithmetic import accumulator_dtype
 from fax.deploy import _control
 from fax.deploy._rows import of_rows
 from fax.deploy._stages import Stages
@@ -95,6 +96,11 @@ class Writer:
             return operands
         if eqn.primitive is collect_p:
             return [self.pulled(operands[0], eqn)]
+        if not held:
+            raise CutError(
+                f"{eqn.primitive.name} calls operators of fax, at {line_of(eqn)}. In a plan, these "
+                "may be in functions, loops, branches and gradients only."
+            )
         found = self._renamed(eqn, operands) or self._on_rows(eqn, operands)
         if found is None:
             operands = [self.pulled(value, eqn) for value in operands]
@@ -192,7 +198,10 @@ class Writer:
         if value.axis != 0:
             value = self.moved(value, eqn)
         size, name = eqn.params["size"], eqn.params["placement"]
-        total = Value(aval_of(eqn.outvars[0]))
+        aval = aval_of(eqn.outvars[0])
+        if eqn.primitive is mean_p:
+            aval = aval.update(dtype=accumulator_dtype(aval.dtype))
+        total = Value(aval)
         mode = _REDUCTIONS[eqn.primitive]
         step = self.on_clients(name, lambda row: [row], [value], [0], [total], [mode], size)
         self.steps.append(step)
@@ -200,7 +209,7 @@ class Writer:
             return total
 
         def divide(xs: list[Any]) -> list[Any]:
-            return [(xs[0] / size).astype(xs[0].dtype)]
+            return [(xs[0] / size).astype(value.aval.dtype)]
 
         return self.on_server(divide, [total], eqn.outvars, eqn)[0]
 
@@ -216,8 +225,10 @@ class Writer:
             return [result]
         if eqn.primitive is p.scatter_p and _replaces_rows(eqn, operands):
             held, numbers, rows = operands
-            if not rows.held:
-                rows = _control.sent(self, rows, 0, None)
+            if not rows.held:  # each goes to the client whose row it replaces
+                replaced = Value(rows.aval, 0)
+                self.steps.append(Take((held, numbers), (replaced,), True))
+                rows = _control.sent(self, rows, 0, replaced)
             result = Value(held.aval, 0)
             self.steps.append(Set((held, numbers, rows), (result,)))
             return [result]
@@ -228,12 +239,18 @@ class Writer:
         first = next(value for value in operands if value.held)
         assert first.axis is not None
         size = first.aval.shape[first.axis]
+        if any(x.axis is not None and x.aval.shape[x.axis] != size for x in operands):
+            return None
         found = of_rows(eqn, [value.axis for value in operands], size)
         if found is None:
             return None
         axis = first.axis
-        # The server's arrays with that axis are sent row by row.
-        axes = [axis if x.held or x.aval.ndim == first.aval.ndim else None for x in operands]
+
+        # The server's arrays with that axis are sent row by row, and others as they are.
+        def has_rows(x: Value) -> bool:
+            return x.aval.ndim == first.aval.ndim and x.aval.shape[axis] == size
+
+        axes = [axis if x.held or has_rows(x) else None for x in operands]
         like = eqn.replace(params=found.params)
 
         def fn(*rows: Any) -> list[Any]:
@@ -254,7 +271,7 @@ class Writer:
         for step in reversed(self.steps):
             if isinstance(step, OnServer):
                 step = _needed_equations(step, needed)
-            if needed.isdisjoint(step.results):
+            if needed.isdisjoint(step.results) and not _has_effects(step):
                 continue
             if isinstance(step, OnClients):
                 step = self._needed_results(step, needed)
@@ -311,11 +328,16 @@ def _replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
     )
 
 
+def _has_effects(step: Step) -> bool:
+    """Whether the server prints, or calls back, in a step."""
+    return isinstance(step, OnServer) and any(part.eqn.effects for part in step.equations)
+
+
 def _needed_equations(step: OnServer, needed: set[Value]) -> OnServer:
     wanted, equations = set(needed), []
     made: list[Value] = []
     for part in reversed(step.equations):
-        if wanted.isdisjoint(part.results):
+        if wanted.isdisjoint(part.results) and not part.eqn.effects:
             continue
         equations.append(part)
         wanted.update(part.operands)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pathlib
 import secrets
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -48,7 +51,7 @@ class Link:
         try:
             self._line.send_bytes(data)
         except (OSError, ValueError) as error:
-            raise self._ended() from error
+            raise self._ended(error) from error
         self.sent += len(data)
 
     def receive(self, timeout: float) -> Any:
@@ -63,18 +66,24 @@ class Link:
             try:
                 if not self._line.poll(max(0.0, end - time.monotonic())):
                     raise LinkError("did not answer in time")
-                data = self._line.recv_bytes()
+                data = self._line.recv_bytes(runtime.LARGEST)
             except (EOFError, OSError) as error:
-                raise self._ended() from error
+                raise self._ended(error) from error
             self.received += len(data)
-            answer = runtime.decode(data)
-            if answer["number"] == self._number:
-                break
-        if "error" in answer:
+            try:
+                answer = runtime.decode(data)
+                if answer["number"] != self._number:
+                    continue
+                if "error" not in answer:
+                    return answer["result"]
+            except (runtime.MessageError, TypeError, KeyError) as error:
+                raise LinkError("sent what is not an answer") from error
             raise ClientError(f"A client's process failed: {answer['error']}")
-        return answer["result"]
 
-    def _ended(self) -> LinkError:
+    def _ended(self, error: Exception) -> LinkError:
+        self._line.close()  # a message may have been cut off
+        if isinstance(error, BlockingIOError):
+            return LinkError("did not answer in time")
         try:
             return LinkError(f"has ended with status {self.process.wait(5)}")
         except subprocess.TimeoutExpired:
@@ -83,14 +92,14 @@ class Link:
     def stop(self) -> None:
         """Asks the process to end, and kills it if it does not."""
         try:
-            self.send("stop")
-            self._line.close()
-            self.process.wait(5)
-        except (LinkError, OSError):
+            if not self._line.closed:
+                self.send("stop")
+                self._line.close()
+                self.process.wait(5)
+        except (LinkError, OSError, subprocess.TimeoutExpired):
             pass
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()  # does nothing if it has ended
+        self.process.wait()
 
 
 def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
@@ -126,6 +135,7 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
                 process.stdin.close()
             for _ in range(number):
                 line = _accept(listener, started, timeout)
+                _limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
         except BaseException:
             for process in started:
@@ -135,6 +145,14 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
     return [Link(process, lines[i]) for i, process in enumerate(started)]
 
 
+def _limit(line: Any, timeout: float) -> None:
+    """Lets reading and writing fail after a while, if the process stops within a message."""
+    with socket.socket(fileno=os.dup(line.fileno())) as own:
+        limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 def _accept(
     listener: connection.Listener, started: Sequence[subprocess.Popen], timeout: float
 ) -> Any:
@@ -142,6 +160,8 @@ def _accept(
     while time.monotonic() < end:
         try:
             return listener.accept()
+        except (multiprocessing.AuthenticationError, EOFError, ConnectionError):
+            continue  # it was not one of the processes
         except TimeoutError:
             ended = [p.returncode for p in started if p.poll() is not None]
             if any(ended):

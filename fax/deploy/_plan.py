@@ -114,8 +114,8 @@ class Plan:
           ``fetch`` brings them.
 
         Raises:
-          ValueError: if arguments differ from those that the plan was made for, or rows of one
-            participant are with different clients.
+          ValueError: if arguments differ from those that the plan was made for, if ``clients`` are
+            not as many as take part, or if rows of one participant are with different clients.
           CutError: if there is a ``quorum``, and results would be wrong without some clients, for
             example because `fax.mean` without weights divides by the number of all of them.
           ClientError: if a client fails, or with ``quorum``, if too few are left.
@@ -128,6 +128,11 @@ class Plan:
             raise ValueError(
                 f"Plan.run: the arguments have the structure {tree}, expected that of the "
                 f"arguments of fax.deploy.cut: {self._arguments}."
+            )
+        if clients is not None and len(clients) not in self._sizes:
+            raise ValueError(
+                f"Plan.run: clients names {len(clients)} clients, expected as many as take "
+                f"part: {' or '.join(map(str, sorted(self._sizes)))}."
             )
         runner = Runner(backend, clients, leaves, quorum)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
@@ -144,6 +149,12 @@ class Plan:
                 # From the start, because all sums must be over the same clients. A stage only adds
                 # to what clients hold, so nothing has changed.
                 runner.failed.update(error.clients)
+
+    @functools.cached_property
+    def _sizes(self) -> set[int]:
+        """How many clients take part."""
+        inputs = {x.aval.shape[x.axis] for x in self._block.inputs if x.axis is not None}
+        return inputs | {exchange.clients for exchange in self.audit().exchanges}
 
     def _placed(self, runner: Runner, leaves: Sequence[Any]) -> Iterator[Any]:
         """The arguments, those that clients hold with them."""
@@ -246,4 +257,9 @@ def _check_type(name: str, x: Any, value: Any) -> None:
         raise ValueError(
             f"Plan.run: {name} is held by clients, but the plan was made for a value of the "
             "server; add its name to held= of fax.deploy.cut."
+        )
+    if isinstance(x, Held) and x.axis != value.axis:
+        raise ValueError(
+            f"Plan.run: {name} has its rows along axis {x.axis}, expected axis {value.axis}. "
+            "Return it transposed from the plan that made it."
         )

@@ -65,12 +65,12 @@ class Processes:
         self._freed: list[tuple[Hashable, str]] = []
         self._home: dict[Hashable, int] = {}
         self._known: list[set[str]] = [set() for _ in range(number)]
-        self._saved: dict[str, str] | None = None  # the names of stages, and their hashes
+        self._saved: dict[str, str] | None = None  # stages by what they compute
         options = [] if load is None else ["--load", load]
         if plan is not None:
             options += ["--plan", os.fspath(plan)]
             stages = runtime.read_plan(pathlib.Path(plan))["stages"]
-            self._saved = {stage["name"]: name for name, stage in stages.items()}
+            self._saved = {stage.get("program"): name for name, stage in stages.items()}
         self._links = _links.start(number, options, timeout)
         self._finalizer = weakref.finalize(self, _stop, self._links)
         about = {i: dict[str, Any]() for i in range(number)} if load else {}
@@ -154,6 +154,7 @@ class Processes:
             requests[process] = {"stage": name, "shared": shared, "jobs": jobs}
         sent: dict[int, list[Any]] = {}
         for process, answer in self._ask("run", requests).items():
+            _check_answer(process, stage, [clients[i] for i in parts[process]], answer)
             sent.update(zip(parts[process], answer, strict=True))
         contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
         return [
@@ -186,12 +187,12 @@ class Processes:
     def _deploy(self, stage: Stage, processes: Iterable[int]) -> str:
         """Sends a stage where it is not known yet, and returns its name there."""
         if self._saved is not None:
-            if stage.name not in self._saved:
+            if stage.digest not in self._saved:
                 raise ClientError(
-                    f"The stage {stage.name!r} is not in the plan of these processes, which has "
-                    f"{list(self._saved)}."
+                    f"The stage {stage.name!r} is not in the plan of these processes. Save the "
+                    "plan that runs there, with the same version of JAX."
                 )
-            return self._saved[stage.name]
+            return self._saved[stage.digest]
         name, blob = _exported(stage)
         new = [process for process in processes if name not in self._known[process]]
         self._ask("stage", {process: {"name": name, "blob": blob} for process in new})
@@ -236,6 +237,27 @@ class Processes:
             clients = [client for client, home in self._home.items() if home in failed]
             raise ClientError(f"{text}. Clients that they run: {clients}.", clients)
         return answers
+
+
+def _check_answer(process: int, stage: Stage, clients: list[Hashable], answer: Any) -> None:
+    """Checks that each client has sent what the stage sends."""
+    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
+    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
+
+    def is_right(row: Any) -> bool:
+        return (
+            isinstance(row, list)
+            and all(hasattr(x, "dtype") for x in row)
+            and [(x.shape, x.dtype) for x in row] == expected
+        )
+
+    if not (isinstance(answer, list) and [*map(is_right, answer)] == [True] * len(clients)):
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in expected)
+        raise ClientError(
+            f"Process {process} did not send what the stage {stage.name!r} sends for each of the "
+            f"clients {clients}: {shown}.",
+            clients,
+        )
 
 
 def _named(x: Any) -> Any:

@@ -42,7 +42,9 @@ def of_rows(eqn: JaxprEqn, axes: Sequence[int | None], size: int) -> OfRows | No
         return None
     (axis,) = found
     if is_elementwise(eqn) or eqn.primitive in _OTHER_ELEMENTWISE:
-        return OfRows(dict(eqn.params), axis)
+        # An axis of size 1 may be repeated.
+        same = aval_of(eqn.outvars[0]).shape[axis] == size
+        return OfRows(dict(eqn.params), axis) if same else None
     rule = _RULES.get(eqn.primitive) or _NAMED_RULES.get(eqn.primitive.name)
     return rule(eqn, axis, size) if rule else None
 

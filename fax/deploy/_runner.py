@@ -72,8 +72,14 @@ class Runner:
         ]
         placed = [x for x, mode in zip(given, stage.inputs, strict=True) if mode == "placed"]
 
-        there = [i for i in range(len(clients)) if all(x[i] is not None for x in placed)]
-        numbers = self._left(clients, there)
+        missing = {clients[i] for x in placed for i, row in enumerate(x) if row is None}
+        if missing - self.failed:  # all sums must be over the same clients
+            raise ClientError(
+                f"Stage {stage.name!r} uses a value that has no rows of the clients "
+                f"{sorted(map(str, missing))}, which had failed when it was made.",
+                missing,
+            )
+        numbers = self._left(clients, range(len(clients)))
         own = [
             [x[i] for i in numbers] if mode == "placed" else x
             for x, mode in zip(given, stage.inputs, strict=True)

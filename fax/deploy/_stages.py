@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -41,6 +43,13 @@ class Stage:
     def run(self) -> Any:
         """The jitted function. It returns a list."""
         return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
+
+    @property
+    def digest(self) -> str:
+        """A hash of what it computes, the same whenever it is traced again."""
+        text = f"{self.inputs} {self.outputs} {self.jaxpr}"
+        text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
         """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""

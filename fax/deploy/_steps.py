@@ -188,8 +188,17 @@ class Set(Step):
     def run(self, runner, operands):
         held, numbers, others = operands
         rows = list(held.rows)
-        for number, row in zip(np.asarray(numbers).reshape(-1), others.rows, strict=True):
-            if 0 <= number < len(rows) and row is not None:
+        chosen = np.asarray(numbers).reshape(-1)
+        for number, row, client in zip(chosen, others.rows, others.clients, strict=True):
+            if not 0 <= number < len(rows):
+                continue
+            if client != held.clients[number]:
+                raise ValueError(
+                    f"Row {number} is with the client {held.clients[number]!r}, and would be "
+                    f"replaced by a row of {client!r}. Rows of the same participant have to be "
+                    "with the same client; name those of a cohort by Plan.run(clients=)."
+                )
+            if row is not None:
                 rows[number] = row
         return [dataclasses.replace(held, rows=tuple(rows))]
 
