@@ -561,6 +561,51 @@ def test_a_report_is_that_of_a_round(small, capsys):
     assert not Path("runs").exists()
 
 
+AUDITED = """
+import numpy as np, optax
+import fax
+
+def program():
+    algorithm = fax.algorithms.fedavg(lambda w, batch, key: (batch["x"] - w) ** 2, optax.sgd(0.1))
+    data = fax.data.InMemory({str(i): {"x": np.ones(3)} for i in range(6)})
+    with fax.data.cohorts(data, clients=4, batch_size=3, resident=False) as cohorts:
+        return algorithm.round, (algorithm.init(np.float32(0)), next(cohorts))
+
+def plan():
+    fn, args = program()
+    return fax.deploy.cut(fn, *args)
+
+@fax.program(clients=2)
+def collected(data):
+    return fax.collect(fax.map(lambda x: 2 * x, data["batches"]))
+
+def rows():
+    return collected, [{"batches": np.ones(2)}]
+"""
+
+
+def test_an_audit_is_that_of_the_plan(small, capsys, monkeypatch):
+    Path("audited_module.py").write_text(AUDITED)
+    monkeypatch.syspath_prepend(str(small))
+    for name in ("program", "plan"):
+        assert main(["audit", f"audited_module:{name}"]) == 0
+    printed = capsys.readouterr().out
+    import audited_module
+
+    assert printed == 2 * f"{audited_module.plan().audit()}\n"
+    assert re.search(r"^  \[1\]\.batches\['x'\] +only through sums over 4$", printed, re.M)
+    for name, message in [
+        ("audited_module", "'audited_module' is not of the form module:name."),
+        ("audited_module:other", "the module audited_module has no other."),
+        ("fax:__version__", "', expected a function that returns a program and its arguments"),
+        ("audited_module:rows", "audited_module.py"),  # the line that needs the rows
+    ]:
+        assert main(["audit", name]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert not captured.out
+
+
 def test_the_doctor_says_what_is_there_and_what_is_missing(monkeypatch, capsys):
     versions = {"jax": jax.__version__, "optax": optax.__version__}
 

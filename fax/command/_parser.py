@@ -238,6 +238,21 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     report.add_argument("--on", metavar="TPU", help="the TPU of a slice, such as v5e:4x4")
     report.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
 
+    audit = command(
+        "audit",
+        "what a program would send from clients to the server",
+        "Says what each client would receive and send if a program ran where the clients' data\n"
+        "are, and how its data can leave it: never, only through sums, or as rows. The program is\n"
+        "traced and not run.",
+        "examples:\n  fax audit my_module:program\n",
+    )
+    audit.add_argument(
+        "program",
+        metavar="MODULE:NAME",
+        help="a function without arguments that returns a program and a tuple of its arguments, as "
+        "in (algorithm.round, (state, cohort)), or what fax.deploy.cut returns",
+    )
+
     command(
         "doctor",
         "versions, devices, caches, and what is missing",
