@@ -431,6 +431,25 @@ def test_a_folder_in_use_is_refused(tmp_path):
     train(tmp_path / "run")  # it is free again
 
 
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    def step(state, cohort):
+        raise ValueError("the first round")
+
+    refused = fax.algorithms.Algorithm(lambda params: params, step, lambda state: state)
+    with pytest.raises(ValueError, match="the first round"):
+        train(tmp_path / "run", algorithm=refused)
+    with pytest.raises(ValueError, match="config has 'run'"):
+        train(tmp_path / "run", config={"run": 1})
+    assert not (tmp_path / "run").exists()
+    # A folder that was there before stays, and so does one with a round.
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="the first round"):
+        train(tmp_path / "run", algorithm=refused)
+    assert (tmp_path / "run").exists()
+    stopped(tmp_path / "other", 1)
+    assert rounds_of(tmp_path / "other") == [0]
+
+
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     (tmp_path / "metrics.csv").write_text("mine")
     with pytest.raises(ValueError, match=r"has metrics.csv but no config.toml, so it is not"):

@@ -7,10 +7,11 @@ import fcntl
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +37,11 @@ class FolderInUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[None]:
+def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
     """Makes the folder, and keeps other runs out of it. Messages go to its ``log.txt``.
 
-    The system removes the lock when the process ends, however it ends.
+    The system removes the lock when the process ends, however it ends. If there is an error, a
+    folder that was made here is removed again if it is ``unused``.
 
     Raises:
       FolderInUseError: if another run is using it.
@@ -47,6 +49,7 @@ def opened(folder: Path) -> Iterator[None]:
       OSError: if nothing can be written there.
     """
     with contextlib.ExitStack() as stack:
+        new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / ".lock", "a"))
@@ -77,7 +80,12 @@ def opened(folder: Path) -> Iterator[None]:
         log.propagate = False  # warnings are for the user, the rest is for the file
         stack.callback(handler.close)
         stack.callback(log.removeHandler, handler)
-        yield
+        try:
+            yield
+        except Exception:
+            if new and unused():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class Comparison(NamedTuple):

@@ -62,8 +62,8 @@ class Outputs:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         run, folder = self._run, self._run.folder
@@ -74,7 +74,8 @@ class Outputs:
 
         def prepare() -> int:
             nonlocal text
-            stack.enter_context(_folder.opened(folder))
+            # What is refused in the first round is a mistake in the arguments, and not a run.
+            stack.enter_context(_folder.opened(folder, lambda: run.round == 0))
             found = _folder.compare(folder, self._settings, _facts(run), force=self._force)
             text = found.text
             if found.new:  # whatever comes next is known to belong to a run
