@@ -431,6 +431,16 @@ def test_a_folder_in_use_is_refused(tmp_path):
     train(tmp_path / "run")  # it is free again
 
 
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    def locked(file):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(_folder, "locked", locked)
+    with pytest.raises(OSError, match=r"no file in folder can be locked .*supports locks") as error:
+        train(tmp_path / "run")
+    assert error.value.errno == errno.ENOLCK
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     def step(state, cohort):
         raise ValueError("the first round")

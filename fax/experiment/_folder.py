@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import platform
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fax._lock import locked
 from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
@@ -61,12 +61,19 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
                 os.fspath(folder),
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            free = locked(lock)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{_WHERE}: no file in folder can be locked ({error.strerror}). Choose a folder on "
+                "a disk that supports locks",
+                os.fspath(folder),
+            ) from error
+        if not free:
             raise FolderInUseError(
                 f"{_WHERE}: another run is using folder={os.fspath(folder)!r}. Choose another "
                 "folder, or wait until it ends."
-            ) from None
+            )
         others = [name for name in (METRICS, CHECKPOINTS) if (folder / name).exists()]
         if others and not (folder / CONFIG).exists():
             raise ValueError(
