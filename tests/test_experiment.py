@@ -196,6 +196,52 @@ def test_the_loop_is_that_of_an_algorithm(whole):
     assert "ends after round 6" in (folder / "log.txt").read_text()
 
 
+def test_what_is_found_between_two_logs_is_logged(tmp_path):
+    """Evaluations, and what callbacks add, which may be any kind of number."""
+
+    class Add:
+        def after_round(self, run):
+            run.metrics["twice"] = jnp.bfloat16(2 * run.round)
+            run.metrics["odd"] = run.round % 2 == 1
+
+    every = {"evaluate": 2, "checkpoint": 6, "log": 6}
+    found = train(tmp_path / "run", callbacks=[Add()], every=every).history
+    assert [row["twice"] for row in found] == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+    assert ["test/sum" in row for row in found] == [False, True] * 3
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "round,loss,twice,odd,test/sum"
+    assert [line.split(",")[2:4] for line in lines[1:3]] == [["2.0", "1"], ["4.0", "0"]]
+    assert experiment.restore(tmp_path / "run").history == found
+
+
+class Adds:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def after_round(self, run):
+        run.metrics[self.name] = self.value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callbacks": [Adds("some", "text")]}, "the metric 'some' is 'text', expected a number"),
+        (
+            {"callbacks": [Adds("some", np.zeros(1))]},
+            r"the metric 'some' is float64\[1\], expected a number",
+        ),
+        ({"callbacks": [Adds("round", 1)]}, "a metric has the name 'round'"),
+        (
+            {"evaluate": lambda params: None, "every": 1},
+            "the metric 'test' is None, expected a number",
+        ),
+    ],
+)
+def test_metrics_are_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(None, **options)
+
+
 def test_a_round_may_donate_its_state(tmp_path):
     """A checkpoint that is being written has the state as it was."""
 

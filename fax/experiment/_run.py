@@ -234,7 +234,7 @@ def _evaluate(
             results |= {f"{name}/{key}": value for key, value in found.items()}
         else:
             results[name] = found
-    numbers = {name: plain(x) for name, x in results.items() if np.ndim(x) == 0}
+    numbers = {name: plain(x, name) for name, x in results.items() if np.ndim(x) == 0}
     return numbers, {name: np.asarray(x) for name, x in results.items() if name not in numbers}
 
 
