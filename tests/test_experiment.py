@@ -487,6 +487,17 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOLCK
 
 
+def test_settings_that_are_the_same_are_not_refused(tmp_path):
+    class Own:  # its repr has an address
+        init, round, params = map(staticmethod, (ALGORITHM.init, ALGORITHM.round, ALGORITHM.params))
+
+    for _ in range(2):
+        config = {"rate": np.float64(0.1), "most": float("nan"), "rounds": "few"}
+        train(tmp_path / "run", algorithm=Own(), config=config, rounds=2)
+    with pytest.raises(ValueError, match=r"rounds was 'few', and is 'many'"):
+        train(tmp_path / "run", algorithm=Own(), config={**config, "rounds": "many"}, rounds=2)
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     def step(state, cohort):
         raise ValueError("the first round")

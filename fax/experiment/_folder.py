@@ -160,8 +160,14 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs. More rounds are no change: they continue a run."""
-    names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
-    if old.get("rounds", 0) < new.get("rounds", 0):
+    names = [
+        name
+        for name in sorted({**old, **new})
+        # As text, NaN is the same as NaN.
+        if old.get(name) != new.get(name) and repr(old.get(name)) != repr(new.get(name))
+    ]
+    planned, now = old.get("rounds", 0), new.get("rounds", 0)
+    if isinstance(planned, int) and isinstance(now, int) and planned < now:
         names.remove("rounds")
     return [
         f"{name} was {old.get(name, 'not set')!r}, and is {new.get(name, 'not set')!r}"

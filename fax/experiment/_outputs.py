@@ -182,10 +182,9 @@ class Outputs:
 
 def _facts(run: Run) -> dict[str, Any]:
     """What `run` was called with, for ``config.toml``."""
-    store = isinstance(run.algorithm, ClientStore)
     return {
-        "algorithm": repr(getattr(run.algorithm, "algorithm", run.algorithm)),
-        "store": store,
+        "algorithm": run.name,
+        "store": isinstance(run.algorithm, ClientStore),
         "rounds_per_call": run.rounds_per_call,
         "cohorts": run.cohorts.settings,
     }

@@ -101,6 +101,12 @@ class Run:
         self._clients: dict[str, Any] = {}
 
     @property
+    def name(self) -> str:
+        """The name of the algorithm. That of a user's own is its class's: its repr may differ."""
+        own = getattr(self.algorithm, "algorithm", self.algorithm)
+        return repr(own) if isinstance(own, Algorithm) else type(own).__qualname__
+
+    @property
     def params(self) -> PyTree:
         """The parameters of the model to evaluate."""
         return self.algorithm.params(self.state)
