@@ -114,7 +114,12 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=_SET
         )
 
-    def quiet(parser: Parser) -> None:
+    def how(parser: Parser) -> None:
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="go on in a folder though the settings have changed",
+        )
         parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
     run = command(
@@ -137,10 +142,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         help="where to leave the results (default: runs/NAME, or a "
         "new folder runs/NAME-2, runs/NAME-3, ...); a run that was there goes on",
     )
-    run.add_argument(
-        "--force", action="store_true", help="go on in a folder though the settings have changed"
-    )
-    quiet(run)
+    how(run)
 
     resume = command(
         "resume",
@@ -151,7 +153,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     )
     resume.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     resume.add_argument("--rounds", type=int, metavar="N", help="train up to this round instead")
-    quiet(resume)
+    how(resume)
 
     evaluate = command(
         "evaluate",
@@ -211,7 +213,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         help="which metric is to be best at the end: the smallest of a loss, the largest of others "
         "(default: test/loss)",
     )
-    quiet(sweep)
+    how(sweep)
 
     listing = command(
         "list",
