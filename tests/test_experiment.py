@@ -749,8 +749,14 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
             tmp_path / "run", algorithm=private, state=state, callbacks=[spends, *callbacks]
         )
 
+    class StopAtStart:
+        def start(self, run):
+            raise StoppedError
+
     with pytest.raises(StoppedError):
         run(StopAt(4))
+    with pytest.raises(StoppedError):
+        run(StopAtStart())  # it takes round 3 out of metrics.csv, but round 3 was released
     with monkeypatch.context() as patch:
         now = _folder.environment()
         devices = now["devices"] | {"count": 1}

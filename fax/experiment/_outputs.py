@@ -25,6 +25,7 @@ from fax.experiment._rounds import Run
 from fax.experiment._writers import TensorBoard
 
 _MOST_RETURNS = 3
+_LOGGED = ".logged"
 
 
 class Outputs:
@@ -113,6 +114,9 @@ class Outputs:
             )
         logged = _logged(folder)
         lost_noise(run, logged, same)
+        if self._first and logged > run.round:
+            # metrics.csv will not have them any more, and the next process has to know.
+            replace(folder / _LOGGED, f"{logged}\n")
         self._saved = run.round
         again = f"; rounds to {logged} are run again" if logged > run.round else ""
         _folder.log.info("continues after round %d%s", run.round, again)
@@ -191,12 +195,12 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _logged(folder: Path) -> int:
-    """The last round in ``metrics.csv``, or 0."""
-    path = folder / _folder.METRICS
-    if not path.exists():
-        return 0
-    with open(path, newline="", encoding="utf-8") as file:
-        numbers = [row["round"] or "" for row in csv.DictReader(file)]
+    """The last round that was ever in ``metrics.csv``, or 0."""
+    path, before = folder / _folder.METRICS, folder / _LOGGED
+    numbers = [before.read_text(encoding="utf-8").strip()] if before.exists() else []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            numbers += [row["round"] or "" for row in csv.DictReader(file)]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
