@@ -539,6 +539,15 @@ def test_mistakes(arguments, message, small, capsys):
     assert "Traceback" not in captured.err
 
 
+def test_an_interruption_that_nothing_has_saved(small, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt  # as at the second Ctrl-C
+
+    monkeypatch.setattr(fax.experiment.Experiment, "run", interrupted)
+    assert main(["run", "small.toml"]) == 130
+    assert capsys.readouterr().err == "fax run: interrupted.\n"
+
+
 # What the other commands print
 
 

@@ -56,7 +56,9 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
             raise CommandError(_text(error)) from error
         except (fax.experiment.NotFiniteError, PrivacyBudgetError, OSError) as error:
             raise CommandError(_text(error), FAILED) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if not interrupt.args:  # the second Ctrl-C, or one before the run began
+                raise
             raise CommandError(f"{_SAVED} fax resume {folder}", INTERRUPTED) from None
         except SystemExit as left:
             if left.code != TERMINATED:
