@@ -184,8 +184,7 @@ def run(
             before = current.round
             current.advance(times.block(before))
             due = functools.partial(times.due, before, current.round)
-            leaves = _in_any_process(interruption.caught)
-            ends = current.round == rounds or leaves
+            leaves, ends = 0, current.round == rounds
             try:
                 if due("log"):
                     current.fetch()
@@ -193,15 +192,17 @@ def run(
                     current.fetch()
                     current.results, current.measured = _evaluate(evaluations, current.params)
                 current.reason = _reason(current, [*callbacks, *bar], "after_round")
-                if ends or current.reason or due("checkpoint"):
+                leaves = _in_any_process(interruption.caught)
+                ends = bool(ends or leaves or current.reason)
+                if ends or due("checkpoint"):
                     current.check()
             except NotFiniteError as error:
                 if on_nan != "restore":
                     raise
                 outputs.go_back(error)
-            if ends or current.reason or due("checkpoint"):
+            if ends or due("checkpoint"):
                 outputs.log()
-                outputs.save(wait=bool(ends or current.reason))
+                outputs.save(wait=ends)
             elif due("log"):
                 outputs.log()
             if leaves:
