@@ -22,6 +22,10 @@ from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
 log = logging.getLogger("fax.experiment")
+# It is for the file alone. What users should see is a warning, too.
+log.addHandler(logging.NullHandler())
+log.setLevel(logging.INFO)
+log.propagate = False
 _WHERE = "fax.experiment.run"
 _PACKAGES = ("fax-jax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
@@ -83,8 +87,6 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False  # warnings are for the user, the rest is for the file
         stack.callback(handler.close)
         stack.callback(log.removeHandler, handler)
         try:
