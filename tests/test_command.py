@@ -147,8 +147,12 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert f"runs/a, train data, after {best['round']} rounds:" in capsys.readouterr().out
 
     shutil.copytree("runs/a", "runs/b")
-    assert main(["compare", "runs/a", "runs/b", "--figure", "both.png"]) == 0
+    Path("runs/sweep").mkdir()
+    Path("runs/old.png").touch()
+    given = [f"runs/{name}" for name in ("a", "b", "old.png", "sweep")]  # runs/*
+    assert main(["compare", *given, "--figure", "both.png"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("Left out, because no run is there: runs/old.png, runs/sweep\n")
     assert re.search(r"^a +.*4 ", printed, re.M)
     assert re.search(r"^b +.*4 ", printed, re.M)
     assert printed.endswith("Figure: both.png\n")
