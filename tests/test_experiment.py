@@ -214,6 +214,17 @@ def test_what_is_found_between_two_logs_is_logged(tmp_path):
     assert experiment.restore(tmp_path / "run").history == found
 
 
+def test_what_clients_had_is_kept_until_they_are_measured_again(tmp_path):
+    each = jnp.arange(3.0)
+    options = dict(
+        evaluate=lambda params: {"loss": each}, every={"evaluate": 4, "checkpoint": 2}, rounds=8
+    )
+    stopped(tmp_path / "run", 5, **options)
+    stopped(tmp_path / "run", 7, **options)
+    assert rounds_of(tmp_path / "run") == [4, 6]
+    assert (tmp_path / "run" / "clients.csv").read_text() == "test/loss\n0.0\n1.0\n2.0\n"
+
+
 class Adds:
     def __init__(self, name, value):
         self.name, self.value = name, value

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from fax.algorithms import ClientStore
 from fax.experiment import _folder
 from fax.experiment._checkpoints import Checkpoints
+from fax.experiment._curves import read_clients
 from fax.experiment._figures import draw
 from fax.experiment._history import Table, replace, text_of
 from fax.experiment._progress import Progress
@@ -50,6 +51,7 @@ class Outputs:
         self._table: Table | None = None
         self._checkpoints: Checkpoints | None = None
         self._saved: int | None = None
+        self._measured = False  # whether clients.csv has what an evaluation measured before
         self._stack = contextlib.ExitStack()
         # How often the state of each checkpoint was put back after a failure.
         self._returns: collections.Counter[int] = collections.Counter()
@@ -118,6 +120,8 @@ class Outputs:
             # metrics.csv will not have them any more, and the next process has to know.
             replace(folder / _LOGGED, f"{logged}\n")
         self._saved = run.round
+        measured = tuple(f"{name}/" for name in run.evaluations)
+        self._measured = any(name.startswith(measured) for name in read_clients(folder))
         again = f"; rounds to {logged} are run again" if logged > run.round else ""
         _folder.log.info("continues after round %d%s", run.round, again)
 
@@ -144,7 +148,7 @@ class Outputs:
             row = run.history[-1] if run.history else {}
             self._checkpoints.save(run.round, arrays, facts, row, store)
             self._saved = run.round
-            clients = run.measured or run.clients
+            clients = run.measured or ({} if self._measured else run.clients)
             if self._first and clients:
                 replace(run.folder / _folder.CLIENTS, text_of(clients), sync=False)
         if wait and self._checkpoints is not None:
