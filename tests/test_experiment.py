@@ -498,6 +498,14 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOLCK
 
 
+def test_blocks_of_rounds_count_as_settings(tmp_path):
+    times = {"rounds": 9, "rounds_per_call": 3, "evaluate": 3, "checkpoint": 3, "log": 1}
+    text = _folder.compare(tmp_path, {}, {}, times, force=False).text
+    (tmp_path / "config.toml").write_text(text)
+    for other, same in [({}, True), ({"evaluate": 2}, False), ({"rounds_per_call": 1}, True)]:
+        assert _folder.compare(tmp_path, {}, {}, times | other, force=False).same == same
+
+
 def test_settings_that_are_the_same_are_not_refused(tmp_path):
     class Own:  # its repr has an address
         init, round, params = map(staticmethod, (ALGORITHM.init, ALGORITHM.round, ALGORITHM.params))

@@ -103,7 +103,7 @@ class Comparison(NamedTuple):
     Attributes:
       text: for ``config.toml``.
       new: whether there is no run in the folder.
-      same: whether its settings, versions and devices are the same.
+      same: whether its settings, versions, devices and programs are the same.
     """
 
     text: str
@@ -112,7 +112,12 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    folder: Path, settings: Mapping[str, Any], run: Mapping[str, Any], *, force: bool
+    folder: Path,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+    times: Mapping[str, int],
+    *,
+    force: bool,
 ) -> Comparison:
     """Compares settings with those in the folder.
 
@@ -120,6 +125,7 @@ def compare(
       folder: of the run.
       settings: the user's settings.
       run: what `run` was called with.
+      times: after how many rounds what happens. They may differ.
       force: whether settings may differ.
 
     Raises:
@@ -129,7 +135,7 @@ def compare(
     clash = {"run", "environment"} & settings.keys()
     if clash:
         raise ValueError(f"{_WHERE}: config has {min(clash)!r}, which {CONFIG} needs. Rename it.")
-    now = environment()
+    now = environment() | {"times": dict(times)}
     text = dumps({**new, "environment": now})
     path = folder / CONFIG
     if not path.exists():
@@ -145,7 +151,10 @@ def compare(
         )
     for change in changes:
         log.warning("a setting has changed: %s", change)
-    unchanged = all(before.get(part) == now[part] for part in ("versions", "devices"))
+    # Rounds in one program are rounded differently than each by itself.
+    blocks = ("times",) if times["rounds_per_call"] > 1 else ()
+    parts = ("versions", "devices", *blocks)
+    unchanged = all(before.get(part) == now[part] for part in parts)
     return Comparison(text, new=False, same=unchanged and not changes)
 
 

@@ -23,6 +23,7 @@ from fax.experiment._history import Table, replace, text_of
 from fax.experiment._progress import Progress
 from fax.experiment._resume import contents, lost_noise, newest, put_back, say
 from fax.experiment._rounds import Run
+from fax.experiment._schedule import Schedule
 from fax.experiment._writers import TensorBoard
 
 _MOST_RETURNS = 3
@@ -37,13 +38,21 @@ class Outputs:
 
     Args:
       run: at its start.
+      times: when it evaluates and saves, and so which rounds are in one program.
       writers: objects with a method ``write(round, values)``.
       settings: the user's, for ``config.toml``.
       force: whether settings may differ from those of the folder.
     """
 
-    def __init__(self, run: Run, writers: Sequence[Any], settings: Mapping[str, Any], force: bool):
-        self._run, self._settings, self._force = run, settings, force
+    def __init__(
+        self,
+        run: Run,
+        times: Schedule,
+        writers: Sequence[Any],
+        settings: Mapping[str, Any],
+        force: bool,
+    ):
+        self._run, self._times, self._settings, self._force = run, times, settings, force
         self._first = jax.process_index() == 0
         own = [] if run.folder is None else [TensorBoard(run.folder / "tensorboard")]
         self._writers = [*writers, *own] if self._first else []
@@ -79,7 +88,9 @@ class Outputs:
             nonlocal text
             # What is refused in the first round is a mistake in the arguments, and not a run.
             stack.enter_context(_folder.opened(folder, lambda: run.round == 0))
-            found = _folder.compare(folder, self._settings, _facts(run), force=self._force)
+            found = _folder.compare(
+                folder, self._settings, _facts(run), self._times._asdict(), force=self._force
+            )
             text = found.text
             if found.new:  # whatever comes next is known to belong to a run
                 replace(config, text)

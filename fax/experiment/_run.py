@@ -177,7 +177,8 @@ def run(
         keep=check_keep(_WHERE, keep),
         check=on_nan != "ignore",
     )
-    with Interruption() as interruption, Outputs(current, writers, config or {}, force) as outputs:
+    outputs = Outputs(current, times, writers, config or {}, force)
+    with Interruption() as interruption, outputs:
         current.reason = _reason(current, callbacks, "start")
         bar = outputs.progress() if progress else []
         while current.round < rounds and not current.reason:
