@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+import unittest.mock
 from pathlib import Path
 
 import jax
@@ -543,13 +544,20 @@ def test_mistakes(arguments, message, small, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_an_interruption_that_nothing_has_saved(small, capsys, monkeypatch):
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt  # as at the second Ctrl-C
-
-    monkeypatch.setattr(fax.experiment.Experiment, "run", interrupted)
-    assert main(["run", "small.toml"]) == 130
-    assert capsys.readouterr().err == "fax run: interrupted.\n"
+def test_how_to_go_on_after_an_interruption(small, capsys, monkeypatch):
+    for arguments, interrupt, message in [
+        (["run", "small.toml"], KeyboardInterrupt(), "fax run: interrupted."),  # the second Ctrl-C
+        (["run", "small.toml"], KeyboardInterrupt("saved"), "To go on: fax resume runs/small"),
+        (
+            ["sweep", "small.toml", "--grid", "client.rate=.1"],
+            KeyboardInterrupt("saved"),
+            "To go on: run the same fax sweep again",
+        ),
+    ]:
+        run = unittest.mock.Mock(side_effect=interrupt)
+        monkeypatch.setattr(fax.experiment.Experiment, "run", run)
+        assert main(arguments) == 130
+        assert capsys.readouterr().err.endswith(f"{message}\n")
 
 
 # What the other commands print

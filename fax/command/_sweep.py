@@ -42,7 +42,8 @@ def command(args: argparse.Namespace) -> int:
             config.mesh,
             placement(config),
         )
-        result = _run.train(part, root / name, quiet=args.quiet, force=args.force)
+        again = "run the same fax sweep again"
+        result = _run.train(part, root / name, again, quiet=args.quiet, force=args.force)
         results += _last(result.history, fixed, settings)
     _save(root / "sweep.csv", results)
     return _show(args, root, results)
