@@ -489,9 +489,8 @@ def test_values_on_the_command_line():
         "m": {"sizes": [64, 10]},
         "n": 1000.0,
     }
-    assert _values.tables(["algorithm=fedprox", "algorithm.mu=1"]) == {
-        "algorithm": {"name": "fedprox", "mu": 1}
-    }
+    for both in (["algorithm=fedprox", "algorithm.mu=1"], ["algorithm.mu=1", "algorithm=fedprox"]):
+        assert _values.tables(both) == {"algorithm": {"name": "fedprox", "mu": 1}}
     assert _values.grid(["a.b=.1,1", "c=x,y"]) == {"a.b": [0.1, 1], "c": ["x", "y"]}
 
 
