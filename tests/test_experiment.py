@@ -241,7 +241,11 @@ class Adds:
             {"callbacks": [Adds("some", np.zeros(1))]},
             r"the metric 'some' is float64\[1\], expected a number",
         ),
-        ({"callbacks": [Adds("round", 1)]}, "a metric has the name 'round'"),
+        ({"callbacks": [Adds("round", 1)]}, "two numbers of a round have the name 'round'"),
+        (
+            {"evaluate": {"loss": lambda params: 1.0}, "every": 1},
+            "two numbers of a round have the name 'loss'",
+        ),
         (
             {"evaluate": lambda params: None, "every": 1},
             "the metric 'test' is None, expected a number",

@@ -177,10 +177,12 @@ class Run:
         """Adds what was found after the last round, if its metrics are in the history."""
         if self.history and self.history[-1]["round"] == self.round:
             found = {**self._metrics, **self.results}
-            if "round" in found:
+            both = self._metrics.keys() & self.results.keys()
+            twice = [name for name in found if name == "round" or name in both]
+            if twice:
                 raise ValueError(
-                    "fax.experiment.run: a metric has the name 'round', which is that of the "
-                    "number of the round. Choose another name."
+                    f"fax.experiment.run: two numbers of a round have the name {twice[0]!r}. "
+                    "Choose another name in the algorithm, the callback or the evaluation."
                 )
             self.history[-1].update({name: plain(x, name) for name, x in found.items()})
 
