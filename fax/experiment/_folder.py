@@ -53,8 +53,8 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
       OSError: if nothing can be written there.
     """
     with contextlib.ExitStack() as stack:
-        new = not folder.exists()
         try:
+            new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / ".lock", "a"))
         except OSError as error:
