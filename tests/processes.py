@@ -43,9 +43,15 @@ PRELUDE = """
 """
 
 
+def free_ports(count):
+    """Ports that nobody listens on, all of them different."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
+
+
 def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+    return free_ports(1)[0]
 
 
 @contextlib.contextmanager

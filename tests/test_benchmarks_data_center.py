@@ -113,7 +113,7 @@ def test_drjax_gets_the_same_work():
     ],
 )
 def test_what_leaves_a_chip(operation, expected):
-    of_four = Collective(operation, ("replicas",), "float32", 8, 5, 4, True, 0, 0, False)
+    of_four = Collective(operation, ("replicas",), "float32", 8, 5, 4, True, 0, 0, False, None)
     assert data_center.sent(of_four) == 8 * expected
 
 

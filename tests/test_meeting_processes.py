@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 
-from processes import ENV, free_port
+from processes import ENV, free_ports
 
 from fax.sharding import _peers
 
@@ -150,7 +150,8 @@ def test_processes_that_die_or_stand_still_are_named_and_may_come_back():
         {"victim": 0, "number": "KILL", "met": False, "again": True},
     ]
     texts = [
-        ", ".join(f"{k}={v}" for k, v in {"port": free_port(), **call}.items()) for call in calls
+        ", ".join(f"{k}={v}" for k, v in {"port": port, **call}.items())
+        for port, call in zip(free_ports(len(calls)), calls, strict=True)
     ]
     *found, one, another = happened(f"at_once({', '.join(f'three({text})' for text in texts)})")
     assert one == another == "all met"
@@ -168,7 +169,7 @@ def test_processes_that_die_or_stand_still_are_named_and_may_come_back():
 
 
 def test_killed_at_random_moments():
-    for victim, ends in happened(f"at_random({', '.join(str(free_port()) for _ in range(5))})"):
+    for victim, ends in happened(f"at_random({', '.join(map(str, free_ports(5)))})"):
         for status, said in ends:
             assert status in (1, _peers.EXIT_PEER_LOST)
             absent = f"process {victim} did not connect|not connect to process {victim} "
