@@ -6,6 +6,7 @@ The argument is the path of the environment.
 import importlib.metadata
 import pathlib
 import re
+import subprocess
 import sys
 
 import fax
@@ -38,3 +39,15 @@ for module in ("aggregators", "algorithms", "models", "tasks", "experiment"):
     except ModuleNotFoundError as error:
         named = re.search(r"pip install 'fax-jax\[(\w+)\]'", str(error))
         expect(named and named[1] in extras, str(error))
+
+# The command is there. Without its extra, it says how to install that.
+script = str(pathlib.Path(sys.executable).with_name("fax"))
+module = [sys.executable, "-P", "-m", "fax"]
+for command, code, expected in (
+    ([script, "--help"], 0, "exit codes:"),
+    ([script, "run", "digits"], 2, "pip install 'fax-jax["),
+    ([*module, "doctor"], 0, "pip install 'fax-jax[experiment]'"),
+):
+    done = subprocess.run(command, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
+    expect(done.returncode == code and expected in printed, f"{command} prints:\n{printed}")

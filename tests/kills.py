@@ -3,8 +3,8 @@
     python kills.py FOLDER KILLS PROCESSES SEED
 
 prints a line of JSON for a run without interruption, and one for the run that was killed so often:
-what is in its metrics.csv, and its final parameters and epsilon. Processes are forked from this
-one, which has imported everything and started nothing.
+what is in its metrics.csv, what TensorBoard shows, and its final parameters and epsilon. Processes
+are forked from this one, which has imported everything and started nothing.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from scalars import shown
 
 import fax
 from fax import aggregators, experiment
@@ -82,7 +83,8 @@ def fork(folder, ready, me, count, port, report):
                 fax.sharding.initialize(f"localhost:{port}", count, me, shutdown_timeout=60)
             found = train(folder, ready)
             if me == 0:
-                json.dump(found, out)
+                scalars = shown(Path(folder, "tensorboard"))
+                json.dump({**found, "scalars": scalars}, out)
         status = 0
     except BaseException:
         import traceback

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+import unittest.mock
 from pathlib import Path
 
 import jax
@@ -131,6 +132,10 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     message = capsys.readouterr().err
     assert "client.rate was 0.1, and is 0.05" in message
     assert "pass --force to go on" in message
+    assert main(["resume", "runs/a", "--rounds", "3"]) == 2
+    assert "rounds was 4, and is 3" in capsys.readouterr().err
+    assert main(["resume", "runs/a", "--rounds", "3", "--force"]) == 2
+    assert "has 4 already" in capsys.readouterr().err
 
     assert main(["evaluate", "runs/a", "--on", "test"]) == 0
     printed = capsys.readouterr().out
@@ -143,8 +148,12 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert f"runs/a, train data, after {best['round']} rounds:" in capsys.readouterr().out
 
     shutil.copytree("runs/a", "runs/b")
-    assert main(["compare", "runs/a", "runs/b", "--figure", "both.png"]) == 0
+    Path("runs/sweep").mkdir()
+    Path("runs/old.png").touch()
+    given = [f"runs/{name}" for name in ("a", "b", "old.png", "sweep")]  # runs/*
+    assert main(["compare", *given, "--figure", "both.png"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("Left out, because no run is there: runs/old.png, runs/sweep\n")
     assert re.search(r"^a +.*4 ", printed, re.M)
     assert re.search(r"^b +.*4 ", printed, re.M)
     assert printed.endswith("Figure: both.png\n")
@@ -480,9 +489,8 @@ def test_values_on_the_command_line():
         "m": {"sizes": [64, 10]},
         "n": 1000.0,
     }
-    assert _values.tables(["algorithm=fedprox", "algorithm.mu=1"]) == {
-        "algorithm": {"name": "fedprox", "mu": 1}
-    }
+    for both in (["algorithm=fedprox", "algorithm.mu=1"], ["algorithm.mu=1", "algorithm=fedprox"]):
+        assert _values.tables(both) == {"algorithm": {"name": "fedprox", "mu": 1}}
     assert _values.grid(["a.b=.1,1", "c=x,y"]) == {"a.b": [0.1, 1], "c": ["x", "y"]}
 
 
@@ -535,6 +543,22 @@ def test_mistakes(arguments, message, small, capsys):
     assert "Traceback" not in captured.err
 
 
+def test_how_to_go_on_after_an_interruption(small, capsys, monkeypatch):
+    for arguments, interrupt, message in [
+        (["run", "small.toml"], KeyboardInterrupt(), "fax run: interrupted."),  # the second Ctrl-C
+        (["run", "small.toml"], KeyboardInterrupt("saved"), "To go on: fax resume runs/small"),
+        (
+            ["sweep", "small.toml", "--grid", "client.rate=.1"],
+            KeyboardInterrupt("saved"),
+            "To go on: run the same fax sweep again",
+        ),
+    ]:
+        run = unittest.mock.Mock(side_effect=interrupt)
+        monkeypatch.setattr(fax.experiment.Experiment, "run", run)
+        assert main(arguments) == 130
+        assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
 # What the other commands print
 
 
@@ -559,6 +583,51 @@ def test_a_report_is_that_of_a_round(small, capsys):
     assert float(size) == pytest.approx(4 * 650 / 1024, abs=0.1)  # the model, and a few metrics
     assert "Padding: " in printed
     assert not Path("runs").exists()
+
+
+AUDITED = """
+import numpy as np, optax
+import fax
+
+def program():
+    algorithm = fax.algorithms.fedavg(lambda w, batch, key: (batch["x"] - w) ** 2, optax.sgd(0.1))
+    data = fax.data.InMemory({str(i): {"x": np.ones(3)} for i in range(6)})
+    with fax.data.cohorts(data, clients=4, batch_size=3, resident=False) as cohorts:
+        return algorithm.round, (algorithm.init(np.float32(0)), next(cohorts))
+
+def plan():
+    fn, args = program()
+    return fax.deploy.cut(fn, *args)
+
+@fax.program(clients=2)
+def collected(data):
+    return fax.collect(fax.map(lambda x: 2 * x, data["batches"]))
+
+def rows():
+    return collected, [{"batches": np.ones(2)}]
+"""
+
+
+def test_an_audit_is_that_of_the_plan(small, capsys, monkeypatch):
+    Path("audited_module.py").write_text(AUDITED)
+    monkeypatch.syspath_prepend(str(small))
+    for name in ("program", "plan"):
+        assert main(["audit", f"audited_module:{name}"]) == 0
+    printed = capsys.readouterr().out
+    import audited_module
+
+    assert printed == 2 * f"{audited_module.plan().audit()}\n"
+    assert re.search(r"^  \[1\]\.batches\['x'\] +only through sums over 4$", printed, re.M)
+    for name, message in [
+        ("audited_module", "'audited_module' is not of the form module:name."),
+        ("audited_module:other", "the module audited_module has no other."),
+        ("fax:__version__", "', expected a function that returns a program and its arguments"),
+        ("audited_module:rows", "audited_module.py"),  # the line that needs the rows
+    ]:
+        assert main(["audit", name]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert not captured.out
 
 
 def test_the_doctor_says_what_is_there_and_what_is_missing(monkeypatch, capsys):

@@ -200,6 +200,67 @@ def test_the_loop_is_that_of_an_algorithm(whole):
     assert "ends after round 6" in (folder / "log.txt").read_text()
 
 
+def test_what_is_found_between_two_logs_is_logged(tmp_path):
+    """Evaluations, and what callbacks add, which may be any kind of number."""
+
+    class Add:
+        def after_round(self, run):
+            run.metrics["twice"] = jnp.bfloat16(2 * run.round)
+            run.metrics["odd"] = run.round % 2 == 1
+
+    every = {"evaluate": 2, "checkpoint": 6, "log": 6}
+    found = train(tmp_path / "run", callbacks=[Add()], every=every).history
+    assert [row["twice"] for row in found] == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+    assert ["test/sum" in row for row in found] == [False, True] * 3
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "round,loss,twice,odd,test/sum"
+    assert [line.split(",")[2:4] for line in lines[1:3]] == [["2.0", "1"], ["4.0", "0"]]
+    assert experiment.restore(tmp_path / "run").history == found
+
+
+def test_what_clients_had_is_kept_until_they_are_measured_again(tmp_path):
+    each = jnp.arange(3.0)
+    options = dict(
+        evaluate=lambda params: {"loss": each}, every={"evaluate": 4, "checkpoint": 2}, rounds=8
+    )
+    stopped(tmp_path / "run", 5, **options)
+    stopped(tmp_path / "run", 7, **options)
+    assert rounds_of(tmp_path / "run") == [4, 6]
+    assert (tmp_path / "run" / "clients.csv").read_text() == "test/loss\n0.0\n1.0\n2.0\n"
+
+
+class Adds:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def after_round(self, run):
+        run.metrics[self.name] = self.value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callbacks": [Adds("some", "text")]}, "the metric 'some' is 'text', expected a number"),
+        (
+            {"callbacks": [Adds("some", np.zeros(1))]},
+            r"the metric 'some' is float64\[1\], expected a number",
+        ),
+        ({"callbacks": [Adds("round", 1)]}, "two numbers of a round have the name 'round'"),
+        (
+            {"evaluate": {"loss": lambda params: 1.0}, "every": 1},
+            "two numbers of a round have the name 'loss'",
+        ),
+        (
+            {"evaluate": lambda params: None, "every": 1},
+            "the metric 'test' is None, expected a number",
+        ),
+    ],
+)
+def test_metrics_are_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(None, **options)
+
+
 def test_a_round_may_donate_its_state(tmp_path):
     """A checkpoint that is being written has the state as it was."""
 
@@ -435,6 +496,54 @@ def test_a_folder_in_use_is_refused(tmp_path):
     train(tmp_path / "run")  # it is free again
 
 
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    def locked(file):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(_folder, "locked", locked)
+    with pytest.raises(OSError, match=r"no file in folder can be locked .*supports locks") as error:
+        train(tmp_path / "run")
+    assert error.value.errno == errno.ENOLCK
+
+
+def test_blocks_of_rounds_count_as_settings(tmp_path):
+    times = {"rounds": 9, "rounds_per_call": 3, "evaluate": 3, "checkpoint": 3, "log": 1}
+    text = _folder.compare(tmp_path, {}, {}, times, force=False).text
+    (tmp_path / "config.toml").write_text(text)
+    for other, same in [({}, True), ({"evaluate": 2}, False), ({"rounds_per_call": 1}, True)]:
+        assert _folder.compare(tmp_path, {}, {}, times | other, force=False).same == same
+
+
+def test_settings_that_are_the_same_are_not_refused(tmp_path):
+    class Own:  # its repr has an address
+        init, round, params = map(staticmethod, (ALGORITHM.init, ALGORITHM.round, ALGORITHM.params))
+
+    for _ in range(2):
+        config = {"rate": np.float64(0.1), "most": float("nan"), "rounds": "few"}
+        train(tmp_path / "run", algorithm=Own(), config=config, rounds=2)
+    with pytest.raises(ValueError, match=r"rounds was 'few', and is 'many'"):
+        train(tmp_path / "run", algorithm=Own(), config={**config, "rounds": "many"}, rounds=2)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    def step(state, cohort):
+        raise ValueError("the first round")
+
+    refused = fax.algorithms.Algorithm(lambda params: params, step, lambda state: state)
+    with pytest.raises(ValueError, match="the first round"):
+        train(tmp_path / "run", algorithm=refused)
+    with pytest.raises(ValueError, match="config has 'run'"):
+        train(tmp_path / "run", config={"run": 1})
+    assert not (tmp_path / "run").exists()
+    # A folder that was there before stays, and so does one with a round.
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="the first round"):
+        train(tmp_path / "run", algorithm=refused)
+    assert (tmp_path / "run").exists()
+    stopped(tmp_path / "other", 1)
+    assert rounds_of(tmp_path / "other") == [0]
+
+
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     (tmp_path / "metrics.csv").write_text("mine")
     with pytest.raises(ValueError, match=r"has metrics.csv but no config.toml, so it is not"):
@@ -562,8 +671,7 @@ def test_a_signal_saves_and_leaves(number, error, whole, tmp_path):
     if error is SystemExit:
         assert left.value.code == 143
     assert signal.getsignal(number) is before
-    # The signal came after round 3 was looked at, so that round 4 is done, too.
-    assert max(rounds_of(tmp_path / "run")) == 4
+    assert max(rounds_of(tmp_path / "run")) == 3
     assert_same_run(train(tmp_path / "run"), whole[0])
 
 
@@ -667,8 +775,14 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
             tmp_path / "run", algorithm=private, state=state, callbacks=[spends, *callbacks]
         )
 
+    class StopAtStart:
+        def start(self, run):
+            raise StoppedError
+
     with pytest.raises(StoppedError):
         run(StopAt(4))
+    with pytest.raises(StoppedError):
+        run(StopAtStart())  # it takes round 3 out of metrics.csv, but round 3 was released
     with monkeypatch.context() as patch:
         now = _folder.environment()
         devices = now["devices"] | {"count": 1}

@@ -34,6 +34,8 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(processes, kills, tmp_path
     whole, killed, counts = map(json.loads, lines)
     assert whole == killed
     assert len(whole["metrics"].splitlines()) == 25
+    of_loss = [step for step, name, _ in whole["scalars"] if name == "loss"]
+    assert of_loss == list(range(1, 25))
     assert counts["killed"] == kills
     if kills > 10:
         assert counts["in a checkpoint"] > 5

@@ -5,7 +5,6 @@ import itertools
 import math
 import pathlib
 import re
-import struct
 import sys
 import time
 import types
@@ -17,8 +16,7 @@ import optax
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
+from scalars import shown
 
 import fax
 from fax import aggregators, experiment
@@ -26,31 +24,6 @@ from fax.experiment import _curves, _figures
 from fax.experiment._progress import Progress
 
 # TensorBoard
-
-
-def records(path):
-    """The events of a file, whose lengths and checksums have to be right."""
-    data = path.read_bytes()
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        body, rest = data[12 : 12 + length], data[12 + length :]
-        assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
-        assert struct.unpack("<I", rest[:4]) == (masked_crc32c(body),)
-        yield Event.FromString(body)
-        data = rest[4:]
-
-
-def shown(folder):
-    """What TensorBoard shows: it reads files by name, and a start drops what is at its step."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        first, *events = records(path)
-        assert first.file_version == "brain.Event:2"
-        for event in events:
-            if event.session_log.status == SessionLog.START:
-                found = [own for own in found if own[0] < event.step]
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-    return found
 
 
 def test_tensorboard_shows_no_round_twice_after_a_resume(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import fax
 
 _SHOWN = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "libtpu")
 # The extras of users, and not those of fax's own tests and benchmarks.
-_EXTRAS = ("algorithms", "models", "tasks", "privacy", "experiment", "tpu")
+_EXTRAS = ("algorithms", "models", "tasks", "privacy", "experiment", "deploy", "tpu")
 
 
 def command(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fax._nearest import did_you_mean
-from fax.command._errors import CommandError, mistakes
+from fax.command._errors import INTERRUPTED, CommandError, mistakes
 from fax.command._parser import make_parser
 
 
@@ -51,3 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"fax {first}: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print(f"fax {first}: interrupted.", file=sys.stderr)
+        return INTERRUPTED

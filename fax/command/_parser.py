@@ -114,7 +114,12 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=_SET
         )
 
-    def quiet(parser: Parser) -> None:
+    def how(parser: Parser) -> None:
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="go on in a folder though the settings have changed",
+        )
         parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
     run = command(
@@ -137,10 +142,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         help="where to leave the results (default: runs/NAME, or a "
         "new folder runs/NAME-2, runs/NAME-3, ...); a run that was there goes on",
     )
-    run.add_argument(
-        "--force", action="store_true", help="go on in a folder though the settings have changed"
-    )
-    quiet(run)
+    how(run)
 
     resume = command(
         "resume",
@@ -151,7 +153,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     )
     resume.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     resume.add_argument("--rounds", type=int, metavar="N", help="train up to this round instead")
-    quiet(resume)
+    how(resume)
 
     evaluate = command(
         "evaluate",
@@ -211,7 +213,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         help="which metric is to be best at the end: the smallest of a loss, the largest of others "
         "(default: test/loss)",
     )
-    quiet(sweep)
+    how(sweep)
 
     listing = command(
         "list",
@@ -237,6 +239,21 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     source(report)
     report.add_argument("--on", metavar="TPU", help="the TPU of a slice, such as v5e:4x4")
     report.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
+
+    audit = command(
+        "audit",
+        "what a program would send from clients to the server",
+        "Says what each client would receive and send if a program ran where the clients' data\n"
+        "are, and how its data can leave it: never, only through sums, or as rows. The program is\n"
+        "traced and not run.",
+        "examples:\n  fax audit my_module:program\n",
+    )
+    audit.add_argument(
+        "program",
+        metavar="MODULE:NAME",
+        help="a function without arguments that returns a program and a tuple of its arguments, as "
+        "in (algorithm.round, (state, cohort)), or what fax.deploy.cut returns",
+    )
 
     command(
         "doctor",

@@ -16,7 +16,7 @@ def command(args: argparse.Namespace) -> int:
     """Trains from the last checkpoint in the folder to the end."""
     folder = Path(args.folder)
     source = saved(folder, {} if args.rounds is None else {"rounds": args.rounds})
-    result = _run.train(source, folder, quiet=args.quiet)
+    result = _run.train(source, folder, quiet=args.quiet, force=args.force)
     _run.show(source, folder, result)
     return 0
 

@@ -36,8 +36,17 @@ def new_folder(first: Path) -> Path:
     return next(folder for folder in itertools.chain([first], others) if not folder.exists())
 
 
-def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> Any:
-    """Runs an experiment in a folder, from the last checkpoint there if it has one."""
+def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: bool) -> Any:
+    """Runs an experiment in a folder, from the last checkpoint there if it has one.
+
+    Args:
+      source: the experiment.
+      folder: of the run.
+      again: how to go on after an interruption. Default: ``fax resume``.
+      quiet: whether there is no progress bar.
+      force: whether settings may differ from those in the folder.
+    """
+    saved = f"{_SAVED} {again or f'fax resume {folder}'}"
     with mistakes():
         mesh = _devices.mesh_of(source.mesh, source.axis)
     with jax.set_mesh(mesh):
@@ -56,12 +65,14 @@ def train(source: Source, folder: Path, *, quiet: bool, force: bool = False) -> 
             raise CommandError(_text(error)) from error
         except (fax.experiment.NotFiniteError, PrivacyBudgetError, OSError) as error:
             raise CommandError(_text(error), FAILED) from error
-        except KeyboardInterrupt:
-            raise CommandError(f"{_SAVED} fax resume {folder}", INTERRUPTED) from None
+        except KeyboardInterrupt as interrupt:
+            if not interrupt.args:  # the second Ctrl-C, or one before the run began
+                raise
+            raise CommandError(saved, INTERRUPTED) from None
         except SystemExit as left:
             if left.code != TERMINATED:
                 raise
-            raise CommandError(f"{_SAVED} fax resume {folder}", TERMINATED) from None
+            raise CommandError(saved, TERMINATED) from None
 
 
 def _text(error: Exception) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fax.command import _values
+from fax.command import _modules, _values
 from fax.command._errors import CommandError, mistakes
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
@@ -58,7 +55,7 @@ def of_arguments(args: argparse.Namespace) -> Source:
                 if isinstance(own, str):
                     raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")
                 changes[key] = {"name": name, **own}
-        if _in_module(args.source):
+        if _modules.is_name(args.source):
             if changes:
                 raise ValueError(
                     f"{args.source} is made by a program. Change {', '.join(changes)} there."
@@ -78,17 +75,9 @@ def of_tables(found: Mapping[str, Any], where: str, changes: Mapping[str, Any]) 
 
 def of_module(where: str) -> Source:
     """The experiment ``module:name``, an `Experiment` or a function that returns one."""
-    module, _, name = where.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
     def make() -> Experiment:
-        with mistakes(ModuleNotFoundError):
-            home: Any = importlib.import_module(module)
-        if not hasattr(home, name):
-            raise CommandError(f"{where}: the module {module} has no {name}.")
-        found = getattr(home, name)
-        found = found() if callable(found) else found
+        found = _modules.load(where)
         if not isinstance(found, Experiment):
             raise CommandError(
                 f"{where} is {found!r:.80}, expected a fax.experiment.Experiment, or a function "
@@ -97,9 +86,4 @@ def of_module(where: str) -> Source:
         config = {**(found.config or {}), "experiment": where}
         return dataclasses.replace(found, config=config)
 
-    return Source(name, None, make)
-
-
-def _in_module(source: str) -> bool:
-    module, colon, name = source.partition(":")
-    return bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    return Source(where.partition(":")[2], None, make)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,16 @@ def command(args: argparse.Namespace) -> int:
     for number, (fixed, config, settings) in enumerate(plan, 1):
         name = label(fixed) or "all"
         print(f"Part {number} of {len(plan)}: {name}, {len(settings)} at once")
-        results += _train(source, root / name, fixed, config, settings, args.quiet)
+        part = Source(
+            source.name,
+            config,
+            functools.partial(sweep, config, settings),
+            config.mesh,
+            placement(config),
+        )
+        again = "run the same fax sweep again"
+        result = _run.train(part, root / name, again, quiet=args.quiet, force=args.force)
+        results += _last(result.history, fixed, settings)
     _save(root / "sweep.csv", results)
     return _show(args, root, results)
 
@@ -71,20 +81,12 @@ def _product(values: Mapping[str, Sequence[Any]]) -> list[Setting]:
     return [dict(zip(values, each)) for each in itertools.product(*values.values())]
 
 
-def _train(
-    source: Source,
-    folder: Path,
-    fixed: Setting,
-    config: Config,
-    settings: list[Setting],
-    quiet: bool,
+def _last(
+    history: Sequence[Mapping[str, Any]], fixed: Setting, settings: Sequence[Setting]
 ) -> list[tuple[Setting, dict[str, float]]]:
-    """Trains one part, and returns the last metrics of each setting."""
-    part = Source(
-        source.name, config, lambda: sweep(config, settings), config.mesh, placement(config)
-    )
+    """The last metrics of each setting in the history of a part."""
     last: dict[str, Any] = {}
-    for row in _run.train(part, folder, quiet=quiet).history:
+    for row in history:
         last |= row
     found = []
     for setting in settings:

@@ -43,6 +43,8 @@ def put(found: dict[str, Any], key: str, new: Any) -> dict[str, Any]:
     inner = found.get(first)
     if isinstance(inner, str):
         inner = {"name": inner}
+    if not rest and isinstance(inner, dict) and isinstance(new, str):
+        new = {**inner, "name": new}
     return {**found, first: put(inner or {}, rest, new) if rest else new}
 
 

@@ -180,7 +180,7 @@ class Checkpoints:
         self._manager.delete(number)
 
     def close(self) -> None:
-        """Ends the threads. It does not wait for a checkpoint: call `wait` before."""
+        """Waits for a checkpoint that is being written, and ends the threads."""
         self._manager.close()
 
     def _failed(self, error: Exception) -> OSError:

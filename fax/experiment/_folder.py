@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from fax._lock import locked
 from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
 log = logging.getLogger("fax.experiment")
+# It is for the file alone. What users should see is a warning, too.
+log.addHandler(logging.NullHandler())
+log.setLevel(logging.INFO)
+log.propagate = False
 _WHERE = "fax.experiment.run"
 _PACKAGES = ("fax-jax", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
@@ -36,10 +41,11 @@ class FolderInUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[None]:
+def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
     """Makes the folder, and keeps other runs out of it. Messages go to its ``log.txt``.
 
-    The system removes the lock when the process ends, however it ends.
+    The system removes the lock when the process ends, however it ends. If there is an error, a
+    folder that was made here is removed again if it is ``unused``.
 
     Raises:
       FolderInUseError: if another run is using it.
@@ -48,6 +54,7 @@ def opened(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
+            new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / ".lock", "a"))
         except OSError as error:
@@ -58,12 +65,19 @@ def opened(folder: Path) -> Iterator[None]:
                 os.fspath(folder),
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            free = locked(lock)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{_WHERE}: no file in folder can be locked ({error.strerror}). Choose a folder on "
+                "a disk that supports locks",
+                os.fspath(folder),
+            ) from error
+        if not free:
             raise FolderInUseError(
                 f"{_WHERE}: another run is using folder={os.fspath(folder)!r}. Choose another "
                 "folder, or wait until it ends."
-            ) from None
+            )
         others = [name for name in (METRICS, CHECKPOINTS) if (folder / name).exists()]
         if others and not (folder / CONFIG).exists():
             raise ValueError(
@@ -73,11 +87,14 @@ def opened(folder: Path) -> Iterator[None]:
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False  # warnings are for the user, the rest is for the file
         stack.callback(handler.close)
         stack.callback(log.removeHandler, handler)
-        yield
+        try:
+            yield
+        except Exception:
+            if new and unused():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 class Comparison(NamedTuple):
@@ -86,7 +103,7 @@ class Comparison(NamedTuple):
     Attributes:
       text: for ``config.toml``.
       new: whether there is no run in the folder.
-      same: whether its settings, versions and devices are the same.
+      same: whether its settings, versions, devices and programs are the same.
     """
 
     text: str
@@ -95,7 +112,12 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    folder: Path, settings: Mapping[str, Any], run: Mapping[str, Any], *, force: bool
+    folder: Path,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
+    times: Mapping[str, int],
+    *,
+    force: bool,
 ) -> Comparison:
     """Compares settings with those in the folder.
 
@@ -103,6 +125,7 @@ def compare(
       folder: of the run.
       settings: the user's settings.
       run: what `run` was called with.
+      times: after how many rounds what happens. They may differ.
       force: whether settings may differ.
 
     Raises:
@@ -112,7 +135,7 @@ def compare(
     clash = {"run", "environment"} & settings.keys()
     if clash:
         raise ValueError(f"{_WHERE}: config has {min(clash)!r}, which {CONFIG} needs. Rename it.")
-    now = environment()
+    now = environment() | {"times": dict(times)}
     text = dumps({**new, "environment": now})
     path = folder / CONFIG
     if not path.exists():
@@ -128,7 +151,10 @@ def compare(
         )
     for change in changes:
         log.warning("a setting has changed: %s", change)
-    unchanged = all(before.get(part) == now[part] for part in ("versions", "devices"))
+    # Rounds in one program are rounded differently than each by itself.
+    blocks = ("times",) if times["rounds_per_call"] > 1 else ()
+    parts = ("versions", "devices", *blocks)
+    unchanged = all(before.get(part) == now[part] for part in parts)
     return Comparison(text, new=False, same=unchanged and not changes)
 
 
@@ -145,8 +171,14 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs. More rounds are no change: they continue a run."""
-    names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
-    if old.get("rounds", 0) < new.get("rounds", 0):
+    names = [
+        name
+        for name in sorted({**old, **new})
+        # As text, NaN is the same as NaN.
+        if old.get(name) != new.get(name) and repr(old.get(name)) != repr(new.get(name))
+    ]
+    planned, now = old.get("rounds", 0), new.get("rounds", 0)
+    if isinstance(planned, int) and isinstance(now, int) and planned < now:
         names.remove("rounds")
     return [
         f"{name} was {old.get(name, 'not set')!r}, and is {new.get(name, 'not set')!r}"

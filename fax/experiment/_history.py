@@ -10,22 +10,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax.numpy as jnp
 import numpy as np
 
+from fax import _arguments
 from fax.data._atomic_write import sync_to_disk
 
 Row = Mapping[str, Any]
 
 
-def plain(value: Any) -> float | int:
+def plain(value: Any, name: str) -> float | int:
     """A scalar as a number of Python.
 
     A float of 32 bits or less is the shortest decimal that stands for it: 0.1, and not
     0.10000000149011612.
+
+    Args:
+      value: an int, a float, a bool, or an array of one of these without dimensions.
+      name: of the metric, for messages.
+
+    Raises:
+      ValueError: if it is something else.
     """
-    number = np.asarray(value)[()]
-    if number.dtype.kind in "iub":
+    number = np.asarray(value)
+    kind = number.dtype.kind  # "V" is also that of the floats that NumPy does not have
+    if number.ndim == 0 and kind in "iub":
         return int(number)
+    if number.ndim or not (kind == "f" or jnp.issubdtype(number.dtype, np.floating)):
+        raise ValueError(
+            f"fax.experiment.run: the metric {name!r} is {_arguments.shown(value)}, expected a "
+            "number."
+        )
     return float(number) if number.dtype.itemsize > 4 else float(str(np.float32(number)))
 
 
@@ -96,6 +111,8 @@ def _text(rows: Sequence[Sequence[Any]]) -> str:
 
 def text_of(columns: Mapping[str, np.ndarray]) -> str:
     """Arrays [n] as CSV, a column for each of them. Shorter ones are filled up with nothing."""
-    own = {name: [plain(x) for x in array] for name, array in columns.items() if array.ndim == 1}
+    own = {
+        name: [plain(x, name) for x in array] for name, array in columns.items() if array.ndim == 1
+    }
     rows = itertools.zip_longest(*own.values(), fillvalue="")
     return _text([list(own), *rows])

@@ -17,14 +17,17 @@ from jax.experimental import multihost_utils
 from fax.algorithms import ClientStore
 from fax.experiment import _folder
 from fax.experiment._checkpoints import Checkpoints
+from fax.experiment._curves import read_clients
 from fax.experiment._figures import draw
 from fax.experiment._history import Table, replace, text_of
 from fax.experiment._progress import Progress
 from fax.experiment._resume import contents, lost_noise, newest, put_back, say
 from fax.experiment._rounds import Run
+from fax.experiment._schedule import Schedule
 from fax.experiment._writers import TensorBoard
 
 _MOST_RETURNS = 3
+_LOGGED = ".logged"
 
 
 class Outputs:
@@ -35,13 +38,21 @@ class Outputs:
 
     Args:
       run: at its start.
+      times: when it evaluates and saves, and so which rounds are in one program.
       writers: objects with a method ``write(round, values)``.
       settings: the user's, for ``config.toml``.
       force: whether settings may differ from those of the folder.
     """
 
-    def __init__(self, run: Run, writers: Sequence[Any], settings: Mapping[str, Any], force: bool):
-        self._run, self._settings, self._force = run, settings, force
+    def __init__(
+        self,
+        run: Run,
+        times: Schedule,
+        writers: Sequence[Any],
+        settings: Mapping[str, Any],
+        force: bool,
+    ):
+        self._run, self._times, self._settings, self._force = run, times, settings, force
         self._first = jax.process_index() == 0
         own = [] if run.folder is None else [TensorBoard(run.folder / "tensorboard")]
         self._writers = [*writers, *own] if self._first else []
@@ -49,6 +60,7 @@ class Outputs:
         self._table: Table | None = None
         self._checkpoints: Checkpoints | None = None
         self._saved: int | None = None
+        self._measured = False  # whether clients.csv has what an evaluation measured before
         self._stack = contextlib.ExitStack()
         # How often the state of each checkpoint was put back after a failure.
         self._returns: collections.Counter[int] = collections.Counter()
@@ -62,8 +74,8 @@ class Outputs:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         run, folder = self._run, self._run.folder
@@ -74,8 +86,11 @@ class Outputs:
 
         def prepare() -> int:
             nonlocal text
-            stack.enter_context(_folder.opened(folder))
-            found = _folder.compare(folder, self._settings, _facts(run), force=self._force)
+            # What is refused in the first round is a mistake in the arguments, and not a run.
+            stack.enter_context(_folder.opened(folder, lambda: run.round == 0))
+            found = _folder.compare(
+                folder, self._settings, _facts(run), self._times._asdict(), force=self._force
+            )
             text = found.text
             if found.new:  # whatever comes next is known to belong to a run
                 replace(config, text)
@@ -112,7 +127,12 @@ class Outputs:
             )
         logged = _logged(folder)
         lost_noise(run, logged, same)
+        if self._first and logged > run.round:
+            # metrics.csv will not have them any more, and the next process has to know.
+            replace(folder / _LOGGED, f"{logged}\n")
         self._saved = run.round
+        measured = tuple(f"{name}/" for name in run.evaluations)
+        self._measured = any(name.startswith(measured) for name in read_clients(folder))
         again = f"; rounds to {logged} are run again" if logged > run.round else ""
         _folder.log.info("continues after round %d%s", run.round, again)
 
@@ -139,7 +159,7 @@ class Outputs:
             row = run.history[-1] if run.history else {}
             self._checkpoints.save(run.round, arrays, facts, row, store)
             self._saved = run.round
-            clients = run.measured or run.clients
+            clients = run.measured or ({} if self._measured else run.clients)
             if self._first and clients:
                 replace(run.folder / _folder.CLIENTS, text_of(clients), sync=False)
         if wait and self._checkpoints is not None:
@@ -181,22 +201,21 @@ class Outputs:
 
 def _facts(run: Run) -> dict[str, Any]:
     """What `run` was called with, for ``config.toml``."""
-    store = isinstance(run.algorithm, ClientStore)
     return {
-        "algorithm": repr(getattr(run.algorithm, "algorithm", run.algorithm)),
-        "store": store,
+        "algorithm": run.name,
+        "store": isinstance(run.algorithm, ClientStore),
         "rounds_per_call": run.rounds_per_call,
         "cohorts": run.cohorts.settings,
     }
 
 
 def _logged(folder: Path) -> int:
-    """The last round in ``metrics.csv``, or 0."""
-    path = folder / _folder.METRICS
-    if not path.exists():
-        return 0
-    with open(path, newline="", encoding="utf-8") as file:
-        numbers = [row["round"] or "" for row in csv.DictReader(file)]
+    """The last round that was ever in ``metrics.csv``, or 0."""
+    path, before = folder / _folder.METRICS, folder / _LOGGED
+    numbers = [before.read_text(encoding="utf-8").strip()] if before.exists() else []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            numbers += [row["round"] or "" for row in csv.DictReader(file)]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 

@@ -214,7 +214,7 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
     facts = {
         "round": run.round,
         "cohort": run.cohorts.round,
-        "algorithm": repr(getattr(run.algorithm, "algorithm", run.algorithm)),
+        "algorithm": run.name,
         "initial": [dataclasses.asdict(leaf) for leaf in run.initial],
         "leaves": [dataclasses.asdict(leaf) for leaf in leaves],
         "history": list(run.history),

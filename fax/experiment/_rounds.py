@@ -101,6 +101,12 @@ class Run:
         self._clients: dict[str, Any] = {}
 
     @property
+    def name(self) -> str:
+        """The name of the algorithm. That of a user's own is its class's: its repr may differ."""
+        own = getattr(self.algorithm, "algorithm", self.algorithm)
+        return repr(own) if isinstance(own, Algorithm) else type(own).__qualname__
+
+    @property
     def params(self) -> PyTree:
         """The parameters of the model to evaluate."""
         return self.algorithm.params(self.state)
@@ -127,6 +133,7 @@ class Run:
 
     def advance(self, rounds: int) -> None:
         """Runs a block of rounds. It returns before the devices are done."""
+        self._complete()
         before = self.cohorts.round
         if rounds == 1:
             self.state, metrics = self._step(self.state, next(self.cohorts))
@@ -148,7 +155,7 @@ class Run:
         for (first, cohort, rounds, found), own in zip(pending, numbers):
             sent = [_everywhere(x) for name, x in found.items() if name.endswith("/bits")]
             for at in range(rounds):
-                self._metrics = {k: plain(x[at] if rounds > 1 else x) for k, x in own.items()}
+                self._metrics = {k: plain(x[at] if rounds > 1 else x, k) for k, x in own.items()}
                 if sent:
                     before = self.history[-1].get("bits", 0.0) if self.history else 0.0
                     now = [np.sum(x[at] if rounds > 1 else x, dtype=np.float64) for x in sent]
@@ -164,8 +171,20 @@ class Run:
     def settle(self) -> None:
         """Completes the history with what evaluations and callbacks have found."""
         self.fetch()
+        self._complete()
+
+    def _complete(self) -> None:
+        """Adds what was found after the last round, if its metrics are in the history."""
         if self.history and self.history[-1]["round"] == self.round:
-            self.history[-1].update({**self._metrics, **self.results})
+            found = {**self._metrics, **self.results}
+            both = self._metrics.keys() & self.results.keys()
+            twice = [name for name in found if name == "round" or name in both]
+            if twice:
+                raise ValueError(
+                    f"fax.experiment.run: two numbers of a round have the name {twice[0]!r}. "
+                    "Choose another name in the algorithm, the callback or the evaluation."
+                )
+            self.history[-1].update({name: plain(x, name) for name, x in found.items()})
 
     def check(self) -> None:
         """Checks the losses and the parameters before they are saved.

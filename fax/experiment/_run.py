@@ -91,7 +91,8 @@ def run(
       state: to start from, as ``algorithm.init`` returns it. It is also needed to resume.
       cohorts: from `fax.data.cohorts`. It is set to the round of a checkpoint, and advanced.
       rounds: how many rounds in all, also counting those before a resume.
-      folder: for the outputs. Without one, nothing is written.
+      folder: for the outputs. Without one, nothing is written. If the first round of a run raises
+        an error, a folder that was made for it is removed again.
       evaluate: a function of ``algorithm.params(state)`` that returns a number or a dict of
         numbers, or a dict of such functions by name. A single one has the name ``"test"``.
       every: after how many rounds to evaluate and save, or a dict of this for ``"evaluate"``,
@@ -176,15 +177,15 @@ def run(
         keep=check_keep(_WHERE, keep),
         check=on_nan != "ignore",
     )
-    with Interruption() as interruption, Outputs(current, writers, config or {}, force) as outputs:
+    outputs = Outputs(current, times, writers, config or {}, force)
+    with Interruption() as interruption, outputs:
         current.reason = _reason(current, callbacks, "start")
         bar = outputs.progress() if progress else []
         while current.round < rounds and not current.reason:
             before = current.round
             current.advance(times.block(before))
             due = functools.partial(times.due, before, current.round)
-            leaves = _in_any_process(interruption.caught)
-            ends = current.round == rounds or leaves
+            leaves, ends = 0, current.round == rounds
             try:
                 if due("log"):
                     current.fetch()
@@ -192,15 +193,17 @@ def run(
                     current.fetch()
                     current.results, current.measured = _evaluate(evaluations, current.params)
                 current.reason = _reason(current, [*callbacks, *bar], "after_round")
-                if ends or current.reason or due("checkpoint"):
+                leaves = _in_any_process(interruption.caught)
+                ends = bool(ends or leaves or current.reason)
+                if ends or due("checkpoint"):
                     current.check()
             except NotFiniteError as error:
                 if on_nan != "restore":
                     raise
                 outputs.go_back(error)
-            if ends or current.reason or due("checkpoint"):
+            if ends or due("checkpoint"):
                 outputs.log()
-                outputs.save(wait=bool(ends or current.reason))
+                outputs.save(wait=ends)
             elif due("log"):
                 outputs.log()
             if leaves:
@@ -233,7 +236,7 @@ def _evaluate(
             results |= {f"{name}/{key}": value for key, value in found.items()}
         else:
             results[name] = found
-    numbers = {name: plain(x) for name, x in results.items() if np.ndim(x) == 0}
+    numbers = {name: plain(x, name) for name, x in results.items() if np.ndim(x) == 0}
     return numbers, {name: np.asarray(x) for name, x in results.items() if name not in numbers}
 
 

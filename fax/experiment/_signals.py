@@ -43,5 +43,5 @@ class Interruption:
     def leave(self, number: int) -> NoReturn:
         """Ends the process as the signal would have: by KeyboardInterrupt, or with status 143."""
         if number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("the run has been saved")
         sys.exit(128 + number)

@@ -47,7 +47,7 @@ def _value(value: Any, path: tuple[str, ...]) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
+        return repr(float(value)) if math.isfinite(value) else str(value)  # NumPy's are floats, too
     if isinstance(value, list | tuple):
         return f"[{', '.join(_value(x, path) for x in value)}]"
     if isinstance(value, Mapping):

@@ -25,8 +25,9 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from fax._lock import locked
 from fax.data._atomic_write import sync_to_disk
 
 _TIMEOUT = 30.0  # seconds without a byte
@@ -300,28 +301,6 @@ def _exclusive(path: Path) -> Iterator[None]:
     The lock ends with the process that holds it, whether or not the lock file exists.
     """
     with path.with_name(f".{path.name}.lock").open("a+b") as file:
-        while not _locked(file):
+        while not locked(file):
             time.sleep(0.1)
         yield
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _locked(file: IO[bytes]) -> bool:
-        file.seek(0)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _locked(file: IO[bytes]) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
