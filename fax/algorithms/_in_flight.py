@@ -51,7 +51,7 @@ def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
 
 
 class Sending(NamedTuple):
-    """A computation of which everything is done up to its last reductions.
+    """A computation that has been done up to its last reductions.
 
     Attributes:
       sums: the results of these reductions that the rest needs.

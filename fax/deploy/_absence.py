@@ -239,7 +239,7 @@ def _alike(given: Iterable[Degree], eqn: JaxprEqn | None) -> Degree:
         shown = " and ".join(map(str, sorted(d for d in degrees if d is not None)))
         raise CutError(
             f"Without clients that fail, sums over clients are smaller, and values of degrees "
-            f"{shown} in them are put together{_at(eqn)}. Use means whose weights are summed, too."
+            f"{shown} in the sums are combined{_at(eqn)}. Use means whose weights are summed, too."
         )
     if not definite:
         return _ANY
