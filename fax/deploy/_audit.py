@@ -304,7 +304,7 @@ def _lines(audit: Audit) -> list[str]:
     lines += [f"  {line}" for line in aligned(list(audit.statements.items()), right=[])]
     for name, chosen in audit.chosen.items():
         which = ", ".join(chosen)
-        lines.append(f"  What is sent of {name} also depends on rows of the server: {which}.")
+        lines.append(f"  What is sent of {name} also depends on choices of the server: {which}.")
     return [*lines, "", *_LIMITS]
 
 
