@@ -92,7 +92,7 @@ class Audit:
 
     @property
     def chosen(self) -> dict[str, tuple[str, ...]]:
-        """The rows chosen by the server that what is sent of an input also depends on, by input."""
+        """For each input that is sent, the choices of the server that it is combined with."""
         found = {
             name: dict.fromkeys(row for _, m in self._leaving(name) for row in m.chosen)
             for name in self.inputs
