@@ -165,7 +165,7 @@ def checkpoints(size: int, rounds: int = 32, every: int = 8) -> dict[str, float]
     after = np.arange(1, rounds + 1) % every == 1
     found = {
         "a copy of the state": copies,
-        "a checkpoint holds rounds up": held[1:],
+        "delay of a round by a checkpoint": held[1:],
         "a round": times[~after][2:],
         "a round, with the checkpoint before it": times[after][1:],
     }

@@ -12,4 +12,4 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     if near:
         return f"Did you mean {near[0]!r}?"
-    return f"There is {', '.join(known)}." if known else "There is none."
+    return f"Choose from {', '.join(known)}." if known else "There is none."

@@ -131,7 +131,7 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert main(other) == 2
     message = capsys.readouterr().err
     assert "client.rate was 0.1, and is 0.05" in message
-    assert "pass --force to go on" in message
+    assert "pass --force to continue" in message
     assert main(["resume", "runs/a", "--rounds", "3"]) == 2
     assert "rounds was 4, and is 3" in capsys.readouterr().err
     assert main(["resume", "runs/a", "--rounds", "3", "--force"]) == 2
@@ -208,7 +208,7 @@ def test_an_experiment_of_a_module(small, capsys, monkeypatch):
         captured = capsys.readouterr()
         assert captured.out.startswith("experiment: fedavg, 4 rounds")
         if code:
-            assert captured.err.endswith("To go on: fax resume runs/experiment\n")
+            assert captured.err.endswith("To continue: fax resume runs/experiment\n")
     rows = rows_of("runs/experiment/metrics.csv")
     assert [row["round"] for row in rows] == ["1", "2", "3", "4"]
     found = tomllib.loads(Path("runs/experiment/config.toml").read_text())
@@ -529,7 +529,7 @@ def test_values_on_the_command_line():
             ["report", "digits", "--set", "mesh.clients=16"],
             "{'clients': 16} do not multiply",
         ),
-        (["completion", "fish"], "there is no shell 'fish'. There is bash, zsh."),
+        (["completion", "fish"], "there is no shell 'fish'. Choose from bash, zsh."),
     ],
 )
 def test_mistakes(arguments, message, small, capsys):

@@ -453,7 +453,7 @@ def test_if_the_disk_is_full(tmp_path):
 
     try:
         with pytest.raises(
-            OSError, match=r"of round \d could not be written .*newest whole one is of round"
+            OSError, match=r"of round \d could not be written .*newest complete one is of round"
         ):
             train(tmp_path / "run", state=ALGORITHM.init(big), callbacks=[Full()])
     finally:
@@ -617,7 +617,7 @@ SEED = next(seed for seed in itertools.count() if rounds_with("client 5", seed) 
 
 
 def test_nan_stops_the_run_and_names_the_client(tmp_path):
-    says = r"loss is nan in round 4\. It is for 1 of 4 clients: 'client 5'\."
+    says = r"loss is nan in round 4\. It is not finite for 1 of 4 clients: 'client 5'\."
     with pytest.raises(experiment.NotFiniteError, match=says):
         train(tmp_path / "run", data=BROKEN, seed=SEED)
     assert rounds_of(tmp_path / "run") == [0, 2]
@@ -628,7 +628,7 @@ def test_nan_stops_the_run_and_names_the_client(tmp_path):
 def test_nan_goes_back_to_a_checkpoint(tmp_path):
     """The result is that of the rounds without the client, starting from the checkpoint."""
     state, every = ALGORITHM.init(PARAMS), {"checkpoint": 3}
-    with pytest.warns(UserWarning, match="'client 5'.* The state is that after round 3 again"):
+    with pytest.warns(UserWarning, match="'client 5'.* continues with the state after round 3"):
         found = train(
             tmp_path / "run", data=BROKEN, seed=SEED, on_nan="restore", every=every, rounds=5
         )

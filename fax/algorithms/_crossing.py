@@ -1,4 +1,4 @@
-"""What crosses between replicas is split over the devices of each, so that each byte crosses once.
+"""What a replica sends is split over its devices, so that each byte crosses to the others once.
 
 A replica may have several devices. What some of them have in common, such as parameters that are
 sharded over ``model`` alone on a mesh with the axes ``data`` and ``model``, would be summed over

@@ -51,7 +51,7 @@ def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
 
 
 class Sending(NamedTuple):
-    """A computation of which everything is done up to its last reductions.
+    """A computation that has been done up to its last reductions.
 
     Attributes:
       sums: the results of these reductions that the rest needs.
@@ -88,8 +88,8 @@ def send(fn: Callable[..., PyTree], *args: Any) -> Sending:
 def receive(sending: Sequence[Sending], after: PyTree) -> tuple[list[PyTree], PyTree]:
     """The results of what was sent, computed after ``after``, which is returned, too.
 
-    What uses the ``after`` that is returned waits for the sums in turn. So a later sum of it cannot
-    be merged with these.
+    What uses the returned ``after`` waits for the sums, too. So a later sum that depends on it
+    cannot be merged with these.
     """
     sums, after = lax.optimization_barrier(([each.sums for each in sending], after))
     return [each._replace(sums=own).result() for each, own in zip(sending, sums)], after

@@ -1,4 +1,4 @@
-"""The mean of rounded updates, of which replicas send each other the bits, and not float32.
+"""The mean of rounded updates, whose bits replicas send each other instead of float32.
 
 A transformation such as `fax.aggregators.e3m0` returns numbers that fit in four bits. Every replica
 encodes its own, two to a byte, and gathers the bytes of all others. Then it decodes those of one
@@ -68,7 +68,7 @@ def sent_in_bytes(aggregator: Aggregator, updates: PyTree, once: Crossing) -> Tr
     Args:
       aggregator: the user's.
       updates: placed.
-      once: how they are sharded over the devices of a replica. That has to be known.
+      once: how they are sharded over the devices of a replica, which has to be known.
     """
     rounding = aggregator.transformation
     if rounding is None or rounding.format is None:

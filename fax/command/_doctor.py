@@ -15,11 +15,11 @@ import fax
 
 _SHOWN = ("jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "libtpu")
 # The extras of users, and not those of fax's own tests and benchmarks.
-_EXTRAS = ("algorithms", "models", "tasks", "privacy", "experiment", "deploy", "tpu")
+_EXTRAS = ("algorithms", "models", "tasks", "privacy", "deploy", "experiment", "tpu")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Prints what is there, and what is missing."""
+    """Prints what is installed, and what is missing."""
     print(f"fax {fax.__version__}, Python {platform.python_version()} at {sys.executable}")
     for name in _SHOWN:
         print(f"  {name:18}{_version(name) or 'not installed'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-# Exit codes: while running; of arguments or a configuration; after Ctrl-C and SIGTERM.
+# Exit codes: an error while running, wrong arguments or configuration, Ctrl-C, and SIGTERM.
 FAILED, WRONG, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
@@ -23,7 +23,7 @@ class CommandError(Exception):
 
 @contextlib.contextmanager
 def mistakes(*kinds: type[Exception]) -> Iterator[None]:
-    """What fax refuses in here is a mistake in the arguments or in the configuration."""
+    """In this context, errors are mistakes in the arguments or in the configuration."""
     caught = kinds or (ValueError, TypeError, OSError, ModuleNotFoundError)
     try:
         yield

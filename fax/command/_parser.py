@@ -14,8 +14,8 @@ exit codes:
   0    done
   1    an error while running, such as a loss that is not finite; checkpoints remain
   2    wrong arguments or a wrong configuration: nothing was run
-  130  Ctrl-C: the run has saved, and fax resume goes on
-  143  SIGTERM, which schedulers send: the same
+  130  Ctrl-C: the run has saved a checkpoint, and fax resume continues it
+  143  SIGTERM, which schedulers send before they end a job: the same
 """
 _TOP = """\
 Federated learning from the shell: from a task's name to a finished, resumable, plotted run.
@@ -108,7 +108,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         )
         parser.add_argument("--rounds", type=int, metavar="N", help="how many rounds to train")
         parser.add_argument(
-            "--seed", type=int, metavar="N", help="of everything random (default 0)"
+            "--seed", type=int, metavar="N", help="from which everything random is derived"
         )
         parser.add_argument(
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=_SET
@@ -127,7 +127,8 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "train, evaluate, save and plot",
         "Trains a model. What is not set comes from the task's tuned settings.\n\n"
         "The folder gets the settings (config.toml), the metrics (metrics.csv), TensorBoard\n"
-        "events, figures, checkpoints and a log. Ctrl-C saves, and fax resume goes on.",
+        "events, figures, checkpoints and a log. After Ctrl-C, the run finishes its round and\n"
+        "saves a checkpoint, and fax resume continues it.",
         "examples:\n"
         "  fax run digits\n"
         "  fax run digits --algorithm fedprox --set algorithm.mu=0.1 client.rate=0.03\n"
@@ -139,20 +140,20 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     run.add_argument(
         "--folder",
         metavar="FOLDER",
-        help="where to leave the results (default: runs/NAME, or a "
-        "new folder runs/NAME-2, runs/NAME-3, ...); a run that was there goes on",
+        help="where to write the results; a run that is already there is continued (default: "
+        "runs/NAME, or runs/NAME-2, runs/NAME-3, ... if there is one)",
     )
     how(run)
 
     resume = command(
         "resume",
-        "go on with a run from its last checkpoint",
-        "Goes on with a run from its last checkpoint, with the settings in its folder. On the\n"
-        "same devices the result is, to the bit, that of a run without a break.",
+        "continue a run from its last checkpoint",
+        "Continues a run from its last checkpoint, with the settings in its folder. On the same\n"
+        "devices and versions, the result is that of a run without interruption, to the bit.",
         "example:\n  fax resume runs/a\n",
     )
     resume.add_argument("folder", metavar="FOLDER", help="the folder of the run")
-    resume.add_argument("--rounds", type=int, metavar="N", help="train up to this round instead")
+    resume.add_argument("--rounds", type=int, metavar="N", help="how many rounds in all, instead")
     how(resume)
 
     evaluate = command(
@@ -171,14 +172,15 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "--round",
         type=_round,
         metavar="N",
-        help="of which checkpoint: a round, or best, that with "
+        help="the round of the checkpoint, or best for the one with "
         "the smallest loss on the test data (default: the newest)",
     )
 
     compare = command(
         "compare",
         "a table and a figure of several runs",
-        "Compares runs by their last and best results. Needs nothing but their metrics.csv.",
+        "Compares runs: the settings in which they differ, their last results, and their curves.\n"
+        "Runs need not be finished.",
         "example:\n  fax compare runs/*\n",
     )
     compare.add_argument("folders", metavar="FOLDER", nargs="+", help="the folders of the runs")
@@ -192,9 +194,9 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "Trains with every combination of the values in a grid, and prints a table with the best.\n"
         "\n"
         "Learning rates and the numbers of an algorithm that may be traced, such as algorithm.mu,\n"
-        "are vectorized: all of their combinations are trained at once in one program. Everything\n"
-        "else is trained one after another. A sweep that was interrupted goes on where it was if\n"
-        "the same command is run again.",
+        "are vectorized: all of their combinations train at once in one program. The values of\n"
+        "all other keys are trained one after another. If a sweep was interrupted, the same\n"
+        "command continues it.",
         "examples:\n"
         "  fax sweep digits --grid client.rate=.03,.1,.3 server.rate=.1,1\n"
         "  fax sweep my.toml --grid algorithm=fedavg,scaffold client.rate=.01,.1 --folder runs/s\n",
@@ -204,21 +206,21 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "--grid", nargs="+", action="extend", required=True, metavar="KEY=V,V", help="the values"
     )
     sweep.add_argument(
-        "--folder", metavar="FOLDER", help="where to leave the results (default: runs/NAME-sweep)"
+        "--folder", metavar="FOLDER", help="where to write the results (default: runs/NAME-sweep)"
     )
     sweep.add_argument(
         "--by",
         metavar="METRIC",
         default="test/loss",
-        help="which metric is to be best at the end: the smallest of a loss, the largest of others "
-        "(default: test/loss)",
+        help="the metric that decides which is best: the smallest of a loss, the largest of "
+        "anything else (default: test/loss)",
     )
     how(sweep)
 
     listing = command(
         "list",
         "tasks, algorithms, models, aggregators or optimizers",
-        "Lists what a configuration can name, with one line and the options of each.",
+        "Lists what a configuration can name, with a description and the options of each.",
         "example:\n  fax list algorithms\n",
     )
     listing.add_argument(
@@ -229,7 +231,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "report",
         "memory and communication of a round, before it runs",
         "Compiles a round, and says how much memory each device needs and what devices send to\n"
-        "each other. Nothing is run. With --on, the TPUs need not exist; that needs\n"
+        "each other. Nothing is run, so the TPUs of --on need not exist. For --on, run\n"
         "pip install 'fax-jax[tpu]'.",
         "examples:\n"
         "  fax report digits\n"
@@ -237,7 +239,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "  fax report my.toml --on v5p:4x4x4 --slices 2 --set mesh.clients=-1 mesh.model=4\n",
     )
     source(report)
-    report.add_argument("--on", metavar="TPU", help="the TPU of a slice, such as v5e:4x4")
+    report.add_argument("--on", metavar="TPU", help="the TPUs of a slice, such as v5e:4x4")
     report.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
 
     audit = command(

@@ -1,4 +1,4 @@
-"""``fax resume``: goes on with a run."""
+"""``fax resume``: continues a run."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
             raise CommandError(f"{found['experiment']} is made by a program. Change rounds there.")
         return _source.of_module(found["experiment"])
     if "grid" in found:
-        raise CommandError(f"{folder} is a part of a sweep. Run the same fax sweep again to go on.")
+        raise CommandError(f"{folder} is a part of a sweep. Run the same fax sweep again.")
     if "task" not in found:
         raise CommandError(
             f"{folder} has a run that was started by a program, not by this command. Run the "
-            "program again: fax.experiment.run goes on where the folder's last checkpoint is."
+            "program again: fax.experiment.run continues from the last checkpoint in the folder."
         )
     source = _source.of_tables(found, str(path), changes or {})
     return dataclasses.replace(source, name=found["task"]["name"])

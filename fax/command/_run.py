@@ -1,4 +1,4 @@
-"""``fax run``: trains, and says what came out and where it is."""
+"""``fax run``: trains, and prints the results and where they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fax.command import _devices, _source
 from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
 from fax.command._source import Source
 
-_SAVED = "the run was interrupted after a round, and has saved it. To go on:"
+_SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
 
 
 def command(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Whether a plan's results are right without clients that fail: the degrees of values in sums.
+"""Whether a plan's results are right if some clients fail: the degrees of values in sums.
 
 Without some clients, a sum is smaller. What the server computes is not biased by that if it stays
 the same when all sums are multiplied by a number: then it is a function of ratios of sums, such as
@@ -303,9 +303,9 @@ def _product(eqn: JaxprEqn, one: Degree, other: Degree) -> Degree:
 
 def _static(clients: int, eqn: JaxprEqn | None) -> CutError:
     return CutError(
-        f"A sum over clients is divided by their number, {clients}{_at(eqn)}. Without clients that "
-        "fail, this would be too small. Divide by a sum over clients: pass weights= or where= to "
-        "fax.mean, for example weights of one."
+        f"A sum over clients is divided by their number, {clients}{_at(eqn)}. If some clients "
+        "fail, the result would be too small. Divide by a sum over clients: pass weights= or "
+        "where= to fax.mean, for example weights of one."
     )
 
 
@@ -316,8 +316,8 @@ def _alike(given: Iterable[Degree], eqn: JaxprEqn | None) -> Degree:
     if len(degrees) > 1:
         shown = " and ".join(map(str, sorted(d for d in degrees if d is not None)))
         raise CutError(
-            f"Without clients that fail, sums over clients are smaller, and values of degrees "
-            f"{shown} in them are put together{_at(eqn)}. Use means whose weights are summed, too."
+            f"If some clients fail, sums over clients are smaller, and values of degrees "
+            f"{shown} in the sums are combined{_at(eqn)}. Use means whose weights are summed, too."
         )
     if not definite:
         return _ANY
@@ -334,7 +334,7 @@ def _need_zero(given: Iterable[Degree], why: str, eqn: JaxprEqn | None) -> None:
     for own in given:
         if own.of:
             raise CutError(
-                "A sum over clients is smaller without those that fail, and is used as it is: "
+                "If some clients fail, a sum over clients is smaller, and it is used as it is: "
                 f"{why}{_at(eqn)}. Use means whose weights are summed, too."
             )
 

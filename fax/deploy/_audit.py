@@ -1,4 +1,4 @@
-"""What a plan's steps alone prove: what each round moves, and how clients' data reach the server.
+"""What a plan's steps prove: what clients receive and send, and how their data reach the server.
 
 Clients' data leave them in two ways: in what a stage sends, and where rows are fetched. So for each
 client's input it is enough to follow which values that clients hold depend on their own row of it.
@@ -38,7 +38,7 @@ class Message:
         this client alone, ``stays`` for a client's own; ``sum``, ``max`` or ``min`` for what it
         sends, and ``fetched`` for a row that the server fetches.
       depends_on: the clients' inputs whose own row it may depend on.
-      chosen: the rows for each client alone, chosen by the server, that it may depend on.
+      chosen: the rows that the server chooses for each client, and that it may depend on.
     """
 
     type: str
@@ -71,7 +71,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What a plan moves, and what that proves about each input of the clients. Prints as a table.
+    """What clients receive and send, and what that proves about their data. Prints as a table.
 
     Attributes:
       exchanges: what clients receive and send, in the order of the plan.
@@ -92,7 +92,7 @@ class Audit:
 
     @property
     def chosen(self) -> dict[str, tuple[str, ...]]:
-        """For each input that leaves, the rows that the server chooses for what it leaves in."""
+        """For each input that is sent, the choices of the server that it is combined with."""
         found = {
             name: dict.fromkeys(row for _, m in self._leaving(name) for row in m.chosen)
             for name in self.inputs
@@ -303,7 +303,8 @@ def _lines(audit: Audit) -> list[str]:
     lines += ["", "How clients' data leave them:"]
     lines += [f"  {line}" for line in aligned(list(audit.statements.items()), right=[])]
     for name, chosen in audit.chosen.items():
-        lines.append(f"  For {name} the server chooses a row for each client: {', '.join(chosen)}.")
+        which = ", ".join(chosen)
+        lines.append(f"  What is sent of {name} also depends on choices of the server: {which}.")
     return [*lines, "", *_LIMITS]
 
 

@@ -18,7 +18,7 @@ class ClientError(RuntimeError):
     """A client failed, is gone, or did not answer in time.
 
     Attributes:
-      clients: the clients that a plan may go on without; see `Plan.run`.
+      clients: the clients that a plan may continue without; see `Plan.run`.
     """
 
     def __init__(self, message: str, clients: Iterable[Hashable] = ()):
@@ -53,7 +53,7 @@ class Backend(Protocol):
         ...
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
-        """Rows, as pairs of client and slot, that nobody will ask for again."""
+        """Frees rows that are not needed any more, as pairs of client and slot."""
         ...
 
 

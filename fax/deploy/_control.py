@@ -29,7 +29,7 @@ def sent(writer: Writer, value: Value, axis: int, like: Value | None) -> Value:
     if value.held:
         raise CutError(
             f"The rows of {value.aval.str_short()} are along axis {value.axis} in one place and "
-            f"along axis {axis} in another, where a loop or a branch needs them to be alike."
+            f"along axis {axis} in another, but a loop or a branch needs them along the same axis."
         )
     result = Value(value.aval, axis)
     operands = (value,) if like is None else (value, like)

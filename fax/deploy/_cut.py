@@ -149,7 +149,7 @@ class Writer:
             raise CutError(
                 f"The server would need the rows of {value.aval.str_short()} from all clients: "
                 f"{reason}, at {line_of(eqn)}. Reduce them with fax.sum or fax.mean, "
-                "or allow it by pull=True."
+                "or pass pull=True to let the server fetch them."
             )
         result = Value(value.aval)
         self.steps.append(Pull((value,), (result,), f"{reason}, at {line_of(eqn)}"))
@@ -161,7 +161,7 @@ class Writer:
         given = []
         for value, mode in zip(operands, this.inputs, strict=True):
             if mode.mode == "server":
-                why = "a map uses a value of all clients in each of them"
+                why = "each client of a map uses the rows of all clients"
                 value = self.pulled(value, eqn, why)
             elif value.axis not in (None, 0):
                 value = self.moved(value, eqn)
@@ -265,7 +265,7 @@ class Writer:
         return results
 
     def _only_needed(self, outputs: Sequence[Value]) -> list[Step]:
-        """The steps that outputs need. Clients do not even compute what nobody needs."""
+        """The steps that outputs need. Clients do not compute anything else."""
         needed: set[Value] = set(outputs)
         kept: list[Step] = []
         for step in reversed(self.steps):

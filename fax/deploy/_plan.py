@@ -33,14 +33,14 @@ def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = 
     """Divides a program into what the server does and what each client does.
 
     Clients run the function of every `fax.map`, each on its own rows, and send only what is
-    reduced. Everything else is the server's. Gradients, loops and branches work as in the program.
-    The program is only traced: values of ``args`` are not looked at.
+    reduced. The server computes everything else. Gradients, loops and branches work as in the
+    program. The program is only traced: values of ``args`` are not looked at.
 
     Args:
       fn: a function that calls programs, such as an algorithm's ``round``.
       *args: its arguments, or their shapes and dtypes as `jax.ShapeDtypeStruct`.
-      held: which leaves of the arguments the clients hold: those with one of these names in their
-        path, of a field, or a key of a dict. The leading axis of each has a row for each client.
+      held: which leaves of the arguments the clients hold: those whose path has one of these names,
+        as a field or as a key of a dict. The leading axis of each has a row for each client.
         Default: the batches, the mask and the number of examples of a `fax.data.Cohort`. Add
         the names of state that clients keep, such as ``clients`` for `fax.algorithms.scaffold`.
       pull: whether the server may fetch rows where it needs them. The audit lists where it does.
@@ -105,13 +105,13 @@ class Plan:
             rows are sent to the clients first.
           clients: the names of the clients, in the order of the rows. Default: those that hold the
             arguments, or the numbers from 0.
-          quorum: the least number of clients of a stage that must be left, if others fail. The run
-            then starts again without these, so its results are those of a program in which they are
-            left out, for example by ``where=``. Default: it ends if any client fails.
+          quorum: how many clients of each stage must be left if others fail. The run then starts
+            again without those that failed, so its results are those of a program in which they are
+            left out, for example by ``where=``. Default: the run ends if any client fails.
 
         Returns:
-          The program's results. Those with a row for each client are `Held`: they stay there, and
-          ``fetch`` brings them.
+          The program's results. Those with a row for each client are `Held`: the rows stay with the
+          clients, and ``fetch`` brings them to the server.
 
         Raises:
           ValueError: if arguments differ from those that the plan was made for, if ``clients`` are
@@ -165,7 +165,7 @@ class Plan:
             yield x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype)
 
     def audit(self) -> Audit:
-        """What the plan moves, and how each input of the clients can reach the server.
+        """What clients receive and send, and how their data can reach the server.
 
         Example:
 
@@ -186,7 +186,7 @@ class Plan:
 
         Args:
           folder: where to. It may exist if it is empty.
-          platforms: what the stages are compiled for.
+          platforms: which platforms the stages can run on.
 
         Raises:
           FileExistsError: if the folder is not empty.

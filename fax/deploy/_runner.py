@@ -1,4 +1,4 @@
-"""Runs the steps of a plan on a backend: who is who, who has failed, and what nobody needs."""
+"""Runs the steps of a plan on a backend: who the clients are, and which of them have failed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fax.deploy._values import Held, Row
 
 
 class Runner:
-    """Runs steps on a backend, and knows which client is which participant.
+    """Runs steps on a backend, and knows which client each participant is.
 
     Args:
       backend: where clients run.
-      clients: the clients of placements of their number, None if only arguments say who they are.
+      clients: the clients of placements of this size, None if only the arguments name them.
       leaves: the arguments.
       quorum: how many clients of a stage must be left, None if none may fail.
 
@@ -51,7 +51,7 @@ class Runner:
         if len(known) > 1:
             raise ValueError(
                 f"Plan.run: arguments with {size} rows are held by different clients, so it is not "
-                "known which clients are meant elsewhere; name them by clients=."
+                "known which clients are meant elsewhere; name them with clients=."
             )
         return next(iter(known))
 

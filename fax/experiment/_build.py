@@ -29,7 +29,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What `fax.experiment.run` needs. `build` makes it of a configuration.
+    """What `fax.experiment.run` needs. `build` makes it from a configuration.
 
     The command ``fax run my_module:name`` takes one from a module, or from a function without
     arguments that returns one.
@@ -65,7 +65,7 @@ class Experiment:
         """Calls `fax.experiment.run`.
 
         Args:
-          folder: where to leave the results.
+          folder: where to write the results.
           **options: other arguments of `run`.
         """
         return run(
@@ -81,7 +81,7 @@ class Experiment:
 
 
 def build(config: Config) -> Experiment:
-    """Makes the experiment of a configuration. On a mesh, call it under `jax.set_mesh`.
+    """Makes an experiment from a configuration. On a mesh, call it under `jax.set_mesh`.
 
     Args:
       config: from `configure`.

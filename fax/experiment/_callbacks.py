@@ -37,21 +37,21 @@ class Callback(Protocol):
     """
 
     def start(self, run: Run) -> bool | str | None:
-        """Is called before the first round, and before the first one after a resume."""
+        """Called before the first round, and before the first one after a resume."""
 
     def after_round(self, run: Run) -> bool | str | None:
-        """Is called after each round, or after each block of rounds in one program."""
+        """Called after each round, or after each block of rounds in one program."""
 
 
 class StopAtBudget:
     """Takes each round from a privacy budget, and stops the run before it would be exceeded.
 
     It adds the metric ``"epsilon"``, what has been spent so far. With blocks of several rounds, a
-    run stops when the budget does not allow another block.
+    run stops if the budget does not allow another block.
 
     A resumed run repeats the rounds after its checkpoint with the same cohorts and the same noise,
-    so that these release the same numbers again, and nothing new. This is the case on the same
-    devices, where a run is resumed exactly. Anywhere else, use `fax.aggregators.renewed`.
+    so that they release the same numbers again, and nothing new. This holds on the same devices,
+    where a run is resumed exactly. Anywhere else, use `fax.aggregators.renewed`.
 
     Attributes:
       state: the budget's ``"record"``, and how much the ``"last"`` block of rounds released.
@@ -172,7 +172,7 @@ class Profile:
 
     Args:
       rounds: which rounds; the first one is round 1. Choose later ones to leave out compilation.
-      folder: where the traces are. Default: ``profile`` in the folder of the run.
+      folder: where to write the traces. Default: ``profile`` in the folder of the run.
 
     Raises:
       ValueError: if an argument is invalid; at the start of the run, if it ends before a chosen

@@ -186,13 +186,13 @@ class Checkpoints:
     def _failed(self, error: Exception) -> OSError:
         number, self._saving = self._saving, None
         rest = self.rounds()
-        left = f"The newest whole one is of round {rest[-1]}" if rest else "There is no other one"
+        left = f"The newest complete one is of round {rest[-1]}" if rest else "There is no other"
         full = "No space left" in str(error)
         return OSError(
             getattr(error, "errno", None) or (errno.ENOSPC if full else errno.EIO),
             f"fax.experiment.run: the checkpoint of round {number} could not be written "
             f"({type(error).__name__}: {error!s:.300}). {left}. Free some space on the disk, or "
-            "allow writing there, and run the same again, which continues from that checkpoint",
+            "allow writing there, and start the run again, which continues from that checkpoint",
             os.fspath(self.folder),
         )
 

@@ -147,7 +147,7 @@ def compare(
         raise ValueError(
             f"{_WHERE}: folder={os.fspath(folder)!r} has a run with other settings:\n  "
             + "\n  ".join(changes)
-            + "\nChoose another folder, undo the changes, or pass force=True to go on with them."
+            + "\nChoose another folder, undo the changes, or pass force=True to continue with them."
         )
     for change in changes:
         log.warning("a setting has changed: %s", change)

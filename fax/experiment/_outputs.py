@@ -175,7 +175,7 @@ class Outputs:
         self._returns[run.round] += 1
         if self._returns[run.round] > _MOST_RETURNS:
             raise error
-        say(f"{error} The state is that after round {run.round} again.")
+        say(f"{error} Training continues with the state after round {run.round}.")
         run.round, run.cohorts.round = done, cohort
         run.history[:] = history
 

@@ -55,7 +55,7 @@ def restore(
     """Reads a checkpoint of a run.
 
     Arrays that were on a mesh are spread over the same axes of the mesh in scope, if it has them
-    and they divide the arrays. So a run can go on with another mesh, and with more or fewer
+    and they divide the arrays. So a run can continue on another mesh, and on more or fewer
     devices. Without a mesh, they are on the default device.
 
     Args:
@@ -255,7 +255,7 @@ def lost_noise(run: Run, last: int, same: bool) -> None:
     """Refuses to repeat private rounds in another way.
 
     On the same devices, a round that is run again releases the same numbers. On others, sums may
-    differ in their last bits; with the same noise, the difference says something about clients.
+    differ in their last bits; with the same noise, the difference reveals something about clients.
 
     Args:
       run: after its checkpoint was put back.
@@ -269,8 +269,8 @@ def lost_noise(run: Run, last: int, same: bool) -> None:
         raise ValueError(
             f"fax.experiment.run: rounds {run.round + 1} to {last} of this private run were "
             "released after its last checkpoint. They would be run again with other settings, "
-            "devices or versions, but with the same noise, and the difference would say "
-            "something about clients. Continue with what it had before."
+            "devices or versions, but with the same noise, and the difference would reveal "
+            "something about clients. Continue with those that the run had before."
         )
 
 

@@ -38,7 +38,7 @@ class Run:
     Attributes:
       algorithm: as passed to `run`.
       cohorts: as passed to `run`.
-      rounds: how many rounds there are to be in all.
+      rounds: how many rounds there will be in all.
       rounds_per_call: how many of them are in one program.
       folder: of the run, or None.
       callbacks: as passed to `run`.
@@ -206,15 +206,15 @@ class Run:
         name = next(name for name in values if not _finite({name: values[name]}))
         each = self.clients.get("clients/loss")
         ids = self.cohorts.client_ids(cohort)
-        who = "For each client alone it is finite"
+        who = "It is finite for each client alone"
         if each is not None and len(each) == len(ids) and not np.all(np.isfinite(each)):
             bad = np.flatnonzero(~np.isfinite(each))
             some = ", ".join(repr(ids[i]) for i in bad[:5])
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            who = f"It is for {len(bad)} of {len(ids)} clients: {some}{more}"
+            who = f"It is not finite for {len(bad)} of {len(ids)} clients: {some}{more}"
         return (
-            f"fax.experiment.run: {name} is {values[name]} in round {number}. {who}. Look at what "
-            "these clients have, use a smaller learning rate, or pass on_nan='restore' to go back "
+            f"fax.experiment.run: {name} is {values[name]} in round {number}. {who}. Check "
+            "these clients' data, use a smaller learning rate, or pass on_nan='restore' to go back "
             "to the last checkpoint, or 'ignore'."
         )
 

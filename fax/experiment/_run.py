@@ -1,4 +1,4 @@
-"""`run`: trains for a number of rounds, and leaves a folder from which it can be resumed."""
+"""`run`: trains for a number of rounds, with a folder from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(
 ) -> Result:
     """Trains for a number of rounds. With a folder, the run can be interrupted and resumed.
 
-    It is this loop, with what belongs around it:
+    It is this loop, with evaluation, checkpoints and logs:
 
         for cohort in cohorts: state, metrics = algorithm.round(state, cohort)
 
@@ -78,10 +78,10 @@ def run(
     If the folder has a run, the same call continues it after its newest checkpoint. On the same
     devices and versions, the result is that of a run without interruption, to the bit. On others it
     is only close, since sums are rounded differently; see `restore` for how arrays are spread then.
-    If a process is killed, at most the rounds since the last checkpoint are run again. At SIGTERM
-    and Ctrl-C a run ends its block of rounds, saves, and leaves: with exit status 143 after
-    SIGTERM, and by KeyboardInterrupt, whose exit status is 130, after Ctrl-C. A second one ends it
-    at once.
+    If a process is killed, at most the rounds since the last checkpoint are run again. After
+    SIGTERM or Ctrl-C, a run finishes its block of rounds, saves a checkpoint, and ends: with exit
+    status 143 after SIGTERM, and with a KeyboardInterrupt, whose exit status is 130, after Ctrl-C.
+    A second signal ends it at once.
 
     In several processes, each calls this with the same arguments. Process 0 writes the files, and
     all of them their part of a checkpoint, so the folder must be one that all of them see.
@@ -104,8 +104,8 @@ def run(
       rounds_per_call: how many rounds are in one program, see `fax.algorithms.many_rounds`.
         Evaluation and checkpoints end such a block.
       keep: how many of the newest checkpoints are kept, or a `Keep`, which can also keep the best.
-      on_nan: what happens if a loss is NaN or infinite, or if the parameters are when they would be
-        saved. ``"stop"``: an error names the round and the clients. ``"restore"``: training
+      on_nan: what happens if a loss is NaN or infinite, or if the parameters are when a checkpoint
+        is due. ``"stop"``: an error names the round and the clients. ``"restore"``: training
         continues with the state of the last checkpoint and the next cohort, and a warning says so.
         ``"ignore"``: nothing.
       config: settings for ``config.toml``, a dict of strings, numbers, bools, lists and dicts.
@@ -256,7 +256,7 @@ def _check_objects(argument: str, objects: Any, methods: Sequence[str]) -> None:
 
 
 def _check_on_nan(on_nan: str, folder: Any, state: PyTree) -> None:
-    """Checks that a run can go back to a checkpoint, if it shall."""
+    """Checks that a run can go back to a checkpoint, if it has to."""
     _arguments.choice(_WHERE, "on_nan", on_nan, ("stop", "restore", "ignore"))
     if on_nan != "restore":
         return

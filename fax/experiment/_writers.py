@@ -106,6 +106,6 @@ class TensorBoard:
             raise OSError(
                 errno.ENOSPC,
                 "fax.experiment.TensorBoard: no space is left on the disk. Free some space, and "
-                "run the same again, which continues from the newest checkpoint",
+                "start the run again, which continues from the newest checkpoint",
                 self._file.name,
             )
