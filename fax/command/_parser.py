@@ -118,7 +118,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         parser.add_argument(
             "--force",
             action="store_true",
-            help="go on in a folder though the settings have changed",
+            help="continue a run though its settings have changed",
         )
         parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
