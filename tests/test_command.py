@@ -543,14 +543,14 @@ def test_mistakes(arguments, message, small, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_how_to_go_on_after_an_interruption(small, capsys, monkeypatch):
+def test_how_to_continue_after_an_interruption(small, capsys, monkeypatch):
     for arguments, interrupt, message in [
         (["run", "small.toml"], KeyboardInterrupt(), "fax run: interrupted."),  # the second Ctrl-C
-        (["run", "small.toml"], KeyboardInterrupt("saved"), "To go on: fax resume runs/small"),
+        (["run", "small.toml"], KeyboardInterrupt("saved"), "To continue: fax resume runs/small"),
         (
             ["sweep", "small.toml", "--grid", "client.rate=.1"],
             KeyboardInterrupt("saved"),
-            "To go on: run the same fax sweep again",
+            "To continue: run the same fax sweep again",
         ),
     ]:
         run = unittest.mock.Mock(side_effect=interrupt)

@@ -42,7 +42,7 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
     Args:
       source: the experiment.
       folder: of the run.
-      again: how to go on after an interruption. Default: ``fax resume``.
+      again: how to continue after an interruption. Default: ``fax resume``.
       quiet: whether there is no progress bar.
       force: whether settings may differ from those in the folder.
     """
