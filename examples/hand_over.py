@@ -34,9 +34,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
 
-    key = jax.random.key(0)
+    start, key = jax.random.split(jax.random.key(0))
     params = {
-        "in": jax.random.normal(key, (64, 32)) / 8,
+        "in": jax.random.normal(start, (64, 32)) / 8,
         "out": jnp.zeros((32, 10)),
     }
     algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.05))
@@ -66,9 +66,9 @@ def main():
         print(plan.audit(), end="\n\n")
         seconds = []
         for number in range(options.rounds):
-            start = time.perf_counter()
+            began = time.perf_counter()
             state, metrics = plan.run(backend, state, cohort(number))
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - began)
         share = float(accuracy(algorithm.params(state)))
         print(
             f"{options.rounds} rounds, training loss {float(metrics['loss']):.3f}, accuracy on all "
