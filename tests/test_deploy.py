@@ -51,7 +51,7 @@ def check_plan(fn, args, *, held=DATA, pull=False, clients=None, backend=None):
         jax.tree.leaves(expected),
         strict=True,
     ):
-        np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(own, other, rtol=1e-12, atol=1e-13)
     return plan, found
 
 
@@ -333,8 +333,8 @@ def test_a_round_without_clients_that_fail(name):
     )
     expected, others = jax.jit(algorithm.round)(args[0], absent)
     for own, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-6)
+        np.testing.assert_allclose(own, other, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-12)
     assert [row is None for row in metrics["clients/loss"].rows] == [False, True, False, True]
     with pytest.raises(deploy.ClientError, match=r"no rows of the clients \[1, 3\]"):
         plan.fetch(backend, metrics)
@@ -360,7 +360,7 @@ def test_a_client_that_fails_in_the_middle_of_a_loop():
     expected = 1.5
     for _ in range(4):
         expected -= 0.1 * 2 * expected * (left**2).sum() / 2
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_state_of_a_client_that_fails_stays():
@@ -500,7 +500,7 @@ def test_results_that_are_right_without_some_clients():
     fraction = np.sqrt((x**2).mean(0))
     expected = x.max(0), x.sum(0), 2 * x.sum(0), np.exp(mean), x.std(0), fraction
     for own, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-6)
+        np.testing.assert_allclose(own, other, rtol=1e-12)
 
 
 # Mistakes
@@ -509,6 +509,9 @@ def test_results_that_are_right_without_some_clients():
 def test_names_that_no_leaf_has():
     with pytest.raises(deploy.CutError, match=r"held names 'y'.*\['x'\]"):
         deploy.cut(squares, 1.0, ROWS, held=["x", "y"])
+    with pytest.raises(deploy.CutError, match=r"'batches'.*pass held=\(\)"):
+        deploy.cut(squares, 1.0, ROWS)  # or the server would send all rows
+    assert not deploy.cut(squares, 1.0, ROWS, held=()).audit().inputs
 
 
 def test_examples_on_the_server():

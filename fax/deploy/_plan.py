@@ -218,10 +218,12 @@ def _refuse_resident(args: PyTree) -> None:
 def _check_names(held: Collection[str], paths: Sequence[Any]) -> None:
     known = {_name(key) for path, _ in paths for key in path}
     missing = [name for name in held if name not in known]
-    if missing and set(held) != set(DATA):
+    # A cohort of one's own may lack some of the default names, but not all.
+    if missing and (set(held) != set(DATA) or len(missing) == len(DATA)):
         raise CutError(
             f"fax.deploy.cut: held names {missing[0]!r}, which is in no path of the arguments. "
-            f"Their names are {sorted(name for name in known if isinstance(name, str))}."
+            f"Their names are {sorted(name for name in known if isinstance(name, str))}. Name what "
+            "clients hold, or pass held=() if the server has everything."
         )
 
 

@@ -92,7 +92,6 @@ class Runner:
 
     def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Clients, list[Row | None]]:
         clients = self._names(len(rows)) if like is None else like.clients
-
         numbers = self._left(clients, range(len(clients)))
         found = self._backend.put([clients[i] for i in numbers], [rows[i] for i in numbers])
         return clients, self._spread(found, numbers, len(clients))
