@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,18 @@ import pytest
 import fax
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(page for page in DOCS if not page.startswith("docs/_build"))]
+# Pages that one learns from. All of their code runs, and draws their figures.
+GUIDES = [p for p in PAGES if p.startswith(("docs/start/", "docs/how_to/", "docs/understand/"))]
 HOMES = [
     fax,
     fax.drjax,
@@ -53,11 +63,22 @@ def test_docstrings(name):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages(page):
+def test_pages(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with jax.enable_x64(False):
         results = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=FLAGS)
     assert results.failed == 0
     assert results.attempted > 0 or page != "README.md"
+    if page in GUIDES:
+        figures = set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", read(page)))
+        assert {path.name for path in tmp_path.glob("*.svg")} == figures
+        assert all((ROOT / page).with_name(name).exists() for name in figures)
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides_have_no_code_that_does_not_run(page):
+    languages = set(re.findall(r"^ *```([\w-]+)$", read(page), re.MULTILINE))
+    assert languages <= {"pycon", "text", "console"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
