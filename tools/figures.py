@@ -45,7 +45,8 @@ def draw(page: pathlib.Path) -> list[pathlib.Path]:
         figures = sorted(pathlib.Path(folder).glob("*.svg"))
         for figure in figures:
             text = figure.read_text(encoding="utf-8")
-            figure.write_text(re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL))
+            text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+            figure.write_text(re.sub(r"(\.\d\d)\d+", r"\1", text), encoding="utf-8")
             shutil.copy(figure, page.parent)
         return [page.parent / figure.name for figure in figures]
 
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> None:
     import matplotlib
 
     os.environ["MPLBACKEND"] = "svg"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     matplotlib.rcParams.update(STYLE)
     for page in [pathlib.Path(name).resolve() for name in arguments] or pages():
         for figure in draw(page):
