@@ -65,6 +65,7 @@ def test_docstrings(name):
 @pytest.mark.parametrize("page", PAGES)
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    jax.devices()  # a page that makes devices finds those of the tests
     with jax.enable_x64(False):
         results = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=FLAGS)
     assert results.failed == 0
