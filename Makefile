@@ -9,6 +9,7 @@
 #   make check        lint, format and types
 #   make docs         build the documentation
 #   make pages        generate the drawing of the house and the list of public names
+#   make figures      run the pages that draw figures, and keep these
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
 #   make checks       check, docs and package, at the same time
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
@@ -35,7 +36,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
+.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -78,6 +79,9 @@ checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)
 pages:
 	$(PYTHON) tools/house.py
 	$(PYTHON) tools/api.py
+
+figures: $(VENV)/test.$(WITH)
+	$(BIN)/python tools/figures.py
 
 package: $(VENV)/test.$(WITH)
 	.ci/package $(PYTHON) $(VENV)
