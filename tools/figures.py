@@ -33,7 +33,7 @@ STYLE = {
 def pages() -> list[pathlib.Path]:
     """The pages that draw figures."""
     found = [p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts]
-    return [page for page in sorted(found) if 'savefig("' in page.read_text(encoding="utf-8")]
+    return [page for page in sorted(found) if '.svg")' in page.read_text(encoding="utf-8")]
 
 
 def draw(page: pathlib.Path) -> list[pathlib.Path]:
