@@ -21,6 +21,7 @@ from fax.deploy._stages import Stage
 from fax.deploy._values import CutError, Held, Row
 
 _CALLER = "fax.deploy.Beam"
+_LABELS = itertools.count()  # a pipeline may have the steps of several backends
 
 
 class Beam:
@@ -82,7 +83,7 @@ class Beam:
         _arguments.function(_CALLER, "source", source, {1: "source(pipeline)"})
         if not isinstance(like, Mapping) or not all(hasattr(x, "dtype") for x in like.values()):
             raise ValueError(
-                f"{_CALLER}: like is {like!r:.80}, expected a dict of the arrays of one client."
+                f"{_CALLER}: like is {_arguments.shown(like)}, expected a dict of the arrays of one client."
             )
         self._source, self._options, self._folder = source, options, folder
         self._clients = _arguments.count(_CALLER, "clients", clients)
@@ -126,7 +127,8 @@ class Beam:
         from fax.deploy import _beam_client as worker
 
         program = self._programs.making([self._column(x.rows) for x in values.values()])
-        return self._read(pipeline) | "rows" >> beam.ParDo(worker.Rows(program, [*values]))
+        label = f"rows {next(_LABELS)}"
+        return self._read(pipeline) | label >> beam.ParDo(worker.Rows(program, [*values]))
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         self._check(clients)
@@ -175,16 +177,15 @@ class Beam:
         if not references:
             return Sent(_stacked(rows))
         slots = {x.slot for x in references}
+        if not self._columns.keys() >= slots:
+            raise ValueError(f"{_CALLER}: a value that clients hold is of another backend.")
         if len(slots) > 1 or not all(isinstance(x, Row) for x in rows):
             raise CutError(
                 f"{_CALLER}: a stage uses rows of which some have been replaced, such as the state "
                 "of some clients, which pipelines do not keep. Let the source bring the state, and "
                 "write the new one with Beam.rows."
             )
-        (slot,) = slots
-        if slot not in self._columns:
-            raise ValueError(f"{_CALLER}: the value that clients hold is another backend's.")
-        return self._columns[slot]
+        return self._columns[slots.pop()]
 
     def _totals(self, columns: Sequence[Made]) -> list[np.ndarray]:
         """What clients send, combined by a pipeline."""
@@ -215,8 +216,8 @@ class Beam:
                 raise ClientError(f"{_CALLER}: a pipeline failed: {text[-1]}") from error
         if (found, different) != (self._clients, self._clients):
             raise ClientError(
-                f"{_CALLER}: the source has {found} clients with {different} numbers, expected "
-                f"clients={self._clients}, each once."
+                f"{_CALLER}: the source has {found} clients, of which {different} have different "
+                f"names, expected clients={self._clients}, and each of them once."
             )
         # Integers wrap where the program's do.
         return [
@@ -231,7 +232,8 @@ class Beam:
         import apache_beam as beam
         from apache_beam.transforms.window import GlobalWindows
 
-        return self._source(pipeline) | "all clients" >> beam.WindowInto(GlobalWindows())
+        label = f"all clients {next(_LABELS)}"
+        return self._source(pipeline) | label >> beam.WindowInto(GlobalWindows())
 
 
 def _stacked(rows: Sequence[Any]) -> Any:
