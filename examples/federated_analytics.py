@@ -39,7 +39,9 @@ DELTA = 1e-6
 
 def words_of_python():
     """The words in the modules of the standard library, in a random order."""
-    text = "".join(p.read_text("utf-8") for p in sorted(Path(argparse.__file__).parent.glob("*.py")))
+    text = "".join(
+        p.read_text("utf-8") for p in sorted(Path(argparse.__file__).parent.glob("*.py"))
+    )
     words = re.findall(rf"\b[a-z]{{3,{LETTERS}}}\b", text)
     return np.random.default_rng(0).permutation(words)
 

@@ -1,5 +1,8 @@
 """Plans on Apache Beam: what the jitted program gives, in any order, by workers without fax."""
 
+import collections
+import re
+import runpy
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from scripts import EXAMPLES, is_figure, numbers
 
 import fax
 from fax import algorithms, deploy
@@ -22,6 +26,7 @@ from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 from fax.deploy import _beam_client as worker  # noqa: E402
 from fax.deploy import _columns  # noqa: E402
 
+ROOT = EXAMPLES.parent
 # Beam itself warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:apache_beam")
 
@@ -278,6 +283,43 @@ def test_rows_are_elements_of_a_pipeline():
     check_plan(products, deploy.Beam(again, N, one), rows)
 
 
+# What the documentation promises
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "hand_over_beam.md").read_text(encoding="utf-8")
+    names = {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "[0]['hours']  only through sums over 1000" in capsys.readouterr().out
+    hours = np.arange(1000)[:, None] % [24, 7]
+    counts = np.bincount(hours.reshape(-1), minlength=24)
+    np.testing.assert_array_equal(names["counts"], counts)
+    lines = dict(line.split(": ") for line in (tmp_path / "common").read_text().splitlines())
+    assert lines == {f"client {i}": f"{counts[own].mean():.1f}" for i, own in enumerate(hours)}
+
+
+def test_frequent_words(tmp_path, monkeypatch, capsys):
+    """The example, with fewer clients and less noise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example", "--clients=300", "--epsilon=40"])
+    example = runpy.run_path(str(EXAMPLES / "federated_analytics.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    true = collections.Counter(example["words_of_python"]()[:300].tolist())
+    noise, threshold = numbers(r"noise of ([\d.]+) clients, threshold (\d+)", printed)
+    assert numbers(r"epsilon = ([\d.]+)", printed)[0] <= 40
+    found = re.findall(r"^(\w+) +([\d.]+) clients, in truth (\d+)$", printed, re.MULTILINE)
+    for word, count, truth in found:
+        assert true[word] == int(truth)
+        assert abs(float(count) - true[word]) < 6 * noise
+        assert float(count) > threshold - 0.5
+    most = [word for word, n in true.most_common(5) if n > threshold + 6 * noise]
+    assert len(most) >= 3
+    assert set(most) <= {word for word, *_ in found}
+    assert is_figure(tmp_path / "runs" / "federated_analytics.png")
+
+
 # Mistakes
 
 
@@ -331,12 +373,12 @@ def test_clients_that_are_not_those_of_the_plan():
     for clients, number in ((CLIENTS[:-1], 10), ([], 0), ([*CLIENTS, CLIENTS[0]], 12)):
         backend = backend_of(clients)
         with pytest.raises(
-            deploy.ClientError, match=rf"the source has {number} clients, .*clients={N}"
+            deploy.ClientError, match=rf"has {number} clients, expected clients={N}"
         ):
             plan.run(backend, 1.5, backend.held())
     backend = backend_of([*CLIENTS[:-1], CLIENTS[0]])
     plan = deploy.cut(noisy, 1.5, backend.held(), held=["x", "large"])
-    with pytest.raises(deploy.ClientError, match=r"11 clients, of which 10 have different"):
+    with pytest.raises(deploy.ClientError, match="only 10 numbers for 11 clients"):
         plan.run(backend, 1.5, backend.held())
 
 

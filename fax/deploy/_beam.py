@@ -89,19 +89,17 @@ class Beam:
         self._clients = _arguments.count(_CALLER, "clients", clients)
         self._types = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
         self._programs = Programs(self._types, self._clients, plan)
-        self._columns: dict[str, Column] = {name: Loaded(name) for name in like}
+        self._columns: dict[str, Column] = {f"loaded {name}": Loaded(name) for name in like}
         self._slots = itertools.count()
 
     def held(self) -> dict[str, Held]:
         """What clients bring, by name, as arguments of `cut` and of `Plan.run`."""
         clients = tuple(range(self._clients))
-        # One reference stands for the rows of all clients.
-        return {
-            name: Held(
-                (Row(None, name),) * self._clients, clients, (self._clients, *of.shape), of.dtype
-            )
-            for name, of in self._types.items()
-        }
+        found = {}
+        for name, of in self._types.items():
+            rows = (Row(None, f"loaded {name}"),) * self._clients  # one for all clients
+            found[name] = Held(rows, clients, (self._clients, *of.shape), of.dtype)
+        return found
 
     def rows(self, pipeline: Any, **values: Held) -> Any:
         """What clients hold as elements of a pipeline, ``(client, {name: array})``.
@@ -153,12 +151,12 @@ class Beam:
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
         for _, slot in rows:
-            if slot not in self._types:
+            if not isinstance(self._columns.get(slot), Loaded):
                 self._columns.pop(slot, None)
 
     def _keep(self, column: Column) -> list[Row]:
         """References to a column."""
-        slot = f"{next(self._slots)}:"
+        slot = f"made {next(self._slots)}"
         self._columns[slot] = column
         return [Row(None, slot)] * self._clients
 
@@ -214,10 +212,14 @@ class Beam:
             except Exception as error:  # a runner may raise any
                 text = str(error).strip().splitlines() or [type(error).__name__]
                 raise ClientError(f"{_CALLER}: a pipeline failed: {text[-1]}") from error
-        if (found, different) != (self._clients, self._clients):
+        if found != self._clients:
             raise ClientError(
-                f"{_CALLER}: the source has {found} clients, of which {different} have different "
-                f"names, expected clients={self._clients}, and each of them once."
+                f"{_CALLER}: the source has {found} clients, expected clients={self._clients}."
+            )
+        if different != found:
+            raise ClientError(
+                f"{_CALLER}: the source has only {different} numbers for {found} clients, expected "
+                f"each int below {found} once."
             )
         # Integers wrap where the program's do.
         return [
