@@ -83,7 +83,8 @@ class Beam:
         _arguments.function(_CALLER, "source", source, {1: "source(pipeline)"})
         if not isinstance(like, Mapping) or not all(hasattr(x, "dtype") for x in like.values()):
             raise ValueError(
-                f"{_CALLER}: like is {_arguments.shown(like)}, expected a dict of the arrays of one client."
+                f"{_CALLER}: like is {_arguments.shown(like)}, expected a dict of the arrays of "
+                "one client."
             )
         self._source, self._options, self._folder = source, options, folder
         self._clients = _arguments.count(_CALLER, "clients", clients)

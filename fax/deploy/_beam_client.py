@@ -115,8 +115,6 @@ class Loaded:
     """A program as a process has loaded and compiled it."""
 
     def __init__(self, program: Program):
-        if jax.config.jax_enable_x64 != program.x64:
-            jax.config.update("jax_enable_x64", program.x64)
         stages = {}
         for name, blob in program.blobs.items():
             if hashlib.sha256(blob).hexdigest() != name:
@@ -178,7 +176,8 @@ class RunStages(beam.DoFn):
 
     def _results(self) -> Iterable[Any]:
         clients, self._waiting = self._waiting, []
-        found = self._loaded.run(self._shared, self.program.rows(clients))
+        with jax.enable_x64(self.program.x64):  # this thread or process has settings of its own
+            found = self._loaded.run(self._shared, self.program.rows(clients))
         return self.results([client for client, _ in clients], list(map(np.asarray, found)))
 
     def results(self, clients: list[Any], found: list[np.ndarray]) -> Iterable[Any]:
