@@ -422,7 +422,7 @@ def test_arguments():
         ((beam.Create(CLIENTS), N, one), r"source is .*, expected a function source\(pipeline\)"),
         ((source_of(CLIENTS), 0, one), "clients is 0"),
         ((source_of(CLIENTS), N, X), "like is .*, expected a dict of the arrays of one client"),
-        ((source_of(CLIENTS), N, {"x": [1.0]}), "expected a dict of the arrays"),
+        ((source_of(CLIENTS), N, {"x": [1.0]}), "like is a dict, expected a dict of the arrays"),
     ):
         with pytest.raises(ValueError, match=rf"fax.deploy.Beam: {message}"):
             deploy.Beam(*args)
