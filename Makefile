@@ -19,6 +19,7 @@
 #   make bench-algorithms  measure what algorithms and aggregators cost
 #   make bench-tpu    estimate rounds on TPUs with their compiler, without a TPU, in 15 minutes
 #   make bench-data-center  estimate what training sends between slices of a data center, without a TPU
+#   make bench-beam   measure pipelines of Apache Beam with up to a million clients
 #   make bench-gpu    measure rounds on this machine's GPU, in less than 9 minutes
 #   make clean        remove the environments and what was built
 #
@@ -36,7 +37,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all test-beam checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
+.PHONY: quickstart environment test test-core test-all test-beam checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -114,6 +115,10 @@ bench-tpu: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 bench-data-center: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 	mkdir -p runs
 	$(BIN)/python benchmarks/data_center.py --json runs/data_center.json --figure runs/data_center.png $(DATA_CENTER)
+
+bench-beam:
+	$(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam
+	$(VENV)-beam/bin/python benchmarks/beam.py
 
 # For example: make bench-gpu JAX="jax[cuda13]"
 bench-gpu: $(VENV)/bench.$(WITH)
