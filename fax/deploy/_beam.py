@@ -21,7 +21,8 @@ from fax.deploy._stages import Stage
 from fax.deploy._values import CutError, Held, Row
 
 _CALLER = "fax.deploy.Beam"
-_LABELS = itertools.count()  # a pipeline may have the steps of several backends
+# Names differ between backends, whose steps may be in one pipeline.
+_NUMBERS = itertools.count()
 
 
 class Beam:
@@ -90,15 +91,15 @@ class Beam:
         self._clients = _arguments.count(_CALLER, "clients", clients)
         self._types = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in like.items()}
         self._programs = Programs(self._types, self._clients, plan)
-        self._columns: dict[str, Column] = {f"loaded {name}": Loaded(name) for name in like}
-        self._slots = itertools.count()
+        self._columns: dict[str, Column] = {}
+        self._loaded = {name: self._row(Loaded(name)) for name in like}
 
     def held(self) -> dict[str, Held]:
         """What clients bring, by name, as arguments of `cut` and of `Plan.run`."""
         clients = tuple(range(self._clients))
         found = {}
         for name, of in self._types.items():
-            rows = (Row(None, f"loaded {name}"),) * self._clients  # one for all clients
+            rows = (self._loaded[name],) * self._clients
             found[name] = Held(rows, clients, (self._clients, *of.shape), of.dtype)
         return found
 
@@ -126,12 +127,12 @@ class Beam:
         from fax.deploy import _beam_client as worker
 
         program = self._programs.making([self._column(x.rows) for x in values.values()])
-        label = f"rows {next(_LABELS)}"
+        label = f"rows {next(_NUMBERS)}"
         return self._read(pipeline) | label >> beam.ParDo(worker.Rows(program, [*values]))
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         self._check(clients)
-        return self._keep(Sent(_stacked(rows)))
+        return [self._row(Sent(_stacked(rows)))] * self._clients
 
     def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
         self._check(clients)
@@ -142,7 +143,9 @@ class Beam:
         call = Call(stage, tuple(given))
         made = [Made(call, number) for number in range(len(stage.outputs))]
         totals = iter(self._totals([x for x in made if x.mode != "placed"]))
-        return [self._keep(x) if x.mode == "placed" else next(totals) for x in made]
+        return [
+            [self._row(x)] * self._clients if x.mode == "placed" else next(totals) for x in made
+        ]
 
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
         raise CutError(
@@ -152,14 +155,13 @@ class Beam:
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
         for _, slot in rows:
-            if not isinstance(self._columns.get(slot), Loaded):
-                self._columns.pop(slot, None)
+            self._columns.pop(slot, None)
 
-    def _keep(self, column: Column) -> list[Row]:
-        """References to a column."""
-        slot = f"made {next(self._slots)}"
+    def _row(self, column: Column) -> Row:
+        """A reference to a column, which stands for the rows of all clients."""
+        slot = f"column {next(_NUMBERS)}"
         self._columns[slot] = column
-        return [Row(None, slot)] * self._clients
+        return Row(None, slot)
 
     def _check(self, clients: Sequence[Hashable]) -> None:
         if list(clients) != list(range(self._clients)):
@@ -198,7 +200,9 @@ class Beam:
 
         modes = [column.mode for column in columns]
         program = self._programs.making(columns)
-        options = self._options or PipelineOptions(["--runner=FnApiRunner"])
+        options = self._options
+        if options is None:  # without the arguments of this process, which are not Beam's
+            options = PipelineOptions(["--runner=FnApiRunner"])
         with tempfile.TemporaryDirectory() as temporary:
             path = FileSystems.join(self._folder or temporary, f"{uuid.uuid4().hex}.npz")
             try:
@@ -235,7 +239,7 @@ class Beam:
         import apache_beam as beam
         from apache_beam.transforms.window import GlobalWindows
 
-        label = f"all clients {next(_LABELS)}"
+        label = f"all clients {next(_NUMBERS)}"
         return self._source(pipeline) | label >> beam.WindowInto(GlobalWindows())
 
 
