@@ -303,12 +303,12 @@ def test_the_page(tmp_path, monkeypatch, capsys):
 def test_frequent_words(tmp_path, monkeypatch, capsys):
     """The example, with fewer clients and less noise."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["example", "--clients=300", "--epsilon=40"])
+    monkeypatch.setattr(sys, "argv", ["example", "--clients=1000", "--epsilon=8"])
     example = runpy.run_path(str(EXAMPLES / "federated_analytics.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    true = collections.Counter(example["words_of_python"]()[:300].tolist())
+    true = collections.Counter(example["words_of_python"]()[:1000].tolist())
     noise, threshold = numbers(r"noise of ([\d.]+) clients, threshold (\d+)", printed)
-    assert numbers(r"epsilon = ([\d.]+)", printed)[0] <= 40
+    assert numbers(r"epsilon = ([\d.]+)", printed)[0] <= 8
     found = re.findall(r"^(\w+) +([\d.]+) clients, in truth (\d+)$", printed, re.MULTILINE)
     for word, count, truth in found:
         assert true[word] == int(truth)
