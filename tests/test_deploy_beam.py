@@ -27,9 +27,6 @@ from fax.deploy import _beam_client as worker  # noqa: E402
 from fax.deploy import _columns  # noqa: E402
 
 ROOT = EXAMPLES.parent
-# Beam itself warns.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:apache_beam")
-
 N = 11
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 4))
