@@ -21,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
 from fax._arithmetic import accumulator_dtype
+from fax._compat import Named
 from fax.deploy import _control
 from fax.deploy._rows import of_rows
 from fax.deploy._stages import Stages
@@ -81,6 +82,8 @@ class Writer:
         """Adds steps for an equation, and returns its results."""
         if eqn.primitive is federated_map_p:
             return self._map(eqn, operands)
+        if eqn.primitive.name == Named.OPTIMIZATION_BARRIER:
+            return operands  # stages are compiled by themselves
         inside = _jaxpr.any_inside(eqn, is_operator)
         held = any(value.held for value in operands)
         if not held and not inside and eqn.primitive is not distribute_p:
