@@ -130,8 +130,11 @@ class Processes:
     def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
         """What the clients loaded, by name: for some clients, or for all in the order of names.
 
+        Clients may have different numbers of steps, which are the leading axis; see ``ragged`` of
+        `cut`.
+
         Raises:
-          ValueError: if an array has different shapes or dtypes at different clients, or is
+          ValueError: if an array has other different shapes or dtypes at different clients, or is
             missing at some.
         """
         types = {(c, n): (t, tuple(s)) for rows in self._about.values() for c, n, t, s in rows}
@@ -140,12 +143,15 @@ class Processes:
         found = {}
         for name in dict.fromkeys(name for _, name in types):
             own = {types.get((client, name)) for client in chosen}
-            if len(own) != 1 or None in own:
+            found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
+            if len(found_types) != 1 or None in own:
                 raise ValueError(
                     f"Processes.held: {name!r} differs between clients, expected one shape and "
                     f"dtype: {sorted(map(str, own))}."
                 )
-            ((dtype, shape),) = own  # type: ignore[misc]
+            dtype, shape = next(t for t in own if t is not None)
+            if len(own) > 1:
+                shape = (None, *shape[1:])
             rows = tuple(Row(client, name) for client in chosen)
             found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
         return found
@@ -175,7 +181,7 @@ class Processes:
         kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
         shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
         placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
-        requests = {}
+        requests: dict[int, dict[str, Any]] = {}
         for process, numbers in parts.items():
             jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
             requests[process] = {"stage": name, "shared": shared, "jobs": jobs}
