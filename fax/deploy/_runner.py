@@ -112,7 +112,8 @@ class Runner:
         if late & self._counted:  # all sums must be over the same clients
             raise ClientError(f"The clients {sorted(map(str, late))} were too late.", late)
         self._late |= late
-        self._counted.update(clients[i] for i in numbers)
+        if self._take is not None:
+            self._counted.update(clients[i] for i in numbers)
         return clients, results
 
     def _race(
@@ -139,7 +140,8 @@ class Runner:
 
     def _left(self, clients: Clients, numbers: Iterable[int]) -> list[int]:
         """The participants whose clients have not failed."""
-        left = [i for i in numbers if clients[i] not in self.failed | self._late]
+        gone = self.failed | self._late
+        left = [i for i in numbers if clients[i] not in gone]
         if self._quorum is not None and len(left) < self._quorum:
             why = "" if self._cause is None else f" The last error: {self._cause}"
             raise ClientError(
@@ -152,8 +154,9 @@ class Runner:
         """The rows of some participants among all, which are freed when nobody refers to them."""
         found: list[Row | None] = [None] * size
         for number, row in zip(numbers, rows, strict=True):
-            weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
             found[number] = row
+        for row in dict.fromkeys(rows):  # one may stand for the rows of all clients
+            weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
         return found
 
 
