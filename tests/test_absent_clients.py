@@ -144,6 +144,7 @@ def data(absent):
     return x
 
 
+@pytest.mark.always("none", "clip_by_norm", "non_finite")
 @pytest.mark.parametrize("first", FIRST)
 def test_what_a_client_of_weight_zero_holds_reaches_nothing(first, pytestconfig):
     """Every aggregator, and chains of two: some of each kind, or with ``--all`` all of them."""

@@ -215,6 +215,7 @@ def test_rounds_are_those_of_the_paper(data, paper):
         expected.check(state)
 
 
+@pytest.mark.always("Agnostic-a mesh of 2", "APFL-a mesh of 4 x 2", "HypCluster-vectorized")
 @pytest.mark.parametrize(
     ("paper", "setting"),
     [
@@ -462,6 +463,7 @@ def summing():
     return Aggregator(init, aggregate)
 
 
+@pytest.mark.always("APFL")
 @pytest.mark.parametrize("paper", ALGORITHMS)
 def test_aggregators_with_state(data, paper):
     algorithm, reference = (

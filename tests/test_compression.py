@@ -170,6 +170,7 @@ def test_a_rotated_quantization_is_unbiased_for_each_rotation():
     assert np.sum((found.mean(0) - X) ** 2) < 3 * error.mean() / DRAWS
 
 
+@pytest.mark.long
 def test_error_of_drive_is_that_of_the_paper():
     x = np.random.default_rng(0).normal(size=512)
     found = draws(drive(), x)[:4000]
@@ -436,6 +437,7 @@ EVERY = {
 }
 
 
+@pytest.mark.always("hadamard", "memory", "power_sgd")
 @pytest.mark.parametrize("name", EVERY)
 def test_zeros_stay_zeros_and_nothing_is_nan(name):
     tree = {"e": np.zeros((N, 0)), "h": np.zeros((N, 6), jnp.bfloat16), **updates()}
@@ -480,6 +482,7 @@ SETTINGS_OF = {  # all pairs would take too long
 }
 
 
+@pytest.mark.always("both")
 @pytest.mark.parametrize("name", SETTINGS_OF)
 def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(name):
     aggregator, tree, weights = EVERY[name](), updates(), np.array([1.0, 2.0, 3.0, 1.0])
@@ -501,6 +504,7 @@ def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(name):
         assert_trees_close(run(setting), expected)
 
 
+@pytest.mark.always("quantization", "terngrad")
 @pytest.mark.parametrize("name", ["quantization", "hadamard", "drive", "terngrad"])
 def test_derivatives_are_those_of_the_expectation(name):
     aggregator = EVERY[name]() if name != "terngrad" else chain(terngrad(None))
@@ -560,6 +564,7 @@ def trained(name, rounds=60):
     return float(metrics["loss"][-20:].mean()), float(metrics["loss"][0])
 
 
+@pytest.mark.always("both")
 @pytest.mark.parametrize("name", ["quantization", "drive", "memory", "power_sgd", "both"])
 def test_federated_averaging_learns(name):
     best, start = trained("mean")

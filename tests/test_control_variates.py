@@ -148,6 +148,9 @@ PAIRS = [
 ]
 
 
+@pytest.mark.always(
+    "Scaffold-Logistic-a mesh of 4 x 2", "Mime-Quadratic-jitted", "MimeLite-Quadratic-vectorized"
+)
 @pytest.mark.parametrize(("paper", "problem", "setting"), PAIRS)
 def test_rounds_are_those_of_the_paper(data, paper, problem, setting):
     context, at_once = problems.setting(setting)
@@ -297,6 +300,7 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
 # Transformations
 
 
+@pytest.mark.always("scaffold")
 @pytest.mark.parametrize(
     "make",
     [
@@ -350,6 +354,7 @@ def test_what_crosses_devices(data, make, reductions):
     assert "all-gather" not in text
 
 
+@pytest.mark.long
 def test_many_rounds_are_rounds(data):
     algorithm = scaffold(Logistic.loss, RATE, num_clients=N)
     state, step = algorithm.init(Logistic.start()), jax.jit(algorithm.round)
@@ -363,6 +368,7 @@ def test_many_rounds_are_rounds(data):
 # Models with state, aggregators, mistakes
 
 
+@pytest.mark.always("Scaffold")
 @pytest.mark.parametrize("paper", EACH_KIND)
 def test_model_state_is_that_of_averaging(data, paper):
     """A running mean of the features, and a counter, which is not averaged."""
@@ -398,6 +404,7 @@ class Counting(fax.aggregators.Transformation):
         return super().__new__(cls, init, update)
 
 
+@pytest.mark.always("Mime")
 @pytest.mark.parametrize("paper", EACH_KIND)
 def test_updates_go_through_the_aggregator(data, paper):
     algorithm = paper.make(Logistic, aggregator=fax.aggregators.chain(Counting()))

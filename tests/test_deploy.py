@@ -70,6 +70,7 @@ FEDAVG = {
 }
 
 
+@pytest.mark.always("mean", "secure sum")
 @pytest.mark.parametrize("name", FEDAVG)
 def test_federated_averaging(name):
     aggregator = FEDAVG[name] and FEDAVG[name]()
@@ -308,6 +309,7 @@ class Failing(deploy.InProcess):
 CLIPPED = aggregators.chain(aggregators.clip_by_norm(0.1), aggregators.mean())
 
 
+@pytest.mark.always("fedavg")
 @pytest.mark.parametrize("name", ["fedavg", "mime", "clipped"])
 def test_a_round_without_clients_that_fail(name):
     """It is the round in which they have no examples."""

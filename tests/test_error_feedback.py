@@ -77,6 +77,7 @@ PARTS = {
 }
 
 
+@pytest.mark.always("packed", "rotated")
 @pytest.mark.parametrize("name", PARTS)
 def test_what_is_sent_and_what_is_left_add_up(name):
     """Of clients that come and go, and sometimes send NaN."""

@@ -12,6 +12,7 @@ from processes import ENV
 HERE = Path(__file__).parent
 
 
+@pytest.mark.always("1-3")
 @pytest.mark.parametrize(
     ("processes", "kills"),
     [

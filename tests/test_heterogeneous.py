@@ -168,6 +168,12 @@ class Half(fax.aggregators.Transformation):
         return super().__new__(cls, lambda params: (), update)
 
 
+@pytest.mark.always(
+    "Nova-a mesh of 2-Quadratic",
+    "NovaProx-a mesh of 4 x 2-Logistic",
+    "Dyn-jitted-Logistic",
+    "Fair-a mesh of 2-Quadratic",
+)
 @pytest.mark.parametrize(
     ("paper", "setting", "problem"),
     [
@@ -324,6 +330,7 @@ def test_a_negative_loss_makes_fair_averaging_nan():
 # Gradients
 
 
+@pytest.mark.always("feddyn")
 @pytest.mark.parametrize(
     "make",
     [

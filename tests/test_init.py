@@ -71,6 +71,17 @@ def spend(state):
     return jax.tree.map(lambda x: x | x if x.dtype == bool else x + x, state)
 
 
+@pytest.mark.always(
+    "fedavg",
+    "power_sgd",
+    "scaffold",
+    "maml",
+    "hyp_cluster",
+    "diloco",
+    "streaming_diloco",
+    "papa",
+    "branch_train_merge",
+)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_state_that_is_donated_takes_nothing_with_it(name):
     algorithm = ALGORITHMS[name](loss_of_state)

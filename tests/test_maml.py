@@ -110,6 +110,7 @@ PAIRS = [
 assert {setting for *_, setting in PAIRS} == set(SETTINGS)
 
 
+@pytest.mark.always("Quadratic-True-jitted", "Logistic-False-a mesh of 4 x 2")
 @pytest.mark.parametrize(
     ("problem", "first_order", "setting"), [problems.case(*pair) for pair in PAIRS]
 )
@@ -195,6 +196,7 @@ def test_adapting_is_what_clients_do(data):
     assert_trees_close(state.params, mean)
 
 
+@pytest.mark.long
 def test_meta_learned_parameters_adapt_better():
     """One step of adaptation is short, unless the scale of its parameters is learned for it."""
     rng = np.random.default_rng(0)

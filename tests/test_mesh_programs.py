@@ -252,6 +252,12 @@ def expected_plain(n):
     return p, d, jax.device_get(both(plain)(p, d))
 
 
+@pytest.mark.always(
+    "8-1-constrained-auto",
+    "8-2-mapped-first-auto",
+    "7-1-mapped-first-explicit",
+    "7-3-explicit-explicit",
+)
 @pytest.mark.kinds(kind=alike, n=alike, vectorize=alike)
 @pytest.mark.parametrize(
     ("work", "kind"),

@@ -56,6 +56,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.always("4")
 @pytest.mark.parametrize("devices", [2, 4])
 def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
     """With weights, and a replica that is lost."""
@@ -106,6 +107,7 @@ def test_derivatives_are_those_of_float32(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.always("explicit")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
     """Leaves are sharded over `model`, and what crosses also over `data`. Large ones have rows."""

@@ -110,6 +110,7 @@ def masked_by_hand(x):
     return jnp.sum(y) / jnp.sum(x > 0) + jnp.sum(jnp.where(x > 1, later, 0)) / jnp.sum(x > 1)
 
 
+@pytest.mark.always("None")
 @ON_MESHES
 def test_debug_nans_passes_over_who_is_left_out(kind):
     on = contextlib.nullcontext() if kind is None else jax.set_mesh(mesh(kind, clients=4, model=2))
@@ -240,6 +241,7 @@ def test_checkify_of_nested_maps_and_loops_over_rounds():
     assert error.get().startswith("-1.5 is not positive")
 
 
+@pytest.mark.always("first-auto-4")
 @pytest.mark.parametrize(("kind", "n"), [("auto", 3), ("explicit", 4), ("first-auto", 4)])
 def test_checkify_on_meshes(kind, n):
     check = checkify.checkify(averaged(lambda x: jnp.log(positive(x)), n), checkify.all_checks)
@@ -361,6 +363,7 @@ def series_by_hand(p, x, w):
     return extremes, sums, jnp.max(jnp.sum(a > 0, 1) + 1), b, b, w * x
 
 
+@pytest.mark.always("None")
 @ON_MESHES
 def test_jet(kind):
     values = np.array([0.5, 0.25]), X, np.arange(1.0, 5)
