@@ -52,7 +52,7 @@ test-core: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --core -n auto --dist worksteal
 
 test-docs: $(VENV)/test.$(WITH)
-	$(BIN)/python -m pytest --docs -n auto --dist worksteal tests/test_docs.py tests/test_examples.py
+	$(BIN)/python -m pytest --docs -n auto --dist worksteal $$(grep -l "pytest.mark.docs" tests/test_*.py)
 
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal

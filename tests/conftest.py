@@ -60,7 +60,18 @@ ABOVE_ONE_IN, BELOW_ONE_IN = 20, 5
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
-    *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+    *(
+        "docs",
+        "experiment_kills",
+        "tpu_streaming",
+        "command",
+        "mesh_branches",
+        "random_programs",
+        "models",
+        "privacy_attacks",
+        "memory",
+        "fedavg",
+    ),
     *("absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (

@@ -261,6 +261,7 @@ def assert_is_fedavg(averaged, params, metrics):
     assert_trees_close({k: metrics[k] for k in averaged[1]}, averaged[1], rtol=1e-9)
 
 
+@pytest.mark.long
 def test_one_domain_is_fedavg(data, averaged):
     labeled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
     algorithm = agnostic_fedavg(
@@ -270,6 +271,7 @@ def test_one_domain_is_fedavg(data, averaged):
     assert_is_fedavg(averaged, state.params, metrics)
 
 
+@pytest.mark.long
 def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
     algorithm = apfl(Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_clients=N)
     state, metrics = after(algorithm, algorithm.init(Logistic.start()), data)
@@ -287,6 +289,7 @@ def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
     assert_trees_close(alone.models(state), every)
 
 
+@pytest.mark.long
 def test_one_cluster_is_fedavg(data, averaged):
     algorithm = hyp_cluster(Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_clusters=1)
     start = combine(lambda x: x[None], Logistic.start())
@@ -301,6 +304,7 @@ def squares(params, batch, key):
     return (batch["x"] - params) ** 2
 
 
+@pytest.mark.long
 def test_the_worst_domain_is_better_off():
     rng = np.random.default_rng(0)
     clients = {}
@@ -323,6 +327,7 @@ def test_the_worst_domain_is_better_off():
     assert worst(agnostic) < 0.6 * worst(fedavg(squares, optax.sgd(0.05)))
 
 
+@pytest.mark.long
 def test_planted_clusters_are_recovered_and_evaluated():
     rng = np.random.default_rng(0)
     truth = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])

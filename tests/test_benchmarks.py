@@ -237,6 +237,7 @@ def test_an_epoch_has_every_example_once():
 # The models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_losses_in_numpy_and_in_jax(name):
     params = workloads.initial(workloads.WORKLOADS[name])

@@ -249,6 +249,7 @@ def test_the_gradient_of_training_a_stock_network():
     assert_close(jax.jit(energy(ours))(STATE), jax.jit(energy(plain))(STATE))
 
 
+@pytest.mark.long
 def test_what_is_left_of_convolutions():
     assert not convolutions_in(averaging("matmul"), STATE, X)
     left = convolutions_in(averaging("auto"), STATE, X)

@@ -95,6 +95,7 @@ def test_state_of_clients_stays_there():
         plan.run(deploy.InProcess(), *args)
 
 
+@pytest.mark.long
 def test_two_maps_in_a_round():
     algorithm = algorithms.mime(loss, optax.sgd(0.1, momentum=0.9))
     check_plan(algorithm.round, (algorithm.init(PARAMS), cohort_of()))

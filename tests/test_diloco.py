@@ -271,6 +271,7 @@ def test_one_step_of_sgd_is_data_parallel_sgd(data):
     problems.assert_trees_close(state.params, theta)
 
 
+@pytest.mark.long
 def test_one_replica_is_lookahead():
     """optax has it: fast steps, and a slow one from the last place where both were."""
     rng = np.random.default_rng(0)
@@ -292,6 +293,7 @@ def test_one_replica_is_lookahead():
     problems.assert_trees_close(state.params, params.slow)
 
 
+@pytest.mark.long
 def test_local_sgd_is_federated_averaging(data):
     rounds = fax.data.cohorts(data, REPLICAS, 2, epochs=1)  # ragged, and weighted by size
     rounds = first(2, rounds)
@@ -389,6 +391,7 @@ def test_names_of_metrics_are_not_taken(data):
 # Settings
 
 
+@pytest.mark.long
 def test_results_do_not_depend_on_where_replicas_are(data):
     results = []
     for name in problems.SETTINGS:
@@ -525,6 +528,7 @@ def test_rates_can_be_differentiated_and_swept(data):
     )
 
 
+@pytest.mark.long
 def test_a_schedule_can_be_differentiated(data):
     cohort = next(cohorts(data))
 
@@ -541,6 +545,7 @@ def test_a_schedule_can_be_differentiated(data):
     check_grads(jax.jit(after), (0.05,), order=1, modes=("rev",), eps=1e-6, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_memory_of_a_gradient_does_not_grow_with_inner_steps():
     def size(steps):
         shards = {str(i): {"x": np.ones((8, 100))} for i in range(2)}

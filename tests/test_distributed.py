@@ -470,6 +470,7 @@ def example(*options):
     return [sys.executable, str(EXAMPLES / "multiprocess.py"), *options]
 
 
+@pytest.mark.docs
 def test_the_example_trains_in_several_processes_as_in_one():
     """Compiled as users do: the tests' own flags round differently for other numbers of rows."""
     done = subprocess.run(

@@ -758,6 +758,7 @@ def test_a_callback_stops_the_run_and_it_stays_so(tmp_path):
 # A private run
 
 
+@pytest.mark.long
 def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
     """With the same noise, sums that are rounded differently would say something."""
     private = fax.algorithms.fedavg(

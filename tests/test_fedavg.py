@@ -329,6 +329,7 @@ def test_a_loss_with_state_returns_three_values(data):
         algorithm.round(algorithm.init(start(), {"n": 0}), next(cohorts(data)))
 
 
+@pytest.mark.long
 def test_a_flax_network_with_dropout_learns(data):
     class Network(nnx.Module):
         def __init__(self, rngs):

@@ -230,6 +230,7 @@ def after_rounds(start, cohort, *algorithms, rounds=1):
     return run(start)
 
 
+@pytest.mark.long
 def test_special_cases_are_averaging(data):
     """With as many steps each FedNova is FedAvg, and FedProx with mu; q = 0 counts clients once."""
     same = fax.data.subset(data, [name for name, n in zip(data.client_ids(), SIZES) if n >= 3])

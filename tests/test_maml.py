@@ -229,6 +229,7 @@ def test_meta_learned_parameters_adapt_better():
 # Transformations
 
 
+@pytest.mark.long
 def test_hyperparameters_can_be_differentiated_and_swept(data):
     two = problems.expand(cohorts(data, epochs=1).take(2))
 
@@ -270,6 +271,7 @@ def test_only_the_mean_is_reduced_across_devices(data):
 # Models with state, aggregators, mistakes
 
 
+@pytest.mark.long
 def test_model_state_goes_through_the_local_steps(data):
     def loss(params, model_state, batch, key):
         return *Logistic.loss(params, batch, key), {"steps": model_state["steps"] + 1.0}

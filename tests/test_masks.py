@@ -148,6 +148,11 @@ def loss(fn):
     return lambda w, d: sum(jnp.sum(x**2) for x in fn(w, d, MASK, OTHER))
 
 
+@pytest.mark.always(
+    "<lambda>1-mean_and_metric-plain_mean_and_metric",
+    "<lambda>2-two_means-plain_two_means",
+    "<lambda>5-mean_and_metric-plain_mean_and_metric",
+)
 @pytest.mark.kinds(found=alike, plain=alike, transform=alike)
 @pytest.mark.parametrize(("found", "plain"), PAIRS)
 @pytest.mark.parametrize(

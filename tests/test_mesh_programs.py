@@ -127,6 +127,7 @@ def expected_tree_mean(shape):
     return p, d, jax.device_get(both(tree_mean)(p, d))
 
 
+@pytest.mark.always("(4, 4)-auto", "(3, 5)-first-explicit")
 @pytest.mark.kinds(kind=mixed, shape=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("shape", [(2, 8), (4, 4), (3, 5)], ids=str)
@@ -190,6 +191,7 @@ def sharding(*spec):
     return NamedSharding(jax.sharding.get_mesh(), P(*spec))
 
 
+@pytest.mark.always("8-first-explicit", "13-explicit")
 @pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [8, 13])

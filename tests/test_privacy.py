@@ -366,6 +366,7 @@ def test_what_is_private_in_a_round_of_fedavg():
 # Transformations
 
 
+@pytest.mark.long
 def test_noise_and_norm_can_be_swept_and_differentiated():
     u = updates()
     state = gaussian(1.0, 1.0).init(first(u))
@@ -388,6 +389,7 @@ def test_noise_and_norm_can_be_swept_and_differentiated():
     np.testing.assert_allclose(slope[1], mean(1.0, 2.0) - mean(1.0, 1.0), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_cohort_and_rows_stay():
     private = gaussian(1.0, 1.0, quantile=0.5)
 

@@ -398,6 +398,7 @@ def test_a_message_names_ten_clients_at_most():
             _non_finite._raise_unless_all(np.arange(12) >= clients)
 
 
+@pytest.mark.long
 def test_fedavg_trains_with_a_chain_of_them():
     data = problems.data()
     clients = {id: dict(data.client(id)) for id in data.client_ids()}

@@ -250,6 +250,7 @@ def temporary(aggregator, clients, size=100):
     return compiled.memory_analysis().temp_size_in_bytes / (8 * size**2)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_cohort():
     aggregator = secure_sum(1.0, 8)
     assert temporary(aggregator, 32) < temporary(aggregator, 4) + 0.5

@@ -209,6 +209,7 @@ def test_parameters_have_what_is_in_flight(data):
     problems.assert_trees_close(algorithm.params(state)["w"], own["w"])
 
 
+@pytest.mark.long
 def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
     """With 1 replicas never hear of each other, with 0 they take over what lands."""
     rounds = cohorts(data, 2)
@@ -732,6 +733,7 @@ def test_model_state_goes_with_the_last_fragment(data):
     np.testing.assert_array_equal(rows["n"], [2] * REPLICAS)
 
 
+@pytest.mark.long
 def test_a_mesh_with_a_model_axis_keeps_fragments_sharded():
     mesh = meshes.mesh(replicas=2, model=2)
     start = {"in": np.ones((4, 6)), "out": np.ones(6)}

@@ -493,6 +493,7 @@ def losses(task, rounds, **changes):
     return before, loss(state)
 
 
+@pytest.mark.long
 def test_emnist_conv_learns(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     shapes = rng.uniform(size=(62, 28, 28)).astype(np.float32)

@@ -176,6 +176,7 @@ CHECKED = {
 }
 
 
+@pytest.mark.always("check", "branch", "loop", "derivative")
 @pytest.mark.parametrize("name", CHECKED)
 def test_checkify_sees_errors_in_client_functions(name):
     client, x = CHECKED[name], jnp.asarray(X)
@@ -474,6 +475,7 @@ def test_callbacks_on_meshes(kind, name):
 # Other tools
 
 
+@pytest.mark.always("context1", "context3")
 @pytest.mark.parametrize(
     "context",
     [

@@ -115,6 +115,7 @@ def test_uneven_rows_send_no_more():
     assert sent(found.collectives) == MODEL_BYTES + 4
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_clients():
     """For 4 and 16 clients on each chip. That of a `jax.vmap` does.
 
