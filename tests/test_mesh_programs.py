@@ -77,7 +77,7 @@ def in_parts(parts, n):
     return jax.device_get(both(whole)(*data(n)))
 
 
-@pytest.mark.kinds(kind=mixed, axes=alike, axis=alike, n=alike)
+@pytest.mark.kinds(kind=mixed, check_vma=alike, axes=alike, axis=alike, n=alike)
 @EVERY_KIND
 @CHECKED
 @pytest.mark.parametrize(
@@ -280,6 +280,7 @@ def test_clients_that_are_sharded_over_model(work, kind, n, vectorize):
         assert_close(both(checkpointed)(put(p, None, "model"), d), want)
 
 
+@pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [7, 8])
 def test_the_gradient_of_what_came_from_outside_of_the_mesh(kind, n):
