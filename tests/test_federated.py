@@ -67,18 +67,6 @@ def test_rounds_are_those_of_the_paper(setting):
     assert repr(algorithm) == "Algorithm(fedvarp)"
 
 
-@pytest.mark.always(
-    "fedavg",
-    "scaffold",
-    "maml",
-    "hyp_cluster",
-    "apfl",
-    "diloco",
-    "streaming_diloco",
-    "papa",
-    "branch_train_merge",
-    "ditto",
-)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_model_comes_out_of_every_algorithm(name):
     """One can be exchanged for another, whatever else it has."""
