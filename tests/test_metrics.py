@@ -299,11 +299,16 @@ def of_clients(data, apply, params, metrics, personal=False):
     clients = [data.client(client) for client in data.client_ids()]
     whose = np.repeat(np.arange(len(clients)), [len(client["x"]) for client in clients])
     batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *map(dict, clients))
-    if personal:
-        scores = jax.vmap(apply)(jax.tree.map(lambda x: x[whose], params), batch)
-    else:
-        scores = apply(params, batch)
-    of_each = {name: jax.device_get(metric(batch, scores)) for name, metric in metrics.items()}
+
+    @jax.jit
+    def statistics(params, batch):
+        if personal:
+            scores = jax.vmap(apply)(jax.tree.map(lambda x: x[whose], params), batch)
+        else:
+            scores = apply(params, batch)
+        return {name: metric(batch, scores) for name, metric in metrics.items()}
+
+    of_each = jax.device_get(statistics(params, batch))
     return [
         jax.tree.map(lambda x, own=own: x[whose == own].sum(0), of_each)
         for own in range(len(clients))
