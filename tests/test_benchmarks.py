@@ -261,6 +261,7 @@ def test_convolutions_and_pooling():
     np.testing.assert_array_equal(models.pool(convolved), pooled)
 
 
+@pytest.mark.long
 def test_padding_does_not_train():
     params = workloads.initial(workloads.WORKLOADS["W2"])
     key = jax.random.PRNGKey(0)

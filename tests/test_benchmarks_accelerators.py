@@ -111,6 +111,7 @@ def test_what_is_in_the_file_is_not_compiled_again(monkeypatch, tmp_path):
 # On GPU, or on whatever there is
 
 
+@pytest.mark.long
 def test_rounds_by_hand_are_those_of_fax():
     task = gpu.TASKS["logistic"]()
     args = gpu.arguments(task, 3, 2)

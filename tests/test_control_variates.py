@@ -305,6 +305,7 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
 # Transformations
 
 
+@pytest.mark.long
 @pytest.mark.always("scaffold")
 @pytest.mark.parametrize(
     "make",

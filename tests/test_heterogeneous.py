@@ -331,6 +331,7 @@ def test_a_negative_loss_makes_fair_averaging_nan():
 # Gradients
 
 
+@pytest.mark.long
 @pytest.mark.always("feddyn")
 @pytest.mark.parametrize(
     "make",

@@ -188,7 +188,8 @@ def test_adapting_is_what_clients_do(data):
         expected = adapted(Logistic, Logistic.start(), batches)
         assert_trees_close({k: v[row] for k, v in own.items()}, expected)
     # On all examples and with any optimizer it is what Reptile and FedAvg average.
-    own = personalize(Logistic.loss, optax.adam(RATE), vectorize=2)(Logistic.start(), cohort)
+    adapt = jax.jit(personalize(Logistic.loss, optax.adam(RATE), vectorize=2))
+    own = adapt(Logistic.start(), cohort)
     algorithm = fedavg(Logistic.loss, optax.adam(RATE))
     state, _ = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)
     weights = np.asarray(cohort.num_examples) / cohort.num_examples.sum()

@@ -680,6 +680,7 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_o
         problems.assert_trees_close(found, results[0], rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tau", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_rates_can_be_differentiated(data, tau):
     (cohort,) = cohorts(data, 2)
