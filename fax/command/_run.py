@@ -11,9 +11,10 @@ import jax
 
 import fax.experiment
 from fax.aggregators import PrivacyBudgetError
-from fax.command import _devices, _source
-from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
+from fax.command import _devices, _processes, _source
+from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError
 from fax.command._source import Source
+from fax.experiment._outputs import Process0Error
 
 _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
 
@@ -21,7 +22,11 @@ _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
 def command(args: argparse.Namespace) -> int:
     """Trains the experiment of SOURCE."""
     source = _source.of_arguments(args)
-    folder = Path(args.folder) if args.folder else new_folder(Path("runs", source.name))
+    if args.folder:
+        folder = Path(args.folder)
+    else:
+        _devices.connected(source.mesh, source.axis)  # before processes agree on anything
+        folder = new_folder(Path("runs", source.name))
     result = train(source, folder, quiet=args.quiet, force=args.force)
     show(source, folder, result)
     print("Try next:")
@@ -31,9 +36,13 @@ def command(args: argparse.Namespace) -> int:
 
 
 def new_folder(first: Path) -> Path:
-    """The first of runs/name, runs/name-2, runs/name-3, ... that does not exist."""
-    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
+    """The first of runs/name, runs/name-2, runs/name-3, ... that does not exist in process 0."""
+
+    def named(number: int) -> Path:
+        return first.with_name(f"{first.name}-{number}") if number > 1 else first
+
+    free = next(number for number in itertools.count(1) if not named(number).exists())
+    return named(_processes.agreed(free))
 
 
 def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: bool) -> Any:
@@ -47,8 +56,7 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
       force: whether settings may differ from those in the folder.
     """
     saved = f"{_SAVED} {again or f'fax resume {folder}'}"
-    with mistakes():
-        mesh = _devices.mesh_of(source.mesh, source.axis)
+    mesh = _devices.connected(source.mesh, source.axis)
     with jax.set_mesh(mesh):
         experiment = source.build()
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -57,7 +65,7 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
         try:
             with experiment.cohorts:
                 return experiment.run(folder, progress=not quiet, force=force)
-        except fax.experiment.FolderInUseError as error:
+        except (fax.experiment.FolderInUseError, Process0Error) as error:
             raise CommandError(_text(error)) from error
         except ValueError as error:
             if not str(error).startswith("fax."):  # a mistake that fax has not found itself

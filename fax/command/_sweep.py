@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fax._nearest import did_you_mean
-from fax.command import _run, _source
+from fax.command import _processes, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
 from fax.command._values import grid, put
@@ -30,6 +32,7 @@ def command(args: argparse.Namespace) -> int:
         raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
     with mistakes():
         plan = _plan(source.tables, grid(args.grid), args.source)
+    _processes.connect()
     root = Path(args.folder) if args.folder else Path("runs", f"{source.name}-sweep")
     results: list[tuple[Setting, dict[str, float]]] = []
     for number, (fixed, config, settings) in enumerate(plan, 1):
@@ -101,6 +104,8 @@ def _last(
 
 
 def _save(path: Path, results: list[tuple[Setting, dict[str, float]]]) -> None:
+    if jax.process_index():
+        return
     rows = [{**setting, **metrics} for setting, metrics in results]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
