@@ -5,6 +5,7 @@ import tomllib
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 import tpus
@@ -199,7 +200,8 @@ def test_metrics_are_numbers(options, message):
         train(None, **options)
 
 
-def test_a_round_may_donate_its_state(tmp_path):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_round_may_donate_its_state(devices, tmp_path):
     """A checkpoint that is being written has the state as it was."""
 
     def step(state, cohort):
@@ -207,7 +209,8 @@ def test_a_round_may_donate_its_state(tmp_path):
 
     step = jax.jit(step, donate_argnums=0)
     algorithm = fax.algorithms.Algorithm(lambda params: params, step, lambda state: state)
-    state = jnp.zeros(1_000_000)
+    everywhere = jax.NamedSharding(meshes.mesh("auto", clients=devices), jax.P())
+    state = jax.device_put(jnp.zeros(1_000_000), everywhere if devices > 1 else None)
     options = dict(evaluate=None, every=1, rounds=4, keep=5)
     train(tmp_path / "run", algorithm=algorithm, state=state + 0, **options)
     for number, value in enumerate([0, 1, 4, 13, 40]):
