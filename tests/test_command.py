@@ -164,6 +164,13 @@ def test_a_loss_that_is_not_finite(small, capsys):
     assert re.match(r"fax run: loss is \w+ in round \d. .*use --set on_nan=restore", message)
 
 
+def test_a_folder_that_is_a_file(small, capsys):
+    assert main(["run", "small.toml", "--folder", "small.toml"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("fax run: nothing can be written to folder (File exists). ")
+    assert message.endswith(": small.toml\n")
+
+
 # Messages
 
 
@@ -189,7 +196,16 @@ def test_a_loss_that_is_not_finite(small, capsys):
         (["sweep", "digits", "--grid", "rounds=1,1"], "'rounds=1,1' has the same value twice."),
         (
             ["sweep", "digits", "--grid", "client.rate=x,y"],
-            "client: rate is 'x', expected a number",
+            "client.rate is 'x', expected a number above 0",
+        ),
+        # What the grid has, the configuration need not have. All of its values are checked.
+        (
+            ["sweep", "digits", "--grid", "client.rate=.1,-.1"],
+            "client.rate is -0.1, expected a number above 0",
+        ),
+        (
+            ["sweep", "digits", "--algorithm", "fedprox", "--grid", "algorithm.mu=.1,-1"],
+            "mu is -1, expected a number of at least 0",
         ),
         (
             ["report", "digits", "--on", "v5e"],

@@ -1,4 +1,4 @@
-"""The command in several processes, which a launcher such as ``srun`` or ``mpiexec`` has started."""
+"""The command in several processes, as launchers such as ``srun`` and ``mpiexec`` start them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
         experiment = source.build()
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         kind = mesh.devices.flat[0].platform
-        print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")
+        devices = _counted(mesh.size, f"{kind} device")
+        print(f"{_title(source, experiment)}, on {devices} ({axes}), in {folder}")
         try:
             with experiment.cohorts:
                 return experiment.run(folder, progress=not quiet, force=force)
@@ -85,13 +86,20 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
 
 def _text(error: Exception) -> str:
     """A message with the command's names of arguments."""
-    text = str(error).removeprefix("fax.experiment.run: ").replace("force=True", "--force")
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = text.removeprefix("fax.experiment.run: ").replace("force=True", "--force")
     return text.replace("pass on_nan='restore'", "use --set on_nan=restore")
 
 
 def _title(source: Source, experiment: fax.experiment.Experiment) -> str:
     name = f"{source.name}: {experiment.algorithm!r}".replace("Algorithm(", "").replace(")", "")
-    return f"{name}, {experiment.rounds} rounds"
+    return f"{name}, {_counted(experiment.rounds, 'round')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def show(source: Source, folder: Path, result: Any) -> None:
@@ -100,7 +108,7 @@ def show(source: Source, folder: Path, result: Any) -> None:
     for row in result.history:
         last |= row
     numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
-    print(f"After {last.get('round', 0)} rounds: {', '.join(numbers)}")
+    print(f"After {_counted(last.get('round', 0), 'round')}: {', '.join(numbers)}")
     if result.reason:
         print(f"Stopped early: {result.reason}")
     for figure in sorted(Path(folder, "figures").glob("*.png")):
