@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.command(args)
     except CommandError as error:
         print(f"fax {first}: {error}", file=sys.stderr)
-        import jax
-
-        if error.code in (FAILED, WRONG) and jax.distributed.is_initialized():
+        jax = sys.modules.get("jax")  # without it, there are no other processes
+        if jax and error.code in (FAILED, WRONG) and jax.distributed.is_initialized():
             raise  # an exception that nobody catches ends the other processes, too
         return error.code
     except KeyboardInterrupt:
