@@ -53,7 +53,7 @@ def run(folder, *arguments):
         for number in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=100) for process in processes]
+        printed = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -61,15 +61,18 @@ def run(folder, *arguments):
     return [process.returncode for process in processes], outs, [error for _, error in printed]
 
 
-def test_processes_run_together_and_end_together(tmp_path):
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_processes_run_together_and_end_together(killed, tmp_path):
     (tmp_path / "small.py").write_text(MODULE)
-    (tmp_path / "first").touch()
-    codes, outs, errors = run(tmp_path, "run", "small:experiment")
-    assert codes == [3, -9], errors
-    assert "process 1" in errors[0]
-    assert "died" in errors[0]
-
-    codes, outs, errors = run(tmp_path, "resume", "runs/experiment")
+    command = ["run", "small:experiment"]
+    if killed:
+        (tmp_path / "first").touch()
+        codes, outs, errors = run(tmp_path, *command)
+        assert codes == [3, -9], errors
+        assert "process 1" in errors[0]
+        assert "died" in errors[0]
+        command = ["resume", "runs/experiment"]
+    codes, outs, errors = run(tmp_path, *command)
     assert codes == [0, 0], errors
     assert "After 4 rounds" in outs[0]
     assert outs[1] == ""
