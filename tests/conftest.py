@@ -46,13 +46,32 @@ def run(tmp_path):
 # For --core: what is written with operators and exported names of JAX alone. What differs between
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
-    *("absent_clients", "algorithms_personal", "client_store", "clipping", "cohorts", "command"),
-    *("command_processes", "command_settings", "command_shows", "compression", "control_variates"),
-    *("diloco", "error_feedback", "experiment", "experiment_callbacks", "experiment_failures"),
-    *("experiment_kills", "experiment_output", "experiment_refused", "fedavg", "fedopt", "fedper"),
-    *("heterogeneous", "init", "inner_steps", "maml", "metrics", "metrics_exact", "models"),
-    *("padding", "papa", "personal_parts", "privacy", "privacy_attacks", "recipes", "robust"),
-    *("secure_sum", "streaming_diloco", "tasks"),
+    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
+    *(
+        "compression",
+        "control_variates",
+        "data_libraries",
+        "diloco",
+        "error_feedback",
+        "fedavg",
+        "fedopt",
+        "fedper",
+    ),
+    *("command_processes", "command_settings", "command_shows"),
+    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
+    *("experiment_output", "experiment_refused"),
+    *("heterogeneous", "init", "inner_steps", "personal_parts"),
+    *(
+        "maml",
+        "metrics",
+        "metrics_by_name",
+        "metrics_exact",
+        "models",
+        "padding",
+        "papa",
+        "privacy",
+    ),
+    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
