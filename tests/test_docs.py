@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ELSEWHERE = {"fax.deploy._beam_client": "apache_beam"}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(page for page in DOCS if not page.startswith("docs/_build"))]
 HOMES = [
     fax,
     fax.drjax,
