@@ -51,6 +51,7 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     if name in ELSEWHERE:
@@ -64,7 +65,9 @@ def test_docstrings(name):
     assert runner.summarize().failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.docs] * (page != "README.md")) for page in PAGES]
+)
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jax.devices()  # a page that makes devices finds those of the tests
