@@ -11,6 +11,11 @@ from fax.deploy._backend import Backend as Backend
 from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
+from fax.deploy._elastic import Elastic as Elastic
+from fax.deploy._elastic import ElasticState as ElasticState
+from fax.deploy._learner import Learner as Learner
+from fax.deploy._learners import Learners as Learners
+from fax.deploy._merges import Merge as Merge
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes
