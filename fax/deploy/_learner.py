@@ -275,7 +275,7 @@ class Learner:
                 specs,
             )
             loss = fax.sum(metrics["loss"])
-            return state.replicas.rows, jnp.stack([loss.total, loss.count])
+            return state.replicas.rows, jnp.stack([loss.total, loss.weight])
 
         def update(p: int, rows: Replica, outer: PyTree) -> list[jax.Array]:
             own = jax.tree.map(lambda x: x[0], rows.params)
@@ -311,7 +311,8 @@ class Learner:
         cohort, number, examples = next(self._stream)
         # Only one step ahead of the devices, so that calls are answered soon.
         jax.block_until_ready(self._previous)
-        self._rows, loss = self._train_step(self._rows, cohort, np.int32(number))
+        with fax.sharding.layout(replicas=()):  # all axes of the mesh are for this learner
+            self._rows, loss = self._train_step(self._rows, cohort, np.int32(number))
         self._previous = loss
         return examples * self._per_example, loss
 
