@@ -332,17 +332,26 @@ class Elastic:
                 f"{self._state.merges} is the next one.",
                 [learner],
             )
-        expected = self.settings["types"][self._sequence.fragment(number)]
+        p = self._sequence.fragment(number)
+        expected = self.settings["types"][p]
         values = [np.asarray(x) for x in update["values"]]
-        paths = (path for path, *_ in expected)
-        found = _merges.types(dict(zip(paths, values)))
-        if found != expected or len(values) != len(expected):
+        found = f"{len(values) or 'no'} leaves"
+        if len(values) == len(expected):
+            paths = [path for path, *_ in expected]
+            found = _shown(_merges.types(dict(zip(paths, values, strict=True))))
+        if found != _shown(expected):
             raise ClientError(
-                f"Learner {learner!r} sent an update of {_shown(found)}, expected "
-                f"{_shown(expected)}, the leaves of fragment {self._sequence.fragment(number)}.",
+                f"Learner {learner!r} sent an update of {found}, expected {_shown(expected)}, "
+                f"the leaves of fragment {p}.",
                 [learner],
             )
-        tokens = _arguments.count(f"Learner {learner!r}", "tokens", update["tokens"], least=0)
+        tokens = update["tokens"]
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ClientError(
+                f"Learner {learner!r} sent an update whose tokens is {tokens!r:.80}, expected an "
+                "int of at least 0.",
+                [learner],
+            )
         loss = update.get("loss", (0.0, 0.0))
         steps, seconds = int(update.get("steps", 0)), float(update.get("seconds", 0.0))
         return number, Update(values, tokens, steps, seconds, (float(loss[0]), float(loss[1])))

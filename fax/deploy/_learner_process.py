@@ -16,6 +16,7 @@ import sys
 from multiprocessing import connection
 from typing import Any
 
+from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy._learner import Learner
 
@@ -30,7 +31,7 @@ def make(name: str, number: int) -> Learner:
     learner = getattr(importlib.import_module(module), function)(number)
     if not isinstance(learner, Learner):
         raise TypeError(
-            f"{name} returned a {type(learner).__name__}, expected a fax.deploy.Learner."
+            f"{name} returned {_arguments.shown(learner)}, expected a fax.deploy.Learner."
         )
     return learner
 
