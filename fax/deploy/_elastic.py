@@ -172,6 +172,7 @@ class Elastic:
             "steps": steps,
             "tau": tau,
             "alpha": float(alpha),
+            "quorum": self._quorum,
             "fragments": [_merges.described(part) for part in self._fragments],
             "types": [_merges.types(part) for part in parts],
         }

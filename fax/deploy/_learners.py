@@ -155,7 +155,13 @@ class Learners:
             process.stdin.close()
 
     def kill(self, learner: int) -> None:
-        """Kills a learner's process, to try what happens then."""
+        """Kills a learner's process, to try what happens then.
+
+        Raises:
+          ValueError: if there is no such learner.
+        """
+        if all(name.number != learner for name in self._processes):
+            raise ValueError(f"{_WHERE}.kill: learner is {learner!r:.80}, which was not started.")
         for name, process in self._processes.items():
             if name.number == learner:
                 process.kill()
@@ -199,15 +205,23 @@ class Learners:
             event = self._next_event()
             if event is None and time.monotonic() > last + self._timeout:
                 raise ClientError(
-                    f"No learner sent anything for {self._timeout:g} seconds. {self._statuses()}"
+                    f"No learner sent anything for {self._timeout:g} seconds. "
+                    f"{len(server.learners)} have joined, and the quorum is "
+                    f"{server.settings['quorum']}. {self._statuses()}"
                 )
             yield from self._carry_out(self._happened(event, server))
             if event is not None:
                 last = time.monotonic()
-            if self._window is not None and time.monotonic() >= self._window[1]:
+            # If the caller was slow, messages that came in time may still be in the queue.
+            if self._window_is_over and self._events.empty():
+                assert self._window is not None
                 number, _ = self._window
                 self._window = None
                 yield from self._carry_out(server.grace_over(number))
+
+    @property
+    def _window_is_over(self) -> bool:
+        return self._window is not None and time.monotonic() >= self._window[1]
 
     def _next_event(self) -> Any:
         """What happens next, or None if nothing happens for a while."""
