@@ -48,6 +48,7 @@ def run(tmp_path):
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
     *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
+    *("elastic", "elastic_processes"),
     *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),

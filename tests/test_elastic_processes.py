@@ -107,7 +107,7 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
         learners.start(2)
         statuses = "0 with status -9, 1 with status -9, 2 with status 1"
         with pytest.raises(deploy.ClientError, match=f"No learner is left.*{statuses}"):
-            next(learners.train(server))
+            until(learners, server, lambda merge: False)
         assert "returned 0.5, expected a fax.deploy.Learner" in capfd.readouterr().err
         pids = [p.pid for p in learners._processes.values()]
     for pid in pids:
