@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import fax
 from fax import deploy
+from fax.deploy import Grace, Send
 from fax.deploy import _client as runtime
-from fax.deploy._elastic import Grace, Send
 
 H = 6
 
@@ -432,6 +432,24 @@ def test_learners_at_their_own_pace_against_numpy():
             room.carry_out(server.left("bob"))
             room.carry_out(server.joined("bob"))
             taken["bob"] = 8
+
+    # Bob misses a merge. His update counts in the next one, with what he does until then.
+    for _ in range(4):
+        step("ann")
+    room.carry_out(server.grace_over(3))
+    assert room.merges[-1].tokens == {"ann": 32}
+    before, theta = theta, own["ann"]
+    np.testing.assert_allclose(server.params["w"], theta, rtol=1e-12)
+    step("bob")
+    late, own["bob"] = own["bob"] - before, theta
+    for _ in range(4):
+        step("ann")
+    step("bob")
+    assert room.merges[-1].tokens == {"ann": 32, "bob": 24 + 24}
+    assert room.merges[-1].late == {"bob"}
+    change = 32 * (own["ann"] - theta) + 24 * (own["bob"] - theta) + 24 * late
+    np.testing.assert_allclose(server.params["w"], theta + change / 80, rtol=1e-12)
+
     assert ("ann", 5) in asked  # after the five cohorts of the first iterator
     assert ("bob", 8) in asked
 

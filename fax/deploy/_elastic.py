@@ -44,9 +44,9 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import check_trained
 from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._layers import Piece
-from fax.deploy import _merges
-from fax.deploy._backend import ClientError, combine
-from fax.deploy._merges import Merge
+from fax.deploy import _merges, _updates
+from fax.deploy._backend import ClientError
+from fax.deploy._updates import Merge, Update
 
 PyTree = Any
 _WHERE = "fax.deploy.Elastic"
@@ -67,29 +67,28 @@ class ElasticState(NamedTuple):
 
 
 class Send(NamedTuple):
-    """The message has to be sent to these learners."""
+    """An action of `Elastic`: send a message to some learners, for `Learner.receive`.
+
+    Attributes:
+      to: the learners.
+      message: made of numbers, strings, lists and arrays.
+    """
 
     to: tuple[Hashable, ...]
     message: dict[str, Any]
 
 
 class Grace(NamedTuple):
-    """The grace window of a merge opens. When it ends, `Elastic.grace_over` has to be called."""
+    """An action of `Elastic`: a grace window opens. Call `Elastic.grace_over` when it ends.
+
+    Attributes:
+      number: of the merge.
+    """
 
     number: int
 
 
 Action = Send | Grace | Merge
-
-
-class Update(NamedTuple):
-    """An update, and what it is made of."""
-
-    values: list[np.ndarray]
-    tokens: int
-    steps: int
-    seconds: float
-    loss: tuple[float, float]
 
 
 class Elastic:
@@ -105,7 +104,9 @@ class Elastic:
     `fax.algorithms.diloco`, or with several fragments of `fax.algorithms.streaming_diloco`, up to
     rounding. Updates are sent in the dtype of the parameters, without an aggregator.
 
-    `Learners` runs it with learners in processes. It can also be told by hand what happens.
+    `Learners` runs it with learners in processes. With other connections, call `joined`,
+    `received`, `left` and `grace_over` when that happens. They return a list of actions: messages
+    to `Send`, a `Grace` window that opens, and each `Merge` that took place.
 
     Args:
       params: the initial outer parameters, a pytree of real floats.
@@ -120,6 +121,7 @@ class Elastic:
       quorum: the number of learners whose updates a merge needs.
 
     Attributes:
+      settings: what `Learner.prepare` needs, a message.
       discarded: how many updates were too late to count.
 
     Raises:
@@ -245,8 +247,16 @@ class Elastic:
         """
         if learner not in self._present:
             return []
-        number, own = self._checked(learner, update)
-        merges = self._state.merges
+        merges, number = self._state.merges, update["number"]
+        most = merges + len(self._sequence)
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < most:
+            raise ClientError(
+                f"Learner {learner!r} sent an update for merge {number!r:.80}, but {merges} is the "
+                "next one.",
+                [learner],
+            )
+        expected = self.settings["types"][self._sequence.fragment(number)]
+        own = _updates.checked(learner, update, expected)
         self._away.discard(learner)
         if number <= self._last[learner]:  # it was sent twice
             return [] if number >= merges else [self._answer([learner], number)]
@@ -298,12 +308,12 @@ class Elastic:
         arrived = self._arrived() & self._present
         updates = self._updates.pop(number)
         part, (params, optimizers, _) = self._fragments[p], self._state
-        mean = dict(zip(part, _weighted_mean([*updates.values()]), strict=True))
+        mean = dict(zip(part, _updates.weighted_mean([*updates.values()]), strict=True))
         new, own = self._step(mean, optimizers[p], pick(params, part))
         optimizers = (*optimizers[:p], own, *optimizers[p + 1 :])
         self._state = ElasticState(paste(params, part, new), optimizers, number + 1)
         self._window = "closed"
-        return [self._answer(arrived, number), _record(number, p, updates)]
+        return [self._answer(arrived, number), _updates.record(number, p, updates)]
 
     # Messages
 
@@ -324,39 +334,6 @@ class Elastic:
         step = self._sequence.step(merges - 1)
         return {"do": "welcome", "values": values, "next": merges, "step": step}
 
-    def _checked(self, learner: Hashable, update: dict[str, Any]) -> tuple[int, Update]:
-        number = update["number"]
-        most = self._state.merges + len(self._sequence)
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < most:
-            raise ClientError(
-                f"Learner {learner!r} sent an update for merge {number!r:.80}, but "
-                f"{self._state.merges} is the next one.",
-                [learner],
-            )
-        p = self._sequence.fragment(number)
-        expected = self.settings["types"][p]
-        values = [np.asarray(x) for x in update["values"]]
-        found = f"{len(values) or 'no'} leaves"
-        if len(values) == len(expected):
-            paths = [path for path, *_ in expected]
-            found = _shown(_merges.types(dict(zip(paths, values, strict=True))))
-        if found != _shown(expected):
-            raise ClientError(
-                f"Learner {learner!r} sent an update of {found}, expected {_shown(expected)}, "
-                f"the leaves of fragment {p}.",
-                [learner],
-            )
-        tokens = update["tokens"]
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-            raise ClientError(
-                f"Learner {learner!r} sent an update whose tokens is {tokens!r:.80}, expected an "
-                "int of at least 0.",
-                [learner],
-            )
-        loss = update.get("loss", (0.0, 0.0))
-        steps, seconds = int(update.get("steps", 0)), float(update.get("seconds", 0.0))
-        return number, Update(values, tokens, steps, seconds, (float(loss[0]), float(loss[1])))
-
 
 def _outer_step(optimizer: optax.GradientTransformation) -> Callable:
     def step(mean: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -366,37 +343,9 @@ def _outer_step(optimizer: optax.GradientTransformation) -> Callable:
     return step
 
 
-def _weighted_mean(updates: Sequence[Update]) -> list[np.ndarray]:
-    """The mean of updates, weighted by tokens and summed in float64; zero without any tokens."""
-    total = max(1, sum(own.tokens for own in updates))
-    return [
-        (
-            combine("sum", [own.tokens * x.astype(np.float64) for own, x in zip(updates, leaves)])
-            / total
-        ).astype(leaves[0].dtype)
-        for leaves in zip(*(own.values for own in updates), strict=True)
-    ]
-
-
-def _record(number: int, fragment: int, updates: dict[tuple[Hashable, int], Update]) -> Merge:
-    tokens: dict[Hashable, int] = defaultdict(int)
-    for (learner, _), own in updates.items():
-        tokens[learner] += own.tokens
-    late = frozenset(learner for learner, made_for in updates if made_for < number)
-    steps = sum(own.steps for own in updates.values())
-    seconds = sum(own.seconds for own in updates.values())
-    total, count = (sum(own.loss[i] for own in updates.values()) for i in range(2))
-    loss = total / count if count else float("nan")
-    return Merge(number, fragment, dict(tokens), late, steps, seconds, loss)
-
-
 def _send(learners: Any, message: dict[str, Any]) -> Send:
     return Send(tuple(sorted(learners, key=str)), message)
 
 
 def _type(x: Any) -> Any:
     return jnp.shape(x), jnp.result_type(x)
-
-
-def _shown(types: list[list[Any]]) -> str:
-    return ", ".join(f"{path or 'params'}: {dtype}{shape}" for path, dtype, shape in types)

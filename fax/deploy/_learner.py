@@ -16,35 +16,25 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
 import fax
 from fax import _arguments
-from fax.aggregators import PerClient
 from fax.algorithms._checks import arguments, check_cohort
 from fax.algorithms._crossing import check_specs, specs_of
-from fax.algorithms._fragments import Fragment, paste, pick
+from fax.algorithms._fragments import pick
 from fax.algorithms._layers import name_of
-from fax.algorithms._replicas import Replica, inner_steps, mixed
-from fax.algorithms._round_parts import step_of
 from fax.data import Cohort
-from fax.deploy import _merges
+from fax.deploy import _learner_steps, _merges
 
 PyTree = Any
 _WHERE = "fax.deploy.Learner"
-
-
-class _State(NamedTuple):
-    """What `inner_steps` trains."""
-
-    replicas: PerClient
 
 
 class _Work:
@@ -58,10 +48,10 @@ class _Work:
 class Learner:
     """A learner of `Elastic`: inner steps on a mesh of its own.
 
-    A learner function, which `Learners` calls in each process, returns one. It can first set up
-    devices, with `fax.sharding.use_cpu_devices`, `jax.distributed.initialize` or environment
-    variables, and a mesh, with `jax.set_mesh`. The steps are those of a replica of
-    `fax.algorithms.diloco` on this mesh, whose axes are all for this learner.
+    A learner function, which `Learners` calls in each process, returns one. It can first choose
+    devices, with environment variables or `fax.sharding.use_cpu_devices`, and set a mesh of them,
+    with `jax.set_mesh`. The steps are those of a replica of `fax.algorithms.diloco` on this mesh,
+    whose axes are all for this learner. It has to be in one process.
 
     The optimizer's state stays with the learner. If it starts again, the optimizer does, too, but
     schedules of its learning rate (`optax.scale_by_schedule`) continue after the inner steps that a
@@ -104,7 +94,7 @@ class Learner:
         _arguments.function(_WHERE, "data", data, {1: "data(step)"})
         self._per_example = _arguments.count(_WHERE, "tokens", tokens)
         self._specs = specs_of(_WHERE, sharding)
-        self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        self._params = jax.eval_shape(lambda params: params, params)
         check_specs(_WHERE, self._specs, self._params)
         self._optimizer = inner_optimizer
         self._data = data
@@ -120,7 +110,9 @@ class Learner:
         self._tau = settings["tau"]
         self._sequence = _merges.Sequence(settings["steps"], len(self._parts), self._tau)
         self._check_types(settings["types"])
-        self._compile(settings["alpha"])
+        self._computations = _learner_steps.compile(
+            self._loss, self._optimizer, self._params, self._specs, self._parts, settings["alpha"]
+        )
         zeros = [
             [np.zeros(shape, jnp.dtype(dtype)) for _, dtype, shape in part]
             for part in settings["types"]
@@ -178,7 +170,7 @@ class Learner:
     # What they mean
 
     def _start(self, values: list[list[np.ndarray]], next_merge: int, step: int) -> None:
-        self._outer, self._rows = self._begin(values, step)
+        self._outer, self._rows = self._computations.begin(values, step)
         self._work = [_Work() for _ in self._parts]
         self._losses: list[Any] = []
         self._in_flight: dict[int, int] = {}  # the merge, and when its result lands
@@ -229,82 +221,7 @@ class Learner:
         del self._in_flight[number]
         self._land(self._sequence.fragment(number), self._answers.pop(number))
 
-    # Computations
-
-    def _compile(self, alpha: float) -> None:
-        mesh, specs = jax.sharding.get_mesh(), self._specs
-
-        def spread(path: Any, rows: bool) -> Any:
-            if mesh.empty:
-                return None
-            spec = specs[name_of(path)] if specs else PartitionSpec()
-            return jax.NamedSharding(mesh, PartitionSpec(None, *spec) if rows else spec)
-
-        def shardings(rows: bool) -> PyTree:
-            return jax.tree.map_with_path(lambda path, x: spread(path, rows), self._params)
-
-        alike = None if mesh.empty else jax.NamedSharding(mesh, PartitionSpec())
-        outer = None if mesh.empty else shardings(False)
-        replica = None
-        if not mesh.empty:
-            state = jax.eval_shape(self._optimizer.init, self._params)
-            own = optax.tree.map_params(
-                self._optimizer,
-                lambda x, spec: spec,
-                state,
-                shardings(True),
-                transform_non_params=lambda x: alike,
-            )
-            replica = Replica(shardings(True), own, None)
-
-        def begin(values: list[list[jax.Array]], step: jax.Array) -> tuple[PyTree, Replica]:
-            params = self._params_of(values)
-            state = _continued(self._optimizer.init(params), step)
-            row = jax.tree.map(lambda x: x[None], Replica(params, state, None))
-            return params, row
-
-        @fax.program(replicas=1)
-        def train(rows: Replica, cohort: Cohort, number: jax.Array) -> tuple[Replica, Any]:
-            state, metrics = inner_steps(
-                self._loss,
-                self._optimizer,
-                _State(PerClient(rows)),
-                step_of(cohort, number),
-                number,
-                None,
-                specs,
-            )
-            loss = fax.sum(metrics["loss"])
-            return state.replicas.rows, jnp.stack([loss.total, loss.weight])
-
-        def update(p: int, rows: Replica, outer: PyTree) -> list[jax.Array]:
-            own = jax.tree.map(lambda x: x[0], rows.params)
-            part = self._parts[p]
-            change = optax.tree.sub(pick(own, part), pick(outer, part))
-            return [change[name] for name in part]
-
-        def land(
-            p: int, rows: Replica, outer: PyTree, values: list[jax.Array]
-        ) -> tuple[PyTree, Replica]:
-            own = jax.tree.map(lambda x: x[0], rows.params)
-            part = self._parts[p]
-            new = _keep_order(part, values)
-            own = paste(own, part, mixed(pick(own, part), new, alpha))
-            rows = rows._replace(params=jax.tree.map(lambda x: x[None], own))
-            return paste(outer, part, new), rows
-
-        both = None if mesh.empty else (outer, replica)
-        self._begin = jax.jit(begin, out_shardings=both)
-        trained = None if mesh.empty else (replica, alike)
-        self._train_step = jax.jit(train, donate_argnums=0, out_shardings=trained)
-        self._update_step = jax.jit(update, static_argnums=0)
-        self._land_step = jax.jit(land, static_argnums=0, donate_argnums=(1, 2), out_shardings=both)
-
-    def _params_of(self, values: list[list[jax.Array]]) -> PyTree:
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._params)
-        for part, own in zip(self._parts, values, strict=True):
-            params = paste(params, part, _keep_order(part, own))
-        return params
+    # Steps
 
     def _train(self) -> tuple[int, jax.Array]:
         """Takes a step; the tokens in it, and the sum of losses with the number of examples."""
@@ -312,15 +229,15 @@ class Learner:
         # Only one step ahead of the devices, so that calls are answered soon.
         jax.block_until_ready(self._previous)
         with fax.sharding.layout(replicas=()):  # all axes of the mesh are for this learner
-            self._rows, loss = self._train_step(self._rows, cohort, np.int32(number))
+            self._rows, loss = self._computations.train(self._rows, cohort, np.int32(number))
         self._previous = loss
         return examples * self._per_example, loss
 
     def _update(self, p: int) -> list[jax.Array]:
-        return self._update_step(p, self._rows, self._outer)
+        return self._computations.update(p, self._rows, self._outer)
 
     def _land(self, p: int, values: list[Any]) -> None:
-        self._outer, self._rows = self._land_step(p, self._rows, self._outer, values)
+        self._outer, self._rows = self._computations.land(p, self._rows, self._outer, values)
 
     def _batches(self, step: int) -> Iterator[tuple[Cohort, int, int]]:
         """Cohorts, the steps in them, and how many examples each has."""
@@ -356,21 +273,3 @@ class Learner:
                         f"{_WHERE}: params has {mine[0]}{mine[1]} for {name!r} in a fragment where "
                         f"the server has {others[name][0]}{others[name][1]}."
                     )
-
-
-def _keep_order(part: Fragment, values: list[Any]) -> dict[str, Any]:
-    return dict(zip(part, values, strict=True))
-
-
-def _continued(state: PyTree, step: Any) -> PyTree:
-    """The initial state of an optimizer, with schedules that continue after some steps."""
-
-    def one(x: Any) -> Any:
-        if isinstance(x, optax.ScaleByScheduleState):
-            return x._replace(count=jnp.asarray(step, x.count.dtype))
-        return x
-
-    def is_schedule(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState)
-
-    return jax.tree.map(one, state, is_leaf=is_schedule)

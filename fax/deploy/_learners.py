@@ -21,7 +21,7 @@ from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 from fax.deploy._elastic import Action, Elastic, Grace, Send
-from fax.deploy._merges import Merge
+from fax.deploy._updates import Merge
 
 _WHERE = "fax.deploy.Learners"
 _POLL = 0.5  # seconds between looks at whether processes have ended

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from fax.algorithms._fragments import Fragment, Span
 from fax.algorithms._in_flight import lands_at
-
-
-class Merge(NamedTuple):
-    """One outer step on one fragment.
-
-    Attributes:
-      number: of the merge, from 0.
-      fragment: which fragment it changed.
-      tokens: how many tokens are behind the update of each learner that counted, by learner.
-      late: the learners of which an update counted that had missed the merge before.
-      steps: the inner steps behind all of these updates.
-      seconds: how long the learners worked on these steps.
-      loss: the mean training loss of the examples that these learners saw since they last sent
-        anything, NaN if there were none.
-    """
-
-    number: int
-    fragment: int
-    tokens: dict[Any, int]
-    late: frozenset[Any]
-    steps: int
-    seconds: float
-    loss: float
 
 
 class Sequence:
