@@ -11,6 +11,7 @@ from fax.deploy._backend import Backend as Backend
 from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
+from fax.deploy._beam import Beam as Beam
 from fax.deploy._elastic import Elastic as Elastic
 from fax.deploy._elastic import ElasticState as ElasticState
 from fax.deploy._elastic import Grace as Grace
