@@ -10,7 +10,7 @@ every 20 seconds one of them is killed and started again. It rejoins from the ou
     python examples/elastic_diloco.py
 
 prints the loss on held-out text after the same number of merges, and the goodput: the share of the
-learners' time, from the first merge to the last, that they spent on steps that a merge has counted.
+learners' time, after the first period, that they spent on steps that a merge has counted.
 What is missing is the time in which they wait, send, start again, or take steps that are lost with
 them. It draws both to runs/elastic_diloco.png.
 """
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
     Attributes:
       curve: held-out losses, by the number of periods.
-      merges: the merges, each with the time at which it took place, in seconds after the first.
+      merges: the merges, each with when it took place, in seconds after the first.
       kills: who was killed, and when.
     """
 
@@ -92,12 +92,14 @@ class Run(NamedTuple):
     merges: list[tuple[float, fax.deploy.Merge]]
     kills: list[tuple[float, int]]
 
-    def goodput(self, learners, begin=0.0, end=np.inf):
-        """The share of the learners' time that they spent on steps that merges have counted."""
-        last = min(end, self.merges[-1][0])
-        # The steps behind the first merge were taken before. All others count for each fragment.
-        seconds = sum(m.seconds for at, m in self.merges[1:] if begin < at <= last) / FRAGMENTS
-        return seconds / max(learners * (last - begin), 1e-9)
+    def goodput(self, learners, end=np.inf):
+        """The share of the learners' time that they spent on steps that merges have counted.
+
+        From the end of the first period to some time. Each step counts once for each fragment.
+        """
+        (begin, _), *later = self.merges[FRAGMENTS - 1 :]
+        counted = [(at, merge.seconds) for at, merge in later if at <= end]
+        return sum(own for _, own in counted) / FRAGMENTS / learners / (counted[-1][0] - begin)
 
 
 def train(learners, options, params, evaluate, kill_every=None):
@@ -184,19 +186,17 @@ def show(options, calm, wild):
 def draw(options, calm, wild):
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    window = 10.0  # seconds
     for name, run in ("undisturbed", calm), ("disturbed", wild):
         left.plot(*zip(*run.curve), marker=".", label=name)
-        begins = np.arange(0, max(run.merges[-1][0] - window / 2, window / 2), window)
-        shares = [run.goodput(options.learners, begin, begin + window) for begin in begins]
-        middle.plot(begins + window / 2, np.multiply(shares, 100), marker=".", label=name)
+        times = [at for at, _ in run.merges[2 * FRAGMENTS - 1 :]]
+        middle.plot(times, [100 * run.goodput(options.learners, at) for at in times])
     for number in range(options.learners):
         times = [at for at, merge in wild.merges if number in merge.tokens]
         right.plot(times, [number] * len(times), "|", color="tab:orange")
     for at, number in wild.kills:
         right.plot(at, number, "x", color="black", label="killed" if at == wild.kills[0][0] else "")
     left.set(xlabel="outer steps on each fragment", ylabel="held-out loss (nats per character)")
-    middle.set(xlabel="seconds", ylabel="goodput (%)", ylim=(0, 100))
+    middle.set(xlabel="seconds", ylabel="goodput so far (%)", ylim=(0, 105))
     right.set(xlabel="seconds", ylabel="learner", yticks=range(options.learners))
     right.set_title("merges that counted a learner's update", fontsize="medium")
     left.legend(frameon=False)
