@@ -140,7 +140,8 @@ def train(learners, options, params, evaluate, kill_every=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--learners", type=int, default=4)
-    parser.add_argument("--periods", type=int, default=100, help="outer steps on each fragment")
+    help = "outer steps on each fragment, at least 2"
+    parser.add_argument("--periods", type=int, default=100, help=help)
     parser.add_argument("--inner-steps", type=int, default=50, help="H, the steps of a period")
     parser.add_argument("--kill-every", type=float, default=20.0, help="in seconds")
     parser.add_argument("--length", type=int, default=64, help="of a sequence")
