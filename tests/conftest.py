@@ -57,6 +57,7 @@ ABOVE_THE_CORE = (
         "fedopt",
         "fedper",
     ),
+    *("elastic", "elastic_processes"),
     *("command_processes", "command_settings", "command_shows"),
     *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
     *("experiment_output", "experiment_refused"),

@@ -12,10 +12,17 @@ from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
 from fax.deploy._beam import Beam as Beam
+from fax.deploy._elastic import Elastic as Elastic
+from fax.deploy._elastic import ElasticState as ElasticState
+from fax.deploy._elastic import Grace as Grace
+from fax.deploy._elastic import Send as Send
+from fax.deploy._learner import Learner as Learner
+from fax.deploy._learners import Learners as Learners
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes
 from fax.deploy._stages import Stage as Stage
+from fax.deploy._updates import Merge as Merge
 from fax.deploy._values import CutError as CutError
 from fax.deploy._values import Held as Held
 from fax.deploy._values import Row as Row
