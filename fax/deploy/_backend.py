@@ -11,7 +11,7 @@ import numpy as np
 
 from fax._arithmetic import total_dtype
 from fax.deploy._stages import Stage
-from fax.deploy._values import Row
+from fax.deploy._values import Held, Row
 
 
 class ClientError(RuntimeError):
@@ -136,3 +136,36 @@ def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:
     if jax.numpy.issubdtype(dtype, jax.numpy.floating):
         dtype = np.promote_types(dtype, np.float64)
     return np.sum(rows, axis=0, dtype=dtype)
+
+
+def held_rows(
+    where: str,
+    about: Iterable[tuple[Hashable, str, str, Sequence[int]]],
+    clients: Sequence[Hashable] | None,
+) -> dict[str, Held]:
+    """What clients loaded, by name: for some clients, or for all in the order of names.
+
+    Args:
+      where: the caller, for errors.
+      about: what they loaded: the client, and the name, dtype and shape of an array.
+      clients: which clients.
+
+    Raises:
+      ValueError: if an array has different shapes or dtypes at different clients, or is missing at
+        some.
+    """
+    types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
+    everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
+    chosen = everybody if clients is None else list(clients)
+    found = {}
+    for name in dict.fromkeys(name for _, name in types):
+        own = {types.get((client, name)) for client in chosen}
+        if len(own) != 1 or None in own:
+            raise ValueError(
+                f"{where}: {name!r} differs between clients, expected one shape and dtype: "
+                f"{sorted(map(str, own))}."
+            )
+        ((dtype, shape),) = own  # type: ignore[misc]
+        rows = tuple(Row(client, name) for client in chosen)
+        found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
+    return found

@@ -12,13 +12,12 @@ import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy import _links
-from fax.deploy._backend import ClientError, combine
+from fax.deploy._backend import ClientError, combine, held_rows
 from fax.deploy._links import Link, LinkError
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
@@ -112,21 +111,8 @@ class Processes:
           ValueError: if an array has different shapes or dtypes at different clients, or is
             missing at some.
         """
-        types = {(c, n): (t, tuple(s)) for rows in self._about.values() for c, n, t, s in rows}
-        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))
-        chosen = everybody if clients is None else list(clients)
-        found = {}
-        for name in dict.fromkeys(name for _, name in types):
-            own = {types.get((client, name)) for client in chosen}
-            if len(own) != 1 or None in own:
-                raise ValueError(
-                    f"Processes.held: {name!r} differs between clients, expected one shape and "
-                    f"dtype: {sorted(map(str, own))}."
-                )
-            ((dtype, shape),) = own  # type: ignore[misc]
-            rows = tuple(Row(client, name) for client in chosen)
-            found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
-        return found
+        about = [tuple(row) for rows in self._about.values() for row in rows]
+        return held_rows("Processes.held", about, clients)
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, self._slot()) for client in clients]

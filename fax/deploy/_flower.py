@@ -1,0 +1,334 @@
+"""Clients behind the nodes of a Flower federation, reached through a ServerApp's grid."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import pathlib
+import secrets
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from fax import _arguments, _extras
+from fax.deploy import _client as runtime
+from fax.deploy._backend import ClientError, combine, held_rows
+from fax.deploy._stages import Stage
+from fax.deploy._values import Held, Row
+
+FORMAT = 1  # of messages; see _flower_worker.py
+_POLL = 0.1  # seconds between questions for answers
+
+
+class Grid(Protocol):
+    """What is used of Flower's `Grid`."""
+
+    def get_node_ids(self) -> Iterable[int]: ...
+
+    def push_messages(self, messages: Any) -> Iterable[Any]: ...
+
+    def pull_messages(self, message_ids: Any) -> Iterable[Any]: ...
+
+
+class Flower:
+    """Clients behind the SuperNodes of a Flower federation. A node runs one client or several.
+
+    It is made in a ServerApp. The ClientApp is that of the files that `write_flower_client` writes.
+    It runs stages with JAX, and needs neither fax nor the code of the model. Clients' data are
+    loaded by a process of the node, and stay there. What clients hold apart from that is in the
+    node's ``context.state``.
+
+    A node fails if it does not answer in time, or answers with an error; see `Plan.run` for what
+    happens then.
+
+    Args:
+      grid: the ServerApp's grid.
+      nodes: how many nodes to wait for. Nodes that connect later take no part.
+      plan: a folder that `Plan.save` wrote, if the nodes run only its stages.
+      timeout: seconds to wait for nodes to connect, and for the answers of a stage. Answers that
+        come later are ignored.
+
+    Raises:
+      ClientError: in any method, if nodes fail.
+
+    Example::
+
+      app = flwr.serverapp.ServerApp()
+
+      @app.main()
+      def main(grid, context):
+          backend = fax.deploy.Flower(grid, nodes=3, timeout=60.0)
+          rows = backend.held()  # what the clients loaded, by reference
+          slope = plan.run(backend, 0.0, rows, quorum=2)
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: int,
+        *,
+        plan: str | os.PathLike[str] | None = None,
+        timeout: float = 300.0,
+    ):
+        where = "fax.deploy.Flower"
+        _extras.require(where, "flwr", "flower")
+        from fax.deploy import _flower_client  # imports Flower
+
+        self._wire = _flower_client
+        _arguments.count(where, "nodes", nodes)
+        _arguments.number(where, "timeout", timeout, above=0)
+        self._grid, self._timeout = grid, timeout
+        # The same run may continue with another backend, so slots of this one differ.
+        self._slots = (f"{secrets.token_hex(4)}.{i}" for i in itertools.count())
+        self._freed: list[tuple[Hashable, str]] = []
+        self._home: dict[Hashable, int] = {}
+        self._saved: dict[str, str] | None = None  # stages by what they compute
+        if plan is not None:
+            stages = runtime.read_plan(pathlib.Path(plan))["stages"]
+            self._saved = {stage.get("program"): name for name, stage in stages.items()}
+        self._blobs: weakref.WeakKeyDictionary[Stage, tuple[str, bytes]]
+        self._blobs = weakref.WeakKeyDictionary()
+        self._nodes = self._wait_for(nodes)
+        self._about: list[tuple[Hashable, str, str, tuple[int, ...]]] = []
+        self._ask({node: [_request("about")] for node in self._nodes}, self._look)
+
+    def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
+        """What the clients loaded, by name: for some clients, or for all in the order of names.
+
+        Raises:
+          ValueError: if an array has different shapes or dtypes at different clients, or is
+            missing at some.
+        """
+        return held_rows("Flower.held", self._about, clients)
+
+    def _look(self, node: int, answer: Any) -> None:
+        """Learns what a node's clients have loaded."""
+        for client, name, dtype, shape in answer:
+            self._about.append((client, str(name), str(dtype), tuple(map(int, shape))))
+            if self._home.setdefault(client, node) != node:
+                raise ClientError(f"fax.deploy.Flower: two nodes have a client {client!r}.")
+
+    def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
+        made = [Row(client, next(self._slots)) for client in clients]
+        requests = {}
+        for node, own in self._by_node(clients).items():
+            what = {
+                "clients": [clients[i] for i in own],
+                "slots": [made[i].slot for i in own],
+                "values": [rows[i] for i in own],
+            }
+            requests[node] = [_request("put", **what)]
+        self._ask(requests)
+        return made
+
+    def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
+        parts = self._by_node(clients)
+        name, before = self._deploy(stage)
+        kept = [
+            [next(self._slots) if m == "placed" else None for m in stage.outputs] for _ in clients
+        ]
+        shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
+        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
+        requests = {}
+        for node, numbers in parts.items():
+            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
+            run = _request("run", stage=name, shared=shared, jobs=jobs)
+            requests[node] = [*before, run]
+        sent: dict[int, list[Any]] = {}
+
+        def read(node: int, answer: Any) -> None:
+            _check_answer(stage, parts[node], answer)
+            sent.update(zip(parts[node], answer, strict=True))
+
+        try:
+            self._ask(requests, read)
+        except ClientError:
+            self.free((clients[i], slot) for i in sent for slot in kept[i] if slot is not None)
+            raise
+        contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
+        return [
+            [Row(client, str(own[k])) for client, own in zip(clients, kept, strict=True)]
+            if mode == "placed"
+            else combine(mode, next(contributions))
+            for k, mode in enumerate(stage.outputs)
+        ]
+
+    def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        parts = self._by_node([row.client for row in rows])
+        found: dict[int, Any] = {}
+
+        def read(node: int, answer: Any) -> None:
+            found.update(zip(parts[node], answer, strict=True))
+
+        wanted = {
+            node: [[rows[i].client, rows[i].slot] for i in own] for node, own in parts.items()
+        }
+        self._ask({node: [_request("fetch", rows=own)] for node, own in wanted.items()}, read)
+        return [found[i] for i in range(len(rows))]
+
+    def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
+        self._freed += (
+            rows  # later, with the next message, because this may be called at any moment
+        )
+
+    def _deploy(self, stage: Stage) -> tuple[str, list[Any]]:
+        """The name of a stage at the clients, and the requests by which they know it.
+
+        A node may have lost a stage since the last message, so it comes with every message.
+        """
+        if self._saved is None:
+            if stage not in self._blobs:
+                blob = stage.exported()
+                self._blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
+            name, blob = self._blobs[stage]
+            return name, [_request("stage", name=name, blob=blob)]
+        if stage.digest not in self._saved:
+            raise ClientError(
+                f"The stage {stage.name!r} is not in the plan of these nodes. Save the plan that "
+                "runs there, with the same version of JAX."
+            )
+        return self._saved[stage.digest], []
+
+    def _by_node(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
+        """The numbers of the clients that each node runs."""
+        parts: dict[int, list[int]] = {}
+        for number, client in enumerate(clients):
+            home = self._home.setdefault(client, self._nodes[len(self._home) % len(self._nodes)])
+            parts.setdefault(home, []).append(number)
+        return parts
+
+    def _wait_for(self, number: int) -> list[int]:
+        end = time.monotonic() + self._timeout
+        while len(found := sorted(self._grid.get_node_ids())) < number:
+            if time.monotonic() > end:
+                raise ClientError(
+                    f"fax.deploy.Flower: {len(found)} nodes are connected after {self._timeout:g} "
+                    f"seconds, expected {number}."
+                )
+            time.sleep(_POLL)
+        return found
+
+    def _ask(
+        self,
+        requests: Mapping[int, list[Any]],
+        read: Callable[[int, Any], Any] = lambda node, answer: None,
+    ) -> None:
+        """Sends requests to nodes, and waits for all answers, for as long as `timeout` says.
+
+        Args:
+          requests: by node. The answer is that of a node's last one.
+          read: called with each node and its answer. It may raise an error if the answer is wrong.
+
+        Raises:
+          ClientError: if some nodes did not answer, or not as they should. It names all of their
+            clients.
+        """
+        waiting = self._send(requests)
+        failed = dict.fromkeys(requests.keys() - waiting.values(), "cannot be reached")
+        end = time.monotonic() + self._timeout
+        while waiting and time.monotonic() < end:
+            for message in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is None:
+                    continue
+                if message.has_error():
+                    failed[node] = f"failed: {message.error.reason}"
+                    continue
+                try:
+                    read(node, runtime.decode(self._wire.message_of(message.content)))
+                except (ValueError, TypeError, KeyError):
+                    failed[node] = "sent what is not an answer"
+            if waiting:
+                time.sleep(_POLL)
+        failed |= dict.fromkeys(waiting.values(), "did not answer in time")
+        if failed:
+            text = "; ".join(f"node {node} {what}" for node, what in failed.items())
+            clients = [client for client, home in self._home.items() if home in failed]
+            raise ClientError(f"{text}. Clients that they run: {clients}.", clients)
+
+    def _send(self, requests: Mapping[int, list[Any]]) -> dict[str, int]:
+        """Sends requests, and returns the nodes by the numbers of the messages."""
+        freed, self._freed = self._freed, []
+        parts = self._by_node([client for client, _ in freed])
+        messages = []
+        for node, own in requests.items():
+            if node in parts:
+                own = [_request("free", rows=[list(freed[i]) for i in parts.pop(node)]), *own]
+            what = {"format": FORMAT, "x64": jax.config.jax_enable_x64, "requests": own}
+            content = self._wire.records(runtime.parts(what))
+            # After that, a node that has been away does not get it any more.
+            messages.append(self._wire.request(content, node, self._timeout))
+        self._freed += [freed[i] for own in parts.values() for i in own]
+        numbers = list(self._grid.push_messages(messages))
+        if len(numbers) != len(messages):
+            raise ClientError("fax.deploy.Flower: the SuperLink did not take the messages.")
+        return {
+            number: node
+            for number, node in zip(numbers, requests, strict=True)
+            if number is not None
+        }
+
+
+def _request(do: str, **what: Any) -> dict[str, Any]:
+    return {"do": do, "with": what}
+
+
+def _named(x: Any) -> Any:
+    """The name of what a client holds, or a value for it."""
+    return x.slot if isinstance(x, Row) else x
+
+
+def _check_answer(stage: Stage, clients: Sequence[Any], answer: Any) -> None:
+    """Checks that each client has sent what the stage sends.
+
+    Raises:
+      ValueError: if not.
+    """
+    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
+    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
+    for row, _ in zip(answer, clients, strict=True):
+        if [(x.shape, x.dtype) for x in row] != expected:
+            raise ValueError("a client sent values of other types")
+
+
+def write_flower_client(folder: str | os.PathLike[str]) -> None:
+    """Writes the package that a Flower app needs for its clients, to a new folder of the app.
+
+    It has a function ``client_app(load, plan=)``, which makes the ClientApp, and needs Flower and
+    JAX alone. With the folder ``my_app/fax_client``, the file ``my_app/client.py`` can be::
+
+        from my_app.fax_client import client_app
+
+        app = client_app("my_app.data:load")
+
+    ``load`` names a function that is called with the node's configuration, a dict. It returns the
+    data of the node's clients, ``{client: {name: array}}``. ``plan`` is a folder on the node that
+    `Plan.save` wrote, if the node runs only its stages; ``fax-plan`` in the node's configuration
+    takes precedence.
+
+    Args:
+      folder: where to. It may exist if it is empty.
+
+    Raises:
+      FileExistsError: if the folder is not empty.
+    """
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise FileExistsError(f"write_flower_client: {path} is not empty; choose a new folder.")
+    own = pathlib.Path(__file__).parent
+    for source, name in _FILES.items():
+        shutil.copyfile(own / source, path / name)
+
+
+_FILES = {
+    "_client.py": "_client.py",
+    "_flower_worker.py": "_flower_worker.py",
+    "_flower_client.py": "__init__.py",
+}
