@@ -86,6 +86,7 @@ class Flower:
         self._grid, self._timeout = grid, timeout
         # The same run may continue with another backend, so slots of this one differ.
         self._slots = (f"{secrets.token_hex(4)}.{i}" for i in itertools.count())
+        self._put: dict[tuple[Hashable, str], Any] = {}  # what no client has confirmed to have
         self._freed: list[tuple[Hashable, str]] = []
         self._home: dict[Hashable, int] = {}
         self._saved: dict[str, str] | None = None  # stages by what they compute
@@ -115,16 +116,12 @@ class Flower:
                 raise ClientError(f"fax.deploy.Flower: two nodes have a client {client!r}.")
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
+        self._by_node(clients)
         made = [Row(client, next(self._slots)) for client in clients]
-        requests = {}
-        for node, own in self._by_node(clients).items():
-            what = {
-                "clients": [clients[i] for i in own],
-                "slots": [made[i].slot for i in own],
-                "values": [rows[i] for i in own],
-            }
-            requests[node] = [_request("put", **what)]
-        self._ask(requests)
+        for row, value in zip(made, rows, strict=True):
+            self._put[row.client, row.slot] = (
+                value  # sent with the next message, as each takes long
+            )
         return made
 
     def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
@@ -240,6 +237,8 @@ class Flower:
                 if message.has_error():
                     failed[node] = f"failed: {message.error.reason}"
                     continue
+                for row in [row for row in self._put if self._home[row[0]] == node]:
+                    del self._put[row]
                 try:
                     read(node, runtime.decode(self._wire.message_of(message.content)))
                 except (ValueError, TypeError, KeyError):
@@ -255,12 +254,17 @@ class Flower:
     def _send(self, requests: Mapping[int, list[Any]]) -> dict[str, int]:
         """Sends requests, and returns the nodes by the numbers of the messages."""
         freed, self._freed = self._freed, []
+        for row in freed:
+            self._put.pop(row, None)
         parts = self._by_node([client for client, _ in freed])
         messages = []
         for node, own in requests.items():
-            if node in parts:
-                own = [_request("free", rows=[list(freed[i]) for i in parts.pop(node)]), *own]
-            what = {"format": FORMAT, "x64": jax.config.jax_enable_x64, "requests": own}
+            frees = [_request("free", rows=[list(freed[i]) for i in parts.pop(node, [])])]
+            what = {
+                "format": FORMAT,
+                "x64": jax.config.jax_enable_x64,
+                "requests": [*frees, *self._puts(node), *own],
+            }
             content = self._wire.records(runtime.parts(what))
             # After that, a node that has been away does not get it any more.
             messages.append(self._wire.request(content, node, self._timeout))
@@ -273,6 +277,13 @@ class Flower:
             for number, node in zip(numbers, requests, strict=True)
             if number is not None
         }
+
+    def _puts(self, node: int) -> list[Any]:
+        own = {row: value for row, value in self._put.items() if self._home[row[0]] == node}
+        if not own:
+            return []
+        clients, slots = zip(*own, strict=True)
+        return [_request("put", clients=clients, slots=slots, values=list(own.values()))]
 
 
 def _request(do: str, **what: Any) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+"""The ClientApp of the tests, in a process for each message."""
+
+from app.data import refuse
+from app.fax_client import client_app
+
+refuse("message", ["fax", "jax", "flax", "optax", "app.programs"])
+app = client_app("app.data:load")
