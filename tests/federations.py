@@ -19,7 +19,7 @@ ENV = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_SUPERGRID_API_URL": "http://127.0.0.1:9",  # where it would ask for updates
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
 
 
@@ -33,7 +33,7 @@ class Federation:
 
     def __init__(self, folder, configs, stack):
         self.folder = folder
-        self.env = ENV | {"FLWR_HOME": str(folder / "flwr")}
+        self.env = ENV | {"FLWR_HOME": str(folder / "flwr"), "FAX_TESTS": str(folder)}
         (folder / "flwr").mkdir()
         self._stack = stack
         port, *others = free_ports(1 + len(configs))
@@ -89,7 +89,7 @@ class Federation:
 
 @contextlib.contextmanager
 def federation(folder, configs):
-    """A federation with a node for each configuration. All of its processes end with the context."""
+    """A federation with a node for each configuration, whose processes end with the context."""
     with contextlib.ExitStack() as stack:
         yield Federation(folder, configs, stack)
 
@@ -126,22 +126,34 @@ def _wait_for(port, seconds=60.0):
 def proxy(port, traffic):
     """A port that leads to another one, with all bytes written down."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        threads = []
 
         def accept():
             with contextlib.suppress(OSError):
                 while True:
                     one = server.accept()[0]
-                    other = socket.create_connection(("127.0.0.1", port))
+                    try:
+                        other = socket.create_connection(("127.0.0.1", port))
+                    except OSError:  # the SuperLink has ended
+                        one.close()
+                        continue
                     for source, sink in ((one, other), (other, one)):
-                        threading.Thread(target=copy, args=(source, sink), daemon=True).start()
+                        threads.append(threading.Thread(target=copy, args=(source, sink)))
+                        threads[-1].start()
 
         def copy(source, sink):
             traffic.append(own := bytearray())
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), source:
                 while data := source.recv(2**16):
                     own.extend(data)
                     sink.sendall(data)
                 sink.shutdown(socket.SHUT_WR)
 
-        threading.Thread(target=accept, daemon=True).start()
-        yield server.getsockname()[1]
+        main = threading.Thread(target=accept)
+        main.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            for thread in [main, *threads]:
+                thread.join()

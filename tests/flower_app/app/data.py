@@ -1,5 +1,6 @@
 """What the clients of the tests hold. Imported by their processes, and by the test."""
 
+import os
 import pathlib
 import sys
 
@@ -21,23 +22,30 @@ def rows(client):
 
 
 def load(config):
-    refuse("worker", ["fax", "flwr", "flax", "optax", "app.programs"], config["log"])
+    refuse("worker", ["fax", "flwr", "flax", "optax", "app.programs"])
     client = config["partition-id"]
-    (pathlib.Path(config["log"]) / f"loaded {client}").touch()
+    note(f"loaded {client}")
     return {client: rows(client)}
 
 
-def refuse(who, modules, log=None):
+def broken(config):
+    raise ValueError("the secret is 42")
+
+
+def note(text):
+    """Writes something down for the test, as the name of a file."""
+    if folder := os.environ.get("FAX_TESTS"):
+        (pathlib.Path(folder) / text).touch()
+
+
+def refuse(who, modules):
     """Writes down which of the modules are imported, now or later."""
 
     def imported(name):
-        if log and (name in modules or name.partition(".")[0] in modules):
-            (pathlib.Path(log) / f"{who} imported {name}").touch()
-
-    def hook(event, args):
-        if event == "import":
-            imported(args[0])
+        if name in modules or name.partition(".")[0] in modules:
+            note(f"{who} imported {name}")
 
     for name in list(sys.modules):
         imported(name)
-    sys.addaudithook(hook)
+    if "FAX_TESTS" in os.environ:
+        sys.addaudithook(lambda event, args: event == "import" and imported(args[0]))

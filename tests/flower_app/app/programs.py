@@ -46,6 +46,11 @@ def cohort(rows, number):
     )
 
 
+def plain(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
 @fax.program(clients=CLIENTS)
 def mean(rows):
     ones = fax.map(lambda x: jnp.ones(()), rows["x"])

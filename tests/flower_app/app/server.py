@@ -1,4 +1,4 @@
-"""The ServerApp of the tests. It writes down its results, and what messages it got."""
+"""The ServerApp of the tests. It writes down its results, and how long they took."""
 
 import os
 import pathlib
@@ -7,9 +7,9 @@ import time
 
 import jax
 import numpy as np
-from app import programs
 from flwr.serverapp import ServerApp
 
+from app import programs
 from fax import deploy
 
 app = ServerApp()
@@ -25,7 +25,7 @@ def main(grid, context):
     seconds = {}
 
     def save(name, tree):
-        leaves = [np.asarray(x) for x in jax.tree.leaves(tree)]
+        leaves = [np.asarray(programs.plain(x)) for x in jax.tree.leaves(tree)]
         np.savez(folder / f"{name}.npz", *leaves)
 
     def run(name, plan, *args, **how):
