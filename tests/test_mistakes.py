@@ -102,6 +102,7 @@ FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
     "row for each example."
 )
+DIVIDE = "Divide a table into clients: fax.data.from_pandas(frame, client=...)."
 COLUMNS = "{name: frame[name].to_numpy() for name in frame.columns}"
 FEDERATED = "expected federated data, such as fax.data.InMemory."
 ORDER = "The order is evaluate(apply, params, data, metrics)."
@@ -579,8 +580,7 @@ MISTAKES = {
         lambda: data.InMemory(DataFrame()),
         data.DataError,
         "fax.data.InMemory: clients is DataFrame, expected a mapping from client ids to their "
-        "features. Partition a table into clients: "
-        f"fax.data.partition.by_column({COLUMNS}, ...).",
+        f"features. {DIVIDE}",
     ),
     "a table for a client": (
         lambda: data.InMemory({"ann": DataFrame()}),
@@ -596,8 +596,7 @@ MISTAKES = {
     "a table for data": (
         lambda: data.cohorts(DataFrame(), 1, 1),
         data.DataError,
-        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} Partition a table into "
-        f"clients: fax.data.partition.by_column({COLUMNS}, ...).",
+        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} {DIVIDE}",
     ),
     "examples that differ in number": (
         lambda: data.partition.iid({"x": np.ones(2), "y": np.ones(3)}, 2),
