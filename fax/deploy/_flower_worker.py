@@ -15,10 +15,14 @@ import threading
 import time
 import traceback
 from multiprocessing import AuthenticationError, connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import _client as runtime  # beside this file
 import jax
+
+if TYPE_CHECKING or __package__:
+    from fax.deploy import _client as runtime
+else:  # where clients are: it is a script, and that file is beside it
+    import _client as runtime
 
 FORMAT = 1
 
