@@ -226,7 +226,8 @@ class Flower:
           ClientError: if some nodes did not answer, or not as they should. It names all of their
             clients.
         """
-        waiting = self._send(requests)
+        there = set(self._grid.get_node_ids())
+        waiting = self._send({node: own for node, own in requests.items() if node in there})
         failed = dict.fromkeys(requests.keys() - waiting.values(), "cannot be reached")
         end = time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:

@@ -38,14 +38,15 @@ def main(grid, context):
     algorithm = programs.fedavg()
     state = algorithm.init(programs.PARAMS)
     plan = deploy.cut(algorithm.round, state, cohorts[0])
-    save("fedavg", run("fedavg", plan, state, cohorts[0]))
+    state, metrics = run("fedavg", plan, state, cohorts[0])
+    save("fedavg", (state, metrics["loss"]))
 
     algorithm = programs.scaffold()
     state = algorithm.init(programs.PARAMS)
     plan = deploy.cut(algorithm.round, state, cohorts[0], held=[*HELD, "clients"])
     for number in range(2):
         state, metrics = run("scaffold", plan, state, cohorts[number])
-    save("scaffold", plan.fetch(backend, (state, metrics)))
+    save("scaffold", (plan.fetch(backend, state), metrics["loss"]))
 
     plan = deploy.cut(programs.mean, {"x": rows["x"]}, held=["x"])
     os.kill(int(context.run_config["victim"]), signal.SIGKILL)
