@@ -96,6 +96,7 @@ class Plan:
         *args: PyTree,
         clients: Sequence[Hashable] | None = None,
         quorum: int | None = None,
+        take: int | None = None,
     ) -> PyTree:
         """Runs the plan. The values are those of the program up to rounding.
 
@@ -107,22 +108,27 @@ class Plan:
             arguments, or the numbers from 0.
           quorum: how many clients of each stage must be left if others fail. The run then starts
             again without those that failed, so its results are those of a program in which they are
-            left out, for example by ``where=``. Default: the run ends if any client fails.
+            left out, for example by ``where=``. Default: ``take``, or if that is not given either,
+            the run ends if any client fails.
+          take: how many clients to go on with: those that answer first when the first stage runs.
+            The others are left out like clients that fail. If one of those taken fails later, all
+            others are asked again. If fewer can answer, the run goes on with them, if they are at
+            least ``quorum``. Default: all clients.
 
         Returns:
           The program's results. Those with a row for each client are `Held`: the rows stay with the
-          clients, and ``fetch`` brings them to the server.
+          clients, and ``fetch`` brings them to the server. ``Held.present`` says who took part.
 
         Raises:
           ValueError: if arguments differ from those that the plan was made for, if ``clients`` are
-            not as many as take part, or if rows of one participant are with different clients.
-          CutError: if there is a ``quorum``, and results would be wrong without some clients, for
-            example because `fax.mean` without weights divides by the number of all of them.
-          ClientError: if a client fails, or with ``quorum``, if too few are left.
+            not as many as take part, if rows of one participant are with different clients, or if
+            ``take`` is less than ``quorum`` or more than the number of clients.
+          CutError: if there is a ``quorum`` or ``take``, and results would be wrong without some
+            clients, for example because `fax.mean` without weights divides by the number of all of
+            them.
+          ClientError: if a client fails, or with ``quorum`` or ``take``, if too few are left.
         """
-        if quorum is not None:
-            _arguments.count("Plan.run", "quorum", quorum)
-            check_absence(self._block)
+        quorum = self._least(quorum, take)
         leaves, tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, Held))
         if tree != self._arguments:
             raise ValueError(
@@ -134,7 +140,7 @@ class Plan:
                 f"Plan.run: clients names {len(clients)} clients, expected as many as take "
                 f"part: {' or '.join(map(str, sorted(self._sizes)))}."
             )
-        runner = Runner(backend, clients, leaves, quorum)
+        runner = Runner(backend, clients, leaves, quorum, take)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
             _check_type(name, x, value)
         given: list[Any] = []
@@ -148,7 +154,26 @@ class Plan:
                     raise
                 # From the start, because all sums must be over the same clients. A stage only adds
                 # to what clients hold, so nothing has changed.
-                runner.failed.update(error.clients)
+                runner.fail(error)
+
+    def _least(self, quorum: int | None, take: int | None) -> int | None:
+        """How many clients must be left, None if none may fail."""
+        if take is not None:
+            _arguments.count("Plan.run", "take", take)
+            quorum = take if quorum is None else quorum
+            if take > max(self._sizes):
+                raise ValueError(
+                    f"Plan.run: take is {take}, expected at most the number of clients, "
+                    f"{max(self._sizes)}."
+                )
+        if quorum is not None:
+            _arguments.count("Plan.run", "quorum", quorum)
+            check_absence(self._block)
+        if take is not None and quorum is not None and quorum > take:
+            raise ValueError(
+                f"Plan.run: quorum is {quorum}, expected at most take, which is {take}."
+            )
+        return quorum
 
     @functools.cached_property
     def _sizes(self) -> set[int]:

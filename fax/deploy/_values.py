@@ -68,6 +68,12 @@ class Held:
     dtype: Any
     axis: int = 0
 
+    @property
+    def present(self) -> tuple[Hashable, ...]:
+        """The clients that have a row: in a result, those that took part."""
+        pairs = zip(self.clients, self.rows, strict=True)
+        return tuple(client for client, row in pairs if row is not None)
+
     def __repr__(self) -> str:
         size = ",".join(map(str, self.shape))
         return f"Held({self.dtype}[{size}], {len(self.rows)} rows along axis {self.axis})"
