@@ -271,11 +271,8 @@ def test_messages_that_are_wrong(three):
     blob = stage.exported(["cpu"])
     name = hashlib.sha256(blob).hexdigest()
     keep = ["new" if mode == "placed" else None for mode in stage.outputs]
-    run = {"stage": name, "shared": [None], "jobs": [[0, ["x"], keep]]}
-    requests = [
-        {"do": "stage", "with": {"name": name, "blob": blob}},
-        {"do": "run", "with": run},
-    ]
+    run = {"stage": name, "blob": blob, "shared": [None], "jobs": [[0, ["x"], keep]]}
+    requests = [{"do": "run", "with": run}]
     right = {"format": 1, "x64": True, "requests": requests}
 
     def send(content):

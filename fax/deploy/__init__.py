@@ -12,7 +12,7 @@ from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
 from fax.deploy._flower import Flower as Flower
-from fax.deploy._flower import write_flower_client as write_flower_client
+from fax.deploy._flower_files import write_flower_client as write_flower_client
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes

@@ -7,7 +7,6 @@ import itertools
 import os
 import pathlib
 import secrets
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -108,25 +107,29 @@ class Flower:
         """
         return held_rows("Flower.held", self._about, clients)
 
-    def _look(self, node: int, answer: Any) -> None:
+    def _look(self, node: int, answer: Any) -> bool:
         """Learns what a node's clients have loaded."""
         for client, name, dtype, shape in answer:
             self._about.append((client, str(name), str(dtype), tuple(map(int, shape))))
             if self._home.setdefault(client, node) != node:
                 raise ClientError(f"fax.deploy.Flower: two nodes have a client {client!r}.")
+        return False
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         self._by_node(clients)
         made = [Row(client, next(self._slots)) for client in clients]
-        for row, value in zip(made, rows, strict=True):
-            self._put[row.client, row.slot] = (
-                value  # sent with the next message, as each takes long
-            )
+        # They are sent with the next message, because each message takes long.
+        self._put |= {(row.client, row.slot): x for row, x in zip(made, rows, strict=True)}
         return made
 
     def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
+        return self.race(stage, clients, operands, len(clients))[1]
+
+    def race(
+        self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
         parts = self._by_node(clients)
-        name, before = self._deploy(stage)
+        name, blob = self._artifact(stage)
         kept = [
             [next(self._slots) if m == "placed" else None for m in stage.outputs] for _ in clients
         ]
@@ -135,22 +138,27 @@ class Flower:
         requests = {}
         for node, numbers in parts.items():
             jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
-            run = _request("run", stage=name, shared=shared, jobs=jobs)
-            requests[node] = [*before, run]
+            # A node may have lost a stage since the last message, so it comes with every message.
+            run = {"stage": name, "blob": blob, "shared": shared, "jobs": jobs}
+            requests[node] = [_request("run", **run)]
         sent: dict[int, list[Any]] = {}
 
-        def read(node: int, answer: Any) -> None:
+        def read(node: int, answer: Any) -> bool:
             _check_answer(stage, parts[node], answer)
-            sent.update(zip(parts[node], answer, strict=True))
+            sent.update(zip(parts[node][: take - len(sent)], answer))
+            return len(sent) == take
 
         try:
             self._ask(requests, read)
         except ClientError:
-            self.free((clients[i], slot) for i in sent for slot in kept[i] if slot is not None)
+            self._free_slots(clients, kept, range(len(clients)))
             raise
-        contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
-        return [
-            [Row(client, str(own[k])) for client, own in zip(clients, kept, strict=True)]
+        first = sorted(sent)
+        # Those that were too late free what they keep with the next message.
+        self._free_slots(clients, kept, set(range(len(clients))) - sent.keys())
+        contributions = iter(zip(*(sent[i] for i in first), strict=True))
+        return first, [
+            [Row(clients[i], str(kept[i][k])) for i in first]
             if mode == "placed"
             else combine(mode, next(contributions))
             for k, mode in enumerate(stage.outputs)
@@ -160,8 +168,9 @@ class Flower:
         parts = self._by_node([row.client for row in rows])
         found: dict[int, Any] = {}
 
-        def read(node: int, answer: Any) -> None:
+        def read(node: int, answer: Any) -> bool:
             found.update(zip(parts[node], answer, strict=True))
+            return False
 
         wanted = {
             node: [[rows[i].client, rows[i].slot] for i in own] for node, own in parts.items()
@@ -170,27 +179,26 @@ class Flower:
         return [found[i] for i in range(len(rows))]
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
-        self._freed += (
-            rows  # later, with the next message, because this may be called at any moment
-        )
+        self._freed += rows  # later, because this may be called at any moment
 
-    def _deploy(self, stage: Stage) -> tuple[str, list[Any]]:
-        """The name of a stage at the clients, and the requests by which they know it.
+    def _free_slots(
+        self, clients: Sequence[Hashable], kept: Sequence[Sequence[Any]], numbers: Iterable[int]
+    ) -> None:
+        self.free((clients[i], slot) for i in numbers for slot in kept[i] if slot is not None)
 
-        A node may have lost a stage since the last message, so it comes with every message.
-        """
+    def _artifact(self, stage: Stage) -> tuple[str, bytes | None]:
+        """The name of a stage, and what nodes need to run it."""
         if self._saved is None:
             if stage not in self._blobs:
                 blob = stage.exported()
                 self._blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
-            name, blob = self._blobs[stage]
-            return name, [_request("stage", name=name, blob=blob)]
+            return self._blobs[stage]
         if stage.digest not in self._saved:
             raise ClientError(
                 f"The stage {stage.name!r} is not in the plan of these nodes. Save the plan that "
                 "runs there, with the same version of JAX."
             )
-        return self._saved[stage.digest], []
+        return self._saved[stage.digest], None
 
     def _by_node(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
         """The numbers of the clients that each node runs."""
@@ -211,20 +219,17 @@ class Flower:
             time.sleep(_POLL)
         return found
 
-    def _ask(
-        self,
-        requests: Mapping[int, list[Any]],
-        read: Callable[[int, Any], Any] = lambda node, answer: None,
-    ) -> None:
+    def _ask(self, requests: Mapping[int, list[Any]], read: Callable[[int, Any], bool]) -> None:
         """Sends requests to nodes, and waits for all answers, for as long as `timeout` says.
 
         Args:
           requests: by node. The answer is that of a node's last one.
-          read: called with each node and its answer. It may raise an error if the answer is wrong.
+          read: called with each node and its answer: whether no more answers are needed. It may
+            raise an error if the answer is wrong.
 
         Raises:
-          ClientError: if some nodes did not answer, or not as they should. It names all of their
-            clients.
+          ClientError: if some nodes did not answer, or not as they should, and are needed. It names
+            all of their clients.
         """
         there = set(self._grid.get_node_ids())
         waiting = self._send({node: own for node, own in requests.items() if node in there})
@@ -241,8 +246,9 @@ class Flower:
                 for row in [row for row in self._put if self._home[row[0]] == node]:
                     del self._put[row]
                 try:
-                    read(node, runtime.decode(self._wire.message_of(message.content)))
-                except (ValueError, TypeError, KeyError):
+                    if read(node, runtime.decode(self._wire.message_of(message.content))):
+                        return
+                except (ValueError, TypeError, KeyError, AttributeError):
                     failed[node] = "sent what is not an answer"
             if waiting:
                 time.sleep(_POLL)
@@ -307,40 +313,3 @@ def _check_answer(stage: Stage, clients: Sequence[Any], answer: Any) -> None:
     for row, _ in zip(answer, clients, strict=True):
         if [(x.shape, x.dtype) for x in row] != expected:
             raise ValueError("a client sent values of other types")
-
-
-def write_flower_client(folder: str | os.PathLike[str]) -> None:
-    """Writes the package that a Flower app needs for its clients, to a new folder of the app.
-
-    It has a function ``client_app(load, plan=)``, which makes the ClientApp, and needs Flower and
-    JAX alone. With the folder ``my_app/fax_client``, the file ``my_app/client.py`` can be::
-
-        from my_app.fax_client import client_app
-
-        app = client_app("my_app.data:load")
-
-    ``load`` names a function that is called with the node's configuration, a dict. It returns the
-    data of the node's clients, ``{client: {name: array}}``. ``plan`` is a folder on the node that
-    `Plan.save` wrote, if the node runs only its stages; ``fax-plan`` in the node's configuration
-    takes precedence.
-
-    Args:
-      folder: where to. It may exist if it is empty.
-
-    Raises:
-      FileExistsError: if the folder is not empty.
-    """
-    path = pathlib.Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):
-        raise FileExistsError(f"write_flower_client: {path} is not empty; choose a new folder.")
-    own = pathlib.Path(__file__).parent
-    for source, name in _FILES.items():
-        shutil.copyfile(own / source, path / name)
-
-
-_FILES = {
-    "_client.py": "_client.py",
-    "_flower_worker.py": "_flower_worker.py",
-    "_flower_client.py": "__init__.py",
-}
