@@ -21,6 +21,7 @@ class LocalGrid:
       states: each node's ``context.state``.
       traffic: everything that was sent, serialized.
       down: the nodes that do not answer.
+      slow: the nodes whose answers come when they are not in it any more.
       tamper: changes the content of a reply.
     """
 
@@ -30,8 +31,7 @@ class LocalGrid:
         self.apps = dict.fromkeys(self.configs, app)
         self.states = {node: RecordDict() for node in self.configs}
         self.traffic = []
-        self.down = set()
-        self.late = []  # replies that have not arrived yet
+        self.down, self.slow = set(), set()
         self.tamper = lambda content: content
         self._replies = {}
 
@@ -48,12 +48,14 @@ class LocalGrid:
             node = message.metadata.dst_node_id
             reply = None if node in self.down else self._answer(node, message)
             if reply is not None:
-                self._replies[number] = reply
+                self._replies[number] = node, reply
         return numbers
 
     def pull_messages(self, message_ids):
+        """All answers that have arrived, also to other messages than those asked for."""
         assert message_ids
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        arrived = {i for i, (node, _) in self._replies.items() if node not in self.slow}
+        return [self._replies.pop(i)[1] for i in arrived]
 
     def _answer(self, node, message):
         state = self._copy(self.states[node])
