@@ -56,7 +56,11 @@ def client_app(
         config = dict(context.node_config)
         options = {"load": load, "config": config, "plan": config.get("fax-plan", plan)}
         with _worker(context, options | {"idle": idle, "path": sys.path}) as link:
-            return Message(_ask(link, message.content, context.state), reply_to=message)
+            try:
+                found = _ask(link, message.content, context.state)
+            except (OSError, EOFError) as error:
+                raise WorkerError("the worker has ended") from error
+        return Message(found, reply_to=message)
 
     return app
 
@@ -65,7 +69,7 @@ def _ask(link: Any, content: RecordDict, state: RecordDict) -> RecordDict:
     """The worker's answer to a message. Changes the state as the message asks for."""
     values = state.array_records.get(_VALUES, ArrayRecord())
     _send_json(link, list(values))
-    for name in _receive_json(link):  # a new worker has none of them
+    for name in _receive_json(link):  # all of them, if the worker is new
         link.send_bytes(values[name].data)
     link.send_bytes(message_of(content))
     names, error = _receive_json(link)

@@ -17,23 +17,25 @@ _FILES = {
 def write_flower_client(folder: str | os.PathLike[str]) -> None:
     """Writes the package that a Flower app needs for its clients, to a new folder of the app.
 
-    It has a function ``client_app(load, plan=)``, which makes the ClientApp, and needs Flower and
-    JAX alone. With the folder ``my_app/fax_client``, the file ``my_app/client.py`` can be::
-
-        from my_app.fax_client import client_app
-
-        app = client_app("my_app.data:load")
-
-    ``load`` names a function that is called with the node's configuration, a dict. It returns the
-    data of the node's clients, ``{client: {name: array}}``. ``plan`` is a folder on the node that
-    `Plan.save` wrote, if the node runs only its stages; ``fax-plan`` in the node's configuration
-    takes precedence.
+    The package has the function ``client_app(load, plan=)``, which makes the ClientApp. It needs
+    Flower and JAX alone. ``load`` is ``"module:function"``, a function that is called with the
+    node's configuration, a dict, and returns the data of the node's clients,
+    ``{client: {name: array}}``. ``plan`` is a folder on the node that `Plan.save` wrote, if the
+    node runs only its stages; ``fax-plan`` in the node's configuration takes precedence.
 
     Args:
       folder: where to. It may exist if it is empty.
 
     Raises:
       FileExistsError: if the folder is not empty.
+
+    Example::
+
+      # python -c "import fax; fax.deploy.write_flower_client('my_app/my_app/fax_client')"
+      # my_app/my_app/client.py:
+      from my_app.fax_client import client_app
+
+      app = client_app("my_app.data:load")
     """
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)

@@ -38,45 +38,42 @@ def main() -> None:
     plan = None if folder is None else runtime.read_plan(folder)
     clients = runtime.Clients(data, plan, folder)
     key = bytes.fromhex(options["key"])
+    is_new = True
     with connection.Listener(("127.0.0.1", 0), authkey=key) as listener:
         print(listener.address[1], file=out)
         out.close()
         while True:
             try:
                 with listener.accept() as link, watch:
-                    answer(link, clients)
+                    answer(link, clients, is_new)
+                    is_new = False
             except (AuthenticationError, OSError, EOFError):
                 continue  # the process of a message has ended, or it was not one
 
 
-def answer(link: Any, clients: runtime.Clients) -> None:
+def answer(link: Any, clients: runtime.Clients, is_new: bool) -> None:
     """Answers one message.
 
-    The client sends the names of what clients hold, and the values of those that are missing here.
-    Then comes the message: requests, of which the last one's result is the answer. What is sent
-    back are the names of what they hold afterwards, or an error; the values of those that are new;
-    and the answer.
+    First come the names of what clients hold according to the node, and the values, if this process
+    is new. Then comes the message: requests, of which the last one's result is the answer. What is
+    sent back are the names of what they hold afterwards, or an error; the values that the node does
+    not have; and the answer.
     """
     names = json.loads(link.recv_bytes())
-    here = {json.dumps(name): x for name, x in clients.made.items()}
-    missing = [name for name in names if name not in here]
-    link.send_bytes(json.dumps(missing).encode())
-    here |= {name: runtime.decode(link.recv_bytes()) for name in missing}
-    before = {_pair(name): here[name] for name in names}
+    wanted = names if is_new else []  # later, this process knows better
+    link.send_bytes(json.dumps(wanted).encode())
+    before = clients.made | {_pair(name): runtime.decode(link.recv_bytes()) for name in wanted}
     clients.made = before
-    error = result = None
     try:
-        result = _results(clients, runtime.decode(link.recv_bytes()))
-        parts = runtime.parts(result)
-    except Exception as found:
+        parts = runtime.parts(_results(clients, runtime.decode(link.recv_bytes())))
+    except Exception as error:
         traceback.print_exc()
-        error = f"{type(found).__name__}: {found}"
         clients.made = before
-    new = {json.dumps(name): x for name, x in clients.made.items()}
-    link.send_bytes(json.dumps([list(new), error]).encode())
-    if error is not None:
+        link.send_bytes(json.dumps([[], f"{type(error).__name__}: {error}"]).encode())
         return
-    for name, value in new.items():
+    made = {json.dumps(name): x for name, x in clients.made.items()}
+    link.send_bytes(json.dumps([list(made), None]).encode())
+    for name, value in made.items():
         if name not in names:
             link.send_bytes(runtime.encode(value))
     for part in parts:
