@@ -17,7 +17,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed; see make test-flower")
 
+import deploys
 import federations
+import test_deploy_algorithms as plans
 import tpus
 from flwr.app import RecordDict
 from local_grids import LocalGrid
@@ -335,9 +337,6 @@ def test_the_files_of_clients(tmp_path):
         deploy.write_flower_client(tmp_path)
 
 
-ROWS = ("batches", "mask", "num_examples", "clients", "replicas")
-
-
 QUICK = ("apfl", "diloco", "fedavg", "hyp_cluster", "mime")
 
 
@@ -348,22 +347,17 @@ def two(grid):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.long] * (n not in QUICK)) for n in tpus.ALGORITHMS],
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.long)
+        for name in tpus.ALGORITHMS
+        if name not in plans.OF_ROWS
+    ],
 )
 def test_every_algorithm(two, name):
     """A round on two nodes equals the jitted function. Clients' state and replicas stay there."""
-    fn, (state, cohort) = tpus.a_round(name)
-    paths = jax.tree.leaves_with_path((state, cohort))
-    names = {getattr(key, "name", None) for path, _ in paths for key in path}
-    plan = deploy.cut(fn, state, cohort, held=names.intersection(ROWS))
+    fn, args, held = plans.a_round(name)
+    clients = None
+    if set(held) != set(deploys.DATA) and name not in tpus.OF_REPLICAS:
+        clients = np.asarray(args[1].positions).tolist()
     backend = deploy.Flower(two, 2)
-    clients = np.asarray(cohort.positions).tolist()
-    found = plan.fetch(backend, plan.run(backend, state, cohort, clients=clients))
-    expected = jax.jit(fn)(state, cohort)
-    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(plain(own), plain(other), rtol=1e-5, atol=1e-6)
-
-
-def plain(x):
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
+    deploys.check_plan(fn, args, held=held, clients=clients, backend=backend)

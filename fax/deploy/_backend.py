@@ -166,21 +166,38 @@ def held_rows(
       clients: which clients.
 
     Raises:
-      ValueError: if an array has different shapes or dtypes at different clients, or is missing at
-        some.
+      ValueError: if an array has different shapes or dtypes at different clients, apart from the
+        size of the leading axis, or is missing at some.
     """
+    types: dict[tuple[Hashable, str], tuple[str, tuple[int | None, ...]]]
     types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
     everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
     chosen = everybody if clients is None else list(clients)
     found = {}
     for name in dict.fromkeys(name for _, name in types):
         own = {types.get((client, name)) for client in chosen}
-        if len(own) != 1 or None in own:
+        found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
+        if len(found_types) != 1 or None in own:
             raise ValueError(
                 f"{where}: {name!r} differs between clients, expected one shape and dtype: "
                 f"{sorted(map(str, own))}."
             )
-        ((dtype, shape),) = own  # type: ignore[misc]
+        dtype, shape = next(t for t in own if t is not None)
+        if len(own) > 1:
+            shape = (None, *shape[1:])
         rows = tuple(Row(client, name) for client in chosen)
         found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
     return found
+
+
+def is_answer(stage: Stage, clients: int, answer: Any) -> bool:
+    """Whether an answer has what a stage sends, for each of some clients."""
+
+    def is_right(row: Any) -> bool:
+        return (
+            isinstance(row, list)
+            and all(hasattr(x, "dtype") for x in row)
+            and [(x.shape, x.dtype) for x in row] == stage.sent
+        )
+
+    return isinstance(answer, list) and [*map(is_right, answer)] == [True] * clients

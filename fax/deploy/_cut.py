@@ -21,11 +21,12 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
 from fax._arithmetic import accumulator_dtype
+from fax._compat import Named
 from fax.deploy import _control
 from fax.deploy._rows import of_rows
 from fax.deploy._stages import Stages
 from fax.deploy._steps import Block, Equation, OnClients, OnServer, Pull, Set, Step, Take
-from fax.deploy._values import CutError, Value, aval_of, line_of, row_of
+from fax.deploy._values import CutError, Value, aval_of, differs, line_of, row_of
 from fax.deploy._values import of_rows as type_of_rows
 from fax.primitives import _jaxpr
 from fax.primitives._collect import collect_p, distribute_p
@@ -35,6 +36,8 @@ from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import Round, federated_map_p
 
 _REDUCTIONS = {sum_p: "sum", mean_p: "sum", max_p: "max", min_p: "min"}
+
+_RAGGED = "Leave out ragged=, so that all clients have the same number of steps, with padding."
 
 
 class Cutter:
@@ -81,6 +84,8 @@ class Writer:
         """Adds steps for an equation, and returns its results."""
         if eqn.primitive is federated_map_p:
             return self._map(eqn, operands)
+        if eqn.primitive.name == Named.OPTIMIZATION_BARRIER:
+            return operands  # stages are compiled by themselves
         inside = _jaxpr.any_inside(eqn, is_operator)
         held = any(value.held for value in operands)
         if not held and not inside and eqn.primitive is not distribute_p:
@@ -116,6 +121,11 @@ class Writer:
     ) -> list[Value]:
         """Adds what the server computes, to the last step if that is the server's, too."""
         made = [Value(aval_of(var)) for var in results]
+        if eqn.primitive.name == Named.DIMENSION or any(differs(x.aval) for x in made):
+            raise CutError(
+                f"The server uses a number of steps, which differs between clients, at "
+                f"{line_of(eqn)}. {_RAGGED}"
+            )
         part = Equation(fn, tuple(operands), tuple(made), eqn)
         last = self.steps[-1] if self.steps else None
         if not isinstance(last, OnServer):
@@ -135,6 +145,12 @@ class Writer:
         size: int,
     ) -> OnClients:
         """A step that runs a function of one client's operands."""
+        for value in results:
+            if differs(value.aval) and not value.held:
+                raise CutError(
+                    f"{what} sends {value.aval.str_short()} to be combined, whose size "
+                    f"differs between clients. {_RAGGED}"
+                )
         avals = [x.aval if a is None else row_of(x.aval, a) for x, a in zip(operands, axes)]
         inputs = ["server" if axis is None else "placed" for axis in axes]
         stage = self.cutter.stages.of(what, fn, avals, inputs, modes)

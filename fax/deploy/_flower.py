@@ -17,7 +17,7 @@ import numpy as np
 
 from fax import _arguments, _extras
 from fax.deploy import _client as runtime
-from fax.deploy._backend import ClientError, combine, held_rows
+from fax.deploy._backend import ClientError, combine, held_rows, is_answer
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
 
@@ -101,8 +101,11 @@ class Flower:
     def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
         """What the clients loaded, by name: for some clients, or for all in the order of names.
 
+        Clients may have different numbers of steps, which are the leading axis; see ``ragged`` of
+        `cut`.
+
         Raises:
-          ValueError: if an array has different shapes or dtypes at different clients, or is
+          ValueError: if an array has other different shapes or dtypes at different clients, or is
             missing at some.
         """
         return held_rows("Flower.held", self._about, clients)
@@ -144,7 +147,8 @@ class Flower:
         sent: dict[int, list[Any]] = {}
 
         def read(node: int, answer: Any) -> bool:
-            _check_answer(stage, parts[node], answer)
+            if not is_answer(stage, len(parts[node]), answer):
+                raise ValueError("not what the stage sends")
             sent.update(zip(parts[node][: take - len(sent)], answer))
             return len(sent) == take
 
@@ -248,7 +252,7 @@ class Flower:
                 try:
                     if read(node, runtime.decode(self._wire.message_of(message.content))):
                         return
-                except (ValueError, TypeError, KeyError, AttributeError):
+                except (ValueError, TypeError, KeyError):
                     failed[node] = "sent what is not an answer"
             if waiting:
                 time.sleep(_POLL)
@@ -300,16 +304,3 @@ def _request(do: str, **what: Any) -> dict[str, Any]:
 def _named(x: Any) -> Any:
     """The name of what a client holds, or a value for it."""
     return x.slot if isinstance(x, Row) else x
-
-
-def _check_answer(stage: Stage, clients: Sequence[Any], answer: Any) -> None:
-    """Checks that each client has sent what the stage sends.
-
-    Raises:
-      ValueError: if not.
-    """
-    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
-    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
-    for row, _ in zip(answer, clients, strict=True):
-        if [(x.shape, x.dtype) for x in row] != expected:
-            raise ValueError("a client sent values of other types")

@@ -16,7 +16,7 @@ import numpy as np
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy import _links
-from fax.deploy._backend import ClientError, combine, held_rows
+from fax.deploy._backend import ClientError, combine, held_rows, is_answer
 from fax.deploy._links import Link, LinkError
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
@@ -129,8 +129,11 @@ class Processes:
     def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
         """What the clients loaded, by name: for some clients, or for all in the order of names.
 
+        Clients may have different numbers of steps, which are the leading axis; see ``ragged`` of
+        `cut`.
+
         Raises:
-          ValueError: if an array has different shapes or dtypes at different clients, or is
+          ValueError: if an array has other different shapes or dtypes at different clients, or is
             missing at some.
         """
         about = [tuple(row) for rows in self._about.values() for row in rows]
@@ -161,7 +164,7 @@ class Processes:
         kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
         shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
         placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
-        requests = {}
+        requests: dict[int, dict[str, Any]] = {}
         for process, numbers in parts.items():
             jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
             requests[process] = {"stage": name, "shared": shared, "jobs": jobs}
@@ -281,18 +284,8 @@ class Processes:
 
 def _check_answer(stage: Stage, clients: list[Hashable], answer: Any) -> None:
     """Checks that each client has sent what the stage sends."""
-    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
-    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
-
-    def is_right(row: Any) -> bool:
-        return (
-            isinstance(row, list)
-            and all(hasattr(x, "dtype") for x in row)
-            and [(x.shape, x.dtype) for x in row] == expected
-        )
-
-    if not (isinstance(answer, list) and [*map(is_right, answer)] == [True] * len(clients)):
-        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in expected)
+    if not is_answer(stage, len(clients), answer):
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stage.sent)
         raise LinkError(
             f"did not send what the stage {stage.name!r} sends for each of the clients {clients}: "
             f"{shown}"

@@ -15,7 +15,7 @@ from jax import export
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr
 
-from fax.deploy._values import CutError
+from fax.deploy._values import CutError, differs
 from fax.primitives import _jaxpr
 from fax.primitives._compile_key import Structure
 
@@ -42,7 +42,22 @@ class Stage:
     @functools.cached_property
     def run(self) -> Any:
         """The jitted function. It returns a list."""
-        return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
+        if any(map(differs, self.jaxpr.in_avals)):
+            return jax.jit(self._export([jax.default_backend()]).call)
+        return jax.jit(self._evaluate)
+
+    def _evaluate(self, *operands: Any) -> list[Any]:
+        return _jaxpr.evaluate(self.jaxpr, *operands)
+
+    def _export(self, platforms: Sequence[str]) -> export.Exported:
+        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
+        return export.export(jax.jit(self._evaluate), platforms=tuple(platforms))(*types)
+
+    @property
+    def sent(self) -> list[tuple[tuple[int, ...], Any]]:
+        """The shape and dtype of each result that clients send."""
+        outputs = zip(self.jaxpr.out_avals, self.outputs, strict=True)
+        return [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
 
     @property
     def digest(self) -> str:
@@ -53,8 +68,7 @@ class Stage:
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
         """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
-        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
-        return bytes(export.export(self.run, platforms=tuple(platforms))(*types).serialize())
+        return bytes(self._export(platforms).serialize())
 
 
 class Stages:
