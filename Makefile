@@ -57,7 +57,7 @@ test-all: $(VENV)/test.$(WITH) $(TPU)
 # Where Flower cannot be installed, its tests are skipped.
 test-flower:
 	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
-	$(VENV)-flower/bin/python -m pytest tests/test_flower.py -m "not long"; \
+	$(VENV)-flower/bin/python -m pytest tests/test_flower.py -m "not long" -n 2; \
 	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 import struct
 import sys
@@ -19,6 +20,7 @@ pytest.importorskip("flwr", reason="Flower is not installed; see make test-flowe
 
 import deploys
 import federations
+import scripts
 import test_deploy_algorithms as plans
 import tpus
 from flwr.app import RecordDict
@@ -337,7 +339,7 @@ def test_the_files_of_clients(tmp_path):
         deploy.write_flower_client(tmp_path)
 
 
-QUICK = ("apfl", "diloco", "fedavg", "hyp_cluster", "mime")
+QUICK = ("apfl", "diloco")
 
 
 @pytest.fixture(scope="module")
@@ -361,3 +363,16 @@ def test_every_algorithm(two, name):
         clients = np.asarray(args[1].positions).tolist()
     backend = deploy.Flower(two, 2)
     deploys.check_plan(fn, args, held=held, clients=clients, backend=backend)
+
+
+@pytest.mark.long
+def test_the_example(run):
+    """Three nodes learn, and two of them after one is killed."""
+    printed = run(scripts.EXAMPLES / "flower_digits.py", "--rounds=6", timeout=600)
+    assert "[1].batches['x']  only through sums over 3" in printed
+    pattern = (
+        r"round (\d): (\d) clients, training loss ([\d.]+), accuracy on other digits ([\d.]+)%"
+    )
+    rounds = re.findall(pattern, printed)
+    assert [int(clients) for _, clients, _, _ in rounds] == [3, 3, 3, 2, 2, 2]
+    assert float(rounds[-1][3]) > 80

@@ -256,7 +256,8 @@ class Clients:
             raise RefusedError("a stage is not what its name says")
         if self._plan is not None:
             raise RefusedError("a stage is not in the plan that this client was given")
-        self._stages[name] = _loaded(blob)
+        if name not in self._stages:
+            self._stages[name] = _loaded(blob)
 
     def _keep(self, client: Any, name: str, value: Any) -> None:
         if (client, name) in self._data:

@@ -268,7 +268,7 @@ class Flower:
         for row in freed:
             self._put.pop(row, None)
         parts = self._by_node([client for client, _ in freed])
-        messages = []
+        messages, known = [], dict[Any, Any]()
         for node, own in requests.items():
             frees = [_request("free", rows=[list(freed[i]) for i in parts.pop(node, [])])]
             what = {
@@ -276,7 +276,7 @@ class Flower:
                 "x64": jax.config.jax_enable_x64,
                 "requests": [*frees, *self._puts(node), *own],
             }
-            content = self._wire.records(runtime.parts(what))
+            content = self._wire.records(runtime.parts(what), known)
             # After that, a node that has been away does not get it any more.
             messages.append(self._wire.request(content, node, self._timeout))
         self._freed += [freed[i] for own in parts.values() for i in own]

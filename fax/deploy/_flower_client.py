@@ -77,7 +77,11 @@ def _ask(link: Any, content: RecordDict, state: RecordDict) -> RecordDict:
         raise WorkerError(error)
     new = {}
     for name in names:
-        new[name] = values[name] if name in values else _array("bytes", link.recv_bytes())
+        if name in values:
+            new[name] = values[name]
+        else:
+            data = link.recv_bytes()
+            new[name] = Array("bytes", (len(data),), STYPE, data)
     text = link.recv_bytes()
     buffers = [link.recv_bytes() for _ in _described(json.loads(text))]
     state[_VALUES] = ArrayRecord(array_dict=new)
@@ -137,15 +141,18 @@ def _receive_json(link: Any) -> Any:
 # Messages, which fax's server and clients describe by a JSON document and the bytes of arrays
 
 
-def records(parts: Sequence[bytes]) -> RecordDict:
-    """A message as Flower sends it: each array with its dtype and shape, and bytes as they are."""
+def records(parts: Sequence[bytes], known: dict[Any, Array] | None = None) -> RecordDict:
+    """A message as Flower sends it: each array with its dtype and shape, and bytes as they are.
+
+    ``known`` is for several messages: arrays that are the same are one object. Flower computes its
+    hash once, and sends it once.
+    """
     text, *buffers = parts
-    arrays = {
-        str(number): _array(about.get("dtype", "bytes"), data, about.get("shape"))
-        for number, (about, data) in enumerate(
-            zip(_described(json.loads(text)), buffers, strict=True)
-        )
-    }
+    known = {} if known is None else known
+    arrays: dict[str, Array] = {}
+    for about, data in zip(_described(json.loads(text)), buffers, strict=True):
+        key = about.get("dtype", "bytes"), tuple(about.get("shape", [len(data)])), data
+        arrays[str(len(arrays))] = known.setdefault(key, Array(key[0], key[1], STYPE, data))
     message = ConfigRecord({"text": text.decode()})
     return RecordDict({"message": message, "arrays": ArrayRecord(array_dict=arrays)})
 
@@ -170,10 +177,6 @@ def message_of(content: RecordDict) -> bytes:
     if any(own.stype != STYPE for own in buffers):
         raise ValueError("not a message of fax")
     return b"".join([struct.pack("<Q", len(text)), text, *(own.data for own in buffers)])
-
-
-def _array(dtype: str, data: bytes, shape: Sequence[int] | None = None) -> Array:
-    return Array(dtype, tuple([len(data)] if shape is None else shape), STYPE, data)
 
 
 def _described(x: Any) -> Iterator[dict[str, Any]]:

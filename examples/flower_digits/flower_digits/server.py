@@ -31,7 +31,7 @@ def main(grid, context):
     config = context.run_config
     start, key = jax.random.split(jax.random.key(0))
     params = {"in": jax.random.normal(start, (64, 32)) / 8, "out": jnp.zeros((32, 10))}
-    algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1))
+    algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.5))
     state = algorithm.init(params)
     images, labels = load_digits(return_X_y=True)
     images, labels = images[1::2] / 16, labels[1::2]
