@@ -59,7 +59,16 @@ ABOVE_THE_CORE = (
     ),
     *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
-    *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
+    *(
+        "maml",
+        "metrics",
+        "metrics_by_name",
+        "metrics_exact",
+        "models",
+        "padding",
+        "papa",
+        "privacy",
+    ),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.

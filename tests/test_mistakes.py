@@ -529,7 +529,8 @@ MISTAKES = {
         lambda: metrics.evaluate(apply, PARAMS, DATA, metrics.Accuracy()),
         ValueError,
         "fax.metrics.evaluate: metrics is Accuracy(label='y'), expected a mapping from names "
-        "to metrics, such as {'accuracy': fax.metrics.Accuracy()}.",
+        "to metrics, such as {'accuracy': fax.metrics.Accuracy()}, or names of metrics, such as "
+        "['accuracy'].",
     ),
     "one score for each example": (
         lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ACCURACY),
