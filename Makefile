@@ -5,6 +5,7 @@
 #   make test-core    run what depends on the version of JAX
 #   make test-all     run every case of every test
 #   make test-flower  run the tests of plans on Flower, in an environment of its own
+#   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
@@ -36,7 +37,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all test-flower checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
+.PHONY: quickstart environment test test-core test-all test-flower test-other-jax checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -59,6 +60,9 @@ test-flower:
 	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
 	$(VENV)-flower/bin/python -m pytest tests/test_flower.py -m "not long" -n 2; \
 	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
+
+test-other-jax: $(VENV)/test.$(WITH)
+	$(BIN)/python tests/other_jax.py $(OTHER)
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)

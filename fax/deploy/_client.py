@@ -280,7 +280,15 @@ class Clients:
 
 
 def _loaded(blob: bytes) -> Callable:
-    return jax.jit(export.deserialize(bytearray(blob)).call)
+    try:
+        stage = export.deserialize(bytearray(blob))
+        stage.mlir_module()  # fails if it is of an unknown version
+        return jax.jit(stage.call)
+    except Exception as error:  # JAX says in several ways that it does not know a format
+        raise RefusedError(
+            f"a stage cannot be loaded by jax {jax.__version__} ({error}). Save the plan with a "
+            "version of JAX that is not newer, or install the one that saved it."
+        ) from error
 
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
