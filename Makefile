@@ -55,10 +55,11 @@ test-core: $(VENV)/test.$(WITH) $(TPU)
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
-# Where Flower cannot be installed, its tests are skipped.
+# Where Flower cannot be installed, its tests are skipped. For all of them: make test-flower FLOWER=
+FLOWER ?= -m "not long"
 test-flower:
 	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
-	$(VENV)-flower/bin/python -m pytest tests/test_flower.py -m "not long" -n 2; \
+	$(VENV)-flower/bin/python -m pytest tests/test_flower.py $(FLOWER) -n 2; \
 	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
 
 test-other-jax: $(VENV)/test.$(WITH)

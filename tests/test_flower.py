@@ -333,6 +333,12 @@ def test_what_a_node_with_a_plan_refuses(grid, tmp_path):
         other.run(stubborn, {"x": x})
 
 
+def test_an_extra_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fax-jax\[flower\]'"):
+        deploy.Flower(None, 1)
+
+
 def test_the_files_of_clients(tmp_path):
     (tmp_path / "there").touch()
     with pytest.raises(FileExistsError, match="not empty"):
