@@ -4,6 +4,7 @@
 #   make test         run the tests, of products of cases a part that covers them
 #   make test-core    run what depends on the version of JAX
 #   make test-all     run every case of every test
+#   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
 #   make test-flower  run the tests of plans on Flower, in an environment of its own
 #   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make mutants      change the code in small ways, and count the changes that no test notices
@@ -20,6 +21,7 @@
 #   make bench-algorithms  measure what algorithms and aggregators cost
 #   make bench-tpu    estimate rounds on TPUs with their compiler, without a TPU, in 15 minutes
 #   make bench-data-center  estimate what training sends between slices of a data center, without a TPU
+#   make bench-beam   measure pipelines of Apache Beam with up to a million clients
 #   make bench-gpu    measure rounds on this machine's GPU, in less than 9 minutes
 #   make clean        remove the environments and what was built
 #
@@ -37,7 +39,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all test-flower test-other-jax checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
+.PHONY: quickstart environment test test-core test-all test-beam test-flower test-other-jax checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -54,6 +56,12 @@ test-core: $(VENV)/test.$(WITH) $(TPU)
 
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
+
+# Where Beam cannot be installed, its tests are skipped.
+test-beam:
+	@if $(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam; then \
+	$(VENV)-beam/bin/python -m pytest tests/test_deploy_beam.py; \
+	else echo "apache-beam cannot be installed, so tests/test_deploy_beam.py is skipped."; fi
 
 # Where Flower cannot be installed, its tests are skipped. For all of them: make test-flower FLOWER=
 FLOWER ?= -m "not long"
@@ -119,6 +127,10 @@ bench-tpu: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 bench-data-center: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 	mkdir -p runs
 	$(BIN)/python benchmarks/data_center.py --json runs/data_center.json --figure runs/data_center.png $(DATA_CENTER)
+
+bench-beam:
+	$(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam
+	$(VENV)-beam/bin/python benchmarks/beam.py
 
 # For example: make bench-gpu JAX="jax[cuda13]"
 bench-gpu: $(VENV)/bench.$(WITH)

@@ -14,7 +14,10 @@ import fax
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Parts that need a package which has an environment of its own.
-ELSEWHERE = {"fax.deploy._flower_client": "flwr"}
+ELSEWHERE = {
+    "fax.deploy._beam_client": "apache_beam",
+    "fax.deploy._flower_client": "flwr",
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]

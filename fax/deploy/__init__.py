@@ -11,6 +11,7 @@ from fax.deploy._backend import Backend as Backend
 from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
+from fax.deploy._beam import Beam as Beam
 from fax.deploy._flower import Flower as Flower
 from fax.deploy._flower_files import write_flower_client as write_flower_client
 from fax.deploy._plan import Plan as Plan

@@ -7,6 +7,7 @@ that comes with the connection if the process does not have it yet.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ import jax
 if TYPE_CHECKING or __package__:
     from fax.deploy import _client as runtime
 else:  # where clients are: it is a script, and that file is beside it
-    import _client as runtime
+    runtime = importlib.import_module("_client")
 
 FORMAT = 1
 

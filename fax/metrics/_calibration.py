@@ -50,7 +50,7 @@ class Reliability(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationError:
-    """The expected calibration error: Σ_b n_b / n |accuracy_b - confidence_b|.
+    """The expected calibration error: Σ_b n_b / n · abs(accuracy_b - confidence_b).
 
     Predictions are divided into bins of equal width by their confidence, which is the probability
     of the class with the best score. See Guo et al., arXiv:1706.04599. Scores are
