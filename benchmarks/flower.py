@@ -2,7 +2,7 @@
 
 The clients are those of `examples/flower_digits.py`. An echo sends the model's parameters to every
 node and back, by Flower's `send_and_receive`, and as `fax.deploy.Flower` does, which looks for
-answers more often. The three are measured in turn, with the processor time of the server, in an environment with the extra `flower`.
+answers more often. The three are measured in turn. Needs the extra `flower`.
 
     python benchmarks/flower.py --rounds 10
 """

@@ -29,10 +29,17 @@ def write_flower_client(folder: str | os.PathLike[str]) -> None:
     Raises:
       FileExistsError: if the folder is not empty.
 
-    Example::
+    Example:
 
-      # python -c "import fax; fax.deploy.write_flower_client('my_app/my_app/fax_client')"
-      # my_app/my_app/client.py:
+      >>> import pathlib, tempfile
+      >>> with tempfile.TemporaryDirectory() as app:
+      ...     package = pathlib.Path(app, "my_app", "fax_client")
+      ...     fax.deploy.write_flower_client(package)
+      ...     sorted(path.name for path in package.iterdir())
+      ['__init__.py', '_client.py', '_flower_worker.py']
+
+    With this, the file ``my_app/client.py`` of the app can be::
+
       from my_app.fax_client import client_app
 
       app = client_app("my_app.data:load")
