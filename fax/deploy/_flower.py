@@ -84,7 +84,8 @@ class Flower:
         _arguments.number(where, "timeout", timeout, above=0)
         self._grid, self._timeout = grid, timeout
         # The same run may continue with another backend, so slots of this one differ.
-        self._slots = (f"{secrets.token_hex(4)}.{i}" for i in itertools.count())
+        name = secrets.token_hex(4)
+        self._slots = (f"{name}.{i}" for i in itertools.count())
         self._put: dict[tuple[Hashable, str], Any] = {}  # what no client has confirmed to have
         self._freed: list[tuple[Hashable, str]] = []
         self._home: dict[Hashable, int] = {}
