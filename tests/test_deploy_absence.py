@@ -322,3 +322,4 @@ def test_clients_that_were_counted_and_come_too_late():
     one, other = plan.run(backend, *args, take=3, quorum=1)
     np.testing.assert_allclose(one, some[1], rtol=1e-12)
     np.testing.assert_allclose(other, rows[1:].mean(0), rtol=1e-12)
+    assert backend.races == 1  # and then there are only three

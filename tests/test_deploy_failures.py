@@ -124,8 +124,8 @@ def test_a_client_that_is_too_late(pool):
     for _ in range(3):
         own = pool.run(take=4)
         assert own.present == (0, 2, 3, 5)
-    pool.backend._timeout = 0.3
-    with pytest.raises(deploy.ClientError, match=r"4 of 6 .* quorum of 5.*process 1 did not"):
+    pool.backend.kill(1)
+    with pytest.raises(deploy.ClientError, match=r"4 of 6 .* quorum of 5.*process 1 has ended"):
         pool.run(take=5)
     del own
     pool.repair()

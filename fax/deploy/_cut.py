@@ -23,7 +23,7 @@ from jax.extend.core import primitives as p
 from fax._arithmetic import accumulator_dtype
 from fax._compat import Named
 from fax.deploy import _control
-from fax.deploy._rows import of_rows
+from fax.deploy._rows import of_rows, replaces_rows, rows_of_numbers, takes_rows
 from fax.deploy._stages import Stages
 from fax.deploy._steps import Block, Equation, OnClients, OnServer, Pull, Set, Step, Take
 from fax.deploy._values import CutError, Value, aval_of, differs, line_of, row_of
@@ -231,15 +231,15 @@ class Writer:
 
     def _renamed(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value] | None:
         """Rows taken or replaced by numbers that the server knows."""
-        if eqn.primitive is p.gather_p and _takes_rows(eqn, operands):
-            axis = _rows_of_numbers(operands[1])
+        if eqn.primitive is p.gather_p and takes_rows(eqn, operands):
+            axis = rows_of_numbers(operands[1])
             if axis is None:
                 return None
             result = Value(aval_of(eqn.outvars[0]), 0)
             clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
             self.steps.append(Take(tuple(operands), (result,), clips))
             return [result]
-        if eqn.primitive is p.scatter_p and _replaces_rows(eqn, operands):
+        if eqn.primitive is p.scatter_p and replaces_rows(eqn, operands):
             held, numbers, rows = operands
             if not rows.held:  # each goes to the client whose row it replaces
                 replaced = Value(rows.aval, 0)
@@ -307,41 +307,6 @@ class Writer:
             stage=stage,
             axes=tuple(itertools.compress(step.axes, used)),
         )
-
-
-def _takes_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
-    held, numbers = operands
-    shape = held.aval.shape
-    dims = eqn.params["dimension_numbers"]
-    return (
-        held.axis == 0
-        and not numbers.held
-        and tuple(dims.collapsed_slice_dims) == (0,)
-        and tuple(dims.start_index_map) == (0,)
-        and tuple(dims.offset_dims) == tuple(range(1, len(shape)))
-        and tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-    )
-
-
-def _rows_of_numbers(numbers: Value) -> int | None:
-    """Numbers are a vector, with one more axis of size 1."""
-    return 0 if numbers.aval.ndim == 2 and numbers.aval.shape[1] == 1 else None
-
-
-def _replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
-    held, numbers, rows = operands
-    dims = eqn.params["dimension_numbers"]
-    return (
-        held.axis == 0
-        and not numbers.held
-        and rows.axis in (None, 0)
-        and _rows_of_numbers(numbers) is not None
-        and tuple(dims.inserted_window_dims) == (0,)
-        and tuple(dims.scatter_dims_to_operand_dims) == (0,)
-        and tuple(dims.update_window_dims) == tuple(range(1, rows.aval.ndim))
-        and rows.aval.shape[1:] == held.aval.shape[1:]
-        and eqn.params["mode"] != lax.GatherScatterMode.CLIP
-    )
 
 
 def _has_effects(step: Step) -> bool:

@@ -98,21 +98,28 @@ class Runner:
             for x, mode in zip(given, stage.inputs, strict=True)
         ]
         asked = [clients[i] for i in numbers]
+        late: set[Hashable] = set()
         if self._take is None or len(asked) <= self._take:
             found = self._backend.run(stage, asked, own)
         else:
             first, found = self._race(stage, asked, own, self._take)
             numbers = [numbers[i] for i in first]
-        self._counted.update(clients[i] for i in numbers)
-        return clients, [
+            late = set(asked).difference(clients[i] for i in numbers)
+        results = [
             self._spread(rows, numbers, len(clients)) if mode == "placed" else rows
             for mode, rows in zip(stage.outputs, found, strict=True)
         ]
+        if late & self._counted:  # all sums must be over the same clients
+            raise ClientError(f"The clients {sorted(map(str, late))} were too late.", late)
+        self._late |= late
+        if self._take is not None:
+            self._counted.update(clients[i] for i in numbers)
+        return clients, results
 
     def _race(
         self, stage: Stage, asked: Sequence[Hashable], own: Sequence[Any], take: int
     ) -> tuple[list[int], list[Any]]:
-        """Runs a stage, and leaves out the clients that are late from now on."""
+        """Runs a stage, and returns whose answers came first, and their results."""
         if not hasattr(self._backend, "race"):
             raise ValueError(
                 f"Plan.run: {type(self._backend).__name__} cannot take the clients that answer "
@@ -120,12 +127,7 @@ class Runner:
             )
         if len(set(asked)) < len(asked):
             raise ValueError("Plan.run: with take=, no client may be in a cohort twice.")
-        first, found = self._backend.race(stage, asked, own, take)
-        late = set(asked) - {asked[i] for i in first}
-        if late & self._counted:
-            raise ClientError(f"The clients {sorted(map(str, late))} were too late.", late)
-        self._late |= late
-        return first, found
+        return self._backend.race(stage, asked, own, take)
 
     def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Clients, list[Row | None]]:
         clients = self._names(len(rows)) if like is None else like.clients
@@ -138,7 +140,8 @@ class Runner:
 
     def _left(self, clients: Clients, numbers: Iterable[int]) -> list[int]:
         """The participants whose clients have not failed."""
-        left = [i for i in numbers if clients[i] not in self.failed | self._late]
+        gone = self.failed | self._late
+        left = [i for i in numbers if clients[i] not in gone]
         if self._quorum is not None and len(left) < self._quorum:
             why = "" if self._cause is None else f" The last error: {self._cause}"
             raise ClientError(
