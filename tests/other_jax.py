@@ -21,7 +21,7 @@ from deploys import DATA, PARAMS, N, cohort_of, loss, sgd, without_keys
 from fax import aggregators, algorithms, deploy
 
 PLANS = {
-    # Random keys travel, in a stage with several forms of the same steps.
+    # Its stage takes random keys, and any number of steps.
     "fedavg": algorithms.fedavg(loss, sgd(), optax.adam(0.1), aggregator=aggregators.drive()),
     "scaffold": algorithms.scaffold(loss, 0.1, num_clients=N),
 }
@@ -35,7 +35,7 @@ def check(name, folder):
     if name == "scaffold":
         held, clients = [*DATA, "clients"], np.asarray(cohort.positions).tolist()
     ragged = ["batches", "mask"] if name == "fedavg" else []
-    # Rows are fetched only to compare them, so clients would refuse that.
+    # The plan fetches no rows, so what stays with the clients cannot be compared here.
     plan = deploy.cut(algorithm.round, *args, held=held, ragged=ragged)
     plan.save(folder)
     with deploy.Processes(2, plan=folder) as backend:

@@ -120,6 +120,7 @@ def test_a_run_from_the_shell_and_what_can_be_done_with_it(small):
         commands[name].parse_args(rest)
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert main(["run", "small.toml", "--folder", "runs/a", "--rounds", "2", "--quiet"]) == 0
     assert main(["resume", "runs/a", "--quiet", "--rounds", "4"]) == 0
@@ -193,6 +194,7 @@ nothing = 3
 """
 
 
+@pytest.mark.long
 def test_an_experiment_of_a_module(small, capsys, monkeypatch):
     Path("own_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(small))

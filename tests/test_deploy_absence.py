@@ -17,6 +17,7 @@ from fax import aggregators, algorithms, deploy
 CLIPPED = aggregators.chain(aggregators.clip_by_norm(0.1), aggregators.mean())
 
 
+@pytest.mark.always("fedavg")
 @pytest.mark.parametrize("name", ["fedavg", "mime", "clipped"])
 def test_a_round_without_clients_that_fail(name):
     """It is the round in which they have no examples."""

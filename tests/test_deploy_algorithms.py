@@ -24,6 +24,7 @@ STATE = ("clients", "members", "memory", "replicas")
 ALWAYS = {"apfl", "hyp_cluster", "maml", "streaming_diloco", "dp_ftrl", "power_sgd", *OF_ROWS}
 
 
+@pytest.mark.always("mean", "secure sum")
 @pytest.mark.parametrize("name", FEDAVG)
 def test_federated_averaging(name):
     aggregator = FEDAVG[name] and FEDAVG[name]()
@@ -48,6 +49,7 @@ def test_state_of_clients_stays_there():
         plan.run(deploy.InProcess(), *args)
 
 
+@pytest.mark.long
 def test_two_maps_in_a_round():
     algorithm = algorithms.mime(loss, optax.sgd(0.1, momentum=0.9))
     check_plan(algorithm.round, (algorithm.init(PARAMS), cohort_of()))

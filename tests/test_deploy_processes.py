@@ -160,6 +160,7 @@ def test_a_function_that_fails_says_so(tmp_path):
         deploy.Processes(1, load=f"{file}:load")
 
 
+@pytest.mark.docs
 def test_the_example(run):
     text = run(EXAMPLES / "hand_over.py", "--rounds", 20)
     assert "[1].batches['x']  only through sums over 3" in text

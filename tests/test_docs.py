@@ -46,6 +46,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     if name in ELSEWHERE:
@@ -59,7 +60,9 @@ def test_docstrings(name):
     assert runner.summarize().failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.docs] * (page != "README.md")) for page in PAGES]
+)
 def test_pages(page):
     with jax.enable_x64(False):
         results = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=FLAGS)

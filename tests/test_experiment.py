@@ -91,8 +91,6 @@ PAIRS = {
 }
 # There are more aggregators than algorithms.
 ALL = [*PAIRS.items(), ("fedprox", "e4m3")]
-# Of states of one kind, one runs always: rows of clients, noise, those of replicas, several models.
-ALWAYS = ("apfl", "diloco", "fedavg", "fedopt", "hyp_cluster", "mime", "streaming_diloco")
 
 
 def test_every_algorithm_and_aggregator_is_resumed():
@@ -101,10 +99,9 @@ def test_every_algorithm_and_aggregator_is_resumed():
     assert aggregators - {None} == set(tpus.AGGREGATORS)
 
 
-@pytest.mark.parametrize(
-    ("name", "aggregator"),
-    [pytest.param(*pair, marks=[pytest.mark.long] * (pair[0] not in ALWAYS)) for pair in ALL],
-)
+# Rows that stay with clients, and noise; one of each kind of state.
+@pytest.mark.always("fedavg-gaussian", "apfl-error_feedback")
+@pytest.mark.parametrize(("name", "aggregator"), ALL)
 def test_a_resumed_run_is_that_without_interruption(name, aggregator, tmp_path):
     own = {} if aggregator is None else {"aggregator": tpus.AGGREGATORS[aggregator]}
     algorithm = tpus.ALGORITHMS[name](**own)
@@ -761,6 +758,7 @@ def test_a_callback_stops_the_run_and_it_stays_so(tmp_path):
 # A private run
 
 
+@pytest.mark.long
 def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
     """With the same noise, sums that are rounded differently would say something."""
     private = fax.algorithms.fedavg(
