@@ -57,7 +57,9 @@ ABOVE_THE_CORE = (
         "fedopt",
         "fedper",
     ),
-    *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
+    *("command_processes", "command_settings", "command_shows"),
+    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
+    *("experiment_output", "experiment_refused"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *(
         "maml",
