@@ -5,8 +5,9 @@
 #   make test-core    run what depends on the version of JAX
 #   make test-docs    run the examples of docstrings, of the documentation's pages, and of examples/
 #   make test-all     run every case of every test
-#   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
+#   make test-flower  run the tests of plans on Flower, in an environment of its own
+#   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
@@ -40,7 +41,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam checks coverage mutants check docs pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
+.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam test-flower checks coverage mutants check docs pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -61,14 +62,21 @@ test-docs: $(VENV)/test.$(WITH)
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
-test-other-jax: $(VENV)/test.$(WITH)
-	$(BIN)/python tests/other_jax.py $(OTHER)
-
 # Where Beam cannot be installed, its tests are skipped.
 test-beam:
 	@if $(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam; then \
 	$(VENV)-beam/bin/python -m pytest tests/test_deploy_beam.py; \
 	else echo "apache-beam cannot be installed, so tests/test_deploy_beam.py is skipped."; fi
+
+# Where Flower cannot be installed, its tests are skipped. For all of them: make test-flower FLOWER=
+FLOWER ?= -m "not long"
+test-flower:
+	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
+	$(VENV)-flower/bin/python -m pytest tests/test_flower.py $(FLOWER) -n 2; \
+	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
+
+test-other-jax: $(VENV)/test.$(WITH)
+	$(BIN)/python tests/other_jax.py $(OTHER)
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)

@@ -15,7 +15,10 @@ import fax
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Parts that need a package which has an environment of its own.
-ELSEWHERE = {"fax.deploy._beam_client": "apache_beam"}
+ELSEWHERE = {
+    "fax.deploy._beam_client": "apache_beam",
+    "fax.deploy._flower_client": "flwr",
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
 DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))

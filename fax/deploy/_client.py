@@ -43,6 +43,12 @@ class MessageError(ValueError):
 
 def encode(message: Any) -> bytes:
     """A message of None, bools, numbers, strings, lists, dicts with strings, bytes, and arrays."""
+    text, *buffers = parts(message)
+    return b"".join([_SIZE.pack(len(text)), text, *buffers])
+
+
+def parts(message: Any) -> list[bytes]:
+    """The JSON document of a message, and after it the bytes of each array."""
     buffers: list[bytes] = []
 
     def plain(x: Any) -> Any:
@@ -63,11 +69,11 @@ def encode(message: Any) -> bytes:
         if array.dtype.hasobject:
             raise TypeError(f"a message cannot hold a {type(x).__name__}")
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        name = "float0" if array.dtype == jax.dtypes.float0 else array.dtype.name
         buffers.append(array.tobytes())
-        return {"": "array", "dtype": array.dtype.name, "shape": list(array.shape), "key": impl}
+        return {"": "array", "dtype": name, "shape": list(array.shape), "key": impl}
 
-    text = json.dumps(plain(message)).encode()
-    return b"".join([_SIZE.pack(len(text)), text, *buffers])
+    return [json.dumps(plain(message)).encode(), *buffers]
 
 
 def decode(data: bytes) -> Any:
@@ -115,7 +121,8 @@ class _Buffer:
         if self.kind == "bytes":
             self.size = _count(about["size"])
             return
-        self.dtype = jax.numpy.dtype(about["dtype"])
+        is_float0 = about["dtype"] == "float0"  # of derivatives by integers; without any bytes
+        self.dtype = jax.dtypes.float0 if is_float0 else jax.numpy.dtype(about["dtype"])
         self.shape = tuple(map(_count, about["shape"]))
         self.key = about["key"]
         if self.kind != "array" or self.dtype.hasobject or not isinstance(self.key, str | None):
@@ -127,6 +134,8 @@ class _Buffer:
     def read(self, part: memoryview) -> Any:
         if self.kind == "bytes":
             return bytes(part)
+        if self.dtype == jax.dtypes.float0:
+            return np.zeros(self.shape, self.dtype)
         array = np.frombuffer(part, self.dtype).reshape(self.shape)
         if self.key is None:
             return array
@@ -180,6 +189,16 @@ class Clients:
             if hashlib.sha256(blob).hexdigest() != name:
                 raise RefusedError(f"{stage['file']} is not what the plan's manifest says.")
             self._stages[name] = _loaded(blob)
+
+    @property
+    def made(self) -> dict[tuple[Any, str], Any]:
+        """What the clients hold apart from their data, by client and name."""
+        return {name: x for name, x in self._values.items() if name not in self._data}
+
+    @made.setter
+    def made(self, values: dict[tuple[Any, str], Any]) -> None:
+        own = {name: x for name, x in self._values.items() if name in self._data}
+        self._values = values | own
 
     def answer(self, request: dict[str, Any]) -> Any:
         """Does what the server asks for."""
@@ -237,7 +256,8 @@ class Clients:
             raise RefusedError("a stage is not what its name says")
         if self._plan is not None:
             raise RefusedError("a stage is not in the plan that this client was given")
-        self._stages[name] = _loaded(blob)
+        if name not in self._stages:
+            self._stages[name] = _loaded(blob)
 
     def _keep(self, client: Any, name: str, value: Any) -> None:
         if (client, name) in self._data:
@@ -301,7 +321,8 @@ def serve(link: Any, clients: Clients) -> None:
             return
 
 
-def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
+def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
+    """The clients' data, from a function with this name."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         spec = importlib.util.spec_from_file_location("clients_data", module)
@@ -311,7 +332,7 @@ def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
         spec.loader.exec_module(found)
     else:
         found = importlib.import_module(module)
-    return getattr(found, function)(number)
+    return getattr(found, function)(argument)
 
 
 def main() -> None:
@@ -323,7 +344,7 @@ def main() -> None:
     args = parser.parse_args()
     host, _, port = args.address.rpartition(":")
     key = sys.stdin.readline().strip().encode()
-    data = _load(args.load, args.number) if args.load else {}
+    data = load(args.load, args.number) if args.load else {}
     plan = None if args.plan is None else read_plan(args.plan)
     clients = Clients(data, plan, args.plan)
     with connection.Client((host, int(port)), authkey=key) as link:

@@ -247,14 +247,18 @@ class Plan:
     def fetch(self, backend: Backend, tree: PyTree) -> PyTree:
         """The values with every `Held` replaced by an array of its rows."""
 
+        leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Held))
+        held = [x for x in leaves if isinstance(x, Held)]
+        found = dict(zip(held, fetch(backend, held), strict=True)) if held else {}
+
         def fetched(x: Any) -> Any:
             if not isinstance(x, Held):
                 return x
             if None in x.shape:
                 raise ValueError(f"Plan.fetch: {x} has rows of different shapes; fetch each alone.")
-            return jnp.stack([jnp.asarray(row) for row in fetch(backend, x)], x.axis)
+            return jnp.stack([jnp.asarray(row) for row in found[x]], x.axis)
 
-        return jax.tree.map(fetched, tree, is_leaf=lambda x: isinstance(x, Held))
+        return jax.tree.unflatten(structure, map(fetched, leaves))
 
 
 def _refuse_resident(args: PyTree) -> None:

@@ -11,13 +11,12 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy import _links
-from fax.deploy._backend import ClientError, combine
+from fax.deploy._backend import ClientError, combine, held_rows, is_answer
 from fax.deploy._links import Link, LinkError
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
@@ -137,24 +136,8 @@ class Processes:
           ValueError: if an array has other different shapes or dtypes at different clients, or is
             missing at some.
         """
-        types = {(c, n): (t, tuple(s)) for rows in self._about.values() for c, n, t, s in rows}
-        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))
-        chosen = everybody if clients is None else list(clients)
-        found = {}
-        for name in dict.fromkeys(name for _, name in types):
-            own = {types.get((client, name)) for client in chosen}
-            found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
-            if len(found_types) != 1 or None in own:
-                raise ValueError(
-                    f"Processes.held: {name!r} differs between clients, expected one shape and "
-                    f"dtype: {sorted(map(str, own))}."
-                )
-            dtype, shape = next(t for t in own if t is not None)
-            if len(own) > 1:
-                shape = (None, *shape[1:])
-            rows = tuple(Row(client, name) for client in chosen)
-            found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
-        return found
+        about = [tuple(row) for rows in self._about.values() for row in rows]
+        return held_rows("Processes.held", about, clients)
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, self._slot()) for client in clients]
@@ -301,18 +284,8 @@ class Processes:
 
 def _check_answer(stage: Stage, clients: list[Hashable], answer: Any) -> None:
     """Checks that each client has sent what the stage sends."""
-    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
-    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
-
-    def is_right(row: Any) -> bool:
-        return (
-            isinstance(row, list)
-            and all(hasattr(x, "dtype") for x in row)
-            and [(x.shape, x.dtype) for x in row] == expected
-        )
-
-    if not (isinstance(answer, list) and [*map(is_right, answer)] == [True] * len(clients)):
-        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in expected)
+    if not is_answer(stage, len(clients), answer):
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stage.sent)
         raise LinkError(
             f"did not send what the stage {stage.name!r} sends for each of the clients {clients}: "
             f"{shown}"

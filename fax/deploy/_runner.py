@@ -136,7 +136,7 @@ class Runner:
         return clients, self._spread(found, numbers, len(clients))
 
     def fetch(self, held: Held) -> list[Any]:
-        return fetch(self._backend, held)
+        return fetch(self._backend, [held])[0]
 
     def _left(self, clients: Clients, numbers: Iterable[int]) -> list[int]:
         """The participants whose clients have not failed."""
@@ -160,16 +160,20 @@ class Runner:
         return found
 
 
-def fetch(backend: Backend, held: Held) -> list[Any]:
-    """The rows of a value.
+def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:
+    """The rows of values.
 
     Raises:
-      ClientError: if a client has failed, or if one had failed when the value was made.
+      ClientError: if a client has failed, or if one had failed when a value was made.
     """
-    rows = [row for row in held.rows if row is not None]
-    if len(rows) < len(held.rows):
-        missing = [c for c, row in zip(held.clients, held.rows, strict=True) if row is None]
-        raise ClientError(
-            f"{held} has no rows of the clients {missing}, which had failed when it was made."
-        )
-    return backend.fetch(rows)
+    wanted = []
+    for held in values:
+        rows = [row for row in held.rows if row is not None]
+        if len(rows) < len(held.rows):
+            missing = [c for c, row in zip(held.clients, held.rows, strict=True) if row is None]
+            raise ClientError(
+                f"{held} has no rows of the clients {missing}, which had failed when it was made."
+            )
+        wanted += rows
+    found = iter(backend.fetch(wanted))  # at once, because each call may take long
+    return [[next(found) for _ in held.rows] for held in values]

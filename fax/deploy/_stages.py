@@ -59,6 +59,12 @@ class Stage:
         return export.export(jax.jit(self._evaluate), platforms=tuple(platforms))(*types)
 
     @property
+    def sent(self) -> list[tuple[tuple[int, ...], Any]]:
+        """The shape and dtype of each result that clients send."""
+        outputs = zip(self.jaxpr.out_avals, self.outputs, strict=True)
+        return [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
+
+    @property
     def digest(self) -> str:
         """A hash of what it computes, the same whenever it is traced again."""
         text = f"{self.inputs} {self.outputs} {self.jaxpr}"
