@@ -55,6 +55,9 @@ def found(*lines, on=None, **options):
         ("mesh['a'=2,'b'=2,'c'=2] {'b'}", "b", 2),
         ("@named_mesh['x'=2,'y'=4] {'y'}", "bc", 4),
         ("mesh['x'=4,'y'=2] {'x','y'}", "abc", 8),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", "bc", 4),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", "a", 2),
+        ("mesh['x'=2,'y'=4], device_ids=(0,4,1,5,2,6,3,7) {'x'}", "b", 2),
     ],
 )
 def test_three_notations_of_groups(groups, axes, size):
@@ -62,6 +65,12 @@ def test_three_notations_of_groups(groups, axes, size):
     (only,) = found(line)
     assert only.axes == tuple(axes)
     assert only.group_size == size
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    line = "ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=mesh['x'=8] {'x':(1)2}, to_apply=%s"
+    with pytest.raises(ValueError, match="cannot read the replica groups in"):
+        found(line)
 
 
 def test_groups_of_one_device_send_nothing():

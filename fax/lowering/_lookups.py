@@ -35,28 +35,29 @@ def with_whole_tables(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def _rewritten(jaxpr: AnyJaxpr) -> AnyJaxpr:
-    known: dict[Atom, PartitionSpec] = {}
+    known: dict[Var, PartitionSpec] = {}
     for eqn in _jaxpr.opened(jaxpr).eqns:
         if eqn.primitive is p.sharding_constraint_p:
             # On the operand, too: what a scatter makes is constrained after it is made.
-            known |= dict.fromkeys((*eqn.invars, *eqn.outvars), eqn.params["sharding"].spec)
+            both = _jaxpr.variables([*eqn.invars, *eqn.outvars])
+            known |= dict.fromkeys(both, eqn.params["sharding"].spec)
 
     def replace(eqn: JaxprEqn) -> Replacement:
         if not _is_lookup(eqn):
             return _jaxpr.map_jaxprs(_rewritten, eqn) if _looks_inside(eqn) else eqn
         table, *rest = eqn.invars
         is_scatter = eqn.primitive in _SCATTERS
-        spec = known.get(eqn.outvars[0] if is_scatter else table)
-        if spec is not None and not any(_at(spec, axis) for axis in _indexed(eqn)):
+        own = eqn.outvars if is_scatter else _jaxpr.variables([table])
+        if any(var in known and _is_whole(known[var], _indexed(eqn)) for var in own):
             return eqn
         shared = eqn.params["dimension_numbers"].operand_batching_dims
         before, table = _constrained(eqn, table, shared)
-        made, after = eqn.outvars, []
-        if is_scatter:
-            made = [Var(eqn.outvars[0].aval)]
-            after, made_whole = _constrained(eqn, made[0], shared)
-        eqns = [*before, eqn.replace(invars=[table, *rest], outvars=made), *after]
-        return eqns, [made_whole] if is_scatter else made
+        if not is_scatter:
+            return [*before, eqn.replace(invars=[table, *rest])], eqn.outvars
+        made = Var(eqn.outvars[0].aval)
+        after, whole = _constrained(eqn, made, shared)
+        scatter = eqn.replace(invars=[table, *rest], outvars=[made])
+        return [*before, scatter, *after], [whole]
 
     return _jaxpr.rewrite(jaxpr, replace)
 
@@ -80,12 +81,13 @@ def _indexed(eqn: JaxprEqn) -> list[int]:
     numbers: Any = eqn.params["dimension_numbers"]
     if eqn.primitive in _SCATTERS:
         return list(numbers.scatter_dims_to_operand_dims)
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    table: Any = eqn.invars[0].aval
+    shape, sizes = table.shape, eqn.params["slice_sizes"]
     return [axis for axis in numbers.start_index_map if sizes[axis] < shape[axis]]
 
 
-def _at(spec: PartitionSpec, axis: int) -> Any:
-    return spec[axis] if axis < len(spec) else None
+def _is_whole(spec: PartitionSpec, axes: list[int]) -> bool:
+    return all(axis >= len(spec) or spec[axis] is None for axis in axes)
 
 
 def _looks_inside(eqn: JaxprEqn) -> bool:
