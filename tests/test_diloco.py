@@ -466,8 +466,8 @@ def test_a_replica_can_be_sharded_itself(kind):
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
     assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
-    # Of "in" and "scale", each of a replica's four devices sends a fourth. The half of "out" that two
-    # devices have in common has three numbers, which cannot be divided by two. And a few numbers.
+    # Of "in" and "scale", each of a replica's four devices sends a fourth. The half of "out" that
+    # two devices have in common has three numbers, which cannot be divided. And a few numbers more.
     numbers = 24 / 4 + 6 / 2 + 4 / 4
     assert 8 * numbers < found[0].bytes <= 8 * numbers + 40
     rows = state.replicas.rows
