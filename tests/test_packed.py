@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 
 import jax
@@ -23,9 +24,12 @@ AGGREGATORS = {
     "e3m0": a.chain(a.e3m0()),
     "int8": a.chain(a.clip_by_norm(20.0), a.int8()),
     "e4m3": a.chain(a.e4m3()),
-    "error_feedback": a.chain(a.error_feedback(a.e3m0(), num_clients=N)),
+    "error_feedback": a.chain(a.error_feedback(a.uniform_quantization(3), num_clients=N)),
+    "16 levels": a.chain(a.uniform_quantization(16)),
+    "256 levels": a.chain(a.uniform_quantization(256)),
 }
-BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 4}
+BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 2, "16 levels": 4, "256 levels": 8}
+SCALES = dict.fromkeys(("error_feedback", "16 levels", "256 levels"), 2)  # of a leaf
 SHAPES = {"b": (3,), "s": (), "w": (5, 8), "x": (2, 3)}
 
 
@@ -76,8 +80,8 @@ def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
 
     # One collective for each: the bytes, a scale for each leaf, and a weight.
     gathers = [c for c in report.collectives if "uint8" in c.dtype]
-    size = {4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
-    sizes = [size[BITS[name]] + 4 * (4 + 1) for name in AGGREGATORS]
+    size = {2: 10 + 1 + 1 + 2, 4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
+    sizes = [size[BITS[name]] + 4 * (4 * SCALES.get(name, 1) + 1) for name in AGGREGATORS]
     assert {c.operation for c in gathers} == {"all-gather"}
     assert sorted(c.bytes for c in gathers) == sorted(N // devices * x for x in sizes)
     assert all(c.bytes <= 8 * 4 for c in report.collectives if "uint8" not in c.dtype)
@@ -162,6 +166,10 @@ def test_a_replica_at_a_time_is_decoded(monkeypatch):
         ("e3m0", 18, {"replicas": 2}, False),  # an all-reduce sends less
         ("int8", 8, {"replicas": 4}, True),
         ("int8", 10, {"replicas": 2}, False),
+        ("2 bits", 32, {"replicas": 2}, True),
+        ("2 bits", 34, {"replicas": 2}, False),
+        ("257 levels", 4, {"replicas": 4}, False),
+        ("entropy coded", 4, {"replicas": 4}, False),
         ("e3m0", 6, {"replicas": 4}, False),  # not spread evenly
         ("e3m0", 4, {}, False),
         ("e3m0", 4, {"replicas": 2, "model": 2}, False),  # the compiler decides what is where
@@ -170,10 +178,26 @@ def test_a_replica_at_a_time_is_decoded(monkeypatch):
     ],
 )
 def test_bytes_are_sent_where_that_is_less(name, n, axes, packed):
-    others = {"mean": a.mean(), "clipped later": a.chain(a.e3m0(), a.clip_by_norm(1.0))}
+    others = {
+        "mean": a.mean(),
+        "clipped later": a.chain(a.e3m0(), a.clip_by_norm(1.0)),
+        "2 bits": a.chain(a.uniform_quantization(4)),
+        "257 levels": a.chain(a.uniform_quantization(257)),
+        "entropy coded": a.chain(a.uniform_quantization(4, entropy_coded=True)),
+    }
     mean = functools.partial(mean_of, {**AGGREGATORS, **others}[name])
     with jax.set_mesh(meshes.mesh(**axes)) if axes else contextlib.nullcontext():
         jaxpr = jax.make_jaxpr(mean)({"w": jnp.ones((n, 8))}, jnp.ones(n, bool), jnp.ones(n))
+    assert ("all_gather" in str(jaxpr)) == packed
+
+
+@pytest.mark.parametrize(("name", "packed"), [("16 levels", False), ("e3m0", True)])
+def test_rounded_updates_of_half_precision_are_added_up_in_float32(name, packed):
+    """Those of `e3m0` are float32 themselves."""
+    mean = functools.partial(mean_of, AGGREGATORS[name])
+    updates = {"w": jnp.ones((4, 8), jnp.bfloat16)}
+    with jax.set_mesh(meshes.mesh(replicas=4)):
+        jaxpr = jax.make_jaxpr(mean)(updates, jnp.ones(4, bool), jnp.ones(4))
     assert ("all_gather" in str(jaxpr)) == packed
 
 
@@ -190,11 +214,15 @@ def test_what_is_sent_has_to_be_divisible():
 
 # Formats
 
+FORMATS = {"e3m0": a.e3m0, "e4m3": a.e4m3, "int8": a.int8} | {
+    f"{k} levels": functools.partial(a.uniform_quantization, k) for k in (3, 16, 256)
+}
+
 
 @functools.cache
 def rounded(name):
     """A leaf as it is sent, and what is decoded after it was encoded once more."""
-    part = getattr(a, name)()
+    part = FORMATS[name]()
 
     @jax.jit
     @fax.program(clients=1)
@@ -208,14 +236,16 @@ def rounded(name):
 VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6, max_size=6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["e3m0", "e4m3", "int8"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*itertools.product(FORMATS, ["float32", "float64"]), ("256 levels", "bfloat16")],
+)
 def test_formats_lose_nothing(name, dtype):
     @settings(max_examples=40)
     @given(VALUES, st.integers(-90, 90), st.integers(0, 99))
     def check(values, exponent, seed):
-        x = np.asarray(values, dtype) * np.asarray(2.0, dtype) ** exponent
-        x = np.where(np.abs(x) < 1e-30, 0, x)
+        x = np.asarray(values) * 2.0**exponent
+        x = np.where(np.abs(x) < 1e-30, 0, x).astype(dtype)
         sent, again = rounded(name)(x, jax.random.key(seed))
         assert sent.dtype == again.dtype == dtype
         np.testing.assert_array_equal(sent, again)
@@ -226,7 +256,7 @@ def test_formats_lose_nothing(name, dtype):
         assert np.isnan(sent).all()
         assert np.isnan(again).all()
     for size in (3e38, 2e-38):
-        x = size * np.array([1, -0.7, 0.1, 0, 0, 0], dtype)
+        x = (size * np.array([1, -0.7, 0.1, 0, 0, 0])).astype(dtype)
         sent, again = rounded(name)(x, jax.random.key(0))
         np.testing.assert_array_equal(sent, again)
         np.testing.assert_allclose(sent[0], x[0], rtol=0.07)
