@@ -110,8 +110,10 @@ def test_derivatives_are_those_of_float32(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name"), [("auto", "e3m0"), ("explicit", "e3m0"), ("auto", "16 levels")]
+)
+def test_each_device_of_a_replica_sends_its_own_part(kind, name, monkeypatch):
     """Leaves are sharded over `model`, and what crosses also over `data`. Large ones have rows."""
     shapes = {"in": (4, 6), "norm": (3,), "out": (8, 2)}
     specs = {"in": P(None, "model"), "norm": P(), "out": P("model")}
@@ -123,7 +125,7 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
 
         def mean(updates, here, n):
             own = specs if kind == "auto" else None
-            return mean_of(AGGREGATORS["e3m0"], updates, here, n, specs=own, by_leaf=True)
+            return mean_of(AGGREGATORS[name], updates, here, n, specs=own, by_leaf=True)
 
         found = jax.jit(mean)(updates, here, n)
         lowered = jax.jit(mean).lower(updates, here, n)
@@ -134,8 +136,8 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
     (gather,) = [c for c in over if "uint8" in c.dtype]
     assert (gather.operation, gather.axes) == ("all-gather", ("replicas",))
     # A fourth of 24 numbers in a row of 4 bytes, a fourth of 16 and all of the other 3 in another
-    # one, and three scales and a weight.
-    assert gather.bytes == 4 + (2 + 2) + 16
+    # one, and one or two scales of three leaves and a weight.
+    assert gather.bytes == 4 + (2 + 2) + 4 * (3 * SCALES.get(name, 1) + 1)
     np.testing.assert_array_equal(found[3]["replicas/bits"], [4 * 8 * gather.bytes] * 2)
     for name, shape in {"in": (4, 3), "out": (4, 2)}.items():
         assert found[0][name].sharding.shard_shape(shapes[name]) == shape
