@@ -47,10 +47,28 @@ def run(tmp_path):
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
-    *("compression", "control_variates", "diloco", "error_feedback", "fedavg", "fedopt", "fedper"),
+    *(
+        "compression",
+        "control_variates",
+        "data_libraries",
+        "diloco",
+        "error_feedback",
+        "fedavg",
+        "fedopt",
+        "fedper",
+    ),
     *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
-    *("maml", "metrics", "metrics_exact", "models", "padding", "papa", "privacy"),
+    *(
+        "maml",
+        "metrics",
+        "metrics_by_name",
+        "metrics_exact",
+        "models",
+        "padding",
+        "papa",
+        "privacy",
+    ),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out.

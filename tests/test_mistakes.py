@@ -102,6 +102,7 @@ FEATURES = (
     "expected a mapping from the names of features to arrays with a common leading axis, one "
     "row for each example."
 )
+DIVIDE = "Divide a table into clients: fax.data.from_pandas(frame, client=...)."
 COLUMNS = "{name: frame[name].to_numpy() for name in frame.columns}"
 FEDERATED = "expected federated data, such as fax.data.InMemory."
 ORDER = "The order is evaluate(apply, params, data, metrics)."
@@ -528,7 +529,8 @@ MISTAKES = {
         lambda: metrics.evaluate(apply, PARAMS, DATA, metrics.Accuracy()),
         ValueError,
         "fax.metrics.evaluate: metrics is Accuracy(label='y'), expected a mapping from names "
-        "to metrics, such as {'accuracy': fax.metrics.Accuracy()}.",
+        "to metrics, such as {'accuracy': fax.metrics.Accuracy()}, or names of metrics, such as "
+        "['accuracy'].",
     ),
     "one score for each example": (
         lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ACCURACY),
@@ -579,8 +581,7 @@ MISTAKES = {
         lambda: data.InMemory(DataFrame()),
         data.DataError,
         "fax.data.InMemory: clients is DataFrame, expected a mapping from client ids to their "
-        "features. Partition a table into clients: "
-        f"fax.data.partition.by_column({COLUMNS}, ...).",
+        f"features. {DIVIDE}",
     ),
     "a table for a client": (
         lambda: data.InMemory({"ann": DataFrame()}),
@@ -596,8 +597,7 @@ MISTAKES = {
     "a table for data": (
         lambda: data.cohorts(DataFrame(), 1, 1),
         data.DataError,
-        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} Partition a table into "
-        f"clients: fax.data.partition.by_column({COLUMNS}, ...).",
+        f"fax.data.cohorts: data is a DataFrame, {FEDERATED} {DIVIDE}",
     ),
     "examples that differ in number": (
         lambda: data.partition.iid({"x": np.ones(2), "y": np.ones(3)}, 2),
@@ -727,8 +727,8 @@ MISTAKES = {
     "a task that there is not": (
         lambda: fax.tasks.load("mnist"),
         ValueError,
-        "fax.tasks.load: name is 'mnist', expected 'cifar100', 'digits', 'emnist', 'pystdlib', "
-        "'shakespeare' or 'stackoverflow'.",
+        "fax.tasks.load: name is 'mnist', expected 'bible', 'cifar100', 'digits', 'emnist', "
+        "'flights', 'pystdlib', 'shakespeare' or 'stackoverflow'.",
     ),
     "a folder that is a number": (
         lambda: fax.tasks.load("digits", 3),

@@ -219,17 +219,20 @@ def test_shards():
 
 
 def test_by_column():
-    data = partition.by_column(ARRAYS, "author")
+    data = partition.by_column(ARRAYS, "author", keep=True)
     assert_each_example_once(data)
     assert data.client_ids() == tuple(sorted(set(ARRAYS["author"])))
     for author in data.client_ids():
         expected = np.flatnonzero(ARRAYS["author"] == author)
         np.testing.assert_array_equal(data.client(author)["number"], expected)
+        without = partition.by_column(ARRAYS, "author").client(author)
+        assert without.keys() == ARRAYS.keys() - {"author"}
+        np.testing.assert_array_equal(without["number"], expected)
     assert partition.by_column(ARRAYS, "y").client_ids() == tuple("0123456789")
     names = np.array([b"b", b"a", b"b"], object)
-    assert partition.by_column({"name": names}, "name").client_ids() == ("a", "b")
+    assert partition.by_column({"name": names}, "name", keep=True).client_ids() == ("a", "b")
     ordered = np.repeat(np.arange(3), 4)
-    data = partition.by_column({"x": ordered}, "x")
+    data = partition.by_column({"x": ordered}, "x", keep=True)
     assert np.shares_memory(data.client("1")["x"], ordered)  # nothing to move, nothing copied
 
 
@@ -283,6 +286,7 @@ def test_an_alpha_of_any_kind_of_scalar():
         (lambda: partition.shards(ARRAYS, 3, seed="a"), "shards: seed is 'a'"),
         (lambda: partition.by_quantity(ARRAYS, 3, alpha=1, seed=[-1]), r"seed is \[-1\]"),
         (lambda: partition.shards(ARRAYS, 3, label=["y"]), r"no feature \['y'\]. The arrays"),
+        (lambda: partition.by_column({"x": [1]}, "x"), "'x' is the only feature.*keep=True"),
         *(
             (make, "arrays, feature 'y' mixes str and bytes")
             for labels in (["a", b"a", "b"], np.array(["a", b"a", "b"], object))

@@ -4,6 +4,7 @@ import ast
 import functools
 import pathlib
 import re
+import runpy
 import tomllib
 
 import pytest
@@ -53,6 +54,21 @@ def test_versions_agree():
     assert released[1:] in ([], [fax.__version__, *released[2:]])
     ruff = "ruff" + requirement("ruff", EXTRAS["test"])
     assert set(re.findall(r"ruff==[\d.]+", read(".pre-commit-config.yaml"))) == {ruff}
+
+
+def test_notes_of_a_release():
+    found = runpy.run_path(str(ROOT / "tools" / "release_notes.py"))["notes"]
+    log = "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2030-01-31\n\n### Added\n\n- [x](y)\n\n"
+    log += "## [0.1.0] - 2030-01-01\n\nold\n"
+    assert found("v0.2.0", log, "0.2.0") == "### Added\n\n- [x](y)"
+    assert found("v0.1.0", log, "0.1.0") == "old"
+    for tag, version, message in [
+        ("v0.2.0", "0.1.0", "the version of fax is 0.1.0"),
+        ("v0.3.0", "0.3.0", r"no section \[0.3.0\]"),
+        ("v0.2.0", "0.2.0", r"no date for \[0.2.0\]"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            found(tag, log.replace(" - 2030-01-31", ""), version)
 
 
 def test_changes_are_of_the_kinds_that_the_format_has():

@@ -33,9 +33,9 @@ def frame_hint(value: Any, *, clients: bool = False) -> str:
     """How to fix it if a table of pandas or polars was passed for examples or ``clients``."""
     if not type(value).__name__.endswith("DataFrame"):
         return ""
-    columns = "{name: frame[name].to_numpy() for name in frame.columns}"
     if clients:
-        return f" Partition a table into clients: fax.data.partition.by_column({columns}, ...)."
+        return " Divide a table into clients: fax.data.from_pandas(frame, client=...)."
+    columns = "{name: frame[name].to_numpy() for name in frame.columns}"
     return f" Pass the columns of a table: {columns}."
 
 

@@ -185,12 +185,13 @@ def shards(
     return _dealt(arrays, [np.concatenate([pieces[i] for i in hand]) for hand in deal])
 
 
-def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
+def by_column(arrays: Mapping[str, Any], column: str, *, keep: bool = False) -> InMemory:
     """Makes a client for each value in a column, such as the author of an example.
 
     Args:
       arrays: the features, with a common leading axis of ``n`` examples.
-      column: the name of a feature of shape ``[n]`` of ints, bools or strings. The clients keep it.
+      column: the name of a feature of shape ``[n]`` of ints, bools or strings.
+      keep: whether the clients' examples keep this feature, which is the same in all of them.
 
     Returns:
       The clients, in the order of the values. The id of a client is its value as a string.
@@ -202,8 +203,8 @@ def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
 
       >>> arrays = {"author": ["bob", "ada", "bob"], "x": [1, 2, 3]}
       >>> data = fax.data.partition.by_column(arrays, "author")
-      >>> data.client_ids(), data.client("bob")["x"]
-      (('ada', 'bob'), array([1, 3]))
+      >>> data.client_ids(), data.client("bob")
+      (('ada', 'bob'), {'x': array([1, 3])})
     """
     where = "by_column"
     arrays, _, _ = _checked(where, arrays, 1)
@@ -213,6 +214,13 @@ def by_column(arrays: Mapping[str, Any], column: str) -> InMemory:
             f"fax.data.partition.{where}: feature {column!r} has dtype {values.dtype}, expected "
             "ints, bools or strings."
         )
+    if not _arguments.flag(f"fax.data.partition.{where}", "keep", keep, error=DataError):
+        arrays = {name: array for name, array in arrays.items() if name != column}
+        if not arrays:
+            raise DataError(
+                f"fax.data.partition.{where}: {column!r} is the only feature, so clients would "
+                "have none. Pass keep=True."
+            )
     found, inverse = np.unique(values, return_inverse=True)
     ids = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else str(v) for v in found]
     return _dealt(arrays, examples_by_client(inverse, len(found)), ids)

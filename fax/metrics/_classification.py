@@ -44,7 +44,7 @@ class CrossEntropy:
         losses = _scores.losses_of(scores, batch[self.label])
         return Mean(losses, jnp.ones_like(losses, bool))
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {self.label: num_classes}
 
@@ -75,7 +75,7 @@ class Accuracy:
         hits = _scores.hits(scores, batch[self.label])
         return Mean(hits, jnp.ones_like(hits))
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {self.label: num_classes}
 
@@ -107,7 +107,7 @@ class TopK:
         hits = _scores.ranks(scores, batch[self.label]) < self.k
         return Mean(hits, jnp.ones_like(hits))
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {self.label: num_classes}
 
@@ -153,7 +153,7 @@ class ConfusionMatrix:
         column &= ~jnp.isnan(scores).any(axis=-1, keepdims=True)
         return Sum(row[:, :, None] & column[:, None, :])
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {self.label: self.num_classes}
 
@@ -198,7 +198,7 @@ class PerDomain:
 
         return jax.tree.map(by_domain, self.metric(batch, scores))
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {**limits_of(self.metric, num_classes), self.domain: self.num_domains}
 
@@ -209,6 +209,6 @@ def _feature(metric: Any, name: str) -> None:
     _arguments.text(type(metric).__name__, name, value, "the name of a feature")
 
 
-def limits_of(metric: Any, num_classes: int) -> dict[str, int]:
+def limits_of(metric: Any, num_classes: int | None) -> dict[str, int | None]:
     """The features that a metric uses as indices, and how many values each of them can have."""
     return metric.limits(num_classes) if hasattr(metric, "limits") else {}

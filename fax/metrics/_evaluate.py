@@ -12,13 +12,13 @@ from fax import _arguments
 from fax.data._check_examples import check_federated
 from fax.data._protocol import FederatedData
 from fax.metrics._classification import Metric
+from fax.metrics._names import Metrics, named_metrics
 from fax.metrics._packing import Prepared
 from fax.metrics._programs import NON_FINITE, warn_if_recompiled
 from fax.metrics._runs import run_batches, run_personal
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
-Metrics = Mapping[str, Metric]
 
 
 def evaluate(
@@ -48,6 +48,7 @@ def evaluate(
         pass what `fax.metrics.prepare` returns for them.
       metrics: by name, functions ``metric(batch, scores)`` that return a statistic for each
         example: a `Mean` or `Sum` with leaves [batch, ...]. Those of `fax.metrics`, or your own.
+        Names can stand for metrics without arguments, ``["accuracy", "f1"]``.
       batch_size: the largest number of examples in a batch. Default: 256.
       placement: the placement over whose mesh axes batches are spread.
 
@@ -80,10 +81,11 @@ def evaluate(
     where = "fax.metrics.evaluate"
     _check_order(where, apply, params, data)
     _arguments.text(where, "placement", placement, "the name of a placement")
-    warn_if_recompiled(where, apply, metrics)
-    for stats, _ in run_batches(where, apply, params, data, metrics, batch_size, placement, False):
+    named = named_metrics(where, metrics)
+    warn_if_recompiled(where, apply, named)
+    for stats, _ in run_batches(where, apply, params, data, named, batch_size, placement, False):
         totals.add(stats)
-    return totals.results(metrics)
+    return totals.results(named)
 
 
 def evaluate_clients(
@@ -141,12 +143,13 @@ def evaluate_clients(
     _check_order(where, apply, params, data)
     _arguments.flag(where, "personal", personal)
     _arguments.text(where, "placement", placement, "the name of a placement")
-    warn_if_recompiled(where, apply, metrics)
+    named = named_metrics(where, metrics)
+    warn_if_recompiled(where, apply, named)
     totals = _Totals(len(data))
     run = run_personal if personal else run_batches
-    for stats, positions in run(where, apply, params, data, metrics, batch_size, placement, True):
+    for stats, positions in run(where, apply, params, data, named, batch_size, placement, True):
         totals.add(stats, positions)
-    return totals.results(metrics)
+    return totals.results(named)
 
 
 class _Totals:
@@ -166,7 +169,7 @@ class _Totals:
             self.stats = jax.tree.map(lambda x: np.zeros(shape + x.shape[1:], x.dtype), stats)
         jax.tree.map(lambda total, x: np.add.at(total, positions, x), self.stats, stats)
 
-    def results(self, metrics: Metrics) -> dict[str, Any]:
+    def results(self, metrics: Mapping[str, Metric]) -> dict[str, Any]:
         assert self.stats is not None
         return {name: self.stats[name].result() for name in (*metrics, NON_FINITE)}
 

@@ -147,11 +147,6 @@ def run_personal(
 def _checked_metrics(where: str, data: FederatedData | Prepared, metrics: Metrics) -> Named:
     if not len(data):
         raise DataError(f"{where}: data has no clients.")
-    if not isinstance(metrics, Mapping) or not metrics:
-        raise ValueError(
-            f"{where}: metrics is {metrics!r:.80}, expected a mapping from names to metrics, such "
-            "as {'accuracy': fax.metrics.Accuracy()}."
-        )
     if NON_FINITE in metrics:
         raise ValueError(
             f"{where}: metrics has the name {NON_FINITE!r}, which is used for the number of "
@@ -168,17 +163,18 @@ def _check_labels(apply: Apply, params: PyTree, reader: ClientReader, metrics: N
     features = reader.features
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in features.items()}
     scores = scores_of.eval_shape(apply, params, batch)
-    if len(getattr(scores, "shape", ())) < 2:  # without classes, metrics that need them will raise
-        return lambda client_id, examples: examples
+    shape: tuple[int, ...] = getattr(scores, "shape", ())
+    num_classes = shape[-1] if len(shape) >= 2 else None  # metrics that need classes will raise
     limits: dict[str, int] = {}
     for name, metric in metrics:
-        for feature, limit in limits_of(metric, scores.shape[-1]).items():
+        for feature, limit in limits_of(metric, num_classes).items():
             if feature not in features:
                 raise DataError(
                     f"metric {name!r} needs the feature {feature!r}, but clients have "
                     f"{sorted(features)}. Pass another name, or add the feature with fax.data.map."
                 )
-            limits[feature] = min(limit, limits.get(feature, limit))
+            if limit is not None:
+                limits[feature] = min(limit, limits.get(feature, limit))
 
     def check(client_id: Any, examples: Examples) -> Examples:
         for feature, limit in limits.items():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fax import _arguments
 from fax.metrics import _scores
-from fax.metrics._statistics import Mean, Sum
+from fax.metrics._statistics import Mean, Statistic, Sum
 
 Batch = Mapping[str, jax.Array]
 PADDING = _scores.PADDING
@@ -47,7 +49,7 @@ class _Sequences:
             )
         return ~_is_one_of(labels, self.ignore)
 
-    def limits(self, num_classes: int) -> dict[str, int]:
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
         """The features that are indices, and how many values each can have."""
         return {self.label: num_classes}
 
@@ -87,6 +89,51 @@ class TokenLoss(_Sequences):
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         """The statistic of each example."""
         return _of_tokens(_scores.losses_of(scores, batch[self.label]), self.counts(batch))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpMean(Statistic):
+    """The exponential of a mean.
+
+    Attributes:
+      mean: the mean.
+
+    Example:
+
+      >>> print(f"{fax.metrics.ExpMean(fax.metrics.Mean(3.0, 3)).result():.4f}")
+      2.7183
+    """
+
+    mean: Mean
+
+    def result(self) -> Any:
+        """The exponential of the mean."""
+        mean = self.mean.result()
+        return jnp.exp(mean) if isinstance(mean, jax.Array) else np.exp(mean)
+
+
+class Perplexity(_Sequences):
+    """The perplexity, exp of the mean negative log-likelihood of a token.
+
+    Scores are [batch, length, tokens], log-probabilities up to a constant.
+
+    Attributes:
+      ignore: labels that do not count. Default: 0, padding.
+      label: the feature with the labels, int [batch, length].
+
+    Example:
+
+      >>> batch = {"y": jnp.array([[1, 2, 0]])}
+      >>> statistic = fax.metrics.Perplexity()(batch, jnp.zeros((1, 3, 4)))
+      >>> print(f"{statistic.sum().result():.4f}")
+      4.0000
+    """
+
+    def __call__(self, batch: Batch, scores: jax.Array) -> ExpMean:
+        """The statistic of each example."""
+        losses = _scores.losses_of(scores, batch[self.label])
+        return ExpMean(_of_tokens(losses, self.counts(batch)))
 
 
 class SequenceLoss(_Sequences):

@@ -1,0 +1,144 @@
+"""Federated data in the HDF5 files of TensorFlow Federated's older releases."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fax import _arguments
+from fax._extras import require
+from fax._nearest import did_you_mean
+from fax.data._check_examples import Schema, checked_examples, unknown_client
+from fax.data._protocol import ClientId, DataError, FederatedData
+
+
+def from_hdf5(
+    path: str | os.PathLike[str], *, features: Sequence[str] | None = None
+) -> FederatedData:
+    """Opens an HDF5 file whose data sets are ``examples/<client>/<feature>``.
+
+    TensorFlow Federated published its data like this before it used SQLite, as in
+    ``fed_emnist_train.h5``. A client's examples are read whenever they are asked for. The file is
+    opened once in each process.
+
+    Args:
+      path: the path of the file.
+      features: the names of the features to read. Default: all.
+
+    Returns:
+      The clients, in the order of the file, which is that of sorted ids. Strings are bytes.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ModuleNotFoundError: if h5py is not installed.
+      DataError: if the file is damaged, or has no clients; when a client is read, if it has no
+        such features.
+
+    Example:
+
+      >>> import h5py, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "people.h5")
+      >>> with h5py.File(path, "w") as file:
+      ...     file["examples/ada/label"] = [3, 5]
+      >>> fax.data.from_hdf5(path).client("ada")
+      {'label': array([3, 5])}
+    """
+    where = "fax.data.from_hdf5"
+    require(where, "h5py", "data")
+    _arguments.path(where, "path", path, error=DataError)
+    given = Path(path).absolute()
+    if not given.is_file():
+        raise FileNotFoundError(f"{where}: there is no file {given}")
+    if isinstance(features, str) or (features is not None and not list(features)):
+        raise DataError(f"{where}: features is {features!r}, expected a list of names.")
+    return HDF5(given, None if features is None else tuple(features))
+
+
+class HDF5:
+    """What `from_hdf5` returns."""
+
+    def __init__(self, path: Path, features: tuple[str, ...] | None) -> None:
+        self._path, self._features, self._schema = path, features, Schema()
+        self._reset()
+        self._ids = tuple(self._examples())
+        if not self._ids:
+            raise DataError(f"{path}: examples has no clients.")
+        self._known = frozenset(self._ids)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._opened: tuple[int, Any] | None = None
+
+    def client_ids(self) -> tuple[ClientId, ...]:
+        return self._ids
+
+    def num_examples(self, client_id: ClientId) -> int:
+        group = self._group(client_id)
+        return len(group[self._names(client_id, group)[0]])
+
+    def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
+        group = self._group(client_id)
+        try:
+            arrays = {name: group[name][()] for name in self._names(client_id, group)}
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: client {client_id!r} cannot be read: {error}. The file is damaged."
+            ) from error
+        examples = checked_examples(client_id, arrays)
+        self._schema.check(client_id, examples)
+        return examples
+
+    def _names(self, client_id: ClientId, group: Any) -> tuple[str, ...]:
+        for name in self._features or ():
+            if name not in group:
+                raise DataError(
+                    f"client {client_id!r} has no feature {name!r}. {did_you_mean(name, group)}"
+                )
+        names = self._features or tuple(group)
+        if not names:
+            raise DataError(f"client {client_id!r} has no features.")
+        return names
+
+    def _group(self, client_id: ClientId) -> Any:
+        if not isinstance(client_id, str) or client_id not in self._known:
+            raise unknown_client(client_id, self)
+        return self._examples()[client_id]
+
+    def _examples(self) -> Any:
+        """The group of clients. A file must not be used in a process forked from its own."""
+        import h5py
+
+        with self._lock:
+            if self._opened is None or self._opened[0] != os.getpid():
+                try:
+                    self._opened = os.getpid(), h5py.File(self._path, "r")
+                except OSError as error:
+                    raise DataError(
+                        f"{self._path} cannot be opened: {error}. It is damaged, or not an HDF5 "
+                        "file."
+                    ) from error
+            file = self._opened[1]
+        if "examples" not in file:
+            raise DataError(
+                f"{self._path} has no group examples, but {', '.join(file)}. Expected data sets "
+                "examples/<client>/<feature>."
+            )
+        return file["examples"]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __repr__(self) -> str:
+        return f"HDF5({str(self._path)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()

@@ -1,0 +1,134 @@
+"""Examples of different lengths or sizes as arrays: what is padded, and what is cropped."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fax import _arguments
+from fax.data._protocol import DataError
+
+
+def pad(
+    rows: Iterable[Any], shape: int | Sequence[int], *, value: Any = 0, truncate: bool = False
+) -> np.ndarray:
+    """Pads the end of rows of different lengths, such as tokens of texts, to one shape.
+
+    Args:
+      rows: an iterable of arrays or sequences.
+      shape: the length of a row in its first axes: an int for the first one, or an int for each of
+        several. Other axes have the same lengths in all rows.
+      value: what rows are padded with.
+      truncate: whether longer rows lose their end. By default they are an error.
+
+    Returns:
+      An array ``[rows, *shape, ...]`` with the dtype of the rows.
+
+    Raises:
+      DataError: if there are no rows, a row is longer and ``truncate`` is False, or the other axes
+        differ.
+
+    Example:
+
+      >>> fax.data.pad([[1, 2], [3]], 3)
+      array([[1, 2, 0],
+             [3, 0, 0]])
+
+      Texts are tokenized by any function, when a client is read:
+
+      >>> data = fax.data.InMemory({"ada": {"text": ["to be", "or not to be"]}})
+      >>> def tokenize(client_id, examples):
+      ...     tokens = [[len(word) for word in text.split()] for text in examples["text"]]
+      ...     return {"token": fax.data.pad(tokens, 4)}
+      >>> fax.data.map(data, tokenize).client("ada")["token"].tolist()
+      [[2, 2, 0, 0], [2, 3, 2, 2]]
+    """
+    where = "fax.data.pad"
+    wanted = _shape(where, shape)
+    _arguments.flag(where, "truncate", truncate, error=DataError)
+    arrays = _rows(where, rows, len(wanted))
+    for i, array in enumerate(arrays):
+        longer = [axis for axis, length in enumerate(wanted) if array.shape[axis] > length]
+        if longer and not truncate:
+            axis = longer[0]
+            raise DataError(
+                f"{where}: row {i} has the length {array.shape[axis]} in axis {axis}, more than "
+                f"{wanted[axis]}. Pass a larger shape, or truncate=True to drop its end."
+            )
+    dtype = np.result_type(*{array.dtype for array in arrays})
+    if not np.can_cast(np.min_scalar_type(value), dtype, "same_kind"):
+        raise DataError(
+            f"{where}: value is {value!r:.80}, which the rows' dtype {dtype} cannot hold."
+        )
+    result = np.full((len(arrays), *wanted, *arrays[0].shape[len(wanted) :]), value, dtype)
+    for i, array in enumerate(arrays):
+        kept = array[tuple(slice(length) for length in wanted)]
+        result[i][tuple(slice(n) for n in kept.shape[: len(wanted)])] = kept
+    return result
+
+
+def crop(rows: Iterable[Any], shape: int | Sequence[int]) -> np.ndarray:
+    """Crops the centers of rows of different sizes, such as images, to one shape.
+
+    Args:
+      rows: an iterable of arrays.
+      shape: the lengths of the first axes, such as ``(height, width)``. If an odd number of
+        elements is dropped, one more is dropped at the end. Other axes have the same lengths in all
+        rows.
+
+    Returns:
+      An array ``[rows, *shape, ...]`` with the dtype of the rows.
+
+    Raises:
+      DataError: if there are no rows, a row is smaller, or the other axes differ.
+
+    Example:
+
+      >>> import numpy as np
+      >>> images = [np.zeros((30, 40, 3), np.uint8), np.zeros((28, 33, 3), np.uint8)]
+      >>> fax.data.crop(images, (28, 28)).shape
+      (2, 28, 28, 3)
+    """
+    where = "fax.data.crop"
+    wanted = _shape(where, shape)
+    arrays = _rows(where, rows, len(wanted))
+    centers = []
+    for i, array in enumerate(arrays):
+        left = [have - want for have, want in zip(array.shape, wanted, strict=False)]
+        if min(left) < 0:
+            raise DataError(
+                f"{where}: row {i} has the shape {array.shape}, smaller than {wanted}. Pad it "
+                "first, for example with fax.data.pad."
+            )
+        starts = (n // 2 for n in left)
+        centers.append(array[tuple(slice(n, n + want) for n, want in zip(starts, wanted))])
+    return np.stack(centers)
+
+
+def _shape(where: str, shape: Any) -> tuple[int, ...]:
+    try:
+        lengths = (operator.index(shape),)
+    except TypeError:
+        lengths = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    if not lengths:
+        raise DataError(f"{where}: shape is empty, expected an int or a sequence of ints.")
+    return tuple(_arguments.count(where, "shape", n, error=DataError) for n in lengths)
+
+
+def _rows(where: str, rows: Any, ndim: int) -> list[np.ndarray]:
+    """The rows as arrays that differ in their first axes alone."""
+    arrays = [np.asarray(row) for row in rows]
+    if not arrays:
+        raise DataError(f"{where}: there are no rows.")
+    for i, array in enumerate(arrays):
+        if array.ndim < ndim or array.shape[ndim:] != arrays[0].shape[ndim:]:
+            raise DataError(
+                f"{where}: row {i} has the shape {array.shape}, but row 0 {arrays[0].shape}. Rows "
+                f"may differ only in the first {ndim} of their axes."
+            )
+    # An empty list has the dtype float64, which says nothing.
+    known = [array.dtype for array in arrays if array.size] or [arrays[0].dtype]
+    return [array if array.size else array.astype(known[0]) for array in arrays]

@@ -1,0 +1,444 @@
+"""Federated data of other libraries' tables, datasets and files, against what was put in."""
+
+import builtins
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+import fax
+from fax.data import DataError, FederatedData
+
+USERS = ["bob", "ada", "bob", "eve", "ada"]
+X = np.arange(10, dtype=np.float32).reshape(5, 2)
+Y = np.array([3, 1, 4, 1, 5], np.int32)
+
+
+def assert_clients(data, dtypes=(np.float32, np.int32), users=USERS):
+    """Each client has its own rows, in order, and nothing else."""
+    assert isinstance(data, FederatedData)
+    assert list(data.client_ids()) == sorted(set(users))
+    assert len(data) == len(set(users))
+    for user in data.client_ids():
+        rows = [i for i, name in enumerate(users) if name == user]
+        found = data.client(user)
+        assert found.keys() == {"x", "y"}
+        np.testing.assert_array_equal(found["x"], X[rows])
+        np.testing.assert_array_equal(found["y"], Y[rows])
+        assert (found["x"].dtype, found["y"].dtype) == dtypes
+        assert data.num_examples(user) == len(rows)
+    with pytest.raises(DataError, match=r"no client 'mallory'"):
+        data.client("mallory")
+
+
+def records():
+    return ({"user": u, "x": x, "y": y} for u, x, y in zip(USERS, X, Y, strict=True))
+
+
+class Dataset:
+    """A map-style dataset of torch, as it is used."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self.items):
+            raise RuntimeError("torch's datasets need not raise IndexError")
+        return self.items[i]
+
+
+class IterableDataset:
+    """An iterable dataset of torch, which has an item getter that always raises."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __getitem__(self, i):
+        raise NotImplementedError
+
+
+def test_pandas():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"user": USERS, "x": list(X), "y": Y, "note": "n"}, index=list("abcde"))
+    assert_clients(fax.data.from_pandas(frame, "user", features=["x", "y"]))
+    assert fax.data.from_pandas(frame, "user").client("ada")["note"].tolist() == ["n", "n"]
+    kept = fax.data.from_pandas(frame, "user", features=["user", "y"])
+    assert kept.client("bob")["user"].tolist() == ["bob", "bob"]
+    by_category = frame.astype({"user": "category", "y": "Int64"})
+    found = fax.data.from_pandas(by_category, "user").client("ada")["y"]
+    assert (found.tolist(), found.dtype) == ([1, 5], np.int64)
+    assert fax.data.from_pandas(frame, "y").client_ids() == ("1", "3", "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.rename(columns={"user": "User"}), "no column 'user'. Did you mean 'User'"),
+        (
+            lambda f: f.assign(y=[1, None, 2, 3, 4]).astype({"y": "Int64"}),
+            "'y' has 1 missing.*row 1",
+        ),
+        (lambda f: f.assign(user=["a", None, "b", "a", "a"]), "'user' has 1 missing.*row 1"),
+        (lambda f: f.assign(user=[1.5, 2, 3, 4, 5]), "'user' has dtype float64"),
+        (
+            lambda f: f.assign(x=[[1], [2], [1, 2], [3], [4]]),
+            r"shape \(1,\) in row 0, but \(2,\) in row 2",
+        ),
+        (lambda f: f.assign(x=["a", 1, "b", "c", "d"]), "'x' mixes int and str"),
+        (lambda f: f[["user"]], "no column but 'user'"),
+        (lambda f: f.set_axis(["user", "x", "x"], axis=1), "a name twice"),
+        (lambda f: f.set_axis(["user", 0, 1], axis=1), "named 0, a int"),
+        (lambda f: f.to_dict("list"), "frame is a dict.*from_records"),
+    ],
+)
+def test_tables_that_cannot_be_used(change, message):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"user": USERS, "x": list(X), "y": Y})
+    with pytest.raises(DataError, match=f"from_pandas: .*{message}"):
+        fax.data.from_pandas(change(frame), "user")
+
+
+def test_records():
+    assert_clients(fax.data.from_records(records(), "user"))
+    text = fax.data.from_records([{"user": 1, "x": b"a"}, {"user": 0, "x": b"b\0"}], "user")
+    assert text.client("0")["x"].tolist() == [b"b\0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "there are no records"),
+        ({"user": 1, "x": 2}, "records is a dict"),
+        ([{"user": 1, "x": 2}, {"user": 1}], "record 1 differs from the first.*x"),
+        ([{"user": 1, "x": 2}, {"user": 1, "x": 2, "z": 1}], "record 1 differs.*z"),
+        ([{"user": 1, "x": 2}, 5], "record 1 is a int"),
+        ([{"user": 1, "x": None}], "'x' has 1 missing"),
+        ([{"user": [1], "x": 2}], r"'user' has shape \(1, 1\)"),
+        ([{"user": "a", "x": "s"}, {"user": "a", "x": b"s"}], "'x' mixes bytes and str"),
+    ],
+)
+def test_records_that_cannot_be_used(given, message):
+    with pytest.raises(DataError, match=f"from_records: .*{message}"):
+        fax.data.from_records(given, "user")
+
+
+def test_hugging_face(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    kinds = {
+        "user": datasets.Value("string"),
+        "x": datasets.List(datasets.Value("float32")),
+        "y": datasets.Value("int32"),
+    }
+    features = datasets.Features(kinds)
+    table = {"user": USERS, "x": X.tolist(), "y": Y.tolist()}
+    dataset = datasets.Dataset.from_dict(table, features=features)
+    assert_clients(fax.data.from_huggingface(dataset, "user"))
+    stream = dataset.to_iterable_dataset()
+    assert_clients(fax.data.from_huggingface(stream, "user"), (np.float64, np.int64))
+
+    order = [4, 0, 2, 3, 1]  # a selection refers to rows of another table
+    selected = dataset.select(order).select(range(4))
+    found = fax.data.from_huggingface(selected, "user", features=["y"]).client("bob")
+    assert {name: x.tolist() for name, x in found.items()} == {"y": [3, 4]}
+    transformed = dataset.with_transform(lambda rows: {"z": [-y for y in rows["y"]]})
+    assert fax.data.from_huggingface(transformed, "user").client("ada")["z"].tolist() == [-1, -5]
+
+    image = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    others = datasets.Dataset.from_dict(
+        {
+            "user": USERS,
+            "f": X[:, 0].astype(np.float64) / 3,
+            "deep": [X[:4].tolist()] * 5,
+            "image": [image] * 5,
+        },
+        features=datasets.Features(
+            {
+                "user": datasets.Value("string"),
+                "f": datasets.Value("float64"),
+                "deep": datasets.Array2D((4, 2), "float64"),
+                "image": datasets.Image(),
+            }
+        ),
+    )
+    found = fax.data.from_huggingface(others, "user").client("ada")
+    np.testing.assert_array_equal(found["f"], X[[1, 4], 0].astype(np.float64) / 3)
+    np.testing.assert_array_equal(found["deep"], np.stack([X[:4]] * 2))
+    np.testing.assert_array_equal(found["image"], np.stack([image] * 2))
+    assert (found["f"].dtype, found["image"].dtype) == (np.float64, np.uint8)
+
+    with pytest.raises(DataError, match=r"has the splits train, test. Pass one"):
+        fax.data.from_huggingface(datasets.DatasetDict(train=dataset, test=dataset), "user")
+    ragged = fax.data.from_huggingface(
+        datasets.Dataset.from_dict({"user": ["a", "a"], "x": [[1], [1, 2]]}), "user"
+    )
+    with pytest.raises(DataError, match=r"client 'a': .*\(1,\) in row 0, but \(2,\) in row 1.*pad"):
+        ragged.client("a")
+    for x, message in [
+        ([1, None], "'x' has 1 missing values, the first in row 1"),
+        ([[1], [None]], "'x' has missing values in its lists"),
+    ]:
+        missing = datasets.Dataset.from_dict({"user": ["a", "a"], "x": x})
+        with pytest.raises(DataError, match=message):
+            fax.data.from_huggingface(missing, "user").client("a")
+
+
+def test_torch_and_grain():
+    pairs = list(zip(X, Y, strict=True))
+    assert_clients(fax.data.from_torch(Dataset(pairs), client=USERS))
+    assert_clients(fax.data.from_torch(Dataset(pairs), client=np.array(USERS)))
+    assert_clients(fax.data.from_torch(Dataset(list(records())), client="user"))
+    assert_clients(fax.data.from_grain(list(records()), client="user"))
+    assert_clients(fax.data.from_torch(IterableDataset(list(records())), client="user"))
+    own = {u: [p for p, user in zip(pairs, USERS) if user == u] for u in sorted(set(USERS))}
+    assert_clients(fax.data.from_torch({u: Dataset(items) for u, items in own.items()}))
+    assert_clients(fax.data.from_torch({u: IterableDataset(items) for u, items in own.items()}))
+    alone = fax.data.from_torch(Dataset(list(X)), client=USERS, features=["x"])
+    np.testing.assert_array_equal(alone.client("eve")["x"], X[3:4])
+    copy = pickle.loads(pickle.dumps(fax.data.from_torch(Dataset(pairs), client=USERS)))
+    assert_clients(copy)
+
+
+def test_a_dataset_of_torch_is_read_lazily():
+    seen = []
+
+    class Noted(Dataset):
+        def __getitem__(self, i):
+            seen.append(i)
+            return super().__getitem__(i)
+
+    data = fax.data.from_torch(Noted(list(zip(X, Y, strict=True))), client=USERS)
+    assert (seen, data.num_examples("ada")) == ([], 2)
+    data.client("ada")
+    assert seen == [1, 4]
+
+
+class Loader:
+    dataset = batch_sampler = ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Loader(), "user"), "is a DataLoader. Pass its dataset"),
+        (([(1, 2)],), "Pass client="),
+        (([(1, 2)], ["a", "b"]), r"client has the shape \(2,\), expected \(1,\)"),
+        (([(1, 2)], "user"), "item 0 has no such field: it is tuple"),
+        (({"a": [(1, 2)]}, "user"), "the mapping already says whose"),
+        ((5, "user"), "dataset is 5, expected a dataset"),
+        (({"a": 5},), "client 'a' is 5, expected"),
+        (([(1, 2)], [0.5]), "dtype float64, expected ids"),
+        (([], []), "there are no examples"),
+    ],
+)
+def test_datasets_that_cannot_be_used(arguments, message):
+    with pytest.raises(DataError, match=f"from_torch: .*{message}"):
+        fax.data.from_torch(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([(1, 2, 3)], "an item has 3 elements, but features names 2, x, y"),
+        ([{"x": 1}, {"y": 1}], r"item 1 has \['y'\], but the first has \['x'\]"),
+        ([([1, 2], 1), ([1], 1)], r"shape \(2,\) in row 0, but \(1,\) in row 1"),
+    ],
+)
+def test_items_that_cannot_be_used(items, message):
+    data = fax.data.from_torch({"a": items})
+    with pytest.raises(DataError, match=f"client 'a': .*{message}"):
+        data.client("a")
+
+
+def leaf_file(path, names, /, **changes):
+    """A file of LEAF's with awkward text, as its scripts write it."""
+    texts = ['say "hi" {[', 'back\\slash \\" ]}', "ünï\u2028"]
+    content = {
+        "users": names,
+        "num_samples": [2] * len(names),
+        "user_data": {
+            user: {"x": [f"{texts[i % 3]} {user}", "users"], "y": [[i, i + 1], [0, 0]]}
+            for i, user in enumerate(names)
+        },
+        "hierarchies": [{"user_data": {"mallory": []}}],
+    }
+    path.write_text(
+        json.dumps(content | changes, ensure_ascii=len(names) % 2 == 0, indent=len(names))
+    )
+    return content["user_data"]
+
+
+def test_leaf(tmp_path):
+    expected = leaf_file(tmp_path / "a.json", ["b", 'q"uote\\', "user_data"])
+    expected |= leaf_file(tmp_path / "b.json", ["ü", "a"])
+    (tmp_path / "notes.txt").write_text("none of LEAF's")
+    data = fax.data.from_leaf(tmp_path)
+    assert isinstance(data, FederatedData)
+    assert list(data.client_ids()) == list(expected)
+    data = pickle.loads(pickle.dumps(data))
+    for user, examples in expected.items():
+        assert data.num_examples(user) == 2
+        assert {name: x.tolist() for name, x in data.client(user).items()} == examples
+    lengths = fax.data.from_leaf(tmp_path / "b.json", convert=lambda e: {"x": [*map(len, e["x"])]})
+    assert lengths.client("a")["x"].tolist() == [len(text) for text in expected["a"]["x"]]
+    with pytest.raises(DataError, match=r"no client 'z'"):
+        data.client("z")
+
+
+def test_leaf_reads_only_what_is_asked_for(tmp_path, monkeypatch):
+    expected = leaf_file(tmp_path / "a.json", ["a", "b"])
+    data = fax.data.from_leaf(tmp_path)
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    data.client("b")
+    assert [loads(text) for text in parsed] == [expected["b"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"users": ["a"]}, "has 1 users, 2 num_samples and 2 clients.*differ in 'b'"),
+        ({"users": ["a", 1]}, "users has 1, expected strings"),
+        ({"users": None}, "has no list users"),
+        ({"num_samples": [2, -1]}, "num_samples of client 'b' is -1"),
+        ({"num_samples": [2, "2"]}, "num_samples of client 'b' is '2'"),
+        ({"user_data": {"a": {}, "b": {}, "c": {}}}, "3 clients in user_data.*'c'"),
+    ],
+)
+def test_leaf_files_that_cannot_be_used(tmp_path, change, message):
+    leaf_file(tmp_path / "a.json", ["a", "b"], **change)
+    with pytest.raises(DataError, match=message):
+        fax.data.from_leaf(tmp_path)
+
+
+def test_damaged_leaf_files(tmp_path):
+    path = tmp_path / "a.json"
+    expected = leaf_file(path, ["a", "b"])
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 7):  # no file that ends early is taken for a whole one
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"cannot be read"):
+            fax.data.from_leaf(path)
+    path.write_bytes(whole)
+    data = fax.data.from_leaf(path)
+    path.write_bytes(whole.replace(b'"y"', b"'y'"))
+    with pytest.raises(DataError, match=r"client 'a' cannot be read.*damaged, or has changed"):
+        data.client("a")
+    path.write_text(
+        json.dumps({"users": ["a"], "num_samples": [3], "user_data": {"a": expected["a"]}})
+    )
+    with pytest.raises(DataError, match=r"has 2 examples, but num_samples says 3"):
+        fax.data.from_leaf(path).client("a")
+    leaf_file(tmp_path / "b.json", ["a"])
+    with pytest.raises(DataError, match=r"b.json has 1 clients that .*a.json has as well, 'a'"):
+        fax.data.from_leaf(tmp_path)
+
+
+def test_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "people.h5"
+    with h5py.File(path, "w") as file:
+        for user in sorted(set(USERS)):
+            rows = [i for i, name in enumerate(USERS) if name == user]
+            file[f"examples/{user}/x"], file[f"examples/{user}/y"] = X[rows], Y[rows]
+    assert_clients(fax.data.from_hdf5(path))
+    assert_clients(pickle.loads(pickle.dumps(fax.data.from_hdf5(path))))
+    assert fax.data.from_hdf5(path, features=["y"]).client("eve").keys() == {"y"}
+    with pytest.raises(DataError, match=r"no feature 'label'. Choose from x, y"):
+        fax.data.from_hdf5(path, features=["label"]).client("eve")
+    (tmp_path / "half.h5").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"half.h5 cannot be opened"):
+        fax.data.from_hdf5(tmp_path / "half.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["weights"] = X
+    with pytest.raises(DataError, match=r"has no group examples, but weights"):
+        fax.data.from_hdf5(tmp_path / "other.h5")
+
+
+def test_fedscale(tmp_path):
+    lines = [f"{u},img {i}.npy,{y},{y}" for i, (u, y) in enumerate(zip(USERS, Y))]
+    path = tmp_path / "train.csv"
+    path.write_text("\n".join(["client_id,sample_path,label_name,label_id", *lines, ""]))
+    for i, x in enumerate(X):
+        np.save(tmp_path / f"img {i}.npy", x)
+
+    def read(row):
+        return {"x": np.load(tmp_path / row["sample_path"]), "y": np.int32(row["label_id"])}
+
+    data = fax.data.from_fedscale(path, read)
+    assert_clients(data)
+    (tmp_path / "img 3.npy").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        data.client("eve")
+    assert "the examples of client 'eve'" in caught.value.__notes__[0]
+    assert data.client("ada")["y"].tolist() == [1, 5]
+    with pytest.raises(DataError, match=r"no column 'user'. Choose from client_id"):
+        fax.data.from_fedscale(path, read, client="user")
+    with pytest.raises(DataError, match=r"read returned int for row 1, expected a mapping"):
+        fax.data.from_fedscale(path, lambda row: 5).client("ada")
+    path.write_text("client_id,sample_path\na,b\nc\n")
+    with pytest.raises(DataError, match=r"row 1 of .* has 1 values for 2 columns"):
+        fax.data.from_fedscale(path, read)
+
+
+def test_padding_and_cropping():
+    rows = [np.arange(3, dtype=np.int16), np.array([7], np.int16), []]
+    padded = fax.data.pad(rows, 4, value=-1)
+    assert padded.tolist() == [[0, 1, 2, -1], [7, -1, -1, -1], [-1, -1, -1, -1]]
+    assert padded.dtype == np.int16
+    assert fax.data.pad(rows, 2, truncate=True).tolist() == [[0, 1], [7, 0], [0, 0]]
+    images = [np.random.default_rng(i).normal(size=(5 + i, 7 - i, 3)) for i in builtins.range(3)]
+    padded = fax.data.pad(images, (8, 7))
+    for image, found in zip(images, padded, strict=True):
+        np.testing.assert_array_equal(found[: image.shape[0], : image.shape[1]], image)
+        assert np.abs(found).sum() == pytest.approx(np.abs(image).sum())
+    cropped = fax.data.crop(images, (4, 5))
+    np.testing.assert_array_equal(cropped[0], images[0][0:4, 1:6])
+    np.testing.assert_array_equal(cropped[2], images[2][1:5, 0:5])
+    for call, message in [
+        (lambda: fax.data.pad(rows, 2), "row 0 has the length 3 in axis 0, more than 2"),
+        (lambda: fax.data.pad([], 2), "there are no rows"),
+        (lambda: fax.data.pad([[1]], 0), "shape is 0"),
+        (lambda: fax.data.pad([[1]], 2, value=0.5), "value is 0.5, which the rows' dtype"),
+        (lambda: fax.data.pad([[[1, 2]], [[1]]], 2), r"row 1 has the shape \(1, 1\), but row 0"),
+        (lambda: fax.data.crop(images, (6, 5)), r"row 0 has the shape \(5, 7, 3\), smaller"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            call()
+
+
+def test_describe(tmp_path):
+    rng = np.random.default_rng(0)
+    clients = {
+        f"c{i}": {"x": rng.normal(size=(n, 2)), "y": rng.integers(i + 1, size=n)}
+        for i, n in enumerate([3, 50, 7])
+    }
+    found = fax.data.describe(fax.data.InMemory(clients))
+    assert found.clients == ("c0", "c1", "c2")
+    assert found.num_examples.tolist() == [3, 50, 7]
+    assert found.bytes == sum(x.nbytes for own in clients.values() for x in own.values())
+    expected = [np.bincount(own["y"], minlength=3).tolist() for own in clients.values()]
+    assert (found.labels.tolist(), found.label_counts.tolist()) == ([0, 1, 2], expected)
+    assert found.features == {"x": (np.dtype(float), (2,)), "y": (np.dtype(int), ())}
+    pytest.importorskip("matplotlib")
+    panels = found.figure(tmp_path / "who.png").axes
+    assert (tmp_path / "who.png").stat().st_size > 5000
+    drawn = panels[1].images[0].get_array()
+    order = [0, 1, 2] if expected[2][0] < max(expected[2]) else None
+    shares = np.array(expected) / np.sum(expected, 1, keepdims=True)
+    assert sorted(map(tuple, drawn)) == sorted(map(tuple, shares))
+    assert order is None or len(drawn) == 3
+    text = fax.data.describe(fax.data.InMemory({"a": {"y": ["u", "v"]}, "b": {"y": ["w"]}}))
+    assert (text.labels.tolist(), text.bytes) == (["u", "v", "w"], 3 * 4)
+    many = fax.data.describe(fax.data.InMemory({"a": {"y": np.arange(101)}}))
+    assert many.labels is None
+    assert len(many.figure().axes) == 1
+    assert fax.data.describe(fax.data.InMemory(clients), label="z").labels is None

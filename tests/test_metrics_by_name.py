@@ -1,0 +1,237 @@
+"""Metrics of classes, yes-or-no labels and regression, and fairness, against scikit-learn."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+
+import fax
+from fax.metrics import AUC, F1, R2, AveragePrecision, Precision, Recall
+
+CLASSES, LABELS, EXAMPLES = 4, 3, 211
+RNG = np.random.default_rng(3)
+Y = RNG.choice(CLASSES - 1, EXAMPLES)  # class 3 is never there, but is predicted
+SCORES = RNG.normal(size=(EXAMPLES, CLASSES)).astype(np.float32)
+SCORES[:, 3] -= 2  # seldom
+TAGS = RNG.random((EXAMPLES, LABELS)) < (0.5, 0.1, 0.9)
+LOGITS = (2 * RNG.normal(size=(EXAMPLES, LABELS)) + TAGS).astype(np.float32)
+TARGETS = (RNG.normal(size=(EXAMPLES, 2)) * (1, 5)).astype(np.float32)
+GUESSES = (TARGETS + RNG.normal(size=TARGETS.shape)).astype(np.float32)
+PREDICTED = SCORES.argmax(1)
+
+
+def clients(**features):
+    """Clients of different sizes, and the rows of each."""
+    ends = [0, 3, 60, 61, 140, EXAMPLES]
+    rows = [slice(a, b) for a, b in itertools.pairwise(ends)]
+    own = {f"c{i}": {k: x[part] for k, x in features.items()} for i, part in enumerate(rows)}
+    return fax.data.InMemory(own), rows
+
+
+def scores(params, batch):
+    return batch["x"]
+
+
+def sharpness(scores):
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+
+def calibration(scores, labels, bins):
+    """The expected calibration error, as its paper writes it."""
+    confidence, hit = sharpness(scores).max(1), scores.argmax(1) == labels
+    error = 0.0
+    for b in range(bins):
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if inside.any():
+            error += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def per_class(measure, **options):
+    return measure(Y, PREDICTED, zero_division=0, **options)
+
+
+CASES = {
+    "precision": (SCORES, Y, Precision(), per_class(reference.precision_score, average="macro")),
+    "recall": (SCORES, Y, Recall(), per_class(reference.recall_score, average="macro")),
+    "f1": (SCORES, Y, F1(), per_class(reference.f1_score, average="macro")),
+    "micro f1": (SCORES, Y, F1("micro"), per_class(reference.f1_score, average="micro")),
+    "f1 of classes": (SCORES, Y, F1("none"), per_class(reference.f1_score, average=None)),
+    "tags": (
+        LOGITS,
+        TAGS,
+        F1("micro", binary=True),
+        reference.f1_score(TAGS, LOGITS > 0, average="micro"),
+    ),
+    "a tag": (
+        LOGITS[:, 1],
+        TAGS[:, 1].astype(np.int32),
+        Precision(binary=True),
+        reference.precision_score(TAGS[:, 1], LOGITS[:, 1] > 0),
+    ),
+    "binary accuracy": (LOGITS, TAGS, "binary_accuracy", ((LOGITS > 0) == TAGS).mean()),
+    "accuracy": (SCORES, Y, "accuracy", reference.accuracy_score(Y, PREDICTED)),
+    "calibration": (SCORES, Y, "calibration_error", calibration(SCORES, Y, 15)),
+    "mse": (GUESSES, TARGETS, "mse", reference.mean_squared_error(TARGETS, GUESSES)),
+    "mae": (GUESSES, TARGETS, "mae", reference.mean_absolute_error(TARGETS, GUESSES)),
+    "r2": (GUESSES, TARGETS, "r2", reference.r2_score(TARGETS, GUESSES)),
+    "r2, far from 0": (GUESSES + 1e4, TARGETS + 1e4, R2(center=1e4), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_scikit_learn(name):
+    x, y, metric, expected = CASES[name]
+    if expected is None:
+        expected = reference.r2_score(y.astype(np.float64), x.astype(np.float64))
+    data, _ = clients(x=x, y=y)
+    found = fax.metrics.evaluate(scores, jnp.zeros(1), data, {"it": metric})["it"]
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_each_client_has_its_own():
+    data, rows = clients(x=SCORES, y=Y)
+    metrics = {"f1": F1(), "classes": Recall("none"), "error": fax.metrics.CalibrationError(5)}
+    found = fax.metrics.evaluate_clients(scores, jnp.zeros(1), data, metrics)
+    own = jnp.zeros((len(rows), 1))
+    personal = fax.metrics.evaluate_clients(scores, own, data, metrics, personal=True)
+    options = dict(labels=range(CLASSES), average=None, zero_division=0)
+    for i, part in enumerate(rows):
+        f1 = reference.f1_score(Y[part], PREDICTED[part], average="macro", zero_division=0)
+        recall = reference.recall_score(Y[part], PREDICTED[part], **options)
+        for results in (found, personal):
+            np.testing.assert_allclose(results["f1"][i], f1, rtol=1e-6)
+            np.testing.assert_allclose(results["classes"][i], recall, rtol=1e-6)
+            expected = calibration(SCORES[part], Y[part], 5)
+            np.testing.assert_allclose(results["error"][i], expected, rtol=1e-5)
+    r2 = fax.metrics.evaluate_clients(
+        scores, jnp.zeros(1), clients(x=GUESSES, y=TARGETS)[0], {"r2": "r2"}
+    )["r2"]
+    assert np.isnan(r2[2])  # one example has no spread
+    np.testing.assert_allclose(
+        r2[[0, 1, 3, 4]],
+        [reference.r2_score(TARGETS[rows[i]], GUESSES[rows[i]]) for i in (0, 1, 3, 4)],
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("exact", "theirs", "metric"),
+    [
+        (fax.metrics.roc_auc, reference.roc_auc_score, AUC),
+        (fax.metrics.average_precision, reference.average_precision_score, AveragePrecision),
+    ],
+)
+def test_rankings(exact, theirs, metric):
+    for logits in (LOGITS, np.round(LOGITS), LOGITS.astype(np.float16)):  # also with ties
+        for i in range(LABELS):
+            found = exact(logits[:, i], TAGS[:, i])
+            np.testing.assert_allclose(found, theirs(TAGS[:, i], logits[:, i]), rtol=1e-12)
+    data, _ = clients(x=LOGITS, y=TAGS)
+    expected = theirs(TAGS, LOGITS, average="macro")
+    for bins in (2, 8, 64, 4096):
+        merged = metric(bins=bins)(dict(y=TAGS), LOGITS).sum()
+        bound = merged.bound()
+        assert abs(merged.result() - expected) <= bound + 1e-12
+        assert 0 <= bound < (1, 0.8, 0.2, 4e-3)[(2, 8, 64, 4096).index(bins)]
+        found = fax.metrics.evaluate(scores, jnp.zeros(1), data, {"it": metric(bins=bins)})["it"]
+        np.testing.assert_allclose(found, merged.result(), rtol=1e-12)
+    # A histogram whose bins are the values themselves is exact.
+    rounded = np.clip(np.round(LOGITS), -8, 7)
+    merged = metric(bins=16, limit=8.0)(dict(y=TAGS), rounded + 0.5).sum()
+    np.testing.assert_allclose(merged.result(), theirs(TAGS, rounded), rtol=1e-12)
+    # Worst cases of the bound: all of a bin in the best, or in the worst order.
+    one_bin = metric(bins=2)(dict(y=jnp.array([1, 1, 0, 0])), jnp.array([1.0, 2.0, 3.0, 4.0])).sum()
+    for order in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
+        assert abs(one_bin.result() - theirs([1, 1, 0, 0], order)) <= one_bin.bound() + 1e-12
+    by_two = metric()(dict(y=jnp.asarray(TAGS[:, 0])), jnp.stack([-LOGITS[:, 0], LOGITS[:, 0]], -1))
+    same = metric()(dict(y=jnp.asarray(TAGS[:, 0])), 2 * LOGITS[:, 0])
+    assert by_two.sum().result() == same.sum().result()
+    assert np.isnan(exact([0.5, 0.2], [0, 0]))
+    assert np.isnan(metric()(dict(y=jnp.array([0, 0])), jnp.array([0.5, 0.2])).sum().result())
+    nothing = metric()(dict(y=jnp.array([0, 1, 1])), jnp.array([0.5, 1.0, jnp.nan])).sum()
+    assert nothing.result() == 1
+
+
+def test_perplexity():
+    tokens = RNG.integers(0, 5, (30, 6))
+    tokens[:, 0] = 1  # every sequence has a token
+    parts = [slice(10 * i, 10 * i + 10) for i in range(3)]
+    own = {f"c{p.start}": {"x": RNG.normal(size=(10, 6, 5)), "y": tokens[p]} for p in parts}
+    log_probs = np.log(np.concatenate([np.exp(e["x"]) for e in own.values()]))
+    log_probs -= np.log(np.exp(log_probs).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]
+    found = fax.metrics.evaluate(scores, jnp.zeros(1), fax.data.InMemory(own), "perplexity")
+    np.testing.assert_allclose(found["perplexity"], np.exp(-chosen[tokens != 0].mean()), rtol=1e-5)
+
+
+def test_names():
+    data, _ = clients(x=SCORES, y=Y)
+    expected = fax.metrics.evaluate(
+        scores, jnp.zeros(1), data, {"accuracy": fax.metrics.Accuracy(), "f1": F1()}
+    )
+    for metrics in (["accuracy", "f1"], ("accuracy", "f1"), {"accuracy": "accuracy", "f1": F1()}):
+        assert fax.metrics.evaluate(scores, jnp.zeros(1), data, metrics) == expected
+    with pytest.raises(ValueError, match=r"no metric 'acuracy'. Did you mean 'accuracy'"):
+        fax.metrics.evaluate(scores, jnp.zeros(1), data, ["acuracy"])
+    with pytest.raises(ValueError, match=r"metrics is \[3\], expected a mapping .* or names"):
+        fax.metrics.evaluate_clients(scores, jnp.zeros(1), data, [3])
+
+
+def test_labels_that_are_neither_0_nor_1():
+    data, _ = clients(x=LOGITS[:, 0], y=np.where(np.arange(EXAMPLES) == 100, 2, TAGS[:, 0]))
+    for metric in ("auc", "binary_accuracy", F1(binary=True)):
+        with pytest.raises(fax.data.DataError, match=r"'c3', feature 'y' has 2, .* 0 to 1"):
+            fax.metrics.evaluate(scores, jnp.zeros(1), data, {"it": metric})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fax.metrics.roc_auc([1.0], [0, 1]), r"shape \(1,\) and labels \(2,\)"),
+        (lambda: fax.metrics.roc_auc([1.0, np.nan], [0, 1]), r"scores\[1\] is NaN"),
+        (lambda: fax.metrics.average_precision([1.0, 2.0], [0, 3]), r"labels\[1\] is .*3"),
+        (lambda: F1("weighted"), "F1: average is 'weighted', expected"),
+        (lambda: F1(binary=1), "F1: binary is 1"),
+        (lambda: AUC(bins=1), "AUC: bins is 1"),
+        (lambda: AUC(limit=0), "AUC: limit is 0"),
+        (lambda: fax.metrics.MSE(label=3), "MSE: label is 3"),
+        (lambda: fax.metrics.MSE()(dict(y=jnp.zeros(3)), jnp.zeros((3, 2))), r"shape \(3, 2\) and"),
+        (lambda: AUC()(dict(y=jnp.zeros(3, int)), jnp.zeros((3, 4))), r"shape \(3, 4\) and labels"),
+        (lambda: AUC()(dict(y=jnp.zeros(3)), jnp.zeros(3)), "labels are float"),
+        (lambda: F1()(dict(y=jnp.zeros(3, int)), jnp.zeros(3)), "one for each label and class"),
+        (lambda: fax.metrics.fairness([1.0, np.nan]), r"values\[1\] is nan"),
+        (lambda: fax.metrics.fairness([]), "expected a number for each client"),
+        (lambda: fax.metrics.fairness([1.0], percentiles=[101]), "percentiles is 101"),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_fairness():
+    values = RNG.permutation(np.arange(40.0)) / 40
+    found = fax.metrics.fairness(values)
+    assert found.worst_tenth == pytest.approx(np.arange(4).mean() / 40)
+    assert found.best_tenth == pytest.approx(np.arange(36, 40).mean() / 40)
+    assert found.variance == pytest.approx(values.var())
+    assert found.gap == pytest.approx(values.mean() - np.arange(4).mean() / 40)
+    assert found.percentiles == {p: np.percentile(values, p) for p in (5, 25, 50, 75, 95)}
+    losses = fax.metrics.fairness(values, higher_is_better=False, percentiles=[90])
+    assert losses.worst_tenth == pytest.approx(found.best_tenth)
+    assert losses.best_tenth == pytest.approx(found.worst_tenth)
+    assert losses.gap == pytest.approx(np.arange(36, 40).mean() / 40 - values.mean())
+    assert fax.metrics.fairness([0.5, 0.7]).worst_tenth == 0.5
+
+
+def test_statistics_merge_in_any_order():
+    halves = slice(0, 100), slice(100, None)
+    for metric, x, y in [(F1(), SCORES, Y), (AUC(), LOGITS, TAGS), (R2(), GUESSES, TARGETS)]:
+        whole = metric(dict(y=jnp.asarray(y)), jnp.asarray(x)).sum()
+        one, other = (metric(dict(y=jnp.asarray(y[h])), jnp.asarray(x[h])).sum() for h in halves)
+        for merged in (one.merge(other), other.merge(one.merge(one.zero()))):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merged, whole)
