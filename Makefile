@@ -3,7 +3,9 @@
 #   make quickstart   train a federated model on real data
 #   make test         run the tests, of products of cases a part that covers them
 #   make test-core    run what depends on the version of JAX
+#   make test-docs    run the examples of docstrings, of the documentation's pages, and of examples/
 #   make test-all     run every case of every test
+#   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
@@ -11,7 +13,7 @@
 #   make docs         build the documentation
 #   make pages        generate the drawing of the house and the list of public names
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
-#   make checks       check, docs and package, at the same time
+#   make checks       check, docs, test-docs and package, at the same time
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -37,7 +39,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all test-beam checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
+.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -52,8 +54,14 @@ test: $(VENV)/test.$(WITH) $(TPU)
 test-core: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --core -n auto --dist worksteal
 
+test-docs: $(VENV)/test.$(WITH)
+	$(BIN)/python -m pytest --docs -n auto --dist worksteal $$(grep -l "pytest.mark.docs" tests/test_*.py)
+
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
+
+test-other-jax: $(VENV)/test.$(WITH)
+	$(BIN)/python tests/other_jax.py $(OTHER)
 
 # Where Beam cannot be installed, its tests are skipped.
 test-beam:
@@ -81,7 +89,7 @@ docs: $(VENV)/docs.$(WITH)
 
 # Mostly, each of these uses one core. Their output comes one after another, if make can do that.
 checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)
-	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package
+	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package test-docs
 
 pages:
 	$(PYTHON) tools/house.py

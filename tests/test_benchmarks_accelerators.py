@@ -111,6 +111,7 @@ def test_what_is_in_the_file_is_not_compiled_again(monkeypatch, tmp_path):
 # On GPU, or on whatever there is
 
 
+@pytest.mark.long
 def test_rounds_by_hand_are_those_of_fax():
     task = gpu.TASKS["logistic"]()
     args = gpu.arguments(task, 3, 2)
@@ -120,6 +121,7 @@ def test_rounds_by_hand_are_those_of_fax():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, other)
 
 
+@pytest.mark.long
 def test_every_way_is_measured_while_there_is_time(monkeypatch):
     monkeypatch.setattr(gpu, "TURNS", 2)  # before each run, the garbage of all tests is collected
     found = gpu.run(["logistic"], [2], 1, (1, 4), 1e6)

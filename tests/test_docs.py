@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ELSEWHERE = {"fax.deploy._beam_client": "apache_beam"}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(page for page in DOCS if not page.startswith("docs/_build"))]
 HOMES = [
     fax,
     fax.drjax,
@@ -43,6 +44,7 @@ PUBLIC = {
 }
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     if name in ELSEWHERE:
@@ -56,7 +58,9 @@ def test_docstrings(name):
     assert runner.summarize().failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.docs] * (page != "README.md")) for page in PAGES]
+)
 def test_pages(page):
     with jax.enable_x64(False):
         results = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=FLAGS)

@@ -60,15 +60,22 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("devices", "names"),
+    [
+        (4, ("int8", "error_feedback")),
+        pytest.param(2, tuple(AGGREGATORS), marks=pytest.mark.long),
+        pytest.param(4, tuple(AGGREGATORS), marks=pytest.mark.long),
+    ],
+)
+def test_means_are_those_of_float32_to_the_bit(devices, names, monkeypatch):
     """With weights, and a replica that is lost."""
     updates, here = rows(), np.array([True, True, False, True])
     updates["w"][2] = np.nan
     n = np.array([3, 1, 2, 7], np.float32)
 
     def means(*args):
-        return {name: mean_of(own, *args) for name, own in AGGREGATORS.items()}
+        return {name: mean_of(AGGREGATORS[name], *args) for name in names}
 
     with jax.set_mesh(meshes.mesh(replicas=devices)):
         compiled = jax.jit(means).lower(updates, here, n).compile()
@@ -81,15 +88,16 @@ def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
     # One collective for each: the bytes, a scale for each leaf, and a weight.
     gathers = [c for c in report.collectives if "uint8" in c.dtype]
     size = {2: 10 + 1 + 1 + 2, 4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
-    sizes = [size[BITS[name]] + 4 * (4 * SCALES.get(name, 1) + 1) for name in AGGREGATORS]
+    sizes = [size[BITS[name]] + 4 * (4 * SCALES.get(name, 1) + 1) for name in names]
     assert {c.operation for c in gathers} == {"all-gather"}
     assert sorted(c.bytes for c in gathers) == sorted(N // devices * x for x in sizes)
     assert all(c.bytes <= 8 * 4 for c in report.collectives if "uint8" not in c.dtype)
-    for name, nbytes in zip(AGGREGATORS, sizes):
+    for name, nbytes in zip(names, sizes):
         bits = np.where(here, 8.0 * nbytes, 0)
         np.testing.assert_array_equal(found[name][3]["replicas/bits"], bits)
 
 
+@pytest.mark.long
 def test_derivatives_are_those_of_float32(monkeypatch):
     """With respect to updates and weights, where the update of a lost replica is NaN."""
     updates, here = {"w": rows()["w"]}, np.array([True, True, False, True])
@@ -110,6 +118,7 @@ def test_derivatives_are_those_of_float32(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.always("explicit-e3m0", "auto-16 levels")
 @pytest.mark.parametrize(
     ("kind", "name"), [("auto", "e3m0"), ("explicit", "e3m0"), ("auto", "16 levels")]
 )
@@ -238,6 +247,10 @@ def rounded(name):
 VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6, max_size=6)
 
 
+@pytest.mark.always(
+    *(f"{name}-float{bits}" for name in ("e3m0", "e4m3", "int8") for bits in (32, 64)),
+    *("3 levels-float32", "256 levels-bfloat16"),
+)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*itertools.product(FORMATS, ["float32", "float64"]), ("256 levels", "bfloat16")],

@@ -106,6 +106,7 @@ def numpy_streaming(rounds, fragments, ends, steps, tau, alpha, sent=lambda x: x
     return theta, combine(lambda *x: np.stack(x), *thetas)
 
 
+@pytest.mark.always("fragments2-ends2-3-2-0.8-True", "fragments3-ends3-4-3-0.6-False")
 @pytest.mark.parametrize(
     ("fragments", "ends", "steps", "tau", "alpha", "rounded"),
     [
@@ -174,6 +175,7 @@ def test_one_fragment_without_delay_is_diloco(data):
     problems.assert_trees_close(metrics, others)
 
 
+@pytest.mark.long
 def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
     """With 1 replicas never hear of each other, with 0 they take over what lands."""
     rounds = cohorts(data, 2)
@@ -205,6 +207,7 @@ def test_alpha_is_the_share_of_a_replicas_own_parameters(data):
     problems.assert_trees_close(taken, combine(lambda x: np.stack([x] * REPLICAS), same))
 
 
+@pytest.mark.long
 def test_a_state_can_be_restored_between_rounds(data):
     algorithm = streaming_diloco(
         loss, optax.adamw(INNER), replicas=REPLICAS, steps=4, fragments=[["w"], ["b"]], tau=3
@@ -278,6 +281,7 @@ def test_low_bits_are_added_up_in_float32():
         mean(counts)
 
 
+@pytest.mark.long
 def test_parameters_of_half_precision_stay_so(data):
     start = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), Logistic.start())
     algorithm = streaming_diloco(
@@ -467,6 +471,7 @@ def test_parts_of_leaves_have_to_cover_them_once(second, message):
         algorithm.init(STACKED)
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
     """Parts of leaves against leaves that have these parts, or one layer each.
@@ -638,6 +643,7 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_o
         problems.assert_trees_close(found, results[0], rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tau", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_rates_can_be_differentiated(data, tau):
     (cohort,) = cohorts(data, 2)
@@ -691,6 +697,7 @@ def test_model_state_goes_with_the_last_fragment(data):
     np.testing.assert_array_equal(rows["n"], [2] * REPLICAS)
 
 
+@pytest.mark.long
 def test_a_mesh_with_a_model_axis_keeps_fragments_sharded():
     mesh = meshes.mesh(replicas=2, model=2)
     start = {"in": np.ones((4, 6)), "out": np.ones(6)}

@@ -546,6 +546,7 @@ def losses(task, rounds, **changes):
     return before, loss(state)
 
 
+@pytest.mark.long
 def test_emnist_conv_learns(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     shapes = rng.uniform(size=(62, 28, 28)).astype(np.float32)
@@ -562,6 +563,7 @@ def test_emnist_conv_learns(tmp_path, monkeypatch):
     assert after < before - 0.3
 
 
+@pytest.mark.long
 def test_shakespeare_learns(tmp_path, monkeypatch):
     lines = {name: {"snippets": text(name * 60)} for name in ("to be ", "or not ", "to be, ")}
     content = compressed(tmp_path, {"train": lines, "test": lines})
@@ -572,6 +574,7 @@ def test_shakespeare_learns(tmp_path, monkeypatch):
     assert after < before - 0.3
 
 
+@pytest.mark.long
 def test_stackoverflow_learns(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     words = np.array([f"w{n}" for n in range(10_000)])

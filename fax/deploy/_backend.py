@@ -27,7 +27,13 @@ class ClientError(RuntimeError):
 
 
 class Backend(Protocol):
-    """Where clients run. Its methods raise `ClientError`, with the names of all that failed."""
+    """Where clients run. Its methods raise `ClientError`, with the names of all that failed.
+
+    A backend that can go on with the clients that answer first has a method ``race``, too, for
+    ``take=`` of `Plan.run`. It is called like ``run``, with the number of clients to take. It
+    returns the numbers of those clients in ``clients``, in ascending order, and what ``run``
+    returns for them. What the others send or keep is dropped.
+    """
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         """Gives each client a value, and returns where they are."""
@@ -91,6 +97,15 @@ class InProcess:
             results if mode == "placed" else combine(mode, results)
             for mode, results in zip(stage.outputs, made, strict=True)
         ]
+
+    def race(
+        self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
+        own = [
+            x[:take] if mode == "placed" else x
+            for x, mode in zip(operands, stage.inputs, strict=True)
+        ]
+        return list(range(take)), self.run(stage, clients[:take], own)
 
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
         return [self._value(row) for row in rows]

@@ -146,6 +146,10 @@ class RefusedError(ValueError):
     """The server asked for something that the client does not do."""
 
 
+class LostError(LookupError):
+    """What a client held is gone, for example because its process was started anew."""
+
+
 class Clients:
     """What the clients of a process hold, and the stages that they run.
 
@@ -188,13 +192,6 @@ class Clients:
             for (client, name), x in self._values.items()
         ]
 
-    def do_stage(self, name: str, blob: bytes) -> None:
-        if hashlib.sha256(blob).hexdigest() != name:
-            raise RefusedError("a stage is not what its name says")
-        if self._plan is not None:
-            raise RefusedError("a stage is not in the plan that this client was given")
-        self._stages[name] = _loaded(blob)
-
     def do_put(self, clients: list[Any], slots: list[str], values: list[Any]) -> None:
         for client, slot, value in zip(clients, slots, values, strict=True):
             self._keep(client, slot, value)
@@ -202,20 +199,25 @@ class Clients:
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
             raise RefusedError("the plan that this client was given fetches no rows")
-        return [self._values[client, slot] for client, slot in rows]
+        return [self._own(client, str(slot)) for client, slot in rows]
 
     def do_free(self, rows: list[Any]) -> None:
         for client, slot in rows:
             if (client, slot) not in self._data:
                 self._values.pop((client, slot), None)
 
-    def do_run(self, stage: str, shared: list[Any], jobs: list[Any]) -> list[list[Any]]:
+    def do_run(
+        self, stage: str, shared: list[Any], jobs: list[Any], blob: bytes | None = None
+    ) -> list[list[Any]]:
         """Runs a stage for some clients, and returns what each of them sends.
 
+        ``blob`` is the stage, if the process may not know it yet.
         ``shared`` has the values that are the same for all, and None at the others. A job is a
         client, its other operands, each of which is the name of what it holds or a value, and for
         each output the name under which it stays, or None if it is sent.
         """
+        if blob is not None:
+            self._learn(stage, blob)
         if stage not in self._stages:
             raise RefusedError("a stage is unknown")
         run, sent = self._stages[stage], []
@@ -230,13 +232,24 @@ class Clients:
             sent.append([x for name, x in zip(keep, made, strict=True) if name is None])
         return sent
 
+    def _learn(self, name: str, blob: bytes) -> None:
+        if hashlib.sha256(blob).hexdigest() != name:
+            raise RefusedError("a stage is not what its name says")
+        if self._plan is not None:
+            raise RefusedError("a stage is not in the plan that this client was given")
+        self._stages[name] = _loaded(blob)
+
     def _keep(self, client: Any, name: str, value: Any) -> None:
         if (client, name) in self._data:
             raise RefusedError("a client's data would be replaced")
         self._values[client, name] = value
 
     def _own(self, client: Any, x: Any) -> Any:
-        return self._values[client, x] if isinstance(x, str) else x
+        if not isinstance(x, str):
+            return x
+        if (client, x) not in self._values:
+            raise LostError(f"the client {client!r} has no value {x!r}, or has it no more")
+        return self._values[client, x]
 
     def _check(self, stage: str, keep: Sequence[str | None]) -> None:
         if self._plan is None:
@@ -247,7 +260,15 @@ class Clients:
 
 
 def _loaded(blob: bytes) -> Callable:
-    return jax.jit(export.deserialize(bytearray(blob)).call)
+    try:
+        stage = export.deserialize(bytearray(blob))
+        stage.mlir_module()  # fails if it is of an unknown version
+        return jax.jit(stage.call)
+    except Exception as error:  # JAX says in several ways that it does not know a format
+        raise RefusedError(
+            f"a stage cannot be loaded by jax {jax.__version__} ({error}). Save the plan with a "
+            "version of JAX that is not newer, or install the one that saved it."
+        ) from error
 
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
@@ -274,7 +295,10 @@ def serve(link: Any, clients: Clients) -> None:
             answer = {"number": number, "result": clients.answer(request)}
         except Exception as error:
             answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
-        link.send_bytes(encode(answer))
+        try:
+            link.send_bytes(encode(answer))
+        except OSError:  # the server is gone
+            return
 
 
 def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
