@@ -106,7 +106,10 @@ def numpy_streaming(rounds, fragments, ends, steps, tau, alpha, sent=lambda x: x
     return theta, combine(lambda *x: np.stack(x), *thetas)
 
 
-@pytest.mark.always("fragments2-ends2-3-2-0.8-True", "fragments3-ends3-4-3-0.6-False")
+@pytest.mark.always(
+    *("fragments2-ends2-3-2-0.8-True", "fragments3-ends3-4-3-0.6-False"),
+    "fragments4-ends4-1-0-0.3-False",
+)
 @pytest.mark.parametrize(
     ("fragments", "ends", "steps", "tau", "alpha", "rounded"),
     [
