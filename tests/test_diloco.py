@@ -430,24 +430,26 @@ def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, 
 @pytest.mark.always("auto")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_replica_can_be_sharded_itself(kind):
-    """A hidden layer over `model` and batches over `data`."""
+    """A hidden layer over `model`, batches over `data`, and a scale on all devices."""
     rng = np.random.default_rng(0)
     shards = {
         f"shard {i}": {"x": rng.normal(size=(8, 4)), "y": rng.normal(size=8)} for i in range(4)
     }
-    start = {"in": rng.normal(size=(4, 6)), "out": rng.normal(size=6)}
+    start = {"in": rng.normal(size=(4, 6)), "out": rng.normal(size=6), "scale": jnp.ones(4)}
 
     def loss(params, batch, key):
-        return (jnp.tanh(batch["x"] @ params["in"]) @ params["out"] - batch["y"]) ** 2
+        x = batch["x"] * params["scale"]
+        return (jnp.tanh(x @ params["in"]) @ params["out"] - batch["y"]) ** 2
 
     def sharded(params, batch, key):
         split = jax.sharding.reshard if kind == "explicit" else jax.lax.with_sharding_constraint
         x, y = split(batch["x"], P("data")), split(batch["y"], P("data"))
+        x = x * params["scale"]
         hidden = split(jnp.tanh(x @ params["in"]), P("data", "model"))
         out = P("data") if kind == "explicit" else None
         return (jnp.einsum("bh,h->b", hidden, params["out"], out_sharding=out) - y) ** 2
 
-    specs = {"in": P(None, "model"), "out": P("model")} if kind == "auto" else None
+    specs = {"in": P(None, "model"), "out": P("model"), "scale": P()} if kind == "auto" else None
 
     def run(loss, params):
         algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2, sharding=specs)
@@ -464,15 +466,17 @@ def test_a_replica_can_be_sharded_itself(kind):
         params = {
             "in": meshes.put(start["in"], None, "model"),
             "out": meshes.put(start["out"], "model"),
+            "scale": meshes.put(start["scale"]),
         }
         state, metrics, lowered = run(sharded, params)
         found = fax.inspect.report(lowered).over("replicas")
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
     assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
-    # Of "in", each of a replica's four devices sends a fourth. The half of "out" that two devices
-    # have in common has three numbers, which cannot be divided by two. And a few numbers more.
-    assert 8 * (24 / 4 + 6 / 2) < found[0].bytes <= 8 * (24 / 4 + 6 / 2) + 40
+    # Of "in" and "scale", each of a replica's four devices sends a fourth. The half of "out" that
+    # two devices have in common has three numbers, which cannot be divided. And a few numbers more.
+    numbers = 24 / 4 + 6 / 2 + 4 / 4
+    assert 8 * numbers < found[0].bytes <= 8 * numbers + 40
     rows = state.replicas.rows
     for tree in (rows.params, rows.optimizer[0].mu):
         assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
