@@ -101,7 +101,7 @@ def own_rows(number):
     [
         (1, 0, 0.0),
         ([["bias", "out"], ["in"]], 2, 0.25),
-        # Some are in flight when a period ends.
+        # Two are in flight at once.
         pytest.param([["out"], ["bias"], ["in"]], 3, 0.5, marks=pytest.mark.long),
     ],
 )

@@ -42,8 +42,8 @@ def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
     gap = -(-steps // fragments)
     if tau <= gap:
         landing = [p * steps // fragments + gap for p in range(fragments)]
-    else:  # There are several fragments. The first is sent at once, and the last lands at the end.
-        landing = [p * (steps - tau) // (fragments - 1) + tau for p in range(fragments)]
+    else:  # There are several fragments. The first is sent after a step, the last lands at the end.
+        landing = [p * (steps - tau - 1) // (fragments - 1) + tau + 1 for p in range(fragments)]
     sent = [at - tau for at in landing]
     return [
         Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))

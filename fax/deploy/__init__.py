@@ -16,10 +16,10 @@ from fax.deploy._elastic import Elastic as Elastic
 from fax.deploy._elastic import ElasticState as ElasticState
 from fax.deploy._elastic import Grace as Grace
 from fax.deploy._elastic import Send as Send
-from fax.deploy._learner import Learner as Learner
-from fax.deploy._learners import Learners as Learners
 from fax.deploy._flower import Flower as Flower
 from fax.deploy._flower_files import write_flower_client as write_flower_client
+from fax.deploy._learner import Learner as Learner
+from fax.deploy._learners import Learners as Learners
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fax.algorithms._fragments import Fragment, Span
-from fax.algorithms._in_flight import lands_at
+from fax.algorithms._in_flight import events_of
 
 
 class Sequence:
@@ -20,10 +20,11 @@ class Sequence:
     """
 
     def __init__(self, steps: int, fragments: int, tau: int):
-        sent = [lands_at(p, steps, fragments) - tau for p in range(fragments)]
-        first = [at if at > 0 else at + steps for at in sent]
+        events = events_of(steps, fragments, tau)
+        # What is sent before the first step of a period is sent after the last of the one before.
+        first = {p: event.step or steps for event in events for p in event.sent}
         self._order = sorted(range(fragments), key=lambda p: (first[p], p))
-        self._first = sorted(first)
+        self._first = sorted(first.values())
         self._steps = steps
 
     def __len__(self) -> int:
