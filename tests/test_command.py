@@ -140,6 +140,7 @@ def test_an_experiment_of_a_module(small, capsys, monkeypatch):
         assert main([*command, "--quiet"]) == code
         captured = capsys.readouterr()
         assert captured.out.startswith("experiment: fedavg, 4 rounds")
+        assert "Try next" not in captured.out  # its settings are not changed from the shell
         if code:
             assert captured.err.endswith("To continue: fax resume runs/experiment\n")
     rows = rows_of("runs/experiment/metrics.csv")

@@ -539,6 +539,12 @@ MISTAKES = {
         "each label and class. If z are logits of class 1 of 2, return "
         "jnp.stack([jnp.zeros_like(z), z], -1).",
     ),
+    "F1 of logits": (
+        lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ["f1"]),
+        ValueError,
+        "scores have shape (5,) and labels (5,), expected scores of shape (5, 'classes'), one for "
+        "each label and class. If they are logits of yes-or-no labels, use F1(binary=True).",
+    ),
     "a word for personal": (
         lambda: metrics.evaluate_clients(apply, PARAMS, DATA, ACCURACY, personal="yes"),
         ValueError,
@@ -723,6 +729,18 @@ MISTAKES = {
         ValueError,
         "fax.models.cross_entropy: batch is float64[2,3], expected a mapping with the "
         "labels 'y'. Call cross_entropy(scores, batch).",
+    ),
+    "labels of another name": (
+        lambda: fax.models.cross_entropy(jnp.zeros((2, 3)), {"label": jnp.zeros(2, int)}),
+        ValueError,
+        "fax.models.cross_entropy: batch has the features ['label'], expected the labels as 'y'. "
+        "Rename a feature with fax.data.map.",
+    ),
+    "inputs of another name": (
+        lambda: MODEL.apply(MODEL.init(jax.random.key(0)), {"image": jnp.zeros((2, 3))}),
+        ValueError,
+        "fax.models.functional: batch has the features ['image'], expected the inputs as 'x'. "
+        "Rename a feature with fax.data.map.",
     ),
     "a task that there is not": (
         lambda: fax.tasks.load("mnist"),

@@ -34,7 +34,9 @@ def command(args: argparse.Namespace) -> int:
         elif args.on in experiment.evaluate:
             evaluate = experiment.evaluate[args.on]
         else:
-            known = ", ".join(experiment.evaluate) or "nothing"
+            if not experiment.evaluate:
+                raise CommandError(f"{source.name} has no evaluation. Pass evaluate=.")
+            known = ", ".join(experiment.evaluate)
             raise CommandError(f"{source.name} can be evaluated on {known}, and not on {args.on}.")
         results = evaluate(experiment.algorithm.params(checkpoint.state))
     print(f"{folder}, {args.on} data, after {checkpoint.round} rounds:")

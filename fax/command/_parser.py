@@ -28,9 +28,10 @@ Federated learning from the shell: from a task's name to a finished, resumable, 
   fax list algorithms                     what there is to choose from
 """
 _SOURCE = (
-    "a task (see fax list tasks), a configuration in TOML, or module:name, where the module has an "
+    "a task (see fax list tasks), a configuration in TOML, or module:name, where the module has a "
     "fax.experiment.Experiment of this name, or a function that returns one"
 )
+_SETTINGS = "a task (see fax list tasks), or a configuration in TOML"
 _SET = (
     "change settings, as in client.rate=0.03 cohorts.clients=50 algorithm.mu=0.1; docs/command.md "
     "lists the keys"
@@ -99,8 +100,8 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         )
         return parsers[name]
 
-    def source(parser: Parser) -> None:
-        parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    def source(parser: Parser, what: str = _SOURCE) -> None:
+        parser.add_argument("source", metavar="SOURCE", help=what)
         parser.add_argument(
             "--algorithm", metavar="NAME", choices=names.get("algorithms"), help="see fax list"
         )
@@ -202,7 +203,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "  fax sweep digits --grid client.rate=.03,.1,.3 server.rate=.1,1\n"
         "  fax sweep my.toml --grid algorithm=fedavg,scaffold client.rate=.01,.1 --folder runs/s\n",
     )
-    source(sweep)
+    source(sweep, _SETTINGS)
     sweep.add_argument(
         "--grid", nargs="+", action="extend", required=True, metavar="KEY=V,V", help="the values"
     )

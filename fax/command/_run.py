@@ -29,9 +29,10 @@ def command(args: argparse.Namespace) -> int:
         folder = new_folder(Path("runs", source.name))
     result = train(source, folder, quiet=args.quiet, force=args.force)
     show(source, folder, result)
-    print("Try next:")
-    for line in _next(args.source, folder):
-        print(f"  {line}")
+    if source.config is not None:  # the settings of a module cannot be changed from the shell
+        print("Try next:")
+        for line in _next(args.source, folder):
+            print(f"  {line}")
     return 0
 
 

@@ -90,7 +90,7 @@ class _PrecisionRecall:
             logits, actual = logits_of(type(self).__name__, scores, labels)
             predicted = logits > 0
         else:
-            _scores.check(scores, labels)
+            _scores.check(scores, labels, f"{type(self).__name__}(binary=True)")
             classes = jnp.arange(scores.shape[-1])
             actual = labels[..., None] == classes
             predicted = jnp.argmax(scores, axis=-1)[..., None] == classes

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 PADDING = 0
 
 
-def check(scores: jax.Array, labels: jax.Array) -> None:
-    """Checks that there are scores for each label."""
+def check(scores: jax.Array, labels: jax.Array, binary: str = "") -> None:
+    """Checks that there are scores for each label. ``binary`` is what takes logits instead."""
     if scores.ndim != labels.ndim + 1 or scores.shape[:-1] != labels.shape:
         raise ValueError(
             f"scores have shape {scores.shape} and labels {labels.shape}, expected scores of shape "
             f"{(*labels.shape, 'classes')}, one for each label and class."
-            f"{_binary(scores, labels)}"
+            f"{_binary(scores, labels, binary)}"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -24,10 +24,12 @@ def check(scores: jax.Array, labels: jax.Array) -> None:
         )
 
 
-def _binary(scores: jax.Array, labels: jax.Array) -> str:
+def _binary(scores: jax.Array, labels: jax.Array, binary: str) -> str:
     """How to fix it if there is one score for each label."""
     if scores.shape not in (labels.shape, (*labels.shape, 1)):
         return ""
+    if binary:
+        return f" If they are logits of yes-or-no labels, use {binary}."
     return " If z are logits of class 1 of 2, return jnp.stack([jnp.zeros_like(z), z], -1)."
 
 

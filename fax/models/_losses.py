@@ -15,11 +15,15 @@ Losses = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def _labels(name: str, batch: Batch) -> jax.Array:
-    if not isinstance(batch, Mapping) or "y" not in batch:
-        found = f"of {sorted(batch)}" if isinstance(batch, Mapping) else ""
+    if not isinstance(batch, Mapping):
         raise ValueError(
-            f"fax.models.{name}: batch is {_arguments.shown(batch)} {found}".rstrip()
-            + f", expected a mapping with the labels 'y'. Call {name}(scores, batch)."
+            f"fax.models.{name}: batch is {_arguments.shown(batch)}, expected a mapping with the "
+            f"labels 'y'. Call {name}(scores, batch)."
+        )
+    if "y" not in batch:
+        raise ValueError(
+            f"fax.models.{name}: batch has the features {sorted(batch)}, expected the labels as "
+            "'y'. Rename a feature with fax.data.map."
         )
     return batch["y"]
 

@@ -109,6 +109,11 @@ def functional(
             module.eval()
         else:
             module.train()
+        if "x" not in batch:
+            raise ValueError(
+                f"fax.models.functional: batch has the features {sorted(batch)}, expected the "
+                "inputs as 'x'. Rename a feature with fax.data.map."
+            )
         return module(batch["x"])
 
     def loss_of_batch(params: PyTree, batch: Batch, key: jax.Array | None) -> Any:

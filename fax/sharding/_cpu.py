@@ -53,7 +53,8 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         found = len(jax.devices("cpu"))
         if found != count:
             raise PlacementError(
-                f"{_WHERE}: JAX has already set up {found} CPU devices, expected {count}. "
+                f"{_WHERE}: JAX has already set up {found} CPU device{'s' if found > 1 else ''}, "
+                f"expected {count}. "
                 "Call it before the first computation."
             ) from None
     else:
