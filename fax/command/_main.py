@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with mistakes(ModuleNotFoundError):  # an extra is not installed
             module = importlib.import_module(f"fax.command._{first}")
-        return module.command(args)
+        code = module.command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # what reads the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except CommandError as error:
         print(f"fax {first}: {error}", file=sys.stderr)
         jax = sys.modules.get("jax")  # without it, there are no other processes

@@ -31,7 +31,7 @@ def command(args: argparse.Namespace) -> int:
     show(source, folder, result)
     if source.config is not None:  # the settings of a module cannot be changed from the shell
         print("Try next:")
-        for line in _next(args.source, folder):
+        for line in _next(args.source, folder, source.config.algorithm["name"]):
             print(f"  {line}")
     return 0
 
@@ -128,11 +128,12 @@ def _number(key: str, value: float) -> str:
     return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
 
 
-def _next(source: str, folder: Path) -> list[str]:
+def _next(source: str, folder: Path, algorithm: str) -> list[str]:
     """Three commands to try next."""
-    other = new_folder(folder.with_name(f"{folder.name}-scaffold"))
+    name = "fedavg" if algorithm == "scaffold" else "scaffold"
+    other = new_folder(folder.with_name(f"{folder.name}-{name}"))
     return [
         f"fax evaluate {folder} --on train",
-        f"fax run {source} --algorithm scaffold --folder {other}",
+        f"fax run {source} --algorithm {name} --folder {other}",
         f"fax compare {folder} {other}",
     ]
