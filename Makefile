@@ -4,6 +4,7 @@
 #   make test         run the tests, of products of cases a part that covers them
 #   make test-core    run what depends on the version of JAX
 #   make test-all     run every case of every test
+#   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
@@ -18,6 +19,7 @@
 #   make bench-algorithms  measure what algorithms and aggregators cost
 #   make bench-tpu    estimate rounds on TPUs with their compiler, without a TPU, in 15 minutes
 #   make bench-data-center  estimate what training sends between slices of a data center, without a TPU
+#   make bench-beam   measure pipelines of Apache Beam with up to a million clients
 #   make bench-gpu    measure rounds on this machine's GPU, in less than 9 minutes
 #   make clean        remove the environments and what was built
 #
@@ -35,7 +37,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-gpu clean
+.PHONY: quickstart environment test test-core test-all test-beam checks coverage mutants check docs pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -52,6 +54,12 @@ test-core: $(VENV)/test.$(WITH) $(TPU)
 
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
+
+# Where Beam cannot be installed, its tests are skipped.
+test-beam:
+	@if $(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam; then \
+	$(VENV)-beam/bin/python -m pytest tests/test_deploy_beam.py; \
+	else echo "apache-beam cannot be installed, so tests/test_deploy_beam.py is skipped."; fi
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)
@@ -107,6 +115,10 @@ bench-tpu: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 bench-data-center: $(VENV)/bench.$(WITH) $(VENV)/tpu.$(WITH)
 	mkdir -p runs
 	$(BIN)/python benchmarks/data_center.py --json runs/data_center.json --figure runs/data_center.png $(DATA_CENTER)
+
+bench-beam:
+	$(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam
+	$(VENV)-beam/bin/python benchmarks/beam.py
 
 # For example: make bench-gpu JAX="jax[cuda13]"
 bench-gpu: $(VENV)/bench.$(WITH)

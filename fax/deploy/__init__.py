@@ -11,6 +11,7 @@ from fax.deploy._backend import Backend as Backend
 from fax.deploy._backend import ClientError as ClientError
 from fax.deploy._backend import InProcess as InProcess
 from fax.deploy._backend import combine as combine
+from fax.deploy._beam import Beam as Beam
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes

@@ -113,8 +113,9 @@ class Runner:
         """The rows of some participants among all, which are freed when nobody refers to them."""
         found: list[Row | None] = [None] * size
         for number, row in zip(numbers, rows, strict=True):
-            weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
             found[number] = row
+        for row in dict.fromkeys(rows):  # one may stand for the rows of all clients
+            weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
         return found
 
 
