@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 ELSEWHERE = {"fax.deploy._beam_client": "apache_beam"}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
-PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(page for page in DOCS if not page.startswith("docs/_build"))]
+# Pages that one learns from. All of their code runs, and draws their figures.
+GUIDES = [p for p in PAGES if re.match("docs/(start|how_to|tutorials|understand)/", p)]
 HOMES = [
     fax,
     fax.drjax,
@@ -43,6 +47,10 @@ PUBLIC = {
 }
 
 
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     if name in ELSEWHERE:
@@ -57,11 +65,23 @@ def test_docstrings(name):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages(page):
+def test_pages(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jax.devices()  # a page that makes devices finds those of the tests
     with jax.enable_x64(False):
         results = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=FLAGS)
     assert results.failed == 0
     assert results.attempted > 0 or page != "README.md"
+    if page in GUIDES:
+        figures = set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", read(page)))
+        assert {path.name for path in tmp_path.glob("*.svg")} == figures
+        assert all((ROOT / page).with_name(name).exists() for name in figures)
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides_have_no_code_that_does_not_run(page):
+    languages = set(re.findall(r"^ *```([\w-]+)$", read(page), re.MULTILINE))
+    assert languages <= {"pycon", "text", "console"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
