@@ -1,4 +1,4 @@
-"""The check of built pages finds what is wrong with them."""
+"""The check of built pages finds what is wrong with them, and the gallery is complete."""
 
 import pathlib
 import sys
@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
 import check_site  # noqa: E402
+import gallery  # noqa: E402
 
 HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 GOOD = f"""{HEAD}<h1 id="top">Good</h1>
@@ -59,3 +60,15 @@ def test_searches_that_find_nothing_are_problems(tmp_path):
     assert check_site.problems(tmp_path) == [
         f'a search for "{query}" finds no page' for query in ("TensorBoard", "early stopping")
     ]
+
+
+def test_the_gallery_has_every_example_and_its_figure():
+    examples = {path.stem for path in (ROOT / "examples").glob("[a-z]*.py")}
+    assert gallery.SHORT.keys() == examples
+    assert gallery.PAGE.read_text(encoding="utf-8") == gallery.page(gallery.times())
+    runs = {name for name, options in gallery.SHORT.items() if options is not None}
+    assert gallery.times().keys() == runs
+    drawn = {name for name in runs if "savefig(" in (ROOT / f"examples/{name}.py").read_text()}
+    figures = {path.stem: path.stat().st_size for path in gallery.FIGURES.glob("*.png")}
+    assert figures.keys() == drawn
+    assert max(figures.values()) < 40_000
