@@ -3,16 +3,20 @@
 #   make quickstart   train a federated model on real data
 #   make test         run the tests, of products of cases a part that covers them
 #   make test-core    run what depends on the version of JAX
+#   make test-docs    run the examples of docstrings, of the documentation's pages, and of examples/
 #   make test-all     run every case of every test
 #   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
+#   make test-flower  run the tests of plans on Flower, in an environment of its own
+#   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
 #   make docs         build the documentation, and check its links and pages
 #   make browse       look at the documentation in a browser without a window
 #   make pages        generate the drawing of the house and the list of public names
+#   make figures      run the pages that draw figures, and keep these
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
-#   make checks       check, docs and package, at the same time
+#   make checks       check, docs, test-docs and package, at the same time
 #   make bench        simulate with fax and with its peers, in less than 25 minutes
 #   make bench-core   measure fax's operators against DrJAX and a hand-written vmap
 #   make bench-scaling  measure how fax scales with devices
@@ -38,7 +42,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-all test-beam checks coverage mutants check docs browse pages package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
+.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam test-flower checks coverage mutants check docs browse pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -53,6 +57,9 @@ test: $(VENV)/test.$(WITH) $(TPU)
 test-core: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --core -n auto --dist worksteal
 
+test-docs: $(VENV)/test.$(WITH)
+	$(BIN)/python -m pytest --docs -n auto --dist worksteal $$(grep -l "pytest.mark.docs" tests/test_*.py)
+
 test-all: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest --all -n auto --dist worksteal
 
@@ -61,6 +68,16 @@ test-beam:
 	@if $(MAKE) environment VENV=$(VENV)-beam EXTRAS=test-beam; then \
 	$(VENV)-beam/bin/python -m pytest tests/test_deploy_beam.py; \
 	else echo "apache-beam cannot be installed, so tests/test_deploy_beam.py is skipped."; fi
+
+# Where Flower cannot be installed, its tests are skipped. For all of them: make test-flower FLOWER=
+FLOWER ?= -m "not long"
+test-flower:
+	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
+	$(VENV)-flower/bin/python -m pytest tests/test_flower.py $(FLOWER) -n 2; \
+	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
+
+test-other-jax: $(VENV)/test.$(WITH)
+	$(BIN)/python tests/other_jax.py $(OTHER)
 
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)
@@ -88,11 +105,14 @@ browse: docs $(VENV)/browse.$(WITH)
 
 # Mostly, each of these uses one core. Their output comes one after another, if make can do that.
 checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)
-	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package
+	$(MAKE) -j $(if $(filter output-sync,$(.FEATURES)),--output-sync) check docs package test-docs
 
 pages:
 	$(PYTHON) tools/house.py
 	$(PYTHON) tools/api.py
+
+figures: $(VENV)/test.$(WITH)
+	$(BIN)/python tools/figures.py
 
 package: $(VENV)/test.$(WITH)
 	.ci/package $(PYTHON) $(VENV)

@@ -1,13 +1,13 @@
 """What `fax.experiment.run` costs: rounds with logging, and checkpoints of a large model.
 
-    python benchmarks/experiment.py [--only overhead|checkpoints] [--turns N] [--json PATH]
+    python benchmarks/experiment.py [--only overhead|checkpoints] [--rounds N] [--json PATH]
 
 The rounds are those of W2, logistic regression with 100 clients (`peers/workloads.py`), each with
-its metrics fetched and logged. The bare loop is the same jitted round, with the loss fetched. A
-third loop has rounds that do nothing, so that nearly all of its time is overhead; for these, the
-processor time of the process is shown too, which other processes on the machine change less. Loops
-take turns, in an order that is reversed every time. A ratio is the median over turns of the ratio
-of medians.
+its metrics fetched and logged. The bare loop is the same jitted round on the same cohorts, with the
+loss fetched. It does a round after each round of the run, in the same process, so that whatever
+else the machine does slows both. Another pair of loops has rounds that do nothing, so that nearly
+all of their time is overhead. The processor time of the process is shown, too. A ratio is the
+median over rounds, and so is a difference.
 
 A checkpoint is written while rounds go on. What holds them up is compared with a copy of the state
 in memory, and rounds without a checkpoint with those during which one is written.
@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from peers import models, workloads
-from timing import Times, take_turns
 
 import fax
 from fax.algorithms import Algorithm
@@ -87,52 +86,48 @@ class Clock:
         """Seconds [rounds, 2]."""
         return np.diff(self.times, axis=0)
 
-    def medians(self) -> dict[str, float]:
-        wall, processor = np.median(self.rounds()[2:], axis=0)
-        return {"wall": float(wall), "processor": float(processor)}
-
     @staticmethod
     def _now() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
 
 
-def bare(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> Times:
-    step, clock = jax.jit(algorithm.round), Clock()
-    with fax.data.cohorts(**cohorts) as iterator:
-        for _ in range(rounds):
-            state, metrics = step(state, next(iterator))
-            float(metrics["loss"])
-            clock.after_round(None)
-    return clock.medians()
+class Bare:
+    """Does a round of the bare loop after each round of a run, and measures both."""
+
+    def __init__(self, algorithm: Algorithm, state: Any, cohorts: Any) -> None:
+        self._step, self._state, self._cohorts = jax.jit(algorithm.round), state, cohorts
+        self._clock = Clock()
+
+    def after_round(self, run: Any) -> None:
+        self._clock.after_round(run)
+        self._state, metrics = self._step(self._state, next(self._cohorts))
+        float(metrics["loss"])
+        self._clock.after_round(run)
+
+    def times(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds [rounds, 2] of the bare loop and of the run. The first rounds compile."""
+        rounds = self._clock.rounds()
+        return rounds[1::2][3:], rounds[::2][3:]
 
 
-def by_run(algorithm: Algorithm, state: Any, cohorts: dict[str, Any], rounds: int) -> Times:
-    clock = Clock()
-    with fax.data.cohorts(**cohorts) as iterator, tempfile.TemporaryDirectory() as folder:
-        fax.experiment.run(
-            algorithm,
-            state,
-            iterator,
-            rounds=rounds,
-            folder=folder,
-            every=rounds,
-            callbacks=[clock],
-        )
-    return clock.medians()
-
-
-def overhead(turns: int, rounds: int) -> dict[str, float]:
+def overhead(rounds: int) -> dict[str, float]:
     """Milliseconds a round, and the ratio."""
     result = {}
-    for name, problem in (("W2", w2()), ("nothing", nothing())):
-        runs = {
-            "bare": lambda _, own=problem: bare(*own, rounds),
-            "run": lambda _, own=problem: by_run(*own, rounds),
-        }
-        take_turns(runs, 1)  # compiles
-        times = take_turns(runs, turns)
-        for clock in ("wall", "processor"):
-            one, other = (np.array([t[clock] for t in times[x]]) for x in ("bare", "run"))
+    # Rounds that do nothing are short, so that there may be more of them.
+    for name, (algorithm, state, arguments), count in (
+        ("W2", w2(), rounds),
+        ("nothing", nothing(), 10 * rounds),
+    ):
+        with (
+            fax.data.cohorts(**arguments) as own,
+            fax.data.cohorts(**arguments) as others,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            bare = Bare(algorithm, state, others)
+            options = dict(rounds=count, folder=folder, every=count, callbacks=[bare])
+            fax.experiment.run(algorithm, state, own, **options)
+        for number, clock in enumerate(("wall", "processor")):
+            one, other = (own[:, number] for own in bare.times())
             result |= {
                 f"{name}, {clock}, bare": 1e3 * float(np.median(one)),
                 f"{name}, {clock}, run": 1e3 * float(np.median(other)),
@@ -196,8 +191,7 @@ class Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("overhead", "checkpoints"))
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--parameters", type=int, default=50_000_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -205,7 +199,7 @@ def main() -> None:
     from core import machine  # which computes something
 
     parts = {
-        "overhead": lambda: overhead(options.turns, options.rounds),
+        "overhead": lambda: overhead(options.rounds),
         "checkpoints": lambda: checkpoints(options.parameters),
     }
     found: dict[str, Any] = {"machine": machine()}

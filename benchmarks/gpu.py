@@ -8,7 +8,9 @@ of 1 to 256 vectorized clients, with DrJAX, and with two rounds by hand: all cli
 and one after another in a loop. Programs take turns; a time is a median,
 or that of the only run if it takes longer than two seconds.
 
-It stops measuring when ``--seconds`` are over, and says what is missing. It runs on any device.
+It stops measuring when ``--seconds`` are over, and says what is missing. A program that the device
+cannot run is in the table as such. With ``--json``, what has been measured is written after each
+client function, should the device be lost. It runs on any device.
 Memory is that of the compiled program, temporary and results; the most that the device had in use
 is in the last line, where it tells.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -38,7 +41,7 @@ CHOSEN = ("EMNIST CNN", "logistic", "dense", "Shakespeare LSTM", "transformer 10
 CLIENTS, STEPS, TURNS = (100, 10, 1000), 10, 5
 SLOW = 2.0  # seconds; a program that takes longer is measured once
 VECTORIZED = (1, 4, 16, 64, 256)
-OUT_OF_MEMORY, DEFAULT = "out of memory", "fax, default"
+OUT_OF_MEMORY, FAILED, DEFAULT = "out of memory", "failed", "fax, default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +115,12 @@ class Budget:
 def measure(
     task: Task, clients: int, steps: int, vectorized: Sequence[int], budget: Budget
 ) -> dict[str, Any]:
-    """Milliseconds and MiB of a round by way, "out of memory", or None if the time is over."""
-    args = arguments(task, clients, steps)
+    """Milliseconds and MiB of a round by way, why it did not run, or None if the time is over."""
     found: dict[str, Any] = dict.fromkeys(ways(clients, vectorized))
+    try:
+        args = jax.block_until_ready(arguments(task, clients, steps))
+    except jax.errors.JaxRuntimeError as error:
+        return dict.fromkeys(found, why(error))
     runs: dict[str, Callable] = {}
     for name, way in ways(clients, vectorized).items():
         if budget.spent:
@@ -123,18 +129,23 @@ def measure(
             fn = jax.jit(round_of(task, way)).lower(*args).compile()
             first, _ = clock(fn, *args)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            found[name] = OUT_OF_MEMORY
+            found[name] = why(error)
             continue
         memory = fn.memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes
         found[name] = dict(mib=used / 2**20, ms=1e3 * first)
         if first < SLOW:
             runs[name] = lambda turn, fn=fn: {"s": clock(fn, *args)[0]}
-    for name, times in take_turns(runs, TURNS).items():
-        found[name]["ms"] = 1e3 * float(np.median([each["s"] for each in times]))
+    for name, times in take_turns(runs, TURNS, lambda: budget.spent).items():
+        if times:
+            found[name]["ms"] = 1e3 * float(np.median([each["s"] for each in times]))
     return found
+
+
+def why(error: Exception) -> str:
+    """Why a program did not run, for a cell. Libraries of a GPU have errors of their own."""
+    print(f"{error}"[:500], file=sys.stderr)
+    return OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else FAILED
 
 
 def missing(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -171,8 +182,12 @@ def run(
     steps: int,
     vectorized: Sequence[int],
     seconds: float,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, dict[str, Any]]:
-    """All figures. All client functions get their turn with one number of clients first."""
+    """All figures. All client functions get their turn with one number of clients first.
+
+    ``keep`` gets all that has been measured so far, after each client function.
+    """
     budget, found = Budget(seconds), {}
     for count in clients:
         for name in tasks:
@@ -180,6 +195,7 @@ def run(
             found[point] = dict.fromkeys(ways(count, vectorized))
             if not budget.spent:
                 found[point] = measure(TASKS[name](), count, steps, vectorized, budget)
+                keep(found)
     return found
 
 
@@ -189,22 +205,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480, help="start no program after these")
     parser.add_argument("--json", metavar="PATH", help="write the figures to a file")
     options = parser.parse_args()
+    tasks = options.tasks.split(";")
+    if unknown := set(tasks) - set(TASKS):
+        parser.error(f"--tasks: {', '.join(unknown)} unknown, choose of {', '.join(TASKS)}")
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, " + ", ".join(f"{key} {value}" for key, value in machine().items())
     )
-    found = run(options.tasks.split(";"), CLIENTS, STEPS, VECTORIZED, options.seconds)
+
+    def keep(found: dict[str, Any]) -> None:
+        if options.json:
+            figures = dict(device=device.device_kind, machine=machine(), rounds=found)
+            with open(options.json, "w") as file:
+                json.dump(figures, file, indent=2)
+
+    found = run(tasks, CLIENTS, STEPS, VECTORIZED, options.seconds, keep)
     for table in tables(found):
         show(table)
     for each in missing(found):
         print(f"not measured, for lack of time: {each}")
     if stats := device.memory_stats():
         print(f"most in use: {stats.get('peak_bytes_in_use', 0) / 2**20:.0f} MiB")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(
-                dict(device=device.device_kind, machine=machine(), rounds=found), file, indent=2
-            )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,17 @@ import numpy as np
 Times = dict[str, float]  # seconds by quantity
 
 
-def take_turns(runs: dict[str, Callable[[int], Times]], turns: int) -> dict[str, list[Times]]:
-    """Runs all of them ``turns`` times, in reversed order every other time."""
+def take_turns(
+    runs: dict[str, Callable[[int], Times]], turns: int, until: Callable[[], bool] = lambda: False
+) -> dict[str, list[Times]]:
+    """Runs all of them ``turns`` times, in reversed order every other time.
+
+    No turn begins once ``until()`` is true.
+    """
     times: dict[str, list[Times]] = {name: [] for name in runs}
     for turn in range(turns):
+        if until():
+            break
         for name in list(runs)[:: -1 if turn % 2 else 1]:
             gc.collect()
             times[name].append(runs[name](turn))

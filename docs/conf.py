@@ -19,10 +19,15 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "public_reference",
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
 html_theme = "furo"
 html_title = "fax"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["fax.css"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "  # what is copied has no prompts and no output
+copybutton_prompt_is_regexp = True
 exclude_patterns = ["_build"]
 default_role = "code"
 nitpicky = False

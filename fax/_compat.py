@@ -50,6 +50,8 @@ class Named:
     """The names of primitives that JAX does not export."""
 
     CUSTOM_VMAP = "custom_vmap_call"
+    DIMENSION = "dim_as_value"
+    OPTIMIZATION_BARRIER = "optimization_barrier"
     PURE_CALLBACK = "pure_callback"
     PSUM_INVARIANT = "psum_invariant"
     PVARY = "pvary"

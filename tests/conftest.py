@@ -57,7 +57,10 @@ ABOVE_THE_CORE = (
         "fedopt",
         "fedper",
     ),
-    *("experiment", "experiment_callbacks", "experiment_kills", "experiment_output"),
+    *("elastic", "elastic_processes"),
+    *("command_processes", "command_settings", "command_shows"),
+    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
+    *("experiment_output", "experiment_refused"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *(
         "maml",
@@ -78,11 +81,24 @@ ABOVE_ONE_IN, BELOW_ONE_IN = 20, 5
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
-    *("docs", "mesh_branches", "random_programs", "models", "privacy_attacks", "memory", "fedavg"),
+    *(
+        "docs",
+        "experiment_kills",
+        "tpu_streaming",
+        "command",
+        "mesh_branches",
+        "random_programs",
+        "models",
+        "privacy_attacks",
+        "memory",
+        "fedavg",
+    ),
     *("absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (
     "long: takes long, and runs with --all or if its file is named; something shorter runs always",
+    "always(*ids): the cases of a test that run always; the others are long",
+    "docs: an example of the documentation, which runs with --docs, --all, or if its file is named",
     "kinds(**of): which values of parameters are alike, see subsets.py",
 )
 
@@ -90,6 +106,7 @@ MARKERS = (
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run every case of every test")
     parser.addoption("--core", action="store_true", help="run what depends on the version of JAX")
+    parser.addoption("--docs", action="store_true", help="run the documentation's examples alone")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -123,31 +140,51 @@ def name_of(item):
 
 def pytest_collection_modifyitems(config, items):
     """Chooses cases where all tests run: those that cover, and with --core fewer."""
+    if config.option.docs:
+        leave_out(config, items, [item for item in items if not item.get_closest_marker("docs")])
+        return
     if config.args != config.getini("testpaths"):
         return
     items.sort(key=lambda item: name_of(item) not in FIRST)
     if config.option.all:
         return
-    left_out = set()
+    left_out = []
     by_test = collections.defaultdict(list)
     for item in items:
         by_test[name_of(item), item.originalname].append(item)
     so_far: dict[str, int] = collections.Counter()
     for (name, _), own in by_test.items():
-        cases = [item.callspec.params if hasattr(item, "callspec") else {} for item in own]
-        kinds = own[0].get_closest_marker("kinds")
-        keep = subsets.covering(cases, kinds.kwargs if kinds else {})
-        keep = [kept and not item.get_closest_marker("long") for item, kept in zip(own, keep)]
+        keep = chosen(own)
         if config.option.core and name in DOCUMENTS:
             keep = [False] * len(own)
         elif config.option.core:
             above = name in ABOVE_THE_CORE
-            chosen = itertools.count(so_far[name] if above else 0)
+            number = itertools.count(so_far[name] if above else 0)
             one_in = ABOVE_ONE_IN if above else BELOW_ONE_IN
             so_far[name] += sum(keep)
-            keep = [kept and next(chosen) % one_in == 0 for kept in keep]
-        left_out.update(item for item, kept in zip(own, keep, strict=True) if not kept)
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+            keep = [kept and next(number) % one_in == 0 for kept in keep]
+        left_out += [item for item, kept in zip(own, keep, strict=True) if not kept]
+    leave_out(config, items, left_out)
+
+
+def chosen(cases):
+    """Which cases of a test `make test` runs."""
+    always, kinds = (cases[0].get_closest_marker(name) for name in ("always", "kinds"))
+    if always:
+        ids = [item.callspec.id for item in cases]
+        if unknown := set(always.args).difference(ids):
+            raise pytest.UsageError(f"{cases[0].nodeid}: no cases are {unknown}, of {ids}")
+        keep = [id in always.args for id in ids]
+    else:
+        parameters = [item.callspec.params if hasattr(item, "callspec") else {} for item in cases]
+        keep = subsets.covering(parameters, kinds.kwargs if kinds else {})
+    others = [any(item.get_closest_marker(name) for name in ("long", "docs")) for item in cases]
+    return [kept and not other for kept, other in zip(keep, others, strict=True)]
+
+
+def leave_out(config, items, left_out):
+    config.hook.pytest_deselected(items=left_out)
+    left_out = set(left_out)
     items[:] = [item for item in items if item not in left_out]
 
 

@@ -215,6 +215,7 @@ def test_rounds_are_those_of_the_paper(data, paper):
         expected.check(state)
 
 
+@pytest.mark.always("Agnostic-a mesh of 2", "APFL-a mesh of 4 x 2", "HypCluster-vectorized")
 @pytest.mark.parametrize(
     ("paper", "setting"),
     [
@@ -260,6 +261,7 @@ def assert_is_fedavg(averaged, params, metrics):
     assert_trees_close({k: metrics[k] for k in averaged[1]}, averaged[1], rtol=1e-9)
 
 
+@pytest.mark.long
 def test_one_domain_is_fedavg(data, averaged):
     labeled = fax.data.map(data, lambda _, c: {**c, "domain": np.zeros(len(c["y"]), np.int8)})
     algorithm = agnostic_fedavg(
@@ -269,6 +271,7 @@ def test_one_domain_is_fedavg(data, averaged):
     assert_is_fedavg(averaged, state.params, metrics)
 
 
+@pytest.mark.long
 def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
     algorithm = apfl(Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_clients=N)
     state, metrics = after(algorithm, algorithm.init(Logistic.start()), data)
@@ -286,6 +289,7 @@ def test_the_global_model_of_apfl_is_that_of_fedavg(data, averaged):
     assert_trees_close(alone.models(state), every)
 
 
+@pytest.mark.long
 def test_one_cluster_is_fedavg(data, averaged):
     algorithm = hyp_cluster(Logistic.loss, optax.adam(RATE), optax.adam(0.1), num_clusters=1)
     start = combine(lambda x: x[None], Logistic.start())
@@ -300,6 +304,7 @@ def squares(params, batch, key):
     return (batch["x"] - params) ** 2
 
 
+@pytest.mark.long
 def test_the_worst_domain_is_better_off():
     rng = np.random.default_rng(0)
     clients = {}
@@ -322,6 +327,7 @@ def test_the_worst_domain_is_better_off():
     assert worst(agnostic) < 0.6 * worst(fedavg(squares, optax.sgd(0.05)))
 
 
+@pytest.mark.long
 def test_planted_clusters_are_recovered_and_evaluated():
     rng = np.random.default_rng(0)
     truth = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
@@ -462,6 +468,7 @@ def summing():
     return Aggregator(init, aggregate)
 
 
+@pytest.mark.always("APFL")
 @pytest.mark.parametrize("paper", ALGORITHMS)
 def test_aggregators_with_state(data, paper):
     algorithm, reference = (

@@ -237,6 +237,7 @@ def test_an_epoch_has_every_example_once():
 # The models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_losses_in_numpy_and_in_jax(name):
     params = workloads.initial(workloads.WORKLOADS[name])
@@ -260,6 +261,7 @@ def test_convolutions_and_pooling():
     np.testing.assert_array_equal(models.pool(convolved), pooled)
 
 
+@pytest.mark.long
 def test_padding_does_not_train():
     params = workloads.initial(workloads.WORKLOADS["W2"])
     key = jax.random.PRNGKey(0)

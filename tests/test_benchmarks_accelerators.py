@@ -111,6 +111,7 @@ def test_what_is_in_the_file_is_not_compiled_again(monkeypatch, tmp_path):
 # On GPU, or on whatever there is
 
 
+@pytest.mark.long
 def test_rounds_by_hand_are_those_of_fax():
     task = gpu.TASKS["logistic"]()
     args = gpu.arguments(task, 3, 2)
@@ -120,6 +121,7 @@ def test_rounds_by_hand_are_those_of_fax():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, other)
 
 
+@pytest.mark.long
 def test_every_way_is_measured_while_there_is_time(monkeypatch):
     monkeypatch.setattr(gpu, "TURNS", 2)  # before each run, the garbage of all tests is collected
     found = gpu.run(["logistic"], [2], 1, (1, 4), 1e6)
@@ -127,8 +129,30 @@ def test_every_way_is_measured_while_there_is_time(monkeypatch):
     assert list(own) == list(gpu.ways(2, (1,)))  # with two clients, not more are vectorized
     assert all(x["ms"] > 0 and x["mib"] > 0 for x in own.values())
     assert gpu.missing(found) == []
-    later = gpu.run(["logistic"], [2], 1, (1, 4), 0)
+    kept = []
+    later = gpu.run(["logistic"], [2], 1, (1, 4), 0, kept.append)
+    assert kept == []  # nothing was measured
     assert gpu.missing(later) == [f"logistic, 2 clients: {way}" for way in own]
+
+
+def test_what_a_device_cannot_run_is_in_the_table(monkeypatch, capsys):
+    errors = iter(["RESOURCE_EXHAUSTED: out of memory", "UNKNOWN: CUDNN_STATUS_NOT_SUPPORTED"])
+
+    class Unable:
+        def lower(self, *args):
+            raise jax.errors.JaxRuntimeError(next(errors))
+
+    monkeypatch.setattr(gpu, "ways", lambda clients, vectorized: {"a": None, "b": None})
+    monkeypatch.setattr(gpu, "round_of", lambda task, way: None)
+    monkeypatch.setattr(jax, "jit", lambda fn: Unable())
+    kept = []
+    found = gpu.run(["logistic"], [2], 1, (), 1e6, kept.append)
+    assert found == {"logistic, 2 clients": {"a": "out of memory", "b": "failed"}}
+    assert kept == [found]
+    assert gpu.missing(found) == []
+    times, _ = gpu.tables(found)
+    assert times["rows"] == [{"": "logistic, 2 clients", "a": "out of memory", "b": "failed"}]
+    assert "CUDNN_STATUS_NOT_SUPPORTED" in capsys.readouterr().err
 
 
 def test_the_default_is_compared_with_the_best():

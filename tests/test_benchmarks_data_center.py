@@ -36,6 +36,7 @@ def compiled(monkeypatch, way):
         return data_center.measure("tiny", 2, way)
 
 
+@pytest.mark.long
 def test_replicas_on_two_slices_send_each_parameter_once_a_period(monkeypatch):
     tpus.require()
     row = compiled(monkeypatch, "DiLoCo")

@@ -96,6 +96,7 @@ MESHES = [
 SPECS = [P(), P("clients"), P(None, None, "model"), P("clients", None, "model")]
 
 
+@pytest.mark.always("auto-axes1-ids1", "first-auto-axes5-ids1", "explicit-axes2-ids0")
 @pytest.mark.kinds(kind=alike, axes=alike, ids=alike)
 @pytest.mark.parametrize("ids", [[5, 2, 11, 0], [1, 7, 3]])
 @pytest.mark.parametrize(("kind", "axes"), MESHES)
@@ -153,6 +154,7 @@ def test_clients_without_a_row():
 # The store
 
 
+@pytest.mark.always("a mesh of 4 x 2-True")
 @pytest.mark.parametrize(
     ("setting", "in_file"), [("jitted", True), ("a mesh of 2", False), ("a mesh of 4 x 2", True)]
 )

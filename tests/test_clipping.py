@@ -79,6 +79,7 @@ def test_no_update_is_longer_than_the_limit(dtype):
         assert (x * u >= 0).all()
 
 
+@pytest.mark.always("float16")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_update_can_pass_a_private_sum(dtype):
     tree, limits = everything(dtype), np.asarray(LIMITS, np.float32)

@@ -622,6 +622,7 @@ def test_a_step_keeps_the_types_of_what_it_carries():
 # Meshes
 
 
+@pytest.mark.always("True-6-explicit", "False-6-auto")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("clients", [8, 6])
 @pytest.mark.parametrize("resident", [True, False])
@@ -652,6 +653,7 @@ def test_cohorts_on_a_mesh(kind, clients, resident):
         assert loads.reshape(4, 2).sum(1).max() <= loads.sum() / 4 + loads.max()
 
 
+@pytest.mark.always("weighted-explicit", "shuffled-auto")
 @pytest.mark.kinds(kind=alike, sampler=alike)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("sampler", ["uniform", "weighted", "shuffled", "minimum_reuse"])

@@ -118,6 +118,7 @@ def test_cores_become_devices():
     assert shape == {"clients": count}
 
 
+@pytest.mark.long
 def test_cores_cannot_become_devices_twice():
     early = "import jax; jax.config.update('jax_num_cpu_devices', 2); jax.devices()"
     assert "JAX has already set up 2 CPU devices, expected 3" in cpu("3", early)

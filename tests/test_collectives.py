@@ -70,6 +70,7 @@ def test_a_round_reduces_the_model_once(kind):
     assert only.bytes == MODEL_BYTES / 2 + 4  # and the total weight
 
 
+@pytest.mark.always("explicit", "first-auto")
 @EVERY_KIND
 def test_its_gradient_reduces_the_model_twice(kind):
     """Once forward, and once backward; besides, one number for the gradient of the weights."""
@@ -86,6 +87,7 @@ def test_its_gradient_reduces_the_model_twice(kind):
     assert MODEL_BYTES <= sum(c.total_bytes for c in both) <= MODEL_BYTES + 16
 
 
+@pytest.mark.always("auto")
 @UNIFORM_KINDS
 def test_uneven_rows_cost_no_more(kind):
     """They are on all devices before, so nothing has to be sent for them."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
@@ -66,6 +66,7 @@ def in_shard_map(fn, *out):
 
 WITHOUT_MESH = {
     Named.CUSTOM_VMAP: with_vmap,
+    Named.OPTIMIZATION_BARRIER: lax.optimization_barrier,
     Named.PURE_CALLBACK: lambda x: jax.pure_callback(np.sin, x, x),
     Named.SPLIT: lambda x: jnp.split(x, 2),
     Named.STACK: lambda x: jnp.stack([x, x]),
@@ -102,7 +103,10 @@ def test_names_on_meshes(explicit):
     for name, fn in ON_A_MESH.items():
         only(name, fn)
     names = {value for name, value in vars(Named).items() if name.isupper()}
-    assert names == {*WITHOUT_MESH, *ON_A_MESH}  # no name is left out of these tests
+    of_any_size = jax.ShapeDtypeStruct(export.symbolic_shape("n"), float)
+    (eqn,) = trace(lambda x: jnp.asarray(x.shape[0]), of_any_size)
+    assert eqn.primitive.name == Named.DIMENSION
+    assert names == {*WITHOUT_MESH, *ON_A_MESH, Named.DIMENSION}  # no name is left out
 
 
 # Parameters

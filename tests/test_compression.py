@@ -170,6 +170,7 @@ def test_a_rotated_quantization_is_unbiased_for_each_rotation():
     assert np.sum((found.mean(0) - X) ** 2) < 3 * error.mean() / DRAWS
 
 
+@pytest.mark.long
 def test_error_of_drive_is_that_of_the_paper():
     x = np.random.default_rng(0).normal(size=512)
     found = draws(drive(), x)[:4000]
@@ -436,6 +437,7 @@ EVERY = {
 }
 
 
+@pytest.mark.always("hadamard", "memory", "power_sgd")
 @pytest.mark.parametrize("name", EVERY)
 def test_zeros_stay_zeros_and_nothing_is_nan(name):
     tree = {"e": np.zeros((N, 0)), "h": np.zeros((N, 6), jnp.bfloat16), **updates()}
@@ -480,6 +482,7 @@ SETTINGS_OF = {  # all pairs would take too long
 }
 
 
+@pytest.mark.always("both")
 @pytest.mark.parametrize("name", SETTINGS_OF)
 def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(name):
     aggregator, tree, weights = EVERY[name](), updates(), np.array([1.0, 2.0, 3.0, 1.0])
@@ -501,6 +504,7 @@ def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(name):
         assert_trees_close(run(setting), expected)
 
 
+@pytest.mark.always("quantization", "terngrad")
 @pytest.mark.parametrize("name", ["quantization", "hadamard", "drive", "terngrad"])
 def test_derivatives_are_those_of_the_expectation(name):
     aggregator = EVERY[name]() if name != "terngrad" else chain(terngrad(None))
@@ -530,6 +534,7 @@ def test_derivatives_pass_through_what_is_sent():
     )
 
 
+@pytest.mark.long
 def test_hyperparameters_can_be_swept():
     tree = updates()
     found = jax.vmap(lambda clip: aggregate(chain(terngrad(clip)), tree)[0])(jnp.array([0.5, 2.0]))
@@ -560,6 +565,7 @@ def trained(name, rounds=60):
     return float(metrics["loss"][-20:].mean()), float(metrics["loss"][0])
 
 
+@pytest.mark.always("both")
 @pytest.mark.parametrize("name", ["quantization", "drive", "memory", "power_sgd", "both"])
 def test_federated_averaging_learns(name):
     best, start = trained("mean")
@@ -568,10 +574,18 @@ def test_federated_averaging_learns(name):
     assert loss < best + 0.2 * (start - best)
 
 
-def test_memory_does_not_grow_with_the_cohort():
+@pytest.mark.parametrize(
+    ("part", "at_once", "gradient"),
+    [
+        pytest.param(quantization(4), 2, False, marks=pytest.mark.long),
+        (terngrad(), None, True),
+    ],
+    ids=["a round", "a gradient"],
+)
+def test_memory_does_not_grow_with_the_cohort(part, at_once, gradient):
     size = 100
 
-    def temporary(part, clients, at_once, gradient):
+    def temporary(clients):
         data = fax.data.InMemory({str(i): {"x": np.ones((8, size))} for i in range(clients)})
         cohort = next(fax.data.cohorts(data, clients, 4))
         algorithm = fax.algorithms.fedavg(
@@ -590,12 +604,8 @@ def test_memory_does_not_grow_with_the_cohort():
         compiled = jax.jit(fn).lower(state, cohort).compile()
         return compiled.memory_analysis().temp_size_in_bytes / (8 * size**2)
 
-    for part, at_once, gradient in (
-        (quantization(4), 2, False),
-        (terngrad(), None, True),
-    ):
-        few, many = (temporary(part, clients, at_once, gradient) for clients in (4, 32))
-        assert many < few + 0.5
+    few, many = temporary(4), temporary(32)
+    assert many < few + 0.5
 
 
 # Mistakes

@@ -148,6 +148,9 @@ PAIRS = [
 ]
 
 
+@pytest.mark.always(
+    "Scaffold-Logistic-a mesh of 4 x 2", "Mime-Quadratic-jitted", "MimeLite-Quadratic-vectorized"
+)
 @pytest.mark.parametrize(("paper", "problem", "setting"), PAIRS)
 def test_rounds_are_those_of_the_paper(data, paper, problem, setting):
     context, at_once = problems.setting(setting)
@@ -185,6 +188,7 @@ def end(algorithm, rounds, start=4.0):
     return float(algorithm.params(state))
 
 
+@pytest.mark.long
 def test_federated_averaging_ends_elsewhere_than_at_the_optimum():
     """A client goes from p to b + q (p - b), q = (1 - rate a)^steps, so the fixed point is a mean.
 
@@ -210,6 +214,7 @@ def test_control_variates_reach_the_optimum(algorithm, rounds):
     np.testing.assert_allclose(end(algorithm, rounds), OPTIMUM, rtol=1e-8)
 
 
+@pytest.mark.long
 def test_scaffold_reaches_it_with_some_of_the_clients_at_a_time():
     clients = {i: {"a": np.full(2, A[i]), "b": np.full(2, B[i])} for i in range(3)}
     rounds = fax.data.cohorts(fax.data.InMemory(clients), 2, 2, epochs=STEPS)
@@ -222,6 +227,7 @@ def test_scaffold_reaches_it_with_some_of_the_clients_at_a_time():
 # Identities
 
 
+@pytest.mark.long
 def test_the_first_round_of_scaffold_is_that_of_averaging():
     rng = np.random.default_rng(3)
     same = fax.data.InMemory(  # of equal sizes, for the paper counts clients and not examples
@@ -237,6 +243,7 @@ def test_the_first_round_of_scaffold_is_that_of_averaging():
     assert_trees_close(states[0].params, states[1].params, rtol=1e-12)
 
 
+@pytest.mark.long
 def test_mime_with_sgd_and_full_batches_is_sgd(data):
     """One step of a full batch each is one step on all examples."""
     everything = [data.client(i) for i in data.client_ids()]
@@ -263,6 +270,7 @@ def test_mime_with_sgd_and_full_batches_of_equal_curvature_takes_many_steps_of_s
     np.testing.assert_allclose(state.params, mean + (1 - 2 * SLOW) ** 7 * (4 - mean), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_mime_lite_with_sgd_is_averaging(data):
     ends = []
     for algorithm in (
@@ -297,6 +305,8 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
 # Transformations
 
 
+@pytest.mark.long
+@pytest.mark.always("scaffold")
 @pytest.mark.parametrize(
     "make",
     [
@@ -350,6 +360,7 @@ def test_what_crosses_devices(data, make, reductions):
     assert "all-gather" not in text
 
 
+@pytest.mark.long
 def test_many_rounds_are_rounds(data):
     algorithm = scaffold(Logistic.loss, RATE, num_clients=N)
     state, step = algorithm.init(Logistic.start()), jax.jit(algorithm.round)
@@ -363,6 +374,8 @@ def test_many_rounds_are_rounds(data):
 # Models with state, aggregators, mistakes
 
 
+@pytest.mark.long
+@pytest.mark.always("Scaffold")
 @pytest.mark.parametrize("paper", EACH_KIND)
 def test_model_state_is_that_of_averaging(data, paper):
     """A running mean of the features, and a counter, which is not averaged."""
@@ -398,6 +411,7 @@ class Counting(fax.aggregators.Transformation):
         return super().__new__(cls, init, update)
 
 
+@pytest.mark.always("Mime")
 @pytest.mark.parametrize("paper", EACH_KIND)
 def test_updates_go_through_the_aggregator(data, paper):
     algorithm = paper.make(Logistic, aggregator=fax.aggregators.chain(Counting()))

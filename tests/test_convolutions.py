@@ -231,6 +231,7 @@ def plain(state, x):
     return jax.tree.map(lambda p: p.mean(0), jax.vmap(train, (None, 0))(state, x))
 
 
+@pytest.mark.always("auto-1")
 @pytest.mark.kinds(setting=alike, vectorize=alike)
 @pytest.mark.parametrize("vectorize", [1, 3])
 @pytest.mark.parametrize("setting", [*SETTINGS, "xla"])
@@ -239,6 +240,7 @@ def test_a_stock_network(setting, vectorize):
     assert_close(ours, jax.jit(plain)(STATE, X))
 
 
+@pytest.mark.long
 def test_the_gradient_of_training_a_stock_network():
     def energy(fn):
         return jax.grad(lambda s: sum(jnp.sum(p**2) for p in jax.tree.leaves(fn(s, X))))
@@ -247,6 +249,7 @@ def test_the_gradient_of_training_a_stock_network():
     assert_close(jax.jit(energy(ours))(STATE), jax.jit(energy(plain))(STATE))
 
 
+@pytest.mark.long
 def test_what_is_left_of_convolutions():
     assert not convolutions_in(averaging("matmul"), STATE, X)
     left = convolutions_in(averaging("auto"), STATE, X)
@@ -394,6 +397,7 @@ def test_without_jit():
 # Meshes
 
 
+@pytest.mark.always("axes1-auto-matmul")
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("axes", [dict(clients=2), dict(clients=2, model=2)])

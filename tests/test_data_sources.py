@@ -330,6 +330,7 @@ def damaged(content, rng, number):
         yield bytes(copy[:at] if kind == 3 else copy), kind == 3
 
 
+@pytest.mark.always("fedjax")
 @pytest.mark.parametrize("form", ["fedjax", "tff"])
 def test_damaged_sqlite_files(tmp_path, form):
     """Errors are clear, nothing hangs, and what has a checksum is right or refused."""

@@ -100,6 +100,7 @@ def assert_same(state, expected):
         problems.assert_trees_close(found, stacked([own.m for own in optimizers]))
 
 
+@pytest.mark.always("False-Quadratic", "True-Logistic")
 @pytest.mark.parametrize("problem", problems.PROBLEMS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rounds_are_those_of_the_paper(data, problem, weighted):
@@ -122,6 +123,7 @@ def test_rounds_are_those_of_the_paper(data, problem, weighted):
     assert sorted(metrics) == ["loss", "outer_steps", "replicas/bits", "replicas/loss"]
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_replica_that_drops_out_goes_on_from_its_own_parameters(data, weighted):
     rounds = first(3, cohorts(data))
@@ -269,6 +271,7 @@ def test_one_step_of_sgd_is_data_parallel_sgd(data):
     problems.assert_trees_close(state.params, theta)
 
 
+@pytest.mark.long
 def test_one_replica_is_lookahead():
     """optax has it: fast steps, and a slow one from the last place where both were."""
     rng = np.random.default_rng(0)
@@ -290,6 +293,7 @@ def test_one_replica_is_lookahead():
     problems.assert_trees_close(state.params, params.slow)
 
 
+@pytest.mark.long
 def test_local_sgd_is_federated_averaging(data):
     rounds = fax.data.cohorts(data, REPLICAS, 2, epochs=1)  # ragged, and weighted by size
     rounds = first(2, rounds)
@@ -387,6 +391,7 @@ def test_names_of_metrics_are_not_taken(data):
 # Settings
 
 
+@pytest.mark.long
 def test_results_do_not_depend_on_where_replicas_are(data):
     results = []
     for name in problems.SETTINGS:
@@ -404,6 +409,7 @@ def test_results_do_not_depend_on_where_replicas_are(data):
         problems.assert_trees_close(found, results[0], rtol=1e-9)
 
 
+@pytest.mark.always("3-axes1")
 @pytest.mark.kinds(axes=alike, steps=alike)
 @pytest.mark.parametrize("axes", [{"replicas": 2}, {"replicas": 2, "model": 2}])
 @pytest.mark.parametrize("steps", [6, 3])
@@ -421,26 +427,29 @@ def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, 
     assert found.bytes < 1.3 * 8 * 15 + 40
 
 
+@pytest.mark.always("auto")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_replica_can_be_sharded_itself(kind):
-    """A hidden layer over `model` and batches over `data`."""
+    """A hidden layer over `model`, batches over `data`, and a scale on all devices."""
     rng = np.random.default_rng(0)
     shards = {
         f"shard {i}": {"x": rng.normal(size=(8, 4)), "y": rng.normal(size=8)} for i in range(4)
     }
-    start = {"in": rng.normal(size=(4, 6)), "out": rng.normal(size=6)}
+    start = {"in": rng.normal(size=(4, 6)), "out": rng.normal(size=6), "scale": jnp.ones(4)}
 
     def loss(params, batch, key):
-        return (jnp.tanh(batch["x"] @ params["in"]) @ params["out"] - batch["y"]) ** 2
+        x = batch["x"] * params["scale"]
+        return (jnp.tanh(x @ params["in"]) @ params["out"] - batch["y"]) ** 2
 
     def sharded(params, batch, key):
         split = jax.sharding.reshard if kind == "explicit" else jax.lax.with_sharding_constraint
         x, y = split(batch["x"], P("data")), split(batch["y"], P("data"))
+        x = x * params["scale"]
         hidden = split(jnp.tanh(x @ params["in"]), P("data", "model"))
         out = P("data") if kind == "explicit" else None
         return (jnp.einsum("bh,h->b", hidden, params["out"], out_sharding=out) - y) ** 2
 
-    specs = {"in": P(None, "model"), "out": P("model")} if kind == "auto" else None
+    specs = {"in": P(None, "model"), "out": P("model"), "scale": P()} if kind == "auto" else None
 
     def run(loss, params):
         algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2, sharding=specs)
@@ -457,15 +466,17 @@ def test_a_replica_can_be_sharded_itself(kind):
         params = {
             "in": meshes.put(start["in"], None, "model"),
             "out": meshes.put(start["out"], "model"),
+            "scale": meshes.put(start["scale"]),
         }
         state, metrics, lowered = run(sharded, params)
         found = fax.inspect.report(lowered).over("replicas")
     problems.assert_trees_close((state, metrics), expected, rtol=1e-9)
     # What layers and batches exchange stays among the devices of a replica.
     assert [(c.operation, c.axes) for c in found] == [("all-reduce", ("replicas",))]
-    # Of "in", each of a replica's four devices sends a fourth. The half of "out" that two devices
-    # have in common has three numbers, which cannot be divided by two. And a few numbers more.
-    assert 8 * (24 / 4 + 6 / 2) < found[0].bytes <= 8 * (24 / 4 + 6 / 2) + 40
+    # Of "in" and "scale", each of a replica's four devices sends a fourth. The half of "out" that
+    # two devices have in common has three numbers, which cannot be divided. And a few numbers more.
+    numbers = 24 / 4 + 6 / 2 + 4 / 4
+    assert 8 * numbers < found[0].bytes <= 8 * numbers + 40
     rows = state.replicas.rows
     for tree in (rows.params, rows.optimizer[0].mu):
         assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
@@ -521,6 +532,7 @@ def test_rates_can_be_differentiated_and_swept(data):
     )
 
 
+@pytest.mark.long
 def test_a_schedule_can_be_differentiated(data):
     cohort = next(cohorts(data))
 
@@ -537,6 +549,7 @@ def test_a_schedule_can_be_differentiated(data):
     check_grads(jax.jit(after), (0.05,), order=1, modes=("rev",), eps=1e-6, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_memory_of_a_gradient_does_not_grow_with_inner_steps():
     def size(steps):
         shards = {str(i): {"x": np.ones((8, 100))} for i in range(2)}
@@ -559,6 +572,7 @@ def test_memory_of_a_gradient_does_not_grow_with_inner_steps():
     assert few < 10
 
 
+@pytest.mark.long
 def test_many_rounds_run_in_one_program(data):
     algorithm = diloco(losses_of(Quadratic), optax.adamw(INNER), replicas=REPLICAS, steps=2)
     rounds = first(3, cohorts(data, 4, resident=True))
@@ -601,6 +615,7 @@ def test_model_state_is_brought_together_too(data):
     assert state.model_state["steps"] == 0
 
 
+@pytest.mark.long
 def test_an_aggregator_makes_the_outer_gradient(data):
     """One that halves, counts its calls, and draws different numbers each time."""
 

@@ -218,6 +218,7 @@ ROUNDS = """
 """
 
 
+@pytest.mark.always("1-raise KeyError('lost')-1-fax: process 1 failed with KeyError: 'lost'")
 @pytest.mark.parametrize(
     ("victim", "how", "status", "message"),
     [
@@ -244,6 +245,7 @@ def test_when_a_process_dies_the_others_end_and_say_which(victim, how, status, m
         assert own in (_peers.EXIT_PEER_LOST, -signal.SIGABRT)
 
 
+@pytest.mark.long
 def test_when_a_process_stands_still_the_others_end_and_say_which():
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     with running(ROUNDS.format(victim=1, how=stop), 3) as processes:
@@ -468,6 +470,7 @@ def example(*options):
     return [sys.executable, str(EXAMPLES / "multiprocess.py"), *options]
 
 
+@pytest.mark.docs
 def test_the_example_trains_in_several_processes_as_in_one():
     """Compiled as users do: the tests' own flags round differently for other numbers of rows."""
     done = subprocess.run(

@@ -15,7 +15,10 @@ import fax
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Parts that need a package which has an environment of its own.
-ELSEWHERE = {"fax.deploy._beam_client": "apache_beam"}
+ELSEWHERE = {
+    "fax.deploy._beam_client": "apache_beam",
+    "fax.deploy._flower_client": "flwr",
+}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "fax."))]
 DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
@@ -51,6 +54,7 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     if name in ELSEWHERE:
@@ -64,7 +68,9 @@ def test_docstrings(name):
     assert runner.summarize().failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.docs] * (page != "README.md")) for page in PAGES]
+)
 def test_pages(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jax.devices()  # a page that makes devices finds those of the tests

@@ -57,6 +57,7 @@ def rounds(part, many, weights, state=None):
     return sent, after, state, jax.tree.map(lambda x: x[-1], metrics)
 
 
+@pytest.mark.long
 def test_a_chain_inside_has_no_lasting_bias():
     """The case that was found: .249 arrived in place of .3, for ever."""
     u = np.array([[0.3, 0.11, -0.07, 0.02, 1.0]] * 2)
@@ -77,6 +78,7 @@ PARTS = {
 }
 
 
+@pytest.mark.always("packed", "rotated")
 @pytest.mark.parametrize("name", PARTS)
 def test_what_is_sent_and_what_is_left_add_up(name):
     """Of clients that come and go, and sometimes send NaN."""
@@ -227,6 +229,7 @@ def test_a_replica_without_a_batch_keeps_its_memory():
     assert (after[1 - gone] != before[1 - gone]).any()
 
 
+@pytest.mark.long
 def test_decay_can_be_swept():
     many = np.random.default_rng(0).normal(size=(2, 2, 5))
 

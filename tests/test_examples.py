@@ -31,6 +31,7 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("scripts", SHORT, ids=lambda scripts: scripts[0].split()[0])
 def test_short_runs_end_with_a_figure(run, tmp_path, scripts):
     commands = []

@@ -179,3 +179,44 @@ def test_shards_are_whole_modules_and_about_equally_large(example):
         assert all(
             own >= set(m["x"].ravel()) or not own & set(m["x"].ravel()) for m in modules.values()
         )
+
+
+# Learners that come and go
+
+
+def of_runs(printed):
+    """Of the undisturbed run and the disturbed one: loss, merges, characters, kills, goodput."""
+    row = (
+        r"disturbed: held-out loss ([\d.]+), (\d+) merges in [\d.]+ s, ([\d,]+) characters "
+        r"counted, (\d+) kills, goodput ([\d.]+)%"
+    )
+    rows = re.findall(row, printed)
+    assert len(rows) == 2
+    return [[float(x.replace(",", "")) for x in found] for found in rows]
+
+
+def test_a_short_run_of_learners_that_nobody_kills(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    sizes = (f"--length={LENGTH}", f"--width={WIDTH}", "--blocks=2", "--learners=2")
+    script = EXAMPLES / "elastic_diloco.py"
+    printed = run(script, "--periods=2", "--inner-steps=4", *sizes, timeout=600)
+    (start,) = numbers(r"held-out loss ([\d.]+) at the start", printed)
+    for loss, merges, read, kills, goodput in of_runs(printed):
+        assert loss < start
+        assert (merges, kills) == (6, 0)  # three fragments, twice
+        assert 0 < read <= 2 * 2 * 4 * 8 * LENGTH
+        assert goodput > 0  # of a single period, so steps before it may count, too
+    assert is_figure(tmp_path / "runs" / "elastic_diloco.png")
+
+
+@pytest.mark.long
+def test_killing_a_learner_every_20_seconds_hardly_changes_the_loss(run):
+    printed = run(EXAMPLES / "elastic_diloco.py", timeout=3000)
+    (start,) = numbers(r"held-out loss ([\d.]+) at the start", printed)
+    calm, wild = of_runs(printed)
+    assert calm[0] < 0.5 * start
+    assert abs(wild[0] / calm[0] - 1) < 0.02
+    assert calm[1] == wild[1] == 300
+    assert calm[3] == 0
+    assert wild[3] >= 1
+    assert wild[4] < calm[4]

@@ -350,6 +350,8 @@ def test_figures_of_runs_with_few_numbers(curves, clients, names):
     assert list(found) == names
     for figure in found.values():
         check_texts(figure)
+    if clients:
+        assert found["clients"].axes[0].get_title().startswith("last cohort: ")
 
 
 def write_run(folder, curves, clients=(), settings=""):

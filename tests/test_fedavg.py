@@ -81,6 +81,7 @@ class Adam:
         return 0.1 * m / (np.sqrt(v) + 1e-3)
 
 
+@pytest.mark.always("Average-True", "Momentum-False", "Adam-False")
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("server", [Average, Momentum, Adam])
 def test_rounds_are_those_of_the_paper(data, server, resident):
@@ -127,6 +128,7 @@ def in_default_groups(data):
     return cohort, jax.jit(reference.round)(reference.init(start()), cohort)
 
 
+@pytest.mark.always("3")
 @pytest.mark.parametrize("at_once", [1, 2, 3, 4])
 def test_results_do_not_depend_on_how_clients_are_grouped(in_default_groups, at_once):
     cohort, expected = in_default_groups
@@ -135,6 +137,7 @@ def test_results_do_not_depend_on_how_clients_are_grouped(in_default_groups, at_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
 
 
+@pytest.mark.always("5-explicit")
 @pytest.mark.kinds(kind=alike, clients=alike)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("clients", [4, 5])
@@ -218,6 +221,7 @@ def test_a_step_of_padding_is_skipped_by_a_branch(data):
 # Many rounds
 
 
+@pytest.mark.always("1")
 @pytest.mark.parametrize("devices", [1, 2])
 def test_many_rounds_are_rounds(data, devices):
     algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1))
@@ -259,6 +263,7 @@ def test_a_round_is_compiled_once_for_each_shape(data):
     assert train._cache_size() == len(rounds.shapes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("at_once", "resident"), [(1, True), pytest.param(2, False, marks=pytest.mark.long)]
 )
@@ -277,6 +282,7 @@ def test_rounds_under_jax_checks(data, at_once, resident):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), other, expected)
 
 
+@pytest.mark.long
 def test_second_derivatives_with_clients_at_once(data):
     cohort = next(cohorts(data, clients=3, epochs=1))
 
@@ -323,6 +329,7 @@ def test_a_loss_with_state_returns_three_values(data):
         algorithm.round(algorithm.init(start(), {"n": 0}), next(cohorts(data)))
 
 
+@pytest.mark.long
 def test_a_flax_network_with_dropout_learns(data):
     class Network(nnx.Module):
         def __init__(self, rngs):

@@ -115,6 +115,14 @@ PAIRS = [
 ]
 
 
+@pytest.mark.always(
+    "momentum-Quadratic-a mesh of 2",
+    "adagrad-Logistic-vectorized",
+    "adam-Logistic-jitted",
+    "yogi-Quadratic-jitted",
+    "prox-Logistic-a mesh of 4 x 2",
+    "reptile-Quadratic-jitted",
+)
 @pytest.mark.parametrize(("case", "problem", "setting"), PAIRS)
 def test_rounds_are_those_of_the_paper(data, case, problem, setting):
     make, server_step, mu = CASES[case]

@@ -199,6 +199,7 @@ class BN:
 PAPERS = [Ditto, Per, BN]
 
 
+@pytest.mark.always("Ditto-jitted", "Per-a mesh of 2", "BN-vectorized")
 @pytest.mark.parametrize(
     ("paper", "setting"),
     [
@@ -239,6 +240,7 @@ def test_rounds_are_those_of_the_paper(data, paper, setting):
 # Gradients
 
 
+@pytest.mark.long
 def test_hyperparameters_have_gradients(data):
     """Of clients' losses after two rounds, against finite differences."""
     two = jax.tree.map(lambda *x: jnp.stack(x), *itertools.islice(cohorts(data), 2))

@@ -121,6 +121,7 @@ def extremum(sign: int, x: Any, **kwargs: Any) -> Any:
     return fax.max(x, **kwargs) if sign > 0 else -fax.min(-x, **kwargs)
 
 
+@pytest.mark.kinds(sign=subsets.alike, vectorize=subsets.alike, fused=subsets.alike)
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("sign", [1, -1], ids=["max", "min"])
@@ -347,7 +348,8 @@ def test_masked_participants_touch_nothing_under_vmap_over_masks(name, kind, way
     assert_close(got, jax.tree.map(np.add, *of_masks))
 
 
-@COVERING
+# Above, each combination comes up; here, each value with means and with extremes.
+@pytest.mark.kinds(name=lambda name: name in ("max", "min"), kind=subsets.alike, way=subsets.alike)
 @AFTER_VMAP
 @pytest.mark.parametrize(("kind", "vectorize"), KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("name", MASKED_REDUCTIONS)

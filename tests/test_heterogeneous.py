@@ -168,6 +168,12 @@ class Half(fax.aggregators.Transformation):
         return super().__new__(cls, lambda params: (), update)
 
 
+@pytest.mark.always(
+    "Nova-a mesh of 2-Quadratic",
+    "NovaProx-a mesh of 4 x 2-Logistic",
+    "Dyn-jitted-Logistic",
+    "Fair-a mesh of 2-Quadratic",
+)
 @pytest.mark.parametrize(
     ("paper", "setting", "problem"),
     [
@@ -224,6 +230,7 @@ def after_rounds(start, cohort, *algorithms, rounds=1):
     return run(start)
 
 
+@pytest.mark.long
 def test_special_cases_are_averaging(data):
     """With as many steps each FedNova is FedAvg, and FedProx with mu; q = 0 counts clients once."""
     same = fax.data.subset(data, [name for name, n in zip(data.client_ids(), SIZES) if n >= 3])
@@ -324,6 +331,8 @@ def test_a_negative_loss_makes_fair_averaging_nan():
 # Gradients
 
 
+@pytest.mark.long
+@pytest.mark.always("feddyn")
 @pytest.mark.parametrize(
     "make",
     [

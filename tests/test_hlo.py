@@ -1,5 +1,6 @@
 """Compiled programs as XLA writes them for different platforms, read by `fax.inspect`."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +56,9 @@ def found(*lines, on=None, **options):
         ("mesh['a'=2,'b'=2,'c'=2] {'b'}", "b", 2),
         ("@named_mesh['x'=2,'y'=4] {'y'}", "bc", 4),
         ("mesh['x'=4,'y'=2] {'x','y'}", "abc", 8),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", "bc", 4),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", "a", 2),
+        ("mesh['x'=2,'y'=4], device_ids=(0,4,1,5,2,6,3,7) {'x'}", "b", 2),
     ],
 )
 def test_three_notations_of_groups(groups, axes, size):
@@ -73,9 +77,11 @@ def test_a_program_that_is_not_divided_over_the_mesh_is_an_error():
         found(partitions=4)
 
 
-def test_groups_that_cannot_be_read_are_an_error():
-    with pytest.raises(ValueError, match="cannot read the replica groups in , replica_groups=all"):
-        found("ROOT %r = f32[4]{0} all-reduce(%p), replica_groups=all, to_apply=%sum")
+@pytest.mark.parametrize("groups", ["all", "mesh['x'=8] {'x':(1)2}"])
+def test_groups_that_cannot_be_read_are_an_error(groups):
+    message = re.escape(f"cannot read the replica groups in , replica_groups={groups}")
+    with pytest.raises(ValueError, match=message):
+        found(f"ROOT %r = f32[4]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%sum")
 
 
 # Operations and what they are passed

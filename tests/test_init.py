@@ -71,6 +71,17 @@ def spend(state):
     return jax.tree.map(lambda x: x | x if x.dtype == bool else x + x, state)
 
 
+@pytest.mark.always(
+    "fedavg",
+    "power_sgd",
+    "scaffold",
+    "maml",
+    "hyp_cluster",
+    "diloco",
+    "streaming_diloco",
+    "papa",
+    "branch_train_merge",
+)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_state_that_is_donated_takes_nothing_with_it(name):
     algorithm = ALGORITHMS[name](loss_of_state)
@@ -87,6 +98,18 @@ def test_a_state_that_is_donated_takes_nothing_with_it(name):
         jax.tree.map(np.testing.assert_array_equal, found, (given(name), state_of_model))
 
 
+@pytest.mark.always(
+    "fedavg-explicit",
+    "power_sgd-auto",
+    "scaffold-auto",
+    "maml-explicit",
+    "hyp_cluster-auto",
+    "diloco-explicit",
+    "streaming_diloco-auto",
+    "papa-auto",
+    "branch_train_merge-explicit",
+    "ditto-auto",
+)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_state_is_on_the_mesh_in_scope(name, kind):

@@ -110,6 +110,7 @@ PAIRS = [
 assert {setting for *_, setting in PAIRS} == set(SETTINGS)
 
 
+@pytest.mark.always("Quadratic-True-jitted", "Logistic-False-a mesh of 4 x 2")
 @pytest.mark.parametrize(
     ("problem", "first_order", "setting"), [problems.case(*pair) for pair in PAIRS]
 )
@@ -187,7 +188,8 @@ def test_adapting_is_what_clients_do(data):
         expected = adapted(Logistic, Logistic.start(), batches)
         assert_trees_close({k: v[row] for k, v in own.items()}, expected)
     # On all examples and with any optimizer it is what Reptile and FedAvg average.
-    own = personalize(Logistic.loss, optax.adam(RATE), vectorize=2)(Logistic.start(), cohort)
+    adapt = jax.jit(personalize(Logistic.loss, optax.adam(RATE), vectorize=2))
+    own = adapt(Logistic.start(), cohort)
     algorithm = fedavg(Logistic.loss, optax.adam(RATE))
     state, _ = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)
     weights = np.asarray(cohort.num_examples) / cohort.num_examples.sum()
@@ -195,6 +197,7 @@ def test_adapting_is_what_clients_do(data):
     assert_trees_close(state.params, mean)
 
 
+@pytest.mark.long
 def test_meta_learned_parameters_adapt_better():
     """One step of adaptation is short, unless the scale of its parameters is learned for it."""
     rng = np.random.default_rng(0)
@@ -227,6 +230,7 @@ def test_meta_learned_parameters_adapt_better():
 # Transformations
 
 
+@pytest.mark.long
 def test_hyperparameters_can_be_differentiated_and_swept(data):
     two = problems.expand(cohorts(data, epochs=1).take(2))
 
@@ -268,6 +272,7 @@ def test_only_the_mean_is_reduced_across_devices(data):
 # Models with state, aggregators, mistakes
 
 
+@pytest.mark.long
 def test_model_state_goes_through_the_local_steps(data):
     def loss(params, model_state, batch, key):
         return *Logistic.loss(params, batch, key), {"steps": model_state["steps"] + 1.0}

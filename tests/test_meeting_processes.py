@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from processes import ENV, free_ports
 
 from fax.sharding import _peers
@@ -168,6 +169,7 @@ def test_processes_that_die_or_stand_still_are_named_and_may_come_back():
             assert not re.search(others, said), (case, said)
 
 
+@pytest.mark.long
 def test_killed_at_random_moments():
     for victim, ends in happened(f"at_random({', '.join(map(str, free_ports(5)))})"):
         for status, said in ends:

@@ -93,6 +93,7 @@ def test_a_mean_of_updates(counts, variant):
     assert max(found) - min(found) < 0.02
 
 
+@pytest.mark.always("plain", "side output")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_its_gradient_with_respect_to_parameters_and_weights(counts, variant):
     found = []
@@ -143,6 +144,7 @@ def test_its_jvp_through_a_hundred_local_steps(counts):
     assert max(found) - min(found) < 0.02
 
 
+@pytest.mark.always("masked")
 @pytest.mark.parametrize("variant", ["plain", "weighted", "masked"])
 def test_in_bfloat16(counts, variant):
     """Sums are held in float32. On CPU, XLA keeps a float32 copy of the parameters and the data.

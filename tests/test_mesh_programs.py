@@ -77,7 +77,7 @@ def in_parts(parts, n):
     return jax.device_get(both(whole)(*data(n)))
 
 
-@pytest.mark.kinds(kind=mixed, axes=alike, axis=alike, n=alike)
+@pytest.mark.kinds(kind=mixed, check_vma=alike, axes=alike, axis=alike, n=alike)
 @EVERY_KIND
 @CHECKED
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def expected_tree_mean(shape):
     return p, d, jax.device_get(both(tree_mean)(p, d))
 
 
+@pytest.mark.always("(4, 4)-auto", "(3, 5)-first-explicit")
 @pytest.mark.kinds(kind=mixed, shape=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("shape", [(2, 8), (4, 4), (3, 5)], ids=str)
@@ -190,6 +191,7 @@ def sharding(*spec):
     return NamedSharding(jax.sharding.get_mesh(), P(*spec))
 
 
+@pytest.mark.always("8-first-explicit", "13-explicit")
 @pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [8, 13])
@@ -252,6 +254,12 @@ def expected_plain(n):
     return p, d, jax.device_get(both(plain)(p, d))
 
 
+@pytest.mark.always(
+    "8-1-constrained-auto",
+    "8-2-mapped-first-auto",
+    "7-1-mapped-first-explicit",
+    "7-3-explicit-explicit",
+)
 @pytest.mark.kinds(kind=alike, n=alike, vectorize=alike)
 @pytest.mark.parametrize(
     ("work", "kind"),
@@ -272,6 +280,7 @@ def test_clients_that_are_sharded_over_model(work, kind, n, vectorize):
         assert_close(both(checkpointed)(put(p, None, "model"), d), want)
 
 
+@pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [7, 8])
 def test_the_gradient_of_what_came_from_outside_of_the_mesh(kind, n):

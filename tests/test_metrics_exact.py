@@ -53,6 +53,7 @@ TERMS = {
 SUMS = {name: lambda batch, _, of=of: fm.Sum(of(batch["x"])) for name, of in TERMS.items()}
 
 
+@pytest.mark.always("200000")
 @pytest.mark.parametrize("batch_size", [1000, OFTEN])
 def test_sums_are_those_of_64_bits(batch_size):
     x = np.random.default_rng(0).integers(0, 2**31, OFTEN, np.int32)

@@ -727,8 +727,8 @@ MISTAKES = {
     "a task that there is not": (
         lambda: fax.tasks.load("mnist"),
         ValueError,
-        "fax.tasks.load: name is 'mnist', expected 'cifar100', 'digits', 'emnist', 'pystdlib', "
-        "'shakespeare' or 'stackoverflow'.",
+        "fax.tasks.load: name is 'mnist', expected 'bible', 'cifar100', 'digits', 'emnist', "
+        "'flights', 'pystdlib', 'shakespeare' or 'stackoverflow'.",
     ),
     "a folder that is a number": (
         lambda: fax.tasks.load("digits", 3),

@@ -160,6 +160,12 @@ def perturbed(params, seed=0):
     return jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape), params)
 
 
+@pytest.mark.always(
+    "emnist_conv-options0-emnist_conv-shape0",
+    "dense-options4-dense-shape4",
+    "shakespeare_lstm-options6-shakespeare-None",
+    "stackoverflow_lstm-options8-stackoverflow-None",
+)
 @pytest.mark.parametrize(("name", "options", "reference", "shape"), FORWARD)
 def test_outputs(name, options, reference, shape):
     model = fax.models.create(name, **options)
@@ -203,6 +209,7 @@ def test_dropout_is_on_with_a_key_and_differs_by_key():
     np.testing.assert_array_equal(one, raw)
 
 
+@pytest.mark.long
 def test_dropout_rates():
     """Means over keys of what is left of ones: 3/4 and 1/2, scaled to keep the mean."""
     module = fax.models.EmnistConv(rngs=nnx.Rngs(0))
@@ -227,10 +234,18 @@ def plain_lstm(z, recurrent):
     return jax.lax.scan(step, (zero, zero), z)[1]
 
 
-def test_the_derivative_of_the_lstm():
+def lstm_arguments():
     rng = np.random.default_rng(0)
-    z, recurrent = rng.normal(size=(5, 2, 12)), rng.normal(size=(3, 12))
-    check_grads(jax.jit(recur), (z, recurrent), order=2, modes=("fwd", "rev"), rtol=1e-5)
+    return rng.normal(size=(5, 2, 12)), rng.normal(size=(3, 12))
+
+
+@pytest.mark.long
+def test_derivatives_of_the_lstm_are_those_of_finite_differences():
+    check_grads(jax.jit(recur), lstm_arguments(), order=2, modes=("fwd", "rev"), rtol=1e-5)
+
+
+def test_the_derivative_of_the_lstm():
+    z, recurrent = lstm_arguments()
 
     def gradient(fn):
         return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(fn(*a))), argnums=(0, 1)))
@@ -257,6 +272,7 @@ def test_no_step_of_the_lstm_adds_up_gradients_of_weights():
     assert (3, 12) in results(plain_lstm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options", "shape", "rate"),
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 
 import jax
@@ -23,9 +24,12 @@ AGGREGATORS = {
     "e3m0": a.chain(a.e3m0()),
     "int8": a.chain(a.clip_by_norm(20.0), a.int8()),
     "e4m3": a.chain(a.e4m3()),
-    "error_feedback": a.chain(a.error_feedback(a.e3m0(), num_clients=N)),
+    "error_feedback": a.chain(a.error_feedback(a.uniform_quantization(3), num_clients=N)),
+    "16 levels": a.chain(a.uniform_quantization(16)),
+    "256 levels": a.chain(a.uniform_quantization(256)),
 }
-BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 4}
+BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 2, "16 levels": 4, "256 levels": 8}
+SCALES = dict.fromkeys(("error_feedback", "16 levels", "256 levels"), 2)  # of a leaf
 SHAPES = {"b": (3,), "s": (), "w": (5, 8), "x": (2, 3)}
 
 
@@ -56,15 +60,22 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("devices", "names"),
+    [
+        (4, ("int8", "error_feedback")),
+        pytest.param(2, tuple(AGGREGATORS), marks=pytest.mark.long),
+        pytest.param(4, tuple(AGGREGATORS), marks=pytest.mark.long),
+    ],
+)
+def test_means_are_those_of_float32_to_the_bit(devices, names, monkeypatch):
     """With weights, and a replica that is lost."""
     updates, here = rows(), np.array([True, True, False, True])
     updates["w"][2] = np.nan
     n = np.array([3, 1, 2, 7], np.float32)
 
     def means(*args):
-        return {name: mean_of(own, *args) for name, own in AGGREGATORS.items()}
+        return {name: mean_of(AGGREGATORS[name], *args) for name in names}
 
     with jax.set_mesh(meshes.mesh(replicas=devices)):
         compiled = jax.jit(means).lower(updates, here, n).compile()
@@ -76,16 +87,17 @@ def test_means_are_those_of_float32_to_the_bit(devices, monkeypatch):
 
     # One collective for each: the bytes, a scale for each leaf, and a weight.
     gathers = [c for c in report.collectives if "uint8" in c.dtype]
-    size = {4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
-    sizes = [size[BITS[name]] + 4 * (4 + 1) for name in AGGREGATORS]
+    size = {2: 10 + 1 + 1 + 2, 4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
+    sizes = [size[BITS[name]] + 4 * (4 * SCALES.get(name, 1) + 1) for name in names]
     assert {c.operation for c in gathers} == {"all-gather"}
     assert sorted(c.bytes for c in gathers) == sorted(N // devices * x for x in sizes)
     assert all(c.bytes <= 8 * 4 for c in report.collectives if "uint8" not in c.dtype)
-    for name, nbytes in zip(AGGREGATORS, sizes):
+    for name, nbytes in zip(names, sizes):
         bits = np.where(here, 8.0 * nbytes, 0)
         np.testing.assert_array_equal(found[name][3]["replicas/bits"], bits)
 
 
+@pytest.mark.long
 def test_derivatives_are_those_of_float32(monkeypatch):
     """With respect to updates and weights, where the update of a lost replica is NaN."""
     updates, here = {"w": rows()["w"]}, np.array([True, True, False, True])
@@ -106,8 +118,11 @@ def test_derivatives_are_those_of_float32(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
+@pytest.mark.always("explicit-e3m0", "auto-16 levels")
+@pytest.mark.parametrize(
+    ("kind", "name"), [("auto", "e3m0"), ("explicit", "e3m0"), ("auto", "16 levels")]
+)
+def test_each_device_of_a_replica_sends_its_own_part(kind, name, monkeypatch):
     """Leaves are sharded over `model`, and what crosses also over `data`. Large ones have rows."""
     shapes = {"in": (4, 6), "norm": (3,), "out": (8, 2)}
     specs = {"in": P(None, "model"), "norm": P(), "out": P("model")}
@@ -119,7 +134,7 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
 
         def mean(updates, here, n):
             own = specs if kind == "auto" else None
-            return mean_of(AGGREGATORS["e3m0"], updates, here, n, specs=own, by_leaf=True)
+            return mean_of(AGGREGATORS[name], updates, here, n, specs=own, by_leaf=True)
 
         found = jax.jit(mean)(updates, here, n)
         lowered = jax.jit(mean).lower(updates, here, n)
@@ -130,8 +145,8 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, monkeypatch):
     (gather,) = [c for c in over if "uint8" in c.dtype]
     assert (gather.operation, gather.axes) == ("all-gather", ("replicas",))
     # A fourth of 24 numbers in a row of 4 bytes, a fourth of 16 and all of the other 3 in another
-    # one, and three scales and a weight.
-    assert gather.bytes == 4 + (2 + 2) + 16
+    # one, and one or two scales of three leaves and a weight.
+    assert gather.bytes == 4 + (2 + 2) + 4 * (3 * SCALES.get(name, 1) + 1)
     np.testing.assert_array_equal(found[3]["replicas/bits"], [4 * 8 * gather.bytes] * 2)
     for name, shape in {"in": (4, 3), "out": (4, 2)}.items():
         assert found[0][name].sharding.shard_shape(shapes[name]) == shape
@@ -162,6 +177,10 @@ def test_a_replica_at_a_time_is_decoded(monkeypatch):
         ("e3m0", 18, {"replicas": 2}, False),  # an all-reduce sends less
         ("int8", 8, {"replicas": 4}, True),
         ("int8", 10, {"replicas": 2}, False),
+        ("2 bits", 32, {"replicas": 2}, True),
+        ("2 bits", 34, {"replicas": 2}, False),
+        ("257 levels", 4, {"replicas": 4}, False),
+        ("entropy coded", 4, {"replicas": 4}, False),
         ("e3m0", 6, {"replicas": 4}, False),  # not spread evenly
         ("e3m0", 4, {}, False),
         ("e3m0", 4, {"replicas": 2, "model": 2}, False),  # the compiler decides what is where
@@ -170,10 +189,26 @@ def test_a_replica_at_a_time_is_decoded(monkeypatch):
     ],
 )
 def test_bytes_are_sent_where_that_is_less(name, n, axes, packed):
-    others = {"mean": a.mean(), "clipped later": a.chain(a.e3m0(), a.clip_by_norm(1.0))}
+    others = {
+        "mean": a.mean(),
+        "clipped later": a.chain(a.e3m0(), a.clip_by_norm(1.0)),
+        "2 bits": a.chain(a.uniform_quantization(4)),
+        "257 levels": a.chain(a.uniform_quantization(257)),
+        "entropy coded": a.chain(a.uniform_quantization(4, entropy_coded=True)),
+    }
     mean = functools.partial(mean_of, {**AGGREGATORS, **others}[name])
     with jax.set_mesh(meshes.mesh(**axes)) if axes else contextlib.nullcontext():
         jaxpr = jax.make_jaxpr(mean)({"w": jnp.ones((n, 8))}, jnp.ones(n, bool), jnp.ones(n))
+    assert ("all_gather" in str(jaxpr)) == packed
+
+
+@pytest.mark.parametrize(("name", "packed"), [("16 levels", False), ("e3m0", True)])
+def test_rounded_updates_of_half_precision_are_added_up_in_float32(name, packed):
+    """Those of `e3m0` are float32 themselves."""
+    mean = functools.partial(mean_of, AGGREGATORS[name])
+    updates = {"w": jnp.ones((4, 8), jnp.bfloat16)}
+    with jax.set_mesh(meshes.mesh(replicas=4)):
+        jaxpr = jax.make_jaxpr(mean)(updates, jnp.ones(4, bool), jnp.ones(4))
     assert ("all_gather" in str(jaxpr)) == packed
 
 
@@ -190,11 +225,15 @@ def test_what_is_sent_has_to_be_divisible():
 
 # Formats
 
+FORMATS = {"e3m0": a.e3m0, "e4m3": a.e4m3, "int8": a.int8} | {
+    f"{k} levels": functools.partial(a.uniform_quantization, k) for k in (3, 16, 256)
+}
+
 
 @functools.cache
 def rounded(name):
     """A leaf as it is sent, and what is decoded after it was encoded once more."""
-    part = getattr(a, name)()
+    part = FORMATS[name]()
 
     @jax.jit
     @fax.program(clients=1)
@@ -208,14 +247,20 @@ def rounded(name):
 VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6, max_size=6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["e3m0", "e4m3", "int8"])
+@pytest.mark.always(
+    *(f"{name}-float{bits}" for name in ("e3m0", "e4m3", "int8") for bits in (32, 64)),
+    *("3 levels-float32", "256 levels-bfloat16"),
+)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*itertools.product(FORMATS, ["float32", "float64"]), ("256 levels", "bfloat16")],
+)
 def test_formats_lose_nothing(name, dtype):
     @settings(max_examples=40)
     @given(VALUES, st.integers(-90, 90), st.integers(0, 99))
     def check(values, exponent, seed):
-        x = np.asarray(values, dtype) * np.asarray(2.0, dtype) ** exponent
-        x = np.where(np.abs(x) < 1e-30, 0, x)
+        x = np.asarray(values) * 2.0**exponent
+        x = np.where(np.abs(x) < 1e-30, 0, x).astype(dtype)
         sent, again = rounded(name)(x, jax.random.key(seed))
         assert sent.dtype == again.dtype == dtype
         np.testing.assert_array_equal(sent, again)
@@ -226,7 +271,7 @@ def test_formats_lose_nothing(name, dtype):
         assert np.isnan(sent).all()
         assert np.isnan(again).all()
     for size in (3e38, 2e-38):
-        x = size * np.array([1, -0.7, 0.1, 0, 0, 0], dtype)
+        x = (size * np.array([1, -0.7, 0.1, 0, 0, 0])).astype(dtype)
         sent, again = rounded(name)(x, jax.random.key(0))
         np.testing.assert_array_equal(sent, again)
         np.testing.assert_allclose(sent[0], x[0], rtol=0.07)

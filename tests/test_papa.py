@@ -191,6 +191,7 @@ def test_pairs_are_of_two_and_equally_likely():
     assert not counts[expected == 0].any()
 
 
+@pytest.mark.long
 def test_results_do_not_depend_on_where_models_are(data):
     start = PerClient(different_starts(Quadratic))
     for make, names in (
@@ -220,6 +221,7 @@ def test_a_push_costs_one_all_reduce_and_steps_none(data):
     assert found.loops == 0
 
 
+@pytest.mark.long
 def test_rates_can_be_differentiated(data):
     (cohort,) = cohorts(data, 4)
 

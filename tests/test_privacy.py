@@ -92,6 +92,7 @@ def clipped(u, limit, order=2):
 # Means and their noise
 
 
+@pytest.mark.always("vectorized", "a mesh of 4 x 2")
 @pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     data, (context, at_once) = updates(), problems.setting(name)
@@ -158,6 +159,7 @@ def test_noise_has_the_promised_variance_and_shape(aggregator, deviation, kurtos
         assert np.abs(found.mean(0) - expected).max() < 5 * deviation / np.sqrt(DRAWS)
 
 
+@pytest.mark.always("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_noise_keeps_the_dtype_of_the_model(dtype):
     u = jnp.ones((CLIENTS, 3, 4), dtype)
@@ -249,6 +251,7 @@ def factors(rounds, bands):
     return prefix, sum(c[k] * np.eye(rounds, k=-k) for k in j)
 
 
+@pytest.mark.always("4-2")
 @pytest.mark.parametrize(("bands", "participations"), [(1, 1), (4, 2), (7, 3)])
 def test_noise_of_prefix_sums_is_that_of_the_factorization(bands, participations):
     rounds, z, clip = 12, 1.5, 2.0
@@ -323,6 +326,7 @@ def test_clients_that_come_too_soon_or_too_often_are_refused():
         assert metrics["refused"] == here.sum() - counts.sum()
 
 
+@pytest.mark.long
 def test_dp_ftrl_in_training_refuses_nobody_who_waits():
     """The cohorts that its docstring promises, over their last round and one more."""
     clients, num_clients, rounds = 2, 6, 7
@@ -345,6 +349,7 @@ def test_dp_ftrl_in_training_refuses_nobody_who_waits():
     assert metrics["refused"] > 0
 
 
+@pytest.mark.long
 def test_what_is_private_in_a_round_of_fedavg():
     """The same clients in training, jitted, and what they send."""
     private = gaussian(1.0, 0.5, quantile=0.5, count_noise=0.5)
@@ -361,6 +366,7 @@ def test_what_is_private_in_a_round_of_fedavg():
 # Transformations
 
 
+@pytest.mark.long
 def test_noise_and_norm_can_be_swept_and_differentiated():
     u = updates()
     state = gaussian(1.0, 1.0).init(first(u))
@@ -383,6 +389,7 @@ def test_noise_and_norm_can_be_swept_and_differentiated():
     np.testing.assert_allclose(slope[1], mean(1.0, 2.0) - mean(1.0, 1.0), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_cohort_and_rows_stay():
     private = gaussian(1.0, 1.0, quantile=0.5)
 
@@ -442,6 +449,7 @@ def test_epsilon_in_closed_form():
     assert epsilon(1.0, 0, 1e-4) == 0
 
 
+@pytest.mark.always("2.0")
 @pytest.mark.parametrize("z", [0.8, 2.0])
 def test_uniform_sampling_costs_no_more_than_epsilon_says(z):
     """One client sends 1 and all others -1: the exact divergence, by integration over the sum.
@@ -468,18 +476,24 @@ def test_uniform_sampling_costs_no_more_than_epsilon_says(z):
     assert exact(epsilon(z, 1, delta, **setting, sampling="poisson")) > 1.5 * delta
 
 
-def test_losses_that_are_no_privacy_take_no_minutes():
-    """Their resolution is about a millionth of the largest loss."""
+def test_losses_that_are_no_privacy_have_a_coarse_resolution():
+    """It is about a millionth of the largest loss."""
     assert _accounting._interval(1.0, 30, "gaussian") == 1e-4
     mu = 100**0.5 / 0.3
     assert _accounting._interval(0.3, 100, "gaussian") == pytest.approx(1e-6 * (mu**2 / 2 + 5 * mu))
     assert _accounting._interval(0.01, 10, "laplace") == pytest.approx(1e-3)
+
+
+@pytest.mark.long
+def test_losses_that_are_no_privacy_take_no_minutes():
     assert 600 < epsilon(0.3, 100, 1e-5) < 800
     assert 900 < epsilon(0.01, 10, 1e-5, mechanism="laplace") < 1100
 
 
-def test_calibrated_noise_costs_what_was_asked_for():
-    setting = {"sampling_rate": 0.05}
+# Accounting for samples takes several times as long.
+@pytest.mark.parametrize("rate", [None, pytest.param(0.05, marks=pytest.mark.long)])
+def test_calibrated_noise_costs_what_was_asked_for(rate):
+    setting = {"sampling_rate": rate}
     z = calibrate(3.0, 20, 1e-4, **setting)
     assert 0.998 * 3 <= epsilon(z, 20, 1e-4, **setting) <= 3
     # With noise above some amount this delta alone is enough.
@@ -491,8 +505,11 @@ def counted(count, key=0):
     return {"own": NoiseState(jnp.array([key, 1], jnp.uint32), jnp.int32(count))}
 
 
-def test_a_budget_is_spent_release_by_release():
-    setting = dict(delta=1e-4, noise_multiplier=3.0, sampling_rate=0.2)
+@pytest.mark.parametrize(
+    ("z", "rate"), [(6.0, None), pytest.param(3.0, 0.2, marks=pytest.mark.long)]
+)
+def test_a_budget_is_spent_release_by_release(z, rate):
+    setting = dict(delta=1e-4, noise_multiplier=z, sampling_rate=rate)
     budget = Budget(2.5, **setting)
     assert epsilon(rounds=budget.rounds, **setting) <= 2.5
     assert epsilon(rounds=budget.rounds + 1, **setting) > 2.5

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from subsets import alike
 
 import fax
 
@@ -267,6 +268,7 @@ def test_one_participant():
 DTYPES = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloat16", "float32"]
 
 
+@pytest.mark.kinds(shape=alike, vectorize=lambda size: size is None)
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64", "complex64"])
 @pytest.mark.parametrize("shape", [(), (2,), (2, 0), (2, 1, 2)])
 @pytest.mark.parametrize("vectorize", [None, 1, 3, 4])  # None: no map

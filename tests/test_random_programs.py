@@ -17,6 +17,9 @@ import fax
 Tree = Any
 
 few_examples = settings(suppress_health_check=[HealthCheck.too_slow])  # most is compilation
+# Of what takes longest, `make test` has fewer than of the others.
+USUAL = settings.default.max_examples
+fewer_examples = settings(few_examples, max_examples=4 if USUAL == 10 else USUAL)
 
 # What a client does to each leaf. Nothing amplifies much, so that tolerances can be tight, and
 # different rows stay different, so that it is clear which of them is the largest.
@@ -294,7 +297,7 @@ def mix(result: Tree, row: Tree) -> Tree:
     return jax.tree.map(leaf, row, result)
 
 
-@few_examples
+@fewer_examples
 @given(plans(operators=("sum", "mean")))
 def test_two_rounds_are_those_of_plain_code(plan):
     """The result of one round is broadcast for the next one, which averages or adds as well."""

@@ -62,6 +62,7 @@ def mean(trees):
     return combine(lambda *x: np.mean(x, 0), *trees)
 
 
+@pytest.mark.long
 def test_muon_inside_is_muon_for_each_replica(recipes):
     def stacked(params, batch, key):
         return (jnp.tanh(batch["x"] @ params["layers"][0]) @ params["layers"][1]).sum(1) ** 2

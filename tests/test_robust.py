@@ -134,6 +134,7 @@ def all_of_them():
     return Aggregator(lambda params: (), aggregate)
 
 
+@pytest.mark.always("jitted", "a mesh of 2")
 @pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_aggregators_are_those_of_the_papers(name):
     """Of gradients that clients compute, so that maps fuse, on meshes and side by side."""
@@ -344,6 +345,7 @@ def test_a_weight_that_is_not_finite_is_dropped():
     np.testing.assert_allclose(vector(found), rows(updates())[np.isfinite(weights)].mean(0))
 
 
+@pytest.mark.always("after1", "after3")
 @pytest.mark.parametrize("after", [(), (clip_by_norm(0.1),), (median(),), (geometric_median(),)])
 def test_no_derivative_comes_from_a_dropped_client(after):
     """Not even through its local training, which is singular: the logarithm of zero."""
@@ -396,6 +398,7 @@ def test_a_message_names_ten_clients_at_most():
             _non_finite._raise_unless_all(np.arange(12) >= clients)
 
 
+@pytest.mark.long
 def test_fedavg_trains_with_a_chain_of_them():
     data = problems.data()
     clients = {id: dict(data.client(id)) for id in data.client_ids()}
@@ -427,6 +430,7 @@ def test_fedavg_trains_with_a_chain_of_them():
         problems.assert_trees_close(state.params, expected)
 
 
+@pytest.mark.always("aggregator0", "aggregator3")
 @pytest.mark.parametrize(
     "aggregator",
     [

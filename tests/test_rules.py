@@ -104,3 +104,10 @@ def test_reductions_with_jit_disabled():
     with jax.disable_jit():
         assert np.isnan(reduce(rows)).all()
         np.testing.assert_array_equal(reduce(rows.at[1].set(2.0)), [3, 1, 6, 2])
+
+
+def test_movement_with_jit_disabled():
+    rows = jnp.array([1.0, 2.0, 3.0])
+    there_and_back = fax.program(clients=3)(lambda x: fax.collect(fax.distribute(2 * x) + x))
+    with jax.disable_jit():
+        np.testing.assert_array_equal(there_and_back(rows), 3 * rows)

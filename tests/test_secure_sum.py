@@ -214,6 +214,7 @@ def test_dtypes_are_kept():
     np.testing.assert_allclose(update["s"], 1, rtol=1e-6)
 
 
+@pytest.mark.always("4-others0")
 @pytest.mark.parametrize(("clients", "others"), [(4, [1, 3]), (5, [2, 4])])
 def test_results_do_not_depend_on_devices_or_on_how_clients_are_grouped(clients, others):
     aggregator, tree, weights = secure_sum(2.0, 5), updates(clients), np.arange(1.0, clients + 1)
@@ -249,11 +250,13 @@ def temporary(aggregator, clients, size=100):
     return compiled.memory_analysis().temp_size_in_bytes / (8 * size**2)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_cohort():
     aggregator = secure_sum(1.0, 8)
     assert temporary(aggregator, 32) < temporary(aggregator, 4) + 0.5
 
 
+@pytest.mark.long
 def test_federated_averaging_learns():
     losses = []
     for aggregator in (None, chain(terngrad(None), secure_sum(4.0, 12))):

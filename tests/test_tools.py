@@ -110,6 +110,7 @@ def masked_by_hand(x):
     return jnp.sum(y) / jnp.sum(x > 0) + jnp.sum(jnp.where(x > 1, later, 0)) / jnp.sum(x > 1)
 
 
+@pytest.mark.always("None")
 @ON_MESHES
 def test_debug_nans_passes_over_who_is_left_out(kind):
     on = contextlib.nullcontext() if kind is None else jax.set_mesh(mesh(kind, clients=4, model=2))
@@ -175,6 +176,7 @@ CHECKED = {
 }
 
 
+@pytest.mark.always("check", "branch", "loop", "derivative")
 @pytest.mark.parametrize("name", CHECKED)
 def test_checkify_sees_errors_in_client_functions(name):
     client, x = CHECKED[name], jnp.asarray(X)
@@ -240,6 +242,7 @@ def test_checkify_of_nested_maps_and_loops_over_rounds():
     assert error.get().startswith("-1.5 is not positive")
 
 
+@pytest.mark.always("first-auto-4")
 @pytest.mark.parametrize(("kind", "n"), [("auto", 3), ("explicit", 4), ("first-auto", 4)])
 def test_checkify_on_meshes(kind, n):
     check = checkify.checkify(averaged(lambda x: jnp.log(positive(x)), n), checkify.all_checks)
@@ -361,12 +364,13 @@ def series_by_hand(p, x, w):
     return extremes, sums, jnp.max(jnp.sum(a > 0, 1) + 1), b, b, w * x
 
 
+@pytest.mark.always("None")
 @ON_MESHES
 def test_jet(kind):
     values = np.array([0.5, 0.25]), X, np.arange(1.0, 5)
     terms = tuple((0.3 * v, np.cos(v)) for v in values)
     on = contextlib.nullcontext() if kind is None else jax.set_mesh(mesh(kind, clients=4, model=2))
-    want = jet(series_by_hand, values, terms)
+    want = jax.jit(lambda *ins: jet(series_by_hand, *ins))(values, terms)
     with on:
         assert_close(jax.jit(lambda *ins: jet(series, *ins))(values, terms), want)
 
@@ -471,6 +475,7 @@ def test_callbacks_on_meshes(kind, name):
 # Other tools
 
 
+@pytest.mark.always("context1", "context3")
 @pytest.mark.parametrize(
     "context",
     [

@@ -115,6 +115,7 @@ def test_uneven_rows_send_no_more():
     assert sent(found.collectives) == MODEL_BYTES + 4
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_clients():
     """For 4 and 16 clients on each chip. That of a `jax.vmap` does.
 
@@ -255,6 +256,15 @@ def test_all_algorithms_and_aggregators_are_here():
     assert {aggregator for _, aggregator, _ in tried} == {None, *AGGREGATORS}
 
 
+@pytest.mark.always(
+    "diloco-dp_ftrl-uneven",
+    "fedavg-gaussian-explicit",
+    "hyp_cluster-int8-auto",
+    "local_sgd-krum-explicit",
+    "papa_all-power_sgd-uneven",
+    "qfedavg-secure_sum-auto",
+    "scaffold-top_k-two slices",
+)
 @pytest.mark.parametrize(("algorithm", "aggregator", "setting"), pairs())
 def test_an_algorithm_with_an_aggregator(algorithm, aggregator, setting):
     compiled(algorithm, aggregator, setting)
@@ -263,6 +273,7 @@ def test_an_algorithm_with_an_aggregator(algorithm, aggregator, setting):
 # Dtypes
 
 
+@pytest.mark.always("32-2", "64-1")
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("bits", [32, 64])
 def test_reductions_of_every_dtype(bits, slices):

@@ -120,7 +120,7 @@ def transfers(text):
 
 def cases():
     """Where one fragment lands, the next is sent at once, or a step later."""
-    always = [(2, 2, 2, 4), (4, 2, 1, 2)]
+    always = [(2, 2, 2, 4)]
     for slices in (2, 4):
         for fragments in (2, 4):
             for tau in (1, 2, 5):

@@ -94,6 +94,7 @@ def calls_in_fax(fn):
 
 
 # The program is traced for its gradient, too.
+@pytest.mark.always("centered-gradient", "masked_each-gradient")
 @pytest.mark.parametrize("transform", [pytest.param("program", marks=pytest.mark.long), "gradient"])
 @pytest.mark.parametrize("body", PROGRAMS)
 def test_the_work_of_tracing_is_linear_in_leaves(body, transform):

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "gallery.md"
 FIGURES = ROOT / "docs" / "gallery"
 SOURCE = "https://github.com/fax-jax/fax/blob/main/examples"
 WIDTH, COLORS = 640, 48  # of a figure
-# The options of short runs. Without any, the run is the full one.
+# The options of short runs. Without any, the run is the full one. None: too long, or not run here.
 SHORT = {
     "thermometers": "",
     "federated_averaging": "",
@@ -37,6 +37,8 @@ SHORT = {
     "sharded_transformer": "--rounds=10",
     "diloco_pystdlib": "--rounds=4 --inner-steps=10",
     "federated_analytics": None,  # needs Apache Beam, in an environment of its own
+    "elastic_diloco": None,  # minutes, most of which is waiting
+    "flower_digits": None,  # needs Flower, in an environment of its own
     "hand_over": "--rounds=10",
     "multiprocess": "",
 }
@@ -45,7 +47,8 @@ INTRODUCTION = """# Gallery
 A figure of each example in the folder
 [`examples`](https://github.com/fax-jax/fax/tree/main/examples), with the command that draws it and
 the processor time that the command took, start included. Runs with options are shorter than the
-examples themselves, so their curves end early.
+examples themselves, so their curves end early. Examples without a time need minutes, or packages that
+are not in `fax-jax[examples]`.
 
 `python tools/gallery.py` makes this page.
 """

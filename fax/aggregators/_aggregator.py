@@ -58,10 +58,11 @@ class Format(NamedTuple):
     """How numbers that a transformation has rounded fit in few bits, leaf by leaf, without loss.
 
     Attributes:
-      bits: how many bits a number takes, 4 or 8.
+      bits: how many bits a number takes: 2, 4 or 8.
       encode: ``encode(x) -> (codes, scale)``, of a leaf as the transformation returns it for one
         client. ``codes`` are uint8, less than 2^bits, in the shape of x, and ``scale`` is one
-        float of its dtype. It looks at all numbers alike, so that x may be sharded.
+        float of its dtype, or a vector of a few. It looks at all numbers alike, so that x may be
+        sharded.
       decode: ``decode(codes, scale) -> x``, the same numbers as before.
 
     Example:

@@ -17,7 +17,13 @@ from fax.aggregators._aggregator import (
     of_floats,
     stateless_transformation,
 )
-from fax.aggregators._encoding import Encoding, bits_of, in_units_of_the_largest, straight_through
+from fax.aggregators._encoding import (
+    Encoding,
+    bits_of,
+    in_units_of_the_largest,
+    shortened,
+    straight_through,
+)
 from fax.aggregators._norms import Unit, largest_of, unit_of, wide
 from fax.aggregators._per_client import each_present
 
@@ -68,7 +74,7 @@ def int8() -> Transformation:
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
         size = jnp.abs(x)
         largest = jnp.max(size)
-        step = _shortened(largest / _MOST, 0)
+        step = shortened(largest / _MOST, _LOST_BITS)
         position = x / jnp.where(step > 0, step, 1)
         below = jnp.floor(position)
         level = below + (random < position - below)
@@ -160,18 +166,11 @@ def _in_eight_bits(name: str, encode: Encoding, format: Format, *, random: bool)
     return of_floats(name, stateless_transformation(name, update, format))
 
 
-def _shortened(x: jax.Array, extra: int) -> jax.Array:
-    """A number with 16 significant bits, after ``extra`` is added to the last of its 24."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(extra)
-    short = (bits >> _LOST_BITS) << _LOST_BITS
-    return lax.bitcast_convert_type(short, jnp.float32).astype(x.dtype)
-
-
 def _step_of(largest: jax.Array) -> tuple[Unit, jax.Array]:
     """A unit, and the step of numbers of which the largest is 127 steps, in this unit."""
     unit = unit_of(largest)
     # Half of the last bit makes it the nearest, should a division not be exact.
-    return unit, _shortened(largest * unit.inverse / _MOST, 2 ** (_LOST_BITS - 1))
+    return unit, shortened(largest * unit.inverse / _MOST, _LOST_BITS, 2 ** (_LOST_BITS - 1))
 
 
 def _encode_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:

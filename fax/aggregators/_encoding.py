@@ -12,6 +12,7 @@ from jax import lax
 
 import fax._operators as operators
 from fax.aggregators._aggregator import (
+    Format,
     Metrics,
     PyTree,
     Transformation,
@@ -27,7 +28,10 @@ Encoding = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | float]]
 
 
 def leafwise(
-    name: str, encode: Encoding, draws: Callable[[int], int] = lambda size: size
+    name: str,
+    encode: Encoding,
+    draws: Callable[[int], int] = lambda size: size,
+    format: Format | None = None,
 ) -> Transformation:
     """A transformation without state that encodes each leaf of each client's update by itself.
 
@@ -37,6 +41,7 @@ def leafwise(
         of a leaf is about 1, so that squares neither overflow nor vanish. It is not called for
         leaves without numbers. Leaves with NaN or infinity become NaN.
       draws: how many random numbers a leaf of this size takes.
+      format: of what it returns.
     """
     encode = in_units_of_the_largest(encode)
 
@@ -58,7 +63,7 @@ def leafwise(
         updates, bits = each_present(client, updates, weights, operators.keys(key))
         return updates, weights, {"clients/bits": bits}
 
-    return of_floats(name, stateless_transformation(name, update))
+    return of_floats(name, stateless_transformation(name, update, format))
 
 
 def in_units_of_the_largest(encode: Encoding) -> Encoding:
@@ -105,6 +110,16 @@ def straight_through(x: jax.Array, decoded: jax.Array) -> jax.Array:
     which is x if it is unbiased.
     """
     return lax.stop_gradient(decoded) + (x - lax.stop_gradient(x))
+
+
+def shortened(x: jax.Array, lost: int, extra: int = 0) -> jax.Array:
+    """A number of which the last bits of float32's 24 are zero, after ``extra`` is added to them.
+
+    Its products with integers of as many bits as it lost are exact, so that compilers can fuse them
+    with sums or not.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(extra)
+    return lax.bitcast_convert_type((bits >> lost) << lost, jnp.float32).astype(x.dtype)
 
 
 def cast_saturating(x: jax.Array, dtype: Any) -> jax.Array:

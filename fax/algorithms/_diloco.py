@@ -105,8 +105,8 @@ def diloco(
       aggregator: from `fax.aggregators`; it computes -Δ from the updates θ_i - θ. Default: the
         mean. If it is a chain of transformations of which the last one has a `Format`, such as
         ``chain(e3m0())``, and replicas are spread evenly over several devices, they send each other
-        bytes: 4 or 8 bits for each number, as long as that is less than an all-reduce of float32
-        would send, with up to 16 or 8 replicas. The result is the same. A private one makes a
+        bytes: 2, 4 or 8 bits for each number, as long as that is less than an all-reduce of float32
+        would send, with up to 32, 16 or 8 replicas. The result is the same. A private one makes a
         release in each outer step, even if no replica takes part; see `fax.aggregators.releases`.
       sharding: a pytree like the parameters of `jax.sharding.PartitionSpec`, which says how each
         replica shards its parameters over Auto axes of the mesh. Then each device of a replica

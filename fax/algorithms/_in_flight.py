@@ -34,16 +34,17 @@ class Event(NamedTuple):
     landing: list[int]
 
 
-def lands_at(p: int, steps: int, fragments: int) -> int:
-    """The step of a period after which a fragment lands. The last lands at its end."""
-    return p * steps // fragments - -steps // fragments
-
-
 def events_of(steps: int, fragments: int, tau: int) -> list[Event]:
-    """The events of a period of ``steps`` steps, in order. The last is at its end."""
-    landing = [lands_at(p, steps, fragments) for p in range(fragments)]
-    # A fragment that lands early in a period was sent late in the one before.
-    sent = [at - tau if at >= tau else at - tau + steps for at in landing]
+    """The events of a period of ``steps`` steps, in order. The last is at its end.
+
+    What is sent in a period lands in it, so that nothing is in flight where a program may end.
+    """
+    gap = -(-steps // fragments)
+    if tau <= gap:
+        landing = [p * steps // fragments + gap for p in range(fragments)]
+    else:  # There are several fragments. The first is sent after a step, the last lands at the end.
+        landing = [p * (steps - tau - 1) // (fragments - 1) + tau + 1 for p in range(fragments)]
+    sent = [at - tau for at in landing]
     return [
         Event(step, *([p for p, at in enumerate(times) if at == step] for times in (sent, landing)))
         for step in sorted({*sent, *landing})

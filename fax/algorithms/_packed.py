@@ -1,8 +1,9 @@
 """The mean of rounded updates, whose bits replicas send each other instead of float32.
 
 A transformation such as `fax.aggregators.e3m0` returns numbers that fit in four bits. Every replica
-encodes its own, two to a byte, and gathers the bytes of all others. Then it decodes those of one
-replica after the other and adds them up in float32. The mean is the same as if float32 were sent.
+encodes its own, as many to a byte as fit, and gathers the bytes of all others. Then it decodes
+those of one replica after the other and adds them up in float32. The mean is the same as if float32
+were sent.
 
 With n replicas an all-gather of b bits sends (n - 1) b bits for each number and replica, and an
 all-reduce of float32 sends 64 (n - 1) / n. So this is done if n b is at most 64.
@@ -34,7 +35,7 @@ from fax.sharding._mesh import num_shards, other_axes, split_axes
 PyTree = Any
 
 _MOST_BITS = 64  # of all replicas for a number: about what an all-reduce of float32 sends
-_HALF = 4  # bits of a byte
+_BYTE = 8  # bits
 # TPUs have rows of 128 numbers, and take long to compile parts of long vectors that begin within a
 # row. So leaves of at least so many bytes begin with one.
 _ROW, _LARGE = 128, 4096
@@ -87,9 +88,9 @@ class Packing(NamedTuple):
 
     Attributes:
       shape: of the codes there, without the rows.
-      bits: of a code, 4 or 8.
-      axis: along which the second half shares the bytes of the first. None if there is no axis of
-        even size: then they are flattened first.
+      bits: of a code: 2, 4 or 8.
+      axis: that is cut into as many parts as a byte has codes, one from each. None if there is no
+        axis of such a size: then they are flattened first.
     """
 
     shape: tuple[int, ...]
@@ -98,31 +99,33 @@ class Packing(NamedTuple):
 
     def pack(self, codes: jax.Array) -> jax.Array:
         """Rows of codes as rows of bytes."""
-        if self.bits <= _HALF:
-            if self.axis is None:
-                codes = codes.reshape(len(codes), -1)
-                codes = jnp.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-            low, high = jnp.split(codes, 2, 1 + (self.axis or 0))
-            codes = low | high << _HALF
-        return codes.reshape(len(codes), -1)
+        if self.axis is None:
+            codes = codes.reshape(len(codes), -1)
+            codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % self.codes)))
+        parts = jnp.split(codes, self.codes, 1 + (self.axis or 0))
+        shifted = [part << self.bits * place for place, part in enumerate(parts)]
+        return functools.reduce(jnp.bitwise_or, shifted).reshape(len(codes), -1)
 
     def unpack(self, packed: jax.Array) -> jax.Array:
         """The codes of one row."""
-        if self.bits > _HALF:
-            return packed.reshape(self.shape)
         axis = self.axis or 0
         if self.axis is not None:
-            half = self.shape[axis] // 2
-            packed = packed.reshape(*self.shape[:axis], half, *self.shape[axis + 1 :])
-        codes = jnp.concatenate([packed & (2**_HALF - 1), packed >> _HALF], axis)
+            part = self.shape[axis] // self.codes
+            packed = packed.reshape(*self.shape[:axis], part, *self.shape[axis + 1 :])
+        places, mask = range(0, _BYTE, self.bits), 2**self.bits - 1
+        codes = jnp.concatenate([packed >> place & mask for place in places], axis)
         if self.axis is not None:
             return codes
         return codes[: math.prod(self.shape)].reshape(self.shape)
 
     @property
+    def codes(self) -> int:
+        """In a byte."""
+        return _BYTE // self.bits
+
+    @property
     def nbytes(self) -> int:
-        size = math.prod(self.shape)
-        return -(-size // 2) if self.bits <= _HALF else size
+        return -(-math.prod(self.shape) // self.codes)
 
 
 class Buffer:
@@ -188,13 +191,15 @@ def mean_of_bytes(
     ]
     dtypes = [x.dtype for _, x in paths]
     widest = np.result_type(np.float32, *dtypes)
-    numbers = widest.itemsize * (len(packings) + 1)
-    buffer = Buffer([*(own.nbytes for own in packings), numbers])
+    of_leaf = jax.eval_shape(format.encode, jax.ShapeDtypeStruct((1,), widest))[1]
+    scales_nbytes = widest.itemsize * (of_leaf.size * len(packings) + 1)  # and a weight
+    buffer = Buffer([*(own.nbytes for own in packings), scales_nbytes])
 
     def encode(row: PyTree, weight: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         made = [format.encode(x) for x in tree_leaves(lax.stop_gradient(row))]
         scales = [*(scale for _, scale in made), lax.stop_gradient(weight)]
-        return [codes for codes, _ in made], jnp.stack([x.astype(widest) for x in scales])
+        flat = jnp.concatenate([x.astype(widest).reshape(-1) for x in scales])
+        return [codes for codes, _ in made], flat
 
     def gather(codes: list[jax.Array], scales: jax.Array) -> jax.Array:
         """On one device, from its replicas' rows to the bytes of all replicas."""
@@ -208,7 +213,8 @@ def mean_of_bytes(
         def part(i: Any) -> tuple[list[jax.Array], jax.Array]:
             """What a replica contributes to the totals."""
             *packed, last = buffer.split(lax.dynamic_index_in_dim(gathered, i, keepdims=False))
-            *own_scales, share = lax.bitcast_convert_type(last.reshape(-1, widest.itemsize), widest)
+            numbers = lax.bitcast_convert_type(last.reshape(-1, widest.itemsize), widest)
+            own_scales, share = numbers[:-1].reshape(-1, *of_leaf.shape), numbers[-1]
             values = [
                 format.decode(own.unpack(x), scale.astype(dtype)) * share.astype(dtype)
                 for own, x, scale, dtype in zip(packings, packed, own_scales, dtypes)
@@ -275,5 +281,5 @@ def _packing(bits: int, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any) 
     entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
     shards = [num_shards(entry, mesh) for entry in entries] + [1] * (len(shape) - len(entries))
     local = tuple(size // count for size, count in zip(shape, shards))
-    even = (axis for axis, size in enumerate(local) if size % 2 == 0)
+    even = (axis for axis, size in enumerate(local) if size % (_BYTE // bits) == 0)
     return Packing(local, bits, next(even, None))

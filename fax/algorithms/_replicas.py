@@ -198,8 +198,11 @@ def mean_update(
         assert rounding.format is not None
         *before, last = state  # of the mean at the end of the chain
         zeros, weights, new, metrics = rounding.update(zeros, weights, tuple(before), key)
-        mean, bits = mean_of_bytes(zeros, weights, rounding.format, once)
-        metrics = {**metrics, "clients/bits": bits}
+        if all(x.dtype.itemsize >= 4 for x in jax.tree.leaves(zeros)):
+            mean, bits = mean_of_bytes(zeros, weights, rounding.format, once)
+            metrics = {**metrics, "clients/bits": bits}
+        else:  # `fax.mean` adds short floats up in float32
+            mean = fax.mean(zeros, weights=weights, where=weights != 0)
         state = optax.tree.where(heard, (*new, last), state)
     else:
         mean, new, metrics = aggregator.aggregate(zeros, weights, state, key)

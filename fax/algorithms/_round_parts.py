@@ -141,6 +141,15 @@ def between(cohort: Cohort, begin: int, end: int) -> Cohort:
     )
 
 
+def step_of(cohort: Cohort, number: Any) -> Cohort:
+    """The cohort with only one of its steps, whose number may be traced."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, number, 1, axis=1)
+
+    return _with_batches(cohort, *jax.tree.map(one, (_rows(cohort), cohort.mask)))
+
+
 def round_metrics(
     metrics: Metrics, total: Metrics | None, sent: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:

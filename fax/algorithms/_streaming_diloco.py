@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fax
@@ -18,7 +17,7 @@ from fax.algorithms._averaging import strong
 from fax.algorithms._checks import arguments, check_averaged_state, guarded
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
-from fax.algorithms._in_flight import Sending, events_of, lands_at, receive, send
+from fax.algorithms._in_flight import Sending, events_of, receive, send
 from fax.algorithms._layers import Piece
 from fax.algorithms._replicas import (
     Replica,
@@ -36,12 +35,12 @@ PyTree = Any
 _WHERE = "fax.algorithms.streaming_diloco"
 
 
-class InFlight(NamedTuple):
-    """An update that was sent and has not been applied yet.
+class Received(NamedTuple):
+    """What was received of a fragment.
 
     Attributes:
       update: -Δ, the leaves of a fragment, or the parts of them that it has, by their paths.
-      heard: whether there is an update in flight, bool.
+      heard: whether there is an update, bool.
     """
 
     update: dict[str, jax.Array]
@@ -52,15 +51,12 @@ class StreamingDiLoCoState(NamedTuple):
     """The state of `streaming_diloco`. A checkpoint needs all of it.
 
     Attributes:
-      params: the outer parameters, without updates in flight. The algorithm's ``params(state)``,
-        the model to evaluate, includes these.
+      params: the outer parameters, the model to evaluate.
       optimizers: for each fragment, the state of the outer optimizer.
       replicas: a `PerClient` of what the replicas keep, leaves [replicas, ...].
       model_state: what the model has besides parameters, such as batch statistics, or None: the
         replicas' mean when the last fragment was sent.
       aggregators: for each fragment, the state of the aggregator.
-      in_flight: for each fragment, the update that lands in the next period of H steps, or None if
-        updates land in the period in which they are sent, as all do if τ <= ceil(H / P).
     """
 
     params: PyTree
@@ -68,7 +64,6 @@ class StreamingDiLoCoState(NamedTuple):
     replicas: PerClient
     model_state: PyTree
     aggregators: tuple[PyTree, ...]
-    in_flight: tuple[InFlight | None, ...]
 
 
 def streaming_diloco(
@@ -101,8 +96,10 @@ def streaming_diloco(
 
     The offsets are t_p = floor(p H / P) + ceil(H / P) - τ: those of the paper, floor(p H / P), with
     the same number of steps added to all, such that the last fragment lands at the end of a period
-    of H steps. If τ <= ceil(H / P), all fragments land in the period in which they are sent, and
-    nothing is in flight when a round ends.
+    of H steps. If τ > ceil(H / P), this would be less than zero for some. Then they are
+    t_p = 1 + floor(p (H - τ - 1) / (P - 1)), from the first step of a period to τ steps before its
+    end. So all fragments land in the period in which they are sent, and nothing is in flight when a
+    round ends.
 
     As in `diloco`, replica i trains on row i of the cohort. A replica without examples in a period
     of H steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and continues from its
@@ -135,9 +132,8 @@ def streaming_diloco(
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `StreamingDiLoCoState`. ``params``
-      are the outer parameters θ. If τ > ceil(H / P), fragments with t_p < 0 are sent late in a
-      period and land in the next one; ``params`` includes them, so nothing is lost at the end of
-      training. Metrics are those of `diloco`; ``"outer_steps"`` counts each fragment that was sent.
+      are the outer parameters θ. Metrics are those of `diloco`; ``"outer_steps"`` counts each
+      fragment that was sent.
 
     Raises:
       ValueError: if an argument is out of range; in ``init``, if fragments do not cover the
@@ -191,19 +187,12 @@ def streaming_diloco(
         check_specs(_WHERE, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
         parts = [pick(params, part) for part in cut_up(params)]
-
-        def nothing(p: int) -> InFlight | None:
-            if lands_at(p, steps, len(parts)) >= tau:
-                return None
-            return InFlight(optax.tree.zeros_like(parts[p]), jnp.bool_(False))
-
         return StreamingDiLoCoState(
             params,
             tuple(jax.tree.map(strong, outer_optimizer.init(part)) for part in parts),
             identical(params, inner_optimizer.init(params), model_state, replicas),
             model_state,
             tuple(mean.init(part) for part in parts),
-            tuple(nothing(p) for p in range(len(parts))),
         )
 
     def update_of(
@@ -213,7 +202,7 @@ def streaming_diloco(
         here: jax.Array,
         n: jax.Array,
         key: jax.Array,
-    ) -> tuple[InFlight, PyTree, PyTree, dict[str, jax.Array]]:
+    ) -> tuple[Received, PyTree, PyTree, dict[str, jax.Array]]:
         """What is sent of a fragment, the states of the aggregator and the model, and metrics."""
         rows, weights = state.replicas.rows, n if weighted else None
 
@@ -234,21 +223,16 @@ def streaming_diloco(
         model_state = state.model_state
         if p == len(state.optimizers) - 1:
             model_state = mean_state(rows.model_state, here, weights, heard, model_state)
-        return InFlight(update, heard), own, model_state, metrics
+        return Received(update, heard), own, model_state, metrics
 
-    def outer_step(
-        p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight
-    ) -> tuple[dict[str, jax.Array], PyTree]:
+    def land(
+        p: int, part: Fragment, state: StreamingDiLoCoState, landing: Received, here: jax.Array
+    ) -> StreamingDiLoCoState:
         before = pick(state.params, part), state.optimizers[p]
         delta = optax.tree.scale(-1, landing.update)
         moves, optimizer = outer_optimizer.update(delta, before[1], before[0])
         new = optax.apply_updates(before[0], moves), optimizer
-        return optax.tree.where(landing.heard, new, before)
-
-    def land(
-        p: int, part: Fragment, state: StreamingDiLoCoState, landing: InFlight, here: jax.Array
-    ) -> StreamingDiLoCoState:
-        outer, optimizer = outer_step(p, part, state, landing)
+        outer, optimizer = optax.tree.where(landing.heard, new, before)
 
         def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
             params = pick(own.params, part)
@@ -272,12 +256,12 @@ def streaming_diloco(
         here = taking_part(part.batches)
         assert part.key is not None
         keys = [_keys.derive(part.key, _keys.Use.FRAGMENT, p) for p in range(len(fragments))]
-        in_flight = list(state.in_flight)
         sending: dict[int, Sending] = {}
+        landing: dict[int, Received] = {}
         begin, trained, sent_metrics = 0, [], []
 
         def arrived(state: StreamingDiLoCoState, p: int, sums: tuple) -> StreamingDiLoCoState:
-            in_flight[p], own, model_state, metrics = sums
+            landing[p], own, model_state, metrics = sums
             sent_metrics.append(metrics)
             if p == len(fragments) - 1:
                 state = state._replace(model_state=model_state)
@@ -312,23 +296,14 @@ def streaming_diloco(
                 else:
                     state = arrived(state, p, update_of(*args))
             for p in event.landing:
-                landing, in_flight[p] = in_flight[p], None
-                assert landing is not None  # either from this period or from the last
-                state = land(p, fragments[p], state, landing, here)
-        state, trained = received(state, trained, list(sending))
+                state = land(p, fragments[p], state, landing.pop(p), here)
         metrics = fax.map(total, *trained)
-        state = state._replace(in_flight=tuple(in_flight))
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
-    def params(state: StreamingDiLoCoState) -> PyTree:
-        found = state.params
-        for p, (part, landing) in enumerate(zip(cut_up(state.params), state.in_flight)):
-            if landing is not None:
-                found = paste(found, part, outer_step(p, part, state, landing)[0])
-        return found
-
     round = rounds(_WHERE, replicas, steps, period, keyed=True)
-    return guarded(_WHERE, loss, StreamingDiLoCoState, init, round, params, models)
+    return guarded(
+        _WHERE, loss, StreamingDiLoCoState, init, round, lambda state: state.params, models
+    )
 
 
 def total(*trees: PyTree) -> PyTree:

@@ -21,8 +21,7 @@ def command(args: argparse.Namespace) -> int:
     """Prints a line for each metric."""
     folder = Path(args.folder)
     source = saved(folder)
-    with mistakes():
-        mesh = _devices.mesh_of(source.mesh, source.axis)
+    mesh = _devices.connected(source.mesh, source.axis)
     with jax.set_mesh(mesh):
         experiment = source.build()
         experiment.cohorts.close()

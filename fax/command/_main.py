@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fax._nearest import did_you_mean
-from fax.command._errors import INTERRUPTED, CommandError, mistakes
+from fax.command._errors import FAILED, INTERRUPTED, WRONG, CommandError, mistakes
 from fax.command._parser import make_parser
 
 
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.command(args)
     except CommandError as error:
         print(f"fax {first}: {error}", file=sys.stderr)
+        jax = sys.modules.get("jax")  # without it, there are no other processes
+        if jax and error.code in (FAILED, WRONG) and jax.distributed.is_initialized():
+            raise  # an exception that nobody catches ends the other processes, too
         return error.code
     except KeyboardInterrupt:
         print(f"fax {first}: interrupted.", file=sys.stderr)

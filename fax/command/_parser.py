@@ -14,6 +14,7 @@ exit codes:
   0    done
   1    an error while running, such as a loss that is not finite; checkpoints remain
   2    wrong arguments or a wrong configuration: nothing was run
+  3    one of several processes: another one was killed, or had an error
   130  Ctrl-C: the run has saved a checkpoint, and fax resume continues it
   143  SIGTERM, which schedulers send before they end a job: the same
 """

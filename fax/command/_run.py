@@ -11,9 +11,10 @@ import jax
 
 import fax.experiment
 from fax.aggregators import PrivacyBudgetError
-from fax.command import _devices, _source
-from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError, mistakes
+from fax.command import _devices, _processes, _source
+from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError
 from fax.command._source import Source
+from fax.experiment._outputs import Process0Error
 
 _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
 
@@ -21,7 +22,11 @@ _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
 def command(args: argparse.Namespace) -> int:
     """Trains the experiment of SOURCE."""
     source = _source.of_arguments(args)
-    folder = Path(args.folder) if args.folder else new_folder(Path("runs", source.name))
+    if args.folder:
+        folder = Path(args.folder)
+    else:
+        _devices.connected(source.mesh, source.axis)  # before processes agree on anything
+        folder = new_folder(Path("runs", source.name))
     result = train(source, folder, quiet=args.quiet, force=args.force)
     show(source, folder, result)
     print("Try next:")
@@ -31,9 +36,13 @@ def command(args: argparse.Namespace) -> int:
 
 
 def new_folder(first: Path) -> Path:
-    """The first of runs/name, runs/name-2, runs/name-3, ... that does not exist."""
-    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
+    """The first of runs/name, runs/name-2, runs/name-3, ... that does not exist in process 0."""
+
+    def named(number: int) -> Path:
+        return first.with_name(f"{first.name}-{number}") if number > 1 else first
+
+    free = next(number for number in itertools.count(1) if not named(number).exists())
+    return named(_processes.agreed(free))
 
 
 def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: bool) -> Any:
@@ -47,17 +56,17 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
       force: whether settings may differ from those in the folder.
     """
     saved = f"{_SAVED} {again or f'fax resume {folder}'}"
-    with mistakes():
-        mesh = _devices.mesh_of(source.mesh, source.axis)
+    mesh = _devices.connected(source.mesh, source.axis)
     with jax.set_mesh(mesh):
         experiment = source.build()
         axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         kind = mesh.devices.flat[0].platform
-        print(f"{_title(source, experiment)}, on {mesh.size} {kind} devices ({axes}), in {folder}")
+        devices = _counted(mesh.size, f"{kind} device")
+        print(f"{_title(source, experiment)}, on {devices} ({axes}), in {folder}")
         try:
             with experiment.cohorts:
                 return experiment.run(folder, progress=not quiet, force=force)
-        except fax.experiment.FolderInUseError as error:
+        except (fax.experiment.FolderInUseError, Process0Error) as error:
             raise CommandError(_text(error)) from error
         except ValueError as error:
             if not str(error).startswith("fax."):  # a mistake that fax has not found itself
@@ -77,13 +86,20 @@ def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: 
 
 def _text(error: Exception) -> str:
     """A message with the command's names of arguments."""
-    text = str(error).removeprefix("fax.experiment.run: ").replace("force=True", "--force")
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = text.removeprefix("fax.experiment.run: ").replace("force=True", "--force")
     return text.replace("pass on_nan='restore'", "use --set on_nan=restore")
 
 
 def _title(source: Source, experiment: fax.experiment.Experiment) -> str:
     name = f"{source.name}: {experiment.algorithm!r}".replace("Algorithm(", "").replace(")", "")
-    return f"{name}, {experiment.rounds} rounds"
+    return f"{name}, {_counted(experiment.rounds, 'round')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def show(source: Source, folder: Path, result: Any) -> None:
@@ -92,7 +108,7 @@ def show(source: Source, folder: Path, result: Any) -> None:
     for row in result.history:
         last |= row
     numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
-    print(f"After {last.get('round', 0)} rounds: {', '.join(numbers)}")
+    print(f"After {_counted(last.get('round', 0), 'round')}: {', '.join(numbers)}")
     if result.reason:
         print(f"Stopped early: {result.reason}")
     for figure in sorted(Path(folder, "figures").glob("*.png")):

@@ -13,7 +13,7 @@ from fax.command import _modules, _values
 from fax.command._errors import CommandError, mistakes
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
-from fax.experiment._config import merged, read
+from fax.experiment._config import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Source:
     Attributes:
       name: a short name, for folders and titles.
       config: its configuration, or None if it comes from a module.
-      tables: what was given of the configuration, without defaults.
       make: builds it. On a mesh, it is called under `jax.set_mesh`.
       mesh: the size of each mesh axis, or empty for all devices along ``axis``.
       axis: the placement of the participants.
@@ -34,7 +33,6 @@ class Source:
     make: Callable[[], Experiment]
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     axis: str = "clients"
-    tables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self) -> Experiment:
         """Builds the experiment. The errors of a user's module keep their tracebacks."""
@@ -45,16 +43,7 @@ class Source:
 def of_arguments(args: argparse.Namespace) -> Source:
     """The experiment of SOURCE with the changes of the other arguments."""
     with mistakes():
-        changes = _values.tables(args.set)
-        for key in ("rounds", "seed"):
-            if getattr(args, key) is not None:
-                changes[key] = getattr(args, key)
-        for key in ("algorithm", "aggregator"):
-            if name := getattr(args, key):
-                own = changes.get(key, {})
-                if isinstance(own, str):
-                    raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")
-                changes[key] = {"name": name, **own}
+        changes = changes_of(args)
         if _modules.is_name(args.source):
             if changes:
                 raise ValueError(
@@ -64,13 +53,27 @@ def of_arguments(args: argparse.Namespace) -> Source:
         return of_tables(read(args.source), args.source, changes)
 
 
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The tables of ``--set``, ``--rounds`` and so on."""
+    changes = _values.tables(args.set)
+    for key in ("rounds", "seed"):
+        if getattr(args, key) is not None:
+            changes[key] = getattr(args, key)
+    for key in ("algorithm", "aggregator"):
+        if name := getattr(args, key):
+            own = changes.get(key, {})
+            if isinstance(own, str):
+                raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")
+            changes[key] = {"name": name, **own}
+    return changes
+
+
 def of_tables(found: Mapping[str, Any], where: str, changes: Mapping[str, Any]) -> Source:
     """The experiment of a configuration."""
     with mistakes():
         config = configure(found, changes, where=where)
-    tables = merged(found, changes)
     stem = Path(where).stem
-    return Source(stem, config, lambda: build(config), config.mesh, placement(config), tables)
+    return Source(stem, config, lambda: build(config), config.mesh, placement(config))
 
 
 def of_module(where: str) -> Source:

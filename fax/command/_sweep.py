@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fax._nearest import did_you_mean
-from fax.command import _run, _source
+from fax.command import _modules, _processes, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
 from fax.command._values import grid, put
 from fax.experiment._build import placement
-from fax.experiment._config import Config, configure
+from fax.experiment._config import Config, configure, merged, read
 from fax.experiment._sweep import Setting, label, sweep, traceable
 
 _SHOWN = ("loss", "accuracy")
@@ -25,18 +27,21 @@ _SHOWN = ("loss", "accuracy")
 
 def command(args: argparse.Namespace) -> int:
     """Trains all combinations, and prints a table."""
-    source = _source.of_arguments(args)
-    if source.config is None:
+    if _modules.is_name(args.source):
         raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
     with mistakes():
-        plan = _plan(source.tables, grid(args.grid), args.source)
-    root = Path(args.folder) if args.folder else Path("runs", f"{source.name}-sweep")
+        # Without the grid, the configuration may be incomplete.
+        tables = merged(read(args.source), _source.changes_of(args))
+        plan = _plan(tables, grid(args.grid), args.source)
+    source = Path(args.source).stem
+    _processes.connect()
+    root = Path(args.folder) if args.folder else Path("runs", f"{source}-sweep")
     results: list[tuple[Setting, dict[str, float]]] = []
     for number, (fixed, config, settings) in enumerate(plan, 1):
         name = label(fixed) or "all"
         print(f"Part {number} of {len(plan)}: {name}, {len(settings)} at once")
         part = Source(
-            source.name,
+            source,
             config,
             functools.partial(sweep, config, settings),
             config.mesh,
@@ -73,7 +78,8 @@ def _plan(
         for inner in _product({k: own for k, own in numbers.items() if k not in traced}):
             fixed = {**outer, **inner}
             settings = _product(traced)
-            parts.append((fixed, configured({**fixed, **settings[0]}), settings))
+            first, *_ = [configured({**fixed, **setting}) for setting in settings]
+            parts.append((fixed, first, settings))
     return parts
 
 
@@ -101,6 +107,8 @@ def _last(
 
 
 def _save(path: Path, results: list[tuple[Setting, dict[str, float]]]) -> None:
+    if jax.process_index():
+        return
     rows = [{**setting, **metrics} for setting, metrics in results]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", encoding="utf-8", newline="") as file:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
+from fax._compat import Named
 from fax.deploy._steps import (
     Block,
     Branch,
@@ -196,6 +197,8 @@ def _equation(eqn: JaxprEqn, given: Sequence[Degree]) -> Sequence[Degree]:
     """The degrees of the results of an equation."""
     if eqn.primitive is mean_p and given[0].clients is not None:
         raise _static(given[0].clients, eqn)
+    if eqn.primitive.name == Named.OPTIMIZATION_BARRIER:
+        return list(map(dataclasses.replace, given))
     inner = _jaxpr.called(eqn)
     if inner is not None:
         return _jaxpr.interpret(inner, given, _equation, _of_constant)

@@ -22,7 +22,7 @@ from jax.core import ShapedArray
 
 from fax.deploy._stages import Stage
 from fax.deploy._steps import Block, Branch, OnClients, Pull, Scan, Send, Set, Step, Take, While
-from fax.deploy._values import Value, row_of
+from fax.deploy._values import Value, differs, row_of
 from fax.inspect._table import aligned, in_bytes
 from fax.primitives import _jaxpr
 
@@ -33,7 +33,7 @@ class Message:
 
     Attributes:
       type: its dtype and shape, such as ``float32[5]``.
-      bytes: its size.
+      bytes: its size, None if it differs between clients.
       mode: ``down`` for a value that all clients receive, ``row`` for one that the server sends to
         this client alone, ``stays`` for a client's own; ``sum``, ``max`` or ``min`` for what it
         sends, and ``fetched`` for a row that the server fetches.
@@ -42,7 +42,7 @@ class Message:
     """
 
     type: str
-    bytes: int
+    bytes: int | None
     mode: str
     depends_on: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
@@ -65,8 +65,15 @@ class Exchange:
     messages: tuple[Message, ...]
 
     def bytes(self, *modes: str) -> int:
-        """The bytes of the messages of some modes, for one client and time."""
-        return sum(m.bytes for m in self.messages if m.mode in modes)
+        """The bytes of the messages of some modes, for one client and time.
+
+        Raises:
+          ValueError: if they differ between clients, as what stays with them may.
+        """
+        sizes = [m.bytes for m in self.messages if m.mode in modes]
+        if None in sizes:
+            raise ValueError(f"Exchange.bytes: what is {modes} differs in size between clients.")
+        return sum(size for size in sizes if size is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,15 +278,15 @@ def _needs(stage: Stage, output: int) -> list[int]:
 
 
 def _message(aval: ShapedArray, mode: str, taint: _Taint = _NONE) -> Message:
-    size = math.prod(aval.shape)
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         key = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), aval.dtype))
         each = math.prod(key.shape) * key.dtype.itemsize
     else:
         each = aval.dtype.itemsize
+    size = None if differs(aval) else math.prod(aval.shape) * each
     shape = ",".join(map(str, aval.shape))
     inputs, chosen = sorted(taint.inputs), sorted(taint.chosen)
-    return Message(f"{aval.dtype}[{shape}]", size * each, mode, tuple(inputs), tuple(chosen))
+    return Message(f"{aval.dtype}[{shape}]", size, mode, tuple(inputs), tuple(chosen))
 
 
 # As text

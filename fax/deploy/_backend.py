@@ -11,7 +11,7 @@ import numpy as np
 
 from fax._arithmetic import total_dtype
 from fax.deploy._stages import Stage
-from fax.deploy._values import Row
+from fax.deploy._values import Held, Row
 
 
 class ClientError(RuntimeError):
@@ -27,7 +27,13 @@ class ClientError(RuntimeError):
 
 
 class Backend(Protocol):
-    """Where clients run. Its methods raise `ClientError`, with the names of all that failed."""
+    """Where clients run. Its methods raise `ClientError`, with the names of all that failed.
+
+    A backend that can go on with the clients that answer first has a method ``race``, too, for
+    ``take=`` of `Plan.run`. It is called like ``run``, with the number of clients to take. It
+    returns the numbers of those clients in ``clients``, in ascending order, and what ``run``
+    returns for them. What the others send or keep is dropped.
+    """
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         """Gives each client a value, and returns where they are."""
@@ -92,6 +98,15 @@ class InProcess:
             for mode, results in zip(stage.outputs, made, strict=True)
         ]
 
+    def race(
+        self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
+        own = [
+            x[:take] if mode == "placed" else x
+            for x, mode in zip(operands, stage.inputs, strict=True)
+        ]
+        return list(range(take)), self.run(stage, clients[:take], own)
+
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
         return [self._value(row) for row in rows]
 
@@ -136,3 +151,53 @@ def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:
     if jax.numpy.issubdtype(dtype, jax.numpy.floating):
         dtype = np.promote_types(dtype, np.float64)
     return np.sum(rows, axis=0, dtype=dtype)
+
+
+def held_rows(
+    where: str,
+    about: Iterable[tuple[Hashable, str, str, Sequence[int]]],
+    clients: Sequence[Hashable] | None,
+) -> dict[str, Held]:
+    """What clients loaded, by name: for some clients, or for all in the order of names.
+
+    Args:
+      where: the caller, for errors.
+      about: what they loaded: the client, and the name, dtype and shape of an array.
+      clients: which clients.
+
+    Raises:
+      ValueError: if an array has different shapes or dtypes at different clients, apart from the
+        size of the leading axis, or is missing at some.
+    """
+    types: dict[tuple[Hashable, str], tuple[str, tuple[int | None, ...]]]
+    types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
+    everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
+    chosen = everybody if clients is None else list(clients)
+    found = {}
+    for name in dict.fromkeys(name for _, name in types):
+        own = {types.get((client, name)) for client in chosen}
+        found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
+        if len(found_types) != 1 or None in own:
+            raise ValueError(
+                f"{where}: {name!r} differs between clients, expected one shape and dtype: "
+                f"{sorted(map(str, own))}."
+            )
+        dtype, shape = next(t for t in own if t is not None)
+        if len(own) > 1:
+            shape = (None, *shape[1:])
+        rows = tuple(Row(client, name) for client in chosen)
+        found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
+    return found
+
+
+def is_answer(stage: Stage, clients: int, answer: Any) -> bool:
+    """Whether an answer has what a stage sends, for each of some clients."""
+
+    def is_right(row: Any) -> bool:
+        return (
+            isinstance(row, list)
+            and all(hasattr(x, "dtype") for x in row)
+            and [(x.shape, x.dtype) for x in row] == stage.sent
+        )
+
+    return isinstance(answer, list) and [*map(is_right, answer)] == [True] * clients

@@ -43,6 +43,12 @@ class MessageError(ValueError):
 
 def encode(message: Any) -> bytes:
     """A message of None, bools, numbers, strings, lists, dicts with strings, bytes, and arrays."""
+    text, *buffers = parts(message)
+    return b"".join([_SIZE.pack(len(text)), text, *buffers])
+
+
+def parts(message: Any) -> list[bytes]:
+    """The JSON document of a message, and after it the bytes of each array."""
     buffers: list[bytes] = []
 
     def plain(x: Any) -> Any:
@@ -63,11 +69,11 @@ def encode(message: Any) -> bytes:
         if array.dtype.hasobject:
             raise TypeError(f"a message cannot hold a {type(x).__name__}")
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        name = "float0" if array.dtype == jax.dtypes.float0 else array.dtype.name
         buffers.append(array.tobytes())
-        return {"": "array", "dtype": array.dtype.name, "shape": list(array.shape), "key": impl}
+        return {"": "array", "dtype": name, "shape": list(array.shape), "key": impl}
 
-    text = json.dumps(plain(message)).encode()
-    return b"".join([_SIZE.pack(len(text)), text, *buffers])
+    return [json.dumps(plain(message)).encode(), *buffers]
 
 
 def decode(data: bytes) -> Any:
@@ -115,7 +121,8 @@ class _Buffer:
         if self.kind == "bytes":
             self.size = _count(about["size"])
             return
-        self.dtype = jax.numpy.dtype(about["dtype"])
+        is_float0 = about["dtype"] == "float0"  # of derivatives by integers; without any bytes
+        self.dtype = jax.dtypes.float0 if is_float0 else jax.numpy.dtype(about["dtype"])
         self.shape = tuple(map(_count, about["shape"]))
         self.key = about["key"]
         if self.kind != "array" or self.dtype.hasobject or not isinstance(self.key, str | None):
@@ -127,6 +134,8 @@ class _Buffer:
     def read(self, part: memoryview) -> Any:
         if self.kind == "bytes":
             return bytes(part)
+        if self.dtype == jax.dtypes.float0:
+            return np.zeros(self.shape, self.dtype)
         array = np.frombuffer(part, self.dtype).reshape(self.shape)
         if self.key is None:
             return array
@@ -144,6 +153,10 @@ def _count(x: Any) -> int:
 
 class RefusedError(ValueError):
     """The server asked for something that the client does not do."""
+
+
+class LostError(LookupError):
+    """What a client held is gone, for example because its process was started anew."""
 
 
 class Clients:
@@ -177,6 +190,16 @@ class Clients:
                 raise RefusedError(f"{stage['file']} is not what the plan's manifest says.")
             self._stages[name] = _loaded(blob)
 
+    @property
+    def made(self) -> dict[tuple[Any, str], Any]:
+        """What the clients hold apart from their data, by client and name."""
+        return {name: x for name, x in self._values.items() if name not in self._data}
+
+    @made.setter
+    def made(self, values: dict[tuple[Any, str], Any]) -> None:
+        own = {name: x for name, x in self._values.items() if name in self._data}
+        self._values = values | own
+
     def answer(self, request: dict[str, Any]) -> Any:
         """Does what the server asks for."""
         return getattr(self, f"do_{request['do']}")(**request["with"])
@@ -188,13 +211,6 @@ class Clients:
             for (client, name), x in self._values.items()
         ]
 
-    def do_stage(self, name: str, blob: bytes) -> None:
-        if hashlib.sha256(blob).hexdigest() != name:
-            raise RefusedError("a stage is not what its name says")
-        if self._plan is not None:
-            raise RefusedError("a stage is not in the plan that this client was given")
-        self._stages[name] = _loaded(blob)
-
     def do_put(self, clients: list[Any], slots: list[str], values: list[Any]) -> None:
         for client, slot, value in zip(clients, slots, values, strict=True):
             self._keep(client, slot, value)
@@ -202,20 +218,25 @@ class Clients:
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
             raise RefusedError("the plan that this client was given fetches no rows")
-        return [self._values[client, slot] for client, slot in rows]
+        return [self._own(client, str(slot)) for client, slot in rows]
 
     def do_free(self, rows: list[Any]) -> None:
         for client, slot in rows:
             if (client, slot) not in self._data:
                 self._values.pop((client, slot), None)
 
-    def do_run(self, stage: str, shared: list[Any], jobs: list[Any]) -> list[list[Any]]:
+    def do_run(
+        self, stage: str, shared: list[Any], jobs: list[Any], blob: bytes | None = None
+    ) -> list[list[Any]]:
         """Runs a stage for some clients, and returns what each of them sends.
 
+        ``blob`` is the stage, if the process may not know it yet.
         ``shared`` has the values that are the same for all, and None at the others. A job is a
         client, its other operands, each of which is the name of what it holds or a value, and for
         each output the name under which it stays, or None if it is sent.
         """
+        if blob is not None:
+            self._learn(stage, blob)
         if stage not in self._stages:
             raise RefusedError("a stage is unknown")
         run, sent = self._stages[stage], []
@@ -230,13 +251,25 @@ class Clients:
             sent.append([x for name, x in zip(keep, made, strict=True) if name is None])
         return sent
 
+    def _learn(self, name: str, blob: bytes) -> None:
+        if hashlib.sha256(blob).hexdigest() != name:
+            raise RefusedError("a stage is not what its name says")
+        if self._plan is not None:
+            raise RefusedError("a stage is not in the plan that this client was given")
+        if name not in self._stages:
+            self._stages[name] = _loaded(blob)
+
     def _keep(self, client: Any, name: str, value: Any) -> None:
         if (client, name) in self._data:
             raise RefusedError("a client's data would be replaced")
         self._values[client, name] = value
 
     def _own(self, client: Any, x: Any) -> Any:
-        return self._values[client, x] if isinstance(x, str) else x
+        if not isinstance(x, str):
+            return x
+        if (client, x) not in self._values:
+            raise LostError(f"the client {client!r} has no value {x!r}, or has it no more")
+        return self._values[client, x]
 
     def _check(self, stage: str, keep: Sequence[str | None]) -> None:
         if self._plan is None:
@@ -247,7 +280,15 @@ class Clients:
 
 
 def _loaded(blob: bytes) -> Callable:
-    return jax.jit(export.deserialize(bytearray(blob)).call)
+    try:
+        stage = export.deserialize(bytearray(blob))
+        stage.mlir_module()  # fails if it is of an unknown version
+        return jax.jit(stage.call)
+    except Exception as error:  # JAX says in several ways that it does not know a format
+        raise RefusedError(
+            f"a stage cannot be loaded by jax {jax.__version__} ({error}). Save the plan with a "
+            "version of JAX that is not newer, or install the one that saved it."
+        ) from error
 
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
@@ -274,10 +315,14 @@ def serve(link: Any, clients: Clients) -> None:
             answer = {"number": number, "result": clients.answer(request)}
         except Exception as error:
             answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
-        link.send_bytes(encode(answer))
+        try:
+            link.send_bytes(encode(answer))
+        except OSError:  # the server is gone
+            return
 
 
-def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
+def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
+    """The clients' data, from a function with this name."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         spec = importlib.util.spec_from_file_location("clients_data", module)
@@ -287,7 +332,7 @@ def _load(name: str, number: int) -> dict[Any, dict[str, Any]]:
         spec.loader.exec_module(found)
     else:
         found = importlib.import_module(module)
-    return getattr(found, function)(number)
+    return getattr(found, function)(argument)
 
 
 def main() -> None:
@@ -299,7 +344,7 @@ def main() -> None:
     args = parser.parse_args()
     host, _, port = args.address.rpartition(":")
     key = sys.stdin.readline().strip().encode()
-    data = _load(args.load, args.number) if args.load else {}
+    data = load(args.load, args.number) if args.load else {}
     plan = None if args.plan is None else read_plan(args.plan)
     clients = Clients(data, plan, args.plan)
     with connection.Client((host, int(port)), authkey=key) as link:

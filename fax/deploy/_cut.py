@@ -21,11 +21,12 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.extend.core import primitives as p
 
 from fax._arithmetic import accumulator_dtype
+from fax._compat import Named
 from fax.deploy import _control
-from fax.deploy._rows import of_rows
+from fax.deploy._rows import of_rows, replaces_rows, rows_of_numbers, takes_rows
 from fax.deploy._stages import Stages
 from fax.deploy._steps import Block, Equation, OnClients, OnServer, Pull, Set, Step, Take
-from fax.deploy._values import CutError, Value, aval_of, line_of, row_of
+from fax.deploy._values import CutError, Value, aval_of, differs, line_of, row_of
 from fax.deploy._values import of_rows as type_of_rows
 from fax.primitives import _jaxpr
 from fax.primitives._collect import collect_p, distribute_p
@@ -35,6 +36,8 @@ from fax.primitives._reduce import max_p, mean_p, min_p, sum_p
 from fax.primitives._round import Round, federated_map_p
 
 _REDUCTIONS = {sum_p: "sum", mean_p: "sum", max_p: "max", min_p: "min"}
+
+_RAGGED = "Leave out ragged=, so that all clients have the same number of steps, with padding."
 
 
 class Cutter:
@@ -81,6 +84,8 @@ class Writer:
         """Adds steps for an equation, and returns its results."""
         if eqn.primitive is federated_map_p:
             return self._map(eqn, operands)
+        if eqn.primitive.name == Named.OPTIMIZATION_BARRIER:
+            return operands  # stages are compiled by themselves
         inside = _jaxpr.any_inside(eqn, is_operator)
         held = any(value.held for value in operands)
         if not held and not inside and eqn.primitive is not distribute_p:
@@ -116,6 +121,11 @@ class Writer:
     ) -> list[Value]:
         """Adds what the server computes, to the last step if that is the server's, too."""
         made = [Value(aval_of(var)) for var in results]
+        if eqn.primitive.name == Named.DIMENSION or any(differs(x.aval) for x in made):
+            raise CutError(
+                f"The server uses a number of steps, which differs between clients, at "
+                f"{line_of(eqn)}. {_RAGGED}"
+            )
         part = Equation(fn, tuple(operands), tuple(made), eqn)
         last = self.steps[-1] if self.steps else None
         if not isinstance(last, OnServer):
@@ -135,6 +145,12 @@ class Writer:
         size: int,
     ) -> OnClients:
         """A step that runs a function of one client's operands."""
+        for value in results:
+            if differs(value.aval) and not value.held:
+                raise CutError(
+                    f"{what} sends {value.aval.str_short()} to be combined, whose size "
+                    f"differs between clients. {_RAGGED}"
+                )
         avals = [x.aval if a is None else row_of(x.aval, a) for x, a in zip(operands, axes)]
         inputs = ["server" if axis is None else "placed" for axis in axes]
         stage = self.cutter.stages.of(what, fn, avals, inputs, modes)
@@ -215,15 +231,15 @@ class Writer:
 
     def _renamed(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value] | None:
         """Rows taken or replaced by numbers that the server knows."""
-        if eqn.primitive is p.gather_p and _takes_rows(eqn, operands):
-            axis = _rows_of_numbers(operands[1])
+        if eqn.primitive is p.gather_p and takes_rows(eqn, operands):
+            axis = rows_of_numbers(operands[1])
             if axis is None:
                 return None
             result = Value(aval_of(eqn.outvars[0]), 0)
             clips = eqn.params["mode"] == lax.GatherScatterMode.CLIP
             self.steps.append(Take(tuple(operands), (result,), clips))
             return [result]
-        if eqn.primitive is p.scatter_p and _replaces_rows(eqn, operands):
+        if eqn.primitive is p.scatter_p and replaces_rows(eqn, operands):
             held, numbers, rows = operands
             if not rows.held:  # each goes to the client whose row it replaces
                 replaced = Value(rows.aval, 0)
@@ -291,41 +307,6 @@ class Writer:
             stage=stage,
             axes=tuple(itertools.compress(step.axes, used)),
         )
-
-
-def _takes_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
-    held, numbers = operands
-    shape = held.aval.shape
-    dims = eqn.params["dimension_numbers"]
-    return (
-        held.axis == 0
-        and not numbers.held
-        and tuple(dims.collapsed_slice_dims) == (0,)
-        and tuple(dims.start_index_map) == (0,)
-        and tuple(dims.offset_dims) == tuple(range(1, len(shape)))
-        and tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-    )
-
-
-def _rows_of_numbers(numbers: Value) -> int | None:
-    """Numbers are a vector, with one more axis of size 1."""
-    return 0 if numbers.aval.ndim == 2 and numbers.aval.shape[1] == 1 else None
-
-
-def _replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
-    held, numbers, rows = operands
-    dims = eqn.params["dimension_numbers"]
-    return (
-        held.axis == 0
-        and not numbers.held
-        and rows.axis in (None, 0)
-        and _rows_of_numbers(numbers) is not None
-        and tuple(dims.inserted_window_dims) == (0,)
-        and tuple(dims.scatter_dims_to_operand_dims) == (0,)
-        and tuple(dims.update_window_dims) == tuple(range(1, rows.aval.ndim))
-        and rows.aval.shape[1:] == held.aval.shape[1:]
-        and eqn.params["mode"] != lax.GatherScatterMode.CLIP
-    )
 
 
 def _has_effects(step: Step) -> bool:

@@ -1,17 +1,24 @@
-"""The server's end of connections to clients' processes: requests, and answers to them in time."""
+"""The server's end of connections to clients' processes: requests, and answers to them in time.
+
+Nothing here waits for a single process. What a process does not read at once is sent when it does,
+so a process that has stopped does not delay others, and can go on later.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import multiprocessing
 import os
 import pathlib
 import secrets
+import selectors
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -21,10 +28,14 @@ from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 
 _FILE = pathlib.Path(runtime.__file__)
+# Before a message is its size, in the format of multiprocessing.connection: a short one, or -1 and
+# a long one.
+_SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")
+_AT_ONCE = 2**20  # bytes that are read in one go
 
 
 class LinkError(Exception):
-    """A process has ended, or did not answer in time. The text says what it did."""
+    """A process has ended, failed, or did not answer in time. The text says what it did."""
 
 
 class Link:
@@ -34,79 +45,195 @@ class Link:
       sent, received: the bytes of all messages so far.
     """
 
-    def __init__(self, process: subprocess.Popen, line: Any):
+    def __init__(self, process: subprocess.Popen, line: connection.Connection):
         self.sent = self.received = 0
         self.process = process
-        self._line = line
+        self._socket = socket.socket(fileno=os.dup(line.fileno()))
+        self._socket.setblocking(False)
+        line.close()
         self._number = 0  # of the last request
+        self._out: collections.deque[_Request] = collections.deque()
+        self._in = bytearray()
+        self._error: LinkError | None = None  # why the connection is closed
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def events(self) -> int:
+        """What to wait for."""
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
 
     def send(self, do: str, **what: Any) -> None:
-        """Sends a request.
+        """Sends a request, or as much of it as the process reads at once.
 
         Raises:
           LinkError: if the process has ended.
         """
+        if self._error is not None:
+            raise self._error
         self._number += 1
         data = runtime.encode({"do": do, "with": what, "number": self._number})
-        try:
-            self._line.send_bytes(data)
-        except (OSError, ValueError) as error:
-            raise self._ended(error) from error
+        short = len(data) < 2**31
+        size = _SHORT.pack(len(data)) if short else _SHORT.pack(-1) + _LONG.pack(len(data))
+        self._out.append(_Request(do, memoryview(size + data)))
         self.sent += len(data)
+        self._write()
 
-    def receive(self, timeout: float) -> Any:
-        """Waits for the answer to the last request. Answers to requests before it are dropped.
+    def advance(self) -> Iterator[Any]:
+        """Sends and receives what is possible at once, and yields the answer to the last request.
+
+        Answers to requests before it are dropped.
 
         Raises:
-          LinkError: if the process has ended, or does not answer within ``timeout`` seconds.
-          ClientError: if the process could not do what was asked.
+          LinkError: if the process has ended, could not do what was asked, or sent anything else.
         """
-        end = time.monotonic() + timeout
-        while True:
-            try:
-                if not self._line.poll(max(0.0, end - time.monotonic())):
-                    raise LinkError("did not answer in time")
-                data = self._line.recv_bytes(runtime.LARGEST)
-            except (EOFError, OSError) as error:
-                raise self._ended(error) from error
-            self.received += len(data)
-            try:
-                answer = runtime.decode(data)
-                if answer["number"] != self._number:
-                    continue
-                if "error" not in answer:
-                    return answer["result"]
-            except (runtime.MessageError, TypeError, KeyError) as error:
-                raise LinkError("sent what is not an answer") from error
-            raise ClientError(f"A client's process failed: {answer['error']}")
+        self._write()
+        try:
+            data = self._socket.recv(_AT_ONCE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            raise self._close(self._ended())
+        self._in += data
+        while (message := self._message()) is not None:
+            self.received += len(message)
+            yield from self._answer(message)
 
-    def _ended(self, error: Exception) -> LinkError:
-        self._line.close()  # a message may have been cut off
-        if isinstance(error, BlockingIOError):
-            return LinkError("did not answer in time")
+    def abandon(self) -> None:
+        """Drops requests whose answers nobody waits for any more, and that are not sent yet."""
+        self._out = collections.deque(
+            request for request in self._out if request.begun or request.do == "free"
+        )
+
+    def close(self) -> None:
+        """Asks the process to end."""
+        with contextlib.suppress(LinkError):
+            self.send("stop")
+        self._close(LinkError("was stopped"))
+
+    def _write(self) -> None:
+        try:
+            while self._out:
+                request = self._out[0]
+                sent = self._socket.send(request.rest)
+                request.begun = True
+                request.rest = request.rest[sent:]
+                if request.rest:
+                    return
+                self._out.popleft()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._close(self._ended()) from error
+
+    def _message(self) -> bytes | None:
+        """The next message, if all of it has arrived."""
+        if len(self._in) < _SHORT.size:
+            return None
+        (size,), start = _SHORT.unpack_from(self._in), _SHORT.size
+        if size == -1:
+            start += _LONG.size
+            if len(self._in) < start:
+                return None
+            (size,) = _LONG.unpack_from(self._in, _SHORT.size)
+        if not 0 <= size <= runtime.LARGEST:
+            raise self._close(LinkError("sent a message that is too large"))
+        end = start + size
+        if len(self._in) < end:
+            return None
+        message = bytes(memoryview(self._in)[start:end])
+        del self._in[:end]
+        return message
+
+    def _answer(self, message: bytes) -> Iterator[Any]:
+        try:
+            answer = runtime.decode(message)
+            number, failed = answer["number"], "error" in answer
+            result = answer["error"] if failed else answer["result"]
+        except (runtime.MessageError, TypeError, KeyError) as error:
+            raise self._close(LinkError("sent what is not an answer")) from error
+        if number != self._number:
+            return
+        if failed:
+            raise LinkError(f"failed: {result}")
+        yield result
+
+    def _close(self, error: LinkError) -> LinkError:
+        self._error = self._error or error
+        self._socket.close()
+        self._out.clear()
+        return self._error
+
+    def _ended(self) -> LinkError:
         try:
             return LinkError(f"has ended with status {self.process.wait(5)}")
         except subprocess.TimeoutExpired:
             return LinkError("closed its connection")
 
-    def stop(self) -> None:
-        """Asks the process to end, and kills it if it does not."""
-        try:
-            if not self._line.closed:
-                self.send("stop")
-                self._line.close()
-                self.process.wait(5)
-        except (LinkError, OSError, subprocess.TimeoutExpired):
-            pass
-        self.process.kill()  # does nothing if it has ended
-        self.process.wait()
+
+class _Request:
+    """What is not sent yet of a request."""
+
+    def __init__(self, do: str, rest: memoryview):
+        self.do, self.rest, self.begun = do, rest, False
 
 
-def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
+def exchange(
+    links: Mapping[int, Link],
+    timeout: float,
+    is_enough: Callable[[int, Any], bool] = lambda process, answer: False,
+) -> tuple[dict[int, Any], dict[int, LinkError]]:
+    """Waits for the answers to the last requests.
+
+    Args:
+      links: the connections, by the number of the process.
+      timeout: for how many seconds.
+      is_enough: called with each answer, and whose it is: whether no more are needed. It may raise
+        a `LinkError` to refuse an answer.
+
+    Returns:
+      The answers, and why the other processes did not answer, by the number of the process.
+    """
+    found: dict[int, Any] = {}
+    failed: dict[int, LinkError] = {}
+    end = time.monotonic() + timeout
+    with selectors.DefaultSelector() as selector:
+        for process, link in links.items():
+            selector.register(link, link.events, process)
+        waiting = dict(links)
+        while waiting and (left := end - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                process = key.data
+                link, done = waiting[process], False
+                try:
+                    for answer in link.advance():
+                        enough = is_enough(process, answer)
+                        found[process], done = answer, True
+                        if enough:
+                            waiting.clear()
+                except LinkError as error:
+                    failed[process], done = error, True
+                if not waiting:
+                    break
+                if done:
+                    selector.unregister(key.fileobj)
+                    del waiting[process]
+                elif key.events != link.events:
+                    selector.modify(link, link.events, process)
+    for process in links.keys() - found.keys() - failed.keys():
+        failed[process] = LinkError("did not answer in time")
+        links[process].abandon()
+    return found, failed
+
+
+def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> list[Link]:
     """Starts processes, and connects to them.
 
     Args:
-      number: of processes. Each gets its own by ``--number``.
+      numbers: of the processes. Each gets its own by ``--number``.
       options: other arguments of ``_client.py``.
       timeout: seconds to wait for each.
 
@@ -114,14 +241,14 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
       ClientError: if a process ends or does not connect in time.
     """
     key = secrets.token_hex(32)
-    started: list[subprocess.Popen] = []
+    started: dict[int, subprocess.Popen] = {}
     lines: dict[int, Any] = {}
     with connection.Listener(("127.0.0.1", 0), authkey=key.encode()) as listener:
         host, port = listener.address
         # The listener has no timeout of its own.
         listener._listener._socket.settimeout(0.5)  # type: ignore[attr-defined]
         try:
-            for i in range(number):
+            for i in numbers:
                 # With -P, the folder of the file is not where it looks for modules.
                 command = [sys.executable, "-P", str(_FILE), f"{host}:{port}", "--number", str(i)]
                 x64 = str(int(jax.config.jax_enable_x64))
@@ -129,28 +256,40 @@ def start(number: int, options: Sequence[str], timeout: float) -> list[Link]:
                 process = subprocess.Popen(
                     [*command, *options], stdin=subprocess.PIPE, env=env, text=True
                 )
-                started.append(process)
+                started[i] = process
                 assert process.stdin is not None
                 process.stdin.write(f"{key}\n")
                 process.stdin.close()
-            for _ in range(number):
-                line = _accept(listener, started, timeout)
+            for _ in started:
+                line = _accept(listener, list(started.values()), timeout)
                 _limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
+            return [Link(process, lines[i]) for i, process in started.items()]
         except BaseException:
-            for process in started:
+            for process in started.values():
                 process.kill()
                 process.wait()
             raise
-    return [Link(process, lines[i]) for i, process in enumerate(started)]
+
+
+def stop(links: Iterable[Link], seconds: float = 5.0) -> None:
+    """Asks processes to end, and kills those that have not ended after some seconds."""
+    links = list(links)
+    for link in links:
+        link.close()
+    end = time.monotonic() + seconds
+    for link in links:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            link.process.wait(max(0.0, end - time.monotonic()))
+        link.process.kill()  # does nothing if it has ended
+        link.process.wait()
 
 
 def _limit(line: Any, timeout: float) -> None:
-    """Lets reading and writing fail after a while, if the process stops within a message."""
+    """Lets reading fail after a while, if the process stops within its first message."""
     with socket.socket(fileno=os.dup(line.fileno())) as own:
         limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _accept(

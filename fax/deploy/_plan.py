@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
+from jax.errors import InconclusiveDimensionOperation
 
 from fax import _arguments
 from fax.data import Gathered
@@ -29,7 +31,13 @@ PyTree = Any
 DATA = ("batches", "mask", "num_examples")
 
 
-def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = False) -> Plan:
+def cut(
+    fn: Callable,
+    *args: PyTree,
+    held: Collection[str] = DATA,
+    pull: bool = False,
+    ragged: Collection[str] = (),
+) -> Plan:
     """Divides a program into what the server does and what each client does.
 
     Clients run the function of every `fax.map`, each on its own rows, and send only what is
@@ -44,13 +52,18 @@ def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = 
         Default: the batches, the mask and the number of examples of a `fax.data.Cohort`. Add
         the names of state that clients keep, such as ``clients`` for `fax.algorithms.scaffold`.
       pull: whether the server may fetch rows where it needs them. The audit lists where it does.
+      ragged: the names of those ``held`` leaves of which clients have different numbers of steps,
+        such as ``["batches", "mask"]``. The steps are axis 1 of the leaf, so the leading axis of a
+        client's row. The plan then does for any number of them, without padding. The clients'
+        functions must not let the results depend on padding, which holds for fax's algorithms.
 
     Returns:
       The plan.
 
     Raises:
       CutError: if the server needs the rows of clients and ``pull`` is False, if no leaf has one of
-        the names, if a client function has effects, or if the cohort's examples are on the server.
+        the names, if a client function has effects, if the cohort's examples are on the server, or
+        if the program needs to know how many ``ragged`` steps there are.
 
     Example:
 
@@ -64,12 +77,25 @@ def cut(fn: Callable, *args: PyTree, held: Collection[str] = DATA, pull: bool = 
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(args)
     _refuse_resident(args)
-    where = [bool({_name(key) for key in path} & set(held)) for path, _ in paths]
-    _check_names(held, paths)
-    types = [_type(x) for _, x in paths]
-    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, types))
+    where = [_is_named(path, held) for path, _ in paths]
+    _check_names("held", held, paths)
+    _check_names("ragged", ragged, paths)
+    steps = export.symbolic_shape("steps", constraints=["steps >= 1"])
+    types = [
+        _ragged_type(path, x, held, steps) if _is_named(path, ragged) else _type(x)
+        for path, x in paths
+    ]
     cutter = Cutter(pull)
-    block = cutter.block(jaxpr, [0 if own else None for own in where])
+    try:
+        jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, types))
+        block = cutter.block(jaxpr, [0 if own else None for own in where])
+    except (TypeError, ValueError, NotImplementedError, InconclusiveDimensionOperation) as error:
+        if isinstance(error, CutError) or not ragged:
+            raise
+        raise CutError(
+            "fax.deploy.cut: with ragged=, the program cannot be traced, perhaps because it needs "
+            f"to know how many steps clients have: {error}"
+        ) from error
     names = [jax.tree_util.keystr(path) for path, _ in paths]
     return Plan(
         block, tuple(dict.fromkeys(block.stages())), tree, jax.tree.structure(out), tuple(names)
@@ -96,6 +122,7 @@ class Plan:
         *args: PyTree,
         clients: Sequence[Hashable] | None = None,
         quorum: int | None = None,
+        take: int | None = None,
     ) -> PyTree:
         """Runs the plan. The values are those of the program up to rounding.
 
@@ -107,22 +134,27 @@ class Plan:
             arguments, or the numbers from 0.
           quorum: how many clients of each stage must be left if others fail. The run then starts
             again without those that failed, so its results are those of a program in which they are
-            left out, for example by ``where=``. Default: the run ends if any client fails.
+            left out, for example by ``where=``. Default: ``take``, or if that is not given either,
+            the run ends if any client fails.
+          take: how many clients to go on with: those that answer first when the first stage runs.
+            The others are left out like clients that fail. If one of those taken fails later, all
+            others are asked again. If fewer can answer, the run goes on with them, if they are at
+            least ``quorum``. Default: all clients.
 
         Returns:
           The program's results. Those with a row for each client are `Held`: the rows stay with the
-          clients, and ``fetch`` brings them to the server.
+          clients, and ``fetch`` brings them to the server. ``Held.present`` says who took part.
 
         Raises:
           ValueError: if arguments differ from those that the plan was made for, if ``clients`` are
-            not as many as take part, or if rows of one participant are with different clients.
-          CutError: if there is a ``quorum``, and results would be wrong without some clients, for
-            example because `fax.mean` without weights divides by the number of all of them.
-          ClientError: if a client fails, or with ``quorum``, if too few are left.
+            not as many as take part, if rows of one participant are with different clients, or if
+            ``take`` is less than ``quorum`` or more than the number of clients.
+          CutError: if there is a ``quorum`` or ``take``, and results would be wrong without some
+            clients, for example because `fax.mean` without weights divides by the number of all of
+            them.
+          ClientError: if a client fails, or with ``quorum`` or ``take``, if too few are left.
         """
-        if quorum is not None:
-            _arguments.count("Plan.run", "quorum", quorum)
-            check_absence(self._block)
+        quorum = self._least(quorum, take)
         leaves, tree = jax.tree.flatten(args, is_leaf=lambda x: isinstance(x, Held))
         if tree != self._arguments:
             raise ValueError(
@@ -134,7 +166,7 @@ class Plan:
                 f"Plan.run: clients names {len(clients)} clients, expected as many as take "
                 f"part: {' or '.join(map(str, sorted(self._sizes)))}."
             )
-        runner = Runner(backend, clients, leaves, quorum)
+        runner = Runner(backend, clients, leaves, quorum, take)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
             _check_type(name, x, value)
         given: list[Any] = []
@@ -148,7 +180,26 @@ class Plan:
                     raise
                 # From the start, because all sums must be over the same clients. A stage only adds
                 # to what clients hold, so nothing has changed.
-                runner.failed.update(error.clients)
+                runner.fail(error)
+
+    def _least(self, quorum: int | None, take: int | None) -> int | None:
+        """How many clients must be left, None if none may fail."""
+        if take is not None:
+            _arguments.count("Plan.run", "take", take)
+            quorum = take if quorum is None else quorum
+            if take > max(self._sizes):
+                raise ValueError(
+                    f"Plan.run: take is {take}, expected at most the number of clients, "
+                    f"{max(self._sizes)}."
+                )
+        if quorum is not None:
+            _arguments.count("Plan.run", "quorum", quorum)
+            check_absence(self._block)
+        if take is not None and quorum is not None and quorum > take:
+            raise ValueError(
+                f"Plan.run: quorum is {quorum}, expected at most take, which is {take}."
+            )
+        return quorum
 
     @functools.cached_property
     def _sizes(self) -> set[int]:
@@ -196,12 +247,18 @@ class Plan:
     def fetch(self, backend: Backend, tree: PyTree) -> PyTree:
         """The values with every `Held` replaced by an array of its rows."""
 
+        leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Held))
+        held = [x for x in leaves if isinstance(x, Held)]
+        found = dict(zip(held, fetch(backend, held), strict=True)) if held else {}
+
         def fetched(x: Any) -> Any:
             if not isinstance(x, Held):
                 return x
-            return jnp.stack([jnp.asarray(row) for row in fetch(backend, x)], x.axis)
+            if None in x.shape:
+                raise ValueError(f"Plan.fetch: {x} has rows of different shapes; fetch each alone.")
+            return jnp.stack([jnp.asarray(row) for row in found[x]], x.axis)
 
-        return jax.tree.map(fetched, tree, is_leaf=lambda x: isinstance(x, Held))
+        return jax.tree.unflatten(structure, map(fetched, leaves))
 
 
 def _refuse_resident(args: PyTree) -> None:
@@ -215,15 +272,29 @@ def _refuse_resident(args: PyTree) -> None:
         )
 
 
-def _check_names(held: Collection[str], paths: Sequence[Any]) -> None:
+def _is_named(path: Any, names: Collection[str]) -> bool:
+    return not {_name(key) for key in path}.isdisjoint(names)
+
+
+def _ragged_type(path: Any, x: Any, held: Collection[str], steps: Any) -> jax.ShapeDtypeStruct:
+    name = jax.tree_util.keystr(path)
+    if not _is_named(path, held) or len(x.shape) < 2:
+        raise CutError(
+            f"fax.deploy.cut: ragged names {name}, expected what clients hold, with steps along "
+            f"axis 1. Its shape is {x.shape}."
+        )
+    return jax.ShapeDtypeStruct((x.shape[0], *steps, *x.shape[2:]), x.dtype)
+
+
+def _check_names(argument: str, held: Collection[str], paths: Sequence[Any]) -> None:
     known = {_name(key) for path, _ in paths for key in path}
     missing = [name for name in held if name not in known]
     # A cohort of one's own may lack some of the default names, but not all.
     if missing and (set(held) != set(DATA) or len(missing) == len(DATA)):
         raise CutError(
-            f"fax.deploy.cut: held names {missing[0]!r}, which is in no path of the arguments. "
-            f"Their names are {sorted(name for name in known if isinstance(name, str))}. Name what "
-            "clients hold, or pass held=() if the server has everything."
+            f"fax.deploy.cut: {argument} names {missing[0]!r}, which is in no path of the "
+            f"arguments. Their names are {sorted(x for x in known if isinstance(x, str))}. Name "
+            f"some of them, or pass {argument}=() for none."
         )
 
 
@@ -249,11 +320,12 @@ def _(x: jax.ShapeDtypeStruct) -> Any:
 
 
 def _check_type(name: str, x: Any, value: Any) -> None:
-    own = _type(x)
-    if (own.shape, own.dtype) != (value.aval.shape, value.aval.dtype):
+    own = x if isinstance(x, Held) else _type(x)
+    if own.dtype != value.aval.dtype or not _is_of(own.shape, value.aval.shape):
+        shown = ", ".join(map(str, value.aval.shape))
         raise ValueError(
             f"Plan.run: {name} is {own.dtype}{list(own.shape)}, expected "
-            f"{value.aval.dtype}{list(value.aval.shape)}, as when the plan was made."
+            f"{value.aval.dtype}[{shown}], as when the plan was made."
         )
     if isinstance(x, Held) and not value.held:
         raise ValueError(
@@ -265,3 +337,10 @@ def _check_type(name: str, x: Any, value: Any) -> None:
             f"Plan.run: {name} has its rows along axis {x.axis}, expected axis {value.axis}. "
             "Return it transposed from the plan that made it."
         )
+
+
+def _is_of(shape: Sequence[int | None], expected: Sequence[Any]) -> bool:
+    """Whether a shape is the one that a plan was made for, which may have sizes that differ."""
+    return len(shape) == len(expected) and all(
+        own != 0 if export.is_symbolic_dim(n) else own == n for own, n in zip(shape, expected)
+    )

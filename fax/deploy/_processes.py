@@ -7,18 +7,16 @@ import hashlib
 import itertools
 import os
 import pathlib
-import time
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy import _links
-from fax.deploy._backend import ClientError, combine
+from fax.deploy._backend import ClientError, combine, held_rows, is_answer
 from fax.deploy._links import Link, LinkError
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
@@ -71,14 +69,23 @@ class Processes:
             options += ["--plan", os.fspath(plan)]
             stages = runtime.read_plan(pathlib.Path(plan))["stages"]
             self._saved = {stage.get("program"): name for name, stage in stages.items()}
-        self._links = _links.start(number, options, timeout)
-        self._finalizer = weakref.finalize(self, _stop, self._links)
-        about = {i: dict[str, Any]() for i in range(number)} if load else {}
-        self._about = self._ask("about", about)
+        self._options = options
+        self._about: dict[int, list[Any]] = {}
+        self._links = _links.start(range(number), options, timeout)
+        self._finalizer = weakref.finalize(self, _links.stop, self._links)
+        self._look(range(number))
+
+    def _look(self, processes: Iterable[int]) -> None:
+        """Finds out what the clients of some processes have loaded."""
+        if "--load" not in self._options:
+            return
+        self._about |= self._ask("about", {process: {} for process in processes})
         for process, rows in self._about.items():
             for client, *_ in rows:
                 if self._home.setdefault(client, process) != process:
-                    raise ClientError(f"{where}: two processes have a client {client!r}.")
+                    raise ClientError(
+                        f"fax.deploy.Processes: two processes have a client {client!r}."
+                    )
 
     def __enter__(self) -> Processes:
         return self
@@ -105,28 +112,32 @@ class Processes:
         self._links[process].process.kill()
         self._links[process].process.wait()
 
+    def restart(self, process: int) -> None:
+        """Starts a process anew, for example because it has ended.
+
+        Its clients load their data again. What else they held is lost, so a plan that needs it
+        continues without these clients, or not at all.
+
+        Raises:
+          ClientError: if the process does not start.
+        """
+        _links.stop([self._links[process]])
+        (self._links[process],) = _links.start([process], self._options, self._timeout)
+        self._known[process] = set()
+        self._look([process])
+
     def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
         """What the clients loaded, by name: for some clients, or for all in the order of names.
 
+        Clients may have different numbers of steps, which are the leading axis; see ``ragged`` of
+        `cut`.
+
         Raises:
-          ValueError: if an array has different shapes or dtypes at different clients, or is
+          ValueError: if an array has other different shapes or dtypes at different clients, or is
             missing at some.
         """
-        types = {(c, n): (t, tuple(s)) for rows in self._about.values() for c, n, t, s in rows}
-        everybody = sorted(self._home, key=lambda c: (isinstance(c, str), c))
-        chosen = everybody if clients is None else list(clients)
-        found = {}
-        for name in dict.fromkeys(name for _, name in types):
-            own = {types.get((client, name)) for client in chosen}
-            if len(own) != 1 or None in own:
-                raise ValueError(
-                    f"Processes.held: {name!r} differs between clients, expected one shape and "
-                    f"dtype: {sorted(map(str, own))}."
-                )
-            ((dtype, shape),) = own  # type: ignore[misc]
-            rows = tuple(Row(client, name) for client in chosen)
-            found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
-        return found
+        about = [tuple(row) for rows in self._about.values() for row in rows]
+        return held_rows("Processes.held", about, clients)
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, self._slot()) for client in clients]
@@ -142,27 +153,52 @@ class Processes:
         return made
 
     def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
+        return self.race(stage, clients, operands, len(clients))[1]
+
+    def race(
+        self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
         self._free_now()
         parts = self._by_process(clients)
-        name = self._deploy(stage, parts)
+        name, blob = self._artifact(stage)
         kept = [[self._slot() if m == "placed" else None for m in stage.outputs] for _ in clients]
         shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
         placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
-        requests = {}
+        requests: dict[int, dict[str, Any]] = {}
         for process, numbers in parts.items():
             jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
             requests[process] = {"stage": name, "shared": shared, "jobs": jobs}
+            if name not in self._known[process]:
+                requests[process]["blob"] = blob
         sent: dict[int, list[Any]] = {}
-        for process, answer in self._ask("run", requests).items():
-            _check_answer(process, stage, [clients[i] for i in parts[process]], answer)
-            sent.update(zip(parts[process], answer, strict=True))
-        contributions = iter(zip(*(sent[i] for i in range(len(clients))), strict=True))
-        return [
-            [Row(client, str(own[k])) for client, own in zip(clients, kept, strict=True)]
+
+        def is_enough(process: int, answer: Any) -> bool:
+            numbers = parts[process]
+            self._known[process].add(name)
+            _check_answer(stage, [clients[i] for i in numbers], answer)
+            sent.update(zip(numbers[: take - len(sent)], answer))
+            return len(sent) == take
+
+        try:
+            self._ask("run", requests, is_enough)
+        except ClientError:
+            self._free_slots(clients, kept, range(len(clients)))
+            raise
+        first = sorted(sent)
+        # Those that were too late free what they keep when they have computed it.
+        self._free_slots(clients, kept, set(range(len(clients))) - sent.keys())
+        contributions = iter(zip(*(sent[i] for i in first), strict=True))
+        return first, [
+            [Row(clients[i], str(kept[i][k])) for i in first]
             if mode == "placed"
             else combine(mode, next(contributions))
             for k, mode in enumerate(stage.outputs)
         ]
+
+    def _free_slots(
+        self, clients: Sequence[Hashable], kept: Sequence[Sequence[Any]], numbers: Iterable[int]
+    ) -> None:
+        self.free((clients[i], slot) for i in numbers for slot in kept[i] if slot is not None)
 
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
         parts = self._by_process([row.client for row in rows])
@@ -184,21 +220,16 @@ class Processes:
             with contextlib.suppress(LinkError):  # then it holds nothing any more
                 self._links[process].send("free", rows=[list(freed[i]) for i in own])
 
-    def _deploy(self, stage: Stage, processes: Iterable[int]) -> str:
-        """Sends a stage where it is not known yet, and returns its name there."""
-        if self._saved is not None:
-            if stage.digest not in self._saved:
-                raise ClientError(
-                    f"The stage {stage.name!r} is not in the plan of these processes. Save the "
-                    "plan that runs there, with the same version of JAX."
-                )
-            return self._saved[stage.digest]
-        name, blob = _exported(stage)
-        new = [process for process in processes if name not in self._known[process]]
-        self._ask("stage", {process: {"name": name, "blob": blob} for process in new})
-        for process in new:
-            self._known[process].add(name)
-        return name
+    def _artifact(self, stage: Stage) -> tuple[str, bytes | None]:
+        """The name of a stage, and what processes need that do not know it yet."""
+        if self._saved is None:
+            return _exported(stage)
+        if stage.digest not in self._saved:
+            raise ClientError(
+                f"The stage {stage.name!r} is not in the plan of these processes. Save the plan "
+                "that runs there, with the same version of JAX."
+            )
+        return self._saved[stage.digest], None
 
     def _by_process(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
         """The numbers of the clients that each process runs."""
@@ -211,52 +242,53 @@ class Processes:
     def _slot(self) -> str:
         return f"v{next(self._slots)}"
 
-    def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, Any]:
-        """Sends requests to processes, and waits for all answers, for as long as `timeout` says.
+    def _ask(
+        self,
+        do: str,
+        requests: Mapping[int, Mapping[str, Any]],
+        is_enough: Callable[[int, Any], bool] = lambda process, answer: False,
+    ) -> dict[int, Any]:
+        """Sends requests to processes, and waits for answers, for as long as `timeout` says.
+
+        Args:
+          do: what to do.
+          requests: what with, by process.
+          is_enough: whether the answers of others are not needed any more; see `_links.exchange`.
 
         Raises:
-          ClientError: if some did not answer. It names all of their clients.
+          ClientError: if some did not answer, and are needed. It names all of their clients.
         """
-        answers: dict[int, Any] = {}
         failed: dict[int, LinkError] = {}
+        asked: dict[int, Link] = {}
         for process, what in requests.items():
             try:
                 self._links[process].send(do, **what)
+                asked[process] = self._links[process]
             except LinkError as error:
                 failed[process] = error
-        end = time.monotonic() + self._timeout
-        for process in requests:
-            try:
-                if process not in failed:
-                    left = end - time.monotonic()
-                    answers[process] = self._links[process].receive(left)
-            except LinkError as error:
-                failed[process] = error
-        if failed:
+        enough = False
+
+        def checked(process: int, answer: Any) -> bool:
+            nonlocal enough
+            enough = is_enough(process, answer)
+            return enough
+
+        answers, others = _links.exchange(asked, self._timeout, checked)
+        failed |= others
+        if failed and not enough:
             text = "; ".join(f"process {process} {error}" for process, error in failed.items())
             clients = [client for client, home in self._home.items() if home in failed]
             raise ClientError(f"{text}. Clients that they run: {clients}.", clients)
         return answers
 
 
-def _check_answer(process: int, stage: Stage, clients: list[Hashable], answer: Any) -> None:
+def _check_answer(stage: Stage, clients: list[Hashable], answer: Any) -> None:
     """Checks that each client has sent what the stage sends."""
-    outputs = zip(stage.jaxpr.out_avals, stage.outputs, strict=True)
-    expected = [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
-
-    def is_right(row: Any) -> bool:
-        return (
-            isinstance(row, list)
-            and all(hasattr(x, "dtype") for x in row)
-            and [(x.shape, x.dtype) for x in row] == expected
-        )
-
-    if not (isinstance(answer, list) and [*map(is_right, answer)] == [True] * len(clients)):
-        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in expected)
-        raise ClientError(
-            f"Process {process} did not send what the stage {stage.name!r} sends for each of the "
-            f"clients {clients}: {shown}.",
-            clients,
+    if not is_answer(stage, len(clients), answer):
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stage.sent)
+        raise LinkError(
+            f"did not send what the stage {stage.name!r} sends for each of the clients {clients}: "
+            f"{shown}"
         )
 
 
@@ -274,8 +306,3 @@ def _exported(stage: Stage) -> tuple[str, bytes]:
         blob = stage.exported(["cpu"])
         _blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
     return _blobs[stage]
-
-
-def _stop(links: Iterable[Link]) -> None:
-    for link in links:
-        link.stop()

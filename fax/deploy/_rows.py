@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
 from fax._compat import Named
-from fax.deploy._values import aval_of
+from fax.deploy._values import Value, aval_of
 from fax.primitives._rowwise import is_elementwise
 
 
@@ -140,3 +141,44 @@ _RULES: dict[Any, Rule] = {
     p.pad_p: _pad,
 }
 _NAMED_RULES: dict[str, Rule] = {Named.SPLIT: _along("axis")}
+
+
+# Rows by their numbers
+
+
+def takes_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
+    """Whether a gather takes whole rows, by numbers that the server knows."""
+    held, numbers = operands
+    shape = held.aval.shape
+    dims = eqn.params["dimension_numbers"]
+    return (
+        held.axis == 0
+        and not numbers.held
+        and tuple(dims.collapsed_slice_dims) == (0,)
+        and tuple(dims.start_index_map) == (0,)
+        and tuple(dims.offset_dims) == tuple(range(1, len(shape)))
+        and tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
+    )
+
+
+def rows_of_numbers(numbers: Value) -> int | None:
+    """The axis of the rows that are taken, None if the numbers are not a vector of numbers."""
+    # It has one more axis, of size 1.
+    return 0 if numbers.aval.ndim == 2 and numbers.aval.shape[1] == 1 else None
+
+
+def replaces_rows(eqn: JaxprEqn, operands: Sequence[Value]) -> bool:
+    """Whether a scatter replaces whole rows, by numbers that the server knows."""
+    held, numbers, rows = operands
+    dims = eqn.params["dimension_numbers"]
+    return (
+        held.axis == 0
+        and not numbers.held
+        and rows.axis in (None, 0)
+        and rows_of_numbers(numbers) is not None
+        and tuple(dims.inserted_window_dims) == (0,)
+        and tuple(dims.scatter_dims_to_operand_dims) == (0,)
+        and tuple(dims.update_window_dims) == tuple(range(1, rows.aval.ndim))
+        and rows.aval.shape[1:] == held.aval.shape[1:]
+        and eqn.params["mode"] != lax.GatherScatterMode.CLIP
+    )

@@ -22,9 +22,10 @@ class Runner:
       clients: the clients of placements of this size, None if only the arguments name them.
       leaves: the arguments.
       quorum: how many clients of a stage must be left, None if none may fail.
+      take: how many clients to go on with, those that answer first, None for all.
 
     Attributes:
-      failed: the clients that are left out.
+      failed: the clients that are left out because they failed.
     """
 
     def __init__(
@@ -33,15 +34,27 @@ class Runner:
         clients: Sequence[Hashable] | None,
         leaves: Iterable[Any],
         quorum: int | None,
+        take: int | None,
     ):
         self._backend = backend
         self._clients = clients
         self._quorum = quorum
+        self._take = take
         self.failed: set[Hashable] = set()
+        self._late: set[Hashable] = set()
+        self._counted: set[Hashable] = set()  # whose values are in sums, or may be
+        self._cause: ClientError | None = None
         self._holders: dict[int, set[Clients]] = {}
         for x in leaves:
             if isinstance(x, Held):
                 self._holders.setdefault(len(x.rows), set()).add(x.clients)
+
+    def fail(self, error: ClientError) -> None:
+        """Leaves out clients that failed, from the start. Those that were late are asked again."""
+        self.failed.update(error.clients)
+        self._late.clear()
+        self._counted.clear()
+        self._cause = error.with_traceback(None)  # which would keep rows that nobody needs
 
     def _names(self, size: int) -> Clients:
         """The clients of participants of whom no operand says who they are."""
@@ -73,7 +86,7 @@ class Runner:
         placed = [x for x, mode in zip(given, stage.inputs, strict=True) if mode == "placed"]
 
         missing = {clients[i] for x in placed for i, row in enumerate(x) if row is None}
-        if missing - self.failed:  # all sums must be over the same clients
+        if missing - self.failed - self._late:  # all sums must be over the same clients
             raise ClientError(
                 f"Stage {stage.name!r} uses a value that has no rows of the clients "
                 f"{sorted(map(str, missing))}, which had failed when it was made.",
@@ -84,11 +97,37 @@ class Runner:
             [x[i] for i in numbers] if mode == "placed" else x
             for x, mode in zip(given, stage.inputs, strict=True)
         ]
-        found = self._backend.run(stage, [clients[i] for i in numbers], own)
-        return clients, [
+        asked = [clients[i] for i in numbers]
+        late: set[Hashable] = set()
+        if self._take is None or len(asked) <= self._take:
+            found = self._backend.run(stage, asked, own)
+        else:
+            first, found = self._race(stage, asked, own, self._take)
+            numbers = [numbers[i] for i in first]
+            late = set(asked).difference(clients[i] for i in numbers)
+        results = [
             self._spread(rows, numbers, len(clients)) if mode == "placed" else rows
             for mode, rows in zip(stage.outputs, found, strict=True)
         ]
+        if late & self._counted:  # all sums must be over the same clients
+            raise ClientError(f"The clients {sorted(map(str, late))} were too late.", late)
+        self._late |= late
+        if self._take is not None:
+            self._counted.update(clients[i] for i in numbers)
+        return clients, results
+
+    def _race(
+        self, stage: Stage, asked: Sequence[Hashable], own: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
+        """Runs a stage, and returns whose answers came first, and their results."""
+        if not hasattr(self._backend, "race"):
+            raise ValueError(
+                f"Plan.run: {type(self._backend).__name__} cannot take the clients that answer "
+                "first. Leave out take=, or use a backend with a method race, such as Processes."
+            )
+        if len(set(asked)) < len(asked):
+            raise ValueError("Plan.run: with take=, no client may be in a cohort twice.")
+        return self._backend.race(stage, asked, own, take)
 
     def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Clients, list[Row | None]]:
         clients = self._names(len(rows)) if like is None else like.clients
@@ -97,16 +136,18 @@ class Runner:
         return clients, self._spread(found, numbers, len(clients))
 
     def fetch(self, held: Held) -> list[Any]:
-        return fetch(self._backend, held)
+        return fetch(self._backend, [held])[0]
 
     def _left(self, clients: Clients, numbers: Iterable[int]) -> list[int]:
         """The participants whose clients have not failed."""
-        left = [i for i in numbers if clients[i] not in self.failed]
+        gone = self.failed | self._late
+        left = [i for i in numbers if clients[i] not in gone]
         if self._quorum is not None and len(left) < self._quorum:
+            why = "" if self._cause is None else f" The last error: {self._cause}"
             raise ClientError(
                 f"{len(left)} of {len(clients)} clients are left, fewer than the quorum of "
-                f"{self._quorum}. Failed: {sorted(map(str, self.failed))}."
-            )
+                f"{self._quorum}. Failed: {sorted(map(str, self.failed))}.{why}"
+            ) from self._cause
         return left
 
     def _spread(self, rows: Sequence[Row], numbers: Sequence[int], size: int) -> list[Row | None]:
@@ -119,16 +160,20 @@ class Runner:
         return found
 
 
-def fetch(backend: Backend, held: Held) -> list[Any]:
-    """The rows of a value.
+def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:
+    """The rows of values.
 
     Raises:
-      ClientError: if a client has failed, or if one had failed when the value was made.
+      ClientError: if a client has failed, or if one had failed when a value was made.
     """
-    rows = [row for row in held.rows if row is not None]
-    if len(rows) < len(held.rows):
-        missing = [c for c, row in zip(held.clients, held.rows, strict=True) if row is None]
-        raise ClientError(
-            f"{held} has no rows of the clients {missing}, which had failed when it was made."
-        )
-    return backend.fetch(rows)
+    wanted = []
+    for held in values:
+        rows = [row for row in held.rows if row is not None]
+        if len(rows) < len(held.rows):
+            missing = [c for c, row in zip(held.clients, held.rows, strict=True) if row is None]
+            raise ClientError(
+                f"{held} has no rows of the clients {missing}, which had failed when it was made."
+            )
+        wanted += rows
+    found = iter(backend.fetch(wanted))  # at once, because each call may take long
+    return [[next(found) for _ in held.rows] for held in values]

@@ -13,13 +13,18 @@ from typing import Any
 import jax
 from jax import export
 from jax.core import ShapedArray
+from jax.extend import mlir
 from jax.extend.core import ClosedJaxpr
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters.mlir import make_ir_context
 
-from fax.deploy._values import CutError
+from fax.deploy._values import CutError, differs
 from fax.primitives import _jaxpr
 from fax.primitives._compile_key import Structure
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_STABLEHLO = (1, 17, 0)  # what jax 0.10.2 reads, the oldest version that fax supports
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +47,22 @@ class Stage:
     @functools.cached_property
     def run(self) -> Any:
         """The jitted function. It returns a list."""
-        return jax.jit(functools.partial(_jaxpr.evaluate, self.jaxpr))
+        if any(map(differs, self.jaxpr.in_avals)):
+            return jax.jit(self._export([jax.default_backend()]).call)
+        return jax.jit(self._evaluate)
+
+    def _evaluate(self, *operands: Any) -> list[Any]:
+        return _jaxpr.evaluate(self.jaxpr, *operands)
+
+    def _export(self, platforms: Sequence[str]) -> export.Exported:
+        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
+        return export.export(jax.jit(self._evaluate), platforms=tuple(platforms))(*types)
+
+    @property
+    def sent(self) -> list[tuple[tuple[int, ...], Any]]:
+        """The shape and dtype of each result that clients send."""
+        outputs = zip(self.jaxpr.out_avals, self.outputs, strict=True)
+        return [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
 
     @property
     def digest(self) -> str:
@@ -53,8 +73,28 @@ class Stage:
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
         """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
-        types = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.jaxpr.in_avals]
-        return bytes(export.export(self.run, platforms=tuple(platforms))(*types).serialize())
+        return bytes(_for_all_versions(self._export(platforms)).serialize())
+
+
+def _for_all_versions(exported: export.Exported) -> export.Exported:
+    """The same, in a format that all supported versions of JAX can load.
+
+    JAX writes the format of some weeks ago, which older versions refuse. If a program cannot be
+    written in their format, it is returned as it is.
+    """
+    recent = stablehlo.get_version_from_compatibility_requirement(
+        stablehlo.StablehloCompatibilityRequirement.WEEK_4
+    )
+    if tuple(map(int, recent.split("."))) <= _STABLEHLO:
+        return exported
+    version = ".".join(map(str, _STABLEHLO))
+    with make_ir_context():
+        module = ir.Module.parse(exported.mlir_module())
+        try:
+            written = mlir.serialize_portable_artifact(module, version, True)
+        except (RuntimeError, ValueError):
+            return exported
+    return dataclasses.replace(exported, mlir_module_serialized=written)
 
 
 class Stages:

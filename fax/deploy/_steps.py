@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.extend.core import JaxprEqn
 
 from fax.deploy._stages import Stage
@@ -155,7 +156,8 @@ class OnClients(Step):
 
 def _held(clients: Clients, rows: Iterable[Row | None], value: Value) -> Held:
     assert value.axis is not None
-    return Held(tuple(rows), clients, value.aval.shape, value.aval.dtype, value.axis)
+    shape = tuple(None if export.is_symbolic_dim(n) else n for n in value.aval.shape)
+    return Held(tuple(rows), clients, shape, value.aval.dtype, value.axis)
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+from jax import export
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn
 
@@ -57,25 +58,36 @@ class Held:
     Attributes:
       rows: a `Row` for each participant, None for one that failed.
       clients: whose rows they are.
-      shape: of the whole value.
+      shape: of the whole value. None for a size that differs between clients.
       dtype: of the whole value.
       axis: the axis of the rows.
     """
 
     rows: tuple[Row | None, ...]
     clients: tuple[Hashable, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: Any
     axis: int = 0
 
+    @property
+    def present(self) -> tuple[Hashable, ...]:
+        """The clients that have a row: in a result, those that took part."""
+        pairs = zip(self.clients, self.rows, strict=True)
+        return tuple(client for client, row in pairs if row is not None)
+
     def __repr__(self) -> str:
-        size = ",".join(map(str, self.shape))
+        size = ",".join("?" if n is None else str(n) for n in self.shape)
         return f"Held({self.dtype}[{size}], {len(self.rows)} rows along axis {self.axis})"
 
 
 def aval_of(var: Any) -> ShapedArray:
     """The type of a variable of a jaxpr."""
     return var.aval
+
+
+def differs(aval: ShapedArray) -> bool:
+    """Whether a value has a size that differs between clients."""
+    return any(map(export.is_symbolic_dim, aval.shape))
 
 
 def row_of(aval: ShapedArray, axis: int) -> ShapedArray:

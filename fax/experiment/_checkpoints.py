@@ -125,7 +125,7 @@ class Checkpoints:
         """
         self.wait()
         items: dict[str, Any] = {
-            "arrays": ocp.args.StandardSave([x for x in arrays if x.size]),
+            "arrays": ocp.args.StandardSave([_one_copy(x) for x in arrays if x.size]),
             "facts": ocp.args.JsonSave(facts),
         }
         self._saving = number
@@ -195,6 +195,17 @@ class Checkpoints:
             "allow writing there, and start the run again, which continues from that checkpoint",
             os.fspath(self.folder),
         )
+
+
+def _one_copy(x: Any) -> Any:
+    """An array that CPU devices all have, from one of them.
+
+    orbax lets each device copy a part of it, so that they share the transfer to the host. The
+    memory of CPU devices is that of the host, and orbax can write from there without a copy.
+    """
+    if not isinstance(x, jax.Array) or not (x.is_fully_addressable and x.is_fully_replicated):
+        return x
+    return x.addressable_data(0) if next(iter(x.devices())).platform == "cpu" else x
 
 
 class _Moved(ocp.CheckpointHandler):

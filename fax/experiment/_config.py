@@ -161,12 +161,6 @@ def configure(
     algorithm = _table(where, "algorithm", tables.get("algorithm", "fedavg"), "algorithms")
     settings = tuned(task["name"], task.get("model", _first_model(task["name"])))
     own = _catalog.parameters("algorithms", algorithm["name"])
-    missing = [k for k in _catalog.required("algorithms", algorithm["name"]) if k not in algorithm]
-    if missing:
-        raise ValueError(
-            f"{where}: algorithm.{missing[0]} is missing. {algorithm['name']} needs it, and has no "
-            "default for it."
-        )
 
     client = _optimizer(where, "client", tables.get("client", {}), settings.client)
     tuned_server = _takes_tuned_server(algorithm["name"])
@@ -198,6 +192,8 @@ def configure(
     mesh = tables.get("mesh", {})
     if not isinstance(mesh, Mapping):
         raise ValueError(f"{where}: mesh is {_arguments.shown(mesh)}, expected a table.")
+    if "on_nan" in rest:
+        _arguments.choice(where, "on_nan", rest["on_nan"], ("stop", "restore", "ignore"))
     for axis, size in mesh.items():
         _typed(where, f"mesh.{axis}", size, int)
     return Config(
@@ -234,14 +230,20 @@ def _table(where: str, key: str, value: Any, kind: str) -> Table:
     value = _named(value)
     known = _catalog.catalog(kind)
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        found = dict(value) if isinstance(value, Mapping) else _arguments.shown(value)
         raise ValueError(
-            f"{where}: {key} is {_arguments.shown(value)}, expected a name, or a table with a name "
-            f"and options. {did_you_mean('', known)}"
+            f"{where}: {key} is {found}, expected a name, or a table with a name and options. "
+            f"{did_you_mean('', known)}"
         )
     name = value["name"]
     if name not in known:
         raise ValueError(f"{where}: {key} {name!r} does not exist. {did_you_mean(name, known)}")
     _check_keys(where, f"{key}.", value, ["name", *_catalog.options(kind, name)], f" for {name}")
+    missing = [option for option in _catalog.required(kind, name) if option not in value]
+    if missing:
+        raise ValueError(
+            f"{where}: {key}.{missing[0]} is missing. {name} needs it, and has no default for it."
+        )
     nested = {k: v for k, v in value.items() if k in ("transformation", "values")}
     parts = {k: _table(where, f"{key}.{k}", v, "aggregators") for k, v in nested.items()}
     return {**value, **parts}
@@ -265,6 +267,7 @@ def _optimizer(where: str, key: str, value: Any, default: Mapping[str, Any]) -> 
     _check_keys(where, f"{key}.", value, options, f" for {name}")
     if "rate" not in value:
         raise ValueError(f"{where}: {key}.rate is missing, the learning rate of {name}.")
+    _arguments.number(where, f"{key}.rate", value["rate"], above=0)
     return dict(value)
 
 
@@ -327,11 +330,18 @@ def _check_keys(
 
 
 def _fields(where: str, prefix: str, table: Mapping[str, Any], schema: type) -> Table:
-    """Checks the types of a table's values by the fields of a dataclass."""
+    """Checks a table's values by the fields of a dataclass. Its ints are numbers of something."""
     types = typing.get_type_hints(schema)
     dots = f"{prefix}." if prefix else ""
     _check_keys(where, dots, table, types)
-    return {key: _typed(where, f"{dots}{key}", value, types[key]) for key, value in table.items()}
+    found = {key: _typed(where, f"{dots}{key}", value, types[key]) for key, value in table.items()}
+    for key, value in found.items():
+        least = 0 if key == "seed" else 1
+        if type(value) is int and value < least:
+            raise ValueError(
+                f"{where}: {dots}{key} is {value}, expected an int of at least {least}."
+            )
+    return found
 
 
 def _typed(where: str, key: str, value: Any, expected: Any) -> Any:

@@ -87,7 +87,8 @@ def _histograms(kinds: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     for row, (kind, own) in enumerate(kinds.items()):
         at = panels[row * columns :][:columns]
         for axes, (source, values) in zip(at, own.items()):
-            _axes.histogram(axes, values, kind, source)
+            name = "last cohort" if source == "clients" else source
+            _axes.histogram(axes, values, kind, name)
         for axes in at[len(own) :]:
             axes.remove()
     return figure

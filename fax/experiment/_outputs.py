@@ -30,6 +30,10 @@ _MOST_RETURNS = 3
 _LOGGED = ".logged"
 
 
+class Process0Error(RuntimeError):
+    """Process 0 has raised an error."""
+
+
 class Outputs:
     """A context for the outputs of a run. Without a folder, it only has the writers.
 
@@ -232,5 +236,5 @@ def _by_first(prepare: Callable[[], int]) -> int:
     if error is not None:
         raise error
     if found < 0:
-        raise RuntimeError("fax.experiment.run: process 0 has failed. See its error message.")
+        raise Process0Error("fax.experiment.run: process 0 has failed. See its error message.")
     return found

@@ -69,6 +69,9 @@ def sweep(config: Config, settings: Sequence[Setting]) -> Experiment:
             tables = merged(tables, {table: {option: value}})
         return make_algorithm(dataclasses.replace(config, **tables), task)
 
+    for setting in settings:
+        algorithm_of(setting)  # checks the values, which cannot be done once they are traced
+
     def init(*start: PyTree) -> PyTree:
         return jax.vmap(lambda row: algorithm_of(row).init(*start))(rows)
 

@@ -1,9 +1,10 @@
 """Which devices take part in a collective together, and along which mesh axes they differ.
 
 XLA writes groups as lists, ``{{0,2},{1,3}}``, as a reshaped and transposed iota,
-``[2,2]<=[2,2]T(1,0)``, or as axes of a mesh, ``mesh['clients'=4,'model'=2] {'clients'}``. It
-numbers devices in the order of the mesh. A program for several TPU slices is that of one slice, and
-numbers its devices alone. Only transfers between slices name devices of all slices, by their ids.
+``[2,2]<=[2,2]T(1,0)``, or as axes of a mesh, ``mesh['clients'=4,'model'=2] {'clients'}``. Such a
+mesh may have devices in another order, ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}``. XLA
+numbers devices in the order of JAX's mesh. A program for several TPU slices is that of one slice,
+and numbers its devices alone. Only transfers between slices name devices of all slices, by ids.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jax.sharding import Mesh
 
 Groups = Sequence[Sequence[int]]
 
+# Whole axes alone: a part of an axis is written with a colon.
+_NAMED = r"replica_groups=@?\w*mesh\[([^\]]+)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)*)\}"
 _SLICE = 100_000  # the id of device 3 of the second slice is 200,003
 
 
@@ -28,12 +31,11 @@ def groups_of(text: str, count: int) -> Groups:
         return _lists(lists[1])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims, order = (_ints(part or "") for part in iota.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
-    if named := re.search(r"replica_groups=(?:@?\w*)?mesh\[(.+?)\].*?\{(.*?)\}", text):
+        return _iota(dims, order).reshape(shape).tolist()
+    if named := re.search(_NAMED, text):
         sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named[1])}
-        names = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        names = re.findall(r"'(\w+)'", named[3])
+        ids = _ids_of_mesh(named[2], math.prod(sizes.values())).reshape(list(sizes.values()))
         position = [list(sizes).index(name) for name in names]
         ids = np.moveaxis(ids, position, range(-len(position), 0))
         return ids.reshape(-1, math.prod(sizes[name] for name in names)).tolist()
@@ -52,6 +54,21 @@ def groups_between_slices(text: str) -> Groups:
         raise ValueError(f"fax.inspect cannot read which slices communicate in {text:.200}")
     slices, devices = (_ranges(part) for part in product.groups())
     return [[_SLICE * number + device for number in slices] for device in devices]
+
+
+def _ids_of_mesh(order: str | None, count: int) -> np.ndarray:
+    """The devices of a mesh, from what its ``device_ids`` say, if there are any."""
+    if order is None:
+        return np.arange(count)
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
+        return _iota(*(_ints(part or "") for part in iota.groups()))
+    return np.array(_ints(order))
+
+
+def _iota(shape: list[int], order: list[int]) -> np.ndarray:
+    """The numbers 0, 1, 2, ... in this shape, transposed."""
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(order) if order else ids
 
 
 def _lists(text: str) -> Groups:

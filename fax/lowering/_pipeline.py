@@ -4,9 +4,10 @@
     lowered           the rule that JAX calls for a map in a function that it compiles; equal maps
                       share a trace of what follows
     _compute          makes Explicit mesh axes Auto
-    _run              runs one map on the mesh in scope, in five steps:
+    _run              runs one map on the mesh in scope, in six steps:
 
       manual axes           the client function gets the types that it has on one device
+      lookups               keep the tables whole that XLA cannot split
       convolutions          are rewritten into operations that are fast in a loop
       uniform control flow  if the client function is sharded, devices branch together
       schedule              one device goes through its participants, batch after batch
@@ -29,6 +30,7 @@ from jax.sharding import AxisType
 
 from fax import _compat
 from fax.lowering import _devices, _schedule, _vectorize
+from fax.lowering._lookups import with_whole_tables
 from fax.lowering._manual_axes import with_axis_types
 from fax.lowering._uniform_control_flow import make_uniform
 from fax.lowering._vectorize import Device
@@ -103,6 +105,10 @@ def _run(this: Round, device: Device, *operands: Any) -> list[Any]:
     types = dict.fromkeys(mesh.auto_axes, AxisType.Auto) | dict.fromkeys(manual, AxisType.Manual)
     if not mesh.empty:
         this = this.replace(jaxpr=with_axis_types(this.jaxpr, types, unchecked=along))
+
+    # Lookups
+    if along and len(others) > 1:
+        this = this.replace(jaxpr=with_whole_tables(this.jaxpr))
 
     # Convolutions
     together, sharded = vectorized(this.group.size) > 1, bool(others)

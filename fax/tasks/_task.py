@@ -12,7 +12,7 @@ import fax.metrics
 import fax.models
 from fax import _arguments
 from fax.data import FederatedData
-from fax.tasks import _local_datasets, _tff_datasets
+from fax.tasks import _local_datasets, _packaged_datasets, _tff_datasets
 from fax.tasks._settings import Settings, tuned
 from fax.tasks._tokens import BOS, EOS, PAD
 
@@ -58,6 +58,10 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
                          proportions                               ``seed=0``
     ``"pystdlib"``       modules of Python's standard library,     ``length=80``
                          the next character
+    ``"flights"``        3,146 aircraft that left New York, is a
+                         flight late
+    ``"bible"``          66 books of the Bible, the next           ``length=80``
+                         character
     ``"emnist"``         3,400 writers of 62 characters            ``model="conv"``, ``"dense"`` or
                                                                    ``"logistic"``;
                                                                    ``digits_only=False``
@@ -68,7 +72,8 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
                          the next word                             ``vocabulary_size=10_000``
     ===================  ========================================  ================================
 
-    The first two need no network. The others use files of TensorFlow Federated, which are kept in
+    The first four need no network: scikit-learn, Python and the packages of the extra ``datasets``
+    have their data. The others use files of TensorFlow Federated, which are kept in
     a folder: ``cache``, or else the environment variable ``FAX_CACHE``, or else the user's folder
     for caches.
 
@@ -149,6 +154,30 @@ def _pystdlib(cache: Any, *, length: int = 80) -> Task:
     )
 
 
+def _flights(cache: Any) -> Task:
+    """Whether a flight arrives late, of 3,146 aircraft."""
+    metrics = {"auc": fax.metrics.AUC(), "average_precision": fax.metrics.AveragePrecision()}
+    return Task(
+        "flights",
+        *_packaged_datasets.flights(),
+        fax.models.create("dense", sizes=(63, 128, 2)),
+        _classifier_metrics() | metrics,
+        tuned("flights"),
+    )
+
+
+def _bible(cache: Any, *, length: int = 80) -> Task:
+    """The next character of 66 books of the Bible."""
+    tokens = _packaged_datasets.BIBLE_CHARACTERS.size
+    return Task(
+        "bible",
+        *_packaged_datasets.bible(length),
+        fax.models.create("char_lstm", num_tokens=tokens),
+        _language_metrics(tokens - 1),
+        tuned("bible"),
+    )
+
+
 def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Task:
     """Handwritten characters of 3,400 writers, or digits."""
     chosen = tuned("emnist", model)
@@ -204,6 +233,8 @@ def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_00
 TASKS: dict[str, Callable[..., Task]] = {
     "digits": _digits,
     "pystdlib": _pystdlib,
+    "flights": _flights,
+    "bible": _bible,
     "emnist": _emnist,
     "cifar100": _cifar100,
     "shakespeare": _shakespeare,

@@ -1,0 +1,73 @@
+"""The process of a learner, which connects a `fax.deploy.Learner` to the server that started it.
+
+    python -m fax.deploy._learner_process ADDRESS --make MODULE:FUNCTION --number N
+
+The key of the connection is the first line of standard input. The process ends when the server is
+gone or asks it to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+from multiprocessing import connection
+from typing import Any
+
+from fax import _arguments
+from fax.deploy import _client as runtime
+from fax.deploy._learner import Learner
+
+
+def make(name: str, number: int) -> Learner:
+    """Calls the learner function. A file is imported as Python imports a script."""
+    module, _, function = name.rpartition(":")
+    if module.endswith(".py"):
+        path = pathlib.Path(module).resolve()
+        sys.path.insert(0, str(path.parent))
+        module = path.stem
+    learner = getattr(importlib.import_module(module), function)(number)
+    if not isinstance(learner, Learner):
+        raise TypeError(
+            f"{name} returned {_arguments.shown(learner)}, expected a fax.deploy.Learner."
+        )
+    return learner
+
+
+def serve(link: Any, learner: Learner) -> None:
+    """Trains until the server stops the learner or is gone."""
+    try:
+        while True:
+            while link.poll() or learner.waiting:
+                message = runtime.decode(link.recv_bytes(runtime.LARGEST))
+                if message["do"] == "stop":
+                    return
+                if message["do"] == "settings":
+                    learner.prepare(message)
+                    link.send_bytes(runtime.encode({"do": "join"}))
+                else:
+                    learner.receive(message)
+            for update in learner.advance():
+                link.send_bytes(runtime.encode({"do": "update", "with": update}))
+    except (EOFError, ConnectionError):
+        return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("address", help="HOST:PORT of the server")
+    parser.add_argument("--make", required=True, help="MODULE:FUNCTION or FILE.py:FUNCTION")
+    parser.add_argument("--number", type=int, required=True, help="the number of this learner")
+    args = parser.parse_args()
+    host, _, port = args.address.rpartition(":")
+    key = sys.stdin.readline().strip().encode()
+    learner = make(args.make, args.number)
+    with connection.Client((host, int(port)), authkey=key) as link:
+        link.send_bytes(runtime.encode({"pid": os.getpid()}))
+        serve(link, learner)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Learners in processes on this machine, and the loop that connects them to `Elastic`."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import connection
+from typing import Any, NamedTuple
+
+import jax
+
+from fax import _arguments
+from fax.deploy import _client as runtime
+from fax.deploy._backend import ClientError
+from fax.deploy._elastic import Action, Elastic, Grace, Send
+from fax.deploy._updates import Merge
+
+_WHERE = "fax.deploy.Learners"
+_POLL = 0.5  # seconds between looks at whether processes have ended
+
+
+class Name(NamedTuple):
+    """A learner's process. One that is started again has the same number, and another start."""
+
+    number: int
+    start: int
+
+
+class _Connected(NamedTuple):
+    """A learner connected."""
+
+    name: Name
+    line: Any
+
+
+class _Left(NamedTuple):
+    """A learner's connection is closed."""
+
+    name: Name
+
+
+class _Received(NamedTuple):
+    """A learner sent a message."""
+
+    name: Name
+    message: dict[str, Any]
+
+
+class _Outbox:
+    """Sends messages in a thread of its own, so that nobody waits for a learner that hangs."""
+
+    def __init__(self, line: Any):
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._line = line
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def put(self, data: bytes | None) -> None:
+        """Sends bytes; None closes the connection."""
+        self._messages.put(data)
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while (data := self._messages.get()) is not None:
+                self._line.send_bytes(data)
+
+
+class Learners:
+    """Learners in processes on this machine, each with devices and a mesh of its own.
+
+    The processes import fax and the code of the model. They connect over this machine's loopback
+    interface, with a key that only they know.
+
+    Args:
+      number: how many learners.
+      make: ``"module:function"`` or ``"file.py:function"``, called in each process with the
+        learner's number, from 0. It returns a `Learner`.
+      grace: the length of a grace window in seconds: how long a merge waits for learners that have
+        been called.
+      timeout: seconds to wait for any message of a learner.
+
+    Raises:
+      ValueError: if an argument is out of range.
+
+    Example::
+
+      server = fax.deploy.Elastic(params, steps=50, quorum=2)
+      with fax.deploy.Learners(4, "my_learner.py:learner") as learners:
+          for merge in learners.train(server):
+              print(merge.number, merge.loss)
+              if merge.number == 100:
+                  break
+    """
+
+    def __init__(self, number: int, make: str, *, grace: float = 1.0, timeout: float = 300.0):
+        _arguments.count(_WHERE, "number", number)
+        _arguments.text(_WHERE, "make", make, '"module:function" or "file.py:function"')
+        _arguments.number(_WHERE, "grace", grace, least=0)
+        _arguments.number(_WHERE, "timeout", timeout, above=0)
+        self._make, self._grace, self._timeout = make, grace, timeout
+        self._key = secrets.token_hex(32)
+        self._listener = connection.Listener(("127.0.0.1", 0), authkey=self._key.encode())
+        # The listener has no timeout of its own.
+        self._listener._listener._socket.settimeout(_POLL)  # type: ignore[attr-defined]
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._processes: dict[Name, subprocess.Popen] = {}
+        self._outboxes: dict[Name, _Outbox] = {}
+        self._server: Elastic | None = None
+        self._window: tuple[int, float] | None = None  # the merge, and when its window ends
+        self._stopped = False
+        threading.Thread(target=self._accept, daemon=True).start()
+        try:
+            for learner in range(number):
+                self.start(learner)
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Learners:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self, learner: int) -> None:
+        """Starts a learner whose process has ended, or one more with a new number.
+
+        Raises:
+          ValueError: if the process of the learner is running.
+        """
+        _arguments.count(f"{_WHERE}.start", "learner", learner, least=0)
+        if learner in self.running:
+            raise ValueError(f"{_WHERE}.start: learner {learner} is running; kill it first.")
+        starts = sum(name.number == learner for name in self._processes)
+        host, port = self._listener.address
+        command = [sys.executable, "-m", "fax.deploy._learner_process", f"{host}:{port}"]
+        x64 = str(int(jax.config.jax_enable_x64))
+        process = subprocess.Popen(
+            [*command, "--make", self._make, "--number", str(learner)],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"JAX_ENABLE_X64": x64},
+            text=True,
+        )
+        self._processes[Name(learner, starts)] = process
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            process.stdin.write(f"{self._key}\n")
+            process.stdin.close()
+
+    def kill(self, learner: int) -> None:
+        """Kills a learner's process, to try what happens then.
+
+        Raises:
+          ValueError: if there is no such learner.
+        """
+        if all(name.number != learner for name in self._processes):
+            raise ValueError(f"{_WHERE}.kill: learner is {learner!r:.80}, which was not started.")
+        for name, process in self._processes.items():
+            if name.number == learner:
+                process.kill()
+                process.wait()
+
+    @property
+    def running(self) -> list[int]:
+        """The learners whose processes are running."""
+        return sorted(n.number for n, process in self._processes.items() if process.poll() is None)
+
+    def stop(self) -> None:
+        """Ends the processes. Learners that do not end at once are killed."""
+        self._stopped = True
+        self._listener.close()
+        for outbox in self._outboxes.values():
+            outbox.put(runtime.encode({"do": "stop"}))
+            outbox.put(None)
+        end = time.monotonic() + 2
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.wait()
+
+    def train(self, server: Elastic) -> Iterator[Merge]:
+        """Trains, and yields every merge after it took place.
+
+        Learners do not wait for the caller: they continue until they need a merge. Those that are
+        started later join. To end training, leave the loop. Then the learners wait. Call it again
+        with the same server to continue, or with another one to begin anew.
+
+        Raises:
+          ClientError: if all processes have ended, no message comes in time, or an update is not
+            one of the server's parameters.
+        """
+        if server is not self._server:
+            self._server, self._window = server, None
+            self._send([*self._outboxes], {"do": "settings", **server.settings})
+        last = time.monotonic()
+        while True:
+            event = self._next_event()
+            if event is None and time.monotonic() > last + self._timeout:
+                raise ClientError(
+                    f"No learner sent anything for {self._timeout:g} seconds. "
+                    f"{len(server.learners)} have joined, and the quorum is "
+                    f"{server.settings['quorum']}. {self._statuses()}"
+                )
+            yield from self._carry_out(self._happened(event, server))
+            if event is not None:
+                last = time.monotonic()
+            # If the caller was slow, messages that came in time may still be in the queue.
+            if self._window_is_over and self._events.empty():
+                assert self._window is not None
+                number, _ = self._window
+                self._window = None
+                yield from self._carry_out(server.grace_over(number))
+
+    @property
+    def _window_is_over(self) -> bool:
+        return self._window is not None and time.monotonic() >= self._window[1]
+
+    def _next_event(self) -> Any:
+        """What happens next, or None if nothing happens for a while."""
+        wait = _POLL
+        if self._window is not None:
+            wait = min(wait, max(0.0, self._window[1] - time.monotonic()))
+        try:
+            return self._events.get(timeout=wait)
+        except queue.Empty:
+            if not self.running and self._events.empty():
+                raise ClientError(f"No learner is left. {self._statuses()}") from None
+            return None
+
+    def _happened(self, event: Any, server: Elastic) -> list[Action]:
+        if isinstance(event, _Connected):
+            self._outboxes[event.name] = _Outbox(event.line)
+            self._send([event.name], {"do": "settings", **server.settings})
+        elif isinstance(event, _Left):
+            self._outboxes.pop(event.name).put(None)
+            return server.left(event.name)
+        elif isinstance(event, _Received):
+            if event.message["do"] == "join":
+                return server.joined(event.name)
+            return server.received(event.name, event.message["with"])
+        return []
+
+    def _carry_out(self, actions: list[Action]) -> list[Merge]:
+        """Sends messages, opens grace windows, and returns merges, with the learners' numbers."""
+        merges = []
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action.to, action.message)
+            elif isinstance(action, Grace):
+                self._window = action.number, time.monotonic() + self._grace
+            else:
+                late = frozenset(name.number for name in action.late)
+                merges.append(action._replace(tokens=_by_number(action.tokens), late=late))
+        return merges
+
+    def _send(self, names: Iterable[Any], message: dict[str, Any]) -> None:
+        data = runtime.encode(message)
+        for name in names:
+            if name in self._outboxes:
+                self._outboxes[name].put(data)
+
+    def _statuses(self) -> str:
+        ended = {n.number: process.poll() for n, process in self._processes.items()}
+        shown = [f"{n} with status {status}" for n, status in ended.items() if status is not None]
+        return f"Learners that ended, with their errors above: {', '.join(shown) or 'none'}."
+
+    # Threads
+
+    def _accept(self) -> None:
+        """Accepts connections of processes that know the key, until the learners are stopped."""
+        while not self._stopped:
+            try:
+                line = self._listener.accept()
+                pid = runtime.decode(line.recv_bytes())["pid"]
+            except (multiprocessing.AuthenticationError, EOFError, OSError, ValueError):
+                continue  # nobody came, or it was not a learner
+            for name, process in [*self._processes.items()]:
+                if process.pid == pid:
+                    self._events.put(_Connected(name, line))
+                    threading.Thread(target=self._read, args=(name, line), daemon=True).start()
+
+    def _read(self, name: Name, line: Any) -> None:
+        """Passes on what a learner sends."""
+        try:
+            while True:
+                message = runtime.decode(line.recv_bytes(runtime.LARGEST))
+                self._events.put(_Received(name, message))
+        except (EOFError, OSError, runtime.MessageError):
+            self._events.put(_Left(name))
+
+
+def _by_number(tokens: dict[Any, int]) -> dict[int, int]:
+    """The tokens of each learner, also if it was started again between two updates."""
+    found: dict[int, int] = {}
+    for name, count in tokens.items():
+        found[name.number] = found.get(name.number, 0) + count
+    return found

@@ -1,0 +1,8 @@
+"""The ClientApp of the tests, in a process for each message."""
+
+from app.data import note, refuse
+from app.fax_client import client_app
+
+note("message")
+refuse("message", ["fax", "jax", "flax", "optax", "app.programs"])
+app = client_app("app.data:load")

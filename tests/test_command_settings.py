@@ -1,0 +1,293 @@
+"""Sweeps, and the configurations that the command runs."""
+
+import functools
+import re
+import tomllib
+
+import jax
+import numpy as np
+import optax
+import pytest
+from commands import OPTIONS, SMALL, rows_of, small_in
+
+import fax
+from fax.command import _sweep as _command_sweep
+from fax.command import _values, main
+from fax.experiment import _build, _catalog, _config, _sweep, _toml
+from fax.tasks import _settings
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with a small configuration, in which the command runs."""
+    return small_in(tmp_path, monkeypatch)
+
+
+# Sweeps
+
+
+def test_a_sweep_finds_what_single_runs_find(small, capsys):
+    grid = ["client.rate=.02,.2", "cohorts.batch_size=8"]
+    assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "Part 1 of 1: cohorts.batch_size=8, 2 at once" in printed
+    rows = rows_of("runs/small-sweep/sweep.csv")
+    assert [(row["client.rate"], row["cohorts.batch_size"]) for row in rows] == [
+        ("0.02", "8"),
+        ("0.2", "8"),
+    ]
+    changes = {"client": {"rate": 0.2}, "cohorts": {"batch_size": 8}}
+    with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
+        single = _build.build(_config.configure("small.toml", changes))
+        with single.cohorts:
+            history = single.run().history
+    for name in ("loss", "accuracy", "test/loss", "test/accuracy"):
+        assert float(rows[1][name]) == pytest.approx(history[-1][name], rel=1e-4)
+    assert float(rows[0]["loss"]) > 1.1 * float(rows[1]["loss"])
+    assert "To train with it: fax run small.toml --set cohorts.batch_size=8 client.rate=0.2\n" in (
+        printed
+    )
+    (marked,) = [line for line in printed.splitlines() if line.startswith("*")]
+    assert marked.split()[:3] == ["*", "8", "0.2"]
+
+    # Run again, it finds that everything is done. Another grid in its folder is refused.
+    assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
+    assert capsys.readouterr().out == printed
+    assert rows_of("runs/small-sweep/sweep.csv") == rows
+    assert main(["sweep", "small.toml", "--grid", "client.rate=.02,.3", grid[1]]) == 2
+    assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
+    assert main(["resume", "runs/small-sweep/cohorts.batch_size=8"]) == 2
+    assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
+
+
+def test_the_parts_of_a_sweep():
+    values = {
+        "cohorts.clients": [4, 8],
+        "client.rate": [0.1, 1],
+        "algorithm": ["fedavg", "scaffold"],
+    }
+    plan = _command_sweep._plan(SMALL, values, "small.toml")
+    assert [fixed for fixed, _, _ in plan] == [
+        {"cohorts.clients": clients, "algorithm": algorithm}
+        for clients in (4, 8)
+        for algorithm in ("fedavg", "scaffold")
+    ]
+    for fixed, config, settings in plan:
+        assert config.cohorts.clients == fixed["cohorts.clients"]
+        assert config.algorithm == {"name": fixed["algorithm"]}
+        assert settings == [{"client.rate": 0.1}, {"client.rate": 1}]
+    # An optimizer is named in one place, and its rates in another.
+    values = {"client.optimizer": ["adam"], "client.rate": [0.1]}
+    (part,) = _command_sweep._plan(SMALL, values, "small.toml")
+    assert part[1].client == {"optimizer": "adam", "rate": 0.1}
+
+
+def test_what_can_be_traced():
+    config = _config.configure(SMALL, {"algorithm": {"name": "fedprox", "mu": 0.1}})
+    for key, values, expected in [
+        ("client.rate", [0.1, 1], True),
+        ("server.rate", [0.1], True),
+        ("algorithm.mu", [0.0, 1.0], True),
+        ("algorithm.vectorize", [1, 2], False),
+        ("algorithm.name", ["fedavg"], False),
+        ("client.momentum", [0.9], False),
+        ("client.optimizer", ["adam"], False),
+        ("cohorts.clients", [4, 8], False),
+        ("rounds", [1, 2], False),
+        ("client.rate", ["a", "b"], False),
+    ]:
+        assert _sweep.traceable(config, key, values) is expected, key
+    private = {"aggregator": {"name": "gaussian", **OPTIONS["gaussian"]}}
+    assert not _sweep.traceable(_config.configure(SMALL, private), "client.rate", [0.1])
+    config = _config.configure(SMALL, {"algorithm": "scaffold"})
+    assert not _sweep.traceable(config, "server.rate", [0.1])  # it has none to change
+
+
+# Configurations
+
+
+def configurations():
+    for name in _catalog.catalog("tasks"):
+        yield {"task": name}
+    for name in _catalog.catalog("models"):
+        yield {"task": "digits", "model": name}
+    for kind in ("algorithm", "aggregator"):
+        for name in _catalog.catalog(f"{kind}s"):
+            yield {"task": "digits", kind: {"name": name, **OPTIONS.get(name, {})}}
+    for name in _catalog.catalog("optimizers"):
+        yield {"task": "digits", "server": {"optimizer": name, "rate": 0.1}}
+
+
+def test_configurations_survive_a_file():
+    for tables in configurations():
+        config = _config.configure(tables)
+        written = _toml.dumps(config.to_dict())
+        assert _config.configure(tomllib.loads(written)) == config
+
+
+def test_every_task_algorithm_and_aggregator_can_be_configured():
+    task = _build.load(_config.configure(SMALL))
+    params = task.model.init(jax.random.key(0))
+    refused = {"fedbn": "matches nothing"}  # the models of tasks have no batch norm
+    for tables in configurations():
+        config = _config.configure(tables)
+        name = config.algorithm["name"]
+        if "algorithm" in tables and name in refused:
+            algorithm = _build.make_algorithm(config, task)
+            with pytest.raises(ValueError, match=refused[name]):
+                algorithm.init(params)
+        elif "algorithm" in tables or "aggregator" in tables or "server" in tables:
+            algorithm = _build.make_algorithm(config, task)
+            start = params
+            if name == "hyp_cluster":
+                start = jax.tree.map(lambda x: np.stack([x, x + 1]), params)
+            if tables.get("algorithm", {}).get("name") == "fedper":
+                continue  # its layers are those of the task's model
+            # Private aggregators draw a secret key, which cannot be traced.
+            traced = not any(
+                "key" in _catalog.parameters("aggregators", own["name"])
+                for own in config.aggregator
+            )
+            state = (
+                functools.partial(jax.eval_shape, algorithm.init) if traced else algorithm.init
+            )(start)
+            found = jax.eval_shape(algorithm.params, state)
+            assert jax.tree.structure(found) == jax.tree.structure(params)
+        else:
+            name = config.task["name"]
+            settings = _settings.tuned(name, _config._first_model(name))
+            assert config.cohorts.clients == settings.clients
+            assert config.client == settings.client
+
+
+def test_settings_go_where_they_belong():
+    config = _config.configure(
+        SMALL,
+        {
+            "algorithm": {"name": "fedprox", "mu": 0.5},
+            "client": {"rate": 0.5},
+            "server": {"optimizer": "adam", "rate": 0.25, "b1": 0.5},
+            "aggregator": [{"name": "clip_by_norm", "clip_norm": 0.125}, "median"],
+        },
+    )
+    task = _build.load(config)
+    params = task.model.init(jax.random.key(0))
+    aggregator = fax.aggregators.chain(
+        fax.aggregators.clip_by_norm(0.125), fax.aggregators.median()
+    )
+    expected = fax.algorithms.fedprox(
+        task.model.loss,
+        optax.sgd(0.5),
+        optax.adam(0.25, b1=0.5),
+        mu=0.5,
+        aggregator=aggregator,
+    )
+    found = _build.make_algorithm(config, task)
+    with _build.make_cohorts(config, task) as cohorts:
+        cohort = next(cohorts)
+    one, other = (
+        str(jax.make_jaxpr(own.round)(jax.eval_shape(own.init, params), cohort))
+        for own in (found, expected)
+    )
+    assert one == other
+    changed = _config.configure(config.to_dict(), {"server": {"b1": 0.75}})
+    third = _build.make_algorithm(changed, task)
+    assert str(jax.make_jaxpr(third.round)(jax.eval_shape(third.init, params), cohort)) != one
+
+
+def test_what_a_named_optimizer_replaces():
+    # Without a name the task's optimizer is changed, with a name it is replaced.
+    changed = _config.configure("digits", {"server": {"rate": 0.3}})
+    assert changed.server == {"optimizer": "sgd", "rate": 0.3, "momentum": 0.9}
+    replaced = _config.configure("digits", {"server": {"optimizer": "sgd", "rate": 1.0}})
+    assert replaced.server == {"optimizer": "sgd", "rate": 1.0}
+    # Algorithms with a step of their own at the server do not get what was tuned for FedAvg.
+    assert _config.configure("digits", {"algorithm": "scaffold"}).server is None
+    dyn = {"name": "feddyn", "alpha": 0.1}
+    assert _config.configure("digits", {"algorithm": dyn}).server is None
+    none = _config.configure("digits", {"server": "none"})
+    assert none.server == {"optimizer": "sgd", "rate": 1.0}
+
+
+WRONG = {
+    "a key": ({"clients": 3}, "there is no key clients. Did you mean 'client'?"),
+    "a key in a table": (
+        {"cohorts": {"client": 3}},
+        "there is no key cohorts.client. Did you mean 'cohorts.clients'?",
+    ),
+    "an option": (
+        {"client": {"momentun": 0.9}},
+        "there is no key client.momentun for sgd. Did you mean 'client.momentum'?",
+    ),
+    "a task": ({"task": "digit"}, "task 'digit' does not exist. Did you mean 'digits'?"),
+    "an algorithm": ({"algorithm": "fedporx"}, "Did you mean 'fedprox'?"),
+    "an aggregator": ({"aggregator": "medain"}, "Did you mean 'median'?"),
+    "a part": (
+        {"aggregator": {"name": "hadamard", "transformation": "topk"}},
+        "aggregator.transformation 'topk' does not exist. Did you mean 'top_k'?",
+    ),
+    "an optimizer": (
+        {"server": {"optimizer": "adm", "rate": 1.0}},
+        "server.optimizer 'adm' does not exist. Did you mean 'adam'?",
+    ),
+    "no rate": ({"server": {"optimizer": "adam"}}, "server.rate is missing, the learning rate of"),
+    "no option of an aggregator": (
+        {"aggregator": {"name": "error_feedback", "transformation": "top_k"}},
+        "aggregator.transformation.k is missing. top_k needs it, and has no default for it.",
+    ),
+    "no rate above 0": ({"client": {"rate": -0.1}}, "client.rate is -0.1, expected a number above"),
+    "no rounds": ({"rounds": 0}, "rounds is 0, expected an int of at least 1."),
+    "no clients": ({"cohorts": {"clients": 0}}, "cohorts.clients is 0, expected an int of"),
+    "a seed": ({"seed": -1}, "seed is -1, expected an int of at least 0."),
+    "a policy": ({"on_nan": "skip"}, "on_nan is 'skip', expected 'stop', 'restore' or 'ignore'."),
+    "no option": ({"algorithm": "fedprox"}, "algorithm.mu is missing. fedprox needs it"),
+    "a string": ({"rounds": "many"}, "rounds is 'many', expected an int."),
+    "a float": ({"cohorts": {"clients": 2.5}}, "cohorts.clients is 2.5, expected an int."),
+    "a bool": ({"seed": True}, "seed is True, expected an int."),
+    "no bool": ({"cohorts": {"drop_remainder": 1}}, "drop_remainder is 1, expected true or false."),
+    "no table": ({"client": 0.1}, "client is 0.1, expected a table, such as"),
+    "no name": ({"algorithm": {"mu": 0.1}}, "algorithm is {'mu': 0.1}, expected a name, or"),
+    "an axis": ({"mesh": {"clients": "all"}}, "mesh.clients is 'all', expected an int."),
+    "momentum": (
+        {"algorithm": "scaffold", "client": {"momentum": 0.9}},
+        "but scaffold takes a learning rate there",
+    ),
+    "a server": (
+        {"algorithm": "papa", "server": {"rate": 1.0}},
+        "papa has no optimizer at the server. Leave out server.",
+    ),
+    "a budget": (
+        {"aggregator": "median", "budget": {"epsilon": 1.0, "delta": 1e-5}},
+        "budget needs an aggregator that ends with gaussian or laplace",
+    ),
+    "no delta": (
+        {"aggregator": {"name": "gaussian", **OPTIONS["gaussian"]}, "budget": {"epsilon": 1.0}},
+        "budget.delta is None, expected a number above 0.",
+    ),
+    "no aggregator": ({"algorithm": "papa_2", "aggregator": "mean"}, "papa_2 takes no aggregator."),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configurations(name):
+    change, message = WRONG[name]
+    tables = _config.merged({"task": "digits"}, change)
+    with pytest.raises(ValueError, match=re.escape(message)) as found:
+        _config.configure(tables, where="my.toml")
+    assert str(found.value).startswith("my.toml: ")
+
+
+def test_values_on_the_command_line():
+    found = _values.tables(
+        ["client.rate=.5", "rounds=3", "a.b=true", "a.c=x=y", "m.sizes=[64, 10]", "n=1e3"]
+    )
+    assert found == {
+        "client": {"rate": 0.5},
+        "rounds": 3,
+        "a": {"b": True, "c": "x=y"},
+        "m": {"sizes": [64, 10]},
+        "n": 1000.0,
+    }
+    for both in (["algorithm=fedprox", "algorithm.mu=1"], ["algorithm.mu=1", "algorithm=fedprox"]):
+        assert _values.tables(both) == {"algorithm": {"name": "fedprox", "mu": 1}}
+    assert _values.grid(["a.b=.1,1", "c=x,y"]) == {"a.b": [0.1, 1], "c": ["x", "y"]}

@@ -1,0 +1,489 @@
+"""Learners that come and go: the server and the learners without processes, event by event."""
+
+import dataclasses
+import random
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import fax
+from fax import deploy
+from fax.deploy import Grace, Send
+from fax.deploy import _client as runtime
+
+H = 6
+
+
+class Room:
+    """A server and learners, to which every message is passed at once, as bytes."""
+
+    def __init__(self, server, learners):
+        self.server, self.learners = server, learners
+        self.merges, self.windows, self.sent = [], [], []
+        for name in learners:
+            self.join(name)
+
+    def join(self, name):
+        self.learners[name].prepare(passed(self.server.settings))
+        self.carry_out(self.server.joined(name))
+
+    def carry_out(self, actions):
+        for action in actions:
+            if isinstance(action, Send):
+                for name in action.to:
+                    self.learners[name].receive(passed(action.message))
+            elif isinstance(action, Grace):
+                self.windows.append(action.number)
+            else:
+                self.merges.append(action)
+
+    def advance(self, name):
+        if not self.learners[name].waiting:
+            for update in self.learners[name].advance():
+                self.sent.append((name, update))
+                self.carry_out(self.server.received(name, passed(update)))
+
+
+def passed(message):
+    return runtime.decode(runtime.encode(message))
+
+
+# Together they are as one program
+
+X = np.random.default_rng(0).normal(size=(2, 48, 4))
+Y = np.random.default_rng(1).normal(size=(2, 48, 2))
+
+
+def loss(params, batch, key):
+    hidden = jnp.tanh(batch["x"] @ params["in"])
+    if not jax.sharding.get_abstract_mesh().empty:
+        hidden = jax.lax.with_sharding_constraint(hidden, P("data", "model"))
+    return jnp.sum((hidden @ params["out"] + params["bias"] - batch["y"]) ** 2, axis=1)
+
+
+def start():
+    rng = np.random.default_rng(2)
+    return {"bias": np.zeros(2), "in": rng.normal(size=(4, 4)), "out": rng.normal(size=(4, 2))}
+
+
+SHARDING = {"bias": P(), "in": P(None, "model"), "out": P("model")}
+INNER = optax.adamw(optax.linear_schedule(0.05, 0.01, 20))
+
+
+def data(step, start=0):
+    return fax.data.cohorts(
+        fax.data.InMemory({str(i): {"x": X[i], "y": Y[i]} for i in range(2)}),
+        2,
+        batch_size=4,
+        sampler="stream",
+        max_steps=H,
+        placement="replicas",
+        start=step // H,
+        resident=False,
+    )
+
+
+def own_rows(number):
+    def rows(step):
+        for cohort in data(step):
+            yield jax.tree.map(lambda x: x[number : number + 1], cohort)
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("fragments", "tau", "alpha"),
+    [
+        (1, 0, 0.0),
+        ([["bias", "out"], ["in"]], 2, 0.25),
+        # Two are in flight at once.
+        pytest.param([["out"], ["bias"], ["in"]], 3, 0.5, marks=pytest.mark.long),
+    ],
+)
+def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha):
+    """On learners with 1 and 3 tokens in an example, of which each has a mesh of 1 x 2 devices."""
+    outer = optax.sgd(0.5, momentum=0.9, nesterov=True)
+    common = dict(replicas=2, steps=H, weighted=True)
+    if fragments == 1:
+        algorithm = fax.algorithms.diloco(loss, INNER, outer, **common)
+    else:
+        algorithm = fax.algorithms.streaming_diloco(
+            loss,
+            INNER,
+            outer,
+            fragments=fragments,
+            tau=tau,
+            alpha=alpha,
+            aggregator=fax.aggregators.mean(),
+            **common,
+        )
+    state, step, expected = algorithm.init(start()), jax.jit(algorithm.round), []
+    for _, cohort in zip(range(3), data(0)):
+        cohort = dataclasses.replace(cohort, num_examples=np.array([1, 3], np.int32))
+        state, metrics = step(state, cohort)
+        expected.append(jax.tree.map(np.asarray, algorithm.params(state)))
+
+    with jax.set_mesh(fax.sharding.make_mesh(devices=jax.devices()[:2], data=1, model=2)):
+        learners = {
+            i: deploy.Learner(
+                loss, INNER, own_rows(i), start(), sharding=SHARDING, tokens=1 + 2 * i
+            )
+            for i in range(2)
+        }
+        server = deploy.Elastic(
+            start(), outer, steps=H, fragments=fragments, tau=tau, alpha=alpha, quorum=2
+        )
+        room = Room(server, learners)
+        for params in expected:
+            for _ in range(H):
+                for i in learners:
+                    room.advance(i)
+            for name, x in params.items():
+                np.testing.assert_allclose(server.params[name], x, rtol=1e-9, atol=1e-12)
+        rows = learners[0]._rows
+    for tree in (rows.params, *rows.optimizer[0][1:]):
+        for name, x in tree.items():
+            spec = P(None, *SHARDING[name])
+            assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, spec), x.ndim)
+    assert not room.windows
+    assert all(not merge.late and len(merge.tokens) == 2 for merge in room.merges)
+    if fragments == 1:
+        assert [merge.tokens for merge in room.merges] == [{0: 4 * H, 1: 12 * H}] * 3
+        np.testing.assert_allclose(  # all examples count alike
+            room.merges[-1].loss, metrics["loss"], rtol=1e-9
+        )
+
+
+# What the server does, event by event
+
+
+def update(number, value, tokens=1, **others):
+    return {"number": number, "values": [np.full(2, value)], "tokens": tokens, **others}
+
+
+def sends(actions, do):
+    """Who gets a message of this kind, and the number in it."""
+    return [
+        (set(a.to), a.message.get("number"))
+        for a in actions
+        if isinstance(a, Send) and a.message["do"] == do
+    ]
+
+
+def merge_of(actions):
+    (merge,) = [a for a in actions if isinstance(a, deploy.Merge)]
+    return merge
+
+
+def test_quorum_grace_late_updates_and_learners_that_leave():
+    """One learner after another misses a merge; the means are those of a transcription."""
+    rate, momentum = 0.5, 0.9
+    outer = optax.sgd(rate, momentum, nesterov=True)
+    server = deploy.Elastic(np.zeros(2), outer, steps=10, quorum=2)
+    theta, velocity = 0.0, 0.0
+
+    def expect(*updates):
+        nonlocal theta, velocity
+        gradient = -sum(c * u for u, c in updates) / sum(c for _, c in updates)
+        velocity = momentum * velocity + gradient
+        theta -= rate * (gradient + momentum * velocity)
+        np.testing.assert_allclose(server.params, [theta, theta], rtol=1e-12)
+
+    (welcome,) = server.joined("ann")
+    assert welcome.message["next"] == welcome.message["step"] == 0
+    for name in "bob", "cleo", "dora":
+        server.joined(name)
+
+    # A quorum calls the others, and the merge waits for them.
+    assert server.received("ann", update(0, 1.0, 100)) == []
+    actions = server.received("bob", update(0, 2.0, 50, loss=(30.0, 10.0)))
+    assert sends(actions, "call") == [({"cleo", "dora"}, 0)]
+    assert Grace(0) in actions
+    assert server.received("cleo", update(0, 4.0, 10, loss=(10.0, 10.0))) == []
+    actions = server.received("dora", update(0, 8.0, 1, steps=7, seconds=0.5))
+    expect((1.0, 100), (2.0, 50), (4.0, 10), (8.0, 1))
+    assert sends(actions, "land") == [({"ann", "bob", "cleo", "dora"}, 0)]
+    merge = merge_of(actions)
+    assert merge == (0, 0, {"ann": 100, "bob": 50, "cleo": 10, "dora": 1}, set(), 7, 0.5, 2.0)
+    assert server.grace_over(0) == []  # it was not needed
+
+    # Two do not answer, and are not waited for.
+    for name in "ann", "bob":
+        server.received(name, update(1, 1.0))
+    actions = server.grace_over(1)
+    expect((1.0, 1), (1.0, 1))
+    assert sends(actions, "land") == [({"ann", "bob"}, 1)]
+    assert server.grace_over(1) == []
+
+    # Cleo is late: the update counts in the next merge, and she continues at once. Dora dies.
+    actions = server.received("cleo", update(1, 16.0, 3))
+    assert sends(actions, "land") == [({"cleo"}, 1)]
+    assert actions[0].message["next"] == 2
+    np.testing.assert_array_equal(actions[0].message["values"][0], server.params)
+    assert server.left("dora") == []
+    server.received("ann", update(2, 1.0))
+    actions = server.received("bob", update(2, 1.0))
+    assert sends(actions, "call") == [({"cleo"}, 2)]  # she sends another one
+    # Whoever joins now gets all, and the call.
+    actions = server.joined("dora again")
+    assert sends(actions, "welcome") == [({"dora again"}, None)]
+    assert sends(actions, "call") == [({"dora again"}, 2)]
+    assert actions[0].message["next"] == 2
+    assert actions[0].message["step"] == 20
+    np.testing.assert_array_equal(actions[0].message["values"][0][0], server.params)
+    server.received("cleo", update(2, 2.0, 4))
+    merge = merge_of(server.received("dora again", update(2, 0.0)))
+    assert merge.late == {"cleo"}
+    assert merge.tokens["cleo"] == 7
+    expect((1.0, 1), (1.0, 1), (16.0, 3), (2.0, 4), (0.0, 1))
+
+    # Messages that are sent twice change nothing.
+    server.received("ann", update(3, 1.0))
+    assert server.received("ann", update(3, 100.0)) == []
+    actions = server.received("bob", update(2, 100.0))
+    assert sends(actions, "land") == [({"bob"}, 2)]
+    server.left("cleo"), server.left("cleo"), server.left("dora again")
+    assert server.received("cleo", update(3, 100.0)) == []
+
+    # What a learner had sent counts, even if it is gone. Nobody is left to wait for.
+    server.left("ann")
+    actions = server.received("bob", update(3, 3.0))
+    assert sends(actions, "land") == [({"bob"}, 3)]
+    assert merge_of(actions).tokens == {"ann": 1, "bob": 1}
+    expect((1.0, 1), (3.0, 1))
+
+    # With fewer learners than the quorum, nothing is merged.
+    assert server.received("bob", update(4, 3.0)) == []
+    assert server.grace_over(4) == []
+    server.joined("eve")
+    merge_of(server.received("eve", update(4, 1.0)))
+    expect((3.0, 1), (1.0, 1))
+
+    # An update that missed two merges is discarded, and the learner starts again.
+    server.joined("fay")
+    for number in 5, 6, 7:
+        for name in "bob", "eve":
+            server.received(name, update(number, 1.0))
+        server.grace_over(number)
+        expect((1.0, 1), (1.0, 1))
+    actions = server.received("fay", update(5, 100.0))
+    assert sends(actions, "welcome") == [({"fay"}, None)]
+    assert server.discarded == 1
+    assert server.learners == {"bob", "eve", "fay"}
+
+
+class Anybody:
+    """What learners know of a server, and what its merges say."""
+
+    def __init__(self):
+        self.window, self.counted, self.merges = None, 0, []
+        self.next, self.answered = {}, {}  # of each learner
+
+    def take(self, actions):
+        for action in actions:
+            if isinstance(action, Grace):
+                self.window = action.number
+            elif isinstance(action, deploy.Merge):
+                self.counted += sum(action.tokens.values())
+                self.merges.append(action.fragment)
+            else:
+                for name in action.to:
+                    self.receive(name, action.message)
+
+    def receive(self, name, message):
+        number = message.get("next", message.get("number"))
+        if message["do"] == "welcome":
+            self.next[name], self.answered[name] = number, number - 1
+        else:
+            self.next[name] = max(self.next[name], number)
+            if message["do"] == "land":
+                self.answered[name] = max(self.answered[name], message["number"])
+
+
+@pytest.mark.parametrize("quorum", [1, 2, 3])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_every_update_counts_once_or_is_discarded(fragments, quorum):
+    """Events at random, and updates that are unit vectors: the parameters say what has counted."""
+    rng, size = random.Random(10 * fragments + quorum), 400
+    params = {f"f{p}": np.zeros(size) for p in range(fragments)}
+    server = deploy.Elastic(
+        params,
+        optax.sgd(1.0),
+        steps=6,
+        fragments=[[name] for name in params],
+        tau=2,
+        quorum=quorum,
+    )
+    others, accepted = Anybody(), 0
+    for event in range(size):
+        kind = rng.random()
+        name = rng.choice([*others.next, None])
+        if kind < 0.1 or name is None:
+            others.take(server.joined(event))
+        elif kind < 0.15:
+            del others.next[name]
+            others.take(server.left(name))
+        elif kind < 0.25 and others.window is not None:
+            others.take(server.grace_over(others.window))
+        elif others.next[name] - others.answered[name] <= fragments:  # it does not wait
+            number, before = others.next[name], server.discarded
+            others.next[name] += 1
+            message = {"number": number, "values": [np.eye(1, size, event)[0]], "tokens": 1}
+            others.take(server.received(name, message))
+            accepted += server.discarded == before
+            if rng.random() < 0.2:
+                others.take(server.received(name, message))
+    waiting = sum(len(own) for own in server._updates.values())
+    assert others.counted + waiting == accepted
+    assert server.discarded > 0 or quorum == 3
+    assert server.state.merges == len(others.merges) > 10
+    for p, x in enumerate(server.params.values()):  # each merge adds 1, in equal parts
+        assert np.all((x >= 0) & (x <= 1))
+        np.testing.assert_allclose(np.sum(x), others.merges.count(p), rtol=1e-9)
+    assert sum(np.sum(x > 0) for x in server.params.values()) == others.counted
+
+
+def test_a_server_continues_from_its_state():
+    def train(server, numbers):
+        server.joined("ann")
+        for number in numbers:
+            server.received("ann", update(number, 1.0 + number))
+        return server
+
+    def new():
+        return deploy.Elastic(np.zeros(2), steps=2)
+
+    whole, first, second = train(new(), range(4)), train(new(), range(2)), new()
+    second.state = jax.tree.map(np.asarray, first.state)
+    np.testing.assert_array_equal(train(second, range(2, 4)).params, whole.params)
+    assert second.state.merges == 4
+    with pytest.raises(ValueError, match="state is not that of a server with the same parameters"):
+        second.state = first.state
+    with pytest.raises(ValueError, match="state is not that of a server with the same parameters"):
+        new().state = deploy.Elastic(np.zeros(3), steps=2).state
+
+
+# Learners at their own pace
+
+
+def test_learners_at_their_own_pace_against_numpy():
+    """SGD on quadratics. Bob takes a step for two of ann's, and is started again in the midst.
+
+    The outer parameters, bob's learning rate and his data continue where all learners are.
+    """
+    targets = {"ann": np.array([1.0, -2.0]), "bob": np.array([3.0, 5.0])}
+    asked = []
+
+    def schedule(count):
+        return 0.2 - 0.015 * jnp.minimum(count, 12).astype(float)
+
+    def quadratic(params, batch, key):
+        return jnp.sum((params["w"] - batch["x"]) ** 2, axis=1) / 2
+
+    def of(name, batch_size):
+        rows = {name: {"x": np.tile(targets[name], (24, 1))}}
+
+        def data(step):
+            asked.append((name, step))
+            rounds = fax.data.cohorts(
+                fax.data.InMemory(rows), 1, batch_size, seed=0, sampler="stream", max_steps=1
+            )
+            return (next(rounds) for _ in range(5))  # then it is made again
+
+        return data
+
+    learners = {
+        name: deploy.Learner(
+            quadratic, optax.sgd(schedule), of(name, size), {"w": np.zeros(2)}, tokens=2
+        )
+        for name, size in [("ann", 4), ("bob", 12)]
+    }
+    server = deploy.Elastic({"w": np.zeros(2)}, optax.sgd(1.0), steps=4)
+    room = Room(server, learners)
+    theta, own = np.zeros(2), {name: np.zeros(2) for name in learners}
+    taken = dict.fromkeys(learners, 0)
+    tokens = {"ann": 0, "bob": 0}
+
+    def step(name):
+        rate = 0.2 - 0.015 * min(taken[name], 12)
+        taken[name] += 1
+        own[name] = own[name] - rate * (own[name] - targets[name])
+        tokens[name] += {"ann": 8, "bob": 24}[name]
+        room.advance(name)
+
+    for number in range(3):
+        for turn in range(4):
+            step("ann")
+            if turn % 2:
+                step("bob")
+        # Ann has sent hers after four steps, and called bob, who sends his after his second.
+        assert room.windows == [*range(number + 1)]
+        assert room.merges[-1].tokens == tokens == {"ann": 32, "bob": 48}
+        assert room.merges[-1].steps == 4 + 2
+        theta = sum(c * own[name] for name, c in tokens.items()) / 80
+        own, tokens = dict.fromkeys(own, theta), dict.fromkeys(tokens, 0)
+        np.testing.assert_allclose(server.params["w"], theta, rtol=1e-12)
+        if number == 1:
+            room.carry_out(server.left("bob"))
+            room.carry_out(server.joined("bob"))
+            taken["bob"] = 8
+
+    # Bob misses a merge. His update counts in the next one, with what he does until then.
+    for _ in range(4):
+        step("ann")
+    room.carry_out(server.grace_over(3))
+    assert room.merges[-1].tokens == {"ann": 32}
+    before, theta = theta, own["ann"]
+    np.testing.assert_allclose(server.params["w"], theta, rtol=1e-12)
+    step("bob")
+    late, own["bob"] = own["bob"] - before, theta
+    for _ in range(4):
+        step("ann")
+    step("bob")
+    assert room.merges[-1].tokens == {"ann": 32, "bob": 24 + 24}
+    assert room.merges[-1].late == {"bob"}
+    change = 32 * (own["ann"] - theta) + 24 * (own["bob"] - theta) + 24 * late
+    np.testing.assert_allclose(server.params["w"], theta + change / 80, rtol=1e-12)
+
+    assert ("ann", 5) in asked  # after the five cohorts of the first iterator
+    assert ("bob", 8) in asked
+
+
+def test_mistakes_are_explained():
+    ann = deploy.Learner(lambda p, b, k: b["x"], optax.sgd(1.0), iter, {"w": np.zeros(2)})
+    for params, message in [
+        ({"w": np.zeros(3)}, "float64[2] for 'w' in a fragment where the server has float64[3]"),
+        ({"v": np.zeros(2)}, "only the server has params with a leaf 'v'"),
+    ]:
+        settings = passed(deploy.Elastic(params, steps=2).settings)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ann.prepare(settings)
+    server = deploy.Elastic({"w": np.zeros(2)}, steps=2)
+    server.joined("ann")
+    for wrong, message in [
+        (dict(number=5), "Learner 'ann' sent an update for merge 5, but 0 is the next one"),
+        (dict(number=-1), "an update for merge -1"),
+        (dict(values=[]), "sent an update of no leaves, expected w: float64[2]"),
+        (dict(values=[np.zeros(3)]), "sent an update of w: float64[3], expected w: float64[2]"),
+        (dict(values=[np.zeros(2)] * 2), "sent an update of 2 leaves, expected w: float64[2]"),
+        (dict(tokens=-1), "tokens is -1, expected an int of at least 0"),
+    ]:
+        with pytest.raises(deploy.ClientError, match=re.escape(message)):
+            server.received("ann", {**update(0, 1.0), **wrong})
+    for wrong, message in [
+        (dict(steps=0), "fax.deploy.Elastic: steps is 0, expected an int of at least 1"),
+        (dict(tau=2), "tau is 2, expected an int from 0 to steps - 1"),
+        (dict(alpha=1.5), "alpha is 1.5, expected a number from 0 to 1"),
+        (dict(quorum=0), "quorum is 0, expected an int of at least 1"),
+        (dict(fragments=2), "fragments"),
+        (dict(params={"w": np.zeros(2, int)}), "params['w'] is int64[2]"),
+        (dict(params={"w": np.zeros(2, complex)}), "an array of real floats"),
+    ]:
+        options = {"params": {"w": np.zeros(2)}, "steps": 2} | wrong
+        with pytest.raises(ValueError, match=re.escape(message)):
+            deploy.Elastic(**options)
