@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "gallery.md"
 FIGURES = ROOT / "docs" / "gallery"
 SOURCE = "https://github.com/fax-jax/fax/blob/main/examples"
 WIDTH, COLORS = 640, 48  # of a figure
-# The options of short runs. Without any, the run is the full one. None: too long, or not run here.
+# The options of short runs. Without any, the run is the full one. None: it is not run here.
 SHORT = {
     "thermometers": "",
     "federated_averaging": "",
@@ -35,9 +35,9 @@ SHORT = {
     "maml_digits": "--rounds=60",
     "papa_digits": "--rounds=20",
     "sharded_transformer": "--rounds=10",
-    "diloco_pystdlib": "--rounds=4 --inner-steps=10",
+    "diloco_pystdlib": None,  # minutes, most of which is compiling
     "federated_analytics": None,  # needs Apache Beam, in an environment of its own
-    "elastic_diloco": None,  # minutes, most of which is waiting
+    "elastic_diloco": None,  # minutes
     "flower_digits": None,  # needs Flower, in an environment of its own
     "hand_over": "--rounds=10",
     "multiprocess": "",
@@ -47,8 +47,8 @@ INTRODUCTION = """# Gallery
 A figure of each example in the folder
 [`examples`](https://github.com/fax-jax/fax/tree/main/examples), with the command that draws it and
 the processor time that the command took, start included. Runs with options are shorter than the
-examples themselves, so their curves end early. Examples without a time need minutes, or packages that
-are not in `fax-jax[examples]`.
+examples themselves, so their curves end early. Examples without a time take minutes, or need
+packages that are not in `fax-jax[examples]`.
 
 `python tools/gallery.py` makes this page.
 """
