@@ -11,7 +11,8 @@
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
 #   make check        lint, format and types
-#   make docs         build the documentation
+#   make docs         build the documentation, and check its links and pages
+#   make browse       look at the documentation in a browser without a window
 #   make pages        generate the drawing of the house and the list of public names
 #   make figures      run the pages that draw figures, and keep these
 #   make package      build the sdist and the wheel, and test the wheel in a new environment
@@ -41,7 +42,7 @@ TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
 # The tests start many processes, which need not all compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam test-flower checks coverage mutants check docs pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
+.PHONY: quickstart environment test test-core test-docs test-all test-other-jax test-beam test-flower checks coverage mutants check docs browse pages figures package bench bench-core bench-scaling bench-tasks bench-algorithms bench-tpu bench-data-center bench-beam bench-gpu clean
 
 quickstart: $(VENV)/experiment.$(WITH)
 	$(BIN)/fax run digits
@@ -95,6 +96,12 @@ check: $(VENV)/check.$(WITH)
 
 docs: $(VENV)/docs.$(WITH)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python tools/check_site.py docs/_build/html
+
+# This downloads a Chromium, unless CHROMIUM names one: make browse CHROMIUM=/usr/bin/chromium
+browse: docs $(VENV)/browse.$(WITH)
+	$(if $(CHROMIUM),,$(BIN)/playwright install chromium)
+	$(if $(CHROMIUM),CHROMIUM=$(CHROMIUM)) $(BIN)/python tools/browse_site.py docs/_build/html
 
 # Mostly, each of these uses one core. Their output comes one after another, if make can do that.
 checks: $(VENV)/check.$(WITH) $(VENV)/docs.$(WITH) $(VENV)/test.$(WITH)

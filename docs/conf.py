@@ -1,9 +1,16 @@
 """Sphinx configuration: `make docs` builds, and fails on every warning."""
 
+import pathlib
+import sys
+
 import fax
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tools"))
+from public_reference import INVENTORIES
 
 project = "fax"
 author = "the fax authors"
+copyright = "the fax authors, Apache License 2.0"
 version = release = fax.__version__
 
 extensions = [
@@ -11,6 +18,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
+    "public_reference",
     "sphinx_copybutton",
     "sphinx_design",
 ]
@@ -26,6 +34,9 @@ nitpicky = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing"]
+autosummary_generate = False  # entries are on the pages of modules
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-intersphinx_mapping: dict = {}
+python_maximum_signature_line_length = 88
+intersphinx_mapping = {name: (url, None) for name, url in INVENTORIES.items()}
+intersphinx_timeout = 5

@@ -24,7 +24,7 @@ MODULES = [fax.__name__, *(m.name for m in pkgutil.walk_packages(fax.__path__, "
 DOCS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))
 PAGES = ["README.md", *(page for page in DOCS if not page.startswith("docs/_build"))]
 # Pages that one learns from. All of their code runs, and draws their figures.
-GUIDES = [p for p in PAGES if p.startswith(("docs/start/", "docs/how_to/", "docs/understand/"))]
+GUIDES = [p for p in PAGES if re.match("docs/(start|how_to|tutorials|understand)/", p)]
 HOMES = [
     fax,
     fax.drjax,

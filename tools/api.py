@@ -2,7 +2,8 @@
 
     python tools/api.py
 
-writes docs/api.md and needs only Python.
+writes docs/api.md and needs only Python. The pages in docs/reference/, one for each module, are
+written by hand; `undocumented` finds the names that they lack.
 
 The public names are those that the `__init__.py` of fax and of its packages export by
 `from ... import x as x`, and those that a module without a leading underscore defines. The first
@@ -96,6 +97,23 @@ def page(root: pathlib.Path) -> str:
             rows = [f"| `{module}.{n}` | {purpose(root, module, n)} |" for n in names]
             parts += [f"## {module}\n", "| name | what it is for |", "|---|---|", *rows, ""]
     return "\n".join(parts)
+
+
+def reference_page(module: str) -> str:
+    """The file with the entries of a module: data_partition.md for fax.data.partition."""
+    return f"{module.removeprefix('fax.').replace('.', '_')}.md"
+
+
+def undocumented(root: pathlib.Path, pages: pathlib.Path) -> dict[str, str]:
+    """The public names that have no entry, and the page in docs/reference/ that should have it."""
+    missing = {}
+    for module in public_modules(root):
+        page = pages / reference_page(module)
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        entries = set(re.findall(r"^\.\. auto(?:function|class|exception):: (\S+)$", text, re.M))
+        names = [f"{module}.{name}" for name in exported(root, module)]
+        missing |= {name: page.name for name in names if name not in entries}
+    return missing
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class Elastic:
         optimizers = tuple(jax.tree.map(strong, outer_optimizer.init(part)) for part in parts)
         self._state = ElasticState(params, optimizers, 0)
         self._step = jax.jit(_outer_step(outer_optimizer))
-        self.discarded = 0
+        self.discarded: int = 0
         self._present: set[Hashable] = set()
         self._away: set[Hashable] = set()  # did not answer a call
         self._last: dict[Hashable, int] = {}  # the merge of the last update of each learner
