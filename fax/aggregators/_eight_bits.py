@@ -74,7 +74,7 @@ def int8() -> Transformation:
     def encode(x: jax.Array, random: jax.Array) -> tuple[jax.Array, float]:
         size = jnp.abs(x)
         largest = jnp.max(size)
-        step = shortened(largest / _MOST, _LOST_BITS)
+        step = shortened((largest / _MOST).astype(jnp.float32), _LOST_BITS).astype(x.dtype)
         position = x / jnp.where(step > 0, step, 1)
         below = jnp.floor(position)
         level = below + (random < position - below)
@@ -170,7 +170,8 @@ def _step_of(largest: jax.Array) -> tuple[Unit, jax.Array]:
     """A unit, and the step of numbers of which the largest is 127 steps, in this unit."""
     unit = unit_of(largest)
     # Half of the last bit makes it the nearest, should a division not be exact.
-    return unit, shortened(largest * unit.inverse / _MOST, _LOST_BITS, 2 ** (_LOST_BITS - 1))
+    step = (largest * unit.inverse / _MOST).astype(jnp.float32)
+    return unit, shortened(step, _LOST_BITS, 2 ** (_LOST_BITS - 1)).astype(largest.dtype)
 
 
 def _encode_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:

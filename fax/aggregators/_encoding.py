@@ -113,13 +113,14 @@ def straight_through(x: jax.Array, decoded: jax.Array) -> jax.Array:
 
 
 def shortened(x: jax.Array, lost: int, extra: int = 0) -> jax.Array:
-    """A number of which the last bits of float32's 24 are zero, after ``extra`` is added to them.
+    """A float32 or float64 whose last significant bits are zero, after ``extra`` is added to them.
 
     Its products with integers of as many bits as it lost are exact, so that compilers can fuse them
     with sums or not.
     """
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(extra)
-    return lax.bitcast_convert_type((bits >> lost) << lost, jnp.float32).astype(x.dtype)
+    unsigned = jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32
+    bits = lax.bitcast_convert_type(x, unsigned) + jnp.asarray(extra, unsigned)
+    return lax.bitcast_convert_type((bits >> lost) << lost, x.dtype)
 
 
 def cast_saturating(x: jax.Array, dtype: Any) -> jax.Array:
