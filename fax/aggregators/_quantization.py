@@ -33,8 +33,8 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
     For each leaf, a client sends d ceil(log2 k) bits, and a and b, in float32 for shorter floats.
     With up to 256 levels, replicas in a data center send each other these, with 2, 4 or 8 bits for
     a number, if updates are float32 or float64; see `fax.algorithms.diloco`. Then the distance of
-    levels is rounded up to 24 - ceil(log2 k) significant bits (in float64 53 instead of 24), and the
-    last level, b, is a little closer to the one before it. The result is unbiased nevertheless.
+    levels is rounded up to 24 - ceil(log2 k) significant bits (in float64, 53 instead of 24), and
+    the last level, b, is a little closer to the one before it. The result is unbiased nevertheless.
 
     Args:
       levels: k, an int from 2 to 65536.
