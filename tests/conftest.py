@@ -77,7 +77,7 @@ ABOVE_THE_CORE = (
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
 # With --core, one in so many of a file's tests above the core runs, and of a test's cases below.
-ABOVE_ONE_IN, BELOW_ONE_IN = 20, 5
+ABOVE_ONE_IN, BELOW_ONE_IN = 30, 8
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
