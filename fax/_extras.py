@@ -12,9 +12,14 @@ def require(caller: str, module: str, name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name not in (module, module.partition(".")[0]):
             raise
-        package = module.replace("_", "-").replace(".", "-")
-        raise ModuleNotFoundError(
-            f"{caller} needs the package {package}, which is not installed. "
-            f"Install it with pip install 'fax-jax[{name}]'.",
-            name=module,
-        ) from error
+        raise missing(caller, module, name) from error
+
+
+def missing(caller: str, module: str, name: str) -> ModuleNotFoundError:
+    """The error for an optional package that is missing, which names fax's extra to install."""
+    package = module.replace("_", "-").replace(".", "-")
+    return ModuleNotFoundError(
+        f"{caller} needs the package {package}, which is not installed. "
+        f"Install it with pip install 'fax-jax[{name}]'.",
+        name=module,
+    )

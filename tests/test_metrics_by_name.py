@@ -1,6 +1,8 @@
 """Metrics of classes, yes-or-no labels and regression, and fairness, against scikit-learn."""
 
 import itertools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import sklearn.metrics as reference
 
 import fax
 from fax.metrics import AUC, F1, R2, AveragePrecision, Precision, Recall
+from fax.metrics._names import NAMED
 
 CLASSES, LABELS, EXAMPLES = 4, 3, 211
 RNG = np.random.default_rng(3)
@@ -166,6 +169,12 @@ def test_perplexity():
     chosen = np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]
     found = fax.metrics.evaluate(scores, jnp.zeros(1), fax.data.InMemory(own), "perplexity")
     np.testing.assert_allclose(found["perplexity"], np.exp(-chosen[tokens != 0].mean()), rtol=1e-5)
+
+
+def test_the_documentation_lists_all_names():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "metrics.md").read_text("utf-8")
+    listed = page[page.index("The names are") :].partition(".")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(NAMED)
 
 
 def test_names():

@@ -162,8 +162,10 @@ def describe(data: FederatedData, *, label: str | None = "y") -> Description:
             known |= histogram.keys()
     labels = counts = None
     if known and len(known) <= _MOST_LABELS:
-        labels = np.array(sorted(known))
-        counts = np.array([[own.get(value, 0) for value in labels.tolist()] for own in histograms])
+        ordered = sorted(known)
+        # As an array of bytes, they would lose zeros at their end.
+        labels = np.array(ordered, object if isinstance(ordered[0], str | bytes) else None)
+        counts = np.array([[own.get(value, 0) for value in ordered] for own in histograms])
     return Description(ids, np.array(sizes), features, size_in_bytes, labels, counts)
 
 

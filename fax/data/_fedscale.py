@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from fax import _arguments
 from fax._nearest import did_you_mean
 from fax.data._columns import column_array, owners
-from fax.data._items import Rows
-from fax.data._protocol import DataError, FederatedData
+from fax.data._lazy import Lazy
+from fax.data._protocol import ClientId, DataError, FederatedData
 
 
 def from_fedscale(
@@ -77,27 +77,35 @@ def from_fedscale(
                 f"{where}: row {number} of {given} has {len(row)} values for {len(names)} columns."
             )
     ids, parts = owners(where, client, [row[names.index(client)] for row in rows])
-    reader = _Read(where, read, names, rows)
-    return Rows("FedScale", {key: (reader, part) for key, part in zip(ids, parts, strict=True)})
+    own = {key: [rows[i] for i in part] for key, part in zip(ids, parts, strict=True)}
+    return FedScale(where, read, names, own)
 
 
-class _Read:
-    """Reads the examples in some rows of the CSV file."""
+class FedScale(Lazy):
+    """What `from_fedscale` returns: some rows of the CSV file for each client."""
 
     def __init__(
-        self, where: str, read: Callable[..., Any], names: list[str], rows: list[list[str]]
+        self,
+        where: str,
+        read: Callable[..., Any],
+        names: list[str],
+        rows: Mapping[Any, list[list[str]]],
     ) -> None:
-        self._where, self._read, self._names, self._rows = where, read, names, rows
+        super().__init__(rows)
+        self._where, self._example_of, self._names, self._rows = where, read, names, rows
 
-    def __call__(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    def _length(self, client_id: ClientId) -> int:
+        return len(self._rows[client_id])
+
+    def _read(self, client_id: ClientId) -> dict[str, np.ndarray]:
         columns: dict[str, list[Any]] = {}
-        for number in numbers:
-            example = self._read(dict(zip(self._names, self._rows[number], strict=True)))
+        for row in self._rows[client_id]:
+            example = self._example_of(dict(zip(self._names, row, strict=True)))
             if not isinstance(example, Mapping) or (columns and example.keys() != columns.keys()):
                 found = sorted(example) if isinstance(example, Mapping) else type(example).__name__
                 wanted = sorted(columns) or "a mapping from names to values"
                 raise DataError(
-                    f"{self._where}: read returned {found} for row {number}, expected {wanted}."
+                    f"{self._where}: read returned {found} for {row}, expected {wanted}."
                 )
             for name, value in example.items():
                 columns.setdefault(name, []).append(value)

@@ -13,7 +13,7 @@ import numpy as np
 from fax import _arguments
 from fax._extras import require
 from fax._nearest import did_you_mean
-from fax.data._check_examples import Schema, checked_examples, unknown_client
+from fax.data._lazy import Lazy
 from fax.data._protocol import ClientId, DataError, FederatedData
 
 
@@ -59,55 +59,37 @@ def from_hdf5(
     return HDF5(given, None if features is None else tuple(features))
 
 
-class HDF5:
+class HDF5(Lazy):
     """What `from_hdf5` returns."""
 
     def __init__(self, path: Path, features: tuple[str, ...] | None) -> None:
-        self._path, self._features, self._schema = path, features, Schema()
+        self._path, self._features = path, features
         self._reset()
-        self._ids = tuple(self._examples())
-        if not self._ids:
-            raise DataError(f"{path}: examples has no clients.")
-        self._known = frozenset(self._ids)
+        super().__init__(self._examples())
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._opened: tuple[int, Any] | None = None
 
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
+    def _length(self, client_id: ClientId) -> int:
+        group = self._examples()[client_id]
+        return len(group[self._names(group)[0]])
 
-    def num_examples(self, client_id: ClientId) -> int:
-        group = self._group(client_id)
-        return len(group[self._names(client_id, group)[0]])
-
-    def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
-        group = self._group(client_id)
+    def _read(self, client_id: ClientId) -> dict[str, np.ndarray]:
         try:
-            arrays = {name: group[name][()] for name in self._names(client_id, group)}
-        except OSError as error:
+            group = self._examples()[client_id]
+            return {name: group[name][()] for name in self._names(group)}
+        except (OSError, TypeError) as error:  # damaged, or groups where data sets should be
             raise DataError(
-                f"{self._path}: client {client_id!r} cannot be read: {error}. The file is damaged."
+                f"{self._path} cannot be read: {error}. It is damaged, or has no data sets "
+                "examples/<client>/<feature>."
             ) from error
-        examples = checked_examples(client_id, arrays)
-        self._schema.check(client_id, examples)
-        return examples
 
-    def _names(self, client_id: ClientId, group: Any) -> tuple[str, ...]:
+    def _names(self, group: Any) -> tuple[str, ...]:
         for name in self._features or ():
             if name not in group:
-                raise DataError(
-                    f"client {client_id!r} has no feature {name!r}. {did_you_mean(name, group)}"
-                )
-        names = self._features or tuple(group)
-        if not names:
-            raise DataError(f"client {client_id!r} has no features.")
-        return names
-
-    def _group(self, client_id: ClientId) -> Any:
-        if not isinstance(client_id, str) or client_id not in self._known:
-            raise unknown_client(client_id, self)
-        return self._examples()[client_id]
+                raise DataError(f"there is no feature {name!r}. {did_you_mean(name, group)}")
+        return self._features or tuple(group)
 
     def _examples(self) -> Any:
         """The group of clients. A file must not be used in a process forked from its own."""
@@ -129,12 +111,6 @@ class HDF5:
                 "examples/<client>/<feature>."
             )
         return file["examples"]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __repr__(self) -> str:
-        return f"HDF5({str(self._path)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_opened")}

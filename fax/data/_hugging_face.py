@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fax.data._columns import check_nothing_missing, chosen, column_array, owners
-from fax.data._items import Rows
-from fax.data._protocol import DataError, FederatedData
+from fax.data._lazy import Lazy
+from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._tables import from_records
 
 
@@ -62,23 +62,28 @@ def from_huggingface(
     names = chosen(where, dataset.column_names, client, features)
     ids = dataset.select_columns([client]).with_format("arrow")[:].column(0).to_pylist()
     found, parts = owners(where, client, ids)
-    read = _Read(where, dataset, tuple(names))
-    return Rows("HuggingFace", {key: (read, rows) for key, rows in zip(found, parts, strict=True)})
+    return HuggingFace(where, dataset, names, dict(zip(found, parts, strict=True)))
 
 
-class _Read:
-    """Reads rows of a dataset as columns of arrays."""
+class HuggingFace(Lazy):
+    """What `from_huggingface` returns: some rows of a dataset for each client."""
 
-    def __init__(self, where: str, dataset: Any, names: tuple[str, ...]) -> None:
-        self._where, self._dataset, self._names = where, dataset, names
+    def __init__(
+        self, where: str, dataset: Any, names: list[str], rows: Mapping[Any, np.ndarray]
+    ) -> None:
+        super().__init__(rows)
+        self._where, self._dataset, self._names, self._rows = where, dataset, names, rows
 
-    def __call__(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        rows = np.asarray(rows).tolist()
+    def _length(self, client_id: ClientId) -> int:
+        return len(self._rows[client_id])
+
+    def _read(self, client_id: ClientId) -> dict[str, np.ndarray]:
+        rows = self._rows[client_id].tolist()
         how = "for example with dataset.map and fax.data.pad"
         if self._dataset.format["type"] == "custom":  # a transform may make other columns
             columns = dict(self._dataset[rows])
             return {name: column_array(self._where, name, columns[name], how) for name in columns}
-        chosen_columns = self._dataset.select_columns(list(self._names))
+        chosen_columns = self._dataset.select_columns(self._names)
         # The format "numpy" decodes images and audio, but changes the dtypes of numbers.
         table = chosen_columns.with_format("arrow")[rows]
         for name in self._names:

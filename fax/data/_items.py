@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fax import _arguments
-from fax.data._check_examples import Schema, checked_examples, contains, unknown_client
 from fax.data._columns import column_array, owners
+from fax.data._lazy import Lazy
 from fax.data._memory import InMemory
 from fax.data._protocol import ClientId, DataError, FederatedData
 
@@ -99,10 +99,11 @@ def _from_items(where: str, items: Any, client: Any, features: Any) -> Federated
                 "whose the examples are. Leave client out."
             )
         parts = {key: _checked_dataset(where, f"client {key!r}", own) for key, own in items.items()}
-        if all(map(_has_items, parts.values())) and parts:
-            reads = {key: _Read(where, own, features, None) for key, own in parts.items()}
-            return Rows("Items", {key: (reads[key], range(len(own))) for key, own in parts.items()})
-        return InMemory({key: _stacked(where, own, features, None) for key, own in parts.items()})
+        if all(map(_has_items, parts.values())):
+            datasets = {key: (own, range(len(own))) for key, own in parts.items()}
+            return Items(where, features, None, datasets)
+        items_of = {key: _items(own) if _has_items(own) else own for key, own in parts.items()}
+        return InMemory({key: _stacked(where, own, features) for key, own in items_of.items()})
     dataset = _checked_dataset(where, "dataset", items)
     if client is None:
         raise DataError(
@@ -122,74 +123,34 @@ def _from_items(where: str, items: Any, client: Any, features: Any) -> Federated
                 "for each example."
             )
     ids, rows_of = owners(where, "client", values)
-    read = _Read(where, dataset, features, drop)
-    return Rows("Items", {key: (read, rows) for key, rows in zip(ids, rows_of, strict=True)})
+    rows = zip(ids, rows_of, strict=True)
+    return Items(where, features, drop, {key: (dataset, own) for key, own in rows})
 
 
-class Rows:
-    """Federated data whose examples are read by their numbers, whenever a client is asked for.
-
-    Args:
-      name: what `repr` says.
-      clients: maps ids to a function that reads examples, and the numbers of the client's examples.
-    """
+class Items(Lazy):
+    """What `from_torch` and `from_grain` return: some items of a dataset for each client."""
 
     def __init__(
         self,
-        name: str,
-        clients: Mapping[ClientId, tuple[Callable[[Any], Any], Sequence[int] | np.ndarray]],
+        where: str,
+        features: tuple[str, ...],
+        drop: str | None,
+        clients: Mapping[Any, tuple[Any, Sequence[int] | np.ndarray]],
     ) -> None:
-        self._name, self._clients, self._ids = name, dict(clients), tuple(clients)
-        self._schema = Schema()
-        if not self._ids:
-            raise DataError(f"{name} has no clients.")
+        super().__init__(clients)
+        self._where, self._features, self._drop, self._clients = where, features, drop, clients
 
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
+    def _length(self, client_id: ClientId) -> int:
+        return len(self._clients[client_id][1])
 
-    def num_examples(self, client_id: ClientId) -> int:
-        return len(self._own(client_id)[1])
-
-    def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
-        read, rows = self._own(client_id)
-        try:
-            examples = read(rows)
-        except DataError as error:
-            raise DataError(f"client {client_id!r}: {error}") from error
-        except Exception as error:
-            error.add_note(f"This came from reading the examples of client {client_id!r}.")
-            raise
-        checked = checked_examples(client_id, examples)
-        self._schema.check(client_id, checked)
-        return checked
-
-    def _own(self, client_id: ClientId) -> tuple[Callable[[Any], Any], Sequence[int] | np.ndarray]:
-        if not contains(self._clients, client_id):
-            raise unknown_client(client_id, self)
-        return self._clients[client_id]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __repr__(self) -> str:
-        return f"{self._name}(clients={len(self)})"
-
-
-class _Read:
-    """Reads items of a dataset, and stacks their elements."""
-
-    def __init__(
-        self, where: str, dataset: Any, features: tuple[str, ...], drop: str | None
-    ) -> None:
-        self._where, self._dataset, self._features, self._drop = where, dataset, features, drop
-
-    def __call__(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        items = (self._dataset[int(row)] for row in rows)
+    def _read(self, client_id: ClientId) -> dict[str, np.ndarray]:
+        dataset, rows = self._clients[client_id]
+        items = (dataset[int(row)] for row in rows)
         return _stacked(self._where, items, self._features, self._drop)
 
 
 def _stacked(
-    where: str, items: Iterable[Any], features: tuple[str, ...], drop: str | None
+    where: str, items: Iterable[Any], features: tuple[str, ...], drop: str | None = None
 ) -> dict[str, np.ndarray]:
     """The elements of items as arrays with a row for each item."""
     columns: dict[str, list[Any]] = {}

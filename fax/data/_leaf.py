@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fax import _arguments
-from fax.data._check_examples import Schema, checked_examples, contains, first_ids, unknown_client
+from fax.data._check_examples import first_ids
 from fax.data._columns import column_array
+from fax.data._lazy import Lazy
 from fax.data._protocol import ClientId, DataError, FederatedData
 
 # A whole string, or a bracket outside of strings.
@@ -76,11 +75,11 @@ def from_leaf(
     return LEAF(files, convert)
 
 
-class LEAF:
+class LEAF(Lazy):
     """What `from_leaf` returns."""
 
     def __init__(self, files: list[Path], convert: Callable[..., Any] | None) -> None:
-        self._convert, self._schema = convert, Schema()
+        self._convert = convert
         # For each client: its file, where its examples begin and end, and how many there are.
         self._clients: dict[ClientId, tuple[Path, int, int, int]] = {}
         for file in files:
@@ -91,19 +90,13 @@ class LEAF:
                     f"{file} has {len(twice)} clients that {other} has as well, {first_ids(twice)}."
                 )
             self._clients |= {name: (file, *span) for name, span in found.items()}
-        if not self._clients:
-            raise DataError(f"{files[0]}: user_data has no clients.")
-        self._ids = tuple(self._clients)
+        super().__init__(self._clients)
 
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
+    def _length(self, client_id: ClientId) -> int:
+        return self._clients[client_id][3]
 
-    def num_examples(self, client_id: ClientId) -> int:
-        return self._own(client_id)[3]
-
-    def client(self, client_id: ClientId) -> dict[str, np.ndarray]:
-        path, start, end, count = self._own(client_id)
-        where = f"{path}: client {client_id!r}"
+    def _read(self, client_id: ClientId) -> Any:
+        path, start, end, count = self._clients[client_id]
         with path.open("rb") as file:
             file.seek(start)
             content = file.read(end - start)
@@ -111,33 +104,18 @@ class LEAF:
             examples = json.loads(content)
         except ValueError as error:
             raise DataError(
-                f"{where} cannot be read: {error}. The file is damaged, or has changed."
+                f"{path} cannot be read: {error}. The file is damaged, or has changed."
             ) from error
         if self._convert is not None:
-            try:
-                examples = self._convert(examples)
-            except Exception as error:
-                error.add_note(f"This came from convert of fax.data.from_leaf, for {where}.")
-                raise
-        if isinstance(examples, Mapping):
-            how = "for example with convert= and fax.data.pad"
-            examples = {name: column_array(where, name, x, how) for name, x in examples.items()}
-        checked = checked_examples(client_id, examples)
-        if (found := len(next(iter(checked.values())))) != count:
-            raise DataError(f"{where} has {found} examples, but num_samples says {count}.")
-        self._schema.check(client_id, checked)
-        return checked
-
-    def _own(self, client_id: ClientId) -> tuple[Path, int, int, int]:
-        if not contains(self._clients, client_id):
-            raise unknown_client(client_id, self)
-        return self._clients[client_id]
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __repr__(self) -> str:
-        return f"LEAF(clients={len(self)})"
+            examples = self._convert(examples)
+        if not isinstance(examples, Mapping):
+            return examples
+        how = "for example with convert= and fax.data.pad"
+        arrays = {name: column_array(str(path), name, x, how) for name, x in examples.items()}
+        for name, x in arrays.items():
+            if len(x) != count:
+                raise DataError(f"{path}: {name!r} has {len(x)} rows, num_samples says {count}.")
+        return arrays
 
 
 def _clients_of(path: Path) -> dict[str, tuple[int, int, int]]:

@@ -59,7 +59,7 @@ def pad(
                 f"{wanted[axis]}. Pass a larger shape, or truncate=True to drop its end."
             )
     dtype = np.result_type(*{array.dtype for array in arrays})
-    if not np.can_cast(np.min_scalar_type(value), dtype, "same_kind"):
+    if dtype.kind not in "fc" and np.array(value).astype(dtype) != value:
         raise DataError(
             f"{where}: value is {value!r:.80}, which the rows' dtype {dtype} cannot hold."
         )

@@ -204,7 +204,8 @@ class AUC(_Ranking):
     ``bound()`` is that number. For one client's scores, `roc_auc` is exact.
 
     Attributes:
-      bins: how many bins of equal width there are.
+      bins: how many bins of equal width there are. A batch takes about 16 bytes of memory for each
+        example, label and bin, so choose fewer bins, or smaller batches, for hundreds of labels.
       limit: the bins are between -limit and limit. Logits beyond count as these.
       label: the feature with the labels, bools or ints 0 and 1, [batch] or [batch, labels], whose
         areas are averaged. Scores have the same shape, or are those of two classes, [batch, 2] for
@@ -229,7 +230,8 @@ class AveragePrecision(_Ranking):
     be from the exact one. For one client's scores, `average_precision` is exact.
 
     Attributes:
-      bins: how many bins of equal width there are.
+      bins: how many bins of equal width there are. A batch takes about 16 bytes of memory for each
+        example, label and bin, so choose fewer bins, or smaller batches, for hundreds of labels.
       limit: the bins are between -limit and limit. Logits beyond count as these.
       label: the feature with the labels; see `AUC`.
 

