@@ -43,6 +43,23 @@ def run(tmp_path):
     return functools.partial(scripts.run_in, tmp_path)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Runs draw no figures, which have tests of their own."""
+    monkeypatch.setattr("fax.experiment._outputs.draw", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of `runs.train` without interruption, and its folder."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fax.experiment._outputs.draw", lambda folder: None)
+        return runs.train(folder), folder
+
+
 # For --core: what is written with operators and exported names of JAX alone. What differs between
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
