@@ -11,7 +11,6 @@ import pytest
 
 import fax
 from fax import experiment
-from fax.experiment import _outputs
 
 
 class StoppedError(Exception):
@@ -73,10 +72,3 @@ def stopped(folder, number, **options):
 
 def rounds_of(folder):
     return sorted(int(path.name) for path in Path(folder, "checkpoints").iterdir())
-
-
-def whole_in(folder):
-    """A run without interruption, and its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_outputs, "draw", lambda folder: None)
-        return train(folder), folder

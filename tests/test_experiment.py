@@ -21,21 +21,13 @@ from runs import (
     rounds_of,
     stopped,
     train,
-    whole_in,
 )
 
 import fax
 from fax import experiment
-from fax.experiment import _outputs
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 ROUNDS = 5
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures have tests of their own."""
-    monkeypatch.setattr(_outputs, "draw", lambda folder: None)
-
 
 # Every algorithm, with an aggregator that it can have: each of them comes up.
 PAIRS = {
@@ -103,12 +95,6 @@ def test_a_resumed_run_is_that_without_interruption(name, aggregator, tmp_path):
     one, two = ((tmp_path / x / "metrics.csv").read_bytes() for x in ("one", "two"))
     assert one == two
     assert len(one.splitlines()) == 1 + ROUNDS
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run without interruption, and its folder."""
-    return whole_in(tmp_path_factory.mktemp("whole") / "run")
 
 
 def test_the_loop_is_that_of_an_algorithm(whole):

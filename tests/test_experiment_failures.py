@@ -20,23 +20,12 @@ from runs import (
     rounds_of,
     stopped,
     train,
-    whole_in,
 )
 
 from fax import experiment
 from fax.experiment import _checkpoints, _folder, _outputs
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures have tests of their own."""
-    monkeypatch.setattr(_outputs, "draw", lambda folder: None)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run without interruption, and its folder."""
-    return whole_in(tmp_path_factory.mktemp("whole") / "run")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_restore_on_other_devices(whole, tmp_path):

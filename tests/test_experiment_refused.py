@@ -20,24 +20,13 @@ from runs import (
     rounds_of,
     stopped,
     train,
-    whole_in,
 )
 
 import fax
 from fax import experiment
-from fax.experiment import _folder, _outputs, _toml
+from fax.experiment import _folder, _toml
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Figures have tests of their own."""
-    monkeypatch.setattr(_outputs, "draw", lambda folder: None)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run without interruption, and its folder."""
-    return whole_in(tmp_path_factory.mktemp("whole") / "run")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_blocks_of_rounds_count_as_settings(tmp_path):

@@ -249,11 +249,10 @@ VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6,
 
 @pytest.mark.always(
     *(f"{name}-float{bits}" for name in ("e3m0", "e4m3", "int8") for bits in (32, 64)),
-    *("3 levels-float32", "256 levels-bfloat16"),
+    *("3 levels-float32", "256 levels-float64"),
 )
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*itertools.product(FORMATS, ["float32", "float64"]), ("256 levels", "bfloat16")],
+    ("name", "dtype"), list(itertools.product(FORMATS, ["float32", "float64"]))
 )
 def test_formats_lose_nothing(name, dtype):
     @settings(max_examples=40)
@@ -270,7 +269,7 @@ def test_formats_lose_nothing(name, dtype):
         sent, again = rounded(name)(np.array([1, bad, 0, 0, 0, 0], dtype), jax.random.key(0))
         assert np.isnan(sent).all()
         assert np.isnan(again).all()
-    for size in (3e38, 2e-38):
+    for size in (3e38, 2e-38, 0.999 * np.finfo(dtype).max):
         x = (size * np.array([1, -0.7, 0.1, 0, 0, 0])).astype(dtype)
         sent, again = rounded(name)(x, jax.random.key(0))
         np.testing.assert_array_equal(sent, again)

@@ -20,6 +20,7 @@ from fax.aggregators._aggregator import (
 from fax.aggregators._encoding import (
     Encoding,
     bits_of,
+    cast_saturating,
     in_units_of_the_largest,
     shortened,
     straight_through,
@@ -148,6 +149,7 @@ def _in_eight_bits(name: str, encode: Encoding, format: Format, *, random: bool)
             return x
         draws = jax.random.uniform(key, x.shape, jnp.float32) if random else jnp.zeros(())
         rounded, _ = encode(x, draws)
+        rounded = cast_saturating(rounded, x.dtype)
         return jnp.where(jnp.isfinite(x).all(), rounded, jnp.nan)
 
     def client(update: PyTree, key: jax.Array) -> PyTree:
@@ -209,4 +211,5 @@ def _encode_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _decode_e4m3(codes: jax.Array, largest: jax.Array) -> jax.Array:
     unit, scale = _scale_of(largest)
     scale = jnp.where(jnp.isfinite(largest), scale, jnp.nan)
-    return lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype) * scale * unit.value
+    values = lax.bitcast_convert_type(codes, _FLOAT8).astype(scale.dtype) * scale * unit.value
+    return cast_saturating(values, scale.dtype)

@@ -13,7 +13,7 @@ from fax.command import _modules, _values
 from fax.command._errors import CommandError, mistakes
 from fax.experiment import Config, Experiment, build, configure
 from fax.experiment._build import placement
-from fax.experiment._config import read
+from fax.experiment._tables import read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
 from fax.command._values import grid, put
 from fax.experiment._build import placement
-from fax.experiment._config import Config, configure, merged, read
+from fax.experiment._config import Config, configure
 from fax.experiment._sweep import Setting, label, sweep, traceable
+from fax.experiment._tables import merged, read
 
 _SHOWN = ("loss", "accuracy")
 

@@ -20,8 +20,9 @@ from fax.data import Cohorts, FederatedData, cohorts, split
 from fax.experiment import _catalog
 from fax.experiment._callbacks import StopAtBudget
 from fax.experiment._checkpoints import Keep
-from fax.experiment._config import Config, Table
+from fax.experiment._config import Config
 from fax.experiment._run import Result, run
+from fax.experiment._tables import Table
 from fax.tasks._optimizers import optimizer
 
 PyTree = Any

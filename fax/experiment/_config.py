@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
-import typing
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fax import _arguments
-from fax._nearest import did_you_mean
 from fax.experiment import _catalog
+from fax.experiment._tables import (
+    NAMED,
+    NONE,
+    Table,
+    check_keys,
+    fields_of,
+    merged,
+    optimizer_of,
+    read,
+    table_of,
+    typed,
+)
 from fax.tasks._settings import tuned
-
-Table = dict[str, Any]
-
-NONE = "none"  # TOML has no null
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,39 +95,6 @@ class Config:
         return found
 
 
-def read(source: str | os.PathLike[str]) -> Table:
-    """The tables of a TOML file, or of the task with this name."""
-    if str(source) in _catalog.catalog("tasks"):
-        return {"task": {"name": str(source)}}
-    path = Path(source)
-    if path.suffix != ".toml":
-        raise ValueError(
-            f"{source!s} is neither a task nor a TOML file, nor module:name. "
-            f"{did_you_mean(source, _catalog.catalog('tasks'))}"
-        )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this is not TOML: {error}") from error
-
-
-def merged(tables: Mapping[str, Any], *changes: Mapping[str, Any]) -> Table:
-    """Tables with changes, which are nested in the same way. A name counts as a table with it."""
-    found = dict(tables)
-    for change in changes:
-        for key, value in change.items():
-            old = found.get(key)
-            old = _named(old) if key in _NAMED and isinstance(old, str) else old
-            if isinstance(value, Mapping) and isinstance(old, Mapping):
-                first = _NAMED.get(key)
-                # Options belong to what was named before.
-                keep = first is None or value.get(first, old.get(first)) == old.get(first)
-                found[key] = merged(old, value) if keep else dict(value)
-            else:
-                found[key] = value
-    return found
-
-
 def configure(
     source: str | os.PathLike[str] | Mapping[str, Any],
     *changes: Mapping[str, Any],
@@ -153,28 +124,28 @@ def configure(
         where, source = str(source), read(source)
     tables = merged(source, *changes)
     known = [field.name for field in dataclasses.fields(Config)]
-    _check_keys(where, "", tables, known)
+    check_keys(where, "", tables, known)
 
-    task = _table(where, "task", tables.get("task"), "tasks")
+    task = table_of(where, "task", tables.get("task"), "tasks")
     model = None if tables.get("model", NONE) == NONE else tables["model"]
-    model = model and _table(where, "model", model, "models")
-    algorithm = _table(where, "algorithm", tables.get("algorithm", "fedavg"), "algorithms")
+    model = model and table_of(where, "model", model, "models")
+    algorithm = table_of(where, "algorithm", tables.get("algorithm", "fedavg"), "algorithms")
     settings = tuned(task["name"], task.get("model", _first_model(task["name"])))
     own = _catalog.parameters("algorithms", algorithm["name"])
 
-    client = _optimizer(where, "client", tables.get("client", {}), settings.client)
+    client = optimizer_of(where, "client", tables.get("client", {}), settings.client)
     tuned_server = _takes_tuned_server(algorithm["name"])
     server = tables.get("server", {} if tuned_server else NONE)
     if server == NONE:
         server = _PLAIN if tuned_server else None
     else:
         default = settings.server if tuned_server else _PLAIN
-        server = _optimizer(where, "server", server, default)
+        server = optimizer_of(where, "server", server, default)
     _check_rates(where, algorithm["name"], own, client, server)
 
     given = tables.get("aggregator", [])
     given = given if isinstance(given, list) else [given]
-    aggregator = [_table(where, "aggregator", part, "aggregators") for part in given]
+    aggregator = [table_of(where, "aggregator", part, "aggregators") for part in given]
     if aggregator and "aggregator" not in own:
         raise ValueError(f"{where}: {algorithm['name']} takes no aggregator.")
 
@@ -195,7 +166,7 @@ def configure(
     if "on_nan" in rest:
         _arguments.choice(where, "on_nan", rest["on_nan"], ("stop", "restore", "ignore"))
     for axis, size in mesh.items():
-        _typed(where, f"mesh.{axis}", size, int)
+        typed(where, f"mesh.{axis}", size, int)
     return Config(
         task=task,
         model=model,
@@ -203,72 +174,19 @@ def configure(
         client=client,
         server=server,
         aggregator=aggregator,
-        cohorts=Batches(**_fields(where, "cohorts", {**defaults, **batches}, Batches)),
+        cohorts=Batches(**fields_of(where, "cohorts", {**defaults, **batches}, Batches)),
         budget=budget,
         mesh=dict(mesh),
-        **_fields(where, "", rest, Config),
+        **fields_of(where, "", rest, Config),
     )
 
 
-_NAMED = {**dict.fromkeys(("task", "model", "algorithm", "aggregator"), "name")}
-_NAMED |= dict.fromkeys(("client", "server"), "optimizer")
-_TABLES = (*_NAMED, "cohorts", "budget", "mesh")
+_TABLES = (*NAMED, "cohorts", "budget", "mesh")
 _TUNED = ("clients", "batch_size", "epochs", "max_steps")
 _PRIVATE = ("gaussian", "laplace")
 _PLAIN = {"optimizer": "sgd", "rate": 1.0}
 # Their corrections are for the server's step of their papers, not for a step tuned for FedAvg.
 _OWN_SERVER = ("feddyn", "qfedavg")
-
-
-def _named(value: Any) -> Any:
-    """A table that is given by its name alone."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _table(where: str, key: str, value: Any, kind: str) -> Table:
-    """Checks a table with the name of one of the catalog, and its options."""
-    value = _named(value)
-    known = _catalog.catalog(kind)
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        found = dict(value) if isinstance(value, Mapping) else _arguments.shown(value)
-        raise ValueError(
-            f"{where}: {key} is {found}, expected a name, or a table with a name and options. "
-            f"{did_you_mean('', known)}"
-        )
-    name = value["name"]
-    if name not in known:
-        raise ValueError(f"{where}: {key} {name!r} does not exist. {did_you_mean(name, known)}")
-    _check_keys(where, f"{key}.", value, ["name", *_catalog.options(kind, name)], f" for {name}")
-    missing = [option for option in _catalog.required(kind, name) if option not in value]
-    if missing:
-        raise ValueError(
-            f"{where}: {key}.{missing[0]} is missing. {name} needs it, and has no default for it."
-        )
-    nested = {k: v for k, v in value.items() if k in ("transformation", "values")}
-    parts = {k: _table(where, f"{key}.{k}", v, "aggregators") for k, v in nested.items()}
-    return {**value, **parts}
-
-
-def _optimizer(where: str, key: str, value: Any, default: Mapping[str, Any]) -> Table:
-    """Checks the table of an optimizer. Without a name, it changes the default."""
-    if not isinstance(value, Mapping):
-        raise ValueError(
-            f"{where}: {key} is {_arguments.shown(value)}, expected a table, such as "
-            f"{{optimizer = 'sgd', rate = 0.1}}."
-        )
-    if "optimizer" not in value:
-        value = {**default, **value}
-    name, known = value["optimizer"], _catalog.catalog("optimizers")
-    if name not in known:
-        raise ValueError(
-            f"{where}: {key}.optimizer {name!r} does not exist. {did_you_mean(name, known)}"
-        )
-    options = ["optimizer", *_catalog.options("optimizers", name)]
-    _check_keys(where, f"{key}.", value, options, f" for {name}")
-    if "rate" not in value:
-        raise ValueError(f"{where}: {key}.rate is missing, the learning rate of {name}.")
-    _arguments.number(where, f"{key}.rate", value["rate"], above=0)
-    return dict(value)
 
 
 def _check_budget(where: str, budget: Any, aggregator: list[Table]) -> None:
@@ -279,7 +197,7 @@ def _check_budget(where: str, budget: Any, aggregator: list[Table]) -> None:
             f"{where}: budget is {_arguments.shown(budget)}, expected a table, such as "
             "{epsilon = 8.0, delta = 1e-5}."
         )
-    _check_keys(where, "budget.", budget, keys)
+    check_keys(where, "budget.", budget, keys)
     for key in keys:
         _arguments.number(where, f"budget.{key}", budget.get(key), above=0)
     if not aggregator or aggregator[-1]["name"] not in _PRIVATE:
@@ -317,42 +235,3 @@ def _first_model(task: str) -> Any:
     return next(
         (p.default for k, p in _catalog.parameters("tasks", task).items() if k == "model"), None
     )
-
-
-def _check_keys(
-    where: str, prefix: str, table: Mapping[str, Any], known: Iterable[str], what: str = ""
-) -> None:
-    known = list(known)
-    for key in table:
-        if key not in known:
-            near = did_you_mean(f"{prefix}{key}", [f"{prefix}{each}" for each in known])
-            raise ValueError(f"{where}: there is no key {prefix}{key}{what}. {near}")
-
-
-def _fields(where: str, prefix: str, table: Mapping[str, Any], schema: type) -> Table:
-    """Checks a table's values by the fields of a dataclass. Its ints are numbers of something."""
-    types = typing.get_type_hints(schema)
-    dots = f"{prefix}." if prefix else ""
-    _check_keys(where, dots, table, types)
-    found = {key: _typed(where, f"{dots}{key}", value, types[key]) for key, value in table.items()}
-    for key, value in found.items():
-        least = 0 if key == "seed" else 1
-        if type(value) is int and value < least:
-            raise ValueError(
-                f"{where}: {dots}{key} is {value}, expected an int of at least {least}."
-            )
-    return found
-
-
-def _typed(where: str, key: str, value: Any, expected: Any) -> Any:
-    """Checks the type of a value: an int, a string, True or False, or an int or none."""
-    optional = type(None) in typing.get_args(expected)
-    if optional and value in (NONE, None):
-        return None
-    kind = typing.get_args(expected)[0] if optional else expected
-    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not fits:
-        words = {int: "an int", str: "a string", bool: "true or false"}[kind]
-        or_none = f', or "{NONE}"' if optional else ""
-        raise ValueError(f"{where}: {key} is {_arguments.shown(value)}, expected {words}{or_none}.")
-    return value

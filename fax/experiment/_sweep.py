@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from fax.algorithms import Algorithm
 from fax.experiment import _catalog
 from fax.experiment._build import Experiment, build, evaluation, load, make_algorithm
-from fax.experiment._config import Config, merged
+from fax.experiment._config import Config
+from fax.experiment._tables import merged
 
 PyTree = Any
 Setting = dict[str, Any]  # by key, as in {"client.rate": 0.1}
