@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import fax
 from fax import deploy
-from fax.deploy import Grace, Send
+from fax.deploy import Grace, Send, _merges
 from fax.deploy import _client as runtime
-from fax.deploy import _merges
 
 H = 6
 
