@@ -9,10 +9,14 @@ letter that follows. Sums with enough clients become the beginnings of the next 
 a pipeline of Apache Beam, which reads the clients from a text file.
 
 Gaussian noise is added to the sums of each round, so that what the server publishes hardly depends
-on any one client: epsilon, at delta = 1e-6, is for all rounds together, and for populations that
-differ in one client. Whoever runs the pipelines sees the clients' words, so this protects from
-those who see the result. The example prints the words with their counts, and draws them to
-runs/federated_analytics.png. Other arguments are options of Beam, such as --runner.
+on any one client, who adds at most one to one of the sums in each of seven rounds. Epsilon, at
+delta = 1e-6, is for all seven together, even if fewer turn out to be enough, and for populations
+that differ in whether one client has a word. The number of clients is public. Whoever runs the
+pipelines sees the clients' words, so this protects from those who see the result.
+
+The example prints the words with their counts, and draws them to runs/federated_analytics.png, with
+the true counts for comparison, which a real query would not publish. Other arguments are options of
+Beam, such as --runner.
 """
 
 import argparse
@@ -86,6 +90,7 @@ def main():
     rounds = LETTERS + 1
     noise = fax.aggregators.calibrate(options.epsilon, rounds, DELTA)
     aggregator = fax.aggregators.gaussian(clip_norm=1.0, noise_multiplier=noise)
+    budget = fax.aggregators.Budget(options.epsilon, DELTA, noise)
     state = aggregator.init(jnp.zeros((BEGINNINGS, 27)))
     # In all rounds, none of the counts of what nobody has is likely to be above.
     threshold = noise * math.sqrt(2 * math.log(rounds * BEGINNINGS * 27 / 0.01))
@@ -115,6 +120,7 @@ def main():
             begin = time.perf_counter()
             args = beginnings, np.int32(place), state, jax.random.fold_in(key, place), held
             counts, state = plan.run(backend, *args)
+            budget.spend(state)  # before anything depends on the counts
             seconds.append(time.perf_counter() - begin)
             frequent = [
                 (float(n), (*beginnings[i, :place], letter))
@@ -129,17 +135,16 @@ def main():
             for row, (_, own) in zip(beginnings, longer):
                 row[:] = [*own, *[0] * (LETTERS - place)]
 
-    spent = fax.aggregators.epsilon(noise, fax.aggregators.releases(state), DELTA)
     true = collections.Counter(words.tolist())
     ranked = sorted(found, key=found.get, reverse=True)
     for word in ranked[:10]:
         print(f"{word:{LETTERS}}  {found[word]:9.1f} clients, in truth {true[word]}")
     print(
-        f"{len(found)} words of {clients} clients, with epsilon = {spent:.2f} at delta = {DELTA}: "
-        f"noise of {noise:.1f} clients, threshold {threshold:.0f}, {np.median(seconds):.1f} s per "
-        "round"
+        f"{len(found)} words of {clients} clients, with epsilon = {budget.limit:g} at delta = "
+        f"{DELTA}: noise of {noise:.1f} clients, threshold {threshold:.0f}, "
+        f"{np.median(seconds):.1f} s per round"
     )
-    draw(ranked[:24], found, true, spent, clients)
+    draw(ranked[:24], found, true, budget.limit, clients)
 
 
 def draw(words, found, true, epsilon, clients):
@@ -150,7 +155,7 @@ def draw(words, found, true, epsilon, clients):
     axes.bar(places + 0.2, [found[word] for word in words], 0.4, label="with noise")
     axes.set_xticks(places, words, rotation=60)
     axes.set_ylabel("clients")
-    axes.set_title(f"Frequent words of {clients:,} clients, ε = {epsilon:.2f}")
+    axes.set_title(f"Frequent words of {clients:,} clients, ε = {epsilon:g}")
     axes.legend()
     path = Path("runs/federated_analytics.png")
     path.parent.mkdir(exist_ok=True)

@@ -305,16 +305,53 @@ def test_frequent_words(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     true = collections.Counter(example["words_of_python"]()[:1000].tolist())
     noise, threshold = numbers(r"noise of ([\d.]+) clients, threshold (\d+)", printed)
-    assert numbers(r"epsilon = ([\d.]+)", printed)[0] <= 8
+    assert numbers(r"epsilon = ([\d.]+)", printed) == [8]
+    assert noise == pytest.approx(fax.aggregators.calibrate(8.0, 7, 1e-6), abs=0.05)
     found = re.findall(r"^(\w+) +([\d.]+) clients, in truth (\d+)$", printed, re.MULTILINE)
     for word, count, truth in found:
         assert true[word] == int(truth)
         assert abs(float(count) - true[word]) < 6 * noise
         assert float(count) > threshold - 0.5
+    assert any(float(count) != true[word] for word, count, _ in found)
     most = [word for word, n in true.most_common(5) if n > threshold + 6 * noise]
     assert len(most) >= 3
     assert set(most) <= {word for word, *_ in found}
     assert is_figure(tmp_path / "runs" / "federated_analytics.png")
+
+
+def test_the_query_is_a_gaussian_mechanism():
+    """A client adds one to one count, or nothing, and the noise is that of its epsilon."""
+    example = runpy.run_path(str(EXAMPLES / "federated_analytics.py"), run_name="example")
+    words, begin = ["the", "then", "this", "so", "some", "sort", "as"], ["th", "so"]
+    rows = np.stack([example["parse"](f"client {word}")[1]["word"] for word in words])
+    beginnings = np.full((example["BEGINNINGS"], rows.shape[1]), -1, np.int32)
+    for i, text in enumerate(begin):
+        beginnings[i] = example["parse"](f"beginning {text}")[1]["word"]
+    expected = np.zeros((len(beginnings), 27))
+    for word in words:
+        if word[:2] in begin:  # at the end of a word there is a zero
+            letter = ord(word[2]) - ord("a") + 1 if word[2:] else 0
+            expected[begin.index(word[:2]), letter] += 1
+    assert np.sum(expected) == 6
+
+    def counts(multiplier, rounds):
+        aggregator = fax.aggregators.gaussian(1.0, multiplier)
+        query, state = jax.jit(example["query"](len(words), aggregator)), aggregator.init(expected)
+        for _ in range(rounds):
+            found, state = query(beginnings, np.int32(2), state, jax.random.key(0), {"word": rows})
+            yield np.asarray(found) - expected
+
+    (error,) = counts(0.0, 1)
+    np.testing.assert_allclose(error, 0, atol=1e-5)
+    scale = fax.aggregators.calibrate(1.0, example["LETTERS"] + 1, example["DELTA"])
+    noise = [*counts(scale, 2)]
+    for own in noise:  # 864 numbers, so five standard errors
+        assert abs(np.std(own) / scale - 1) < 5 / np.sqrt(2 * own.size)
+    assert abs(np.corrcoef(*map(np.ravel, noise))[0, 1]) < 5 / np.sqrt(own.size)
+    # Seven of these are as one with the noise divided by the root of seven (arXiv:1805.06530).
+    mu = np.sqrt(7) / scale
+    cdf = jax.scipy.stats.norm.cdf
+    assert cdf(mu / 2 - 1 / mu) - np.e * cdf(-mu / 2 - 1 / mu) <= 1e-6
 
 
 # Mistakes

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fax
 from fax import deploy
-from fax.deploy import Grace, Send
+from fax.deploy import Grace, Send, _merges
 from fax.deploy import _client as runtime
 
 H = 6
@@ -60,10 +63,12 @@ Y = np.random.default_rng(1).normal(size=(2, 48, 2))
 
 
 def loss(params, batch, key):
-    hidden = jnp.tanh(batch["x"] @ params["in"])
-    if not jax.sharding.get_abstract_mesh().empty:
+    hidden, mesh = jnp.tanh(batch["x"] @ params["in"]), jax.sharding.get_abstract_mesh()
+    if mesh.auto_axes:
         hidden = jax.lax.with_sharding_constraint(hidden, P("data", "model"))
-    return jnp.sum((hidden @ params["out"] + params["bias"] - batch["y"]) ** 2, axis=1)
+    own = P() if mesh.explicit_axes else None
+    found = jnp.matmul(hidden, params["out"], out_sharding=own)
+    return jnp.sum((found + params["bias"] - batch["y"]) ** 2, axis=1)
 
 
 def start():
@@ -97,15 +102,15 @@ def own_rows(number):
 
 
 @pytest.mark.parametrize(
-    ("fragments", "tau", "alpha"),
+    ("fragments", "tau", "alpha", "kind"),
     [
-        (1, 0, 0.0),
-        ([["bias", "out"], ["in"]], 2, 0.25),
-        # Two are in flight at once.
-        pytest.param([["out"], ["bias"], ["in"]], 3, 0.5, marks=pytest.mark.long),
+        (1, 0, 0.0, AxisType.Auto),
+        ([["bias", ("in", 0, [0, 2])], ["out", ("in", 0, [1, 3])]], 2, 0.25, AxisType.Explicit),
+        # All are in flight at once.
+        pytest.param([["out"], ["bias"], ["in"]], 3, 0.5, AxisType.Auto, marks=pytest.mark.long),
     ],
 )
-def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha):
+def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha, kind):
     """On learners with 1 and 3 tokens in an example, of which each has a mesh of 1 x 2 devices."""
     outer = optax.sgd(0.5, momentum=0.9, nesterov=True)
     common = dict(replicas=2, steps=H, weighted=True)
@@ -128,7 +133,8 @@ def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha):
         state, metrics = step(state, cohort)
         expected.append(jax.tree.map(np.asarray, algorithm.params(state)))
 
-    with jax.set_mesh(fax.sharding.make_mesh(devices=jax.devices()[:2], data=1, model=2)):
+    devices = jax.devices()[:2]
+    with jax.set_mesh(jax.make_mesh((1, 2), ("data", "model"), (kind,) * 2, devices=devices)):
         learners = {
             i: deploy.Learner(
                 loss, INNER, own_rows(i), start(), sharding=SHARDING, tokens=1 + 2 * i
@@ -157,6 +163,73 @@ def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha):
         np.testing.assert_allclose(  # all examples count alike
             room.merges[-1].loss, metrics["loss"], rtol=1e-9
         )
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.data())
+def test_fragments_are_sent_when_the_offsets_of_streaming_diloco_say_so(steps, fragments, draw):
+    tau = draw.draw(st.integers(0, steps - 1))
+    gap = -(-steps // fragments)
+
+    def offset(p):
+        if tau <= gap:
+            return p * steps // fragments + gap - tau
+        return 1 + p * (steps - tau - 1) // (fragments - 1)
+
+    expected = [
+        (t, p)
+        for t in range(1, 3 * steps + 1)
+        for p in range(fragments)
+        if (t - offset(p)) % steps == 0
+    ]
+    assert len(expected) == 3 * fragments
+    sequence = _merges.Sequence(steps, fragments, tau)
+    found = [(sequence.step(n), sequence.fragment(n)) for n in range(3 * fragments)]
+    assert found == expected
+    gaps = [sequence.gap(n) for n in range(3 * fragments)]
+    np.testing.assert_array_equal(np.cumsum(gaps), [t for t, _ in expected])
+
+
+def test_the_longest_delay_of_the_papers_offsets_against_numpy():
+    """With τ = ceil(H / P), nothing is sent before the first step, and one merge is in flight."""
+    steps, tau, alpha, rate, momentum = 4, 2, 0.25, 0.1, 0.9
+    targets, names = np.array([[1.0, -2.0], [3.0, 5.0]]), ["a", "b"]
+    offsets = {"a": 0, "b": 2}  # floor(p H / P)
+
+    def quadratic(params, batch, key):
+        x = jnp.stack([params["a"], params["b"]])
+        return jnp.sum((x - batch["x"]) ** 2, axis=1) / 2
+
+    def learner_of(i):
+        rows = fax.data.InMemory({"own": {"x": np.tile(targets[i], (8, 1))}})
+
+        def data(step):
+            return fax.data.cohorts(rows, 1, 2, sampler="stream", max_steps=steps)
+
+        return deploy.Learner(quadratic, optax.sgd(rate), data, start)
+
+    start = {name: np.zeros(()) for name in names}
+    outer = optax.sgd(0.5, momentum)
+    options = dict(steps=steps, fragments=[["a"], ["b"]], tau=tau, alpha=alpha, quorum=2)
+    server = deploy.Elastic(start, outer, **options)
+    room = Room(server, {i: learner_of(i) for i in range(2)})
+
+    own = np.zeros((2, 2))  # by learner and fragment
+    theta, velocity, landing = np.zeros(2), np.zeros(2), {}
+    for t in range(1, 3 * steps + 1):
+        own -= rate * (own - targets)
+        for p, name in enumerate(names):
+            if (t - offsets[name]) % steps == 0:
+                velocity[p] = momentum * velocity[p] + theta[p] - own[:, p].mean()
+                theta[p] -= 0.5 * velocity[p]
+                landing[t + tau] = p, theta[p]
+        if t in landing:
+            p, new = landing[t]
+            own[:, p] = alpha * own[:, p] + (1 - alpha) * new
+        for i in range(2):
+            room.advance(i)
+        found = [server.params[name] for name in names]
+        np.testing.assert_allclose(found, theta, rtol=1e-12)
+    assert [merge.fragment for merge in room.merges] == [1, 0, 1, 0, 1, 0]
 
 
 # What the server does, event by event
@@ -275,6 +348,30 @@ def test_quorum_grace_late_updates_and_learners_that_leave():
     assert sends(actions, "welcome") == [({"fay"}, None)]
     assert server.discarded == 1
     assert server.learners == {"bob", "eve", "fay"}
+
+
+def test_a_learner_that_joins_again_under_its_name():
+    """What it sent before counts, and what it sends then."""
+    server = deploy.Elastic(np.zeros(2), optax.sgd(1.0), steps=10, quorum=2)
+    server.joined("ann"), server.joined("bob")
+    server.received("ann", update(0, 1.0, 2))
+    server.left("ann"), server.joined("ann")
+    server.received("ann", update(0, 4.0, 3))
+    merge = merge_of(server.received("bob", update(0, 1.0)))
+    assert merge.tokens == {"ann": 5, "bob": 1}
+    np.testing.assert_allclose(server.params, (2 * 1.0 + 3 * 4.0 + 1.0) / 6, rtol=1e-12)
+
+
+def test_a_merge_without_tokens_changes_nothing():
+    """Not even by momentum, as in `fax.algorithms.diloco`."""
+    server = deploy.Elastic(np.zeros(2), steps=10)
+    server.joined("ann")
+    server.received("ann", update(0, 1.0))
+    before = jax.tree.map(np.asarray, server.state)
+    assert np.all(before.params != 0)
+    merge = merge_of(server.received("ann", update(1, 1.0, tokens=0)))
+    assert merge.tokens == {"ann": 0}
+    jax.tree.map(np.testing.assert_array_equal, server.state, before._replace(merges=2))
 
 
 class Anybody:

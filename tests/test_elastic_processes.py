@@ -1,8 +1,13 @@
 """Learners in processes: they come, are killed, hang, and come back, and training goes on."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
+from multiprocessing import connection
 
 import numpy as np
 import optax
@@ -64,8 +69,11 @@ def more(learners, server, merges):
 
 
 def test_learners_are_killed_hang_and_come_back(make, capfd):
-    start = {"w": np.zeros(4)}
-    with deploy.Learners(2, make, grace=0.2, timeout=120) as learners:
+    start, threads = {"w": np.zeros(4)}, threading.enumerate()
+    with (
+        contextlib.ExitStack() as strangers,
+        deploy.Learners(2, make, grace=0.2, timeout=120) as learners,
+    ):
         # Together they take the steps of DiLoCo: with 1 and 2 shares of the examples, and SGD.
         server = deploy.Elastic(start, optax.sgd(0.5, momentum=0.9), steps=STEPS, quorum=2)
         theta, velocity = np.zeros(4), np.zeros(4)
@@ -86,7 +94,10 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
         assert learners.running == [0]
         until(learners, server, lambda merge: set(merge.tokens) == {0})
         assert set(more(learners, server, 5).tokens) == {0}
-        # It comes back, and its updates count.
+        # It comes back, and its updates count. Nobody waits for strangers.
+        strangers.enter_context(socket.create_connection(learners._address))
+        with pytest.raises(multiprocessing.AuthenticationError):
+            connection.Client(learners._address, authkey=b"a guess")
         learners.start(1)
         with pytest.raises(ValueError, match="learner 1 is running; kill it first"):
             learners.start(1)
@@ -113,3 +124,6 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+    for thread in set(threading.enumerate()) - set(threads):
+        thread.join(10)
+        assert not thread.is_alive()

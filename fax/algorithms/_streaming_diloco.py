@@ -96,7 +96,8 @@ def streaming_diloco(
 
     The offsets are t_p = floor(p H / P) + ceil(H / P) - τ: those of the paper, floor(p H / P), with
     the same number of steps added to all, such that the last fragment lands at the end of a period
-    of H steps. If τ > ceil(H / P), this would be less than zero for some. Then they are
+    of H steps. If τ = ceil(H / P), some are zero; then an update, which is zero, is also sent at
+    t = 0. If τ > ceil(H / P), this would be less than zero for some. Then they are
     t_p = 1 + floor(p (H - τ - 1) / (P - 1)), from the first step of a period to τ steps before its
     end. So all fragments land in the period in which they are sent, and nothing is in flight when a
     round ends.

@@ -100,9 +100,10 @@ class Elastic:
 
         Δ_p = - sum_i c_i u_i / sum_i c_i        θ_p' = outer_optimizer(θ_p, gradient = Δ_p)
 
-    As long as all learners are there and as fast as each other, these are the outer steps of
-    `fax.algorithms.diloco`, or with several fragments of `fax.algorithms.streaming_diloco`, up to
-    rounding. Updates are sent in the dtype of the parameters, without an aggregator.
+    A merge without any tokens changes nothing. As long as all learners are there and as fast as
+    each other, these are the outer steps of `fax.algorithms.diloco`, or with several fragments of
+    `fax.algorithms.streaming_diloco`, up to rounding. Only, with τ = ceil(H / P), nothing is sent
+    before the first step. Updates are sent in the dtype of the parameters, without an aggregator.
 
     `Learners` runs it with learners in processes. With other connections, call `joined`,
     `received`, `left` and `grace_over` when that happens. They return a list of actions: messages
@@ -185,8 +186,7 @@ class Elastic:
         self._present: set[Hashable] = set()
         self._away: set[Hashable] = set()  # did not answer a call
         self._last: dict[Hashable, int] = {}  # the merge of the last update of each learner
-        # The updates for each merge, by learner and by the merge that they were made for.
-        self._updates: dict[int, dict[tuple[Hashable, int], Update]] = defaultdict(dict)
+        self._updates: dict[int, list[Update]] = defaultdict(list)  # for each merge
         self._window = "closed"
 
     @property
@@ -250,11 +250,8 @@ class Elastic:
         merges, number = self._state.merges, update["number"]
         most = merges + len(self._sequence)
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < most:
-            raise ClientError(
-                f"Learner {learner!r} sent an update for merge {number!r:.80}, but {merges} is the "
-                "next one.",
-                [learner],
-            )
+            text = f"an update for merge {number!r:.80}, but {merges} is the next one."
+            raise ClientError(f"Learner {learner!r} sent {text}", [learner])
         expected = self.settings["types"][self._sequence.fragment(number)]
         own = _updates.checked(learner, update, expected)
         self._away.discard(learner)
@@ -262,13 +259,13 @@ class Elastic:
             return [] if number >= merges else [self._answer([learner], number)]
         self._last[learner] = number
         if number >= merges:
-            self._updates[number][learner, number] = own
+            self._updates[number].append(own)
             return self._merge_if_due()
         later = number + len(self._sequence)
         if later < merges:
             self.discarded += 1
             return [Send((learner,), self._welcome())]
-        self._updates[later][learner, number] = own
+        self._updates[later].append(own)
         actions: list[Action] = [self._answer([learner], number)]
         if self._window == "open":
             actions.append(self._call([learner]))
@@ -286,7 +283,7 @@ class Elastic:
     def _arrived(self) -> set[Hashable]:
         """The learners whose updates for the next merge are there in time."""
         number = self._state.merges
-        return {learner for learner, made_for in self._updates[number] if made_for == number}
+        return {own.learner for own in self._updates[number] if own.number == number}
 
     def _missing(self) -> set[Hashable]:
         """The learners that the next merge waits for."""
@@ -308,10 +305,12 @@ class Elastic:
         arrived = self._arrived() & self._present
         updates = self._updates.pop(number)
         part, (params, optimizers, _) = self._fragments[p], self._state
-        mean = dict(zip(part, _updates.weighted_mean([*updates.values()]), strict=True))
-        new, own = self._step(mean, optimizers[p], pick(params, part))
-        optimizers = (*optimizers[:p], own, *optimizers[p + 1 :])
-        self._state = ElasticState(paste(params, part, new), optimizers, number + 1)
+        if any(own.tokens for own in updates):
+            mean = dict(zip(part, _updates.weighted_mean(updates), strict=True))
+            new, own = self._step(mean, optimizers[p], pick(params, part))
+            params = paste(params, part, new)
+            optimizers = (*optimizers[:p], own, *optimizers[p + 1 :])
+        self._state = ElasticState(params, optimizers, number + 1)
         self._window = "closed"
         return [self._answer(arrived, number), _updates.record(number, p, updates)]
 

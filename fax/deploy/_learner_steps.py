@@ -18,6 +18,7 @@ from fax.algorithms._layers import name_of
 from fax.algorithms._replicas import Replica, inner_steps, mixed
 from fax.algorithms._round_parts import step_of
 from fax.data import Cohort
+from fax.sharding._types import as_before
 
 PyTree = Any
 
@@ -68,7 +69,7 @@ def compile(
     def begin(values: list[list[jax.Array]], step: jax.Array) -> tuple[PyTree, Replica]:
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         for part, own in zip(parts, values, strict=True):
-            params = paste(params, part, _by_path(part, own))
+            params = paste(params, part, _by_path(part, own, params))
         state = _continued(optimizer.init(params), step)
         return params, jax.tree.map(lambda x: x[None], Replica(params, state, None))
 
@@ -88,7 +89,7 @@ def compile(
     def land(
         p: int, rows: Replica, outer: PyTree, values: list[jax.Array]
     ) -> tuple[PyTree, Replica]:
-        own, new = jax.tree.map(lambda x: x[0], rows.params), _by_path(parts[p], values)
+        own, new = jax.tree.map(lambda x: x[0], rows.params), _by_path(parts[p], values, outer)
         own = paste(own, parts[p], mixed(pick(own, parts[p]), new, alpha))
         rows = rows._replace(params=jax.tree.map(lambda x: x[None], own))
         return paste(outer, parts[p], new), rows
@@ -128,8 +129,12 @@ def _shardings(
     return of_params(), Replica(of_params(None), own, None)
 
 
-def _by_path(part: Fragment, values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(part, values, strict=True))
+def _by_path(part: Fragment, values: Sequence[jax.Array], params: PyTree) -> dict[str, jax.Array]:
+    """The values of a fragment by path. Along Explicit mesh axes, they are sharded as in params."""
+    before = pick(params, part)
+    return {
+        name: as_before(x, jax.typeof(before[name])) for name, x in zip(part, values, strict=True)
+    }
 
 
 def _continued(state: PyTree, step: Any) -> PyTree:

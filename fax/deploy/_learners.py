@@ -63,7 +63,7 @@ class _Outbox:
         threading.Thread(target=self._send, daemon=True).start()
 
     def put(self, data: bytes | None) -> None:
-        """Sends bytes; None closes the connection."""
+        """Sends bytes. None ends the thread."""
         self._messages.put(data)
 
     def _send(self) -> None:
@@ -106,9 +106,9 @@ class Learners:
         _arguments.number(_WHERE, "timeout", timeout, above=0)
         self._make, self._grace, self._timeout = make, grace, timeout
         self._key = secrets.token_hex(32)
-        self._listener = connection.Listener(("127.0.0.1", 0), authkey=self._key.encode())
-        # The listener has no timeout of its own.
-        self._listener._listener._socket.settimeout(_POLL)  # type: ignore[attr-defined]
+        # Whoever connects has to prove in `_read` that it knows the key, so nobody waits for that.
+        self._listener = connection.Listener(("127.0.0.1", 0))
+        self._address = self._listener.address
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._processes: dict[Name, subprocess.Popen] = {}
         self._outboxes: dict[Name, _Outbox] = {}
@@ -139,7 +139,7 @@ class Learners:
         if learner in self.running:
             raise ValueError(f"{_WHERE}.start: learner {learner} is running; kill it first.")
         starts = sum(name.number == learner for name in self._processes)
-        host, port = self._listener.address
+        host, port = self._address
         command = [sys.executable, "-m", "fax.deploy._learner_process", f"{host}:{port}"]
         x64 = str(int(jax.config.jax_enable_x64))
         process = subprocess.Popen(
@@ -175,6 +175,8 @@ class Learners:
     def stop(self) -> None:
         """Ends the processes. Learners that do not end at once are killed."""
         self._stopped = True
+        with contextlib.suppress(OSError):
+            connection.Client(self._address).close()  # wakes the thread that accepts
         self._listener.close()
         for outbox in self._outboxes.values():
             outbox.put(runtime.encode({"do": "stop"}))
@@ -275,20 +277,25 @@ class Learners:
     # Threads
 
     def _accept(self) -> None:
-        """Accepts connections of processes that know the key, until the learners are stopped."""
+        """Accepts connections until the learners are stopped."""
         while not self._stopped:
-            try:
+            with contextlib.suppress(OSError):  # whoever connected is gone
                 line = self._listener.accept()
-                pid = runtime.decode(line.recv_bytes())["pid"]
-            except (multiprocessing.AuthenticationError, EOFError, OSError, ValueError):
-                continue  # nobody came, or it was not a learner
-            for name, process in [*self._processes.items()]:
-                if process.pid == pid:
-                    self._events.put(_Connected(name, line))
-                    threading.Thread(target=self._read, args=(name, line), daemon=True).start()
+                threading.Thread(target=self._read, args=(line,), daemon=True).start()
 
-    def _read(self, name: Name, line: Any) -> None:
-        """Passes on what a learner sends."""
+    def _read(self, line: Any) -> None:
+        """Passes on what a learner sends. Others do not know the key."""
+        key = self._key.encode()
+        try:
+            connection.deliver_challenge(line, key)
+            connection.answer_challenge(line, key)
+            pid = runtime.decode(line.recv_bytes())["pid"]
+            # The last one, because the system gives numbers of processes again.
+            name = [name for name, own in [*self._processes.items()] if own.pid == pid][-1]
+        except (multiprocessing.AuthenticationError, EOFError, OSError, ValueError, LookupError):
+            line.close()  # it was not a learner
+            return
+        self._events.put(_Connected(name, line))
         try:
             while True:
                 message = runtime.decode(line.recv_bytes(runtime.LARGEST))

@@ -15,8 +15,8 @@ class Sequence:
     """The merges 0, 1, 2, ... of learners that all take the same steps.
 
     Merge number n is of fragment ``fragment(n)``, and learners send their updates for it after
-    ``step(n)`` inner steps. The times are those of `fax.algorithms.streaming_diloco`, except that
-    nothing is sent before the first step.
+    ``step(n)`` inner steps. The times are those of `fax.algorithms.streaming_diloco`. Only, if
+    τ = ceil(H / P), that also sends before the first step of all, when updates are zero.
     """
 
     def __init__(self, steps: int, fragments: int, tau: int):

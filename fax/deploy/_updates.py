@@ -39,11 +39,15 @@ class Update(NamedTuple):
     """An update of a fragment, and what it is made of.
 
     Attributes:
+      learner: who sent it.
+      number: of the merge that it was made for.
       values: of each leaf of the fragment.
       tokens, steps, seconds: behind it.
       loss: the sum of losses, and the number of its terms.
     """
 
+    learner: Hashable
+    number: int
     values: list[np.ndarray]
     tokens: int
     steps: int
@@ -78,12 +82,12 @@ def checked(learner: Hashable, message: Mapping[str, Any], expected: list[list[A
         )
     total, count = map(float, message.get("loss", (0, 0)))
     steps, seconds = int(message.get("steps", 0)), float(message.get("seconds", 0))
-    return Update(values, tokens, steps, seconds, (total, count))
+    return Update(learner, message["number"], values, tokens, steps, seconds, (total, count))
 
 
 def weighted_mean(updates: Sequence[Update]) -> list[np.ndarray]:
-    """The mean of updates, weighted by tokens and summed in float64; zero without any tokens."""
-    total = max(1, sum(own.tokens for own in updates))
+    """The mean of updates, weighted by tokens and summed in float64. Some must have tokens."""
+    total = sum(own.tokens for own in updates)
 
     def mean(leaves: tuple[np.ndarray, ...]) -> np.ndarray:
         weighted = [x.astype(np.float64) * own.tokens for own, x in zip(updates, leaves)]
@@ -92,15 +96,15 @@ def weighted_mean(updates: Sequence[Update]) -> list[np.ndarray]:
     return [mean(leaves) for leaves in zip(*(own.values for own in updates), strict=True)]
 
 
-def record(number: int, fragment: int, updates: Mapping[tuple[Hashable, int], Update]) -> Merge:
-    """What a merge was made of, from the updates by learner and the merge they were made for."""
+def record(number: int, fragment: int, updates: Sequence[Update]) -> Merge:
+    """What a merge was made of."""
     tokens: dict[Hashable, int] = defaultdict(int)
-    for (learner, _), own in updates.items():
-        tokens[learner] += own.tokens
-    late = frozenset(learner for learner, made_for in updates if made_for < number)
-    steps = sum(own.steps for own in updates.values())
-    seconds = sum(own.seconds for own in updates.values())
-    total, count = (sum(own.loss[i] for own in updates.values()) for i in range(2))
+    for own in updates:
+        tokens[own.learner] += own.tokens
+    late = frozenset(own.learner for own in updates if own.number < number)
+    steps = sum(own.steps for own in updates)
+    seconds = sum(own.seconds for own in updates)
+    total, count = (sum(own.loss[i] for own in updates) for i in range(2))
     loss = total / count if count else float("nan")
     return Merge(number, fragment, dict(tokens), late, steps, seconds, loss)
 
