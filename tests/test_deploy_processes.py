@@ -21,7 +21,7 @@ from scripts import EXAMPLES
 import fax
 from fax import deploy
 from fax.deploy import _client as runtime
-from fax.deploy import _links, _processes
+from fax.deploy import _hosts, _links
 
 CLIENTS = ["ann", "bob", "cleo"]
 # What each process does: it holds rows that would be recognized anywhere.
@@ -333,10 +333,10 @@ def test_a_client_that_sends_other_types():
     plan = deploy.cut(lambda s, r: squares(s, r["x"]), 1.5, {"x": np.ones((3, 4))}, held=["x"])
     (stage,) = plan.stages
     right = [[np.zeros((), np.float64)]] * 2
-    _processes._check_answer(stage, ["ann", "bob"], right)
+    _hosts.check_answer(stage, ["ann", "bob"], right)
     for wrong in (None, right[:1], [[1.0]] * 2, [[np.zeros(1)]] * 2, [[np.float32(0)]] * 2):
-        with pytest.raises(_links.LinkError, match=r"for each.*float64\[\]"):
-            _processes._check_answer(stage, ["ann", "bob"], wrong)
+        with pytest.raises(ValueError, match=r"for each.*float64\[\]"):
+            _hosts.check_answer(stage, ["ann", "bob"], wrong)
 
 
 def test_a_server_whose_message_is_too_large():
