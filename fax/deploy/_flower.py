@@ -105,10 +105,36 @@ class Flower(Hosts):
         return found
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
+        freed, self._freed = self._freed, []
+        for row in freed:
+            self._put.pop(row, None)
+        parts = self._by_host([client for client, _ in freed])
+        frees = {node: [freed[i] for i in own] for node, own in parts.items()}
+        try:
+            self._exchange(do, requests, frees, read)
+        finally:
+            for own in frees.values():  # what no client has confirmed to have freed
+                self._freed += own
+
+    def _exchange(
+        self,
+        do: str,
+        requests: Mapping[int, Mapping[str, Any]],
+        frees: dict[int, list[tuple[Hashable, str]]],
+        read: Read,
+    ) -> None:
+        """As `_ask`, with rows to free by node, of which those are removed that are freed."""
         there = set(self._grid.get_node_ids())
-        waiting = self._send(
-            {node: _request(do, **what) for node, what in requests.items() if node in there}
-        )
+        messages = {
+            node: [
+                *([_request("free", rows=frees[node])] if node in frees else []),
+                *self._puts(node),
+                _request(do, **what),
+            ]
+            for node, what in requests.items()
+            if node in there
+        }
+        waiting = self._send(messages)
         failed = dict.fromkeys(requests.keys() - waiting.values(), "cannot be reached")
         end = time.monotonic() + self._timeout
         while waiting and time.monotonic() < end:
@@ -119,6 +145,7 @@ class Flower(Hosts):
                 if message.has_error():
                     failed[node] = f"failed: {message.error.reason}"
                     continue
+                frees.pop(node, None)
                 for row in [row for row in self._put if self._home[row[0]] == node]:
                     del self._put[row]
                 try:
@@ -132,24 +159,14 @@ class Flower(Hosts):
         if failed:
             raise self._failed(failed)
 
-    def _send(self, requests: Mapping[int, Any]) -> dict[str, int]:
+    def _send(self, requests: Mapping[int, Sequence[Any]]) -> dict[str, int]:
         """Sends requests, and returns the nodes by the numbers of the messages."""
-        freed, self._freed = self._freed, []
-        for row in freed:
-            self._put.pop(row, None)
-        parts = self._by_host([client for client, _ in freed])
         messages, known = [], dict[Any, Any]()
         for node, own in requests.items():
-            frees = [_request("free", rows=[list(freed[i]) for i in parts.pop(node, [])])]
-            what = {
-                "format": FORMAT,
-                "x64": jax.config.jax_enable_x64,
-                "requests": [*frees, *self._puts(node), own],
-            }
+            what = {"format": FORMAT, "x64": jax.config.jax_enable_x64, "requests": own}
             content = self._wire.records(runtime.parts(what), known)
             # After that, a node that has been away does not get it any more.
             messages.append(self._wire.request(content, node, self._timeout))
-        self._freed += [freed[i] for own in parts.values() for i in own]
         numbers = list(self._grid.push_messages(messages))
         if len(numbers) != len(messages):
             raise ClientError("fax.deploy.Flower: the SuperLink did not take the messages.")
