@@ -63,6 +63,10 @@ class Backend(Protocol):
         ...
 
 
+# Slots differ between backends, so that one does not take another's rows for its own.
+_NUMBERS = itertools.count()
+
+
 class InProcess:
     """Clients in this process, one after another: to try a plan, and to debug it.
 
@@ -79,7 +83,6 @@ class InProcess:
 
     def __init__(self) -> None:
         self._values: dict[tuple[Hashable, str], Any] = {}
-        self._numbers = itertools.count()
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         return [self._keep(client, row) for client, row in zip(clients, rows, strict=True)]
@@ -115,12 +118,18 @@ class InProcess:
             self._values.pop(row, None)
 
     def _keep(self, client: Hashable, value: Any) -> Row:
-        row = Row(client, f"v{next(self._numbers)}")
+        row = Row(client, f"v{next(_NUMBERS)}")
         self._values[row.client, row.slot] = value
         return row
 
     def _value(self, x: Any) -> Any:
-        return self._values[x.client, x.slot] if isinstance(x, Row) else x
+        if not isinstance(x, Row):
+            return x
+        if (x.client, x.slot) not in self._values:
+            raise ClientError(
+                f"The client {x.client!r} has no value {x.slot!r}; another backend may have it."
+            )
+        return self._values[x.client, x.slot]
 
 
 def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:

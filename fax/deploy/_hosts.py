@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import operator
 import os
 import pathlib
 import secrets
@@ -142,10 +143,12 @@ class Hosts(abc.ABC):
 
         def read(host: int, answer: Any) -> bool:
             about = [
-                (client, str(name), str(dtype), tuple(map(int, shape)))
+                (client, str(name), str(jax.numpy.dtype(dtype)), tuple(map(operator.index, shape)))
                 for client, name, dtype, shape in answer
             ]
             for client, *_ in about:
+                if not isinstance(client, int | str):
+                    raise TypeError(f"the client {client!r} is neither an int nor a string")
                 if self._home.setdefault(client, host) != host:
                     raise ClientError(
                         f"fax.deploy.{type(self).__name__}: two {self._hosts} have a client "
