@@ -185,7 +185,7 @@ def _checked(held: Held, client: Hashable, row: Any) -> Any:
     """The row that a client sent, if it can be one of these."""
     expected = (*held.shape[: held.axis], *held.shape[held.axis + 1 :])
     is_array = hasattr(row, "dtype") and row.dtype == held.dtype and row.ndim == len(expected)
-    if not is_array or any(n not in (None, own) for n, own in zip(expected, row.shape, strict=True)):
+    if not is_array or any(n not in (None, m) for n, m in zip(expected, row.shape, strict=True)):
         raise ClientError(
             f"The client {client!r} sent {_arguments.shown(row)}, expected a row of {held}.",
             [client],
