@@ -231,6 +231,28 @@ def test_arguments_that_differ():
         plan.run(deploy.InProcess(), 1.0, ROWS, clients=["ann", "bob"])
 
 
+def test_rows_of_another_backend():
+    """They are not taken for rows of the same number."""
+    plan = deploy.cut(lambda r: r["x"] * 2, ROWS, held=["x"])
+    one, other = deploy.InProcess(), deploy.InProcess()
+    doubled, _ = plan.run(one, ROWS), plan.run(other, {"x": ROWS["x"] + 1})
+    with pytest.raises(deploy.ClientError, match=r"client 0 has no value .*another backend"):
+        plan.run(other, {"x": doubled})
+
+
+def test_rows_that_are_fetched_have_their_types():
+    plan = deploy.cut(lambda r: r["x"] * 2, ROWS, held=["x"])
+    backend = deploy.InProcess()
+    doubled = plan.run(backend, ROWS)
+    for wrong in (np.ones(3), np.ones((1, 4)), np.ones(4, np.float32), 1.0, "x", None):
+        backend.fetch = lambda rows, wrong=wrong: [wrong] * 3
+        with pytest.raises(
+            deploy.ClientError, match=r"client 0 sent .* a row of .*float64"
+        ) as error:
+            plan.fetch(backend, doubled)
+        assert error.value.clients == (0,)
+
+
 def test_plans_are_frozen():
     plan = deploy.cut(squares, 1.0, ROWS, held=["x"])
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -99,8 +99,10 @@ class Pool:
         np.testing.assert_allclose(fetched[0] / self.rows["x"][0], fetched[1] / self.rows["x"][1])
         gc.collect()
         self.backend._free_now()
-        about = self.backend._ask("about", {number: {} for number in range(PROCESSES)})
-        assert sum(map(len, about.values())) == 2 * CLIENTS + len(own.rows)
+        about = []
+        requests = {number: {} for number in range(PROCESSES)}
+        self.backend._ask("about", requests, lambda _, answer: about.extend(answer))
+        assert len(about) == 2 * CLIENTS + len(own.rows)
 
     def close(self):
         self.backend.stop()

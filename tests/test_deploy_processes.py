@@ -21,7 +21,7 @@ from scripts import EXAMPLES
 import fax
 from fax import deploy
 from fax.deploy import _client as runtime
-from fax.deploy import _links, _processes
+from fax.deploy import _hosts, _links
 
 CLIENTS = ["ann", "bob", "cleo"]
 # What each process does: it holds rows that would be recognized anywhere.
@@ -333,10 +333,36 @@ def test_a_client_that_sends_other_types():
     plan = deploy.cut(lambda s, r: squares(s, r["x"]), 1.5, {"x": np.ones((3, 4))}, held=["x"])
     (stage,) = plan.stages
     right = [[np.zeros((), np.float64)]] * 2
-    _processes._check_answer(stage, ["ann", "bob"], right)
+    _hosts.check_answer(stage, ["ann", "bob"], right)
     for wrong in (None, right[:1], [[1.0]] * 2, [[np.zeros(1)]] * 2, [[np.float32(0)]] * 2):
-        with pytest.raises(_links.LinkError, match=r"for each.*float64\[\]"):
-            _processes._check_answer(stage, ["ann", "bob"], wrong)
+        with pytest.raises(ValueError, match=r"for each.*float64\[\]"):
+            _hosts.check_answer(stage, ["ann", "bob"], wrong)
+
+
+ABOUT = [["ann", "x", "float64", [4]], ["bob", "x", "float64", [4]]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 1, [1], [[["ann"], "x", "float64", [4]]], [[None, "x", "float64", [4]]]]
+    + [[["ann", "x", dtype, shape]] for dtype, shape in [("junk", [4]), ("float64", [np.inf])]],
+    ids=str,
+)
+def test_what_clients_have_loaded(wrong):
+    class Backend(_hosts.Hosts):
+        _numbers = (0,)
+
+        def _ask(self, do, requests, read):
+            read(0, self.answer)
+
+    backend = Backend(None)
+    backend.answer = ABOUT
+    backend._look([0])
+    assert backend.held()["x"].shape == (2, 4)
+    backend.answer = wrong
+    with pytest.raises((TypeError, ValueError)):  # which counts as a failure of the host
+        backend._look([0])
+    assert backend.held()["x"].clients == ("ann", "bob")
 
 
 def test_a_server_whose_message_is_too_large():
@@ -390,6 +416,9 @@ def test_processes_with_a_plan(saved):
             with pytest.raises(deploy.ClientError, match="is not in the plan of these processes"):
                 program.run(backend, {"x": x})
         deploy.cut(sines, {"x": x}, held=["x"]).run(backend, {"x": x})  # traced again
+        rows = {"x": placed(deploy.InProcess(), x)}  # not taken for rows of the same number
+        with pytest.raises(deploy.ClientError, match=r"LostError: the client 0 has no value"):
+            plan.run(backend, rows)
 
 
 def test_what_a_client_with_a_plan_refuses(saved, tmp_path):

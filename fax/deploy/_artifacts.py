@@ -10,7 +10,6 @@ A stage is known by the SHA-256 hash of its file. Nothing is pickled.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -35,10 +34,10 @@ def save(
         raise FileExistsError(f"Plan.save: {path} is not empty; choose a new folder.")
     described = {}
     for number, stage in enumerate(stages, 1):
-        blob = stage.exported(platforms)
+        name, blob = stage.artifact(platforms)
         file = f"{number}_{stage.name.split()[0]}.stablehlo"
         (path / file).write_bytes(blob)
-        described[hashlib.sha256(blob).hexdigest()] = {
+        described[name] = {
             "file": file,
             "name": stage.name,
             "program": stage.digest,

@@ -11,7 +11,7 @@ import numpy as np
 
 from fax._arithmetic import total_dtype
 from fax.deploy._stages import Stage
-from fax.deploy._values import Held, Row
+from fax.deploy._values import Row
 
 
 class ClientError(RuntimeError):
@@ -63,6 +63,10 @@ class Backend(Protocol):
         ...
 
 
+# Slots differ between backends, so that one does not take another's rows for its own.
+_NUMBERS = itertools.count()
+
+
 class InProcess:
     """Clients in this process, one after another: to try a plan, and to debug it.
 
@@ -79,7 +83,6 @@ class InProcess:
 
     def __init__(self) -> None:
         self._values: dict[tuple[Hashable, str], Any] = {}
-        self._numbers = itertools.count()
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         return [self._keep(client, row) for client, row in zip(clients, rows, strict=True)]
@@ -115,12 +118,18 @@ class InProcess:
             self._values.pop(row, None)
 
     def _keep(self, client: Hashable, value: Any) -> Row:
-        row = Row(client, f"v{next(self._numbers)}")
+        row = Row(client, f"v{next(_NUMBERS)}")
         self._values[row.client, row.slot] = value
         return row
 
     def _value(self, x: Any) -> Any:
-        return self._values[x.client, x.slot] if isinstance(x, Row) else x
+        if not isinstance(x, Row):
+            return x
+        if (x.client, x.slot) not in self._values:
+            raise ClientError(
+                f"The client {x.client!r} has no value {x.slot!r}; another backend may have it."
+            )
+        return self._values[x.client, x.slot]
 
 
 def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:
@@ -151,53 +160,3 @@ def combine(mode: str, contributions: Sequence[Any]) -> np.ndarray:
     if jax.numpy.issubdtype(dtype, jax.numpy.floating):
         dtype = np.promote_types(dtype, np.float64)
     return np.sum(rows, axis=0, dtype=dtype)
-
-
-def held_rows(
-    where: str,
-    about: Iterable[tuple[Hashable, str, str, Sequence[int]]],
-    clients: Sequence[Hashable] | None,
-) -> dict[str, Held]:
-    """What clients loaded, by name: for some clients, or for all in the order of names.
-
-    Args:
-      where: the caller, for errors.
-      about: what they loaded: the client, and the name, dtype and shape of an array.
-      clients: which clients.
-
-    Raises:
-      ValueError: if an array has different shapes or dtypes at different clients, apart from the
-        size of the leading axis, or is missing at some.
-    """
-    types: dict[tuple[Hashable, str], tuple[str, tuple[int | None, ...]]]
-    types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
-    everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
-    chosen = everybody if clients is None else list(clients)
-    found = {}
-    for name in dict.fromkeys(name for _, name in types):
-        own = {types.get((client, name)) for client in chosen}
-        found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
-        if len(found_types) != 1 or None in own:
-            raise ValueError(
-                f"{where}: {name!r} differs between clients, expected one shape and dtype: "
-                f"{sorted(map(str, own))}."
-            )
-        dtype, shape = next(t for t in own if t is not None)
-        if len(own) > 1:
-            shape = (None, *shape[1:])
-        rows = tuple(Row(client, name) for client in chosen)
-        found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
-    return found
-
-
-def is_answer(stage: Stage, clients: int, answer: Any) -> bool:
-    """Whether an answer has what a stage sends, for each of some clients."""
-
-    def is_right(row: Any) -> bool:
-        return (
-            isinstance(row, list)
-            and all(hasattr(x, "dtype") for x in row)
-            and [(x.shape, x.dtype) for x in row] == stage.sent
-        )
-
-    return isinstance(answer, list) and [*map(is_right, answer)] == [True] * clients

@@ -7,7 +7,6 @@ is needed, from their data and from what the server sent. A program has all that
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -94,7 +93,6 @@ class Programs:
         self._types = types
         self._clients = clients
         self._saved = None if plan is None else _saved(pathlib.Path(plan))
-        self._blobs: dict[Stage, tuple[str, bytes]] = {}
         self._handles: dict[str, Any] = {}
 
     def making(self, columns: Sequence[Column]) -> worker.Program:
@@ -133,10 +131,7 @@ class Programs:
                     "plan that runs there, with the same version of JAX."
                 )
             return self._saved[stage.digest]
-        if stage not in self._blobs:
-            blob = stage.exported(["cpu"])
-            self._blobs[stage] = hashlib.sha256(blob).hexdigest(), blob
-        return self._blobs[stage]
+        return stage.artifact(["cpu"])
 
 
 class _Writer:

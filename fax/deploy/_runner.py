@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fax import _arguments
 from fax.deploy._backend import Backend, ClientError
 from fax.deploy._stages import Stage
 from fax.deploy._steps import Clients, rows_of
@@ -164,7 +165,8 @@ def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:
     """The rows of values.
 
     Raises:
-      ClientError: if a client has failed, or if one had failed when a value was made.
+      ClientError: if a client has failed, or if one had failed when a value was made, or if what
+        comes has another shape or dtype.
     """
     wanted = []
     for held in values:
@@ -176,4 +178,16 @@ def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:
             )
         wanted += rows
     found = iter(backend.fetch(wanted))  # at once, because each call may take long
-    return [[next(found) for _ in held.rows] for held in values]
+    return [[_checked(held, client, next(found)) for client in held.clients] for held in values]
+
+
+def _checked(held: Held, client: Hashable, row: Any) -> Any:
+    """The row that a client sent, if it can be one of these."""
+    expected = (*held.shape[: held.axis], *held.shape[held.axis + 1 :])
+    is_array = hasattr(row, "dtype") and row.dtype == held.dtype and row.ndim == len(expected)
+    if not is_array or any(n not in (None, m) for n, m in zip(expected, row.shape, strict=True)):
+        raise ClientError(
+            f"The client {client!r} sent {_arguments.shown(row)}, expected a row of {held}.",
+            [client],
+        )
+    return row

@@ -43,6 +43,9 @@ class Stage:
     jaxpr: ClosedJaxpr
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    _artifacts: dict[tuple[str, ...], tuple[str, bytes]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @functools.cached_property
     def run(self) -> Any:
@@ -73,7 +76,15 @@ class Stage:
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
         """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
-        return bytes(_for_all_versions(self._export(platforms)).serialize())
+        return self.artifact(platforms)[1]
+
+    def artifact(self, platforms: Sequence[str]) -> tuple[str, bytes]:
+        """The SHA-256 hash of the exported function, by which clients know it, and the function."""
+        key = tuple(platforms)
+        if key not in self._artifacts:
+            blob = bytes(_for_all_versions(self._export(key)).serialize())
+            self._artifacts[key] = hashlib.sha256(blob).hexdigest(), blob
+        return self._artifacts[key]
 
 
 def _for_all_versions(exported: export.Exported) -> export.Exported:

@@ -1,0 +1,250 @@
+"""Clients on hosts, which are processes or nodes: who runs where, and what comes back from them."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import operator
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fax.deploy import _client as runtime
+from fax.deploy._backend import ClientError, combine
+from fax.deploy._stages import Stage
+from fax.deploy._values import Held, Row
+
+Read = Callable[[int, Any], bool]
+
+
+class Hosts(abc.ABC):
+    """A backend whose clients run on hosts, each of which runs several with `_client.Clients`.
+
+    Args:
+      plan: a folder that `Plan.save` wrote, if the hosts run only its stages.
+
+    Attributes:
+      _host, _hosts: what hosts are called in errors: one, and several.
+      _platforms: what stages are compiled for.
+      _numbers: the numbers of the hosts, which subclasses set.
+    """
+
+    _host: str
+    _hosts: str
+    _platforms: tuple[str, ...]
+    _numbers: Sequence[int]
+
+    def __init__(self, plan: str | os.PathLike[str] | None):
+        # The same run may continue with another backend, so slots of this one differ.
+        name = secrets.token_hex(4)
+        self._slots = (f"{name}.{i}" for i in itertools.count())
+        self._home: dict[Hashable, int] = {}
+        self._about: dict[int, list[tuple[Hashable, str, str, tuple[int, ...]]]] = {}
+        self._freed: list[tuple[Hashable, str]] = []
+        self._saved: dict[str, str] | None = None  # stages by what they compute
+        if plan is not None:
+            stages = runtime.read_plan(pathlib.Path(plan))["stages"]
+            self._saved = {stage.get("program"): name for name, stage in stages.items()}
+
+    @abc.abstractmethod
+    def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
+        """Sends requests to hosts, and waits for all answers, for as long as `timeout` says.
+
+        Args:
+          do: what to do.
+          requests: what with, by host.
+          read: called with each host and its answer: whether no more answers are needed. It raises
+            a `ValueError` or a `TypeError` if the answer is wrong.
+
+        Raises:
+          ClientError: if some hosts did not answer, or not as they should, and are needed. It names
+            all of their clients.
+        """
+
+    def held(self, clients: Sequence[Hashable] | None = None) -> dict[str, Held]:
+        """What the clients loaded, by name: for some clients, or for all in the order of names.
+
+        Clients may have different numbers of steps, which are the leading axis; see ``ragged`` of
+        `cut`.
+
+        Raises:
+          ValueError: if an array has other different shapes or dtypes at different clients, or is
+            missing at some.
+        """
+        about = itertools.chain.from_iterable(self._about.values())
+        return _held(f"{type(self).__name__}.held", about, clients)
+
+    def run(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> list[Any]:
+        return self.race(stage, clients, operands, len(clients))[1]
+
+    def race(
+        self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
+    ) -> tuple[list[int], list[Any]]:
+        parts = self._by_host(clients)
+        name, blob = self._artifact(stage)
+        kept = [
+            [next(self._slots) if m == "placed" else None for m in stage.outputs] for _ in clients
+        ]
+        shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
+        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
+        requests = {}
+        for host, numbers in parts.items():
+            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
+            requests[host] = {"stage": name, "blob": blob, "shared": shared, "jobs": jobs}
+        sent: dict[int, list[Any]] = {}
+
+        def read(host: int, answer: Any) -> bool:
+            numbers = parts[host]
+            check_answer(stage, [clients[i] for i in numbers], answer)
+            sent.update(zip(numbers[: take - len(sent)], answer))
+            return len(sent) == take
+
+        try:
+            self._ask("run", requests, read)
+        except ClientError:
+            self._free_slots(clients, kept, range(len(clients)))
+            raise
+        first = sorted(sent)
+        # What those keep that were too late is freed when they have computed it.
+        self._free_slots(clients, kept, set(range(len(clients))) - sent.keys())
+        contributions = iter(zip(*(sent[i] for i in first), strict=True))
+        return first, [
+            [Row(clients[i], str(kept[i][k])) for i in first]
+            if mode == "placed"
+            else combine(mode, next(contributions))
+            for k, mode in enumerate(stage.outputs)
+        ]
+
+    def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        parts = self._by_host([row.client for row in rows])
+        found: dict[int, Any] = {}
+
+        def read(host: int, answer: Any) -> bool:
+            found.update(zip(parts[host], answer, strict=True))
+            return False
+
+        wanted = {
+            host: {"rows": [[rows[i].client, rows[i].slot] for i in own]}
+            for host, own in parts.items()
+        }
+        self._ask("fetch", wanted, read)
+        return [found[i] for i in range(len(rows))]
+
+    def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
+        self._freed += rows  # later, because this may be called at any moment
+
+    def _look(self, hosts: Iterable[int]) -> None:
+        """Finds out what the clients of some hosts have loaded."""
+
+        def read(host: int, answer: Any) -> bool:
+            about = [
+                (client, str(name), str(jax.numpy.dtype(dtype)), tuple(map(operator.index, shape)))
+                for client, name, dtype, shape in answer
+            ]
+            for client, *_ in about:
+                if not isinstance(client, int | str):
+                    raise TypeError(f"the client {client!r} is neither an int nor a string")
+                if self._home.setdefault(client, host) != host:
+                    raise ClientError(
+                        f"fax.deploy.{type(self).__name__}: two {self._hosts} have a client "
+                        f"{client!r}."
+                    )
+            self._about[host] = about
+            return False
+
+        self._ask("about", {host: {} for host in hosts}, read)
+
+    def _free_slots(
+        self, clients: Sequence[Hashable], kept: Sequence[Sequence[Any]], numbers: Iterable[int]
+    ) -> None:
+        self.free((clients[i], slot) for i in numbers for slot in kept[i] if slot is not None)
+
+    def _artifact(self, stage: Stage) -> tuple[str, bytes | None]:
+        """The name of a stage, and what hosts need that do not know it."""
+        if self._saved is None:
+            return stage.artifact(self._platforms)
+        if stage.digest not in self._saved:
+            raise ClientError(
+                f"The stage {stage.name!r} is not in the plan of these {self._hosts}. Save the "
+                "plan that runs there, with the same version of JAX."
+            )
+        return self._saved[stage.digest], None
+
+    def _by_host(self, clients: Sequence[Hashable]) -> dict[int, list[int]]:
+        """The positions in ``clients`` of those that each host runs."""
+        parts: dict[int, list[int]] = {}
+        for number, client in enumerate(clients):
+            next_host = self._numbers[len(self._home) % len(self._numbers)]
+            parts.setdefault(self._home.setdefault(client, next_host), []).append(number)
+        return parts
+
+    def _failed(self, failed: Mapping[int, object]) -> ClientError:
+        """The error for hosts that failed, from what each of them did."""
+        text = "; ".join(f"{self._host} {host} {what}" for host, what in failed.items())
+        clients = [client for client, home in self._home.items() if home in failed]
+        return ClientError(f"{text}. Clients that they run: {clients}.", clients)
+
+
+def _named(x: Any) -> Any:
+    """The name of what a client holds, or a value for it."""
+    return x.slot if isinstance(x, Row) else x
+
+
+def _held(
+    where: str,
+    about: Iterable[tuple[Hashable, str, str, Sequence[int]]],
+    clients: Sequence[Hashable] | None,
+) -> dict[str, Held]:
+    """What clients loaded, by name: for some clients, or for all in the order of names.
+
+    Args:
+      where: the caller, for errors.
+      about: what they loaded: the client, and the name, dtype and shape of an array.
+      clients: which clients.
+
+    Raises:
+      ValueError: if an array has different shapes or dtypes at different clients, apart from the
+        size of the leading axis, or is missing at some.
+    """
+    types: dict[tuple[Hashable, str], tuple[str, tuple[int | None, ...]]]
+    types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
+    everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
+    chosen = everybody if clients is None else list(clients)
+    found = {}
+    for name in dict.fromkeys(name for _, name in types):
+        own = {types.get((client, name)) for client in chosen}
+        found_types = {t and (t[0], len(t[1]), t[1][1:]) for t in own}
+        if len(found_types) != 1 or None in own:
+            raise ValueError(
+                f"{where}: {name!r} differs between clients, expected one shape and dtype: "
+                f"{sorted(map(str, own))}."
+            )
+        dtype, shape = next(t for t in own if t is not None)
+        if len(own) > 1:
+            shape = (None, *shape[1:])
+        rows = tuple(Row(client, name) for client in chosen)
+        found[name] = Held(rows, tuple(chosen), (len(chosen), *shape), jax.numpy.dtype(dtype))
+    return found
+
+
+def check_answer(stage: Stage, clients: Sequence[Hashable], answer: Any) -> None:
+    """Checks that each client has sent what the stage sends."""
+
+    def is_right(row: Any) -> bool:
+        return (
+            isinstance(row, list)
+            and all(hasattr(x, "dtype") for x in row)
+            and [(x.shape, x.dtype) for x in row] == stage.sent
+        )
+
+    if not isinstance(answer, list) or [*map(is_right, answer)] != [True] * len(clients):
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stage.sent)
+        raise ValueError(
+            f"expected for each of the clients {clients} what the stage {stage.name!r} sends: "
+            f"{shown}"
+        )
