@@ -172,7 +172,7 @@ def test_nodes_whose_learners_cannot_start(grid):
     server = deploy.Elastic({"w": np.zeros(4)}, steps=5)
     with (
         deploy.FlowerLearners(here, grace=0.4) as learners,
-        pytest.raises(deploy.ClientError, match="No learner can join.*has ended") as error,
+        pytest.raises(deploy.ClientError, match=r"No learner can join.*has ended") as error,
     ):
         next(learners.train(server))
     assert "secret" not in str(error.value)

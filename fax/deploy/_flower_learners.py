@@ -19,6 +19,7 @@ from fax.deploy._flower import FORMAT, Grid
 _WHERE = "fax.deploy.FlowerLearners"
 _POLL = 0.1  # seconds between questions for answers
 _LOOK = 1.0  # seconds between questions for the nodes that are there
+_HOLD = 10.0  # seconds that a node keeps a message at most
 _STOP = 30.0  # seconds in which learners learn that they should stop
 
 
@@ -57,8 +58,8 @@ class FlowerLearners(ConnectedLearners):
     answer in time, or answers with an error. It is then asked to join again.
 
     A node works on one message at a time, and needs seconds for each, whatever is in it. It keeps a
-    message until the learner has something to answer, or waits, but at most for half of the grace
-    window, so that it gets calls in time.
+    message until the learner has something to answer, or waits for an answer, but at most ten
+    seconds, or half of the grace window, so that calls arrive in time.
 
     Args:
       grid: the ServerApp's grid.
@@ -92,6 +93,7 @@ class FlowerLearners(ConnectedLearners):
         _arguments.number(_WHERE, "timeout", timeout, above=0)
         super().__init__(grace, timeout)
         self._grid = grid
+        self._hold = min(_HOLD, grace / 2, timeout / 2)
         self._talks: dict[int, _Conversation] = {}  # by node
         self._starts: collections.Counter[int] = collections.Counter()
         self._failures: dict[int, str] = {}  # why a node's learner has not joined
@@ -166,7 +168,7 @@ class FlowerLearners(ConnectedLearners):
         for talk in self._talks.values():
             if talk.asked is None and (talk.queue or not talk.waiting):
                 what = {"format": FORMAT, "x64": jax.config.jax_enable_x64, "talk": talk.talk}
-                what |= {"number": talk.number, "messages": talk.queue, "hold": self._grace / 2}
+                what |= {"number": talk.number, "messages": talk.queue, "hold": self._hold}
                 content = self._wire.records(runtime.parts(what), known)
                 node, action = talk.name.number, self._wire.LEARNER
                 messages.append(self._wire.request(content, node, self._timeout, action))
