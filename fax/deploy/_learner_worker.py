@@ -94,7 +94,7 @@ class Mailbox:
                 return {"lost": True}
             self._number += 1
             if asked["messages"]:
-                self._inbox.extend((self._talk, message) for message in asked["messages"])
+                self._inbox.extend((asked["talk"], message) for message in asked["messages"])
                 self._waiting = False
                 self._changed.notify_all()
             self._changed.wait_for(
