@@ -187,7 +187,8 @@ class Learners(ConnectedLearners):
         while not self._stopped:
             with contextlib.suppress(OSError):  # whoever connected is gone
                 line = self._listener.accept()
-                threading.Thread(target=self._read, args=(line,), daemon=True).start()
+                if not self._stopped:
+                    threading.Thread(target=self._read, args=(line,), daemon=True).start()
 
     def _read(self, line: Any) -> None:
         """Passes on what a learner sends. Others do not know the key."""
