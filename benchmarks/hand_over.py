@@ -6,7 +6,7 @@ stages of the clients are also called in this process, as the processes call the
 clients compute. A process works on its clients one after another. Processor time is that of all
 processes and threads. On a busy machine, the shortest of several tries says the most.
 
-    python benchmarks/hand_over.py --tries 5 --rounds 40
+    python benchmarks/hand_over.py --tries 20 --rounds 20
 """
 
 import argparse
@@ -65,8 +65,8 @@ class Recorded(fax.deploy.InProcess):
         return super().run(stage, clients, operands)
 
 
-def measure(processes, rounds):
-    """Milliseconds a round, by the clock and of processor time, medians."""
+def measure(processes, tries, rounds):
+    """Milliseconds a round, by the clock and of processor time: the medians of each try."""
     params = {
         "in": jax.random.normal(jax.random.key(1), (64, 32)) / 8,
         "out": jnp.zeros((32, 10)),
@@ -97,27 +97,29 @@ def measure(processes, rounds):
             "clients": lambda: [[np.asarray(x) for x in f(*own)] for f, own in recorded.calls],
             "plan": lambda: jax.block_until_ready(plan.run(backend, state, held)[0]),
         }
-        found = {name: ([], []) for name in ways}  # by the clock, and of processor time
-        for number in range(2 + rounds):
-            for name, way in ways.items():
-                others = sum(map(processor_time, pids))
-                began, worked = time.perf_counter(), time.process_time()
-                way()
-                seconds, busy = time.perf_counter() - began, time.process_time() - worked
-                busy += sum(map(processor_time, pids)) - others
-                if number > 1:  # the first ones compile
-                    found[name][0].append(1e3 * seconds)
-                    found[name][1].append(1e3 * busy)
-    return {name: [*map(statistics.median, own)] for name, own in found.items()}
+        found = []
+        for _ in range(1 + tries):
+            times = {name: ([], []) for name in ways}
+            for _ in range(rounds):
+                for name, way in ways.items():
+                    others = sum(map(processor_time, pids))
+                    began, worked = time.perf_counter(), time.process_time()
+                    way()
+                    seconds, busy = time.perf_counter() - began, time.process_time() - worked
+                    busy += sum(map(processor_time, pids)) - others
+                    times[name][0].append(1e3 * seconds)
+                    times[name][1].append(1e3 * busy)
+            found.append({name: [*map(statistics.median, own)] for name, own in times.items()})
+        return found[1:]  # the first try compiles
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tries", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     for processes in 1, len(CLIENTS):
-        tries = [measure(processes, options.rounds) for _ in range(options.tries)]
+        tries = measure(processes, options.tries, options.rounds)
         for which, what in enumerate(("by the clock", "of processor time")):
             own = {name: min(found[name][which] for found in tries) for name in tries[0]}
             beyond = min(f["plan"][which] - f["clients"][which] for f in tries)
