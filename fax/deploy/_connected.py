@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from fax.deploy._backend import ClientError
 from fax.deploy._elastic import Action, Elastic, Grace, Send
@@ -83,7 +83,7 @@ class ConnectedLearners(abc.ABC):
     def _statuses(self) -> str:
         """A sentence about the learners that cannot be reached, for errors."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

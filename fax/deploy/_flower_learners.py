@@ -213,13 +213,12 @@ class FlowerLearners(ConnectedLearners):
         elif answer["ended"]:
             del self._talks[talk.name.number]  # it was told to stop
         else:
-            received = [Received(talk.name, message) for message in answer["messages"]]
-            for event in received:
-                if event.message["do"] == "update":
-                    event.message["with"]["number"]
+            messages = answer["messages"]
+            if not all(m["do"] == "join" or "number" in m["with"] for m in messages):
+                raise ValueError("a message is neither an update nor a wish to join")
             talk.asked, talk.waiting = None, answer["waiting"]
             talk.number += 1
-            if received:
+            if messages:
                 talk.joined = True
                 self._failures.pop(talk.name.number, None)
-            self._events.extend(received)
+            self._events.extend(Received(talk.name, message) for message in messages)
