@@ -106,7 +106,7 @@ def test_learners_that_fail(grid, expected):
 
     here = grid(0, 1)
     both, (first, second) = {100, 101}, (100, 101)
-    with deploy.FlowerLearners(here, grace=0.4, timeout=20.0) as learners:
+    with deploy.FlowerLearners(here, grace=0.4) as learners:
         server = deploy.Elastic(learner.START, learner.outer(), steps=learner.STEPS, quorum=2)
         found = []
         for merge in learners.train(server):
@@ -156,10 +156,10 @@ def test_learners_that_fail(grid, expected):
         del here.get_node_ids
         until(learners, server, lambda merge: set(merge.tokens) == both)
         # It does not answer.
-        learners._timeout = 2.0
         here.down = {second}
         until(learners, server, lambda merge: set(merge.tokens) == {first})
-        here.down = set()
+        here.down, talk = set(), learners._talks[second]
+        talk.asked = talk.asked[0], time.monotonic()  # its time is over
         until(learners, server, lambda merge: set(merge.tokens) == both)
         assert {name.number for name in server.learners} == both
     for process in fax_client._started:  # the learners have been told to stop

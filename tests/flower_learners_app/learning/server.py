@@ -24,7 +24,7 @@ def main(grid, context):
     def note(text):
         (folder / text).touch()
 
-    with deploy.FlowerLearners(grid, grace=6.0, timeout=150.0) as learners:
+    with deploy.FlowerLearners(grid, grace=6.0) as learners:
         # All keep up with each other.
         server = deploy.Elastic(learner.START, learner.outer(), steps=learner.STEPS, quorum=2)
         for merge in learners.train(server):
