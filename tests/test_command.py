@@ -7,6 +7,7 @@ import tomllib
 import unittest.mock
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import rows_of, run, small_in
 from scripts import is_figure
@@ -77,7 +78,19 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
         assert float(found) == pytest.approx(float(rows[-1][f"test/{name}"]), rel=1e-5)
     best = min((row for row in rows if row["test/loss"]), key=lambda r: float(r["test/loss"]))
     assert main(["evaluate", "runs/a", "--on", "train", "--round", "best"]) == 0
-    assert f"runs/a, train data, after {best['round']} rounds:" in capsys.readouterr().out
+    together = capsys.readouterr().out
+    assert f"runs/a, train data, after {best['round']} rounds:" in together
+    assert main(["evaluate", "runs/a", "--on", "train", "--round", "best", "--each"]) == 0
+    title, names, *lines = capsys.readouterr().out.splitlines()
+    assert title == together.splitlines()[0]
+    assert names.split() == ["id", "loss", "accuracy", "non_finite"]
+    each = [line.split() for line in lines]
+    data = fax.tasks.load("digits", clients=12).train
+    assert [own[0] for own in each] == list(data.client_ids())
+    counts = [data.num_examples(own[0]) for own in each]
+    for column, name in enumerate(("loss", "accuracy"), 1):
+        mean = np.average([float(own[column]) for own in each], weights=counts)
+        assert mean == pytest.approx(float(re.findall(rf"{name} +(.*)", together)[0]), rel=1e-4)
 
     shutil.copytree("runs/a", "runs/b")
     Path("runs/sweep").mkdir()
@@ -155,6 +168,10 @@ def test_an_experiment_of_a_module(small, capsys, monkeypatch):
         (["run", "own_module:experiment", "--rounds", "3"], "is made by a program. Change rounds"),
         (["resume", "runs/experiment", "--rounds", "9"], "is made by a program. Change rounds"),
         (["evaluate", "runs/experiment", "--on", "train"], "can be evaluated on test, and not on"),
+        (
+            ["evaluate", "runs/experiment", "--each"],
+            "of its own, and --each needs a task",
+        ),
         (["sweep", "own_module:experiment", "--grid", "client.rate=1"], "is made by a program."),
     ]:
         assert main(arguments) == 2

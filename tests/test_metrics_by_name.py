@@ -11,7 +11,7 @@ import pytest
 import sklearn.metrics as reference
 
 import fax
-from fax.metrics import AUC, F1, R2, AveragePrecision, Precision, Recall
+from fax.metrics import AUC, F1, PSNR, R2, AveragePrecision, Precision, Recall
 from fax.metrics._names import NAMED
 
 CLASSES, LABELS, EXAMPLES = 4, 3, 211
@@ -79,6 +79,14 @@ CASES = {
     "accuracy": (SCORES, Y, "accuracy", reference.accuracy_score(Y, PREDICTED)),
     "calibration": (SCORES, Y, "calibration_error", calibration(SCORES, Y, 15)),
     "mse": (GUESSES, TARGETS, "mse", reference.mean_squared_error(TARGETS, GUESSES)),
+    "psnr": (
+        *(GUESSES, TARGETS, "psnr"),
+        -10 * np.log10(reference.mean_squared_error(TARGETS, GUESSES)),
+    ),
+    "psnr of bytes": (
+        *(GUESSES, TARGETS, PSNR(peak=255)),
+        10 * np.log10(255**2 / reference.mean_squared_error(TARGETS, GUESSES)),
+    ),
     "mae": (GUESSES, TARGETS, "mae", reference.mean_absolute_error(TARGETS, GUESSES)),
     "r2": (GUESSES, TARGETS, "r2", reference.r2_score(TARGETS, GUESSES)),
     "r2, far from 0": (GUESSES + 1e4, TARGETS + 1e4, R2(center=1e4), None),

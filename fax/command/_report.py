@@ -30,7 +30,7 @@ def command(args: argparse.Namespace) -> int:
             cohort = next(experiment.cohorts)
         with jax.set_mesh(mesh):
             state = fax.sharding.eval_shape(experiment.algorithm.init, *experiment.start)
-            program = jax.jit(experiment.algorithm.round, donate_argnums=0)
-            found = fax.inspect.report(program, state, cohort)
+            # Like run, which keeps the state: it may still be written to a checkpoint.
+            found = fax.inspect.report(experiment.algorithm.round, state, cohort)
     print(found)
     return 0

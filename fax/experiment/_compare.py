@@ -113,14 +113,14 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _table(runs: Mapping[str, Curves], settings: Mapping[str, Sequence[str]]) -> str:
-    """A line for each run, with a star at the best loss and the best accuracy."""
+    """A line for each run, with a star at the best loss, accuracy and PSNR."""
     rounds = [max((own[0][-1] for own in curves.values()), default=0) for curves in runs.values()]
     columns = {"run": list(runs), **settings, "rounds": [str(own) for own in rounds]}
     for name in dict.fromkeys(name for curves in runs.values() for name in curves):
         kind = name.rpartition("/")[2]
         if kind in _axes.KINDS or name in ("bits", "epsilon"):
             last = [own[name][1][-1] if name in own else np.nan for own in runs.values()]
-            columns[name] = _starred(last, {"loss": min, "accuracy": max}.get(kind))
+            columns[name] = _starred(last, {"loss": min, "accuracy": max, "psnr": max}.get(kind))
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths

@@ -40,10 +40,18 @@ def read(folder: Path) -> dict[str, Curve]:
 
 
 def read_clients(folder: Path) -> dict[str, np.ndarray]:
-    """The last values of the clients' metrics, by name."""
+    """The last values of the clients' metrics, by name, and their ids, which are text."""
     rows = _rows(folder / CLIENTS) if (folder / CLIENTS).is_file() else []
-    names = rows[0] if rows else ()
-    return {name: np.array([float(row[name]) for row in rows if row[name]]) for name in names}
+    found = {}
+    for name in rows[0] if rows else ():
+        cells = [row[name] for row in rows if row[name]]
+        found[name] = np.array(cells if is_id(name) else [float(cell) for cell in cells])
+    return found
+
+
+def is_id(name: str) -> bool:
+    """Whether a column of ``clients.csv`` has the ids of clients."""
+    return name.rpartition("/")[2] == "id"
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

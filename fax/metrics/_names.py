@@ -11,7 +11,7 @@ from fax.metrics._calibration import CalibrationError
 from fax.metrics._classification import Accuracy, CrossEntropy, Metric
 from fax.metrics._precision_recall import F1, Precision, Recall
 from fax.metrics._ranking import AUC, AveragePrecision
-from fax.metrics._regression import MAE, MSE, R2
+from fax.metrics._regression import MAE, MSE, PSNR, R2
 from fax.metrics._sequences import Perplexity, TokenAccuracy, TokenLoss
 
 # The metrics that work without arguments, by the names that can stand for them.
@@ -27,6 +27,7 @@ NAMED: dict[str, Metric] = {
     "mse": MSE(),
     "perplexity": Perplexity(),
     "precision": Precision(),
+    "psnr": PSNR(),
     "r2": R2(),
     "recall": Recall(),
     "token_accuracy": TokenAccuracy(),
