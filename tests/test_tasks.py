@@ -116,10 +116,15 @@ def test_sentences_are_padded_and_cut():
         (lambda: Words(["to be"]), "words without spaces"),
         (lambda: Words([b"to"]), "words without spaces"),
         (lambda: Words(["to"]).sequences([b"to"], True), "length is True"),
+        (lambda: Characters(b"a").sequences(b"a", 3), r"texts is b'a', expected a list of byte st"),
+        (lambda: Characters(b"a").sequences([b"a", "b"], 3), r"texts\[1\] is 'b', expected bytes"),
+        (lambda: Words(["to"]).sequences("to", 3), r"sentences is 'to', expected a list of byte"),
+        (lambda: Words(["to"]).sequences(["to"], 3), r"sentences\[0\] is 'to', expected bytes"),
+        (lambda: Words(["to"]).sequences(None, 3), r"sentences is None, expected a list of byte"),
     ],
 )
 def test_bad_vocabularies(call, message):
-    with pytest.raises(DataError if "texts" in message else ValueError, match=message):
+    with pytest.raises(DataError if "no texts" in message else ValueError, match=message):
         call()
 
 
@@ -531,6 +536,26 @@ def test_unknown_names():
         fax.tasks.load("cifar100", model="conv")
 
 
+WRONG_OPTIMIZERS = [
+    ({"optimizer": "sgdd", "rate": 0.1}, "client: optimizer is 'sgdd', expected .*'sgd'"),
+    ({"optimizer": ["sgd"], "rate": 0.1}, r"client: optimizer is \['sgd'\], expected"),
+    (
+        {"optimizer": "sgd"},
+        r"client is {'optimizer': 'sgd'}, expected a dict with an optimizer and",
+    ),
+    ("sgd", "client is 'sgd', expected a dict with an optimizer and its learning rate"),
+    ({"optimizer": "sgd", "rate": "a"}, "client: rate is 'a', expected a number"),
+    ({"optimizer": "sgd", "rate": 0.1, "b1": 1}, "client: sgd has no option 'b1'. It has 'moment"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), WRONG_OPTIMIZERS)
+def test_settings_that_are_no_optimizer(table, message):
+    settings = dataclasses.replace(fax.tasks.load("digits").settings, client=table)
+    with pytest.raises(TypeError if "no option" in message else ValueError, match=message):
+        _ = settings.client_optimizer
+
+
 # The baseline
 
 
@@ -561,6 +586,8 @@ def test_the_trigram_model_backs_off():
 def test_a_trigram_model_needs_tokens():
     with pytest.raises(ValueError, match="task is 'digits', expected one that predicts the next"):
         fax.tasks.trigram_loss(fax.tasks.load("digits", clients=2))
+    with pytest.raises(ValueError, match="task is 'pystdlib', expected a task, such as"):
+        fax.tasks.trigram_loss("pystdlib")
 
 
 # Learning

@@ -244,7 +244,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     )
     source(report)
     report.add_argument("--on", metavar="TPU", help="the TPUs of a slice, such as v5e:4x4")
-    report.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
+    report.add_argument("--slices", type=int, metavar="N", help="how many slices (default: 1)")
 
     audit = command(
         "audit",

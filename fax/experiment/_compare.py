@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from matplotlib.lines import Line2D
 from fax.experiment import _axes, _curves
 from fax.experiment._curves import Curve
 from fax.experiment._folder import CONFIG, flat
+from fax.experiment._tables import read
 
 Curves = Mapping[str, Curve]
 # The legend: lines in a column, and inches of a letter and of what is left of the names.
@@ -99,7 +99,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return {}
-    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    found = read(path)
     found.pop("environment", None)
     run = found.pop("run", {})
     return flat(found or run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fax import _arguments
 from fax._nearest import did_you_mean
 from fax.metrics._binary import BinaryAccuracy
 from fax.metrics._calibration import CalibrationError
@@ -50,7 +51,8 @@ def named_metrics(where: str, metrics: Any) -> Mapping[str, Metric]:
             f"{where}: metrics is {metrics!r:.80}, expected a mapping from names to metrics, such "
             "as {'accuracy': fax.metrics.Accuracy()}, or names of metrics, such as ['accuracy']."
         )
-    for metric in metrics.values():
+    for name, metric in metrics.items():
+        _arguments.text(where, "a key of metrics", name, "the name of a metric")
         if isinstance(metric, str) and metric not in NAMED:
             raise ValueError(
                 f"{where}: there is no metric {metric!r}. {did_you_mean(metric, NAMED)}"

@@ -44,6 +44,10 @@ class _Regression:
     def __post_init__(self) -> None:
         _arguments.text(type(self).__name__, "label", self.label, "the name of a feature")
 
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
+        """The feature that has to be there. Its values have no limits."""
+        return {self.label: None}
+
 
 class MSE(_Regression):
     """The mean squared error.

@@ -24,8 +24,8 @@ def shaped(x: jax.Array, shape: tuple[int, ...], wanted: tuple[int, ...]) -> jax
     """Checks the shape of each example, and reshapes it to the one that is wanted."""
     if x.ndim < 2 or math.prod(x.shape[1:]) != math.prod(shape):
         raise ValueError(
-            f"feature 'x' has shape {x.shape}, expected {('batch', *shape)}, or any shape of as "
-            "many elements."
+            f"fax.models: feature 'x' has shape {x.shape}, expected {('batch', *shape)}, or any "
+            "shape of as many elements."
         )
     return x.reshape(len(x), *wanted)
 
@@ -100,7 +100,8 @@ class Denoiser(nnx.Module):
         """The images without noise, [batch, height, width, 3]."""
         if x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(
-                f"feature 'x' has shape {x.shape}, expected ('batch', 'height', 'width', 3)."
+                f"fax.models: feature 'x' has shape {x.shape}, expected ('batch', 'height', "
+                "'width', 3)."
             )
         *hidden, last = self.layers
         noise = x

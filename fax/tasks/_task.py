@@ -195,6 +195,7 @@ def _photographs_in_color(cache: Any, *, noise: float = 25.0, seed: int = 0) -> 
 def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Task:
     """Handwritten characters of 3,400 writers, or digits."""
     chosen = tuned("emnist", model)
+    _arguments.flag("fax.tasks.load('emnist')", "digits_only", digits_only)
     return Task(
         "emnist",
         *_tff_datasets.emnist(cache, digits_only),
@@ -219,6 +220,7 @@ def _cifar100(cache: Any, *, model: str = "logistic") -> Task:
 
 def _shakespeare(cache: Any, *, length: int = 80) -> Task:
     """The next letter of 715 characters of plays."""
+    _arguments.count("fax.tasks.load('shakespeare')", "length", length)
     tokens = _tff_datasets.SHAKESPEARE_CHARACTERS.size
     return Task(
         "shakespeare",
@@ -233,6 +235,7 @@ def _shakespeare(cache: Any, *, length: int = 80) -> Task:
 def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_000) -> Task:
     """The next word of 342,477 people who ask and answer."""
     where = "fax.tasks.load('stackoverflow')"
+    _arguments.count(where, "length", length)
     tokens = 4 + _arguments.count(where, "vocabulary_size", vocabulary_size)
     return Task(
         "stackoverflow",
