@@ -44,10 +44,10 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     """Compares runs by what is in their folders.
 
     The table has a line for each run: the settings in which the runs differ, the number of rounds,
-    and the last value of each loss and accuracy, of the bits sent and of epsilon. A star marks the
-    best value. The figure has a curve for each run: the loss and the accuracy by round and, if
-    all runs count bits, the accuracy, or else the loss, by what was sent. The losses and accuracies
-    are those of an evaluation if there is one, and else those of training.
+    and the last value of each loss, accuracy and PSNR, of the bits sent and of epsilon. A star
+    marks the best value. The figure has a curve for each run: loss, accuracy and PSNR by round and,
+    if all runs count bits, the last of these that there is by what was sent. They are those of an
+    evaluation if there is one, and else those of training.
 
     Args:
       folders: the folders of the runs.
@@ -140,7 +140,7 @@ def _starred(values: Sequence[float], choose: Callable | None) -> list[str]:
 
 
 def _figure(runs: Mapping[str, Curves]) -> Figure | None:
-    """A curve for each run: loss and accuracy by round, and the last of these by bits."""
+    """A curve for each run: loss, accuracy and PSNR by round, and the last of these by bits."""
     kinds = {name: _axes.by_kind(curves) for name, curves in runs.items()}
     chosen: dict[str, str] = {}  # what a kind was measured on, in most of the runs
     for kind in _axes.KINDS:
