@@ -76,8 +76,8 @@ ABOVE_THE_CORE = (
     ),
     *("elastic", "elastic_processes", "learner_worker"),
     *("command_processes", "command_settings", "command_shows"),
-    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
-    *("experiment_output", "experiment_refused"),
+    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_figures"),
+    *("experiment_kills", "experiment_output", "experiment_refused"),
     *("heterogeneous", "init", "inner_steps", "personal_parts"),
     *(
         "maml",
