@@ -9,9 +9,10 @@ either a test is missing, or the change makes no difference. Those of the second
 `EQUIVALENT`, with the reason. What became of each mutant is in ``.mutants/``: after
 a quick look with ``--seconds 20``, ``--survivors`` runs all tests of those that are left.
 
-The first run of a group records which test runs which lines, in ``.mutants/``, and takes as long as
-these tests. After a change of tests, record them again by ``--record``, or by ``--record privacy``
-those of one file. Needs Python 3.12, for `sys.monitoring`.
+The tests are the cases that ``make test`` runs. The first run of a group records which of them run
+which lines, in ``.mutants/``, and takes as long as these tests. After a change of tests, record
+them again by ``--record``, or by ``--record privacy`` those of one file. Needs Python 3.12, for
+`sys.monitoring`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,6 @@ import optax  # noqa: F401
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE = [
-    *("_operators.py", "_reductions.py", "_program.py", "_checks.py", "_arithmetic.py"),
-    *("primitives/*.py", "lowering/*.py", "lowering/convolutions/*.py"),
-]
 GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "aggregators": (
         ["aggregators/*.py"],
@@ -50,11 +47,22 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
             *("mistakes", "privacy_attacks", "absent_clients"),
         ],
     ),
-    "core": (
-        CORE,
+    "operators": (
+        ["_operators.py", "_reductions.py", "_program.py", "_checks.py", "_arithmetic.py"],
+        ["errors", "sums", "masks", "rules", "programs", "structure", "tracing"],
+    ),
+    "primitives": (
+        ["primitives/*.py"],
         [
             *("errors", "sums", "masks", "rules", "programs", "structure", "tracing", "gradients"),
-            *("tools", "collectives", "convolutions", "transformations"),
+            *("tools", "compile_keys", "transformations"),
+        ],
+    ),
+    "lowering": (
+        ["lowering/*.py", "lowering/convolutions/*.py"],
+        [
+            *("sums", "masks", "programs", "structure", "lowering", "schedule", "lookups"),
+            *("collectives", "convolutions", "mesh_limits", "mesh_programs", "memory"),
         ],
     ),
 }
@@ -115,6 +123,7 @@ OPERATORS: dict[type, type] = {
     ast.MatMult: ast.Add,
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr,
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
     ast.And: ast.Or,
@@ -364,27 +373,24 @@ def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | 
     return int(code)
 
 
-def recorded(
-    group: str, names: list[str], copy: pathlib.Path, again: list[str] | None
-) -> dict[str, dict]:
-    """The tests of a group: which lines they run, and for how long.
+def recorded(names: list[str], copy: pathlib.Path, again: list[str] | None) -> dict[str, dict]:
+    """Tests: which lines they run, and for how long.
 
     Args:
-      group: the name of the group.
-      names: of its test files.
+      names: of test files.
       copy: of the tree.
       again: the test files to record again. If it is empty, all of them.
     """
     folder = ROOT / ".mutants"
     folder.mkdir(exist_ok=True)
     for name in names:
-        record = folder / f"{group}-{name}.json"
+        record = folder / f"{name}.json"
         if not record.exists() or (again is not None and (name in again or not again)):
-            print(f"Recording which lines of {group} tests/test_{name}.py runs.", flush=True)
-            forked(copy, [f"tests/test_{name}.py"], 3600, record)
+            print(f"Recording which lines tests/test_{name}.py runs.", flush=True)
+            forked(copy, ["-o", f"testpaths=tests/test_{name}.py"], 3600, record)
     found: dict[str, dict] = {}
     for name in names:
-        known = json.loads((folder / f"{group}-{name}.json").read_text())
+        known = json.loads((folder / f"{name}.json").read_text())
         numbers = {path: _moved(lines, path) for path, lines in known["sources"].items()}
         for test, (seconds, lines) in known["tests"].items():
             now = {(path, numbers[path].get(line)) for path, line in lines if path in numbers}
@@ -468,7 +474,8 @@ def main() -> None:
         sample = [mutant for mutant in found if mutant.name in before]
     sys.dont_write_bytecode = True
     # What a mutant leaves as it is, is compiled once for all.
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".mutants" / "cache"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".mutants" / "cache")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     with tempfile.TemporaryDirectory() as folder:
@@ -479,7 +486,7 @@ def main() -> None:
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)
         names = options.tests or GROUPS[options.group][1]
-        tests = recorded(options.group, names, copy, options.record)
+        tests = recorded(names, copy, options.record)
         if forked(copy, ["--collect-only", *tests], 600) != "passed":
             parser.error("some tests are no longer there; record them again, by --record")
         print(f"{len(sample)} of {len(found)} mutants, {len(tests)} tests", flush=True)
