@@ -62,7 +62,8 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ["lowering/*.py", "lowering/convolutions/*.py"],
         [
             *("sums", "masks", "programs", "structure", "lowering", "schedule", "lookups"),
-            *("collectives", "convolutions", "mesh_limits", "mesh_programs", "memory"),
+            *("collectives", "convolutions", "convolution_ways", "mesh_limits", "mesh_programs"),
+            "mesh_branches",
         ],
     ),
 }
@@ -101,6 +102,9 @@ EQUIVALENT: dict[str, str] = {
         "_integer clips it, too"
     ),
 }
+
+# What stands for all lines of all files, in tests that start processes.
+PROCESS = ("any", -1)
 
 OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE,
@@ -296,11 +300,16 @@ class Recorder:
         sys.monitoring.use_tool_id(tool, "mutants")
         sys.monitoring.register_callback(tool, sys.monitoring.events.LINE, self._note)
         sys.monitoring.set_events(tool, sys.monitoring.events.LINE)
+        sys.addaudithook(self._note_process)
 
     def _note(self, code, line):
         if code.co_filename.startswith(self.root):
             self.lines.add((os.path.relpath(code.co_filename, self.root), line))
         return sys.monitoring.DISABLE
+
+    def _note_process(self, event, arguments):
+        if event == "subprocess.Popen":
+            self.lines.add(PROCESS)
 
     def pytest_runtest_protocol(self, item, nextitem):
         self.lines.clear()
@@ -308,7 +317,7 @@ class Recorder:
         self.start = time.perf_counter()
 
     def pytest_runtest_logfinish(self, nodeid, location):
-        found = sorted(line for line in self.lines if line[0].startswith("fax"))
+        found = sorted(x for x in self.lines if x == PROCESS or x[0].startswith("fax"))
         self.tests[nodeid] = time.perf_counter() - self.start, found
 
     def pytest_runtest_logreport(self, report):
@@ -318,7 +327,7 @@ class Recorder:
     def save(self, record: pathlib.Path) -> None:
         """Writes what was noted about tests that pass, with the source of the lines."""
         tests = {name: test for name, test in self.tests.items() if name not in self.failed}
-        paths = sorted({path for _, lines in tests.values() for path, _ in lines})
+        paths = sorted({path for _, lines in tests.values() for path, _ in lines} - {PROCESS[0]})
         sources = {path: pathlib.Path(self.root, path).read_text().splitlines() for path in paths}
         record.write_text(json.dumps({"sources": sources, "tests": tests}))
 
@@ -392,6 +401,7 @@ def recorded(names: list[str], copy: pathlib.Path, again: list[str] | None) -> d
     for name in names:
         known = json.loads((folder / f"{name}.json").read_text())
         numbers = {path: _moved(lines, path) for path, lines in known["sources"].items()}
+        numbers[PROCESS[0]] = {PROCESS[1]: PROCESS[1]}
         for test, (seconds, lines) in known["tests"].items():
             now = {(path, numbers[path].get(line)) for path, line in lines if path in numbers}
             found[test] = {"seconds": seconds, "lines": now}
@@ -412,17 +422,18 @@ def sources_of(group: str) -> list[pathlib.Path]:
 def tests_of(mutant: Mutant, tests: dict[str, dict], limit: float) -> tuple[list[str], float]:
     """The tests that run a mutant's lines, the quickest first, and how long they should take.
 
-    Lines that run when a file is imported are held by all tests of the file.
+    Lines that run when a file is imported are held by all tests of the file, and a test that starts
+    a process may run any line.
     """
     first, last = mutant.lines
     by_file = {
-        name: [line for path, line in test["lines"] if path == mutant.path and line]
+        name: [line for path, line in test["lines"] if path in (mutant.path, PROCESS[0]) and line]
         for name, test in tests.items()
     }
     by_line = {
         name: lines
         for name, lines in by_file.items()
-        if any(first <= line <= last for line in lines)
+        if any(first <= line <= last or line == PROCESS[1] for line in lines)
     }
     own = [(tests[name]["seconds"], name) for name, lines in (by_line or by_file).items() if lines]
     chosen, seconds = [], 0.0

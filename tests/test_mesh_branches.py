@@ -194,7 +194,12 @@ def test_branches_on_what_all_share_need_no_agreement():
     def sure(p, x):
         return lax.cond(jnp.sum(p) > 0, lambda x: layer(p, x), lambda x: x, x)
 
-    for client, args in (asks, (jnp.array(True),)), (loops, ()), (sure, ()):
+    def twice(p, x):
+        return lax.cond(
+            lax.cond(p[0, 0] > 0, jnp.sum, jnp.max, p) > 0, lambda x: layer(p, x), jnp.sin, x
+        )
+
+    for client, args in (asks, (jnp.array(True),)), (loops, ()), (sure, ()), (twice, ()):
         (total,) = compiled(client, *args, clients=4, model=2)
         assert total.operation == "all-reduce"
 

@@ -80,6 +80,7 @@ def test_the_state_is_what_the_largest_loop_carries():
     assert found.products == 5  # two forward, two by the weights, one by the hidden layer
     assert found.images == 0
     assert found.temporary >= found.state
+    assert found.largest == 3 * 4 * width**2  # two matrices are added, or subtracted
 
 
 def test_a_client_function_without_a_loop_has_its_results_for_state():
@@ -109,7 +110,8 @@ def test_images_are_the_results_of_convolutions_with_kernels_of_their_own():
 
     @fax.program(clients=N)
     def shared(w, x):
-        return fax.sum(fax.map(convolved, fax.broadcast(w), x))
+        both = [fax.map(client, fax.broadcast(w), x) for client in (convolved, jax.jit(convolved))]
+        return fax.sum(both)
 
     assert cost(shared, (shape(3, 3, 4, 4), shape(N, BATCH, 8, 8, 4))).images == 0
 
