@@ -101,6 +101,12 @@ EQUIVALENT: dict[str, str] = {
     "share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1): 1 -> 2": (
         "_integer clips it, too"
     ),
+    'axis = place if place < layout.index("s") else x.ndim - len(layout) + place: '
+    "place < layout.index(\"s\") -> (place <= layout.index('s'))": (
+        "the letter is never that of space"
+    ),
+    "return [x if len(x) == end - start else lax.slice_in_dim(x, start, end) for x in rows]: "
+    "end - start -> (end + start)": "rows that start late are fewer than all",
 }
 
 # What stands for all lines of all files, in tests that start processes.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jaxprs import equations
 
 from fax.lowering.convolutions._convolution import Way
@@ -70,3 +71,21 @@ def test_which_are_matrix_products_on_cpu(kind):
         found = rewrite(traced(**how), "auto", "cpu", vectorized=False, sharded=sharded)
         names = [eqn.primitive.name for eqn in equations(found)]
         assert ("conv_general_dilated" in names) == (sharded or not written)
+
+
+@pytest.mark.parametrize("how", [dict(batch_group_count=2), dict(feature_group_count=2)])
+def test_groups_of_sharded_convolutions_are_not_sliced(how):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 4, 5, 3)), rng.standard_normal((6, 4, 2, 3))
+    w = w[:, : 4 // how.get("feature_group_count", 1)]
+
+    def conv(x, w):
+        return lax.conv_general_dilated(x, w, (2, 1), "SAME", **how)
+
+    found = rewrite(jax.make_jaxpr(conv)(x, w), "auto", "cpu", vectorized=False, sharded=True)
+    both = jax.jit(lambda x, w: (jaxpr_as_fun(found)(x, w)[0], conv(x, w)))
+    ours, expected = both(x, w)
+    np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-11)
+    (eqn,) = (e for e in found.jaxpr.eqns if e.primitive.name == "conv_general_dilated")
+    layout = eqn.params["dimension_numbers"]
+    assert layout.lhs_spec == layout.out_spec == (0, 3, 1, 2)  # channels last

@@ -103,6 +103,18 @@ def test_products_of_inner_loops_count_as_often_as_they_run():
     assert found.products == 7 + 2 * 7
 
 
+def test_of_a_loop_of_unknown_length_one_step_counts():
+    @fax.program(clients=N)
+    def program(w, x):
+        def client(w, x):
+            return lax.while_loop(lambda h: jnp.max(h) < 9, lambda h: jnp.tanh(h @ w) @ w.T, x)
+
+        return fax.mean(fax.map(client, fax.broadcast(w), x))
+
+    found = cost(program, (shape(6, 6), shape(N, BATCH, 6)))
+    assert (found.state, found.numbers, found.products) == (4 * BATCH * 6, BATCH * 6, 2)
+
+
 def test_images_are_the_results_of_convolutions_with_kernels_of_their_own():
     found = cost(*convolution(image=8, channels=4))
     forward, by_kernel = 4 * BATCH * 8 * 8 * 4, 4 * 3 * 3 * 4 * 4
