@@ -55,7 +55,7 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
         ["primitives/*.py"],
         [
             *("errors", "sums", "masks", "rules", "programs", "structure", "tracing", "gradients"),
-            *("tools", "compile_keys", "transformations"),
+            *("any_active", "tools", "compile_keys", "transformations"),
         ],
     ),
     "lowering": (
