@@ -107,6 +107,21 @@ EQUIVALENT: dict[str, str] = {
     ),
     "return [x if len(x) == end - start else lax.slice_in_dim(x, start, end) for x in rows]: "
     "end - start -> (end + start)": "rows that start late are fewer than all",
+    "size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1: (conv.space[i] - 1) * "
+    "conv.lhs_dilation[i] + 1 -> ((conv.space[i] - 1) * conv.lhs_dilation[i] - 1)": (
+        "in _Slices, where no slice reads the rest of the padding"
+    ),
+    "self._before = 0: 0 -> 1": "only the order of places matters",
+    "inner = _jaxpr.opened(jaxpr): _jaxpr.opened(jaxpr) -> (jaxpr)": (
+        "newer versions of JAX have one class for both kinds of jaxprs"
+    ),
+    "return fused.jaxpr if inner is jaxpr else fused: inner is jaxpr -> (inner is not jaxpr)": (
+        "newer versions of JAX have one class for both kinds of jaxprs"
+    ),
+    "if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):: "
+    "_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars)) -> (pick(moved, jaxpr.jaxpr.outvars))": (
+        "if an output is a literal, calls are inlined that need not be"
+    ),
 }
 
 # What stands for all lines of all files, in tests that start processes.

@@ -211,6 +211,15 @@ def test_a_bound_joins_what_fax_adds_to_a_map():
     assert "vectorize=at most 4" in str(jax.make_jaxpr(program)(*args))
 
 
+def test_an_operation_on_rows_joins_a_map_with_its_number():
+    @fax.program(clients=N)
+    def program(x):
+        return fax.sum(2 * fax.map(jnp.sin, x, vectorize=4))
+
+    (this,) = rounds(program, (shape(N),))
+    assert this.vectorize == 4
+
+
 @pytest.mark.parametrize(("size", "expected"), [(64, 16), (20, 20), (50, 10), (47, 16), (3, 3)])
 def test_batches_are_equal_if_possible(size, expected):
     assert _vectorize._even(size, 20) == expected
