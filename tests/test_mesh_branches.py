@@ -135,7 +135,7 @@ ALL = [
 SOME = [
     (branch, 7, 1),
     (one_of_three, 8, 2),
-    (steps, 8, 1),
+    (steps, 8, 2),
     (doubled, 7, 1),
     (deep, 8, 2),
     (by_hand, 8, 1),
