@@ -176,14 +176,18 @@ def main() -> None:
 
     git = ["git", "-C", str(ROOT), "archive", options.commit]
     archive = subprocess.run(git, check=True, capture_output=True).stdout
-    rows = []
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         other = pathlib.Path(folder).resolve()
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(other, filter="data")
         for name in options.only:
-            rows += compare([pair(name, (ROOT, other)) for _ in range(options.pairs)])
-            show(dict(title=f"CPU ms a round, so far: {name}", columns=list(rows[0]), rows=rows))
+            pairs: list[list[Times]] = []
+            for number in range(1, options.pairs + 1):
+                pairs.append(pair(name, (ROOT, other)))
+                rows = compare(pairs)
+                title = f"{name}: CPU ms a round, by pairs of processes: {number}"
+                show(dict(title=title, columns=list(rows[0]), rows=rows))
 
 
 if __name__ == "__main__":
