@@ -82,7 +82,9 @@ test-other-jax: $(VENV)/test.$(WITH)
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
-	$(BIN)/python tests/mutants.py core $(MUTANTS)
+	$(BIN)/python tests/mutants.py operators $(MUTANTS)
+	$(BIN)/python tests/mutants.py primitives $(MUTANTS)
+	$(BIN)/python tests/mutants.py lowering $(MUTANTS)
 
 coverage: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov fax --cov-report term-missing:skip-covered
