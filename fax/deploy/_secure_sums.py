@@ -1,0 +1,341 @@
+"""Secure sums: the server adds up masked integers of clients, and learns only the sum.
+
+    keys      each client makes keys, and the server sends the public ones to all
+    shares    each client splits its secrets, and the server passes on the encrypted shares
+    run       each client runs the stage, and sends integers with masks: one that it shares with
+              each other client, which cancels in the sum, and one of its own
+    sign      each client signs who is present, if clients can sign
+    unmask    for each client that is present, the others send shares of its own mask's seed, and
+              for each that has failed since it sent shares, of the key that gives its shared masks
+
+This is the server's part; `_secure_client.py` has the clients'. Nothing that the server gets before
+the last step reveals anything, so until then a sum may be started again without those that failed.
+
+Bonawitz et al., Practical secure aggregation for privacy-preserving machine learning, CCS 2017.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fax import _arguments, _extras
+from fax._arithmetic import total_dtype
+from fax.deploy._audit import Audit
+from fax.deploy._backend import ClientError
+from fax.deploy._stages import Stage
+from fax.deploy._values import CutError
+
+# What Hosts._ask does: sends requests to hosts, and calls a function with each host and its answer.
+Ask = Callable[[str, Mapping[int, Mapping[str, Any]], Callable[[int, Any], bool]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SecureSums:
+    """Has a backend add up what clients send by secure sums, so that it learns only the sums.
+
+    Clients mask the integers of a stage, and the server learns their sum mod 2^32, or mod 2^64 for
+    integers of 64 bits, over those who answered. The clients of such a backend refuse to send
+    anything else, such as rows. A plan whose stages send anything but sums of integers is a
+    `CutError`. `fax.aggregators.secure_sum` with ``neighbors=0`` makes integers of updates.
+
+    A run with ``quorum=`` goes on without clients that fail, in the sum in which they fail. It
+    cannot start again once a sum is known, as the difference of two sums over different clients
+    would reveal what the others have sent. If a client fails after that, the run is an error.
+
+    Args:
+      threshold: how many clients have to answer until the end, so that the sum can be unmasked. A
+        float is a share of those that take part: more than this, from 0.5 to less than 1. An int
+        is a number of clients. It has to be more than half of the clients, since otherwise a server
+        could unmask a client by telling some clients that it failed, and others that it did not.
+        Less than this number of clients reveal nothing to the server by giving it all they know.
+      identities: ``"module:function"`` or ``"file.py:function"``, called in each process of
+        `Processes` with its number. It returns the private keys (Ed25519, 32 bytes) by which its
+        clients sign, ``{client: key}``, and the public keys of all clients. With these, clients
+        notice if the server replaces their keys, or tells them different things about who is
+        present. Default: none, which protects against a server that follows the protocol.
+
+    Raises:
+      ValueError: if the threshold is out of range.
+      ModuleNotFoundError: if the package ``cryptography`` is missing; install ``fax-jax[secure]``.
+
+    References:
+      Bonawitz et al., Practical secure aggregation for privacy-preserving machine learning, CCS
+      2017.
+
+    Example::
+
+      with fax.deploy.Processes(4, secure=fax.deploy.SecureSums()) as backend:
+          total = plan.run(backend, rows, quorum=3)
+    """
+
+    threshold: float = 2 / 3
+    identities: str | None = None
+
+    def __post_init__(self) -> None:
+        where = "fax.deploy.SecureSums"
+        _extras.require(where, "cryptography", "secure")
+        _arguments.number(where, "threshold", self.threshold, above=0)
+        if isinstance(self.threshold, int):
+            _arguments.count(where, "threshold", self.threshold, least=2)
+        elif not 0.5 <= self.threshold < 1:
+            raise ValueError(
+                f"{where}: threshold is {self.threshold}, expected an int, or a float from 0.5 to "
+                "less than 1: more than half of the clients have to take part until the end."
+            )
+
+
+def check_plan(audit: Audit) -> None:
+    """Checks that clients send nothing but sums of integers over several clients.
+
+    Raises:
+      CutError: if they send anything else.
+    """
+    for exchange in audit.exchanges:
+        for message in exchange.messages:
+            if message.mode not in ("sum", "max", "min", "fetched"):
+                continue
+            what = f"With secure=, clients send only sums of integers, but {exchange.stage!r}"
+            if message.mode != "sum" or not message.type.startswith(("int", "uint", "bool")):
+                raise CutError(
+                    f"{what} sends {message.type} as {message.mode}. Make integers of it in the "
+                    "program, of updates by fax.aggregators.secure_sum(..., neighbors=0), or leave "
+                    "out of the function that is cut what needs it, such as metrics."
+                )
+            if exchange.clients < 2:
+                raise CutError(f"{what} sums over one client, which hides nothing.")
+
+
+class SecureSum:
+    """One secure sum over the clients of a stage.
+
+    Args:
+      ask: sends requests to hosts.
+      threshold: see `SecureSums`.
+      stage: what clients run.
+      clients: who they are.
+      parts: the positions in ``clients`` of those that each host runs.
+      take: how many answers to take.
+      least: how many clients have to be left.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        threshold: float,
+        stage: Stage,
+        clients: Sequence[Hashable],
+        parts: Mapping[int, Sequence[int]],
+        take: int,
+        least: int,
+    ):
+        from fax.deploy import _masks, _secure_client, _shamir  # import cryptography
+
+        self._protocol, self._masks, self._shamir = _secure_client, _masks, _shamir
+        size, number = len(clients), _secure_client.needed(threshold, len(clients))
+        if len(set(clients)) < size:
+            raise ValueError("Plan.run: in a secure sum, no client may be in a cohort twice.")
+        if size < 2 or not size // 2 < number <= size:
+            raise ValueError(
+                f"fax.deploy.SecureSums: the threshold is {number} of {size} clients, expected "
+                "more than half of them and at most all, and at least two clients."
+            )
+        self._ask, self._threshold, self._take = ask, threshold, take
+        self._least = max(2, least)
+        self._clients, self._parts, self._stage = clients, parts, stage
+        self._session = secrets.token_bytes(_secure_client.SESSION)
+
+    def run(self, requests: Mapping[int, Mapping[str, Any]]) -> tuple[list[int], list[np.ndarray]]:
+        """Which clients are in the sum, by their positions, and the sum of each output.
+
+        Args:
+          requests: to each host, to run the stage.
+
+        Raises:
+          ClientError: if too few clients are left. It names those that failed only if nothing is
+            known of the sum, so that it may be started again without them.
+        """
+        everybody = range(len(self._clients))
+        keys = self._phase("keys", everybody, self._names, self._check_keys)
+        threshold = self._protocol.needed(self._threshold, len(keys))
+        self._least = max(self._least, threshold)
+        roster = [[i + 1, self._clients[i], *keys[i]] for i in sorted(keys)]
+        sent = {"threshold": threshold, "roster": roster}
+        shares = self._phase("shares", keys, lambda host, own: sent, self._shares_of(keys))
+
+        def job(host: int, own: Sequence[int]) -> dict[str, Any]:
+            jobs = dict(zip(self._parts[host], requests[host]["jobs"], strict=True))
+            received = [[[j + 1, shares[j][i]] for j in shares if j != i] for i in own]
+            return {**requests[host], "jobs": [jobs[i] for i in own], "shares": received}
+
+        masked = self._phase("run", shares, job, self._check_words, self._take)
+        present = sorted(masked)
+        about: dict[str, Any] = {"present": [i + 1 for i in present]}
+        signatures = []
+        if keys[present[0]][-1] is not None:
+            self._least = threshold
+            signed = self._phase("sign", present, lambda host, own: about, self._check_signature)
+            signatures = [[i + 1, signed[i]] for i in signed]
+        about["signatures"] = signatures
+        try:
+            self._least = threshold
+            check = self._revealed_of(shares)
+            revealed = self._phase("unmask", present, lambda host, own: about, check, threshold)
+        except ClientError as error:
+            # Clients have been asked to reveal the sum, so it must not be started again.
+            raise ClientError(f"{error} The run cannot start again without them.") from error
+        context = self._protocol.context_of(self._session, threshold, roster)
+        request = next(iter(requests.values()))
+        context = self._protocol.context_of_stage(context, request["stage"], request["shared"])
+        totals = [
+            np.asarray(np.sum(each, axis=0, dtype=each[0].dtype)) for each in zip(*masked.values())
+        ]
+        self._unmask(totals, keys, present, self._secrets(shares, revealed), context)
+        return present, [
+            total.astype(np.dtype(total_dtype("sum", dtype)))
+            for total, (_, dtype) in zip(totals, self._stage.sent, strict=True)
+        ]
+
+    def _phase(
+        self,
+        do: str,
+        positions: Collection[int],
+        what: Callable[[int, Sequence[int]], Mapping[str, Any]],
+        check: Callable[[int, Any], Any],
+        take: int | None = None,
+    ) -> dict[int, Any]:
+        """What those clients answer that have not failed, by their positions.
+
+        Args:
+          do: which step.
+          positions: of those who are asked.
+          what: what a host is sent, from its number and the positions of its clients.
+          check: what an answer says. It raises a `ValueError` or a `TypeError` if that is nothing.
+          take: how many answers to take.
+        """
+        take = len(positions) if take is None else min(take, len(positions))
+        parts = {host: [i for i in own if i in positions] for host, own in self._parts.items()}
+        found: dict[int, Any] = {}
+
+        def read(host: int, answer: Any) -> bool:
+            own = parts[host]
+            if not isinstance(answer, list) or len(answer) != len(own):
+                raise ValueError(f"expected one answer for each of {len(own)} clients")
+            checked = list(map(check, own, answer))
+            found.update(zip(own[: take - len(found)], checked))
+            return len(found) == take
+
+        requests = {
+            host: {"session": self._session, **what(host, own)}
+            for host, own in parts.items()
+            if own
+        }
+        cause = None
+        try:
+            self._ask(f"secure_{do}", requests, read)
+        except ClientError as error:
+            cause = error
+        if len(found) < self._least:
+            failed = [self._clients[i] for i in positions if i not in found]
+            raise ClientError(
+                f"A secure sum needs {self._least} clients, but only {len(found)} of "
+                f"{len(self._clients)} are left after the step {do!r}. {cause}",
+                failed,
+            ) from cause
+        return found
+
+    def _secrets(
+        self, shares: Mapping[int, Any], revealed: Mapping[int, Sequence[bytes]]
+    ) -> dict[int, bytes]:
+        """What shares give for each client: a seed or a mask key."""
+        points = [i + 1 for i in revealed]
+        try:
+            return dict(zip(sorted(shares), self._shamir.join(points, list(revealed.values()))))
+        except ValueError as error:
+            raise ClientError(f"A secure sum cannot be unmasked: {error}") from error
+
+    def _unmask(
+        self,
+        totals: Sequence[np.ndarray],
+        keys: Mapping[int, Sequence[bytes]],
+        present: Sequence[int],
+        found: Mapping[int, bytes],
+        context: bytes,
+    ) -> None:
+        """Removes from the totals all masks that have not cancelled."""
+        masks, there = self._masks, set(present)
+        for i, secret in found.items():
+            _, public, commitment, _ = keys[i]
+            made = masks.commitment(secret) if i in there else masks.public_key(secret)
+            if made != (commitment if i in there else public):
+                raise ClientError(
+                    "A secure sum cannot be unmasked: shares of a secret of the client "
+                    f"{self._clients[i]!r} were changed, by itself or by others."
+                )
+            if i in there:
+                masks.add_mask(totals, masks.derive(secret, b"seed", context), -1)
+                continue
+            for j in present:
+                key = masks.agree(secret, keys[j][1], b"mask", context)
+                masks.add_mask(totals, key, -1 if j < i else 1)
+
+    # What clients are sent, and what they may answer
+
+    def _names(self, host: int, own: Sequence[int]) -> dict[str, Any]:
+        return {"clients": [self._clients[i] for i in own]}
+
+    def _check_keys(self, i: int, answer: Any) -> list[Any]:
+        *keys, signature = answer
+        if list(map(_size, keys)) != [self._masks.KEY] * 3:
+            raise ValueError("expected three keys")
+        if signature is not None and _size(signature) != self._masks.SIGNATURE:
+            raise ValueError("expected a signature")
+        return [*keys, signature]
+
+    def _shares_of(self, keys: Collection[int]) -> Callable[[int, Any], dict[int, bytes]]:
+        size = self._masks.size_encrypted(2 * self._shamir.SHARE)
+
+        def check(i: int, answer: Any) -> dict[int, bytes]:
+            found = {number - 1: data for number, data in answer}
+            if found.keys() != set(keys) - {i} or any(_size(x) != size for x in found.values()):
+                raise ValueError("expected encrypted shares for each other client")
+            return found
+
+        return check
+
+    def _check_words(self, i: int, answer: Any) -> list[np.ndarray]:
+        expected = [
+            (shape, np.dtype("<u8" if np.dtype(dtype).itemsize == 8 else "<u4"))
+            for shape, dtype in self._stage.sent
+        ]
+        if not isinstance(answer, list) or expected != [
+            (getattr(x, "shape", None), getattr(x, "dtype", None)) for x in answer
+        ]:
+            raise ValueError(f"expected masked integers for what {self._stage.name!r} sends")
+        return answer
+
+    def _check_signature(self, i: int, answer: Any) -> bytes:
+        if _size(answer) != self._masks.SIGNATURE:
+            raise ValueError("expected a signature")
+        return answer
+
+    def _revealed_of(self, shares: Collection[int]) -> Callable[[int, Any], list[bytes]]:
+        numbers = [i + 1 for i in sorted(shares)]
+
+        def check(i: int, answer: Any) -> list[bytes]:
+            found = [data for _, data in answer]
+            if [number for number, _ in answer] != numbers or any(
+                _size(data) != self._shamir.SHARE for data in found
+            ):
+                raise ValueError("expected a share of a secret of each client")
+            return found
+
+        return check
+
+
+def _size(x: Any) -> int | None:
+    return len(x) if isinstance(x, bytes) else None
