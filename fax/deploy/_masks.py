@@ -83,15 +83,14 @@ def words_of(x: np.ndarray) -> np.ndarray:
 
 
 def add_mask(words: Sequence[np.ndarray], key: bytes, sign: int) -> None:
-    """Adds the mask of a key to arrays in place, or subtracts it if ``sign`` is -1.
+    """Adds the mask of a key to contiguous arrays in place, or subtracts it if ``sign`` is -1.
 
     No key is used for anything else, so the counter starts at zero.
     """
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     change = np.add if sign == 1 else np.subtract
     for x in words:
-        flat = x.view()
-        flat.shape = (-1,)  # never a copy
+        flat = x.reshape(-1)
         for start in range(0, flat.size, _AT_ONCE):
             part = flat[start : start + _AT_ONCE]
             mask = np.frombuffer(stream.update(bytes(part.nbytes)), part.dtype)

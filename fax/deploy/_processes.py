@@ -12,7 +12,7 @@ from fax import _arguments
 from fax.deploy import _links
 from fax.deploy._hosts import Hosts, Read
 from fax.deploy._links import Link, LinkError
-from fax.deploy._secure_sums import SecureSums
+from fax.deploy._secure_sums import SecureSums, check_secure
 from fax.deploy._values import Row
 
 
@@ -56,10 +56,7 @@ class Processes(Hosts):
         secure: SecureSums | None = None,
     ):
         where = "fax.deploy.Processes"
-        if not isinstance(secure, SecureSums | None):
-            raise TypeError(
-                f"{where}: secure is {_arguments.shown(secure)}, expected a fax.deploy.SecureSums."
-            )
+        check_secure(where, secure)
         _arguments.count(where, "number", number)
         _arguments.number(where, "timeout", timeout, above=0)
         super().__init__(plan, secure)

@@ -18,7 +18,7 @@ import math
 import pathlib
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,7 +255,8 @@ class SecureClients(runtime.Clients):
     ):
         super().__init__(data, plan, folder)
         self._threshold = threshold
-        self._signing, self._peers = ({}, None) if identities is None else identities
+        self._signing: dict[Any, bytes] = {} if identities is None else identities[0]
+        self._peers: dict[Any, bytes] | None = None if identities is None else identities[1]
         self._session, self._seen = b"", set[bytes]()
         self._parties: dict[Any, Party] = {}
 
@@ -301,7 +302,10 @@ class SecureClients(runtime.Clients):
         parties = [self._parties.pop(client) for client, *_ in jobs]
         rows = super().do_run(stage, shared, jobs, blob)
         context = context_of_stage(self._context, stage, shared)
-        sent = [p.mask(*own, context) for p, *own in zip(parties, shares, rows, strict=True)]
+        sent = [
+            party.mask(received, own, context)
+            for party, received, own in zip(parties, shares, rows, strict=True)
+        ]
         self._parties = {job[0]: party for job, party in zip(jobs, parties, strict=True)}
         return sent
 
@@ -335,11 +339,9 @@ def main() -> None:
     parser.add_argument("--identities", help="MODULE:FUNCTION or FILE.py:FUNCTION")
     parser.add_argument("--number", type=int, default=0)
     own, rest = parser.parse_known_args()
-    make: Callable[..., runtime.Clients] = functools.partial(
-        SecureClients,
-        threshold=float(own.secure) if "." in own.secure else int(own.secure),
-        identities=own.identities and runtime.load(own.identities, own.number),
-    )
+    identities: Any = own.identities and runtime.load(own.identities, own.number)
+    threshold = float(own.secure) if "." in own.secure else int(own.secure)
+    make = functools.partial(SecureClients, threshold=threshold, identities=identities)
     runtime.main(make, [*rest, "--number", str(own.number)])
 
 

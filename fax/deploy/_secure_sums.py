@@ -41,7 +41,7 @@ class SecureSums:
     Clients mask the integers of a stage, and the server learns their sum mod 2^32, or mod 2^64 for
     integers of 64 bits, over those who answered. The clients of such a backend refuse to send
     anything else, such as rows. A plan whose stages send anything but sums of integers is a
-    `CutError`. `fax.aggregators.secure_sum` with ``neighbors=0`` makes integers of updates.
+    `CutError`. `fax.aggregators.secure_sum` with ``masked=False`` makes integers of updates.
 
     A run with ``quorum=`` goes on without clients that fail, in the sum in which they fail. It
     cannot start again once a sum is known, as the difference of two sums over different clients
@@ -89,6 +89,18 @@ class SecureSums:
             )
 
 
+def check_secure(caller: str, secure: Any) -> None:
+    """Checks the argument ``secure`` of a backend.
+
+    Raises:
+      TypeError: if it is neither None nor `SecureSums`.
+    """
+    if not isinstance(secure, SecureSums | None):
+        raise TypeError(
+            f"{caller}: secure is {_arguments.shown(secure)}, expected a fax.deploy.SecureSums."
+        )
+
+
 def check_plan(audit: Audit) -> None:
     """Checks that clients send nothing but sums of integers over several clients.
 
@@ -103,8 +115,8 @@ def check_plan(audit: Audit) -> None:
             if message.mode != "sum" or not message.type.startswith(("int", "uint", "bool")):
                 raise CutError(
                     f"{what} sends {message.type} as {message.mode}. Make integers of it in the "
-                    "program, of updates by fax.aggregators.secure_sum(..., neighbors=0), or leave "
-                    "out of the function that is cut what needs it, such as metrics."
+                    "program, of updates by fax.aggregators.secure_sum(..., masked=False). Or "
+                    "leave out of the function that is cut what needs it, such as metrics."
                 )
             if exchange.clients < 2:
                 raise CutError(f"{what} sums over one client, which hides nothing.")
@@ -145,7 +157,7 @@ class SecureSum:
                 "more than half of them and at most all, and at least two clients."
             )
         self._ask, self._threshold, self._take = ask, threshold, take
-        self._least = max(2, least)
+        self._least = max(least, _secure_client.needed(threshold, 2))
         self._clients, self._parts, self._stage = clients, parts, stage
         self._session = secrets.token_bytes(_secure_client.SESSION)
 
@@ -175,14 +187,13 @@ class SecureSum:
         masked = self._phase("run", shares, job, self._check_words, self._take)
         present = sorted(masked)
         about: dict[str, Any] = {"present": [i + 1 for i in present]}
-        signatures = []
+        about["signatures"] = []
+        self._least = threshold  # of those who are present, these have to be left
         if keys[present[0]][-1] is not None:
-            self._least = threshold
-            signed = self._phase("sign", present, lambda host, own: about, self._check_signature)
-            signatures = [[i + 1, signed[i]] for i in signed]
-        about["signatures"] = signatures
+            ask = {"present": about["present"]}
+            signed = self._phase("sign", present, lambda host, own: ask, self._check_signature)
+            about["signatures"] = [[i + 1, signed[i]] for i in signed]
         try:
-            self._least = threshold
             check = self._revealed_of(shares)
             revealed = self._phase("unmask", present, lambda host, own: about, check, threshold)
         except ClientError as error:
@@ -218,7 +229,8 @@ class SecureSum:
           take: how many answers to take.
         """
         take = len(positions) if take is None else min(take, len(positions))
-        parts = {host: [i for i in own if i in positions] for host, own in self._parts.items()}
+        asked = set(positions)
+        parts = {host: [i for i in own if i in asked] for host, own in self._parts.items()}
         found: dict[int, Any] = {}
 
         def read(host: int, answer: Any) -> bool:
