@@ -14,6 +14,7 @@ _FILES = {
     # For secure sums:
     "_masks.py": "_masks.py",
     "_secure_client.py": "_secure_client.py",
+    "_secure_party.py": "_secure_party.py",
     "_shamir.py": "_shamir.py",
 }
 
@@ -47,6 +48,7 @@ def write_flower_client(folder: str | os.PathLike[str]) -> None:
       _flower_worker.py
       _masks.py
       _secure_client.py
+      _secure_party.py
       _shamir.py
 
     With this, the file ``my_app/client.py`` of the app can be::

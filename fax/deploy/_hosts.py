@@ -17,7 +17,8 @@ import numpy as np
 
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError, combine
-from fax.deploy._secure_sums import SecureSum, SecureSums
+from fax.deploy._secure_server import SecureSum
+from fax.deploy._secure_sums import SecureSums
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
 
