@@ -64,6 +64,11 @@ class SecureSum:
                 f"fax.deploy.SecureSums: the threshold is {number} of {size} clients, expected "
                 "more than half of them and at most all, and at least two clients."
             )
+        if take < number:
+            raise ValueError(
+                f"Plan.run: take is {take}, expected at least the threshold of secure sums, which "
+                f"is {number} of {size} clients."
+            )
         self._ask, self._threshold, self._take = ask, threshold, take
         self._least = max(least, _secure_party.needed(threshold, 2))
         self._clients, self._parts, self._stage = clients, parts, stage
@@ -96,15 +101,15 @@ class SecureSum:
         present = sorted(masked)
         numbers = [i + 1 for i in present]
         self._least = threshold  # of those who are present, these have to be left
-        signatures = []
+        signed: dict[int, bytes] = {}
         if keys[present[0]][-1] is not None:
             sent = self._sent(present=numbers)
             signed = self._phase("sign", present, sent, self._check_signature)
-            signatures = [[i + 1, signed[i]] for i in signed]
         try:
+            signatures = [[i + 1, signature] for i, signature in signed.items()]
             sent = self._sent(present=numbers, signatures=signatures)
             check = self._revealed_of(shares)
-            revealed = self._phase("unmask", present, sent, check, threshold)
+            revealed = self._phase("unmask", signed or present, sent, check, threshold)
         except ClientError as error:
             # Clients have been asked to reveal the sum, so it must not be started again.
             raise ClientError(f"{error} The run cannot start again without them.") from error
