@@ -1,8 +1,13 @@
 """Hosts of clients with secure sums in this process: what is sent can be seen, changed and lost."""
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fax import deploy
 from fax.deploy import _client as runtime
 from fax.deploy import _hosts, _secure_client
+from fax.deploy import _masks as masks
+
+_STAGES = {}
 
 
 class LocalHosts(_hosts.Hosts):
@@ -21,11 +26,11 @@ class LocalHosts(_hosts.Hosts):
 
     def __init__(self, data, threshold=2 / 3, identities=None, demanded=None):
         super().__init__(None, deploy.SecureSums(threshold))
-        demanded = threshold if demanded is None else demanded
-        self.hosts = [
-            _secure_client.SecureClients(own, threshold=demanded, identities=identities)
-            for own in data
-        ]
+        settings = {"threshold": threshold if demanded is None else demanded}
+        settings["identities"] = identities
+        self.hosts = [_secure_client.SecureClients(own, **settings) for own in data]
+        for host in self.hosts:
+            host._stages = _STAGES  # so that each is compiled once
         self._numbers = range(len(data))
         self.traffic = []
         self.before, self.after, self.gone = {}, {}, set()
@@ -40,11 +45,14 @@ class LocalHosts(_hosts.Hosts):
         return made
 
     def _ask(self, do, requests, read):
-        step = do.removeprefix("secure_")
+        step = do.removeprefix("secure_") if do.startswith("secure_") else f"plain {do}"
         self.gone |= set(self.before.get(step, ()))
         failed, enough = dict.fromkeys(self.gone & requests.keys(), "is gone"), False
         for host in requests.keys() - self.gone:
             what = self.request(step, host, runtime.decode(runtime.encode(requests[host])))
+            if host in self.gone:
+                failed[host] = "is gone"
+                continue
             try:
                 answer = self.hosts[host].answer({"do": do, "with": what})
                 answer = self.answer(step, host, runtime.decode(runtime.encode(answer)))
@@ -64,3 +72,12 @@ class LocalHosts(_hosts.Hosts):
                 return
         if failed:
             raise self._failed(failed)
+
+
+def identities_of(clients):
+    """Keys by which clients sign: the private ones, and the public ones."""
+    private = {client: masks.new_key() for client in clients}
+    return private, {
+        client: Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
+        for client, key in private.items()
+    }

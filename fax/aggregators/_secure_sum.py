@@ -150,7 +150,7 @@ def secure_sum(
             sent = with_masks(words, mask_key, neighbors)
             total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
         else:
-            total = reductions.sum(words.astype(jnp.int32))
+            total = reductions.sum(words.astype(jnp.int32)).astype(jnp.int32)
         leaves, treedef = jax.tree.flatten(updates)
         sizes = [math.prod(x.shape[1:]) for x in leaves]
         *sums, weight, has_nan = parts_of(total, [*sizes, 1, 1])
