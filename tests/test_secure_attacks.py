@@ -329,7 +329,6 @@ def test_keys_that_the_server_replaces_are_refused():
     forged = with_entry(
         server, 2, **dict(zip(["channel", "mask", "commitment", "signature"], other.entry))
     )
-    earlier = Server((server.parties[2]._signing and {}, None))  # no signatures at all
     wrong = [
         forged,
         with_entry(server, 2, channel=KEY),
@@ -339,7 +338,7 @@ def test_keys_that_the_server_replaces_are_refused():
         with_entry(server, 2, signature=bytes(64)),
         with_entry(server, 2, signature=server.entries[2][5]),
         with_entry(server, 2, client="stranger"),
-        earlier.entries,
+        Server().entries,  # nobody signs
     ]
     for entries in wrong:
         with pytest.raises(REFUSED):
