@@ -21,7 +21,7 @@ from fax.deploy._artifacts import save
 from fax.deploy._audit import Audit, audit
 from fax.deploy._backend import Backend, ClientError
 from fax.deploy._cut import Cutter
-from fax.deploy._runner import Runner, fetch
+from fax.deploy._runner import Runner, fetch, is_secure
 from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
@@ -167,7 +167,7 @@ class Plan:
                 f"Plan.run: clients names {len(clients)} clients, expected as many as take "
                 f"part: {' or '.join(map(str, sorted(self._sizes)))}."
             )
-        if getattr(backend, "secure", None) is not None:
+        if is_secure(backend):
             check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 
@@ -103,8 +103,8 @@ class Runner:
         ]
         asked = [clients[i] for i in numbers]
         first: Sequence[int]
-        if stage.sent and getattr(self._backend, "secure", None) is not None:
-            first, found = self._gather(stage, asked, own)
+        if stage.sent and is_secure(self._backend):
+            first, found = self._gather(self._backend, stage, asked, own)
         elif self._take is None or len(asked) <= self._take:
             first, found = range(len(asked)), self._backend.run(stage, asked, own)
         else:
@@ -136,15 +136,14 @@ class Runner:
         return self._backend.race(stage, asked, own, take)
 
     def _gather(
-        self, stage: Stage, asked: Sequence[Hashable], own: Sequence[Any]
+        self, backend: Hosts, stage: Stage, asked: Sequence[Hashable], own: Sequence[Any]
     ) -> tuple[Sequence[int], list[Any]]:
         """Runs a stage by a secure sum, and returns who is in it, and the results."""
         size = len(asked)
         take = size if self._take is None or self.opened else min(self._take, size)
         # All sums must be over the same clients.
         least = size if self._quorum is None or self.opened else min(self._quorum, take)
-        assert isinstance(self._backend, Hosts)
-        found = self._backend.gather(stage, asked, own, take, least)
+        found = backend.gather(stage, asked, own, take, least)
         self.opened = True
         return found
 
@@ -177,6 +176,11 @@ class Runner:
         for row in dict.fromkeys(rows):  # one may stand for the rows of all clients
             weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
         return found
+
+
+def is_secure(backend: Backend) -> TypeGuard[Hosts]:
+    """Whether clients send nothing but masked integers."""
+    return isinstance(backend, Hosts) and backend.secure is not None
 
 
 def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:

@@ -120,7 +120,12 @@ class SecureSum:
         totals = [
             np.asarray(np.sum(each, axis=0, dtype=each[0].dtype)) for each in zip(*masked.values())
         ]
-        self._unmask(totals, keys, present, self._secrets(shares, revealed), context)
+        try:
+            points = [i + 1 for i in revealed]
+            found = self._shamir.join(points, list(revealed.values()))
+            self._unmask(totals, keys, present, dict(zip(sorted(shares), found)), context)
+        except ValueError as error:
+            raise ClientError(f"A secure sum cannot be unmasked: {error}.") from error
         return present, [
             total.astype(np.dtype(total_dtype("sum", dtype)))
             for total, (_, dtype) in zip(totals, self._stage.sent, strict=True)
@@ -175,16 +180,6 @@ class SecureSum:
             ) from cause
         return found
 
-    def _secrets(
-        self, shares: Mapping[int, Any], revealed: Mapping[int, Sequence[bytes]]
-    ) -> dict[int, bytes]:
-        """What shares give for each client: a seed or a mask key."""
-        points = [i + 1 for i in revealed]
-        try:
-            return dict(zip(sorted(shares), self._shamir.join(points, list(revealed.values()))))
-        except ValueError as error:
-            raise ClientError(f"A secure sum cannot be unmasked: {error}") from error
-
     def _unmask(
         self,
         totals: Sequence[np.ndarray],
@@ -199,9 +194,9 @@ class SecureSum:
             _, public, commitment, _ = keys[i]
             made = masks.commitment(secret) if i in there else masks.public_key(secret)
             if made != (commitment if i in there else public):
-                raise ClientError(
-                    "A secure sum cannot be unmasked: shares of a secret of the client "
-                    f"{self._clients[i]!r} were changed, by itself or by others."
+                raise ValueError(
+                    f"shares of a secret of the client {self._clients[i]!r} were changed, by "
+                    "itself or by others"
                 )
             if i in there:
                 masks.add_mask(totals, masks.derive(secret, b"seed", context), -1)

@@ -65,6 +65,9 @@ class SecureSums:
             )
 
 
+_INTEGERS = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+
+
 def check_secure(caller: str, secure: Any) -> None:
     """Checks the argument ``secure`` of a backend.
 
@@ -88,7 +91,7 @@ def check_plan(audit: Audit) -> None:
             if message.mode not in ("sum", "max", "min", "fetched"):
                 continue
             what = f"With secure=, clients send only sums of integers, but {exchange.stage!r}"
-            if message.mode != "sum" or not message.type.startswith(("int", "uint", "bool")):
+            if message.mode != "sum" or message.type.partition("[")[0] not in _INTEGERS:
                 raise CutError(
                     f"{what} sends {message.type} as {message.mode}. Make integers of it in the "
                     "program, of updates by fax.aggregators.secure_sum(..., masked=False). Or "

@@ -33,9 +33,9 @@ def share(secrets: Sequence[bytes], threshold: int, points: Sequence[int]) -> li
     """
     _check_points(points)
     if not 1 <= threshold <= len(points):
-        raise ValueError(f"threshold is {threshold}, expected 1 to {len(points)}, the shares.")
+        raise ValueError(f"threshold is {threshold}, expected 1 to {len(points)}, the shares")
     if any(len(secret) != SECRET for secret in secrets):
-        raise ValueError(f"a secret does not have {SECRET} bytes.")
+        raise ValueError(f"a secret does not have {SECRET} bytes")
     limbs = np.frombuffer(b"".join(secrets), "<u2").astype(np.uint64)
     others = _uniform((threshold - 1) * len(limbs)).reshape(threshold - 1, len(limbs))
     x = np.asarray(points, np.uint64)[:, None]
@@ -61,15 +61,15 @@ def join(points: Sequence[int], shares: Sequence[Sequence[bytes]]) -> list[bytes
     """
     _check_points(points)
     if any(len(part) != SHARE for row in shares for part in row):
-        raise ValueError(f"a share does not have {SHARE} bytes.")
+        raise ValueError(f"a share does not have {SHARE} bytes")
     values = np.stack([np.frombuffer(b"".join(row), "<u4") for row in shares]).astype(np.uint64)
     if (values >= PRIME).any():
-        raise ValueError("a share has numbers that are too large.")
+        raise ValueError("a share has numbers that are too large")
     limbs = np.zeros(values.shape[1], np.uint64)
     for factor, row in zip(_at_zero(points), values, strict=True):
         limbs = (limbs + np.uint64(factor) * row) % PRIME
     if (limbs >= 2**16).any():
-        raise ValueError("the shares do not belong to one secret.")
+        raise ValueError("the shares do not belong to one secret")
     data = limbs.astype("<u2").tobytes()
     return [data[start : start + SECRET] for start in range(0, len(data), SECRET)]
 
@@ -99,4 +99,4 @@ def _uniform(size: int) -> np.ndarray:
 
 def _check_points(points: Sequence[int]) -> None:
     if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
-        raise ValueError("points are not different numbers from 1 to 2^31 - 2.")
+        raise ValueError("points are not different numbers from 1 to 2^31 - 2")
