@@ -59,10 +59,15 @@ class SecureSum:
         size, number = len(clients), _secure_party.needed(threshold, len(clients))
         if len(set(clients)) < size:
             raise ValueError("Plan.run: in a secure sum, no client may be in a cohort twice.")
-        if size < 2 or not size // 2 < number <= size:
+        if number > size:
+            raise ClientError(
+                f"A secure sum needs {number} clients, by its threshold, but only {size} are left "
+                "or take part."
+            )
+        if size < 2 or number <= size // 2:
             raise ValueError(
                 f"fax.deploy.SecureSums: the threshold is {number} of {size} clients, expected "
-                "more than half of them and at most all, and at least two clients."
+                "more than half of them, and at least two clients."
             )
         if take < number:
             raise ValueError(
