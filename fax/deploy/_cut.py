@@ -173,9 +173,6 @@ class Writer:
 
     def _map(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         this = Round.of(eqn.params)
-        if not any(value.held for value in operands) and _only_converts(this.jaxpr):
-            # A sum of integers converts them. What the server has, it can sum itself.
-            return self.on_server(functools.partial(_jaxpr.bind, eqn), operands, eqn.outvars, eqn)
         axes: list[int | None] = []
         given = []
         for value, mode in zip(operands, this.inputs, strict=True):
@@ -310,11 +307,6 @@ class Writer:
             stage=stage,
             axes=tuple(itertools.compress(step.axes, used)),
         )
-
-
-def _only_converts(jaxpr: ClosedJaxpr) -> bool:
-    """Whether a function does nothing but change dtypes."""
-    return all(eqn.primitive is p.convert_element_type_p for eqn in jaxpr.eqns)
 
 
 def _has_effects(step: Step) -> bool:
