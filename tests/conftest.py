@@ -90,6 +90,7 @@ ABOVE_THE_CORE = (
         "privacy",
     ),
     *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
+    *("secure_attacks", "secure_crypto", "secure_processes", "secure_sums"),
 )
 # For --core, these are left out.
 DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
