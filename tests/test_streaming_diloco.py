@@ -594,7 +594,7 @@ def test_what_follows_a_sum_waits_for_the_steps_in_between():
 
     @fax.program(replicas=3)
     def program(rows, weights, others):
-        sending = send(update, rows, weights)
+        sending, _ = send(update, rows, weights)
         others = fax.map(jnp.sin, others)
         (found,), others = receive([sending], others)
         return found, others
@@ -611,6 +611,41 @@ def test_what_follows_a_sum_waits_for_the_steps_in_between():
     held = sorted(made[var].primitive.name for var in barrier.invars)
     # The sums of products and of weights, the others after their step, and the maximum.
     assert held == ["federated_map"] * 3 + ["max"]
+
+
+def test_what_comes_next_waits_for_what_is_sent_and_not_for_its_sum():
+    def update(rows, ones):
+        largest = fax.max(rows)
+        return fax.mean(fax.map(jnp.divide, rows, fax.broadcast(largest))), fax.sum(ones)
+
+    @fax.program(replicas=3)
+    def program(rows, ones):
+        sending, later = send(update, rows, ones, before=rows)
+        return sending.result(), fax.map(jnp.sin, later)
+
+    rows = np.array([[1.0, 4], [3, 2], [2, 1]])
+    (mean, count), after = program(rows, np.ones(3))
+    problems.assert_trees_close((mean, count), ((rows / rows.max(0)).mean(0), 3))
+    problems.assert_trees_close(after, np.sin(rows))
+    jaxpr = jax.make_jaxpr(program)(rows, np.ones(3)).jaxpr
+    eqns = {eqn.primitive.name: eqn for eqn in jaxpr.eqns if eqn.primitive.name != "federated_map"}
+    shares, sines = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "federated_map")
+    barrier = eqns["optimization_barrier"]
+    assert barrier.invars == [*shares.outvars, jaxpr.invars[0]]
+    assert shares.invars == [jaxpr.invars[0], *eqns["max"].outvars]
+    assert [*eqns["mean"].invars, *sines.invars] == barrier.outvars
+    assert eqns["sum"].invars == [jaxpr.invars[1]]  # this does not depend on the rows
+
+
+@pytest.mark.parametrize(("tau", "barriers"), [(3, 2), (4, 3)])
+def test_the_next_steps_wait_for_what_is_sent_if_more_is_sent_before_it_lands(tau, barriers, data):
+    """Of two fragments in six steps. A barrier for each receives it."""
+    algorithm = streaming_diloco(
+        loss, optax.sgd(INNER), replicas=REPLICAS, steps=6, fragments=[["w"], ["b"]], tau=tau
+    )
+    state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 6, 1)
+    jaxpr = jax.make_jaxpr(algorithm.round)(state, cohort)
+    assert str(jaxpr).count("optimization_barrier") == barriers
 
 
 def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_once(data):
