@@ -334,6 +334,7 @@ def test_a_function_or_lists_say_which_leaf_is_where():
 @pytest.mark.parametrize(
     ("fragments", "message"),
     [
+        (-1, "fragments is -1, expected an int of at least 1"),
         (0, "fragments is 0, expected 1 to 14, the number of layers"),
         (15, "fragments is 15, expected 1 to 14"),
         (lambda name: None, r"fragments\('blocks/0/attend/kernel'\) returned None, expected"),
@@ -567,6 +568,10 @@ def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
         ({"fragments": [[("w", 0)]]}, r"fragment 0 has \('w', 0\), expected the path of a leaf"),
         ({"fragments": [["w"], [("b", -1, [0])]]}, r"fragment 1 has \('b', -1, \[0\]\), expected"),
         ({"fragments": [("w", 0, [1, 1])]}, "fragment 0 has an index of 'w' along axis 0 twice"),
+        (
+            {"fragments": [("w", 0, [True, False])]},
+            r"fragment 0 has \('w', 0, \[True, False\]\), exp",
+        ),
     ],
 )
 def test_mistakes(arguments, message):
