@@ -126,16 +126,19 @@ def test_fragments_have_all_parameters():
 
 
 def test_the_bandwidth_that_is_needed():
-    """In closed form: what a period sends, in the time that hides it and a 19th of the period."""
+    """In closed form: what a period sends, in the time that hides it and that chips may wait."""
     size = data_center.SIZES["8B"]
     row = dict(sent_bytes=1e6)
     gbits = 8 * row["sent_bytes"] * size.chips / 1e9
-    steps, of_steps = data_center.STEPS, 1 / data_center.TARGET - 1
+    steps = data_center.STEPS
     hidden = {"data-parallel": 2 / 3 * steps, "DiLoCo": 0}
     hidden["Streaming"] = data_center.TAU * data_center.FRAGMENTS
     for way, some in hidden.items():
-        expected = gbits * steps / (size.compute * (some + of_steps * steps))
-        assert data_center.needed(size, way, row) == pytest.approx(expected, rel=0.005)
+        for target in (0.8, data_center.TARGET):
+            expected = gbits * steps / (size.compute * (some + (1 / target - 1) * steps))
+            found = data_center.needed(size, way, row, target)
+            assert found == pytest.approx(expected, rel=0.005)
+        assert data_center.needed(size, way, row) == found
 
 
 def test_tables_and_a_figure(monkeypatch, tmp_path):
@@ -148,11 +151,13 @@ def test_tables_and_a_figure(monkeypatch, tmp_path):
 
     monkeypatch.setattr(data_center, "measure", measure)
     compiled = data_center.Compiled(tmp_path / "figures.json")
-    sizes, sent = data_center.tables(compiled, ["1B", "8B"], [2, 8])
+    sizes, sent, bandwidths = data_center.tables(compiled, ["1B", "8B"], [2, 8])
     assert [row["million parameters"] for row in sizes["rows"]] == ["1,100", "8,030"]
     assert len(sent["rows"]) == 2 * 2 * 4
     assert sent["rows"][0]["GB from a slice"] == f"{64 * 2**21 / 1e9:.3g}"
     assert sent["rows"][0]["at most, GiB"] == 3
+    for row, needs in zip(sent["rows"], bandwidths["rows"], strict=True):
+        assert row["Gbit/s for 95 %"] == needs["95 %"]
     monkeypatch.setattr(data_center, "measure", None)  # what is in the file is not compiled again
     path = tmp_path / "figure.png"
     data_center.draw(data_center.Compiled(tmp_path / "figures.json"), ["1B", "8B"], 8, path)

@@ -489,6 +489,8 @@ def test_a_replica_can_be_sharded_itself(kind):
         ({"w": P(), "b": P(), "c": P()}, "sharding has a leaf 'c', but params does not"),
         ({"w": P(), "b": P(None, "model")}, r"for 'b', which has only 1 axes"),
         ({"w": P(), "b": "model"}, "sharding has 'model' for 'b', expected a jax.sharding.Part"),
+        (P("model"), r"is P\('model',\), expected a pytree with a .* of the parameters: b, w"),
+        ({"w": P("model", "model"), "b": P()}, "for 'w', which has the mesh axis 'model' twice"),
         ({"w": P("model"), "b": P("replicas")}, "the mesh axis 'replicas' is that of the replicas"),
         ({"w": P("data"), "b": P()}, "the mesh axis 'data' is not in the mesh in scope"),
     ],

@@ -334,6 +334,7 @@ def test_a_function_or_lists_say_which_leaf_is_where():
 @pytest.mark.parametrize(
     ("fragments", "message"),
     [
+        (-1, "fragments is -1, expected an int of at least 1"),
         (0, "fragments is 0, expected 1 to 14, the number of layers"),
         (15, "fragments is 15, expected 1 to 14"),
         (lambda name: None, r"fragments\('blocks/0/attend/kernel'\) returned None, expected"),
@@ -567,6 +568,10 @@ def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
         ({"fragments": [[("w", 0)]]}, r"fragment 0 has \('w', 0\), expected the path of a leaf"),
         ({"fragments": [["w"], [("b", -1, [0])]]}, r"fragment 1 has \('b', -1, \[0\]\), expected"),
         ({"fragments": [("w", 0, [1, 1])]}, "fragment 0 has an index of 'w' along axis 0 twice"),
+        (
+            {"fragments": [("w", 0, [True, False])]},
+            r"fragment 0 has \('w', 0, \[True, False\]\), exp",
+        ),
     ],
 )
 def test_mistakes(arguments, message):
@@ -594,7 +599,7 @@ def test_what_follows_a_sum_waits_for_the_steps_in_between():
 
     @fax.program(replicas=3)
     def program(rows, weights, others):
-        sending = send(update, rows, weights)
+        sending, _ = send(update, rows, weights)
         others = fax.map(jnp.sin, others)
         (found,), others = receive([sending], others)
         return found, others
@@ -611,6 +616,41 @@ def test_what_follows_a_sum_waits_for_the_steps_in_between():
     held = sorted(made[var].primitive.name for var in barrier.invars)
     # The sums of products and of weights, the others after their step, and the maximum.
     assert held == ["federated_map"] * 3 + ["max"]
+
+
+def test_what_comes_next_waits_for_what_is_sent_and_not_for_its_sum():
+    def update(rows, ones):
+        largest = fax.max(rows)
+        return fax.mean(fax.map(jnp.divide, rows, fax.broadcast(largest))), fax.sum(ones)
+
+    @fax.program(replicas=3)
+    def program(rows, ones):
+        sending, later = send(update, rows, ones, before=rows)
+        return sending.result(), fax.map(jnp.sin, later)
+
+    rows = np.array([[1.0, 4], [3, 2], [2, 1]])
+    (mean, count), after = program(rows, np.ones(3))
+    problems.assert_trees_close((mean, count), ((rows / rows.max(0)).mean(0), 3))
+    problems.assert_trees_close(after, np.sin(rows))
+    jaxpr = jax.make_jaxpr(program)(rows, np.ones(3)).jaxpr
+    eqns = {eqn.primitive.name: eqn for eqn in jaxpr.eqns if eqn.primitive.name != "federated_map"}
+    shares, sines = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "federated_map")
+    barrier = eqns["optimization_barrier"]
+    assert barrier.invars == [*shares.outvars, jaxpr.invars[0]]
+    assert shares.invars == [jaxpr.invars[0], *eqns["max"].outvars]
+    assert [*eqns["mean"].invars, *sines.invars] == barrier.outvars
+    assert eqns["sum"].invars == [jaxpr.invars[1]]  # this does not depend on the rows
+
+
+@pytest.mark.parametrize(("tau", "barriers"), [(3, 2), (4, 3)])
+def test_the_next_steps_wait_for_what_is_sent_if_more_is_sent_before_it_lands(tau, barriers, data):
+    """Of two fragments in six steps. A barrier for each receives it."""
+    algorithm = streaming_diloco(
+        loss, optax.sgd(INNER), replicas=REPLICAS, steps=6, fragments=[["w"], ["b"]], tau=tau
+    )
+    state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 6, 1)
+    jaxpr = jax.make_jaxpr(algorithm.round)(state, cohort)
+    assert str(jaxpr).count("optimization_barrier") == barriers
 
 
 def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_once(data):

@@ -146,3 +146,19 @@ def test_every_transfer_is_received_after_the_steps_that_it_may_take(slices, fra
     nbytes, sent, received = metrics
     assert sent == received == loops
     assert nbytes <= tile
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fragments", "tau", "steps", "expected"),
+    [
+        (2, 5, 8, [(2, 4), (3, 5)]),  # after steps 1 and 3 of 8, in loops of 1, 2, 3 and 2 steps
+        (4, 4, 8, [(2, 10), (4, 12), (6, 14), (8, 16)]),  # after steps 1 to 4, all steps alone
+    ],
+)
+def test_fragments_are_in_flight_at_the_same_time(fragments, tau, steps, expected):
+    """If τ > H / P. A fragment crosses as one array of bytes, and metrics are smaller."""
+    with jax.enable_x64(False):
+        found, _ = transfers(compiled(2, fragments, tau, steps))
+    sent = [(sent, received) for nbytes, sent, received in found if nbytes > 8 * 128 * 4]
+    assert sent == expected

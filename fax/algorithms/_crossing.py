@@ -79,6 +79,12 @@ def specs_of(where: str, sharding: PyTree) -> Specs | None:
                 f"{where}: sharding has {spec!r:.80} for {name!r}, expected a "
                 "jax.sharding.PartitionSpec for each leaf of the parameters."
             )
+        used = _used(spec)
+        if twice := [axis for axis in used if used.count(axis) > 1]:
+            raise ValueError(
+                f"{where}: sharding has {spec} for {name!r}, which has the mesh axis {twice[0]!r} "
+                "twice. Shard only one axis of a leaf over it."
+            )
     return specs
 
 
@@ -87,6 +93,11 @@ def check_specs(where: str, specs: Specs | None, params: PyTree) -> None:
     if specs is None:
         return
     shapes = {name_of(path): jnp.shape(x) for path, x in tree_flatten_with_path(params)[0]}
+    if "" in {*specs} - {*shapes}:
+        raise ValueError(
+            f"{where}: sharding is {specs['']}, expected a pytree with a "
+            f"jax.sharding.PartitionSpec for each leaf of the parameters: {', '.join(shapes)}."
+        )
     for name in sorted({*shapes} ^ {*specs}):
         one, other = ("sharding", "params") if name in specs else ("params", "sharding")
         raise ValueError(

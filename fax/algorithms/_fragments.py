@@ -174,7 +174,7 @@ def _checked(where: str, p: int, piece: Any) -> tuple[str, int | None, set[int]]
         path, axis, indices = piece
         found = list(indices) if isinstance(indices, Iterable) else [-1]
         try:
-            found = [i.__index__() for i in found]
+            found = [-1 if isinstance(i, bool) else i.__index__() for i in found]
         except AttributeError:
             found = [-1]
         if _is_axis(axis) and axis >= 0 and found and min(found) >= 0:

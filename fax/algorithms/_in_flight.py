@@ -5,6 +5,10 @@ they end. But compilers move what follows a sum, such as the division that makes
 early place, and merge it with other operations there. Then the sum is received before the steps.
 They also merge a small sum with a later one, and then it is sent after the steps. So what follows
 the sums is computed after the steps, and a barrier keeps it there.
+
+If several fragments are in flight at once, nothing is received between sending one and the next.
+Then compilers merge what both need before they are sent, such as the largest number of each leaf,
+and all are sent late. So a barrier before the next steps also waits for what is sent.
 """
 
 from __future__ import annotations
@@ -71,8 +75,19 @@ class Sending(NamedTuple):
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def send(fn: Callable[..., PyTree], *args: Any) -> Sending:
-    """Evaluates a function up to its last reductions over replicas. Call it in a program."""
+def send(fn: Callable[..., PyTree], *args: Any, before: PyTree = None) -> tuple[Sending, PyTree]:
+    """Evaluates a function up to its last reductions over replicas. Call it in a program.
+
+    Args:
+      fn: the function.
+      *args: its arguments.
+      before: what is sent is computed from it, and so is what comes next. What uses the returned
+        ``before`` waits until everything that is sent is known, but not for its sum. None: nothing
+        waits.
+
+    Returns:
+      What is in flight, and ``before``.
+    """
     treedef = None
 
     def flat() -> list[Any]:
@@ -82,8 +97,14 @@ def send(fn: Callable[..., PyTree], *args: Any) -> Sending:
 
     jaxpr, operands = _jaxpr.trace(flat, ())
     start, rest, count = _split(jaxpr)
+    if before is not None:
+        own = {id(leaf) for leaf in jax.tree.leaves(before)}
+        inputs = [var for var, x in zip(jaxpr.jaxpr.invars, operands) if id(x) in own]
+        known, start, held = _before_last(start, inputs)
+        operands = _jaxpr.evaluate(known, *operands)
+        operands[:held], before = lax.optimization_barrier((operands[:held], before))
     values = _jaxpr.evaluate(start, *operands)
-    return Sending(values[:count], values[count:], rest, treedef)
+    return Sending(values[:count], values[count:], rest, treedef), before
 
 
 def receive(sending: Sequence[Sending], after: PyTree) -> tuple[list[PyTree], PyTree]:
@@ -102,7 +123,7 @@ def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
     The first part returns the inputs of the second. The number says how many of these, the first
     ones, are results of reductions.
     """
-    eqns, outvars = jaxpr.jaxpr.eqns, jaxpr.jaxpr.outvars
+    eqns = jaxpr.jaxpr.eqns
     crossing = [_crosses(eqn) for eqn in eqns]
     needed: set[Var] = set()  # by something that is sent
     for eqn, crosses in zip(reversed(eqns), reversed(crossing)):
@@ -110,7 +131,6 @@ def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
             needed.update(eqn.outvars, _jaxpr.variables(eqn.invars))
     sums: set[Var] = set()
     late: set[Var] = set()
-    start: list[JaxprEqn] = []
     rest: list[JaxprEqn] = []
     for eqn, crosses in zip(eqns, crossing):
         inputs = _jaxpr.variables(eqn.invars)
@@ -119,13 +139,43 @@ def _split(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
         if needed.isdisjoint(eqn.outvars) and not (sums | late).isdisjoint(inputs):
             late.update(eqn.outvars)
             rest.append(eqn)
-        else:
-            start.append(eqn)
-    read = _jaxpr.variables([*(atom for eqn in rest for atom in eqn.invars), *outvars])
-    between = sorted({var: None for var in read if var not in late}, key=lambda v: v not in sums)
-    count = sum(var in sums for var in between)
-    first = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, between, start)
-    return first, _jaxpr.rebuild(jaxpr, between, outvars, rest), count
+    return _in_two(jaxpr, rest, sums)
+
+
+def _before_last(jaxpr: ClosedJaxpr, inputs: Sequence[Var]) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
+    """A jaxpr in two: what is done before its last reductions, and these.
+
+    The first part returns the inputs of the second. The number says how many of these, the first
+    ones, are reduced and depend on some inputs of the jaxpr.
+    """
+    needed: set[Var] = set()  # by another reduction
+    last: list[JaxprEqn] = []
+    for eqn in reversed(jaxpr.jaxpr.eqns):
+        crosses, used = _crosses(eqn), not needed.isdisjoint(eqn.outvars)
+        if crosses and not used:
+            last.insert(0, eqn)
+        if crosses or used:
+            needed.update(_jaxpr.variables(eqn.invars))
+    reduced = _jaxpr.variables(atom for eqn in last for atom in eqn.invars)
+    return _in_two(jaxpr, last, _jaxpr.touched(jaxpr, inputs).intersection(reduced))
+
+
+def _in_two(
+    jaxpr: ClosedJaxpr, second: list[JaxprEqn], first: set[Var]
+) -> tuple[ClosedJaxpr, ClosedJaxpr, int]:
+    """A jaxpr in two, of which the second has some equations, and the first one all others.
+
+    The first part returns the inputs of the second. Those in ``first`` come first, and the number
+    says how many there are.
+    """
+    outvars, made = jaxpr.jaxpr.outvars, {var for eqn in second for var in eqn.outvars}
+    own = {id(eqn) for eqn in second}
+    start = [eqn for eqn in jaxpr.jaxpr.eqns if id(eqn) not in own]
+    read = _jaxpr.variables([*(atom for eqn in second for atom in eqn.invars), *outvars])
+    between = sorted({var: None for var in read if var not in made}, key=lambda v: v not in first)
+    count = sum(var in first for var in between)
+    one = _jaxpr.rebuild(jaxpr, jaxpr.jaxpr.invars, between, start)
+    return one, _jaxpr.rebuild(jaxpr, between, outvars, second), count
 
 
 def _crosses(eqn: JaxprEqn) -> bool:

@@ -130,7 +130,8 @@ def distribute(
     others_first: bool = False,
 ) -> list[list[Piece]]:
     """`layer_fragments`, for ``where``."""
-    fragments = _arguments.count(where, "fragments", fragments, least=0)
+    expected = "an int of at least 1"
+    fragments = _arguments.count(where, "fragments", fragments, least=0, expected=expected)
     _arguments.flag(where, "others_first", others_first)
     _arguments.choice(where, "pattern", pattern, ("strided", "contiguous"))
     shapes = shapes_of(where, params)

@@ -280,7 +280,8 @@ def streaming_diloco(
                     state = arrived(state, p, sums)
             return state, trained
 
-        for event in events_of(steps, len(fragments), tau):
+        events = events_of(steps, len(fragments), tau)
+        for event in events:
             if event.step > begin:
                 batches = between(part.batches, begin, event.step)
                 state, metrics = inner_steps(
@@ -290,10 +291,15 @@ def streaming_diloco(
                 trained.append(metrics)
             due = [p for p in event.landing if p in sending]
             state, trained = received(state, trained, due)
+            # Whether others are sent before these land. A compiler could send all of them late.
+            others = any(event.step < each.step < event.step + tau for each in events if each.sent)
             for p in event.sent:
                 args = p, fragments[p], state, here, part.cohort.num_examples, keys[p]
-                if tau:
-                    sending[p] = send(update_of, *args)
+                if tau and others:
+                    sending[p], rows = send(update_of, *args, before=state.replicas)
+                    state = state._replace(replicas=rows)
+                elif tau:
+                    sending[p], _ = send(update_of, *args)
                 else:
                     state = arrived(state, p, update_of(*args))
             for p in event.landing:
