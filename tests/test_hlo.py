@@ -316,6 +316,12 @@ PAIR = """%c = s32[] constant(10)
   %signed = s32[] bitcast-convert(%high)
   %less = pred[] compare(%signed, %zero), direction=LT
   ROOT %l = pred[] or(%less, %both)"""
+# i != 2 and i < 10, which holds again for 3
+AGAIN = """%c = s32[] constant(10)
+  %two = s32[] constant(2)
+  %low = pred[] compare(%i, %c), direction=LT
+  %other = pred[] compare(%i, %two), direction=NE
+  ROOT %l = pred[] and(%low, %other)"""
 NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
 
 
@@ -325,7 +331,9 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
         (10, dict(condition=f"{TEN}compare(%i, %c), direction=LT")),
         (11, dict(condition=f"{TEN}compare(%i, %c), direction=LE")),
         (10, dict(condition=f"{TEN}compare(%c, %i), direction=GT")),
-        (4, dict(condition=f"{TEN}compare(%i, %c), direction=LT", attributes=NOTED)),
+        # XLA's note may be wrong, and counts only where the program does not show the number.
+        (10, dict(condition=f"{TEN}compare(%i, %c), direction=LT", attributes=NOTED)),
+        (4, dict(condition="ROOT %l = pred[] custom-call(%i)", attributes=NOTED)),
         (7, dict(condition="ROOT %l = pred[] compare(%i, %k), direction=LT")),
         (10, dict(condition=f"{TEN}fusion(%i, %c), kind=kLoop, calls=%less")),
         (5, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="fusion(%i), calls=%grow")),
@@ -346,7 +354,9 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="add(%i, %k)", end="%i")),
         (0, dict(condition=f"{TEN}compare(%i, %c), direction=GT")),
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=GE", start="constant(10)")),
-        (None, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
+        (10, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
+        (None, dict(condition=f"{TEN}compare(%i, %c), direction=NE", start="constant(11)")),
+        (2, dict(condition=AGAIN)),
         (None, dict(condition="ROOT %l = pred[] custom-call(%i)")),
     ],
 )
