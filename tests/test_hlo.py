@@ -424,6 +424,31 @@ def test_of_branches_the_most_expensive_one_counts():
     assert cycles(module(one)) is None
 
 
+def test_a_branch_that_xla_writes_as_a_loop_is_not_a_loop_of_unknown_length():
+    """The body sets the condition to false."""
+    state = "(pred[], f32[4]{0})"
+    head = f"  %t = {state} parameter(0)\n  %go = pred[] get-tuple-element(%t), index=0\n"
+    parts = f"""%condition (t: {state}) -> pred[] {{
+{head}  ROOT %copied = pred[] copy(%go)
+}}
+%body (t: {state}) -> {state} {{
+{head}  %x = f32[4]{{0}} get-tuple-element(%t), index=1
+  %no = pred[] constant(END)
+  %sum = f32[4]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, b={{"estimated_cycles":"7"}}
+  ROOT %r = {state} tuple(%no, %sum)
+}}"""
+    lines = (
+        "%yes = pred[] custom-call()",
+        f"%state = {state} tuple(%yes, %p)",
+        f"ROOT %w = {state} while(%state), condition=%condition, body=%body",
+    )
+    for end, unknown in (("false", False), ("true", True)):
+        others = parts.replace("END", end)
+        assert cycles(module(*lines, others=others)) == Total(7, unknown)
+        (only,) = found(*lines, others=others)
+        assert (only.count, only.unknown_loops, only.conditional) == (1, unknown, not unknown)
+
+
 # What GPUs call libraries for
 
 
