@@ -6,12 +6,12 @@ Nothing is run, so parameters and data are only shapes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import fax
@@ -85,7 +85,7 @@ def transformer(width: int, layers: int, tokens: int, length: int = 128, batch: 
         q, k, v = jnp.split(
             (norm(x, w["norm1"]) @ w["qkv"]).reshape(*x.shape[:2], heads, -1), 3, axis=-1
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(width // heads)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // heads)
         causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e30))
         x = x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ w["out"]
