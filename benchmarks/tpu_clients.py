@@ -102,6 +102,9 @@ def transformer(width: int, layers: int, tokens: int, length: int = 128, batch: 
 TASKS = {
     "logistic": lambda: dense((784, 62)),
     "dense": lambda: dense((784, 200, 200, 62)),
+    "MLP 1 M": lambda: dense((1024, 920, 62)),
+    "MLP 2 M": lambda: dense((1024, 1800, 62)),
+    "MLP 3.5 M": lambda: dense((1024, 3200, 62)),
     "MLP 4.4 M": lambda: dense((1024, 4096, 62)),
     "MLP 17 M": lambda: dense((2048, 8192, 62)),
     "EMNIST CNN": lambda: model("emnist_conv", shape(20, 28, 28, 1), (20,)),
