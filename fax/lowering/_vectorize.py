@@ -8,9 +8,9 @@ times that of the main memory (HBM).
     thousands of cycles to start. So participants are vectorized, and share the starts.
   - If their copies do not fit into half of the fast memory (their gradients need the other half),
     each step reads and writes all of them in main memory, which takes longer than the starts.
-    Where there are convolutions, their results have to fit, too. The operands and results of the
-    largest operation have to fit into what one operation may take up. If they do not, the compiler
-    divides it into pieces, which on v5e can take six times as long.
+    Where there are convolutions, their results have to fit, too. And there is a bound for the
+    operands and results of the largest operation. Beyond it, the compiler divides the operation
+    into pieces, which on v5e can take six times as long.
   - An exception is a client function whose steps have so many operations that starting them takes
     longer still, such as a recurrent network. Its participants are doubled as long as this saves
     more than reading and writing a copy takes. So memory grows only where it pays.
@@ -58,7 +58,7 @@ class Chip(NamedTuple):
 
     Attributes:
       fast: the bytes of its fast memory.
-      operation: the bytes that one operation may read and write in fast memory.
+      operation: the bytes that one operation may read and write.
       main: the bytes of its main memory.
       start: the bytes that it could read from main memory while an operation starts.
       grouped: whether it is fast at convolutions whose kernels differ between participants.
@@ -78,10 +78,10 @@ _MIB, _GIB = 2**20, 2**30
 _TPUS = {
     "TPU v2": Chip(16 * _MIB, 16 * _MIB, 8 * _GIB, 2_000_000),
     "TPU v3": Chip(16 * _MIB, 16 * _MIB, 16 * _GIB, 2_000_000),
-    "TPU v4": Chip(128 * _MIB, 128 * _MIB, 32 * _GIB, 2_000_000),
+    "TPU v4": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 2_000_000),
     "TPU v5 lite": Chip(128 * _MIB, 64 * _MIB, 16 * _GIB, 1_500_000),
-    "TPU v5": Chip(128 * _MIB, 128 * _MIB, 95 * _GIB, 5_000_000),
-    "TPU v6 lite": Chip(128 * _MIB, 128 * _MIB, 32 * _GIB, 3_000_000),
+    "TPU v5": Chip(128 * _MIB, 160 * _MIB, 95 * _GIB, 5_000_000),
+    "TPU v6 lite": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 3_000_000),
 }
 _TPUS |= {"TPU v5p": _TPUS["TPU v5"], "TPU v6e": _TPUS["TPU v6 lite"]}  # their other names
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
