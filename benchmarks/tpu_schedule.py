@@ -114,17 +114,16 @@ def compared(found: dict[int | None, Any], chosen: list[int]) -> dict[str, Any]:
     best = min(row["cycles"] for row in fits.values())
     own = fits.get(chosen[0] if len(chosen) == 1 else None)
     one = fits.get(1)
-    small = one and chosen == [1]  # the memory of a large model has to be that of one client
-    memory = [
+    alike = [  # in memory
         row["cycles"]
         for row in fits.values()
-        if small and row["temporary_bytes"] <= MOST_MEMORY * one["temporary_bytes"]
+        if one and row["temporary_bytes"] <= MOST_MEMORY * one["temporary_bytes"]
     ]
     return {
         **{str(v): row["cycles"] / best for v, row in fits.items() if v is not None},
         "default": ", ".join(map(str, chosen)),
         "/ best": own and own["cycles"] / best,
-        "/ best with its memory": one["cycles"] / min(memory) if memory else None,
+        "/ best with its memory": one["cycles"] / min(alike) if one and chosen == [1] else None,
         "MiB, 1": one and shown(one["temporary_bytes"] / 2**20),
         "MiB, default": own and shown(own["temporary_bytes"] / 2**20),
     }
