@@ -74,7 +74,7 @@ ABOVE_THE_CORE = (
         "fedopt",
         "fedper",
     ),
-    *("elastic", "elastic_processes"),
+    *("elastic", "elastic_processes", "learner_worker"),
     *("command_processes", "command_settings", "command_shows"),
     *("experiment", "experiment_callbacks", "experiment_failures", "experiment_kills"),
     *("experiment_output", "experiment_refused"),
