@@ -6,12 +6,12 @@ Nothing is run, so parameters and data are only shapes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import fax
@@ -85,7 +85,7 @@ def transformer(width: int, layers: int, tokens: int, length: int = 128, batch: 
         q, k, v = jnp.split(
             (norm(x, w["norm1"]) @ w["qkv"]).reshape(*x.shape[:2], heads, -1), 3, axis=-1
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(width // heads)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(width // heads)
         causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e30))
         x = x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ w["out"]
@@ -102,6 +102,9 @@ def transformer(width: int, layers: int, tokens: int, length: int = 128, batch: 
 TASKS = {
     "logistic": lambda: dense((784, 62)),
     "dense": lambda: dense((784, 200, 200, 62)),
+    "MLP 1 M": lambda: dense((1024, 920, 62)),
+    "MLP 2 M": lambda: dense((1024, 1800, 62)),
+    "MLP 3.5 M": lambda: dense((1024, 3200, 62)),
     "MLP 4.4 M": lambda: dense((1024, 4096, 62)),
     "MLP 17 M": lambda: dense((2048, 8192, 62)),
     "EMNIST CNN": lambda: model("emnist_conv", shape(20, 28, 28, 1), (20,)),

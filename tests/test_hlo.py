@@ -316,6 +316,12 @@ PAIR = """%c = s32[] constant(10)
   %signed = s32[] bitcast-convert(%high)
   %less = pred[] compare(%signed, %zero), direction=LT
   ROOT %l = pred[] or(%less, %both)"""
+# i != 2 and i < 10, which holds again for 3
+AGAIN = """%c = s32[] constant(10)
+  %two = s32[] constant(2)
+  %low = pred[] compare(%i, %c), direction=LT
+  %other = pred[] compare(%i, %two), direction=NE
+  ROOT %l = pred[] and(%low, %other)"""
 NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
 
 
@@ -325,7 +331,9 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
         (10, dict(condition=f"{TEN}compare(%i, %c), direction=LT")),
         (11, dict(condition=f"{TEN}compare(%i, %c), direction=LE")),
         (10, dict(condition=f"{TEN}compare(%c, %i), direction=GT")),
-        (4, dict(condition=f"{TEN}compare(%i, %c), direction=LT", attributes=NOTED)),
+        # XLA's note may be wrong, and counts only where the program does not show the number.
+        (10, dict(condition=f"{TEN}compare(%i, %c), direction=LT", attributes=NOTED)),
+        (4, dict(condition="ROOT %l = pred[] custom-call(%i)", attributes=NOTED)),
         (7, dict(condition="ROOT %l = pred[] compare(%i, %k), direction=LT")),
         (10, dict(condition=f"{TEN}fusion(%i, %c), kind=kLoop, calls=%less")),
         (5, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="fusion(%i), calls=%grow")),
@@ -346,7 +354,9 @@ NOTED = ', backend_config={"known_trip_count":{"n":"4"}}'
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=LT", body="add(%i, %k)", end="%i")),
         (0, dict(condition=f"{TEN}compare(%i, %c), direction=GT")),
         (None, dict(condition=f"{TEN}compare(%i, %c), direction=GE", start="constant(10)")),
-        (None, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
+        (10, dict(condition=f"{TEN}compare(%i, %c), direction=NE")),
+        (None, dict(condition=f"{TEN}compare(%i, %c), direction=NE", start="constant(11)")),
+        (2, dict(condition=AGAIN)),
         (None, dict(condition="ROOT %l = pred[] custom-call(%i)")),
     ],
 )
@@ -412,6 +422,31 @@ def test_of_branches_the_most_expensive_one_counts():
     called = "%e = f32[4]{0} call(%p), to_apply=%no"
     assert cycles(module(one, two, called, others=parts)) == Total(50 + 30 + 50, False)
     assert cycles(module(one)) is None
+
+
+def test_a_branch_that_xla_writes_as_a_loop_is_not_a_loop_of_unknown_length():
+    """The body sets the condition to false."""
+    state = "(pred[], f32[4]{0})"
+    head = f"  %t = {state} parameter(0)\n  %go = pred[] get-tuple-element(%t), index=0\n"
+    parts = f"""%condition (t: {state}) -> pred[] {{
+{head}  ROOT %copied = pred[] copy(%go)
+}}
+%body (t: {state}) -> {state} {{
+{head}  %x = f32[4]{{0}} get-tuple-element(%t), index=1
+  %no = pred[] constant(END)
+  %sum = f32[4]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, b={{"estimated_cycles":"7"}}
+  ROOT %r = {state} tuple(%no, %sum)
+}}"""
+    lines = (
+        "%yes = pred[] custom-call()",
+        f"%state = {state} tuple(%yes, %p)",
+        f"ROOT %w = {state} while(%state), condition=%condition, body=%body",
+    )
+    for end, unknown in (("false", False), ("true", True)):
+        others = parts.replace("END", end)
+        assert cycles(module(*lines, others=others)) == Total(7, unknown)
+        (only,) = found(*lines, others=others)
+        assert (only.count, only.unknown_loops, only.conditional) == (1, unknown, not unknown)
 
 
 # What GPUs call libraries for

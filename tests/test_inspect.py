@@ -142,6 +142,17 @@ def test_a_loop_of_unknown_length_is_never_one_trip_in_silence():
     assert text.endswith("Loops of unknown length count as one trip.")
 
 
+def test_a_loop_that_counts_down_without_a_sign():
+    """XLA subtracts 1 by adding 2^32 - 1, and takes that for one trip."""
+
+    def fn(x):
+        start = jnp.uint32(9), x
+        return lax.while_loop(lambda c: c[0] > 2, lambda c: (c[0] - 1, jnp.sin(c[1] @ x)), start)
+
+    found = report(fn, jax.ShapeDtypeStruct((4, 4), "float32"))
+    assert (found.flops, found.unknown_loops) == (7 * 2 * 4**3, False)
+
+
 def test_flops_of_convolutions():
     """Each output is a sum over the part of the window that is in the image."""
 

@@ -15,7 +15,7 @@ from fax.primitives._round import AtMost, Round, Vectorize
 
 N, STEPS, BATCH = 12, 3, 5
 MIB = 2**20
-V5E = Chip(fast=128 * MIB, main=16 * 2**30, start=1_500_000)
+V5E = Chip(fast=128 * MIB, operation=64 * MIB, main=16 * 2**30, start=1_500_000)
 
 
 def training(model, params, client=lambda fn: fn, **how):
@@ -176,7 +176,7 @@ def test_intermediate_results_have_to_fit_into_main_memory():
 
 def test_results_of_convolutions_have_to_fit_into_fast_memory():
     assert _vectorize.default(V5E, ClientCost(4 * MIB, MIB, 8, images=12 * MIB)) == 4
-    gpu = Chip(32 * MIB, 16 * 2**30, 1_600_000, most=16, grouped=False)
+    gpu = Chip(32 * MIB, 32 * MIB, 16 * 2**30, 1_600_000, most=16, grouped=False)
     assert _vectorize.default(gpu, ClientCost(MIB, MIB // 4, 8)) == 16
     assert _vectorize.default(gpu, ClientCost(MIB, MIB // 4, 8, images=1)) == 1
 
@@ -187,7 +187,9 @@ def at_once(device, size=N, width=8, **how):
 
 
 def test_the_largest_operation_has_to_fit_into_fast_memory():
-    assert _vectorize.default(V5E, ClientCost(MIB, MIB // 4, 2, largest=16 * MIB)) == 8
+    found = ClientCost(MIB, MIB // 4, 2, largest=16 * MIB)
+    assert _vectorize.default(V5E, found) == 4
+    assert _vectorize.default(V5E._replace(operation=128 * MIB), found) == 8
 
 
 def test_who_decides():

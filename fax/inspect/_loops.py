@@ -18,7 +18,7 @@ class Run(NamedTuple):
         branches are taken.
       loops: how many loops it is in.
       unknown_loops: of how many of these the length is unknown.
-      conditional: whether it is in a branch.
+      conditional: whether it is in a branch, or in a loop that XLA made of a branch.
     """
 
     instruction: Instruction
@@ -44,11 +44,13 @@ def runs(module: Module) -> Iterator[Run]:
             yield Run(instruction, frame, count, loops, unknown, conditional)
             for inner in called(module, frame, instruction):
                 at = count, loops, unknown
+                optional = inner.role == "branch"
                 if instruction.opcode == "while":
-                    known = trips(module, frame, instruction)
-                    times = (1 if known is None else known) + (inner.role == "condition")
-                    at = count * times, loops + 1, unknown + (known is None)
-                yield from of(inner, *at, conditional or inner.role == "branch")
+                    found = trips(module, frame, instruction)
+                    times = found.times + (inner.role == "condition")
+                    at = count * times, loops + 1, unknown + found.unknown
+                    optional = found.optional
+                yield from of(inner, *at, conditional or optional)
 
     yield from of(entry(module), 1, 0, 0, False)
 
@@ -80,11 +82,10 @@ def total_of(
         found = [total_of(module, each, each.own.values(), cost, fusions=fusions) for each in inner]
         unknown = unknown or any(each.unknown_loops for each in found)
         if instruction.opcode == "while":
-            known = trips(module, frame, instruction)
-            unknown = unknown or (known is None and any(each.value for each in found))
+            taken = trips(module, frame, instruction)
+            unknown = unknown or (taken.unknown and any(each.value for each in found))
             for each, (more, _) in zip(inner, found, strict=True):
-                times = 1 if known is None else known
-                value += more * (times + (each.role == "condition"))
+                value += more * (taken.times + (each.role == "condition"))
         elif instruction.opcode == "conditional":
             value += max((each.value for each in found), default=0)
         else:

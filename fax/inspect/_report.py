@@ -56,7 +56,9 @@ class Report:
       memory: on each device.
       collectives: what devices send to each other, in the order of the compiled program.
       flops: floating-point operations of matrix products and convolutions on each device, two for
-        each multiplication and addition. Of branches, the most expensive one.
+        each multiplication and addition. Of branches, the most expensive one. What the compiler
+        makes of a product with a single vector on TPU, elementwise products and sums, is not
+        counted.
       cycles: of each device, by the compiler's estimate: the sum over all fusions that it has
         estimated. Collectives and waiting for memory are not in it. Of branches, the most expensive
         one. None if the compiler estimates nothing, as on CPU and GPU.

@@ -1,8 +1,10 @@
 """How many trips a loop of a compiled program takes.
 
-XLA notes it on CPU and GPU. For TPU, this evaluates the integers that a loop's condition depends
-on. They grow by a constant in each trip, so it is enough to look at the first trips and to search
-for the first one at which the condition fails.
+This evaluates the integers that a loop's condition depends on. They grow by a constant in each
+trip, so it is enough to look at the first trips and to search for the first one at which the
+condition fails. Where the program does not show enough, there is what XLA notes on CPU and GPU. It
+comes second because it is wrong for unsigned integers that count down: XLA adds 2^32 - 1 in place
+of subtracting 1, and notes a single trip.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from fax.inspect._frames import Frame, called
 from fax.inspect._hlo import Instruction, Module, arrays
@@ -37,14 +39,35 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "EQ": operator.eq,
     "NE": operator.ne,
 }
+_KNOWN = r'"known_trip_count":\{"n":"(\d+)"\}'
 _MOST = 2**62  # trips
+_FIRST = 100  # trips that are looked at one by one
 
 
-def trips(module: Module, frame: Frame, loop: Instruction) -> int | None:
-    """The number of trips of a loop, or None if the program does not show it."""
-    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-        return int(noted[1])
-    return _Loop(module, frame, loop).trips()
+class Trips(NamedTuple):
+    """How many trips a loop takes.
+
+    Attributes:
+      times: the number, or 1 if the program does not show it.
+      unknown: whether it does not, and there may be more.
+      optional: whether it does not, and there is at most one: XLA writes some branches as loops.
+    """
+
+    times: int
+    unknown: bool
+    optional: bool
+
+
+def trips(module: Module, frame: Frame, loop: Instruction) -> Trips:
+    """The number of trips of a loop."""
+    own = _Loop(module, frame, loop)
+    count = own.trips()
+    if count is None and (noted := re.search(_KNOWN, loop.attributes)):
+        count = int(noted[1])
+    if count is not None:
+        return Trips(count, unknown=False, optional=False)
+    optional = own.ends_after_one_trip()
+    return Trips(1, unknown=not optional, optional=optional)
 
 
 class _Loop:
@@ -59,6 +82,9 @@ class _Loop:
 
     def trips(self) -> int | None:
         least, most = -1, 0  # it goes on before trip `least`
+        # A condition such as `i != 2 and i < 5` holds again later.
+        while most < _FIRST and self._goes_on(most):
+            least, most = most, most + 1
         while self._goes_on(most):
             least, most = most, 2 * most + 1
             if most > _MOST:
@@ -68,6 +94,12 @@ class _Loop:
             least, most = (middle, most) if self._goes_on(middle) else (least, middle)
         understood = self._goes_on(most) is False and self._is_even(0) and self._is_even(most - 1)
         return most if understood else None
+
+    def ends_after_one_trip(self) -> bool:
+        """Whether its condition is an element of the state that the body sets to false."""
+        root = source(self._module, self._condition, self._condition.root)
+        index = element(*root)
+        return index is not None and self._after(index, 0) == 0
 
     def _goes_on(self, trip: int) -> bool | None:
         """Whether the condition holds before a trip, or None if that is unknown."""

@@ -8,7 +8,9 @@ times that of the main memory (HBM).
     thousands of cycles to start. So participants are vectorized, and share the starts.
   - If their copies do not fit into half of the fast memory (their gradients need the other half),
     each step reads and writes all of them in main memory, which takes longer than the starts.
-    Where there are convolutions, their results have to fit, too, and so has the largest operation.
+    Where there are convolutions, their results have to fit, too. And there is a bound for the
+    operands and results of the largest operation. Beyond it, the compiler divides the operation
+    into pieces, which on v5e can take six times as long.
   - An exception is a client function whose steps have so many operations that starting them takes
     longer still, such as a recurrent network. Its participants are doubled as long as this saves
     more than reading and writing a copy takes. So memory grows only where it pays.
@@ -23,6 +25,8 @@ multiples of the best, for 64 participants:
                                1      4      16     64    default
     logistic, v5e            14.4    4.0    2.1    1.0    64
     dense, 0.2 M, v6e        15.2           2.1    1.0    64
+    dense, 0.2 M, v5e         6.5    2.4    1.1    1.1    32: 1.0
+    dense, 1 M, v5e           2.0    1.0    1.5           4
     recurrent, 0.8 M, v5e     7.3    2.4    1.2    1.0    32: 1.06
     recurrent, 4 M, v5e       1.1    1.0    1.2    1.8    1
     convolutions, 1.2 M, v5e  1.5    1.0    1.4    2.1    4
@@ -54,6 +58,7 @@ class Chip(NamedTuple):
 
     Attributes:
       fast: the bytes of its fast memory.
+      operation: the bytes that one operation may read and write.
       main: the bytes of its main memory.
       start: the bytes that it could read from main memory while an operation starts.
       grouped: whether it is fast at convolutions whose kernels differ between participants.
@@ -61,6 +66,7 @@ class Chip(NamedTuple):
     """
 
     fast: int
+    operation: int
     main: int
     start: int
     grouped: bool = True
@@ -70,16 +76,16 @@ class Chip(NamedTuple):
 _MIB, _GIB = 2**20, 2**30
 # By `jax.Device.device_kind`.
 _TPUS = {
-    "TPU v2": Chip(16 * _MIB, 8 * _GIB, 2_000_000),
-    "TPU v3": Chip(16 * _MIB, 16 * _GIB, 2_000_000),
-    "TPU v4": Chip(128 * _MIB, 32 * _GIB, 2_000_000),
-    "TPU v5 lite": Chip(128 * _MIB, 16 * _GIB, 1_500_000),
-    "TPU v5": Chip(128 * _MIB, 95 * _GIB, 5_000_000),
-    "TPU v6 lite": Chip(128 * _MIB, 32 * _GIB, 3_000_000),
+    "TPU v2": Chip(16 * _MIB, 16 * _MIB, 8 * _GIB, 2_000_000),
+    "TPU v3": Chip(16 * _MIB, 16 * _MIB, 16 * _GIB, 2_000_000),
+    "TPU v4": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 2_000_000),
+    "TPU v5 lite": Chip(128 * _MIB, 64 * _MIB, 16 * _GIB, 1_500_000),
+    "TPU v5": Chip(128 * _MIB, 160 * _MIB, 95 * _GIB, 5_000_000),
+    "TPU v6 lite": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 3_000_000),
 }
 _TPUS |= {"TPU v5p": _TPUS["TPU v5"], "TPU v6e": _TPUS["TPU v6 lite"]}  # their other names
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
-_GPU = Chip(40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
+_GPU = Chip(40 * _MIB, 40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
 
 # A model with more numbers trains one participant at a time.
 _MOST_NUMBERS = 4_000_000
@@ -134,7 +140,7 @@ def default(chip: Chip, cost: ClientCost) -> int:
     held = max(1, cost.state + cost.images)
     room = int(chip.main * _TEMPORARY) // max(1, cost.temporary)
     most = max(1, min(chip.most, room))
-    found = max(1, min(chip.fast // 2 // held, chip.fast // max(1, cost.largest)))
+    found = max(1, min(chip.fast // 2 // held, chip.operation // max(1, cost.largest)))
     while found < most and cost.products * chip.start / (2 * found) > _PASSES * held:
         found *= 2
     return min(found, most)
