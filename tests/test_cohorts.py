@@ -156,6 +156,7 @@ def test_keys_belong_to_seed_round_and_client():
 # Rounds
 
 
+@pytest.mark.kinds(resident=alike, sampler=alike)
 @pytest.mark.parametrize("sampler", ["uniform", "weighted", "shuffled", "minimum_reuse", "stream"])
 @pytest.mark.parametrize("resident", [True, False])
 def test_any_round_can_be_resumed(sampler, resident):
@@ -544,6 +545,7 @@ def trace_of_steps(cohort, vectorize):
     return out, len(ran)
 
 
+@pytest.mark.kinds(resident=alike, at_once=alike)
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 6])
 def test_only_steps_that_somebody_needs_are_run(resident, at_once):

@@ -403,6 +403,8 @@ def average_and_derivatives(vectorize: int, fused: bool) -> Callable:
     return everything
 
 
+# A program is compiled once for all weights, and each way to make one comes up.
+@pytest.mark.kinds(name=subsets.alike, fused=subsets.alike, vectorize=subsets.alike)
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("name", NO_WEIGHTS)
