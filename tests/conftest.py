@@ -73,8 +73,8 @@ ABOVE_THE_CORE = (
     *("padding", "papa", "partition", "personal_parts", "privacy", "privacy_attacks", "recipes"),
     *("robust", "row_file", "secure_sum", "sharded_transformer", "streaming_diloco", "tasks"),
 )
-# For --core, these are left out: documents, what looks at files alone, and whole runs of an
-# experiment in processes of their own, whose programs are those of other tests.
+# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs of
+# an experiment in processes of their own, whose programs are those of other tests.
 NOT_OF_THE_CORE = (
     *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
     *("benchmarks", "benchmarks_data_center", "house", "mutants", "project", "site", "subsets"),
