@@ -6,7 +6,7 @@
 #   make test-docs    run the examples of docstrings, of the documentation's pages, and of examples/
 #   make test-all     run every case of every test
 #   make test-beam    run the tests of plans on Apache Beam, in an environment of its own
-#   make test-flower  run the tests of plans on Flower, in an environment of its own
+#   make test-flower  run the tests of plans and learners on Flower, in an environment of its own
 #   make test-other-jax  run saved plans on clients with another version of JAX: OTHER=its Python
 #   make mutants      change the code in small ways, and count the changes that no test notices
 #   make coverage     run the tests, and say which lines of fax they do not reach
@@ -73,8 +73,8 @@ test-beam:
 FLOWER ?= -m "not long"
 test-flower:
 	@if $(MAKE) environment VENV=$(VENV)-flower EXTRAS=test-flower; then \
-	$(VENV)-flower/bin/python -m pytest tests/test_flower.py $(FLOWER) -n 2; \
-	else echo "flwr cannot be installed, so tests/test_flower.py is skipped."; fi
+	$(VENV)-flower/bin/python -m pytest tests/test_flower.py tests/test_flower_learners.py $(FLOWER) -n 2; \
+	else echo "flwr cannot be installed, so the tests of plans and learners on it are skipped."; fi
 
 test-other-jax: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/other_jax.py $(OTHER)
@@ -82,7 +82,9 @@ test-other-jax: $(VENV)/test.$(WITH)
 # This takes hours. For a smaller sample: make mutants MUTANTS="--sample 20"
 mutants: $(VENV)/test.$(WITH)
 	$(BIN)/python tests/mutants.py aggregators $(MUTANTS)
-	$(BIN)/python tests/mutants.py core $(MUTANTS)
+	$(BIN)/python tests/mutants.py operators $(MUTANTS)
+	$(BIN)/python tests/mutants.py primitives $(MUTANTS)
+	$(BIN)/python tests/mutants.py lowering $(MUTANTS)
 
 coverage: $(VENV)/test.$(WITH) $(TPU)
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov fax --cov-report term-missing:skip-covered

@@ -67,11 +67,13 @@ ABOVE_THE_CORE = (
     *("command_settings", "command_shows", "compression", "control_variates", "data_libraries"),
     *("data_messages", "data_names", "data_sources", "deploy_algorithms", "deploy_failures"),
     *("diloco", "downloads", "elastic", "elastic_processes", "error_feedback", "experiment"),
-    *("experiment_callbacks", "experiment_failures", "experiment_output", "experiment_refused"),
-    *("fedavg", "federated", "fedopt", "fedper", "heterogeneous", "hostile_files", "init"),
-    *("inner_steps", "maml", "metrics", "metrics_by_name", "metrics_exact", "models", "packed"),
-    *("padding", "papa", "partition", "personal_parts", "privacy", "privacy_attacks", "recipes"),
-    *("robust", "row_file", "secure_sum", "sharded_transformer", "streaming_diloco", "tasks"),
+    *("experiment_callbacks", "experiment_failures", "experiment_figures", "experiment_output"),
+    *("experiment_refused", "fedavg", "federated", "fedopt", "fedper", "heterogeneous"),
+    *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "metrics"),
+    *("metrics_by_name", "metrics_exact", "models", "packed", "padding", "papa", "partition"),
+    *("personal_parts", "privacy", "privacy_attacks", "recipes", "robust", "row_file"),
+    *("secure_attacks", "secure_crypto", "secure_processes", "secure_sum", "secure_sums"),
+    *("sharded_transformer", "streaming_diloco", "tasks"),
 )
 # For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs of
 # an experiment in processes of their own, whose programs are those of other tests.

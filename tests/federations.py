@@ -44,16 +44,17 @@ class Federation:
         config = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\n'
         (folder / "flwr" / "config.toml").write_text(f"{config}insecure = true\n")
         self.traffic: list[bytearray] = []
-        through = stack.enter_context(proxy(port, self.traffic))
-        self.nodes = [
-            self._start(
-                "supernode",
-                *("--insecure", "--superlink", f"127.0.0.1:{through}"),
-                *("--host", "127.0.0.1", "--port", other),
-                *("--node-config", config),
-            )
-            for other, config in zip(others, configs, strict=True)
-        ]
+        self._through = stack.enter_context(proxy(port, self.traffic))
+        self.nodes = [self.start_node(*own) for own in zip(configs, others, strict=True)]
+
+    def start_node(self, config, port):
+        """Starts a SuperNode with a configuration, on a port that is free."""
+        return self._start(
+            "supernode",
+            *("--insecure", "--superlink", f"127.0.0.1:{self._through}"),
+            *("--host", "127.0.0.1", "--port", port),
+            *("--node-config", config),
+        )
 
     def _start(self, what, *options):
         number = len(list(self.folder.glob("*.log")))

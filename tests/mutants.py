@@ -9,9 +9,10 @@ either a test is missing, or the change makes no difference. Those of the second
 `EQUIVALENT`, with the reason. What became of each mutant is in ``.mutants/``: after
 a quick look with ``--seconds 20``, ``--survivors`` runs all tests of those that are left.
 
-The first run of a group records which test runs which lines, in ``.mutants/``, and takes as long as
-these tests. After a change of tests, record them again by ``--record``, or by ``--record privacy``
-those of one file. Needs Python 3.12, for `sys.monitoring`.
+The tests are the cases that ``make test`` runs. The first run of a group records which of them run
+which lines, in ``.mutants/``, and takes as long as these tests. After a change of tests, record
+them again by ``--record``, or by ``--record privacy`` those of one file. Needs Python 3.12, for
+`sys.monitoring`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,6 @@ import optax  # noqa: F401
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-CORE = [
-    *("_operators.py", "_reductions.py", "_program.py", "_checks.py", "_arithmetic.py"),
-    *("primitives/*.py", "lowering/*.py", "lowering/convolutions/*.py"),
-]
 GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "aggregators": (
         ["aggregators/*.py"],
@@ -50,11 +47,23 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
             *("mistakes", "privacy_attacks", "absent_clients"),
         ],
     ),
-    "core": (
-        CORE,
+    "operators": (
+        ["_operators.py", "_reductions.py", "_program.py", "_checks.py", "_arithmetic.py"],
+        ["errors", "sums", "masks", "rules", "programs", "structure", "tracing"],
+    ),
+    "primitives": (
+        ["primitives/*.py"],
         [
             *("errors", "sums", "masks", "rules", "programs", "structure", "tracing", "gradients"),
-            *("tools", "collectives", "convolutions", "transformations"),
+            *("any_active", "tools", "compile_keys", "transformations"),
+        ],
+    ),
+    "lowering": (
+        ["lowering/*.py", "lowering/convolutions/*.py"],
+        [
+            *("sums", "masks", "programs", "structure", "lowering", "schedule", "lookups"),
+            *("collectives", "convolutions", "convolution_ways", "mesh_limits", "mesh_programs"),
+            "mesh_branches",
         ],
     ),
 }
@@ -92,7 +101,31 @@ EQUIVALENT: dict[str, str] = {
     "share = jnp.clip(weight.astype(wide(weight.dtype)) / max_weight, 0, 1): 1 -> 2": (
         "_integer clips it, too"
     ),
+    'axis = place if place < layout.index("s") else x.ndim - len(layout) + place: '
+    "place < layout.index(\"s\") -> (place <= layout.index('s'))": (
+        "the letter is never that of space"
+    ),
+    "return [x if len(x) == end - start else lax.slice_in_dim(x, start, end) for x in rows]: "
+    "end - start -> (end + start)": "rows that start late are fewer than all",
+    "size = (conv.space[i] - 1) * conv.lhs_dilation[i] + 1: (conv.space[i] - 1) * "
+    "conv.lhs_dilation[i] + 1 -> ((conv.space[i] - 1) * conv.lhs_dilation[i] - 1)": (
+        "in _Slices, where no slice reads the rest of the padding"
+    ),
+    "self._before = 0: 0 -> 1": "only the order of places matters",
+    "inner = _jaxpr.opened(jaxpr): _jaxpr.opened(jaxpr) -> (jaxpr)": (
+        "newer versions of JAX have one class for both kinds of jaxprs"
+    ),
+    "return fused.jaxpr if inner is jaxpr else fused: inner is jaxpr -> (inner is not jaxpr)": (
+        "newer versions of JAX have one class for both kinds of jaxprs"
+    ),
+    "if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):: "
+    "_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars)) -> (pick(moved, jaxpr.jaxpr.outvars))": (
+        "if an output is a literal, calls are inlined that need not be"
+    ),
 }
+
+# What stands for all lines of all files, in tests that start processes.
+PROCESS = ("any", -1)
 
 OPERATORS: dict[type, type] = {
     ast.Lt: ast.LtE,
@@ -115,6 +148,7 @@ OPERATORS: dict[type, type] = {
     ast.MatMult: ast.Add,
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr,
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
     ast.And: ast.Or,
@@ -287,11 +321,16 @@ class Recorder:
         sys.monitoring.use_tool_id(tool, "mutants")
         sys.monitoring.register_callback(tool, sys.monitoring.events.LINE, self._note)
         sys.monitoring.set_events(tool, sys.monitoring.events.LINE)
+        sys.addaudithook(self._note_process)
 
     def _note(self, code, line):
         if code.co_filename.startswith(self.root):
             self.lines.add((os.path.relpath(code.co_filename, self.root), line))
         return sys.monitoring.DISABLE
+
+    def _note_process(self, event, arguments):
+        if event == "subprocess.Popen":
+            self.lines.add(PROCESS)
 
     def pytest_runtest_protocol(self, item, nextitem):
         self.lines.clear()
@@ -299,7 +338,7 @@ class Recorder:
         self.start = time.perf_counter()
 
     def pytest_runtest_logfinish(self, nodeid, location):
-        found = sorted(line for line in self.lines if line[0].startswith("fax"))
+        found = sorted(x for x in self.lines if x == PROCESS or x[0].startswith("fax"))
         self.tests[nodeid] = time.perf_counter() - self.start, found
 
     def pytest_runtest_logreport(self, report):
@@ -309,7 +348,7 @@ class Recorder:
     def save(self, record: pathlib.Path) -> None:
         """Writes what was noted about tests that pass, with the source of the lines."""
         tests = {name: test for name, test in self.tests.items() if name not in self.failed}
-        paths = sorted({path for _, lines in tests.values() for path, _ in lines})
+        paths = sorted({path for _, lines in tests.values() for path, _ in lines} - {PROCESS[0]})
         sources = {path: pathlib.Path(self.root, path).read_text().splitlines() for path in paths}
         record.write_text(json.dumps({"sources": sources, "tests": tests}))
 
@@ -364,28 +403,26 @@ def _pytest_in(copy: pathlib.Path, arguments: list[str], record: pathlib.Path | 
     return int(code)
 
 
-def recorded(
-    group: str, names: list[str], copy: pathlib.Path, again: list[str] | None
-) -> dict[str, dict]:
-    """The tests of a group: which lines they run, and for how long.
+def recorded(names: list[str], copy: pathlib.Path, again: list[str] | None) -> dict[str, dict]:
+    """Tests: which lines they run, and for how long.
 
     Args:
-      group: the name of the group.
-      names: of its test files.
+      names: of test files.
       copy: of the tree.
       again: the test files to record again. If it is empty, all of them.
     """
     folder = ROOT / ".mutants"
     folder.mkdir(exist_ok=True)
     for name in names:
-        record = folder / f"{group}-{name}.json"
+        record = folder / f"{name}.json"
         if not record.exists() or (again is not None and (name in again or not again)):
-            print(f"Recording which lines of {group} tests/test_{name}.py runs.", flush=True)
-            forked(copy, [f"tests/test_{name}.py"], 3600, record)
+            print(f"Recording which lines tests/test_{name}.py runs.", flush=True)
+            forked(copy, ["-o", f"testpaths=tests/test_{name}.py"], 3600, record)
     found: dict[str, dict] = {}
     for name in names:
-        known = json.loads((folder / f"{group}-{name}.json").read_text())
+        known = json.loads((folder / f"{name}.json").read_text())
         numbers = {path: _moved(lines, path) for path, lines in known["sources"].items()}
+        numbers[PROCESS[0]] = {PROCESS[1]: PROCESS[1]}
         for test, (seconds, lines) in known["tests"].items():
             now = {(path, numbers[path].get(line)) for path, line in lines if path in numbers}
             found[test] = {"seconds": seconds, "lines": now}
@@ -406,17 +443,18 @@ def sources_of(group: str) -> list[pathlib.Path]:
 def tests_of(mutant: Mutant, tests: dict[str, dict], limit: float) -> tuple[list[str], float]:
     """The tests that run a mutant's lines, the quickest first, and how long they should take.
 
-    Lines that run when a file is imported are held by all tests of the file.
+    Lines that run when a file is imported are held by all tests of the file, and a test that starts
+    a process may run any line.
     """
     first, last = mutant.lines
     by_file = {
-        name: [line for path, line in test["lines"] if path == mutant.path and line]
+        name: [line for path, line in test["lines"] if path in (mutant.path, PROCESS[0]) and line]
         for name, test in tests.items()
     }
     by_line = {
         name: lines
         for name, lines in by_file.items()
-        if any(first <= line <= last for line in lines)
+        if any(first <= line <= last or line == PROCESS[1] for line in lines)
     }
     own = [(tests[name]["seconds"], name) for name, lines in (by_line or by_file).items() if lines]
     chosen, seconds = [], 0.0
@@ -468,7 +506,8 @@ def main() -> None:
         sample = [mutant for mutant in found if mutant.name in before]
     sys.dont_write_bytecode = True
     # What a mutant leaves as it is, is compiled once for all.
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".mutants" / "cache"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".mutants" / "cache")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     with tempfile.TemporaryDirectory() as folder:
@@ -479,7 +518,7 @@ def main() -> None:
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)
         names = options.tests or GROUPS[options.group][1]
-        tests = recorded(options.group, names, copy, options.record)
+        tests = recorded(names, copy, options.record)
         if forked(copy, ["--collect-only", *tests], 600) != "passed":
             parser.error("some tests are no longer there; record them again, by --record")
         print(f"{len(sample)} of {len(found)} mutants, {len(tests)} tests", flush=True)

@@ -15,6 +15,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
+import commits
 import environments
 import simulation
 from peers import harness, models, workloads
@@ -119,6 +120,20 @@ def test_memory(peak, word):
     lines = [line("fax, matmul", 1.0, peak_mib=peak), line("FedJAX, jit", 1.0)]
     assert simulation.memory(lines, "W2").endswith(word)
     assert simulation.memory(lines[:1], "W2") is None
+
+
+def test_commits_are_compared_turn_by_turn():
+    """The ratio is the median over turns, and then over pairs of processes."""
+    slow = {"x": [2.0, 30.0, 4.0], "new": [1.0]}, {"x": [1.0, 10.0, 1.0], "old": [1.0]}
+    equal = {"x": [1.0]}, {"x": [1.0]}
+    rows = commits.compare([slow, equal, equal])
+    assert [row[""] for row in rows] == ["x"]
+    assert rows[0]["ratio"] == "1.000"
+    assert rows[0]["pairs"] == "1.000 to 3.000"
+    assert rows[0]["target"] == "at most 1.03: met"
+    (row,) = commits.compare([slow])
+    assert (row["ms"], row["before"]) == (4000, 1000)
+    assert row["target"] == "at most 1.03: missed"
 
 
 def test_every_peer_with_a_target_has_a_row():

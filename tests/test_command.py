@@ -7,6 +7,7 @@ import tomllib
 import unittest.mock
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import rows_of, run, small_in
 from scripts import is_figure
@@ -77,7 +78,19 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
         assert float(found) == pytest.approx(float(rows[-1][f"test/{name}"]), rel=1e-5)
     best = min((row for row in rows if row["test/loss"]), key=lambda r: float(r["test/loss"]))
     assert main(["evaluate", "runs/a", "--on", "train", "--round", "best"]) == 0
-    assert f"runs/a, train data, after {best['round']} rounds:" in capsys.readouterr().out
+    together = capsys.readouterr().out
+    assert f"runs/a, train data, after {best['round']} rounds:" in together
+    assert main(["evaluate", "runs/a", "--on", "train", "--round", "best", "--each"]) == 0
+    title, names, *lines = capsys.readouterr().out.splitlines()
+    assert title == together.splitlines()[0]
+    assert names.split() == ["id", "loss", "accuracy", "non_finite"]
+    each = [line.split() for line in lines]
+    data = fax.tasks.load("digits", clients=12).train
+    assert [own[0] for own in each] == list(data.client_ids())
+    counts = [data.num_examples(own[0]) for own in each]
+    for column, name in enumerate(("loss", "accuracy"), 1):
+        mean = np.average([float(own[column]) for own in each], weights=counts)
+        assert mean == pytest.approx(float(re.findall(rf"{name} +(.*)", together)[0]), rel=1e-4)
 
     shutil.copytree("runs/a", "runs/b")
     Path("runs/sweep").mkdir()
@@ -155,6 +168,10 @@ def test_an_experiment_of_a_module(small, capsys, monkeypatch):
         (["run", "own_module:experiment", "--rounds", "3"], "is made by a program. Change rounds"),
         (["resume", "runs/experiment", "--rounds", "9"], "is made by a program. Change rounds"),
         (["evaluate", "runs/experiment", "--on", "train"], "can be evaluated on test, and not on"),
+        (
+            ["evaluate", "runs/experiment", "--each"],
+            "of its own, and --each needs a task",
+        ),
         (["sweep", "own_module:experiment", "--grid", "client.rate=1"], "is made by a program."),
     ]:
         assert main(arguments) == 2
@@ -218,6 +235,14 @@ def test_a_folder_that_is_a_file(small, capsys):
             ["report", "digits", "--set", "mesh.clients=16"],
             "{'clients': 16} do not multiply",
         ),
+        (["report", "digits", "--slices", "2"], "--slices is about TPUs. Pass --on"),
+        (["run", "digits", "--algorithm", ""], "digits: algorithm '' does not exist. Choose from"),
+        (["run", "digits", "--seed", f"{10**20}"], "expected an int from 0 to 2147483647."),
+        (["run", "digits", "--set", "rounds=3", "rounds.x=4"], "needs a table, but rounds is 3."),
+        (["run", "digits", "--set", "client.optimizer=[]"], "client.optimizer [] does not exist."),
+        (["run", "digits", "--set", "model=resnet18"], "fax.models: feature 'x' has shape (5, 64)"),
+        (["sweep", "digits", "--grid", "client.rate=,"], "'client.rate=,' has no values."),
+        (["audit", "json:loads"], "json:loads needs arguments, expected a function without any."),
         (["completion", "fish"], "there is no shell 'fish'. Choose from bash, zsh."),
     ],
 )
@@ -230,6 +255,30 @@ def test_mistakes(arguments, message, small, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("config", "metrics", "arguments", "message"),
+    [
+        ("experiment = 3", None, "resume", "has a run that was started by a program"),
+        ("experiment = 'x'", None, "evaluate", "experiment is 'x', which is not module:name."),
+        ("task = 'digits'", None, "evaluate --round best", "folder='own' has no checkpoints"),
+        ("a = = 3", None, "resume", "own/config.toml: this is not TOML: Invalid value"),
+        ("a = = 3", "round,loss\n1,2\n", "compare", "own/config.toml: this is not TOML: Invalid"),
+        ("", "loss\n1\n", "compare", "own/metrics.csv has no column round"),
+        ("", "round,loss\n1,a\n", "compare", "row 1 has 'a' in the column 'loss', expected a n"),
+        ("", "round,loss\n1,2\n,3\n", "compare", "row 2 has '' in the column 'round', expected"),
+        ("", "round,loss\n1,2,3\n", "compare", "row 1 has more cells than there are columns."),
+    ],
+)
+def test_folders_that_were_changed_by_hand(config, metrics, arguments, message, small, capsys):
+    Path("own").mkdir()
+    Path("own/config.toml").write_text(config)
+    if metrics is not None:
+        Path("own/metrics.csv").write_text(metrics)
+    command, *others = arguments.split()
+    assert main([command, "own", *others]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_how_to_continue_after_an_interruption(small, capsys, monkeypatch):

@@ -238,7 +238,7 @@ WRONG = {
     "no rate above 0": ({"client": {"rate": -0.1}}, "client.rate is -0.1, expected a number above"),
     "no rounds": ({"rounds": 0}, "rounds is 0, expected an int of at least 1."),
     "no clients": ({"cohorts": {"clients": 0}}, "cohorts.clients is 0, expected an int of"),
-    "a seed": ({"seed": -1}, "seed is -1, expected an int of at least 0."),
+    "a seed": ({"seed": -1}, "seed is -1, expected an int from 0 to 2147483647."),
     "a policy": ({"on_nan": "skip"}, "on_nan is 'skip', expected 'stop', 'restore' or 'ignore'."),
     "no option": ({"algorithm": "fedprox"}, "algorithm.mu is missing. fedprox needs it"),
     "a string": ({"rounds": "many"}, "rounds is 'many', expected an int."),

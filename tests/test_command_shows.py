@@ -54,6 +54,8 @@ def test_a_report_is_that_of_a_round(small, capsys):
     (size,) = re.findall(r"clients +all-reduce +float32 +([\d.]+) KiB", printed)
     assert float(size) == pytest.approx(4 * 650 / 1024, abs=0.1)  # the model, and a few metrics
     assert "Padding: " in printed
+    # A run needs the old state until the new one is there, so neither takes the other's place.
+    assert re.search(r"in place of arguments +0 B", printed)
     assert not Path("runs").exists()
 
 

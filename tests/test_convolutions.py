@@ -343,7 +343,13 @@ def under_vmap(x, w):
     return jax.vmap(conv)(jnp.stack([x, 2 * x]), jnp.stack([w, w + 1])).sum(0)
 
 
+@jax.jit
+def with_constants(x, w):
+    return conv(x, w) * np.arange(3.0)
+
+
 PLACES = {
+    "constants": with_constants,
     "scan": in_scan,
     "cond": in_cond,
     "jit": jax.jit(conv),

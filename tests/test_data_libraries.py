@@ -462,3 +462,8 @@ def test_describe(tmp_path):
     assert many.labels is None
     assert len(many.figure().axes) == 1
     assert fax.data.describe(fax.data.InMemory(clients), label="z").labels is None
+    with pytest.raises(ValueError, match="figure: path is 3, expected a path"):
+        many.figure(3)
+    both = {name: {"y": np.array([value], object)} for name, value in (("a", "u"), ("b", b"u"))}
+    with pytest.raises(DataError, match="feature 'y' has bytes at some clients and strings or"):
+        fax.data.describe(fax.data.InMemory(both))

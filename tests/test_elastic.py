@@ -156,6 +156,10 @@ def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha, kin
         for name, x in tree.items():
             spec = P(None, *SHARDING[name])
             assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, spec), x.ndim)
+    compiled = learners[0]._computations
+    learners[0].prepare(passed(server.settings))  # as when it joins again
+    assert learners[0].waiting
+    assert learners[0]._computations is compiled
     assert not room.windows
     assert all(not merge.late and len(merge.tokens) == 2 for merge in room.merges)
     if fragments == 1:

@@ -25,6 +25,7 @@ from runs import (
 
 import fax
 from fax import experiment
+from fax.experiment import _curves
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 ROUNDS = 5
@@ -117,7 +118,11 @@ def test_the_loop_is_that_of_an_algorithm(whole):
     table = tomllib.loads((folder / "config.toml").read_text())
     assert table["run"]["cohorts"]["batch_size"] == 8
     assert table["environment"]["versions"]["jax"] == jax.__version__
-    assert len((folder / "clients.csv").read_text().splitlines()) == 5
+    with fax.data.cohorts(DATA, clients=4, batch_size=8) as cohorts:
+        ids = cohorts.client_ids(5)  # of the last cohort
+    lines = (folder / "clients.csv").read_text().splitlines()
+    assert lines[0].startswith("clients/id,clients/")
+    assert [line.split(",")[0] for line in lines[1:]] == list(map(str, ids))
     assert rounds_of(folder) == [4, 6]
     assert "ends after round 6" in (folder / "log.txt").read_text()
 
@@ -143,12 +148,18 @@ def test_what_is_found_between_two_logs_is_logged(tmp_path):
 def test_what_clients_had_is_kept_until_they_are_measured_again(tmp_path):
     each = jnp.arange(3.0)
     options = dict(
-        evaluate=lambda params: {"loss": each}, every={"evaluate": 4, "checkpoint": 2}, rounds=8
+        evaluate=lambda params: {"id": ("ann", "bob", 'c"y'), "loss": each},
+        every={"evaluate": 4, "checkpoint": 2},
+        rounds=8,
     )
     stopped(tmp_path / "run", 5, **options)
     stopped(tmp_path / "run", 7, **options)
     assert rounds_of(tmp_path / "run") == [4, 6]
-    assert (tmp_path / "run" / "clients.csv").read_text() == "test/loss\n0.0\n1.0\n2.0\n"
+    text = (tmp_path / "run" / "clients.csv").read_text()
+    assert text == 'test/id,test/loss\nann,0.0\nbob,1.0\n"c""y",2.0\n'
+    clients = _curves.read_clients(tmp_path / "run")
+    assert clients["test/id"].tolist() == ["ann", "bob", 'c"y']
+    assert clients["test/loss"].tolist() == [0.0, 1.0, 2.0]
 
 
 class Adds:

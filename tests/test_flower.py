@@ -376,7 +376,7 @@ def test_every_algorithm(two, name):
 
 
 @pytest.mark.long
-def test_the_example(run):
+def test_the_example(run, tmp_path):
     """Three nodes learn, and two of them after one is killed."""
     printed = run(scripts.EXAMPLES / "flower_digits.py", "--rounds=6", timeout=600)
     assert "[1].batches['x']  only through sums over 3" in printed
@@ -386,3 +386,4 @@ def test_the_example(run):
     rounds = re.findall(pattern, printed)
     assert [int(clients) for _, clients, _, _ in rounds] == [3, 3, 3, 2, 2, 2]
     assert float(rounds[-1][3]) > 80
+    assert scripts.is_figure(tmp_path / "runs" / "flower_digits.png")

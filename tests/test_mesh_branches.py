@@ -52,6 +52,11 @@ def steps(layer, p, x):
     return lax.while_loop(wanted, lambda s: (0.8 * layer(p, s[0]), s[1] + 1), (x, 0))[0]
 
 
+def pairs(layer, p, x):
+    """Two loops at once: `jax.vmap` makes one of them that has a condition for each."""
+    return jax.vmap(lambda x: steps(layer, p, x))(jnp.stack([x, x[::-1]])).sum(0)
+
+
 def deep(layer, p, x):
     """A branch in a loop in a checkpointed, jitted function, and a loop in a branch."""
 
@@ -115,7 +120,7 @@ def outputs(client, n, vectorize, layer):
 def both(client, *how):
     """Values and, where there are, gradients."""
     fn = outputs(client, *how)
-    if client in (steps, doubled):
+    if client in (steps, pairs, doubled):
         return jax.jit(fn)
 
     def loss(p, d):
@@ -124,7 +129,7 @@ def both(client, *how):
     return jax.jit(lambda p, d: (fn(p, d), jax.grad(loss, (0, 1))(p, d)))
 
 
-CLIENTS = branch, one_of_three, steps, doubled, deep, by_hand
+CLIENTS = branch, one_of_three, steps, pairs, doubled, deep, by_hand
 WAYS = (8, 1), (7, 1), (8, 2)  # the number of clients, and how many are vectorized
 # Vectorized, both branches are taken in JAX, too, and some loops of `doubled` never end.
 ALL = [
@@ -136,6 +141,7 @@ SOME = [
     (branch, 7, 1),
     (one_of_three, 8, 2),
     (steps, 8, 1),
+    (pairs, 7, 1),
     (doubled, 7, 1),
     (deep, 8, 2),
     (by_hand, 8, 1),
@@ -194,7 +200,12 @@ def test_branches_on_what_all_share_need_no_agreement():
     def sure(p, x):
         return lax.cond(jnp.sum(p) > 0, lambda x: layer(p, x), lambda x: x, x)
 
-    for client, args in (asks, (jnp.array(True),)), (loops, ()), (sure, ()):
+    def twice(p, x):
+        return lax.cond(
+            lax.cond(p[0, 0] > 0, jnp.sum, jnp.max, p) > 0, lambda x: layer(p, x), jnp.sin, x
+        )
+
+    for client, args in (asks, (jnp.array(True),)), (loops, ()), (sure, ()), (twice, ()):
         (total,) = compiled(client, *args, clients=4, model=2)
         assert total.operation == "all-reduce"
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import points
 from jax import lax
@@ -56,6 +57,16 @@ def reference(p, d):
 
 def data(n):
     return points(4, seed=1), points(n, 4, seed=n)
+
+
+def test_constants_of_jitted_client_functions():
+    """Types change on a mesh, and with them every jaxpr; constants have to stay in theirs."""
+    scale = np.arange(1.0, 5)
+    work = jax.jit(lambda p, x: client(p, x * scale))
+    p, d = data(8)
+    with jax.set_mesh(mesh("auto", clients=4, model=2)):
+        ours = jax.jit(program_of(8, work=work))(p, d)
+    assert_close(jax.device_get(ours), reference(p, d * scale))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 import sklearn.metrics as reference
 
 import fax
-from fax.metrics import AUC, F1, R2, AveragePrecision, Precision, Recall
+from fax.metrics import AUC, F1, PSNR, R2, AveragePrecision, Precision, Recall
 from fax.metrics._names import NAMED
 
 CLASSES, LABELS, EXAMPLES = 4, 3, 211
@@ -79,6 +79,14 @@ CASES = {
     "accuracy": (SCORES, Y, "accuracy", reference.accuracy_score(Y, PREDICTED)),
     "calibration": (SCORES, Y, "calibration_error", calibration(SCORES, Y, 15)),
     "mse": (GUESSES, TARGETS, "mse", reference.mean_squared_error(TARGETS, GUESSES)),
+    "psnr": (
+        *(GUESSES, TARGETS, "psnr"),
+        -10 * np.log10(reference.mean_squared_error(TARGETS, GUESSES)),
+    ),
+    "psnr of bytes": (
+        *(GUESSES, TARGETS, PSNR(peak=255)),
+        10 * np.log10(255**2 / reference.mean_squared_error(TARGETS, GUESSES)),
+    ),
     "mae": (GUESSES, TARGETS, "mae", reference.mean_absolute_error(TARGETS, GUESSES)),
     "r2": (GUESSES, TARGETS, "r2", reference.r2_score(TARGETS, GUESSES)),
     "r2, far from 0": (GUESSES + 1e4, TARGETS + 1e4, R2(center=1e4), None),
@@ -220,11 +228,18 @@ def test_labels_that_are_neither_0_nor_1():
         (lambda: fax.metrics.fairness([1.0, np.nan]), r"values\[1\] is nan"),
         (lambda: fax.metrics.fairness([]), "expected a number for each client"),
         (lambda: fax.metrics.fairness([1.0], percentiles=[101]), "percentiles is 101"),
+        (lambda: PSNR(peak=0), "PSNR: peak is 0, expected a number above 0"),
+        (lambda: evaluated({3: "mse"}), "a key of metrics is 3, expected a string, the name of a"),
+        (lambda: evaluated({"m": PSNR("z")}), "metric 'm' needs the feature 'z', but clients have"),
     ],
 )
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def evaluated(metrics):
+    return fax.metrics.evaluate(scores, jnp.zeros(1), clients(x=GUESSES, y=TARGETS)[0], metrics)
 
 
 def test_fairness():

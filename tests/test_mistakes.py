@@ -746,7 +746,7 @@ MISTAKES = {
         lambda: fax.tasks.load("mnist"),
         ValueError,
         "fax.tasks.load: name is 'mnist', expected 'bible', 'cifar100', 'digits', 'emnist', "
-        "'flights', 'pystdlib', 'shakespeare' or 'stackoverflow'.",
+        "'flights', 'photographs', 'pystdlib', 'shakespeare' or 'stackoverflow'.",
     ),
     "a folder that is a number": (
         lambda: fax.tasks.load("digits", 3),

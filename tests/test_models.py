@@ -27,6 +27,8 @@ COUNTS = [
     ("stackoverflow_lstm", {"tied": True}, 4_050_748 - 96 * 10_004),
     ("char_lstm", {"num_tokens": 100}, 195_300),
     ("dense", {"sizes": (64, 128, 10)}, 9_610),
+    ("denoiser", {}, 9 * (3 * 16 + 2 * 16**2 + 16 * 3) + 3 * 16 + 3),
+    ("denoiser", {"hidden": 8, "depth": 1}, 84),
     # 3 x 3 convolutions, projections, scales and shifts, and the last layer.
     (
         "resnet18",
@@ -91,6 +93,14 @@ def dense(p, x):
     return linear(out, x)
 
 
+def denoiser(p, x):
+    *hidden, last = (p["layers"][i] for i in range(len(p["layers"])))
+    noise = x
+    for own in hidden:
+        noise = relu(convolution(noise, own["kernel"], same=True) + own["bias"])
+    return x - convolution(noise, last["kernel"], same=True) - last["bias"]
+
+
 def group_norm(p, x):
     groups = x.reshape(len(x), -1, 2, x.shape[-1] // 2)
     mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
@@ -146,6 +156,7 @@ FORWARD = [
     ("emnist_logistic", {}, dense, (28, 28, 1)),
     ("cifar100_logistic", {}, dense, (24, 24, 3)),
     ("dense", {"sizes": (5, 7, 6, 3)}, dense, (5,)),
+    ("denoiser", {"hidden": 4, "depth": 3}, denoiser, (5, 6, 3)),
     ("resnet18", {"num_classes": 7}, resnet18, (8, 8, 3)),
     ("shakespeare_lstm", {"num_tokens": TOKENS}, shakespeare, None),
     ("stackoverflow_lstm", {"num_tokens": TOKENS}, stackoverflow, None),
@@ -163,8 +174,9 @@ def perturbed(params, seed=0):
 @pytest.mark.always(
     "emnist_conv-options0-emnist_conv-shape0",
     "dense-options4-dense-shape4",
-    "shakespeare_lstm-options6-shakespeare-None",
-    "stackoverflow_lstm-options8-stackoverflow-None",
+    "denoiser-options5-denoiser-shape5",
+    "shakespeare_lstm-options7-shakespeare-None",
+    "stackoverflow_lstm-options9-stackoverflow-None",
 )
 @pytest.mark.parametrize(("name", "options", "reference", "shape"), FORWARD)
 def test_outputs(name, options, reference, shape):
@@ -322,6 +334,14 @@ def test_cross_entropy():
     assert not metrics["accuracy"][:2].any()
 
 
+def test_squared_error():
+    rng = np.random.default_rng(0)
+    found, targets = rng.normal(size=(2, 5, 2, 3))
+    losses, metrics = jax.device_get(jax.jit(fax.models.squared_error)(found, {"y": targets}))
+    np.testing.assert_allclose(losses, [((a - b) ** 2).mean() for a, b in zip(found, targets)])
+    assert metrics == {}
+
+
 @pytest.mark.parametrize("length", [None, 7.0])
 def test_sequence_cross_entropy(length):
     rng = np.random.default_rng(0)
@@ -368,6 +388,7 @@ def test_a_module_with_batch_statistics_is_refused():
     [
         ("emnist_conv", np.zeros((2, 28, 27, 1)), r"feature 'x' has shape \(2, 28, 27, 1\), exp"),
         ("emnist_dense", np.zeros(784), r"expected \('batch', 784\)"),
+        ("denoiser", np.zeros((2, 24, 24)), r"expected \('batch', 'height', 'width', 3\)"),
         ("resnet18", np.zeros((2, 24, 24)), r"expected \('batch', 'height', 'width', 3\)"),
         ("char_lstm", np.zeros((2, 5)), r"feature 'x' is float64 of shape \(2, 5\), expected int"),
         ("char_lstm", np.zeros(5, int), r"expected integers of shape \('batch', 'length'\)"),
@@ -393,6 +414,10 @@ def test_features_that_do_not_fit(name, x, message):
         (
             lambda: fax.models.cross_entropy(jnp.ones((3, 2)), {"y": jnp.ones((3, 1), int)}),
             r"scores have shape \(3, 2\) and labels \(3, 1\)",
+        ),
+        (
+            lambda: fax.models.squared_error(jnp.ones((3, 1)), {"y": jnp.ones(3)}),
+            r"predictions have shape \(3, 1\) and targets \(3,\), expected a prediction for each",
         ),
         (
             lambda: fax.models.cross_entropy(jnp.ones((3, 2)), {"y": jnp.ones(3)}),

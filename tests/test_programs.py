@@ -322,6 +322,22 @@ def test_weak_types_are_kept():
     assert all(jax.typeof(y).weak_type for y in jax.eval_shape(program, 1.0) or program(1.0))
 
 
+def test_constants_of_jitted_functions_with_operators():
+    inner_table, outer_table = np.arange(4.0), np.ones(4)
+
+    @jax.jit
+    def inner(x):
+        return fax.sum(fax.map(jnp.sin, x)) * inner_table
+
+    @jax.jit
+    def outer(x):
+        return inner(x) + outer_table
+
+    x = np.arange(12.0).reshape(3, 4)
+    found = jax.jit(fax.program(clients=3)(outer))(x)
+    np.testing.assert_allclose(found, np.sin(x).sum(0) * inner_table + outer_table, rtol=1e-12)
+
+
 def test_constants_that_clients_return():
     @fax.program(clients=5)
     def program(x):

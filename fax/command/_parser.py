@@ -161,15 +161,17 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     evaluate = command(
         "evaluate",
         "evaluate the model of a run",
-        "Evaluates the model of a checkpoint of a run, on all clients together.",
-        "examples:\n  fax evaluate runs/a --on test\n  fax evaluate runs/a --round best\n",
+        "Evaluates the model of a checkpoint of a run, on all clients together, or on each.",
+        "examples:\n  fax evaluate runs/a --on test\n  fax evaluate runs/a --each --round best\n",
     )
     evaluate.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     on = ("test", "train")
     evaluate.add_argument(
         "--on", default="test", type=one_of("data set", on), choices=on, help="default: test"
     )
-
+    evaluate.add_argument(
+        "--each", action="store_true", help="print a line for each client, with its id"
+    )
     evaluate.add_argument(
         "--round",
         type=_round,
@@ -242,7 +244,7 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
     )
     source(report)
     report.add_argument("--on", metavar="TPU", help="the TPUs of a slice, such as v5e:4x4")
-    report.add_argument("--slices", type=int, default=1, metavar="N", help="how many slices")
+    report.add_argument("--slices", type=int, metavar="N", help="how many slices (default: 1)")
 
     audit = command(
         "audit",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tomllib
 from pathlib import Path
 
-from fax.command import _run, _source
+from fax.command import _modules, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
+from fax.experiment._tables import read
 
 
 def command(args: argparse.Namespace) -> int:
@@ -27,13 +27,15 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
     if not path.is_file():
         raise CommandError(f"{folder} is not the folder of a run: it has no config.toml.")
     with mistakes():
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = read(path)
     for own in ("run", "environment"):  # what fax.experiment.run writes there
         found.pop(own, None)
-    if "experiment" in found:
+    if isinstance(module := found.get("experiment"), str):
+        if not _modules.is_name(module):
+            raise CommandError(f"{path}: experiment is {module!r}, which is not module:name.")
         if changes:
-            raise CommandError(f"{found['experiment']} is made by a program. Change rounds there.")
-        return _source.of_module(found["experiment"])
+            raise CommandError(f"{module} is made by a program. Change rounds there.")
+        return _source.of_module(module)
     if "grid" in found:
         raise CommandError(f"{folder} is a part of a sweep. Run the same fax sweep again.")
     if "task" not in found:
@@ -42,4 +44,5 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
             "program again: fax.experiment.run continues from the last checkpoint in the folder."
         )
     source = _source.of_tables(found, str(path), changes or {})
-    return dataclasses.replace(source, name=found["task"]["name"])
+    assert source.config is not None
+    return dataclasses.replace(source, name=source.config.task["name"])

@@ -117,7 +117,7 @@ def show(source: Source, folder: Path, result: Any) -> None:
 
 
 def _shown(key: str) -> bool:
-    return key.rpartition("/")[2] in ("loss", "accuracy", "epsilon")
+    return key.rpartition("/")[2] in ("loss", "accuracy", "psnr", "epsilon")
 
 
 def _name(key: str) -> str:

@@ -60,7 +60,7 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, key) is not None:
             changes[key] = getattr(args, key)
     for key in ("algorithm", "aggregator"):
-        if name := getattr(args, key):
+        if (name := getattr(args, key)) is not None:
             own = changes.get(key, {})
             if isinstance(own, str):
                 raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")

@@ -23,7 +23,7 @@ from fax.experiment._config import Config, configure
 from fax.experiment._sweep import Setting, label, sweep, traceable
 from fax.experiment._tables import merged, read
 
-_SHOWN = ("loss", "accuracy")
+_SHOWN = ("loss", "accuracy", "psnr")
 
 
 def command(args: argparse.Namespace) -> int:

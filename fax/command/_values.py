@@ -43,6 +43,8 @@ def put(found: dict[str, Any], key: str, new: Any) -> dict[str, Any]:
     inner = found.get(first)
     if isinstance(inner, str):
         inner = {"name": inner}
+    if rest and not isinstance(inner, dict | None):
+        raise ValueError(f"{key}={new} needs a table, but {first} is {inner}.")
     if not rest and isinstance(inner, dict) and isinstance(new, str):
         new = {**inner, "name": new}
     return {**found, first: put(inner or {}, rest, new) if rest else new}
@@ -54,6 +56,8 @@ def grid(assignments: Iterable[str]) -> dict[str, list[Any]]:
     for text in assignments:
         key, rest = assignment(text)
         values = [value(each) for each in rest.split(",") if each]
+        if not values:
+            raise ValueError(f"{text!r} has no values. Give some, as in client.rate=0.03,0.1.")
         if key in found:
             raise ValueError(f"{key} is twice in the grid. Give all of its values at once.")
         if len({*map(str, values)}) < len(values):

@@ -80,7 +80,10 @@ class Description:
 
         Raises:
           ModuleNotFoundError: if matplotlib is not installed.
+          ValueError: if ``path`` is not a path, or has a suffix that matplotlib does not know.
         """
+        if path is not None:
+            _arguments.path("fax.data.Description.figure", "path", path)
         require("fax.data.Description.figure", "matplotlib", "experiment")
         from matplotlib.figure import Figure
 
@@ -162,6 +165,11 @@ def describe(data: FederatedData, *, label: str | None = "y") -> Description:
             known |= histogram.keys()
     labels = counts = None
     if known and len(known) <= _MOST_LABELS:
+        if len({isinstance(value, bytes) for value in known}) > 1:
+            raise DataError(
+                f"{where}: feature {label!r} has bytes at some clients and strings or numbers at "
+                "others. Decode the bytes with fax.data.map."
+            )
         ordered = sorted(known)
         # As an array of bytes, they would lose zeros at their end.
         labels = np.array(ordered, object if isinstance(ordered[0], str | bytes) else None)

@@ -18,6 +18,7 @@ from fax.deploy._elastic import Grace as Grace
 from fax.deploy._elastic import Send as Send
 from fax.deploy._flower import Flower as Flower
 from fax.deploy._flower_files import write_flower_client as write_flower_client
+from fax.deploy._flower_learners import FlowerLearners as FlowerLearners
 from fax.deploy._learner import Learner as Learner
 from fax.deploy._learners import Learners as Learners
 from fax.deploy._plan import Plan as Plan

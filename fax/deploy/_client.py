@@ -217,7 +217,7 @@ class Clients:
 
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
-            raise RefusedError("the plan that this client was given fetches no rows")
+            raise RefusedError("the plan that this client was given fetches no rows: they stay")
         return [self._own(client, str(slot)) for client, slot in rows]
 
     def do_free(self, rows: list[Any]) -> None:

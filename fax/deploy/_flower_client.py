@@ -1,8 +1,8 @@
-"""A Flower ClientApp that runs stages. It needs Flower, and neither fax nor JAX.
+"""Flower ClientApps that run stages, or a learner. They need Flower, and neither fax nor JAX.
 
 Flower starts a process for each message. Importing JAX, loading data and compiling would take most
-of its time, so the first process starts another one, `_flower_worker.py`, which stays, and does all
-of that. The processes of messages pass on what they receive.
+of its time, so the first process starts another one, `_flower_worker.py` or `_learner_worker.py`,
+which stays, and does all of that. The processes of messages pass on what they receive.
 
 What clients hold apart from their data is in the node's `context.state`. The worker can be started
 again at any time, and gets it from there.
@@ -10,6 +10,7 @@ again at any time, and gets it from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -24,16 +25,17 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-ACTION = "fax"  # what messages ask for: "query.fax"
+ACTION, LEARNER = "fax", "learner"  # what messages ask for: "query.fax", of stages, or of a learner
 # How the bytes of arrays are serialized: as they are. Flower's own way loses some dtypes, such as
 # bfloat16, and `Array.numpy` refuses this one.
 STYPE = "fax"
-_WORKER = pathlib.Path(__file__).with_name("_flower_worker.py")
+_WORKER = [str(pathlib.Path(__file__).with_name("_flower_worker.py"))]
+_LEARNER_WORKER = ["-P", "-m", "fax.deploy._learner_worker"]
 _STATE, _VALUES = "fax", "fax.values"  # the names of records
 
 
 class WorkerError(RuntimeError):
-    """The process that runs the stages failed, or refused to do what it was asked for."""
+    """The process that stays failed, or refused to do what it was asked for."""
 
 
 def client_app(
@@ -55,11 +57,29 @@ def client_app(
     def answer(message: Message, context: Context) -> Message:
         config = dict(context.node_config)
         options = {"load": load, "config": config, "plan": config.get("fax-plan", plan)}
-        with _worker(context, options | {"idle": idle, "path": sys.path}) as link:
-            try:
-                found = _ask(link, message.content, context.state)
-            except (OSError, EOFError) as error:
-                raise WorkerError("the worker has ended") from error
+        with _worker(context, _WORKER, options | {"idle": idle}) as link:
+            found = _ask(link, message.content, context.state)
+        return Message(found, reply_to=message)
+
+    return app
+
+
+def learner_app(make: str, *, idle: float = 600.0) -> ClientApp:
+    """The ClientApp of a node that is a learner of `fax.deploy.FlowerLearners`. It needs fax.
+
+    Args:
+      make: ``"module:function"``, called with the node's configuration, a dict. It returns a
+        `fax.deploy.Learner`. The module is imported in the worker only.
+      idle: seconds without a message after which the worker ends.
+    """
+    app = ClientApp()
+
+    @app.query(LEARNER)
+    def answer(message: Message, context: Context) -> Message:
+        options = {"make": make, "config": dict(context.node_config), "idle": idle}
+        with _worker(context, _LEARNER_WORKER, options) as link:
+            link.send_bytes(message_of(message.content))
+            found = records(_receive_parts(link))
         return Message(found, reply_to=message)
 
     return app
@@ -82,10 +102,9 @@ def _ask(link: Any, content: RecordDict, state: RecordDict) -> RecordDict:
         else:
             data = link.recv_bytes()
             new[name] = Array("bytes", (len(data),), STYPE, data)
-    text = link.recv_bytes()
-    buffers = [link.recv_bytes() for _ in _described(json.loads(text))]
+    found = records(_receive_parts(link))
     state[_VALUES] = ArrayRecord(array_dict=new)
-    return records([text, *buffers])
+    return found
 
 
 # The worker
@@ -93,8 +112,17 @@ def _ask(link: Any, content: RecordDict, state: RecordDict) -> RecordDict:
 _started: list[subprocess.Popen] = []  # Python warns of processes that outlive their objects
 
 
-def _worker(context: Context, options: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def _worker(context: Context, command: list[str], options: dict[str, Any]) -> Iterator[Any]:
     """A connection to the node's worker, which is started if it is not there."""
+    try:
+        with _connection(context, command, options) as link:
+            yield link
+    except (OSError, EOFError) as error:
+        raise WorkerError("the worker has ended; see the log of the SuperNode") from error
+
+
+def _connection(context: Context, command: list[str], options: dict[str, Any]) -> Any:
     if (state := context.state.config_records.get(_STATE)) is not None:
         try:
             return connection.Client(("127.0.0.1", state["port"]), authkey=state["key"])
@@ -102,7 +130,7 @@ def _worker(context: Context, options: dict[str, Any]) -> Any:
             pass  # it has ended, or another process has its port now
     key = secrets.token_bytes(32)
     process = subprocess.Popen(
-        [sys.executable, str(_WORKER)],
+        [sys.executable, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -112,7 +140,7 @@ def _worker(context: Context, options: dict[str, Any]) -> Any:
     assert process.stdin is not None
     assert process.stdout is not None
     # It ends when the process that starts processes for messages does.
-    line = json.dumps(options | {"key": key.hex(), "parent": os.getppid()})
+    line = json.dumps(options | {"key": key.hex(), "parent": os.getppid(), "path": sys.path})
     try:
         process.stdin.write(f"{line}\n")
         process.stdin.close()
@@ -138,6 +166,12 @@ def _receive_json(link: Any) -> Any:
     return json.loads(link.recv_bytes())
 
 
+def _receive_parts(link: Any) -> list[bytes]:
+    """A message in parts, see `records`."""
+    text = link.recv_bytes()
+    return [text, *(link.recv_bytes() for _ in _described(json.loads(text)))]
+
+
 # Messages, which fax's server and clients describe by a JSON document and the bytes of arrays
 
 
@@ -157,9 +191,9 @@ def records(parts: Sequence[bytes], known: dict[Any, Array] | None = None) -> Re
     return RecordDict({"message": message, "arrays": ArrayRecord(array_dict=arrays)})
 
 
-def request(content: RecordDict, node: int, ttl: float) -> Message:
+def request(content: RecordDict, node: int, ttl: float, action: str = ACTION) -> Message:
     """A message to a node, which it gets only within some seconds."""
-    return Message(content, dst_node_id=node, message_type=f"query.{ACTION}", ttl=ttl)
+    return Message(content, dst_node_id=node, message_type=f"query.{action}", ttl=ttl)
 
 
 def message_of(content: RecordDict) -> bytes:

@@ -23,6 +23,9 @@ def write_flower_client(folder: str | os.PathLike[str]) -> None:
     ``{client: {name: array}}``. ``plan`` is a folder on the node that `Plan.save` wrote, if the
     node runs only its stages; ``fax-plan`` in the node's configuration takes precedence.
 
+    It also has ``learner_app(make)`` for nodes that are learners, which need fax; see
+    `FlowerLearners`.
+
     Args:
       folder: where to. It may exist if it is empty.
 

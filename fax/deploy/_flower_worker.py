@@ -32,7 +32,7 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what is printed goes to the node's log
     options = json.loads(sys.stdin.readline())
-    watch = _Watch(options["parent"], options["idle"])
+    watch = Watch(options["parent"], options["idle"])
     sys.path[1:] = options["path"]
     data = runtime.load(options["load"], options["config"]) if options["load"] else {}
     folder = None if options["plan"] is None else pathlib.Path(options["plan"])
@@ -96,7 +96,7 @@ def _pair(name: str) -> tuple[Any, str]:
     return client, slot
 
 
-class _Watch:
+class Watch:
     """Ends the process when the node has ended, or if there has been no message for a while."""
 
     def __init__(self, parent: int, idle: float):

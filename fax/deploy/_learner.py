@@ -99,6 +99,7 @@ class Learner:
         self._optimizer = inner_optimizer
         self._data = data
         self._loss = loss
+        self._compiled: dict[str, Any] | None = None  # for which settings
         self._started = False
         self._called = -1  # for which merge it should send an update soon
 
@@ -109,19 +110,10 @@ class Learner:
         self._parts = [_merges.fragment_of(part) for part in settings["fragments"]]
         self._tau = settings["tau"]
         self._sequence = _merges.Sequence(settings["steps"], len(self._parts), self._tau)
-        self._check_types(settings["types"])
-        self._computations = _learner_steps.compile(
-            self._loss, self._optimizer, self._params, self._specs, self._parts, settings["alpha"]
-        )
-        zeros = [
-            [np.zeros(shape, jnp.dtype(dtype)) for _, dtype, shape in part]
-            for part in settings["types"]
-        ]
-        self._start(zeros, next_merge=0, step=0)
-        self._train()
-        for p, values in enumerate(zeros):
-            self._update(p)
-            self._land(p, values)
+        compiled = {name: settings[name] for name in ("fragments", "types", "alpha")}
+        if compiled != self._compiled:
+            self._compile(settings["types"], settings["alpha"])
+            self._compiled = compiled
         self._rows = self._outer = None
         self._started = False
 
@@ -168,6 +160,18 @@ class Learner:
         return sent
 
     # What they mean
+
+    def _compile(self, types: list[list[list[Any]]], alpha: float) -> None:
+        self._check_types(types)
+        self._computations = _learner_steps.compile(
+            self._loss, self._optimizer, self._params, self._specs, self._parts, alpha
+        )
+        zeros = [[np.zeros(shape, jnp.dtype(dtype)) for _, dtype, shape in part] for part in types]
+        self._start(zeros, next_merge=0, step=0)
+        self._train()
+        for p, values in enumerate(zeros):
+            self._update(p)
+            self._land(p, values)
 
     def _start(self, values: list[list[np.ndarray]], next_merge: int, step: int) -> None:
         self._outer, self._rows = self._computations.begin(values, step)

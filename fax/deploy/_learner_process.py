@@ -14,21 +14,34 @@ import os
 import pathlib
 import sys
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Protocol
 
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy._learner import Learner
 
 
-def make(name: str, number: int) -> Learner:
+class Line(Protocol):
+    """A learner's connection to its server. An EOFError or ConnectionError says that it ended."""
+
+    def poll(self) -> bool:
+        """Whether a message is there."""
+
+    def receive(self) -> dict[str, Any]:
+        """The next message. Waits for it."""
+
+    def send(self, messages: list[dict[str, Any]], waiting: bool) -> None:
+        """Sends messages. ``waiting`` says whether the learner now waits for one."""
+
+
+def make(name: str, argument: Any) -> Learner:
     """Calls the learner function. A file is imported as Python imports a script."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         path = pathlib.Path(module).resolve()
         sys.path.insert(0, str(path.parent))
         module = path.stem
-    learner = getattr(importlib.import_module(module), function)(number)
+    learner = getattr(importlib.import_module(module), function)(argument)
     if not isinstance(learner, Learner):
         raise TypeError(
             f"{name} returned {_arguments.shown(learner)}, expected a fax.deploy.Learner."
@@ -36,23 +49,41 @@ def make(name: str, number: int) -> Learner:
     return learner
 
 
-def serve(link: Any, learner: Learner) -> None:
+def serve(line: Line, learner: Learner) -> None:
     """Trains until the server stops the learner or is gone."""
     try:
         while True:
-            while link.poll() or learner.waiting:
-                message = runtime.decode(link.recv_bytes(runtime.LARGEST))
+            while line.poll() or learner.waiting:
+                message = line.receive()
                 if message["do"] == "stop":
                     return
                 if message["do"] == "settings":
                     learner.prepare(message)
-                    link.send_bytes(runtime.encode({"do": "join"}))
+                    line.send([{"do": "join"}], learner.waiting)
                 else:
                     learner.receive(message)
-            for update in learner.advance():
-                link.send_bytes(runtime.encode({"do": "update", "with": update}))
+            if updates := learner.advance():
+                messages = [{"do": "update", "with": update} for update in updates]
+                line.send(messages, learner.waiting)
     except (EOFError, ConnectionError):
         return
+
+
+class _Connection:
+    """A line that is a connection of multiprocessing."""
+
+    def __init__(self, link: Any):
+        self._link = link
+
+    def poll(self) -> bool:
+        return self._link.poll()
+
+    def receive(self) -> dict[str, Any]:
+        return runtime.decode(self._link.recv_bytes(runtime.LARGEST))
+
+    def send(self, messages: list[dict[str, Any]], waiting: bool) -> None:
+        for message in messages:
+            self._link.send_bytes(runtime.encode(message))
 
 
 def main() -> None:
@@ -66,7 +97,7 @@ def main() -> None:
     learner = make(args.make, args.number)
     with connection.Client((host, int(port)), authkey=key) as link:
         link.send_bytes(runtime.encode({"pid": os.getpid()}))
-        serve(link, learner)
+        serve(_Connection(link), learner)
 
 
 if __name__ == "__main__":

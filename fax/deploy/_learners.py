@@ -1,4 +1,4 @@
-"""Learners in processes on this machine, and the loop that connects them to `Elastic`."""
+"""Learners in processes on this machine, connected over its loopback interface."""
 
 from __future__ import annotations
 
@@ -11,47 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from multiprocessing import connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
-from fax.deploy._elastic import Action, Elastic, Grace, Send
-from fax.deploy._updates import Merge
+from fax.deploy._connected import Connected, ConnectedLearners, Event, Left, Name, Received
 
 _WHERE = "fax.deploy.Learners"
-_POLL = 0.5  # seconds between looks at whether processes have ended
-
-
-class Name(NamedTuple):
-    """A learner's process. One that is started again has the same number, and another start."""
-
-    number: int
-    start: int
-
-
-class _Connected(NamedTuple):
-    """A learner connected."""
-
-    name: Name
-    line: Any
-
-
-class _Left(NamedTuple):
-    """A learner's connection is closed."""
-
-    name: Name
-
-
-class _Received(NamedTuple):
-    """A learner sent a message."""
-
-    name: Name
-    message: dict[str, Any]
 
 
 class _Outbox:
@@ -72,7 +43,7 @@ class _Outbox:
                 self._line.send_bytes(data)
 
 
-class Learners:
+class Learners(ConnectedLearners):
     """Learners in processes on this machine, each with devices and a mesh of its own.
 
     The processes import fax and the code of the model. They connect over this machine's loopback
@@ -104,16 +75,16 @@ class Learners:
         _arguments.text(_WHERE, "make", make, '"module:function" or "file.py:function"')
         _arguments.number(_WHERE, "grace", grace, least=0)
         _arguments.number(_WHERE, "timeout", timeout, above=0)
-        self._make, self._grace, self._timeout = make, grace, timeout
+        super().__init__(grace, timeout)
+        self._make = make
         self._key = secrets.token_hex(32)
         # Whoever connects has to prove in `_read` that it knows the key, so nobody waits for that.
         self._listener = connection.Listener(("127.0.0.1", 0))
         self._address = self._listener.address
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._processes: dict[Name, subprocess.Popen] = {}
+        self._lines: dict[Name, Any] = {}  # of those who have just connected
         self._outboxes: dict[Name, _Outbox] = {}
-        self._server: Elastic | None = None
-        self._window: tuple[int, float] | None = None  # the merge, and when its window ends
         self._stopped = False
         threading.Thread(target=self._accept, daemon=True).start()
         try:
@@ -122,12 +93,6 @@ class Learners:
         except BaseException:
             self.stop()
             raise
-
-    def __enter__(self) -> Learners:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     def start(self, learner: int) -> None:
         """Starts a learner whose process has ended, or one more with a new number.
@@ -188,86 +153,27 @@ class Learners:
             process.kill()
             process.wait()
 
-    def train(self, server: Elastic) -> Iterator[Merge]:
-        """Trains, and yields every merge after it took place.
-
-        Learners do not wait for the caller: they continue until they need a merge. Those that are
-        started later join. To end training, leave the loop. Then the learners wait. Call it again
-        with the same server to continue, or with another one to begin anew.
-
-        Raises:
-          ClientError: if all processes have ended, no message comes in time, or an update is not
-            one of the server's parameters.
-        """
-        if server is not self._server:
-            self._server, self._window = server, None
-            self._send([*self._outboxes], {"do": "settings", **server.settings})
-        last = time.monotonic()
-        while True:
-            event = self._next_event()
-            if event is None and time.monotonic() > last + self._timeout:
-                raise ClientError(
-                    f"No learner sent anything for {self._timeout:g} seconds. "
-                    f"{len(server.learners)} have joined, and the quorum is "
-                    f"{server.settings['quorum']}. {self._statuses()}"
-                )
-            yield from self._carry_out(self._happened(event, server))
-            if event is not None:
-                last = time.monotonic()
-            # If the caller was slow, messages that came in time may still be in the queue.
-            if self._window_is_over and self._events.empty():
-                assert self._window is not None
-                number, _ = self._window
-                self._window = None
-                yield from self._carry_out(server.grace_over(number))
-
-    @property
-    def _window_is_over(self) -> bool:
-        return self._window is not None and time.monotonic() >= self._window[1]
-
-    def _next_event(self) -> Any:
-        """What happens next, or None if nothing happens for a while."""
-        wait = _POLL
-        if self._window is not None:
-            wait = min(wait, max(0.0, self._window[1] - time.monotonic()))
+    def _next_event(self, wait: float) -> Event | None:
         try:
-            return self._events.get(timeout=wait)
+            event = self._events.get(timeout=wait)
         except queue.Empty:
             if not self.running and self._events.empty():
                 raise ClientError(f"No learner is left. {self._statuses()}") from None
             return None
-
-    def _happened(self, event: Any, server: Elastic) -> list[Action]:
-        if isinstance(event, _Connected):
-            self._outboxes[event.name] = _Outbox(event.line)
-            self._send([event.name], {"do": "settings", **server.settings})
-        elif isinstance(event, _Left):
+        if isinstance(event, Connected):
+            self._outboxes[event.name] = _Outbox(self._lines.pop(event.name))
+        elif isinstance(event, Left):
             self._outboxes.pop(event.name).put(None)
-            return server.left(event.name)
-        elif isinstance(event, _Received):
-            if event.message["do"] == "join":
-                return server.joined(event.name)
-            return server.received(event.name, event.message["with"])
-        return []
-
-    def _carry_out(self, actions: list[Action]) -> list[Merge]:
-        """Sends messages, opens grace windows, and returns merges, with the learners' numbers."""
-        merges = []
-        for action in actions:
-            if isinstance(action, Send):
-                self._send(action.to, action.message)
-            elif isinstance(action, Grace):
-                self._window = action.number, time.monotonic() + self._grace
-            else:
-                late = frozenset(name.number for name in action.late)
-                merges.append(action._replace(tokens=_by_number(action.tokens), late=late))
-        return merges
+        return event
 
     def _send(self, names: Iterable[Any], message: dict[str, Any]) -> None:
         data = runtime.encode(message)
         for name in names:
             if name in self._outboxes:
                 self._outboxes[name].put(data)
+
+    def _reachable(self) -> list[Name]:
+        return [*self._outboxes]
 
     def _statuses(self) -> str:
         ended = {n.number: process.poll() for n, process in self._processes.items()}
@@ -281,7 +187,8 @@ class Learners:
         while not self._stopped:
             with contextlib.suppress(OSError):  # whoever connected is gone
                 line = self._listener.accept()
-                threading.Thread(target=self._read, args=(line,), daemon=True).start()
+                if not self._stopped:
+                    threading.Thread(target=self._read, args=(line,), daemon=True).start()
 
     def _read(self, line: Any) -> None:
         """Passes on what a learner sends. Others do not know the key."""
@@ -295,18 +202,11 @@ class Learners:
         except (multiprocessing.AuthenticationError, EOFError, OSError, ValueError, LookupError):
             line.close()  # it was not a learner
             return
-        self._events.put(_Connected(name, line))
+        self._lines[name] = line
+        self._events.put(Connected(name))
         try:
             while True:
                 message = runtime.decode(line.recv_bytes(runtime.LARGEST))
-                self._events.put(_Received(name, message))
+                self._events.put(Received(name, message))
         except (EOFError, OSError, runtime.MessageError):
-            self._events.put(_Left(name))
-
-
-def _by_number(tokens: dict[Any, int]) -> dict[int, int]:
-    """The tokens of each learner, also if it was started again between two updates."""
-    found: dict[int, int] = {}
-    for name, count in tokens.items():
-        found[name.number] = found.get(name.number, 0) + count
-    return found
+            self._events.put(Left(name))

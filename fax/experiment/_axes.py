@@ -15,13 +15,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from fax.experiment._curves import Curve
 
 # Units: accuracies are shown as percentages.
-KINDS = {"loss": ("loss", 1), "accuracy": ("accuracy (%)", 100)}
+KINDS = {"loss": ("loss", 1), "accuracy": ("accuracy (%)", 100), "psnr": ("PSNR (dB)", 1)}
 X_LABELS = {"round": "round", "bits": "sent so far (bits)", "epsilon": "epsilon"}
 _FEW = 60  # points, up to which each has a marker
 
 
 def by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The losses and the accuracies among metrics, by what they were measured on."""
+    """The metrics that figures show, by kind and by what they were measured on."""
     found: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         for name, own in values.items():

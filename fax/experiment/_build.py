@@ -208,8 +208,13 @@ def _budget(config: Config, num_clients: int) -> StopAtBudget:
     return StopAtBudget(budget)
 
 
-def evaluation(config: Config, task: fax.tasks.Task, on: str) -> Callable[[PyTree], dict[str, Any]]:
-    """A function that evaluates parameters on the task's ``"test"`` or ``"train"`` data."""
+def evaluation(
+    config: Config, task: fax.tasks.Task, on: str, *, each: bool = False
+) -> Callable[[PyTree], dict[str, Any]]:
+    """A function that evaluates parameters on the task's ``"test"`` or ``"train"`` data.
+
+    With ``each``, its results are arrays with a number for each client, and have the clients' ids.
+    """
     data: FederatedData = getattr(task, on)
     if len(data) > config.evaluation_clients:
         _, data = split(data, config.evaluation_clients, seed=config.seed)
@@ -222,6 +227,9 @@ def evaluation(config: Config, task: fax.tasks.Task, on: str) -> Callable[[PyTre
             return data
 
     def evaluate(params: PyTree) -> dict[str, Any]:
+        if each:
+            found = fax.metrics.evaluate_clients(task.model.apply, params, data, task.metrics)
+            return {"id": data.client_ids(), **found}
         return fax.metrics.evaluate(task.model.apply, params, prepared(), task.metrics)
 
     return evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from matplotlib.lines import Line2D
 from fax.experiment import _axes, _curves
 from fax.experiment._curves import Curve
 from fax.experiment._folder import CONFIG, flat
+from fax.experiment._tables import read
 
 Curves = Mapping[str, Curve]
 # The legend: lines in a column, and inches of a letter and of what is left of the names.
@@ -44,10 +44,10 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     """Compares runs by what is in their folders.
 
     The table has a line for each run: the settings in which the runs differ, the number of rounds,
-    and the last value of each loss and accuracy, of the bits sent and of epsilon. A star marks the
-    best value. The figure has a curve for each run: the loss and the accuracy by round and, if
-    all runs count bits, the accuracy, or else the loss, by what was sent. The losses and accuracies
-    are those of an evaluation if there is one, and else those of training.
+    and the last value of each loss, accuracy and PSNR, of the bits sent and of epsilon. A star
+    marks the best value. The figure has a curve for each run: loss, accuracy and PSNR by round and,
+    if all runs count bits, the last of these that there is by what was sent. They are those of an
+    evaluation if there is one, and else those of training.
 
     Args:
       folders: the folders of the runs.
@@ -99,7 +99,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         return {}
-    found = tomllib.loads(path.read_text(encoding="utf-8"))
+    found = read(path)
     found.pop("environment", None)
     run = found.pop("run", {})
     return flat(found or run)
@@ -113,14 +113,14 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _table(runs: Mapping[str, Curves], settings: Mapping[str, Sequence[str]]) -> str:
-    """A line for each run, with a star at the best loss and the best accuracy."""
+    """A line for each run, with a star at the best loss, accuracy and PSNR."""
     rounds = [max((own[0][-1] for own in curves.values()), default=0) for curves in runs.values()]
     columns = {"run": list(runs), **settings, "rounds": [str(own) for own in rounds]}
     for name in dict.fromkeys(name for curves in runs.values() for name in curves):
         kind = name.rpartition("/")[2]
         if kind in _axes.KINDS or name in ("bits", "epsilon"):
             last = [own[name][1][-1] if name in own else np.nan for own in runs.values()]
-            columns[name] = _starred(last, {"loss": min, "accuracy": max}.get(kind))
+            columns[name] = _starred(last, {"loss": min, "accuracy": max, "psnr": max}.get(kind))
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths
@@ -140,7 +140,7 @@ def _starred(values: Sequence[float], choose: Callable | None) -> list[str]:
 
 
 def _figure(runs: Mapping[str, Curves]) -> Figure | None:
-    """A curve for each run: loss and accuracy by round, and the last of these by bits."""
+    """A curve for each run: loss, accuracy and PSNR by round, and the last of these by bits."""
     kinds = {name: _axes.by_kind(curves) for name, curves in runs.items()}
     chosen: dict[str, str] = {}  # what a kind was measured on, in most of the runs
     for kind in _axes.KINDS:

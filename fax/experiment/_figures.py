@@ -16,9 +16,9 @@ from fax.experiment._curves import Curve
 def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """Draws the figures of a run, finished or not, into the folder ``figures`` of its folder.
 
-    ``rounds.png`` has the loss and the accuracy by round, and ``bits.png`` by what has been sent.
-    ``clients.png`` has histograms of the loss and the accuracy of the clients, as they were
-    last measured. ``epsilon.png`` has epsilon by round, and the accuracy, or else the loss, by
+    ``rounds.png`` has the loss, accuracy and PSNR by round, and ``bits.png`` by what has been sent.
+    ``clients.png`` has histograms of the clients' loss, accuracy and PSNR, as they were last
+    measured. ``epsilon.png`` has epsilon by round, and the accuracy, or else the loss, by
     epsilon. Figures for which a run has no numbers are left out.
 
     Args:

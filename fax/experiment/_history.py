@@ -110,9 +110,11 @@ def _text(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def text_of(columns: Mapping[str, np.ndarray]) -> str:
-    """Arrays [n] as CSV, a column for each of them. Shorter ones are filled up with nothing."""
+    """Arrays [n] of numbers or text as CSV, a column each. Shorter ones end with empty cells."""
     own = {
-        name: [plain(x, name) for x in array] for name, array in columns.items() if array.ndim == 1
+        name: [x if isinstance(x, str) else plain(x, name) for x in array]
+        for name, array in columns.items()
+        if array.ndim == 1
     }
     rows = itertools.zip_longest(*own.values(), fillvalue="")
     return _text([list(own), *rows])

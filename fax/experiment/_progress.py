@@ -37,7 +37,7 @@ class Progress:
         # From the history, since to ask for run.metrics would be to wait for the devices.
         known = {**run.history[-1], **run.results} if run.history else run.results
         for name, value in known.items():
-            if name.rpartition("/")[2] in ("loss", "accuracy"):
+            if name.rpartition("/")[2] in ("loss", "accuracy", "psnr"):
                 self._shown[name] = f"{value:.4g}"
         cohorts, now, (then, before) = run.cohorts, time.perf_counter(), self._mark
         if now - then >= 1 or "examples/s" not in self._shown:

@@ -99,6 +99,7 @@ class Run:
         self._pending: list[tuple[int, int, int, Mapping[str, Any]]] = []
         self._metrics: dict[str, Any] = {}
         self._clients: dict[str, Any] = {}
+        self._cohort = 0  # the number of the cohort that they are of
 
     @property
     def name(self) -> str:
@@ -122,9 +123,16 @@ class Run:
 
     @property
     def clients(self) -> dict[str, np.ndarray]:
-        """The metrics of the last round that are arrays, such as ``"clients/loss"`` [clients]."""
+        """The metrics of the last round that are arrays, such as ``"clients/loss"`` [clients].
+
+        If there is one of clients, ``"clients/id"`` has their ids.
+        """
         self.fetch()
-        return {name: _everywhere(x) for name, x in self._clients.items()}
+        found = {name: _everywhere(x) for name, x in self._clients.items()}
+        if any(name.startswith("clients/") for name in found):
+            ids = list(map(str, self.cohorts.client_ids(self._cohort)))
+            found = {"clients/id": np.array(ids), **found}
+        return found
 
     @property
     def elapsed(self) -> float:
@@ -163,8 +171,10 @@ class Run:
                 self.history.append({"round": first + at, **self._metrics})
                 if self._check and error is None and not _finite(self._metrics):
                     self._clients = _arrays(own, found, rounds, at)
+                    self._cohort = cohort + at
                     error = NotFiniteError(self._blame(first + at, cohort + at))
             self._clients = _arrays(own, found, rounds, rounds - 1)
+            self._cohort = cohort + rounds - 1
         if error is not None:
             raise error
 

@@ -93,7 +93,7 @@ def optimizer_of(where: str, key: str, value: Any, default: Mapping[str, Any]) -
     if "optimizer" not in value:
         value = {**default, **value}
     name, known = value["optimizer"], _catalog.catalog("optimizers")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{where}: {key}.optimizer {name!r} does not exist. {did_you_mean(name, known)}"
         )
@@ -122,11 +122,10 @@ def fields_of(where: str, prefix: str, table: Mapping[str, Any], schema: type) -
     check_keys(where, dots, table, types)
     found = {key: typed(where, f"{dots}{key}", value, types[key]) for key, value in table.items()}
     for key, value in found.items():
-        least = 0 if key == "seed" else 1
-        if type(value) is int and value < least:
-            raise ValueError(
-                f"{where}: {dots}{key} is {value}, expected an int of at least {least}."
-            )
+        if key == "seed":
+            _arguments.seed(where, value)
+        elif type(value) is int and value < 1:
+            raise ValueError(f"{where}: {dots}{key} is {value}, expected an int of at least 1.")
     return found
 
 

@@ -30,7 +30,9 @@ from fax.metrics._ranking import average_precision as average_precision
 from fax.metrics._ranking import roc_auc as roc_auc
 from fax.metrics._regression import MAE as MAE
 from fax.metrics._regression import MSE as MSE
+from fax.metrics._regression import PSNR as PSNR
 from fax.metrics._regression import R2 as R2
+from fax.metrics._regression import Decibels as Decibels
 from fax.metrics._regression import ExplainedVariance as ExplainedVariance
 from fax.metrics._sequences import ExpMean as ExpMean
 from fax.metrics._sequences import OOVRate as OOVRate

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fax import _arguments
 from fax._nearest import did_you_mean
 from fax.metrics._binary import BinaryAccuracy
 from fax.metrics._calibration import CalibrationError
 from fax.metrics._classification import Accuracy, CrossEntropy, Metric
 from fax.metrics._precision_recall import F1, Precision, Recall
 from fax.metrics._ranking import AUC, AveragePrecision
-from fax.metrics._regression import MAE, MSE, R2
+from fax.metrics._regression import MAE, MSE, PSNR, R2
 from fax.metrics._sequences import Perplexity, TokenAccuracy, TokenLoss
 
 # The metrics that work without arguments, by the names that can stand for them.
@@ -27,6 +28,7 @@ NAMED: dict[str, Metric] = {
     "mse": MSE(),
     "perplexity": Perplexity(),
     "precision": Precision(),
+    "psnr": PSNR(),
     "r2": R2(),
     "recall": Recall(),
     "token_accuracy": TokenAccuracy(),
@@ -49,7 +51,8 @@ def named_metrics(where: str, metrics: Any) -> Mapping[str, Metric]:
             f"{where}: metrics is {metrics!r:.80}, expected a mapping from names to metrics, such "
             "as {'accuracy': fax.metrics.Accuracy()}, or names of metrics, such as ['accuracy']."
         )
-    for metric in metrics.values():
+    for name, metric in metrics.items():
+        _arguments.text(where, "a key of metrics", name, "the name of a metric")
         if isinstance(metric, str) and metric not in NAMED:
             raise ValueError(
                 f"{where}: there is no metric {metric!r}. {did_you_mean(metric, NAMED)}"

@@ -44,6 +44,10 @@ class _Regression:
     def __post_init__(self) -> None:
         _arguments.text(type(self).__name__, "label", self.label, "the name of a feature")
 
+    def limits(self, num_classes: int | None) -> dict[str, int | None]:
+        """The feature that has to be there. Its values have no limits."""
+        return {self.label: None}
+
 
 class MSE(_Regression):
     """The mean squared error.
@@ -79,6 +83,61 @@ class MAE(_Regression):
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         """The statistic of each example."""
         return _mean_of(_errors("MAE", scores, batch[self.label])[0], jnp.abs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decibels(Statistic):
+    """A mean of squared errors, as the ratio of the signal to it in decibels.
+
+    Attributes:
+      mean: the mean, where the signal is 1.
+
+    Example:
+
+      >>> print(f"{fax.metrics.Decibels(fax.metrics.Mean(0.03, 3)).result():.1f}")
+      20.0
+    """
+
+    mean: Mean
+
+    def result(self) -> Any:
+        """-10 log₁₀ of the mean. Infinite if there is no error."""
+        mean = self.mean.result()
+        if isinstance(mean, jax.Array):
+            return -10 * jnp.log10(mean)
+        with np.errstate(divide="ignore"):
+            return -10 * np.log10(mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class PSNR(_Regression):
+    """The peak signal-to-noise ratio in decibels: 10 log₁₀(peak² / MSE).
+
+    MSE is the mean squared error of all that is evaluated together, such as all pixels of a client.
+
+    Attributes:
+      label: the feature with the targets, numbers [batch, ...]. Predictions have the same shape.
+      peak: the largest value that there can be, such as 1, or 255 for bytes.
+
+    Example:
+
+      >>> batch = {"y": jnp.array([0.2, 0.5])}
+      >>> statistic = fax.metrics.PSNR()(batch, jnp.array([0.3, 0.4])).sum()
+      >>> print(f"{statistic.result():.1f}")
+      20.0
+    """
+
+    peak: float = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _arguments.number("PSNR", "peak", self.peak, above=0)
+
+    def __call__(self, batch: Batch, scores: jax.Array) -> Decibels:
+        """The statistic of each example."""
+        errors = _errors("PSNR", scores, batch[self.label])[0] / self.peak
+        return Decibels(_mean_of(errors, jnp.square))
 
 
 @jax.tree_util.register_dataclass

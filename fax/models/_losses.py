@@ -52,6 +52,35 @@ def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
     return losses_of(scores, labels), {"accuracy": hits(scores, labels).astype(scores.dtype)}
 
 
+def squared_error(predictions: jax.Array, batch: Batch) -> Losses:
+    """The mean squared error of each example, such as of an image's pixels.
+
+    Args:
+      predictions: [batch, ...].
+      batch: ``"y"`` has the targets, numbers of the same shape.
+
+    Returns:
+      The losses [batch], and an empty dict.
+
+    Raises:
+      ValueError: if the shapes do not match.
+
+    Example:
+
+      >>> losses, _ = fax.models.squared_error(jnp.zeros((1, 2)), {"y": jnp.array([[1.0, 3.0]])})
+      >>> print(losses)
+      [5.]
+    """
+    targets = _labels("squared_error", batch)
+    if predictions.shape != targets.shape:
+        raise ValueError(
+            f"fax.models.squared_error: predictions have shape {predictions.shape} and targets "
+            f"{targets.shape}, expected a prediction for each target."
+        )
+    squares = jnp.square(predictions - targets)
+    return jnp.mean(squares.reshape(len(squares), -1), axis=-1), {}
+
+
 def sequence_cross_entropy(
     scores: jax.Array, batch: Batch, *, length: float | None = None
 ) -> Losses:

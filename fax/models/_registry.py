@@ -24,7 +24,8 @@ _SEQUENCES: dict[str, Callable] = {
     "shakespeare_lstm": _text.ShakespeareLSTM,
     "stackoverflow_lstm": _text.StackOverflowLSTM,
 }
-MODELS = {**_CLASSES, **_SEQUENCES}
+_IMAGES: dict[str, Callable] = {"denoiser": _images.Denoiser}
+MODELS = {**_CLASSES, **_SEQUENCES, **_IMAGES}
 
 
 def options_of(name: str) -> list[str]:
@@ -38,8 +39,9 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
 
     ``cifar100_logistic``, ``dense``, ``emnist_conv``, ``emnist_dense``, ``emnist_logistic`` and
     ``resnet18`` are trained by `fax.models.cross_entropy`; ``char_lstm``, ``shakespeare_lstm`` and
-    ``stackoverflow_lstm`` by `fax.models.sequence_cross_entropy`. The same name and options return
-    the same functions, so that they are compiled only once.
+    ``stackoverflow_lstm`` by `fax.models.sequence_cross_entropy`; ``denoiser`` by
+    `fax.models.squared_error`. The same name and options return the same functions, so that they
+    are compiled only once.
 
     Args:
       name: of the model.
@@ -68,7 +70,7 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
     if loss_length is not None:
         _arguments.number(where, "loss_length", loss_length, above=0)
     for option, value in options.items():
-        if option in ("num_classes", "num_tokens", "hidden", "channels"):
+        if option in ("num_classes", "num_tokens", "hidden", "depth", "channels"):
             options[option] = _arguments.count(where, option, value)
     if "sizes" in options:
         sizes = _arguments.whole_numbers(where, "sizes", options["sizes"], "(64, 512, 10)", least=1)
@@ -83,5 +85,7 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Model:
     own = dict(options)
     if name in _CLASSES:
         return functional(lambda rngs: _CLASSES[name](**own, rngs=rngs))
+    if name in _IMAGES:
+        return functional(lambda rngs: _IMAGES[name](**own, rngs=rngs), _losses.squared_error)
     loss = functools.partial(_losses.sequence_cross_entropy, length=own.pop("loss_length", None))
     return functional(lambda rngs: _SEQUENCES[name](**own, rngs=rngs), loss)

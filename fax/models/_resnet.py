@@ -80,7 +80,7 @@ class ResNet18(nnx.Module):
         """The scores, [batch, classes]."""
         if x.ndim != 4 or x.shape[-1] != self.channels:
             raise ValueError(
-                f"feature 'x' has shape {x.shape}, expected "
+                f"fax.models: feature 'x' has shape {x.shape}, expected "
                 f"{('batch', 'height', 'width', self.channels)}."
             )
         x = nnx.relu(self.norm(self.stem(x)))

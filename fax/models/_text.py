@@ -23,8 +23,8 @@ class _Embedding(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(
-                f"feature 'x' is {x.dtype} of shape {x.shape}, expected integers of shape "
-                "('batch', 'length'), the numbers of tokens."
+                f"fax.models: feature 'x' is {x.dtype} of shape {x.shape}, expected integers of "
+                "shape ('batch', 'length'), the numbers of tokens."
             )
         table = self.embedding[...]
         return jnp.take(table, jnp.where(x < 0, len(table), x), axis=0, mode="fill")

@@ -220,7 +220,9 @@ def rewrite(
     constvars, invars = [env[v] for v in old.constvars], [env[v] for v in old.invars]
     eqns, outvars = _rewritten(old, env, replace, renew)
     made = old.replace(constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
-    return cast(AnyJaxpr, made if jaxpr is old else ClosedJaxpr(made, jaxpr.consts))
+    # Newer versions of JAX have one class for both, and `replace` drops the constants.
+    closed = isinstance(jaxpr, ClosedJaxpr)
+    return cast(AnyJaxpr, ClosedJaxpr(made, jaxpr.consts) if closed else made)
 
 
 def _rewritten(

@@ -49,9 +49,19 @@ def optimizer(where: str, table: Mapping[str, Any]) -> optax.GradientTransformat
     Args:
       where: the name of the table, for messages.
       table: ``{"optimizer": "sgd", "rate": 0.1, "momentum": 0.9}``. Numbers may be traced.
+
+    Raises:
+      ValueError: if there is no such optimizer, or a value is not a number.
+      TypeError: if it has no such option.
     """
+    if not isinstance(table, Mapping) or not {"optimizer", "rate"} <= table.keys():
+        raise ValueError(
+            f"{where} is {table!r:.80}, expected a dict with an optimizer and its learning rate, "
+            "such as {'optimizer': 'sgd', 'rate': 0.1}."
+        )
+    name = _arguments.choice(where, "optimizer", table["optimizer"], list(optimizers()))
     options = {key: value for key, value in table.items() if key not in ("optimizer", "rate")}
-    name = table["optimizer"]
+    _arguments.options(f"{where}: {name}", options, list(options_of(name)))
     for key, value in {"rate": table["rate"], **options}.items():
         if isinstance(options_of(name).get(key), bool):
             _arguments.flag(where, key, value)

@@ -12,7 +12,7 @@ import fax.metrics
 import fax.models
 from fax import _arguments
 from fax.data import FederatedData
-from fax.tasks import _local_datasets, _packaged_datasets, _tff_datasets
+from fax.tasks import _local_datasets, _packaged_datasets, _photographs, _tff_datasets
 from fax.tasks._settings import Settings, tuned
 from fax.tasks._tokens import BOS, EOS, PAD, Characters
 
@@ -62,6 +62,8 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
                          flight late
     ``"bible"``          66 books of the Bible, the next           ``length=80``
                          character
+    ``"photographs"``    10 photographs in color, squares of      ``noise=25.0``, ``seed=0``
+                         16 x 16 pixels without noise
     ``"emnist"``         3,400 writers of 62 characters            ``model="conv"``, ``"dense"`` or
                                                                    ``"logistic"``;
                                                                    ``digits_only=False``
@@ -72,7 +74,7 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
                          the next word                             ``vocabulary_size=10_000``
     ===================  ========================================  ================================
 
-    The first four need no network: scikit-learn, Python and the packages of the extra ``datasets``
+    The first five need no network: scikit-learn, Python and the packages of the extra ``datasets``
     have their data. The others use files of TensorFlow Federated, which are kept in
     a folder: ``cache``, or else the environment variable ``FAX_CACHE``, or else the user's folder
     for caches.
@@ -177,9 +179,23 @@ def _bible(cache: Any, *, length: int = 80) -> Task:
     return _next_character("bible", _packaged_datasets.BIBLE_CHARACTERS, data)
 
 
+def _photographs_in_color(cache: Any, *, noise: float = 25.0, seed: int = 0) -> Task:
+    """Squares of 10 photographs in color, to be restored from noise."""
+    where = "fax.tasks.load('photographs')"
+    _arguments.number(where, "noise", noise, least=0)
+    return Task(
+        "photographs",
+        *_photographs.photographs(noise, _arguments.seed(where, seed)),
+        fax.models.create("denoiser"),
+        {"loss": fax.metrics.MSE(), "psnr": fax.metrics.PSNR()},
+        tuned("photographs"),
+    )
+
+
 def _emnist(cache: Any, *, model: str = "conv", digits_only: bool = False) -> Task:
     """Handwritten characters of 3,400 writers, or digits."""
     chosen = tuned("emnist", model)
+    _arguments.flag("fax.tasks.load('emnist')", "digits_only", digits_only)
     return Task(
         "emnist",
         *_tff_datasets.emnist(cache, digits_only),
@@ -204,6 +220,7 @@ def _cifar100(cache: Any, *, model: str = "logistic") -> Task:
 
 def _shakespeare(cache: Any, *, length: int = 80) -> Task:
     """The next letter of 715 characters of plays."""
+    _arguments.count("fax.tasks.load('shakespeare')", "length", length)
     tokens = _tff_datasets.SHAKESPEARE_CHARACTERS.size
     return Task(
         "shakespeare",
@@ -218,6 +235,7 @@ def _shakespeare(cache: Any, *, length: int = 80) -> Task:
 def _stackoverflow(cache: Any, *, length: int = 20, vocabulary_size: int = 10_000) -> Task:
     """The next word of 342,477 people who ask and answer."""
     where = "fax.tasks.load('stackoverflow')"
+    _arguments.count(where, "length", length)
     tokens = 4 + _arguments.count(where, "vocabulary_size", vocabulary_size)
     return Task(
         "stackoverflow",
@@ -234,6 +252,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "pystdlib": _pystdlib,
     "flights": _flights,
     "bible": _bible,
+    "photographs": _photographs_in_color,
     "emnist": _emnist,
     "cifar100": _cifar100,
     "shakespeare": _shakespeare,

@@ -8,7 +8,7 @@ what a model reads, and ``y`` the next number for each position.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -68,11 +68,11 @@ class Characters:
 
         Raises:
           DataError: if there is no text.
-          ValueError: if ``length`` is not an int of at least 1.
+          ValueError: if a text is not bytes, or ``length`` is not an int of at least 1.
         """
         _check_length("fax.tasks.Characters", length)
         parts = []
-        for text in texts:
+        for text in _checked("fax.tasks.Characters", "texts", texts):
             numbers = self._numbers[np.frombuffer(text, np.uint8)]
             parts.append(np.concatenate([[BOS], numbers, [EOS]]).astype(np.int32))
         if not parts:
@@ -136,17 +136,32 @@ class Words:
           ``{"x": ..., "y": ...}``, int32 [sentences, length].
 
         Raises:
-          ValueError: if ``length`` is not an int of at least 1.
+          ValueError: if a sentence is not bytes, or ``length`` is not an int of at least 1.
         """
         _check_length("fax.tasks.Words", length)
         oov = self.size - 1
         found: dict[str, list[list[int]]] = {"x": [], "y": []}
-        for sentence in sentences:
+        for sentence in _checked("fax.tasks.Words", "sentences", sentences):
             words = itertools.islice(sentence.split(b" "), length)
             numbers = [self._numbers.get(word, oov) for word in words]
             for name, row in (("x", [BOS, *numbers]), ("y", [*numbers, EOS])):
                 found[name].append((row + [PAD] * length)[:length])
         return {name: np.array(rows, np.int32).reshape(-1, length) for name, rows in found.items()}
+
+
+def _checked(where: str, name: str, texts: Iterable[bytes]) -> Iterator[bytes]:
+    """The texts, if they are byte strings."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(
+            f"{where}: {name} is {texts!r:.80}, expected a list of byte strings, such as [b'abc']."
+        )
+    for number, text in enumerate(texts):
+        if not isinstance(text, bytes):
+            raise ValueError(
+                f"{where}: {name}[{number}] is {text!r:.80}, expected bytes, such as b'abc' or "
+                "'abc'.encode()."
+            )
+        yield text
 
 
 def _check_length(where: str, length: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from fax import _arguments
 from fax.data import FederatedData
 from fax.tasks._task import Task
 from fax.tasks._tokens import PAD
@@ -33,7 +34,7 @@ def trigram_loss(task: Task) -> float:
       The mean negative log-likelihood of a token, in nats.
 
     Raises:
-      ValueError: if the task's features are not sequences of tokens.
+      ValueError: if it is no task, or its features are not sequences of tokens.
 
     Example:
 
@@ -41,6 +42,11 @@ def trigram_loss(task: Task) -> float:
       >>> 1.5 < fax.tasks.trigram_loss(task) < 2.2
       True
     """
+    if not isinstance(task, Task):
+        raise ValueError(
+            f"fax.tasks.trigram_loss: task is {_arguments.shown(task)}, expected a task, such as "
+            "fax.tasks.load('pystdlib')."
+        )
     first = task.train.client(task.train.client_ids()[0])
     if np.ndim(first["x"]) != 2 or not np.issubdtype(first["x"].dtype, np.integer):
         raise ValueError(

@@ -1,6 +1,8 @@
 """The ServerApp: federated averaging of the clients that are there."""
 
+import json
 import os
+import pathlib
 import signal
 import time
 
@@ -50,6 +52,7 @@ def main(grid, context):
 
     plan = fax.deploy.cut(algorithm.round, state, cohort(0))
     print(plan.audit(), end="\n\n")
+    history = []
     for number in range(config["rounds"]):
         if number == config["rounds"] // 2 and config["victim"]:
             print("A node is killed.")
@@ -64,3 +67,6 @@ def main(grid, context):
             f"{time.perf_counter() - began:.1f} s",
             flush=True,
         )
+        history.append((present, float(right)))
+    if config["history"]:
+        pathlib.Path(config["history"]).write_text(json.dumps(history))

@@ -49,7 +49,7 @@ class Convolution:
 
     @staticmethod
     def of(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Convolution:
-        """The convolution of an equation, from its types and parameters."""
+        """The convolution of an equation, from its operands or their types, and its parameters."""
         groups, batch_groups = params["feature_group_count"], params["batch_group_count"]
         x, w, y = (
             tuple(aval.shape[i] for i in spec)

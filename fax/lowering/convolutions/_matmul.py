@@ -47,7 +47,7 @@ def convolve(
       out: the type of its result.
       lhs, rhs: its operands.
     """
-    conv = Convolution.of(jax.typeof(lhs), jax.typeof(rhs), out, params)
+    conv = Convolution.of(lhs, rhs, out, params)
     if 0 in (lhs.size, rhs.size, out.size):
         return lax.full(out.shape, 0, out.dtype)
     form = _FORMS[way.form]

@@ -135,7 +135,7 @@ def _stock(params: dict[str, Any], out: ShapedArray, lhs: jax.Array, rhs: jax.Ar
 def _by_matmul(
     params: dict[str, Any], out: ShapedArray, lhs: jax.Array, rhs: jax.Array
 ) -> jax.Array:
-    way = best_way(Convolution.of(jax.typeof(lhs), jax.typeof(rhs), out, params))
+    way = best_way(Convolution.of(lhs, rhs, out, params))
     return convolve(way, params, out, lhs, rhs)
 
 
@@ -169,11 +169,10 @@ def _unless_grouped(written: Convolve) -> Convolve:
             return written(params, out, lhs, rhs)
 
         @one.def_vmap
-        def several(size, batched, lhs, rhs):
+        def several(_, batched, lhs, rhs):
             each = _by_matmul if all(batched) else written
             in_axes = [0 if b else None for b in batched]
-            rows = jax.vmap(functools.partial(each, params, out), in_axes, axis_size=size)
-            return rows(lhs, rhs), True
+            return jax.vmap(functools.partial(each, params, out), in_axes)(lhs, rhs), True
 
         return one(lhs, rhs)
 
