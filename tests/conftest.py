@@ -75,8 +75,8 @@ ABOVE_THE_CORE = (
     *("secure_attacks", "secure_crypto", "secure_processes", "secure_sum", "secure_sums"),
     *("sharded_transformer", "streaming_diloco", "tasks"),
 )
-# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs of
-# an experiment in processes of their own, whose programs are those of other tests.
+# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs
+# of an experiment in processes of their own, whose programs are those of other tests.
 NOT_OF_THE_CORE = (
     *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
     *("benchmarks", "benchmarks_data_center", "house", "mutants", "project", "site", "subsets"),
