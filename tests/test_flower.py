@@ -349,6 +349,46 @@ def test_the_files_of_clients(tmp_path):
         deploy.write_flower_client(tmp_path)
 
 
+@fax.program(clients=3)
+def labels_total(rows):
+    doubled, kept = fax.map(lambda y: (2 * y, 3 * y), rows["y"])
+    return fax.sum(doubled), kept
+
+
+def test_secure_sums(grid, app):
+    """The server gets masked integers, and the sum without a node that fails in it."""
+    from app import data
+
+    labels = np.stack([data.rows(client)["y"] for client in range(3)])
+    plan = deploy.cut(labels_total, {"y": labels}, held=["y"])
+    here = grid(*CONFIGS, load="app.data:load", secure=0.5)
+    backend = deploy.Flower(here, 3, secure=deploy.SecureSums(0.5))
+    held = {"y": backend.held()["y"]}
+    found, kept = plan.run(backend, held)
+    np.testing.assert_array_equal(found, 2 * labels.sum(0))
+    traffic = b"".join(here.traffic)  # with what nodes keep
+    for row in labels.astype(np.int64):
+        assert (2 * row).tobytes() not in traffic
+    with pytest.raises(deploy.ClientError, match="this client sends no rows"):
+        plan.fetch(backend, kept)
+    with pytest.raises(deploy.ClientError, match="sends no results as they are"):
+        plan.run(deploy.Flower(here, 3), held)
+    ask = backend._ask
+
+    def without_one(do, requests, read):
+        if do == "secure_run":
+            here.down.add(101)
+            backend._timeout = 2.0
+        ask(do, requests, read)
+
+    backend._ask = without_one
+    found, kept = plan.run(backend, held, quorum=2)
+    np.testing.assert_array_equal(found, 2 * labels[[0, 2]].sum(0))
+    assert kept.present == (0, 2)
+    with pytest.raises(ValueError, match="secure has identities, expected None"):
+        deploy.Flower(here, 3, secure=deploy.SecureSums(identities="app.data:keys"))
+
+
 QUICK = ("apfl", "diloco")
 
 

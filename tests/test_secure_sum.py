@@ -297,6 +297,7 @@ def test_too_many_clients():
         (lambda: secure_sum(1, 1, rounding="up"), "rounding is 'up', expected 'stochastic' or"),
         (lambda: secure_sum(1, 1, neighbors=3), "neighbors is 3, expected an even int"),
         (lambda: secure_sum(1, 1, neighbors=0), "neighbors is 0, expected an int of at least 2"),
+        (lambda: secure_sum(1, 1, masked=0), "masked is 0, expected"),
         (
             lambda: secure_sum(1, 1).init({"n": np.ones(2, int)}),
             r"updates\['n'\] is int64\[2\], expected an array of real floats",

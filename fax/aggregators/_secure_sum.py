@@ -35,6 +35,7 @@ def secure_sum(
     bits: int = 16,
     rounding: str = "stochastic",
     neighbors: int | None = None,
+    masked: bool = True,
 ) -> Aggregator:
     """A weighted mean by sums of masked integers, as in secure aggregation.
 
@@ -58,12 +59,16 @@ def secure_sum(
     generates k streams, and its numbers stay secret unless its k neighbors collude. Only one stream
     is in memory at a time.
 
-    This is the arithmetic of the protocol, and not the protocol. In the protocol, pairs of clients
-    agree on the seeds of their streams by exchanging keys; here they come from the server's key,
-    and no client drops out. Negative weights count as zero, and clients of weight zero send zeros,
-    whatever they hold. If the update or the weight of any other client is NaN, so is the result,
-    since integers cannot represent NaN. If the total weight is zero, so is the result. As integers
-    have no derivatives, all derivatives are zero.
+    These masks are the arithmetic of the protocol, and not the protocol. In the protocol, pairs of
+    clients agree on the seeds of their streams by exchanging keys; here they come from the server's
+    key, and no client drops out. With ``masked=False``, clients add no masks, and send x and v as
+    they are. This is for plans on a backend with `fax.deploy.SecureSums`, whose clients mask what
+    they send by the whole protocol.
+
+    Negative weights count as zero, and clients of weight zero send zeros, whatever they hold. If
+    the update or the weight of any other client is NaN, so is the result, since integers cannot
+    represent NaN. If the total weight is zero, so is the result. As integers have no derivatives,
+    all derivatives are zero.
 
     Args:
       max_value: c, a positive number. The metric ``"clipped_values"`` says what share of the
@@ -73,6 +78,7 @@ def secure_sum(
       bits: of each integer, including the sign, from 2 to 31. The resolution is c / L.
       rounding: of x. ``"stochastic"`` rounds at random without bias, ``"nearest"`` to the nearest.
       neighbors: how many clients each client shares masks with, an even int. None: all.
+      masked: whether clients add these masks. False for plans whose clients mask what they send.
 
     Returns:
       The aggregator, without state. A client sends 32 bits for each number of its update, for its
@@ -99,6 +105,7 @@ def secure_sum(
     _arguments.number(_CALLER, "max_weight", max_weight, above=0)
     bits = _arguments.count(_CALLER, "bits", bits, least=2, most=31)
     _arguments.choice(_CALLER, "rounding", rounding, ("stochastic", "nearest"))
+    _arguments.flag(_CALLER, "masked", masked)
     if neighbors is not None:
         neighbors = _arguments.count(_CALLER, "neighbors", neighbors, least=2)
         if neighbors % 2:
@@ -138,9 +145,12 @@ def secure_sum(
         mask_key, rounding_key = (derive(key, use) for use in (Use.MASKS, Use.ROUNDING))
         keys = operators.keys(rounding_key)
         words, outside = each_present(encode, updates, weights, weights, keys)
-        sent = with_masks(words, mask_key, neighbors)
         # Half of the residues stand for negative numbers.
-        total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
+        if masked:
+            sent = with_masks(words, mask_key, neighbors)
+            total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
+        else:
+            total = reductions.sum(words.astype(jnp.int32)).astype(jnp.int32)
         leaves, treedef = jax.tree.flatten(updates)
         sizes = [math.prod(x.shape[1:]) for x in leaves]
         *sums, weight, has_nan = parts_of(total, [*sizes, 1, 1])

@@ -24,6 +24,7 @@ from fax.deploy._learners import Learners as Learners
 from fax.deploy._plan import Plan as Plan
 from fax.deploy._plan import cut as cut
 from fax.deploy._processes import Processes as Processes
+from fax.deploy._secure_sums import SecureSums as SecureSums
 from fax.deploy._stages import Stage as Stage
 from fax.deploy._updates import Merge as Merge
 from fax.deploy._values import CutError as CutError

@@ -159,7 +159,8 @@ class _Checker:
         if np.issubdtype(aval.dtype, np.unsignedinteger):
             raise CutError(
                 f"Stage {step.stage.name!r} sends unsigned integers to be summed, as a masked sum "
-                "does. Their masks cancel only if all clients take part."
+                "does. Their masks cancel only if all clients take part. Sum signed integers, as "
+                "secure_sum(..., masked=False) does."
             )
         over = own.over if own.over == step.size else None
         clients = None if own.of else step.size

@@ -335,18 +335,18 @@ def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
     return getattr(found, function)(argument)
 
 
-def main() -> None:
+def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address", help="HOST:PORT of the server")
     parser.add_argument("--load", help="MODULE:FUNCTION or FILE.py:FUNCTION for the clients' data")
     parser.add_argument("--number", type=int, default=0, help="the number of this process")
     parser.add_argument("--plan", type=pathlib.Path, help="a folder with a saved plan")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     host, _, port = args.address.rpartition(":")
     key = sys.stdin.readline().strip().encode()
     data = load(args.load, args.number) if args.load else {}
     plan = None if args.plan is None else read_plan(args.plan)
-    clients = Clients(data, plan, args.plan)
+    clients = make(data, plan, args.plan)
     with connection.Client((host, int(port)), authkey=key) as link:
         link.send_bytes(encode({"number": args.number, "pid": os.getpid()}))
         serve(link, clients)

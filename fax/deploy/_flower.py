@@ -13,6 +13,7 @@ from fax import _arguments, _extras
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 from fax.deploy._hosts import Hosts, Read
+from fax.deploy._secure_sums import SecureSums, check_secure
 from fax.deploy._stages import PLATFORMS
 from fax.deploy._values import Row
 
@@ -47,6 +48,8 @@ class Flower(Hosts):
       plan: a folder that `Plan.save` wrote, if the nodes run only its stages.
       timeout: seconds to wait for nodes to connect, and for the answers of a stage. Answers that
         come later are ignored.
+      secure: has the server learn nothing but sums; see `SecureSums`. The nodes' ClientApp has to
+        be made with ``secure=``, too, by which they know what to refuse.
 
     Raises:
       ClientError: in any method, if nodes fail.
@@ -72,15 +75,22 @@ class Flower(Hosts):
         *,
         plan: str | os.PathLike[str] | None = None,
         timeout: float = 300.0,
+        secure: SecureSums | None = None,
     ):
         where = "fax.deploy.Flower"
+        check_secure(where, secure)
+        if secure is not None and secure.identities is not None:
+            raise ValueError(
+                f"{where}: secure has identities, expected None; pass them to the nodes' "
+                "client_app, because the server must not know them."
+            )
         _extras.require(where, "flwr", "flower")
         from fax.deploy import _flower_client  # imports Flower
 
         self._wire = _flower_client
         _arguments.count(where, "nodes", nodes)
         _arguments.number(where, "timeout", timeout, above=0)
-        super().__init__(plan)
+        super().__init__(plan, secure)
         self._grid, self._timeout = grid, timeout
         self._put: dict[tuple[Hashable, str], Any] = {}  # what no client has confirmed to have
         self._numbers = self._wait_for(nodes)

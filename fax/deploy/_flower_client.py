@@ -39,7 +39,12 @@ class WorkerError(RuntimeError):
 
 
 def client_app(
-    load: str | None = None, *, plan: str | None = None, idle: float = 600.0
+    load: str | None = None,
+    *,
+    plan: str | None = None,
+    idle: float = 600.0,
+    secure: float | None = None,
+    identities: str | None = None,
 ) -> ClientApp:
     """The ClientApp of a node.
 
@@ -50,6 +55,9 @@ def client_app(
       plan: a folder on the node that `fax.deploy.Plan.save` wrote. The node then runs only its
         stages. ``fax-plan`` in the node's configuration takes precedence.
       idle: seconds without a message after which the worker ends. The next message starts another.
+      secure: the threshold of secure sums, if the node sends nothing else; see
+        `fax.deploy.SecureSums`. It refuses sums whose threshold is less.
+      identities: ``"module:function"``, called with the node's configuration. See there, too.
     """
     app = ClientApp()
 
@@ -57,6 +65,7 @@ def client_app(
     def answer(message: Message, context: Context) -> Message:
         config = dict(context.node_config)
         options = {"load": load, "config": config, "plan": config.get("fax-plan", plan)}
+        options |= {"secure": secure, "identities": identities}
         with _worker(context, _WORKER, options | {"idle": idle}) as link:
             found = _ask(link, message.content, context.state)
         return Message(found, reply_to=message)

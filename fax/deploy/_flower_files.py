@@ -11,17 +11,23 @@ _FILES = {
     "_client.py": "_client.py",
     "_flower_worker.py": "_flower_worker.py",
     "_flower_client.py": "__init__.py",
+    # For secure sums:
+    "_masks.py": "_masks.py",
+    "_secure_client.py": "_secure_client.py",
+    "_secure_party.py": "_secure_party.py",
+    "_shamir.py": "_shamir.py",
 }
 
 
 def write_flower_client(folder: str | os.PathLike[str]) -> None:
     """Writes the package that a Flower app needs for its clients, to a new folder of the app.
 
-    The package has the function ``client_app(load, plan=)``, which makes the ClientApp. It needs
-    Flower and JAX alone. ``load`` is ``"module:function"``, a function that is called with the
-    node's configuration, a dict, and returns the data of the node's clients,
+    The package has the function ``client_app(load, plan=, secure=)``, which makes the ClientApp. It
+    needs Flower and JAX alone. ``load`` is ``"module:function"``, a function that is called with
+    the node's configuration, a dict, and returns the data of the node's clients,
     ``{client: {name: array}}``. ``plan`` is a folder on the node that `Plan.save` wrote, if the
-    node runs only its stages; ``fax-plan`` in the node's configuration takes precedence.
+    node runs only its stages; ``fax-plan`` in the node's configuration takes precedence. ``secure``
+    is the threshold of secure sums, if the node sends nothing else; see `SecureSums`.
 
     It also has ``learner_app(make)`` for nodes that are learners, which need fax; see
     `FlowerLearners`.
@@ -38,8 +44,15 @@ def write_flower_client(folder: str | os.PathLike[str]) -> None:
       >>> with tempfile.TemporaryDirectory() as app:
       ...     package = pathlib.Path(app, "my_app", "fax_client")
       ...     fax.deploy.write_flower_client(package)
-      ...     sorted(path.name for path in package.iterdir())
-      ['__init__.py', '_client.py', '_flower_worker.py']
+      ...     for path in sorted(package.iterdir()):
+      ...         print(path.name)
+      __init__.py
+      _client.py
+      _flower_worker.py
+      _masks.py
+      _secure_client.py
+      _secure_party.py
+      _shamir.py
 
     With this, the file ``my_app/client.py`` of the app can be::
 

@@ -37,7 +37,7 @@ def main() -> None:
     data = runtime.load(options["load"], options["config"]) if options["load"] else {}
     folder = None if options["plan"] is None else pathlib.Path(options["plan"])
     plan = None if folder is None else runtime.read_plan(folder)
-    clients = runtime.Clients(data, plan, folder)
+    clients = _clients(options, data, plan, folder)
     key = bytes.fromhex(options["key"])
     is_new = True
     with connection.Listener(("127.0.0.1", 0), authkey=key) as listener:
@@ -50,6 +50,21 @@ def main() -> None:
                     is_new = False
             except (AuthenticationError, OSError, EOFError):
                 continue  # the process of a message has ended, or it was not one
+
+
+def _clients(
+    options: dict[str, Any], data: Any, plan: Any, folder: pathlib.Path | None
+) -> runtime.Clients:
+    threshold, identities = options["secure"], options["identities"]
+    if threshold is None:
+        return runtime.Clients(data, plan, folder)
+    if TYPE_CHECKING or __package__:
+        from fax.deploy import _secure_client as secure
+    else:
+        secure = importlib.import_module("_secure_client")
+    if identities is not None:
+        identities = runtime.load(identities, options["config"])
+    return secure.SecureClients(data, plan, folder, threshold=threshold, identities=identities)
 
 
 def answer(link: Any, clients: runtime.Clients, is_new: bool) -> None:

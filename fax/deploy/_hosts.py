@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
 import operator
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError, combine
+from fax.deploy._secure_server import SecureSum
+from fax.deploy._secure_sums import SecureSums
 from fax.deploy._stages import Stage
 from fax.deploy._values import Held, Row
 
 Read = Callable[[int, Any], bool]
+
+
+class _Job(NamedTuple):
+    """What hosts are asked for to run a stage.
+
+    Attributes:
+      stage: the stage.
+      clients: who runs it.
+      parts: the positions in ``clients`` of those that each host runs.
+      kept: for each client and output the name under which it stays there, None if it is sent.
+      requests: to each host.
+    """
+
+    stage: Stage
+    clients: Sequence[Hashable]
+    parts: dict[int, list[int]]
+    kept: list[list[str | None]]
+    requests: dict[int, dict[str, Any]]
 
 
 class Hosts(abc.ABC):
@@ -27,6 +48,7 @@ class Hosts(abc.ABC):
 
     Args:
       plan: a folder that `Plan.save` wrote, if the hosts run only its stages.
+      secure: how the server learns sums only, None if it learns what each client sends.
 
     Attributes:
       _host, _hosts: what hosts are called in errors: one, and several.
@@ -39,7 +61,8 @@ class Hosts(abc.ABC):
     _platforms: tuple[str, ...]
     _numbers: Sequence[int]
 
-    def __init__(self, plan: str | os.PathLike[str] | None):
+    def __init__(self, plan: str | os.PathLike[str] | None, secure: SecureSums | None = None):
+        self.secure = secure
         # The same run may continue with another backend, so slots of this one differ.
         name = secrets.token_hex(4)
         self._slots = (f"{name}.{i}" for i in itertools.count())
@@ -85,40 +108,40 @@ class Hosts(abc.ABC):
     def race(
         self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any], take: int
     ) -> tuple[list[int], list[Any]]:
-        parts = self._by_host(clients)
-        name, blob = self._artifact(stage)
-        kept = [
-            [next(self._slots) if m == "placed" else None for m in stage.outputs] for _ in clients
-        ]
-        shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
-        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
-        requests = {}
-        for host, numbers in parts.items():
-            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
-            requests[host] = {"stage": name, "blob": blob, "shared": shared, "jobs": jobs}
+        if self.secure is not None and stage.sent:
+            return self.gather(stage, clients, operands, take, take)
+        job = self._job(stage, clients, operands)
         sent: dict[int, list[Any]] = {}
 
         def read(host: int, answer: Any) -> bool:
-            numbers = parts[host]
+            numbers = job.parts[host]
             check_answer(stage, [clients[i] for i in numbers], answer)
             sent.update(zip(numbers[: take - len(sent)], answer))
             return len(sent) == take
 
-        try:
-            self._ask("run", requests, read)
-        except ClientError:
-            self._free_slots(clients, kept, range(len(clients)))
-            raise
+        with self._freed_unless_done(job):
+            self._ask("run", job.requests, read)
         first = sorted(sent)
-        # What those keep that were too late is freed when they have computed it.
-        self._free_slots(clients, kept, set(range(len(clients))) - sent.keys())
         contributions = iter(zip(*(sent[i] for i in first), strict=True))
-        return first, [
-            [Row(clients[i], str(kept[i][k])) for i in first]
-            if mode == "placed"
-            else combine(mode, next(contributions))
-            for k, mode in enumerate(stage.outputs)
-        ]
+        totals = (combine(m, next(contributions)) for m in stage.outputs if m != "placed")
+        return first, self._results(job, first, totals)
+
+    def gather(
+        self,
+        stage: Stage,
+        clients: Sequence[Hashable],
+        operands: Sequence[Any],
+        take: int,
+        least: int,
+    ) -> tuple[list[int], list[Any]]:
+        """Does what ``race`` does by a secure sum, which goes on if ``least`` clients are left."""
+        assert self.secure is not None
+        job = self._job(stage, clients, operands)
+        threshold = self.secure.threshold
+        total = SecureSum(self._ask, threshold, stage, clients, job.parts, take, least)
+        with self._freed_unless_done(job):
+            first, totals = total.run(job.requests)
+        return first, self._results(job, first, iter(totals))
 
     def fetch(self, rows: Sequence[Row]) -> list[np.ndarray]:
         parts = self._by_host([row.client for row in rows])
@@ -159,10 +182,44 @@ class Hosts(abc.ABC):
 
         self._ask("about", {host: {} for host in hosts}, read)
 
-    def _free_slots(
-        self, clients: Sequence[Hashable], kept: Sequence[Sequence[Any]], numbers: Iterable[int]
-    ) -> None:
-        self.free((clients[i], slot) for i in numbers for slot in kept[i] if slot is not None)
+    def _job(self, stage: Stage, clients: Sequence[Hashable], operands: Sequence[Any]) -> _Job:
+        """What hosts are asked for to run a stage."""
+        parts = self._by_host(clients)
+        name, blob = self._artifact(stage)
+        kept = [
+            [next(self._slots) if m == "placed" else None for m in stage.outputs] for _ in clients
+        ]
+        shared = [None if m == "placed" else x for x, m in zip(operands, stage.inputs, strict=True)]
+        placed = [x for x, m in zip(operands, stage.inputs, strict=True) if m == "placed"]
+        requests = {}
+        for host, numbers in parts.items():
+            jobs = [[clients[i], [_named(x[i]) for x in placed], kept[i]] for i in numbers]
+            requests[host] = {"stage": name, "blob": blob, "shared": shared, "jobs": jobs}
+        return _Job(stage, clients, parts, kept, requests)
+
+    @contextlib.contextmanager
+    def _freed_unless_done(self, job: _Job) -> Iterator[None]:
+        try:
+            yield
+        except ClientError:
+            self._free_slots(job, range(len(job.clients)))
+            raise
+
+    def _results(self, job: _Job, first: Sequence[int], totals: Iterator[Any]) -> list[Any]:
+        """What a stage returns: rows of the first clients, and totals."""
+        # What those keep that were too late is freed when they have computed it.
+        self._free_slots(job, set(range(len(job.clients))).difference(first))
+        return [
+            [Row(job.clients[i], str(job.kept[i][k])) for i in first]
+            if mode == "placed"
+            else next(totals)
+            for k, mode in enumerate(job.stage.outputs)
+        ]
+
+    def _free_slots(self, job: _Job, numbers: Iterable[int]) -> None:
+        self.free(
+            (job.clients[i], slot) for i in numbers for slot in job.kept[i] if slot is not None
+        )
 
     def _artifact(self, stage: Stage) -> tuple[str, bytes | None]:
         """The name of a stage, and what hosts need that do not know it."""

@@ -27,7 +27,7 @@ import jax
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 
-_FILE = pathlib.Path(runtime.__file__)
+_FOLDER = pathlib.Path(runtime.__file__).parent
 # Before a message is its size, in the format of multiprocessing.connection: a short one, or -1 and
 # a long one.
 _SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")
@@ -234,13 +234,14 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
 
     Args:
       numbers: of the processes. Each gets its own by ``--number``.
-      options: other arguments of ``_client.py``.
+      options: other arguments of ``_client.py``, or with ``--secure``, of ``_secure_client.py``.
       timeout: seconds to wait for each.
 
     Raises:
       ClientError: if a process ends or does not connect in time.
     """
     key = secrets.token_hex(32)
+    file = str(_FOLDER / ("_secure_client.py" if "--secure" in options else "_client.py"))
     started: dict[int, subprocess.Popen] = {}
     lines: dict[int, Any] = {}
     with connection.Listener(("127.0.0.1", 0), authkey=key.encode()) as listener:
@@ -250,7 +251,7 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
         try:
             for i in numbers:
                 # With -P, the folder of the file is not where it looks for modules.
-                command = [sys.executable, "-P", str(_FILE), f"{host}:{port}", "--number", str(i)]
+                command = [sys.executable, "-P", file, f"{host}:{port}", "--number", str(i)]
                 x64 = str(int(jax.config.jax_enable_x64))
                 env = {"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_ENABLE_X64": x64}
                 process = subprocess.Popen(

@@ -21,7 +21,8 @@ from fax.deploy._artifacts import save
 from fax.deploy._audit import Audit, audit
 from fax.deploy._backend import Backend, ClientError
 from fax.deploy._cut import Cutter
-from fax.deploy._runner import Runner, fetch
+from fax.deploy._runner import Runner, fetch, is_secure
+from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
 from fax.deploy._values import CutError, Held
@@ -151,7 +152,7 @@ class Plan:
             ``take`` is less than ``quorum`` or more than the number of clients.
           CutError: if there is a ``quorum`` or ``take``, and results would be wrong without some
             clients, for example because `fax.mean` without weights divides by the number of all of
-            them.
+            them. Also if the backend has `SecureSums`, and clients send anything else.
           ClientError: if a client fails, or with ``quorum`` or ``take``, if too few are left.
         """
         quorum = self._least(quorum, take)
@@ -166,6 +167,8 @@ class Plan:
                 f"Plan.run: clients names {len(clients)} clients, expected as many as take "
                 f"part: {' or '.join(map(str, sorted(self._sizes)))}."
             )
+        if is_secure(backend):
+            check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
             _check_type(name, x, value)
@@ -176,7 +179,7 @@ class Plan:
                 found = self._block.run(runner, given)
                 return jax.tree.unflatten(self._results, found)
             except ClientError as error:
-                if quorum is None or runner.failed.issuperset(error.clients):
+                if quorum is None or runner.opened or runner.failed.issuperset(error.clients):
                     raise
                 # From the start, because all sums must be over the same clients. A stage only adds
                 # to what clients hold, so nothing has changed.

@@ -12,6 +12,7 @@ from fax import _arguments
 from fax.deploy import _links
 from fax.deploy._hosts import Hosts, Read
 from fax.deploy._links import Link, LinkError
+from fax.deploy._secure_sums import SecureSums, check_secure
 from fax.deploy._values import Row
 
 
@@ -30,6 +31,8 @@ class Processes(Hosts):
       plan: a folder that `Plan.save` wrote. The processes then run only its stages.
       timeout: seconds to wait for a process to start, and for the clients of a stage to answer.
         Answers that come later are ignored.
+      secure: has the server learn nothing but sums; see `SecureSums`. The processes then run
+        `fax/deploy/_secure_client.py`, and need the package ``cryptography``, too.
 
     Raises:
       ClientError: in any method, if a process fails, ends, or does not answer in time.
@@ -50,16 +53,22 @@ class Processes(Hosts):
         load: str | None = None,
         plan: str | os.PathLike[str] | None = None,
         timeout: float = 300.0,
+        secure: SecureSums | None = None,
     ):
         where = "fax.deploy.Processes"
+        check_secure(where, secure)
         _arguments.count(where, "number", number)
         _arguments.number(where, "timeout", timeout, above=0)
-        super().__init__(plan)
+        super().__init__(plan, secure)
         self._timeout = timeout
         self._known: list[set[str]] = [set() for _ in range(number)]  # stages
         self._options = [] if load is None else ["--load", load]
         if plan is not None:
             self._options += ["--plan", os.fspath(plan)]
+        if secure is not None:
+            self._options += ["--secure", str(secure.threshold)]
+            if secure.identities is not None:
+                self._options += ["--identities", secure.identities]
         self._numbers = range(number)
         self._links = _links.start(self._numbers, self._options, timeout)
         self._finalizer = weakref.finalize(self, _links.stop, self._links)
@@ -139,7 +148,7 @@ class Processes(Hosts):
 
         def is_enough(process: int, answer: Any) -> bool:
             nonlocal enough
-            if do == "run":
+            if "stage" in requests[process]:
                 self._known[process].add(requests[process]["stage"])
             try:
                 enough = read(process, answer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 
 from fax import _arguments
 from fax.deploy._backend import Backend, ClientError
+from fax.deploy._hosts import Hosts
 from fax.deploy._stages import Stage
 from fax.deploy._steps import Clients, rows_of
 from fax.deploy._values import Held, Row
@@ -27,6 +28,7 @@ class Runner:
 
     Attributes:
       failed: the clients that are left out because they failed.
+      opened: whether the server knows a secure sum, so that the run cannot start again.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Runner:
         self._quorum = quorum
         self._take = take
         self.failed: set[Hashable] = set()
+        self.opened = False
         self._late: set[Hashable] = set()
         self._counted: set[Hashable] = set()  # whose values are in sums, or may be
         self._cause: ClientError | None = None
@@ -99,13 +102,15 @@ class Runner:
             for x, mode in zip(given, stage.inputs, strict=True)
         ]
         asked = [clients[i] for i in numbers]
-        late: set[Hashable] = set()
-        if self._take is None or len(asked) <= self._take:
-            found = self._backend.run(stage, asked, own)
+        first: Sequence[int]
+        if stage.sent and is_secure(self._backend):
+            first, found = self._gather(self._backend, stage, asked, own)
+        elif self._take is None or len(asked) <= self._take:
+            first, found = range(len(asked)), self._backend.run(stage, asked, own)
         else:
             first, found = self._race(stage, asked, own, self._take)
-            numbers = [numbers[i] for i in first]
-            late = set(asked).difference(clients[i] for i in numbers)
+        numbers = [numbers[i] for i in first]
+        late = set(asked).difference(clients[i] for i in numbers)
         results = [
             self._spread(rows, numbers, len(clients)) if mode == "placed" else rows
             for mode, rows in zip(stage.outputs, found, strict=True)
@@ -129,6 +134,18 @@ class Runner:
         if len(set(asked)) < len(asked):
             raise ValueError("Plan.run: with take=, no client may be in a cohort twice.")
         return self._backend.race(stage, asked, own, take)
+
+    def _gather(
+        self, backend: Hosts, stage: Stage, asked: Sequence[Hashable], own: Sequence[Any]
+    ) -> tuple[Sequence[int], list[Any]]:
+        """Runs a stage by a secure sum, and returns who is in it, and the results."""
+        size = len(asked)
+        take = size if self._take is None or self.opened else min(self._take, size)
+        # All sums must be over the same clients.
+        least = size if self._quorum is None or self.opened else min(self._quorum, take)
+        found = backend.gather(stage, asked, own, take, least)
+        self.opened = True
+        return found
 
     def send(self, rows: Sequence[Any], like: Held | None) -> tuple[Clients, list[Row | None]]:
         clients = self._names(len(rows)) if like is None else like.clients
@@ -159,6 +176,11 @@ class Runner:
         for row in dict.fromkeys(rows):  # one may stand for the rows of all clients
             weakref.finalize(row, self._backend.free, [(row.client, row.slot)]).atexit = False
         return found
+
+
+def is_secure(backend: Backend) -> TypeGuard[Hosts]:
+    """Whether clients send nothing but masked integers."""
+    return isinstance(backend, Hosts) and backend.secure is not None
 
 
 def fetch(backend: Backend, values: Sequence[Held]) -> list[list[Any]]:
