@@ -63,55 +63,33 @@ def whole(tmp_path_factory):
 # For --core: what is written with operators and exported names of JAX alone. What differs between
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
-    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts", "command"),
-    *(
-        "compression",
-        "control_variates",
-        "data_libraries",
-        "diloco",
-        "error_feedback",
-        "fedavg",
-        "fedopt",
-        "fedper",
-    ),
-    *("elastic", "elastic_processes", "learner_worker"),
-    *("command_processes", "command_settings", "command_shows"),
-    *("experiment", "experiment_callbacks", "experiment_failures", "experiment_figures"),
-    *("experiment_kills", "experiment_output", "experiment_refused"),
-    *("heterogeneous", "init", "inner_steps", "personal_parts"),
-    *(
-        "maml",
-        "metrics",
-        "metrics_by_name",
-        "metrics_exact",
-        "models",
-        "padding",
-        "papa",
-        "privacy",
-    ),
-    *("privacy_attacks", "recipes", "robust", "secure_sum", "streaming_diloco", "tasks"),
-    *("secure_attacks", "secure_crypto", "secure_processes", "secure_sums"),
+    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
+    *("command_settings", "command_shows", "compression", "control_variates", "data_libraries"),
+    *("data_messages", "data_names", "data_sources", "deploy_algorithms", "deploy_failures"),
+    *("diloco", "downloads", "elastic", "elastic_processes", "error_feedback", "experiment"),
+    *("experiment_callbacks", "experiment_failures", "experiment_figures", "experiment_output"),
+    *("experiment_refused", "fedavg", "federated", "fedopt", "fedper", "heterogeneous"),
+    *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "metrics"),
+    *("metrics_by_name", "metrics_exact", "models", "packed", "padding", "papa", "partition"),
+    *("personal_parts", "privacy", "privacy_attacks", "recipes", "robust", "row_file"),
+    *("secure_attacks", "secure_crypto", "secure_processes", "secure_sum", "secure_sums"),
+    *("sharded_transformer", "streaming_diloco", "tasks"),
 )
-# For --core, these are left out.
-DOCUMENTS = ("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy")
+# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs
+# of an experiment in processes of their own, whose programs are those of other tests.
+NOT_OF_THE_CORE = (
+    *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
+    *("benchmarks", "benchmarks_data_center", "house", "mutants", "project", "site", "subsets"),
+    *("command", "command_processes", "experiment_kills"),
+)
 # With --core, one in so many of a file's tests above the core runs, and of a test's cases below.
 ABOVE_ONE_IN, BELOW_ONE_IN = 30, 8
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
-    *(
-        "docs",
-        "experiment_kills",
-        "tpu_streaming",
-        "command",
-        "mesh_branches",
-        "random_programs",
-        "models",
-        "privacy_attacks",
-        "memory",
-        "fedavg",
-    ),
-    *("absent_clients", "cohorts_processes", "tasks"),
+    *("docs", "experiment_kills", "tpu_streaming", "command", "command_processes"),
+    *("deploy_algorithms", "mesh_branches", "random_programs", "models", "privacy_attacks"),
+    *("memory", "fedavg", "absent_clients", "cohorts_processes", "tasks"),
 )
 MARKERS = (
     "long: takes long, and runs with --all or if its file is named; something shorter runs always",
@@ -119,6 +97,15 @@ MARKERS = (
     "docs: an example of the documentation, which runs with --docs, --all, or if its file is named",
     "kinds(**of): which values of parameters are alike, see subsets.py",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """For ``-n auto``, one more than there are cores: some tests mostly wait for processes."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # as xdist does
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return len(usable(0)) + 1
 
 
 def pytest_addoption(parser):
@@ -173,7 +160,7 @@ def pytest_collection_modifyitems(config, items):
     so_far: dict[str, int] = collections.Counter()
     for (name, _), own in by_test.items():
         keep = chosen(own)
-        if config.option.core and name in DOCUMENTS:
+        if config.option.core and name in NOT_OF_THE_CORE:
             keep = [False] * len(own)
         elif config.option.core:
             above = name in ABOVE_THE_CORE

@@ -259,16 +259,11 @@ def test_encodings_of_what_is_not_finite_say_so(value):
 
 def test_the_largest_numbers_stay_finite():
     for dtype in DTYPES:
-        u = (
-            jnp.zeros((2, 7), dtype)
-            .at[0]
-            .set(jnp.finfo(dtype).max)
-            .at[1, 1]
-            .set(-jnp.finfo(dtype).max)
-        )
+        u = np.zeros((2, 7), dtype)
+        u[0], u[1, 1] = jnp.finfo(dtype).max, -jnp.finfo(dtype).max
         parts = [a.drive(), a.e3m0(), a.terngrad(), a.uniform_quantization(4)]
         run = fax.program(clients=2)(
             lambda u, parts=parts: [part.update(u, jnp.ones(2), (), KEY)[0] for part in parts]
         )
         for x in jax.jit(run, compiler_options=QUICKLY)(u):
-            assert jnp.isfinite(x).all()
+            assert np.isfinite(np.asarray(x, np.float64)).all()

@@ -181,7 +181,7 @@ def test_error_of_drive_is_that_of_the_paper():
     assert bias < 2 * error.mean() / len(found)
 
 
-@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("levels", [2, pytest.param(3, marks=pytest.mark.long), 16])
 def test_errors_keep_the_bounds_of_the_paper(levels):
     """Theorems 2 and 3 of arXiv:1611.00429, for one client, and what rotation is for."""
     rng = np.random.default_rng(0)
@@ -565,7 +565,7 @@ def trained(name, rounds=60):
     return float(metrics["loss"][-20:].mean()), float(metrics["loss"][0])
 
 
-@pytest.mark.always("both")
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["quantization", "drive", "memory", "power_sgd", "both"])
 def test_federated_averaging_learns(name):
     best, start = trained("mean")
@@ -574,10 +574,12 @@ def test_federated_averaging_learns(name):
     assert loss < best + 0.2 * (start - best)
 
 
+# Encoded or not, clients are summed by the same loops, whose memory the tests of FedAvg look at.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("part", "at_once", "gradient"),
     [
-        pytest.param(quantization(4), 2, False, marks=pytest.mark.long),
+        (quantization(4), 2, False),
         (terngrad(), None, True),
     ],
     ids=["a round", "a gradient"],

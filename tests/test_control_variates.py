@@ -411,7 +411,8 @@ class Counting(fax.aggregators.Transformation):
         return super().__new__(cls, init, update)
 
 
-@pytest.mark.always("Mime")
+# With other algorithms, in test_fedopt.py.
+@pytest.mark.long
 @pytest.mark.parametrize("paper", EACH_KIND)
 def test_updates_go_through_the_aggregator(data, paper):
     algorithm = paper.make(Logistic, aggregator=fax.aggregators.chain(Counting()))

@@ -1,5 +1,6 @@
 """Convolutions are rewritten: equal values and gradients, and nothing slow left."""
 
+import functools
 import re
 
 import jax
@@ -203,12 +204,17 @@ class Network(nnx.Module):
         return x.mean((1, 2))
 
 
-GRAPH, STATE = nnx.split(Network(nnx.Rngs(0)))
+@functools.cache
+def network():
+    """Its graph and its parameters."""
+    return nnx.split(Network(nnx.Rngs(0)))
+
+
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 2, 12, 12, 2)))
 
 
 def loss(state, x):
-    return jnp.mean(nnx.merge(GRAPH, state)(x) ** 2)
+    return jnp.mean(nnx.merge(network()[0], state)(x) ** 2)
 
 
 def train(state, batches):
@@ -236,8 +242,8 @@ def plain(state, x):
 @pytest.mark.parametrize("vectorize", [1, 3])
 @pytest.mark.parametrize("setting", [*SETTINGS, "xla"])
 def test_a_stock_network(setting, vectorize):
-    ours = jax.jit(averaging(setting, vectorize))(STATE, X)
-    assert_close(ours, jax.jit(plain)(STATE, X))
+    ours = jax.jit(averaging(setting, vectorize))(network()[1], X)
+    assert_close(ours, jax.jit(plain)(network()[1], X))
 
 
 @pytest.mark.long
@@ -246,22 +252,22 @@ def test_the_gradient_of_training_a_stock_network():
         return jax.grad(lambda s: sum(jnp.sum(p**2) for p in jax.tree.leaves(fn(s, X))))
 
     ours = averaging("auto", client=jax.checkpoint(train))
-    assert_close(jax.jit(energy(ours))(STATE), jax.jit(energy(plain))(STATE))
+    assert_close(jax.jit(energy(ours))(network()[1]), jax.jit(energy(plain))(network()[1]))
 
 
 @pytest.mark.long
 def test_what_is_left_of_convolutions():
-    assert not convolutions_in(averaging("matmul"), STATE, X)
-    left = convolutions_in(averaging("auto"), STATE, X)
+    assert not convolutions_in(averaging("matmul"), network()[1], X)
+    left = convolutions_in(averaging("auto"), network()[1], X)
     assert left
     assert {label for label, _ in left} == {CHANNELS_LAST[2]}
     assert {groups for _, groups in left} == {1}
-    stock = convolutions_in(averaging("xla"), STATE, X)
+    stock = convolutions_in(averaging("xla"), network()[1], X)
     assert {label for label, _ in stock} > {CHANNELS_LAST[2]}
 
 
 def test_vectorized_participants_with_kernels_of_their_own_have_no_convolutions():
-    assert not convolutions_in(averaging("auto", vectorize=len(X)), STATE, X)
+    assert not convolutions_in(averaging("auto", vectorize=len(X)), network()[1], X)
 
     @fax.program(clients=len(X))
     def same_kernel(state, x):
@@ -270,7 +276,7 @@ def test_vectorized_participants_with_kernels_of_their_own_have_no_convolutions(
 
         return fax.map(client, fax.broadcast(state), x, vectorize=len(X))
 
-    assert {groups for _, groups in convolutions_in(same_kernel, STATE, X)} == {1}
+    assert {groups for _, groups in convolutions_in(same_kernel, network()[1], X)} == {1}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -408,9 +414,9 @@ def test_without_jit():
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("axes", [dict(clients=2), dict(clients=2, model=2)])
 def test_on_a_mesh(setting, kind, axes):
-    reference = jax.jit(plain)(STATE, X)
+    reference = jax.jit(plain)(network()[1], X)
     with jax.set_mesh(mesh(kind, **axes)):
-        ours = jax.jit(averaging(setting))(STATE, put(X, "clients"))
+        ours = jax.jit(averaging(setting))(network()[1], put(X, "clients"))
     assert_close(jax.device_get(ours), jax.device_get(reference))
 
 
@@ -428,7 +434,7 @@ def test_sharded_along_a_convolved_dimension(setting):
 
 def test_it_is_printed_where_it_is_not_the_default():
     def printed(setting):
-        text = str(jax.make_jaxpr(averaging(setting))(STATE, X))
+        text = str(jax.make_jaxpr(averaging(setting))(network()[1], X))
         return text.split("federated_map[")[1].split("jaxpr=")[0]
 
     assert "convolutions" not in printed("auto")
@@ -461,9 +467,9 @@ def test_gradients_keep_it():
     def energy(state):
         return sum(jnp.sum(p**2) for p in jax.tree.leaves(averaging("matmul")(state, X)))
 
-    jaxpr = jax.make_jaxpr(jax.grad(energy))(STATE)
+    jaxpr = jax.make_jaxpr(jax.grad(energy))(network()[1])
     maps = [e for e in equations(jaxpr, inside_maps=False) if e.primitive.name == "federated_map"]
-    assert len(maps) == len(operators(jax.grad(energy), STATE)) == 2
+    assert len(maps) == len(operators(jax.grad(energy), network()[1])) == 2
     assert {eqn.params["convolutions"] for eqn in maps} == {"matmul"}
 
 

@@ -195,6 +195,7 @@ def of_runs(printed):
     return [[float(x.replace(",", "")) for x in found] for found in rows]
 
 
+@pytest.mark.docs
 def test_a_short_run_of_learners_that_nobody_kills(run, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     sizes = (f"--length={LENGTH}", f"--width={WIDTH}", "--blocks=2", "--learners=2")

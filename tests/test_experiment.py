@@ -220,7 +220,10 @@ def test_a_finished_run_is_read_and_more_rounds_continue_it(whole, tmp_path):
     assert_same_run(longer, train(None, rounds=8))
 
 
-@pytest.mark.parametrize("where", ["after a checkpoint", "before the first"])
+# Blocks that stop before the first checkpoint are in test_experiment_output.py, too.
+@pytest.mark.parametrize(
+    "where", ["after a checkpoint", pytest.param("before the first", marks=pytest.mark.long)]
+)
 def test_blocks_of_rounds_are_resumed(where, whole, tmp_path):
     options = dict(rounds_per_call=3, every={"evaluate": 4, "checkpoint": 4, "log": 2})
     ends = []

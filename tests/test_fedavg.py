@@ -128,7 +128,8 @@ def in_default_groups(data):
     return cohort, jax.jit(reference.round)(reference.init(start()), cohort)
 
 
-@pytest.mark.always("3")
+# Clients are vectorized in the tests of its recipes, too (test_fedopt.py).
+@pytest.mark.long
 @pytest.mark.parametrize("at_once", [1, 2, 3, 4])
 def test_results_do_not_depend_on_how_clients_are_grouped(in_default_groups, at_once):
     cohort, expected = in_default_groups

@@ -403,6 +403,10 @@ def average_and_derivatives(vectorize: int, fused: bool) -> Callable:
     return everything
 
 
+DIFFERENT = ("1-direct", "1-fused", "3-fused", f"{N}-fused")  # each compiled once, for all weights
+
+
+@pytest.mark.always(*(f"{name}-{how}" for name in NO_WEIGHTS for how in DIFFERENT))
 @BOTH
 @BATCH_SIZES
 @pytest.mark.parametrize("name", NO_WEIGHTS)

@@ -260,6 +260,8 @@ def test_memory_does_not_grow_with_the_cohort():
     assert many < few + 0.5
 
 
+# As of other algorithms, in test_fedavg.py and test_control_variates.py.
+@pytest.mark.long
 def test_only_the_mean_is_reduced_across_devices(data):
     with jax.set_mesh(meshes.mesh(clients=2)):
         algorithm = maml(lambda *a: Logistic.loss(*a)[0], optax.sgd(RATE), optax.sgd(SERVER))

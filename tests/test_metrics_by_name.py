@@ -129,6 +129,11 @@ def test_each_client_has_its_own():
     )
 
 
+def total(metric, y, logits):
+    """The sum of what a metric finds, in one program."""
+    return jax.jit(lambda y, logits: metric(dict(y=y), logits).sum())(y, logits)
+
+
 @pytest.mark.parametrize(
     ("exact", "theirs", "metric"),
     [
@@ -144,7 +149,7 @@ def test_rankings(exact, theirs, metric):
     data, _ = clients(x=LOGITS, y=TAGS)
     expected = theirs(TAGS, LOGITS, average="macro")
     for bins in (2, 8, 64, 4096):
-        merged = metric(bins=bins)(dict(y=TAGS), LOGITS).sum()
+        merged = total(metric(bins=bins), TAGS, LOGITS)
         bound = merged.bound()
         assert abs(merged.result() - expected) <= bound + 1e-12
         assert 0 <= bound < (1, 0.8, 0.2, 4e-3)[(2, 8, 64, 4096).index(bins)]
@@ -152,18 +157,18 @@ def test_rankings(exact, theirs, metric):
         np.testing.assert_allclose(found, merged.result(), rtol=1e-12)
     # A histogram whose bins are the values themselves is exact.
     rounded = np.clip(np.round(LOGITS), -8, 7)
-    merged = metric(bins=16, limit=8.0)(dict(y=TAGS), rounded + 0.5).sum()
+    merged = total(metric(bins=16, limit=8.0), TAGS, rounded + 0.5)
     np.testing.assert_allclose(merged.result(), theirs(TAGS, rounded), rtol=1e-12)
     # Worst cases of the bound: all of a bin in the best, or in the worst order.
-    one_bin = metric(bins=2)(dict(y=jnp.array([1, 1, 0, 0])), jnp.array([1.0, 2.0, 3.0, 4.0])).sum()
+    one_bin = total(metric(bins=2), np.array([1, 1, 0, 0]), np.array([1.0, 2.0, 3.0, 4.0]))
     for order in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
         assert abs(one_bin.result() - theirs([1, 1, 0, 0], order)) <= one_bin.bound() + 1e-12
-    by_two = metric()(dict(y=jnp.asarray(TAGS[:, 0])), jnp.stack([-LOGITS[:, 0], LOGITS[:, 0]], -1))
-    same = metric()(dict(y=jnp.asarray(TAGS[:, 0])), 2 * LOGITS[:, 0])
-    assert by_two.sum().result() == same.sum().result()
+    by_two = total(metric(), TAGS[:, 0], np.stack([-LOGITS[:, 0], LOGITS[:, 0]], -1))
+    same = total(metric(), TAGS[:, 0], 2 * LOGITS[:, 0])
+    assert by_two.result() == same.result()
     assert np.isnan(exact([0.5, 0.2], [0, 0]))
-    assert np.isnan(metric()(dict(y=jnp.array([0, 0])), jnp.array([0.5, 0.2])).sum().result())
-    nothing = metric()(dict(y=jnp.array([0, 1, 1])), jnp.array([0.5, 1.0, jnp.nan])).sum()
+    assert np.isnan(total(metric(), np.array([0, 0]), np.array([0.5, 0.2])).result())
+    nothing = total(metric(), np.array([0, 1, 1]), np.array([0.5, 1.0, np.nan]))
     assert nothing.result() == 1
 
 
@@ -255,7 +260,7 @@ def test_fairness():
 def test_statistics_merge_in_any_order():
     halves = slice(0, 100), slice(100, None)
     for metric, x, y in [(F1(), SCORES, Y), (AUC(), LOGITS, TAGS), (R2(), GUESSES, TARGETS)]:
-        whole = metric(dict(y=jnp.asarray(y)), jnp.asarray(x)).sum()
-        one, other = (metric(dict(y=jnp.asarray(y[h])), jnp.asarray(x[h])).sum() for h in halves)
+        whole = total(metric, y, x)
+        one, other = (total(metric, y[h], x[h]) for h in halves)
         for merged in (one.merge(other), other.merge(one.merge(one.zero()))):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merged, whole)

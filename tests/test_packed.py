@@ -136,12 +136,12 @@ def test_each_device_of_a_replica_sends_its_own_part(kind, name, monkeypatch):
             own = specs if kind == "auto" else None
             return mean_of(AGGREGATORS[name], updates, here, n, specs=own, by_leaf=True)
 
-        found = jax.jit(mean)(updates, here, n)
-        lowered = jax.jit(mean).lower(updates, here, n)
+        compiled = jax.jit(mean).lower(updates, here, n).compile()
+        found, report = compiled(updates, here, n), fax.inspect.report(compiled)
         in_float32(monkeypatch)
         expected = jax.jit(lambda *x: mean(*x))(updates, here, n)
     assert_same(found[:3], expected[:3])
-    over = fax.inspect.report(lowered).over("replicas")
+    over = report.over("replicas")
     (gather,) = [c for c in over if "uint8" in c.dtype]
     assert (gather.operation, gather.axes) == ("all-gather", ("replicas",))
     # A fourth of 24 numbers in a row of 4 bytes, a fourth of 16 and all of the other 3 in another

@@ -92,7 +92,7 @@ def clipped(u, limit, order=2):
 # Means and their noise
 
 
-@pytest.mark.always("vectorized", "a mesh of 4 x 2")
+@pytest.mark.always("a mesh of 4 x 2")
 @pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     data, (context, at_once) = updates(), problems.setting(name)

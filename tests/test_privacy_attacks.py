@@ -170,7 +170,7 @@ CASES = {
 RELEASES = {"fedavg": 1, "apfl": 1, "hyp_cluster": 1, "diloco": 2, "streaming_diloco": 4}
 
 
-@pytest.mark.always("fedavg", "hyp_cluster", "streaming_diloco")
+@pytest.mark.always("fedavg", "streaming_diloco")
 @pytest.mark.parametrize("name", CASES)
 def test_no_two_uses_of_randomness_share_a_key(name, monkeypatch):
     make, start, kwargs = CASES[name]

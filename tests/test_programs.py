@@ -273,7 +273,7 @@ DTYPES = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "bfloa
 @pytest.mark.parametrize("shape", [(), (2,), (2, 0), (2, 1, 2)])
 @pytest.mark.parametrize("vectorize", [None, 1, 3, 4])  # None: no map
 def test_dtypes_and_shapes_are_those_of_jnp(dtype, shape, vectorize):
-    x = jnp.asarray(np.arange(4 * np.prod(shape)).reshape(4, *shape) % 5).astype(dtype)
+    x = (np.arange(4 * np.prod(shape)).reshape(4, *shape) % 5).astype(jnp.dtype(dtype))
     real = not jnp.issubdtype(dtype, jnp.complexfloating)
 
     @fax.program(clients=4)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import subsets
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxprs import count, equations, operators, shapes_between_maps
@@ -358,6 +359,7 @@ def test_a_checkpointed_client_is_recomputed_once():
     assert count(jax.grad(squares(mean)), "tanh", P, D) == 2
 
 
+@pytest.mark.kinds(transform=lambda name: "grad" in name, vectorize=subsets.alike)
 @pytest.mark.parametrize("transform", ["eager", "jit", "grad", "jit grad", "vmap", "grad scan"])
 @pytest.mark.parametrize("vectorize", [1, 3, N])
 def test_effects_run_once_per_participant(transform, vectorize):

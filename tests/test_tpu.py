@@ -261,8 +261,6 @@ def test_all_algorithms_and_aggregators_are_here():
     "fedavg-gaussian-explicit",
     "hyp_cluster-int8-auto",
     "local_sgd-krum-explicit",
-    "papa_all-power_sgd-uneven",
-    "qfedavg-secure_sum-auto",
     "scaffold-top_k-two slices",
 )
 @pytest.mark.parametrize(("algorithm", "aggregator", "setting"), pairs())

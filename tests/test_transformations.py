@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import subsets
 from cases import BATCH_SIZES, CASES, Case
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -474,7 +473,12 @@ def in_float32(case: Case) -> Case:
     return dataclasses.replace(case, args=jax.tree.map(short, case.args))
 
 
-@pytest.mark.kinds(case=lambda c: c.kind, check=subsets.alike, vectorize=subsets.alike)
+# Programs of every kind, and every batch size: what differs from float64 are dtypes alone.
+@pytest.mark.always(
+    *("scalars-vmap-1", "nested-eager-7", "masks-grad-3", "extremes-jvp-7"),
+    *("rows-eager-3", "convolutions-grad-1", "local_training-jvp-3", "rounds_inside-grad-3"),
+    *("loops-jvp-1", "noise-vmap-7"),
+)
 @IN_BATCHES
 @transformed(["eager", "grad", "jvp", "vmap"])
 @IN_CASES
