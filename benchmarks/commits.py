@@ -176,7 +176,6 @@ def main() -> None:
 
     git = ["git", "-C", str(ROOT), "archive", options.commit]
     archive = subprocess.run(git, check=True, capture_output=True).stdout
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         other = pathlib.Path(folder).resolve()
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -188,6 +187,7 @@ def main() -> None:
                 rows = compare(pairs)
                 title = f"{name}: CPU ms a round, by pairs of processes: {number}"
                 show(dict(title=title, columns=list(rows[0]), rows=rows))
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":
