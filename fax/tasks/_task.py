@@ -62,7 +62,7 @@ def load(name: str, cache: str | os.PathLike[str] | None = None, **options: Any)
                          flight late
     ``"bible"``          66 books of the Bible, the next           ``length=80``
                          character
-    ``"photographs"``    10 photographs in color, squares of      ``noise=25.0``, ``seed=0``
+    ``"photographs"``    10 photographs in color, squares of       ``noise=25.0``, ``seed=0``
                          16 x 16 pixels without noise
     ``"emnist"``         3,400 writers of 62 characters            ``model="conv"``, ``"dense"`` or
                                                                    ``"logistic"``;
