@@ -703,9 +703,9 @@ MISTAKES = {
     "a model that there is not": (
         lambda: fax.models.create("emnist"),
         ValueError,
-        "fax.models.create: name is 'emnist', expected 'char_lstm', 'cifar100_logistic', 'denoiser', "
-        "'dense', 'emnist_conv', 'emnist_dense', 'emnist_logistic', 'resnet18', 'shakespeare_lstm' or "
-        "'stackoverflow_lstm'.",
+        "fax.models.create: name is 'emnist', expected 'char_lstm', 'cifar100_logistic', "
+        "'denoiser', 'dense', 'emnist_conv', 'emnist_dense', 'emnist_logistic', 'resnet18', "
+        "'shakespeare_lstm' or 'stackoverflow_lstm'.",
     ),
     "no class": (
         lambda: fax.models.create("emnist_conv", num_classes=0),
