@@ -49,6 +49,15 @@ def task_of(stage: str, shared: Sequence[Any]) -> bytes:
     return _digest([stage, shared])
 
 
+def mask_key(private: bytes, public: bytes, context: bytes, one: int, other: int) -> bytes:
+    """The key of the mask that two clients share, from the private key of one of them.
+
+    It depends on who they are. Otherwise a client that passes off another's public key as its own,
+    written in another way, would have the same masks as this one, and they would cancel.
+    """
+    return masks.agree(private, public, b"mask", context + _ends(*sorted((one, other))))
+
+
 def about_keys(session: bytes, client: Any, keys: Sequence[bytes]) -> bytes:
     """What a client signs to say which keys are its own."""
     return _digest(["fax secure sum 1, keys", session, client, keys])
@@ -170,7 +179,7 @@ class Party:
             masks.add_mask(words, masks.derive(self._seed, b"seed", context), 1)
             for number in self._shares.keys() - {self._number}:
                 public = self._roster.by_number[number][2]
-                key = masks.agree(self._mask, public, b"mask", context)
+                key = mask_key(self._mask, public, context, self._number, number)
                 masks.add_mask(words, key, 1 if self._number < number else -1)
             return words
 

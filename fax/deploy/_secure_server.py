@@ -207,7 +207,7 @@ class SecureSum:
                 masks.add_mask(totals, masks.derive(secret, b"seed", context), -1)
                 continue
             for j in present:
-                key = masks.agree(secret, keys[j][1], b"mask", context)
+                key = self._protocol.mask_key(secret, keys[j][1], context, i + 1, j + 1)
                 masks.add_mask(totals, key, -1 if j < i else 1)
 
     # What clients are sent, and what they may answer
