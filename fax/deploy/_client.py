@@ -241,7 +241,7 @@ class Clients:
             raise RefusedError("a stage is unknown")
         run, sent = self._stages[stage], []
         for client, own, keep in jobs:
-            self._check(stage, keep)
+            self._check(stage, shared, keep)
             rest = iter(own)
             operands = [self._own(client, next(rest)) if x is None else x for x in shared]
             made = run(*operands)
@@ -271,9 +271,12 @@ class Clients:
             raise LostError(f"the client {client!r} has no value {x!r}, or has it no more")
         return self._values[client, x]
 
-    def _check(self, stage: str, keep: Sequence[str | None]) -> None:
+    def _check(self, stage: str, shared: Sequence[Any], keep: Sequence[str | None]) -> None:
         if self._plan is None:
             return
+        own = [mode == "placed" for mode in self._plan["stages"][stage]["inputs"]]
+        if [x is None for x in shared] != own:
+            raise RefusedError("a client would get a value alone that all get in the plan")
         stays = [mode == "placed" for mode in self._plan["stages"][stage]["outputs"]]
         if [name is not None for name in keep] != stays:
             raise RefusedError("a result would be sent that stays with the client in the plan")
