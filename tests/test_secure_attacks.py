@@ -89,7 +89,8 @@ def known_masks(server, colluding, i):
     seed = server.parties[i]._seed  # which the sum's unmasking reveals
     masks.add_mask([words], masks.derive(seed, b"seed", context), -1)
     for j in colluding:  # they know what they share with i
-        key = masks.agree(server.parties[j]._mask, server.entries[i - 1][3], b"mask", context)
+        public = server.entries[i - 1][3]
+        key = protocol.mask_key(server.parties[j]._mask, public, context, i, j)
         masks.add_mask([words], key, 1 if j < i else -1)
     return words
 
@@ -145,9 +146,8 @@ def test_a_late_answer_is_not_unmasked():
     server = Server().to_masked(ROWS)
     words = server.masked[1].copy()
     for j in range(2, SIZE + 1):
-        key = masks.agree(
-            server.parties[1]._mask, server.entries[j - 1][3], b"mask", server.context
-        )
+        public = server.entries[j - 1][3]
+        key = protocol.mask_key(server.parties[1]._mask, public, server.context, 1, j)
         masks.add_mask([words], key, -1)
     assert not np.any(words == ROWS[0])
     masks.add_mask([words], masks.derive(server.parties[1]._seed, b"seed", server.context), -1)
@@ -377,6 +377,25 @@ def test_signatures_of_another_sum():
     assert server.parties[1].unmask(present, signatures)
 
 
+def test_a_client_that_passes_off_anothers_key_as_its_own():
+    """X25519 ignores the highest bit, so it can sign client 1's key as a different one.
+
+    Client 2 then agrees with both on one secret, adds one mask and subtracts the other. If these
+    were the same, its own mask, which is revealed, would be all that hides its row.
+    """
+    identities = identities_of([f"client {i}" for i in range(1, 4)])
+    server = Server(identities, size=3)
+    colluding, public = server.parties[3], server.entries[0][3]
+    colluding._keys[1] = public[:-1] + bytes([public[-1] ^ 128])
+    about = protocol.about_keys(SESSION, "client 3", colluding._keys)
+    signature = masks.sign(identities[0]["client 3"], about)
+    server.entries[2] = [3, "client 3", *colluding._keys, signature]
+    server.to_masked(ROWS)
+    words, seed = server.masked[2].copy(), server.parties[2]._seed
+    masks.add_mask([words], masks.derive(seed, b"seed", server.context), -1)
+    assert not np.any(words == ROWS[1])
+
+
 # Servers and clients that change what is sent
 
 
@@ -406,6 +425,49 @@ def test_a_server_that_sends_clients_different_models():
     found = np.asarray(PLAN.run(backend, np.int64(1), backend.held()))
     assert not np.any(found == X[2])
     assert np.all(np.abs(found) > 100)
+
+
+def test_a_server_that_sends_clients_different_models_as_their_own(tmp_path, monkeypatch):
+    """Masks do not depend on what a client alone gets. So this works, except in a saved plan."""
+    task_of = protocol.task_of
+
+    def inconsistent(step, host, message):
+        if step == "run":
+            ((client, own, keep),) = message["jobs"]
+            assert PLAN.stages[0].inputs == ("server", "placed")
+            message["shared"] = [None, None]
+            message["jobs"] = [[client, [np.int64(host == 2), *own], keep]]
+        return message
+
+    backend = hosts()
+    backend.request = inconsistent
+    with monkeypatch.context() as changes:  # the server's masks are those of what it has sent
+        changes.setattr(protocol, "task_of", lambda stage, shared: task_of(stage, [None, None]))
+        np.testing.assert_array_equal(PLAN.run(backend, np.int64(1), backend.held()), X[2])
+    PLAN.save(tmp_path / "plan", ["cpu"])
+    backend = hosts()
+    backend._saved = {PLAN.stages[0].digest: PLAN.stages[0].artifact(["cpu"])[0]}
+    for host in backend.hosts:
+        host._plan = runtime.read_plan(tmp_path / "plan")
+    np.testing.assert_array_equal(PLAN.run(backend, np.int64(1), backend.held()), X.sum(0))
+    backend.request = inconsistent
+    with pytest.raises(deploy.ClientError, match="alone that all get in the plan"):
+        PLAN.run(backend, np.int64(1), backend.held())
+
+
+def test_a_server_that_puts_zeros_in_place_of_data():
+    """The sum is then one client's row: what the documentation says is not covered."""
+    backend = hosts()
+    zeros = backend.put(range(4), [np.zeros_like(x) for x in X])
+
+    def replaced(step, host, message):
+        if step == "run" and host != 2:
+            ((client, _, keep),) = message["jobs"]
+            message["jobs"] = [[client, [zeros[host].slot], keep]]
+        return message
+
+    backend.request = replaced
+    np.testing.assert_array_equal(PLAN.run(backend, np.int64(1), backend.held()), X[2])
 
 
 def test_a_server_that_asks_for_other_things():
