@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from processes import PACKAGE, free_ports
 
+from fax import deploy
+
 BIN = Path(sys.executable).parent
 ENV = os.environ | {
     "PYTHONPATH": str(PACKAGE),
@@ -21,6 +24,17 @@ ENV = os.environ | {
     "FLWR_SUPERGRID_API_URL": "http://127.0.0.1:9",  # where it would ask for updates
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
+
+
+@contextlib.contextmanager
+def app_in(folder, source, package):
+    """A copy of an app of the tests, whose package has fax's files for clients; it is imported."""
+    app = folder / "app"
+    shutil.copytree(Path(__file__).with_name(source), app)
+    deploy.write_flower_client(app / package / "fax_client")
+    sys.path.insert(0, str(app))
+    yield app
+    sys.path.remove(str(app))
 
 
 class Federation:

@@ -4,11 +4,9 @@ import hashlib
 import json
 import random
 import re
-import shutil
 import struct
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +29,14 @@ from fax import deploy
 from fax.deploy import _client as runtime
 from fax.deploy import _flower_client as wire
 
-APP = Path(__file__).with_name("flower_app")
 RESULTS = ("fedavg", "scaffold", "mean")
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    """The app of the tests, with fax's files for clients."""
-    folder = tmp_path_factory.mktemp("flower") / "app"
-    shutil.copytree(APP, folder)
-    deploy.write_flower_client(folder / "app" / "fax_client")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    folder = tmp_path_factory.mktemp("flower")
+    with federations.app_in(folder, "flower_app", "app") as found:
+        yield found
 
 
 def test_a_federation(app, tmp_path):

@@ -1,10 +1,7 @@
 """Learners on Flower: its SuperLink and SuperNodes, on this machine."""
 
-import shutil
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +14,14 @@ from processes import free_port
 
 from fax import deploy
 
-APP = Path(__file__).with_name("flower_learners_app")
 ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    """The app of the tests, with fax's files for clients."""
-    folder = tmp_path_factory.mktemp("flower") / "app"
-    shutil.copytree(APP, folder)
-    deploy.write_flower_client(folder / "learning" / "fax_client")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    folder = tmp_path_factory.mktemp("flower")
+    with federations.app_in(folder, "flower_learners_app", "learning") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
