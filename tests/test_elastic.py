@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flower_learners_app.learning.learner import cohorts, own_part
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -81,25 +82,8 @@ SHARDING = {"bias": P(), "in": P(None, "model"), "out": P("model")}
 INNER = optax.adamw(optax.linear_schedule(0.05, 0.01, 20))
 
 
-def data(step, start=0):
-    return fax.data.cohorts(
-        fax.data.InMemory({str(i): {"x": X[i], "y": Y[i]} for i in range(2)}),
-        2,
-        batch_size=4,
-        sampler="stream",
-        max_steps=H,
-        placement="replicas",
-        start=step // H,
-        resident=False,
-    )
-
-
-def own_rows(number):
-    def rows(step):
-        for cohort in data(step):
-            yield jax.tree.map(lambda x: x[number : number + 1], cohort)
-
-    return rows
+def data(step):
+    return cohorts([{"x": x, "y": y} for x, y in zip(X, Y, strict=True)], 4, H, step)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +122,7 @@ def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha, kin
     with jax.set_mesh(jax.make_mesh((1, 2), ("data", "model"), (kind,) * 2, devices=devices)):
         learners = {
             i: deploy.Learner(
-                loss, INNER, own_rows(i), start(), sharding=SHARDING, tokens=1 + 2 * i
+                loss, INNER, own_part(i, data), start(), sharding=SHARDING, tokens=1 + 2 * i
             )
             for i in range(2)
         }
