@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
+import runpy
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -325,14 +325,8 @@ def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
     """The clients' data, from a function with this name."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("clients_data", module)
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-    else:
-        found = importlib.import_module(module)
-    return getattr(found, function)(argument)
+        return runpy.run_path(module, run_name="clients_data")[function](argument)
+    return getattr(importlib.import_module(module), function)(argument)
 
 
 def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None = None) -> None:
