@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import runpy
+import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -297,6 +298,13 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     if plan.get("format") != 1:
         raise RefusedError(f"{folder} has format {plan.get('format')!r}, expected 1.")
     return plan
+
+
+def limit(link: Any, seconds: float) -> None:
+    """Lets reading fail after so many seconds. With 0, it takes as long as it takes."""
+    with socket.socket(fileno=os.dup(link.fileno())) as own:
+        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
 
 def serve(link: Any, clients: Clients) -> None:
