@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 from processes import PACKAGE, free_ports
+
+from fax import deploy
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | {
@@ -95,7 +98,27 @@ def federation(folder, configs):
         yield Federation(folder, configs, stack)
 
 
-def processes_of(folder):
+@contextlib.contextmanager
+def app_in(folder, name, package):
+    """A copy of an app of the tests that can be imported, with fax's files in a package of it."""
+    copy = shutil.copytree(Path(__file__).with_name(name), folder / "app")
+    deploy.write_flower_client(copy / package / "fax_client")
+    sys.path.insert(0, str(copy))
+    try:
+        yield copy
+    finally:
+        sys.path.remove(str(copy))
+
+
+def check_ended(folder):
+    """Checks that the processes with a path in a folder among their arguments end soon."""
+    end = time.monotonic() + 20
+    while _processes_of(folder) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not _processes_of(folder)
+
+
+def _processes_of(folder):
     """The numbers of the processes with a path in a folder among their arguments."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -84,3 +84,16 @@ class LocalGrid:
     def stop(self):
         for node in self.states:
             self.kill_worker(node)
+
+
+@contextlib.contextmanager
+def ending(package):
+    """A list for grids. With the context, the workers that fax's files in a package started end."""
+    made = []
+    try:
+        yield made
+    finally:
+        for grid in made:
+            grid.stop()
+        for process in package._started:
+            process.wait()

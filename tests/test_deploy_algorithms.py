@@ -21,8 +21,9 @@ OF_ROWS = {
 # What clients keep between rounds.
 STATE = ("clients", "members", "memory", "replicas")
 # These, and those with tests of their own, cover what the others do: rows of clients that stay,
-# models of clusters, rows of an aggregator, and two sums in a row.
-ALWAYS = {"apfl", "hyp_cluster", "dp_ftrl", "power_sgd", "papa_2", "median"}
+# models of clusters, second derivatives, fragments, rows of an aggregator, and two sums in a row.
+ALWAYS = {"apfl", "hyp_cluster", "maml", "streaming_diloco", "dp_ftrl", "power_sgd"}
+ALWAYS |= {"papa_2", "median"}
 
 
 @pytest.mark.always("mean", "secure sum")

@@ -3,12 +3,14 @@
 import dataclasses
 import random
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flower_learners_app.learning.learner import cohorts, own_part
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -16,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import fax
 from fax import deploy
-from fax.deploy import Grace, Send, _merges
+from fax.deploy import Grace, Send, _connected, _merges
 from fax.deploy import _client as runtime
 
 H = 6
@@ -80,25 +82,8 @@ SHARDING = {"bias": P(), "in": P(None, "model"), "out": P("model")}
 INNER = optax.adamw(optax.linear_schedule(0.05, 0.01, 20))
 
 
-def data(step, start=0):
-    return fax.data.cohorts(
-        fax.data.InMemory({str(i): {"x": X[i], "y": Y[i]} for i in range(2)}),
-        2,
-        batch_size=4,
-        sampler="stream",
-        max_steps=H,
-        placement="replicas",
-        start=step // H,
-        resident=False,
-    )
-
-
-def own_rows(number):
-    def rows(step):
-        for cohort in data(step):
-            yield jax.tree.map(lambda x: x[number : number + 1], cohort)
-
-    return rows
+def data(step):
+    return cohorts([{"x": x, "y": y} for x, y in zip(X, Y, strict=True)], 4, H, step)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +122,7 @@ def test_in_step_they_are_diloco_and_streaming_diloco(fragments, tau, alpha, kin
     with jax.set_mesh(jax.make_mesh((1, 2), ("data", "model"), (kind,) * 2, devices=devices)):
         learners = {
             i: deploy.Learner(
-                loss, INNER, own_rows(i), start(), sharding=SHARDING, tokens=1 + 2 * i
+                loss, INNER, own_part(i, data), start(), sharding=SHARDING, tokens=1 + 2 * i
             )
             for i in range(2)
         }
@@ -555,6 +540,65 @@ def test_learners_at_their_own_pace_against_numpy():
     assert ("bob", 8) in asked
 
 
+class Scripted(_connected.ConnectedLearners):
+    """Learners for which a script says what happens, and after how many seconds."""
+
+    def __init__(self, clock, script, **options):
+        super().__init__(**options)
+        self.clock, self.script, self.sent = clock, iter(script), []
+
+    def stop(self):
+        pass
+
+    def _next_event(self, wait):
+        seconds, event = next(self.script)
+        self.clock[0] += seconds
+        return event
+
+    def _send(self, messages):
+        self.sent += [(names, message["do"]) for names, message in messages]
+
+    def _reachable(self):
+        return []
+
+    def _statuses(self):
+        return ""
+
+
+def test_a_caller_who_is_slow_between_two_merges(monkeypatch):
+    """By then everything has been sent, and after that, learners have time to answer."""
+    clock = [0.0]
+    monkeypatch.setattr(_connected, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    ann, bob = _connected.Name(1, 0), _connected.Name(2, 0)
+    joins = [_connected.Received(name, {"do": "join"}) for name in (ann, bob)]
+
+    def updates(number):
+        return _connected.Received(ann, {"do": "update", "with": update(number, 1.0)})
+
+    script = [
+        *((0, _connected.Connected(ann)), (0, joins[0]), (0, updates(0))),
+        # A window opens, and ends without bob.
+        *((1, None), (0, joins[1]), (0, updates(1)), (9, None), (1, None)),
+        *((1, None), (0, updates(2))),
+        *((99, None), (2, None)),
+    ]
+    learners = Scripted(clock, script, grace=10.0, timeout=100.0)
+    merges = learners.train(deploy.Elastic(np.zeros(2), steps=1))
+    expected = [
+        [((), "settings"), ((ann,), "settings"), ((ann,), "welcome"), ((ann,), "land")],
+        [((bob,), "welcome"), ((bob,), "call"), ((ann,), "land")],
+        [((ann,), "land")],
+    ]
+    for number, sent in enumerate(expected):
+        assert next(merges).number == number
+        assert learners.sent == sent
+        learners.sent.clear()
+        clock[0] += 1000.0
+    with pytest.raises(deploy.ClientError, match="No learner sent anything for 100 seconds"):
+        next(merges)
+    assert next(learners.script, None) is None
+
+
 def test_mistakes_are_explained():
     ann = deploy.Learner(lambda p, b, k: b["x"], optax.sgd(1.0), iter, {"w": np.zeros(2)})
     for params, message in [
@@ -569,6 +613,10 @@ def test_mistakes_are_explained():
     for wrong, message in [
         (dict(number=5), "Learner 'ann' sent an update for merge 5, but 0 is the next one"),
         (dict(number=-1), "an update for merge -1"),
+        (dict(number=None), "Learner 'ann' sent an update for merge None"),
+        (dict(values=3), "Learner 'ann' sent what is not an update: TypeError"),
+        (dict(loss=["a"]), "Learner 'ann' sent what is not an update: ValueError"),
+        (dict(steps=float("inf")), "Learner 'ann' sent what is not an update: OverflowError"),
         (dict(values=[]), "sent an update of no leaves, expected w: float64[2]"),
         (dict(values=[np.zeros(3)]), "sent an update of w: float64[3], expected w: float64[2]"),
         (dict(values=[np.zeros(2)] * 2), "sent an update of 2 leaves, expected w: float64[2]"),

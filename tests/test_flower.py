@@ -4,11 +4,8 @@ import hashlib
 import json
 import random
 import re
-import shutil
 import struct
 import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,26 +21,21 @@ import scripts
 import test_deploy_algorithms as plans
 import tpus
 from flwr.app import RecordDict
-from local_grids import LocalGrid
+from local_grids import LocalGrid, ending
 
 import fax
 from fax import deploy
 from fax.deploy import _client as runtime
 from fax.deploy import _flower_client as wire
 
-APP = Path(__file__).with_name("flower_app")
 RESULTS = ("fedavg", "scaffold", "mean")
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     """The app of the tests, with fax's files for clients."""
-    folder = tmp_path_factory.mktemp("flower") / "app"
-    shutil.copytree(APP, folder)
-    deploy.write_flower_client(folder / "app" / "fax_client")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with federations.app_in(tmp_path_factory.mktemp("flower"), "flower_app", "app") as app:
+        yield app
 
 
 def test_a_federation(app, tmp_path):
@@ -79,10 +71,7 @@ def test_a_federation(app, tmp_path):
         assert own["x"].tobytes() not in traffic
         assert all(struct.pack("d", x) not in traffic for x in own["x"].ravel())
     assert (rows[0]["x"] ** 2).tobytes() in traffic  # which is what a client sends
-    end = time.monotonic() + 20
-    while federations.processes_of(tmp_path) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not federations.processes_of(tmp_path)
+    federations.check_ended(tmp_path)
 
 
 # Without Flower's servers
@@ -95,17 +84,13 @@ def grid(app):
     """Makes a grid with a node for each configuration, whose workers end with the tests."""
     from app import fax_client
 
-    made = []
+    with ending(fax_client) as made:
 
-    def make(*configs, load=None, **options):
-        made.append(LocalGrid(fax_client.client_app(load, **options), configs))
-        return made[-1]
+        def make(*configs, load=None, **options):
+            made.append(LocalGrid(fax_client.client_app(load, **options), configs))
+            return made[-1]
 
-    yield make
-    for each in made:
-        each.stop()
-    for process in fax_client._started:
-        process.wait()
+        yield make
 
 
 VALUES = {

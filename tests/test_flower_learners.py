@@ -1,10 +1,7 @@
 """Learners on Flower: its SuperLink and SuperNodes, on this machine."""
 
-import shutil
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,24 +9,21 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed; see make test-flower")
 
 import federations
-from local_grids import LocalGrid
+from local_grids import LocalGrid, ending
 from processes import free_port
 
 from fax import deploy
 
-APP = Path(__file__).with_name("flower_learners_app")
 ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     """The app of the tests, with fax's files for clients."""
-    folder = tmp_path_factory.mktemp("flower") / "app"
-    shutil.copytree(APP, folder)
-    deploy.write_flower_client(folder / "learning" / "fax_client")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
+    with federations.app_in(
+        tmp_path_factory.mktemp("flower"), "flower_learners_app", "learning"
+    ) as app:
+        yield app
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +57,7 @@ def test_a_federation(app, expected, tmp_path):
     for number, params in enumerate(expected):
         np.testing.assert_allclose(np.load(tmp_path / f"merge{number}.npy"), params, rtol=1e-12)
     assert not list(tmp_path.glob("message imported *"))
-    end = time.monotonic() + 20
-    while federations.processes_of(tmp_path) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not federations.processes_of(tmp_path)
+    federations.check_ended(tmp_path)
 
 
 # Without Flower's servers
@@ -77,17 +68,13 @@ def grid(app):
     """Makes a grid with a node for each number, whose workers end with the test."""
     from learning import client, fax_client
 
-    made = []
+    with ending(fax_client) as made:
 
-    def make(*numbers):
-        made.append(LocalGrid(client.app, [{"partition-id": number} for number in numbers]))
-        return made[-1]
+        def make(*numbers):
+            made.append(LocalGrid(client.app, [{"partition-id": number} for number in numbers]))
+            return made[-1]
 
-    yield make
-    for each in made:
-        each.stop()
-    for process in fax_client._started:
-        process.wait()
+        yield make
 
 
 def until(learners, server, condition):

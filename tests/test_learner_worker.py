@@ -1,10 +1,14 @@
 """The process of a learner on Flower, without Flower: conversations with the server."""
 
+import socket
 import threading
+import time
+from multiprocessing import AuthenticationError, connection
 
 import pytest
 
-from fax.deploy import _learner_worker
+from fax.deploy import _client as runtime
+from fax.deploy import _flower_worker, _learner_worker
 from fax.deploy._learner_process import serve
 
 
@@ -127,3 +131,28 @@ def test_errors_are_answers():
     assert "speaks version 0 of the protocol" in answered({"format": 0})
     assert "KeyError" in answered({"format": _learner_worker.FORMAT})
     assert "MessageError" in _learner_worker._answered(mailbox, b"nonsense")["error"]
+
+
+def test_strangers_at_the_port_of_a_worker(monkeypatch):
+    """One who says nothing, and one without the key, are sent away. Then the worker may wait."""
+    own = runtime.limit
+    monkeypatch.setattr(runtime, "limit", lambda link, seconds: own(link, seconds and 0.2))
+    key = b"key"
+
+    def speak():
+        with pytest.raises(AuthenticationError):
+            connection.Client(listener.address, authkey=b"another")
+        with connection.Client(listener.address, authkey=key) as link:
+            time.sleep(0.5)
+            link.send_bytes(b"slow")
+
+    with connection.Listener(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.address), pytest.raises(BlockingIOError):
+            _flower_worker.accepted(listener, key)
+        thread = threading.Thread(target=speak)
+        thread.start()
+        with pytest.raises(AuthenticationError):
+            _flower_worker.accepted(listener, key)
+        with _flower_worker.accepted(listener, key) as link:
+            assert link.recv_bytes() == b"slow"
+        thread.join()

@@ -78,6 +78,33 @@ def test_products_with_several_weights_stay_in_the_checkpoint():
     assert forward == "federated_map (server, placed, placed, placed) (sum)"
 
 
+APART = {
+    "reshape": lambda y: y.reshape(3, 3, 1),
+    "slice": lambda y: y[:, 1:3],
+    "broadcast": lambda y: jnp.broadcast_to(y[:, None], (3, 2, 3)),
+    "transpose": lambda y: jnp.swapaxes(y[:, :, None], 1, 2),
+}
+MIXED = {
+    "reshape": lambda y: jax.lax.reshape(y, (3, 3), (1, 0)),
+    "broadcast": lambda y: jax.lax.broadcast_in_dim(y, (3, 3, 3), (1, 2)),
+    "transpose": lambda y: y.T,
+}
+
+
+def test_operations_that_keep_rows_apart_join_maps():
+    """As many columns as rows, so that shapes do not tell them apart."""
+    x = np.arange(9.0).reshape(3, 3)
+
+    def between(fn):
+        return fax.program(clients=3)(lambda x: fax.sum(fax.map(jnp.sin, fn(fax.map(jnp.cos, x)))))
+
+    every = [*APART.values(), *MIXED.values()]
+    found = jax.jit(lambda x: [between(fn)(x) for fn in every])(x)
+    for fn, y in zip(every, found, strict=True):
+        assert len(operators(between(fn), x)) == (1 if fn in APART.values() else 2)
+        np.testing.assert_allclose(y, np.sin(fn(jnp.cos(x))).sum(0), rtol=1e-12)
+
+
 def test_a_scan_over_rounds_computes_nothing_of_the_clients_in_advance():
     """JAX looks for what a loop repeats; of the clients that would be n intermediate values."""
 

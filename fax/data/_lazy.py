@@ -11,7 +11,27 @@ from fax.data._check_examples import Schema, checked_examples, contains, unknown
 from fax.data._protocol import ClientId, DataError
 
 
-class Lazy:
+class Listed:
+    """What all federated data have that know the ids of their clients in advance."""
+
+    def __init__(self, ids: Iterable[ClientId]) -> None:
+        self._ids = tuple(ids)
+        self._known = frozenset(self._ids)
+
+    def client_ids(self) -> tuple[ClientId, ...]:
+        return self._ids
+
+    def _own(self, client_id: ClientId) -> ClientId:
+        if not contains(self._known, client_id):
+            own: Any = self
+            raise unknown_client(client_id, own)
+        return client_id
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+class Lazy(Listed):
     """Federated data whose subclasses say how a client is read: `_length` and `_read`.
 
     Args:
@@ -19,8 +39,8 @@ class Lazy:
     """
 
     def __init__(self, ids: Iterable[ClientId]) -> None:
-        self._ids, self._schema = tuple(ids), Schema()
-        self._known = frozenset(self._ids)
+        super().__init__(ids)
+        self._schema = Schema()
         if not self._ids:
             raise DataError(f"{type(self).__name__}: there are no clients.")
 
@@ -31,9 +51,6 @@ class Lazy:
     def _read(self, client_id: ClientId) -> Mapping[str, Any]:
         """A client's examples, before checks. Errors need not name the client."""
         raise NotImplementedError
-
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
 
     def num_examples(self, client_id: ClientId) -> int:
         return self._length(self._own(client_id))
@@ -50,14 +67,6 @@ class Lazy:
         checked = checked_examples(client_id, examples)
         self._schema.check(client_id, checked)
         return checked
-
-    def _own(self, client_id: ClientId) -> ClientId:
-        if not contains(self._known, client_id):
-            raise unknown_client(client_id, self)
-        return client_id
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(clients={len(self)})"

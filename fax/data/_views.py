@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
-from fax.data._check_examples import (
-    Schema,
-    check_federated,
-    contains,
-    first_ids,
-    kind_of,
-    unknown_client,
-)
+from fax.data._check_examples import Schema, check_federated, first_ids, kind_of
+from fax.data._lazy import Listed
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
@@ -153,7 +147,7 @@ def concatenate(*datas: FederatedData) -> FederatedData:
     return Concatenation(datas)
 
 
-class _View:
+class _View(Listed):
     """What views have in common."""
 
     def __repr__(self) -> str:
@@ -163,9 +157,8 @@ class _View:
 
 class Subset(_View):
     def __init__(self, where: str, data: FederatedData, ids: Iterable[ClientId]) -> None:
+        super().__init__(ids)
         self._data = data
-        self._ids = tuple(ids)
-        self._known = frozenset(self._ids)
         if not self._ids:
             raise DataError(f"{where}: no client is left of {len(data)}.")
         if len(self._known) < len(self._ids):
@@ -173,22 +166,11 @@ class Subset(_View):
             twice = [i for i in self._ids if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
             raise DataError(f"{where}: ids has {first_ids(twice)} more than once.")
 
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
-
     def num_examples(self, client_id: ClientId) -> int:
         return self._data.num_examples(self._own(client_id))
 
     def client(self, client_id: ClientId) -> Examples:
         return self._data.client(self._own(client_id))
-
-    def _own(self, client_id: ClientId) -> ClientId:
-        if not contains(self._known, client_id):
-            raise unknown_client(client_id, self)
-        return client_id
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
 
 class Concatenation(_View):
@@ -210,11 +192,8 @@ class Concatenation(_View):
                     f"{first_ids(twice)}. Every client needs an id of its own."
                 )
             self._owner |= dict.fromkeys(ids, data)
-        self._ids = tuple(self._owner)
+        super().__init__(self._owner)
         self._schema = Schema()
-
-    def client_ids(self) -> tuple[ClientId, ...]:
-        return self._ids
 
     def num_examples(self, client_id: ClientId) -> int:
         return self._part(client_id).num_examples(client_id)
@@ -225,9 +204,4 @@ class Concatenation(_View):
         return examples
 
     def _part(self, client_id: ClientId) -> FederatedData:
-        if not contains(self._owner, client_id):
-            raise unknown_client(client_id, self)
-        return self._owner[client_id]
-
-    def __len__(self) -> int:
-        return len(self._ids)
+        return self._owner[self._own(client_id)]

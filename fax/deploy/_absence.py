@@ -1,33 +1,15 @@
-"""Whether a plan's results are right if some clients fail: the degrees of values in sums.
-
-Without some clients, a sum is smaller. What the server computes is not biased by that if it stays
-the same when all sums are multiplied by a number: then it is a function of ratios of sums, such as
-a weighted mean. So each of the server's values has a degree d: with all sums multiplied by a > 0,
-the value is multiplied by a^d. Sums have degree 1. What does not come from clients has degree 0.
-
-    x y          adds degrees         x + y, max(x, y)    need equal degrees
-    x / y        subtracts them       f(x)                needs degree 0
-
-The same holds for what clients compute with what they receive. What decides branches and loops must
-have degree 0. Results of a program may have degree 1: they are sums over the clients that are
-there. A sum that is divided by the number of clients is an error, as by `fax.mean` without weights.
-
-A divisor may be guarded against zero: `x + (x == 0)`, or `where(x == 0, 1, x)`. Of sums as clients
-sent them, `max(x, 1)` and `where(x > 0, x, 1)` are taken for guards of counts, too.
-"""
+"""Whether a plan's results are right if some clients fail, by the degrees of its values."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from jax.extend.core import JaxprEqn
-from jax.extend.core import primitives as p
 
-from fax._compat import Named
+from fax.deploy._degrees import ZERO, Degree, alike, equation, need_zero, of_constant, static_error
 from fax.deploy._steps import (
     Block,
     Branch,
@@ -41,54 +23,8 @@ from fax.deploy._steps import (
     Take,
     While,
 )
-from fax.deploy._values import CutError, Value, aval_of, line_of
+from fax.deploy._values import CutError, Value
 from fax.primitives import _jaxpr
-from fax.primitives._broadcast import broadcast_p
-from fax.primitives._reduce import mean_p
-
-
-@dataclasses.dataclass(frozen=True)
-class Degree:
-    """The degree of a value.
-
-    Attributes:
-      of: the degree, None for any, as zeros have.
-      known: the number that all elements are known to be.
-      clients: how many clients a sum is over, if the value is a sum.
-      sent: whether its elements are sums as clients sent them.
-      over: of a number of the server, what a factor of it is divided by; of a sum, the number of
-        clients, if what they send has such a factor.
-      tells: another value's degree, and whether this is true where that value is zero, or where it
-        is not. Each value has a degree of its own, so the degree says which value it is.
-    """
-
-    of: Fraction | None = Fraction(0)
-    known: float | None = None
-    clients: int | None = None
-    sent: bool = False
-    over: float | None = None
-    tells: tuple[Degree, bool] | None = dataclasses.field(default=None, compare=False)
-
-
-_ZERO, _ANY = Degree(), Degree(None, 0.0)
-# Some elements of the first operand, or sums of them, or their negatives.
-_STRUCTURE = {
-    *(p.reshape_p, p.broadcast_in_dim_p, p.transpose_p, p.squeeze_p, p.slice_p, p.rev_p, p.copy_p),
-    *(p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p),
-    *(p.cummax_p, p.cummin_p, p.neg_p, p.abs_p, p.stop_gradient_p, p.reduce_precision_p),
-    *(p.gather_p, p.dynamic_slice_p, broadcast_p),
-}
-_SUMS = {p.add_p, p.sub_p, p.add_jaxvals_p, p.concatenate_p, p.pad_p}
-_CHOICES = {p.max_p, p.min_p, p.clamp_p}
-_COMPARISONS = {p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p}
-_PRODUCTS = {p.mul_p, p.dot_general_p, p.conv_general_dilated_p}
-_POWERS: dict[Any, Callable[[JaxprEqn], Fraction]] = {
-    p.sqrt_p: lambda eqn: Fraction(1, 2),
-    p.rsqrt_p: lambda eqn: Fraction(-1, 2),
-    p.square_p: lambda eqn: Fraction(2),
-    p.integer_pow_p: lambda eqn: Fraction(eqn.params["y"]),
-}
-_SCALE_FREE = {p.sign_p, p.is_finite_p, p.argmax_p, p.argmin_p}
 
 
 def check_absence(block: Block) -> None:
@@ -97,9 +33,9 @@ def check_absence(block: Block) -> None:
     Raises:
       CutError: if they may not be. It names the line.
     """
-    for own in _Checker().block(block, [_ZERO] * len(block.inputs)):
+    for own in _Checker().block(block, [ZERO] * len(block.inputs)):
         if own.of == 1 and own.over is not None:
-            raise _static(int(own.over), None)
+            raise static_error(int(own.over), None)
         if own.of not in (None, 0, 1):
             raise CutError(
                 "Without clients that fail, sums over clients are smaller. A result has degree "
@@ -111,7 +47,7 @@ def check_absence(block: Block) -> None:
 class _Checker:
     def block(self, block: Block, degrees: Sequence[Degree]) -> list[Degree]:
         """The degrees of a block's results."""
-        env = {value: _of_constant(x) for value, x in block.constants.items()}
+        env = {value: of_constant(x) for value, x in block.constants.items()}
         env.update(zip(block.inputs, map(dataclasses.replace, degrees), strict=True))
         for step in block.steps:
             given = [env[value] for value in step.operands]
@@ -128,28 +64,28 @@ class _Checker:
             case Take() | Pull() | Send():
                 return [dataclasses.replace(given[0])]
             case Set():
-                return [_alike([given[0], given[2]], None)]
+                return [alike([given[0], given[2]], None)]
             case Branch():
-                _need_zero(given[:1], "a branch depends on it", None)
+                need_zero(given[:1], "a branch depends on it", None)
                 found = [self.block(b, given[1:]) for b in step.branches]
-                return [_alike(each, None) for each in zip(*found, strict=True)]
+                return [alike(each, None) for each in zip(*found, strict=True)]
             case While():
                 one, other = step.reads
                 seen, read, carry = given[:one], given[one : one + other], given[one + other :]
                 carry = self._stable(carry, lambda now: self.block(step.body, [*read, *now]))
                 condition = self.block(step.condition, [*seen, *carry])
-                _need_zero(condition, "the condition of a loop depends on it", None)
+                need_zero(condition, "the condition of a loop depends on it", None)
                 return carry
             case Scan():
                 return self._scan(step, given)
-        return [_ZERO] * len(step.results)
+        return [ZERO] * len(step.results)
 
     def _stage(self, step: OnClients, given: list[Degree]) -> list[Degree]:
         stage = step.stage
         degrees = [dataclasses.replace(x, known=None, clients=None, sent=False) for x in given]
-        found: Sequence[Degree] = [_ZERO] * len(stage.outputs)
+        found: Sequence[Degree] = [ZERO] * len(stage.outputs)
         if any(own.of or own.over for own in degrees):
-            found = _jaxpr.interpret(stage.jaxpr, degrees, _equation, _of_constant)
+            found = _jaxpr.interpret(stage.jaxpr, degrees, equation, of_constant)
         return [
             self._sent(step, aval, own) if mode == "sum" else own
             for mode, aval, own in zip(stage.outputs, stage.jaxpr.out_avals, found, strict=True)
@@ -184,7 +120,7 @@ class _Checker:
         """The degrees of what a loop carries, which are those at its start, or any for zeros."""
         while True:
             pairs = zip(carry, once(carry), strict=True)
-            found = [_alike([a, dataclasses.replace(b, known=None)], None) for a, b in pairs]
+            found = [alike([a, dataclasses.replace(b, known=None)], None) for a, b in pairs]
             if found == carry:
                 return carry
             carry = found
@@ -192,164 +128,4 @@ class _Checker:
     def _server(self, step: OnServer, env: dict[Value, Degree]) -> None:
         for part in step.equations:
             given = [env[value] for value in part.operands]
-            env.update(zip(part.results, _equation(part.eqn, given), strict=True))
-
-
-def _equation(eqn: JaxprEqn, given: Sequence[Degree]) -> Sequence[Degree]:
-    """The degrees of the results of an equation."""
-    if eqn.primitive is mean_p and given[0].clients is not None:
-        raise _static(given[0].clients, eqn)
-    if eqn.primitive.name == Named.OPTIMIZATION_BARRIER:
-        return list(map(dataclasses.replace, given))
-    inner = _jaxpr.called(eqn)
-    if inner is not None:
-        return _jaxpr.interpret(inner, given, _equation, _of_constant)
-    found = _result(eqn, given) if eqn.outvars else _ZERO  # without results it prints
-    return [found, *map(dataclasses.replace, [found] * len(eqn.outvars))][: len(eqn.outvars)]
-
-
-def _result(eqn: JaxprEqn, given: Sequence[Degree]) -> Degree:
-    kind = eqn.primitive
-    if kind is p.convert_element_type_p:
-        return _converted(eqn, given[0])
-    if kind in _STRUCTURE:
-        _need_zero(given[1:], "it is the number of an element", eqn)
-        known = given[0].known if kind in (p.broadcast_in_dim_p, p.reshape_p) else None
-        sent = given[0].sent and kind not in (p.neg_p, p.abs_p)
-        return dataclasses.replace(given[0], known=known, sent=sent, tells=None)
-    if kind in _SUMS:
-        adds = kind not in (p.concatenate_p, p.pad_p)
-        return _alike([d for d in given if not (adds and _is_guard(d, given))] or given, eqn)
-    if kind is p.select_n_p:
-        return _selected(eqn, *given)
-    if kind in _CHOICES:
-        count = kind is p.max_p and any(d.sent for d in given)
-        limits = [d for d in given if _is_limit(d, count)]
-        return _alike([d for d in given if d not in limits] or given, eqn)
-    if kind in _COMPARISONS:
-        _alike(given, eqn)
-        return _compared(kind, *given)
-    if kind in _PRODUCTS or kind is p.div_p:
-        return _product(eqn, *given)
-    if kind in _POWERS:
-        (own,), power = given, _POWERS[kind](eqn)
-        if own.of is None:
-            return _ANY if power > 0 else _ZERO
-        return Degree(own.of * power)
-    if kind not in _SCALE_FREE:
-        _need_zero(given, f"{kind.name} is applied to it", eqn)
-    return _ZERO
-
-
-def _converted(eqn: JaxprEqn, own: Degree) -> Degree:
-    old, new = aval_of(eqn.invars[0]).dtype, np.dtype(eqn.params["new_dtype"])
-    if new == old:
-        return own
-    if new.kind == "b":
-        return Degree(tells=(own, False) if own.of else None)
-    if new.kind in "iu" and old.kind not in "biu":
-        _need_zero([own], "it is truncated to an integer", eqn)
-    return own
-
-
-def _compared(kind: Any, one: Degree, other: Degree) -> Degree:
-    """A comparison, which may tell where a value is zero."""
-    if not one.of:  # the value is on the left
-        one, other, kind = other, one, _MIRRORED.get(kind, kind)
-    if not one.of or other.known != 0:
-        return Degree()
-    if kind in (p.eq_p, p.ne_p) or (one.sent and kind in (p.gt_p, p.le_p)):
-        return Degree(tells=(one, kind in (p.eq_p, p.le_p)))
-    return Degree()
-
-
-_MIRRORED = {p.lt_p: p.gt_p, p.gt_p: p.lt_p, p.le_p: p.ge_p, p.ge_p: p.le_p}
-
-
-def _is_guard(own: Degree, given: Sequence[Degree]) -> bool:
-    """Whether it is one where another of the values is zero, and zero elsewhere."""
-    return own.tells is not None and own.tells[1] and any(d is own.tells[0] for d in given)
-
-
-def _is_limit(own: Degree, count: bool) -> bool:
-    """Whether it is infinite, or the least that a count other than zero can be."""
-    return own.known is not None and (np.isinf(own.known) or (count and 0 < own.known <= 1))
-
-
-def _selected(eqn: JaxprEqn, which: Degree, *cases: Degree) -> Degree:
-    _need_zero([which], "it decides between values", eqn)
-    if which.tells is not None and len(cases) == 2:
-        value, at_zero = which.tells
-        guard, other = cases[at_zero], cases[not at_zero]
-        if guard.known is not None and other is value:
-            return _alike([other], eqn)
-    return _alike(cases, eqn)
-
-
-def _product(eqn: JaxprEqn, one: Degree, other: Degree) -> Degree:
-    divides = eqn.primitive is p.div_p
-    for total, factor in ((one, other), (other, one))[: 1 if divides else 2]:
-        if total.clients is not None and factor.known:
-            number = factor.known if divides else 1 / factor.known
-            if np.isclose(number, total.clients, rtol=1e-6):
-                raise _static(total.clients, eqn)
-    if one.of is None or (other.of is None and not divides):
-        return _ANY
-    if other.of is None:
-        return Degree(one.of)
-    of = one.of - other.of if divides else one.of + other.of
-    over = next((d.over for d in (one, other) if d.over and bool(d.of) == bool(of)), None)
-    over = over or (other.known if divides and not of and not one.of else None)
-    if divides and of and np.issubdtype(aval_of(eqn.outvars[0]).dtype, np.integer):
-        _need_zero([one, other], "it is divided without a remainder", eqn)
-    clients = one.clients if other.known is not None else None
-    return Degree(of, clients=clients, over=over)
-
-
-def _static(clients: int, eqn: JaxprEqn | None) -> CutError:
-    return CutError(
-        f"A sum over clients is divided by their number, {clients}{_at(eqn)}. If some clients "
-        "fail, the result would be too small. Divide by a sum over clients: pass weights= or "
-        "where= to fax.mean, for example weights of one."
-    )
-
-
-def _alike(given: Iterable[Degree], eqn: JaxprEqn | None) -> Degree:
-    """The degree that values have, if they have the same."""
-    definite = [d for d in given if d.of is not None]
-    degrees = {d.of for d in definite}
-    if len(degrees) > 1:
-        shown = " and ".join(map(str, sorted(d for d in degrees if d is not None)))
-        raise CutError(
-            f"If some clients fail, sums over clients are smaller, and values of degrees "
-            f"{shown} in the sums are combined{_at(eqn)}. Use means whose weights are summed, too."
-        )
-    if not definite:
-        return _ANY
-    clients = {d.clients for d in definite}
-    return Degree(
-        definite[0].of,
-        clients=clients.pop() if len(clients) == 1 else None,
-        sent=all(d.sent for d in definite),
-        over=next((d.over for d in definite if d.over), None),
-    )
-
-
-def _need_zero(given: Iterable[Degree], why: str, eqn: JaxprEqn | None) -> None:
-    for own in given:
-        if own.of:
-            raise CutError(
-                "If some clients fail, a sum over clients is smaller, and it is used as it is: "
-                f"{why}{_at(eqn)}. Use means whose weights are summed, too."
-            )
-
-
-def _of_constant(x: Any) -> Degree:
-    values = np.asarray(x) if not hasattr(x, "dtype") or x.dtype.kind in "biufc" else None
-    if values is None or not values.size or not (values == values.flat[0]).all():
-        return _ZERO
-    return Degree(Fraction(0), float(values.flat[0].real)) if values.flat[0] else _ANY
-
-
-def _at(eqn: JaxprEqn | None) -> str:
-    return "" if eqn is None else f", at {line_of(eqn)}"
+            env.update(zip(part.results, equation(part.eqn, given), strict=True))

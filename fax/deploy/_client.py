@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
+import runpy
+import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -302,6 +303,13 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     return plan
 
 
+def limit(link: Any, seconds: float) -> None:
+    """Lets reading fail after so many seconds. With 0, it takes as long as it takes."""
+    with socket.socket(fileno=os.dup(link.fileno())) as own:
+        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+
+
 def serve(link: Any, clients: Clients) -> None:
     """Answers requests until the server stops, is gone, or sends a message that is too large."""
     while True:
@@ -328,14 +336,8 @@ def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
     """The clients' data, from a function with this name."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("clients_data", module)
-        assert spec is not None
-        assert spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
-    else:
-        found = importlib.import_module(module)
-    return getattr(found, function)(argument)
+        return runpy.run_path(module, run_name="clients_data")[function](argument)
+    return getattr(importlib.import_module(module), function)(argument)
 
 
 def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None = None) -> None:

@@ -72,8 +72,8 @@ class ConnectedLearners(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _send(self, names: Iterable[Any], message: dict[str, Any]) -> None:
-        """Sends a message to those of the learners that can be reached, without waiting."""
+    def _send(self, messages: Iterable[Send]) -> None:
+        """Sends messages to those of their learners that can be reached, without waiting."""
 
     @abc.abstractmethod
     def _reachable(self) -> list[Name]:
@@ -102,7 +102,7 @@ class ConnectedLearners(abc.ABC):
         """
         if server is not self._server:
             self._server, self._window = server, None
-            self._send(self._reachable(), {"do": "settings", **server.settings})
+            self._send([Send(tuple(self._reachable()), {"do": "settings", **server.settings})])
         last = time.monotonic()
         while True:
             wait = _POLL
@@ -110,8 +110,8 @@ class ConnectedLearners(abc.ABC):
                 wait = min(wait, max(0.0, self._window[1] - time.monotonic()))
             event = self._next_event(wait)
             if event is not None:
-                last = time.monotonic()
                 yield from self._carry_out(self._happened(event, server))
+                last = time.monotonic()  # the caller may have been slow
             elif time.monotonic() > last + self._timeout:
                 raise ClientError(
                     f"No learner sent anything for {self._timeout:g} seconds. "
@@ -123,12 +123,12 @@ class ConnectedLearners(abc.ABC):
                 number, _ = self._window
                 self._window = None
                 yield from self._carry_out(server.grace_over(number))
+                last = time.monotonic()
 
     def _happened(self, event: Event, server: Elastic) -> list[Action]:
         match event:
             case Connected(name):
-                self._send([name], {"do": "settings", **server.settings})
-                return []
+                return [Send((name,), {"do": "settings", **server.settings})]
             case Left(name):
                 return server.left(name)
             case Received(name, message):
@@ -138,13 +138,12 @@ class ConnectedLearners(abc.ABC):
 
     def _carry_out(self, actions: list[Action]) -> list[Merge]:
         """Sends messages, opens grace windows, and returns merges, with the learners' numbers."""
+        self._send(action for action in actions if isinstance(action, Send))
         merges = []
         for action in actions:
-            if isinstance(action, Send):
-                self._send(action.to, action.message)
-            elif isinstance(action, Grace):
+            if isinstance(action, Grace):
                 self._window = action.number, time.monotonic() + self._grace
-            else:
+            elif isinstance(action, Merge):
                 late = frozenset(name.number for name in action.late)
                 merges.append(action._replace(tokens=_by_number(action.tokens), late=late))
         return merges

@@ -247,7 +247,7 @@ class Elastic:
         """
         if learner not in self._present:
             return []
-        merges, number = self._state.merges, update["number"]
+        merges, number = self._state.merges, update.get("number")
         most = merges + len(self._sequence)
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < most:
             text = f"an update for merge {number!r:.80}, but {merges} is the next one."

@@ -14,6 +14,7 @@ from fax import _arguments, _extras
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 from fax.deploy._connected import Connected, ConnectedLearners, Event, Left, Name, Received
+from fax.deploy._elastic import Send
 from fax.deploy._flower import FORMAT, Grid
 
 _WHERE = "fax.deploy.FlowerLearners"
@@ -102,7 +103,7 @@ class FlowerLearners(ConnectedLearners):
 
     def stop(self) -> None:
         """Ends the learners, and waits up to half a minute until they have learned that."""
-        self._send(self._reachable(), {"do": "stop"})
+        self._send([Send(tuple(self._reachable()), {"do": "stop"})])
         end = time.monotonic() + _STOP
         while self._talks and time.monotonic() < end:
             self._ask()
@@ -124,11 +125,12 @@ class FlowerLearners(ConnectedLearners):
                 time.sleep(min(_POLL, left))
         return self._events.popleft()
 
-    def _send(self, names: Iterable[Any], message: dict[str, Any]) -> None:
-        for name in names:
-            talk = self._talks.get(name.number)
-            if talk is not None and talk.name == name:
-                talk.queue.append(message)
+    def _send(self, messages: Iterable[Send]) -> None:
+        for names, message in messages:
+            for talk in self._talks.values():
+                if talk.name in names:
+                    talk.queue.append(message)
+        self._ask()  # now, because the caller of `train` may be slow
 
     def _reachable(self) -> list[Name]:
         return [talk.name for talk in self._talks.values()]
@@ -214,7 +216,7 @@ class FlowerLearners(ConnectedLearners):
             del self._talks[talk.name.number]  # it was told to stop
         else:
             messages = answer["messages"]
-            if not all(m["do"] == "join" or "number" in m["with"] for m in messages):
+            if not all(m["do"] == "join" or isinstance(m["with"], dict) for m in messages):
                 raise ValueError("a message is neither an update nor a wish to join")
             talk.asked, talk.waiting = None, answer["waiting"]
             talk.number += 1

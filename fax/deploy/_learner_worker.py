@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from fax.deploy import _client as runtime
-from fax.deploy._flower_worker import FORMAT, Watch
+from fax.deploy._flower_worker import FORMAT, Watch, accepted
 from fax.deploy._learner_process import make, serve
 
 
@@ -111,10 +111,10 @@ def main() -> None:
     watch = Watch(options["parent"], options["idle"])
     sys.path[:] = options["path"]
     mailbox = Mailbox()
-    listener = connection.Listener(("127.0.0.1", 0), authkey=bytes.fromhex(options["key"]))
+    listener, key = connection.Listener(("127.0.0.1", 0)), bytes.fromhex(options["key"])
     print(listener.address[1], file=out)
     out.close()
-    thread = threading.Thread(target=_accept, args=(listener, mailbox, watch), daemon=True)
+    thread = threading.Thread(target=_accept, args=(listener, key, mailbox, watch), daemon=True)
     thread.start()
     mailbox.wait()  # for the first message, which says which dtypes there are
     serve(mailbox, make(options["make"], options["config"]))
@@ -122,12 +122,12 @@ def main() -> None:
     thread.join(60)  # the server learns that it has ended
 
 
-def _accept(listener: Any, mailbox: Mailbox, watch: Watch) -> None:
+def _accept(listener: Any, key: bytes, mailbox: Mailbox, watch: Watch) -> None:
     """Answers one message after another, until the learner has ended."""
     ended = False
     while not ended:
         try:
-            with listener.accept() as link, watch:
+            with accepted(listener, key) as link, watch:
                 found = _answered(mailbox, link.recv_bytes())
                 for part in runtime.parts(found):
                     link.send_bytes(part)

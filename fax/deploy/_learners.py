@@ -21,6 +21,7 @@ from fax import _arguments
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
 from fax.deploy._connected import Connected, ConnectedLearners, Event, Left, Name, Received
+from fax.deploy._elastic import Send
 
 _WHERE = "fax.deploy.Learners"
 
@@ -166,10 +167,10 @@ class Learners(ConnectedLearners):
             self._outboxes.pop(event.name).put(None)
         return event
 
-    def _send(self, names: Iterable[Any], message: dict[str, Any]) -> None:
-        data = runtime.encode(message)
-        for name in names:
-            if name in self._outboxes:
+    def _send(self, messages: Iterable[Send]) -> None:
+        for names, message in messages:
+            data = runtime.encode(message)
+            for name in self._outboxes.keys() & names:
                 self._outboxes[name].put(data)
 
     def _reachable(self) -> list[Name]:

@@ -263,7 +263,8 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
                 process.stdin.close()
             for _ in started:
                 line = _accept(listener, list(started.values()), timeout)
-                _limit(line, timeout)
+                # In case the process stops within its first message.
+                runtime.limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
             return [Link(process, lines[i]) for i, process in started.items()]
         except BaseException:
@@ -284,13 +285,6 @@ def stop(links: Iterable[Link], seconds: float = 5.0) -> None:
             link.process.wait(max(0.0, end - time.monotonic()))
         link.process.kill()  # does nothing if it has ended
         link.process.wait()
-
-
-def _limit(line: Any, timeout: float) -> None:
-    """Lets reading fail after a while, if the process stops within its first message."""
-    with socket.socket(fileno=os.dup(line.fileno())) as own:
-        limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def _accept(

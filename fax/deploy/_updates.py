@@ -63,7 +63,15 @@ def checked(learner: Hashable, message: Mapping[str, Any], expected: list[list[A
       message: see `fax.deploy.Elastic.received`.
       expected: the leaves of the fragment, see `_merges.types`.
     """
-    values = [np.asarray(x) for x in message["values"]]
+    try:
+        values = [np.asarray(x) for x in message["values"]]
+        tokens = message["tokens"]
+        total, count = map(float, message.get("loss", (0, 0)))
+        steps, seconds = int(message.get("steps", 0)), float(message.get("seconds", 0))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ClientError(
+            f"Learner {learner!r} sent what is not an update: {error!r:.80}.", [learner]
+        ) from error
     found = f"{len(values) or 'no'} leaves"
     if len(values) == len(expected):
         paths = [path for path, *_ in expected]
@@ -73,15 +81,12 @@ def checked(learner: Hashable, message: Mapping[str, Any], expected: list[list[A
             f"Learner {learner!r} sent an update of {found}, expected {_shown(expected)}.",
             [learner],
         )
-    tokens = message["tokens"]
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
         raise ClientError(
             f"Learner {learner!r} sent an update whose tokens is {tokens!r:.80}, expected an int "
             "of at least 0.",
             [learner],
         )
-    total, count = map(float, message.get("loss", (0, 0)))
-    steps, seconds = int(message.get("steps", 0)), float(message.get("seconds", 0))
     return Update(learner, message["number"], values, tokens, steps, seconds, (total, count))
 
 

@@ -24,7 +24,8 @@ from fax.primitives._round import SERVER, Contribution, In, Vectorize
 from fax.sharding._types import row_aval
 
 Equation = Any  # a JaxprEqn, whose atoms are arrays
-Rule = Callable[[Equation, int], dict[str, Any] | None]
+# The equation has a placed operand, and its results have as many rows.
+Rule = Callable[[Equation], dict[str, Any] | None]
 
 # Zero where all operands are zero, and where any of them is zero.
 _LINEAR = {p.add_jaxvals_p, p.add_p, p.convert_element_type_p, p.copy_p, p.neg_p, p.sub_p}
@@ -42,63 +43,50 @@ _ELEMENTWISE = {
 }
 
 
-def _reduction(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _reduction(eqn: Equation) -> dict[str, Any] | None:
     axes = eqn.params["axes"]
     return None if 0 in axes else dict(eqn.params, axes=tuple(axis - 1 for axis in axes))
 
 
-def _broadcast(eqn: Equation, size: int) -> dict[str, Any] | None:
-    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if shape[0] != size or not dims or dims[0] != 0 or eqn.invars[0].aval.shape[0] != size:
+def _broadcast(eqn: Equation) -> dict[str, Any] | None:
+    first, *others = eqn.params["broadcast_dimensions"]
+    dims = tuple(dim - 1 for dim in others)
+    shape = eqn.params["shape"][1:]
+    return None if first else dict(eqn.params, shape=shape, broadcast_dimensions=dims)
+
+
+def _reshape(eqn: Equation) -> dict[str, Any] | None:
+    if eqn.params["dimensions"] is not None:
         return None
-    return dict(
-        eqn.params, shape=shape[1:], broadcast_dimensions=tuple(dim - 1 for dim in dims[1:])
-    )
+    return dict(eqn.params, new_sizes=eqn.params["new_sizes"][1:])
 
 
-def _reshape(eqn: Equation, size: int) -> dict[str, Any] | None:
-    sizes = eqn.params["new_sizes"]
-    if not sizes or sizes[0] != size or eqn.params["dimensions"] is not None:
-        return None
-    return dict(eqn.params, new_sizes=sizes[1:])
-
-
-def _squeeze(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _squeeze(eqn: Equation) -> dict[str, Any] | None:
     dims = eqn.params["dimensions"]
     return None if 0 in dims else dict(eqn.params, dimensions=tuple(dim - 1 for dim in dims))
 
 
-def _transpose(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _transpose(eqn: Equation) -> dict[str, Any] | None:
     first, *others = eqn.params["permutation"]
     return None if first else dict(eqn.params, permutation=tuple(axis - 1 for axis in others))
 
 
-def _slice(eqn: Equation, size: int) -> dict[str, Any] | None:
-    start, limit, strides = (
-        eqn.params[name] for name in ("start_indices", "limit_indices", "strides")
-    )
-    if start[0] != 0 or limit[0] != size or (strides and strides[0] != 1):
-        return None
-    return dict(start_indices=start[1:], limit_indices=limit[1:], strides=strides and strides[1:])
+def _slice(eqn: Equation) -> dict[str, Any]:
+    """All rows, for the result has as many of them."""
+    return {name: value and value[1:] for name, value in eqn.params.items()}
 
 
-def _concatenate(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _concatenate(eqn: Equation) -> dict[str, Any] | None:
     along = eqn.params["dimension"]
     return dict(eqn.params, dimension=along - 1) if along else None
 
 
-def _along_axis(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _along_axis(eqn: Equation) -> dict[str, Any] | None:
     axis = eqn.params["axis"]
     return dict(eqn.params, axis=axis - 1) if axis else None
 
 
-def _pad(eqn: Equation, size: int) -> dict[str, Any] | None:
-    del size
+def _pad(eqn: Equation) -> dict[str, Any] | None:
     first, *others = eqn.params["padding_config"]
     return None if any(first) else dict(eqn.params, padding_config=tuple(others))
 
@@ -120,7 +108,7 @@ _RULES: dict[Any, Rule] = {
     p.reduce_prod_p: _reduction,
     p.reduce_and_p: _reduction,
     p.reduce_or_p: _reduction,
-    **dict.fromkeys(_ELEMENTWISE, lambda eqn, size: eqn.params),
+    **dict.fromkeys(_ELEMENTWISE, lambda eqn: eqn.params),
 }
 _NAMED_RULES: dict[str, Rule] = dict.fromkeys(
     (Named.SPLIT, Named.STACK, Named.UNSTACK), _along_axis
@@ -156,7 +144,7 @@ def as_map(
     """
     size, rule = like.like.group.size, _rule(eqn)
     of_rows = all(result.aval.shape[:1] == (size,) for result in eqn.outvars)
-    params = rule(eqn, size) if rule and of_rows else None
+    params = rule(eqn) if rule and of_rows else None
     if params is None or any(isinstance(x, NamedSharding) for x in params.values()):
         return None
     vanishing = _vanishing(eqn, is_masked)

@@ -20,19 +20,32 @@ def loss(params, batch, key):
     return jnp.sum((params["w"] - batch["x"]) ** 2, axis=1) / 2
 
 
-def cohorts(step):
-    """Those of both learners."""
-    rows = {str(i): {"x": x} for i, x in enumerate(TARGETS)}
+def cohorts(rows, batch_size, steps, step):
+    """Those of two learners from a step on, with the rows of each."""
     return fax.data.cohorts(
-        fax.data.InMemory(rows),
+        fax.data.InMemory({str(i): own for i, own in enumerate(rows)}),
         2,
-        batch_size=2,
+        batch_size=batch_size,
         sampler="stream",
-        max_steps=STEPS,
+        max_steps=steps,
         placement="replicas",
-        start=step // STEPS,
+        start=step // steps,
         resident=False,
     )
+
+
+def own_part(number, of_both):
+    """What `of_both(step)` yields, for one of the learners."""
+
+    def of_one(step):
+        for cohort in of_both(step):
+            yield jax.tree.map(lambda x: x[number : number + 1], cohort)
+
+    return of_one
+
+
+def data(step):
+    return cohorts([{"x": x} for x in TARGETS], 2, STEPS, step)
 
 
 def learner(config):
@@ -42,14 +55,14 @@ def learner(config):
         raise ValueError("the secret is 42")
     fax.sharding.use_cpu_devices(2)
     jax.set_mesh(fax.sharding.make_mesh(data=1, model=2))
-
-    def own(step):
-        for cohort in cohorts(step):
-            yield jax.tree.map(lambda x: x[number : number + 1], cohort)
-
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, START))
     return fax.deploy.Learner(
-        loss, INNER, own, shapes, sharding={"w": P("model")}, tokens=1 + 2 * number
+        loss,
+        INNER,
+        own_part(number, data),
+        shapes,
+        sharding={"w": P("model")},
+        tokens=1 + 2 * number,
     )
 
 
@@ -62,7 +75,7 @@ def expected(rounds):
     algorithm = fax.algorithms.diloco(loss, INNER, outer(), replicas=2, steps=STEPS, weighted=True)
     state, step = algorithm.init(START), jax.jit(algorithm.round)
     found = []
-    for cohort in itertools.islice(cohorts(0), rounds):
+    for cohort in itertools.islice(data(0), rounds):
         cohort = fax.data.Cohort(
             cohort.batches, cohort.mask, np.array([1, 3], np.int32), cohort.positions, cohort.keys
         )
