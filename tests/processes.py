@@ -90,3 +90,9 @@ def reports(script, count):
         statuses, outs, errs = ends(processes)
     assert statuses == [0] * count, errs
     return [json.loads(line[7:]) for o in outs for line in o.splitlines() if "REPORT" in line[:6]]
+
+
+def sends_at_once(link):
+    """Whether a TCP connection sends what is short without waiting for more of it."""
+    with socket.socket(fileno=os.dup(link.fileno())) as own:
+        return own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0

@@ -1,7 +1,8 @@
 """Clients in processes of their own: they have JAX alone, and send what the plan says."""
 
+import io
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import scripts
+from processes import sends_at_once
 from scripts import EXAMPLES
 
 import fax
@@ -303,6 +305,23 @@ def test_others_that_connect():
     found = [multiprocessing.AuthenticationError(), EOFError(), ConnectionResetError(), "line"]
     listener = unittest.mock.Mock(accept=unittest.mock.Mock(side_effect=found))
     assert _links._accept(listener, [], 10.0) == "line"
+
+
+def test_neither_side_delays_messages(monkeypatch):
+    """The end of a message would wait for 40 ms until its beginning is confirmed."""
+    with deploy.Processes(1) as backend:
+        assert sends_at_once(backend._links[0])
+    found = []
+    monkeypatch.setattr(runtime, "serve", lambda link, _: found.append(sends_at_once(link)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("key\n"))
+    with multiprocessing.connection.Listener(("127.0.0.1", 0), authkey=b"key") as listener:
+        arguments = ["{}:{}".format(*listener.address)]
+        thread = threading.Thread(target=runtime.main, kwargs={"arguments": arguments})
+        thread.start()
+        with listener.accept() as link:
+            link.recv_bytes()
+            thread.join()
+    assert found == [True]
 
 
 def test_a_client_that_does_not_read():

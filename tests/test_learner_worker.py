@@ -6,6 +6,7 @@ import time
 from multiprocessing import AuthenticationError, connection
 
 import pytest
+from processes import sends_at_once
 
 from fax.deploy import _client as runtime
 from fax.deploy import _flower_worker, _learner_worker
@@ -155,4 +156,5 @@ def test_strangers_at_the_port_of_a_worker(monkeypatch):
             _flower_worker.accepted(listener, key)
         with _flower_worker.accepted(listener, key) as link:
             assert link.recv_bytes() == b"slow"
+            assert sends_at_once(link)
         thread.join()

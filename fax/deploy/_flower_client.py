@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import secrets
+import socket
 import struct
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def _worker(context: Context, command: list[str], options: dict[str, Any]) -> It
 def _connection(context: Context, command: list[str], options: dict[str, Any]) -> Any:
     if (state := context.state.config_records.get(_STATE)) is not None:
         try:
-            return connection.Client(("127.0.0.1", state["port"]), authkey=state["key"])
+            return _connected(state["port"], state["key"])
         except (OSError, EOFError, AuthenticationError):
             pass  # it has ended, or another process has its port now
     key = secrets.token_bytes(32)
@@ -164,7 +165,15 @@ def _connection(context: Context, command: list[str], options: dict[str, Any]) -
             "of the SuperNode"
         )
     context.state[_STATE] = ConfigRecord({"port": int(port), "key": key, "pid": process.pid})
-    return connection.Client(("127.0.0.1", int(port)), authkey=key)
+    return _connected(int(port), key)
+
+
+def _connected(port: int, key: bytes) -> Any:
+    link = connection.Client(("127.0.0.1", port), authkey=key)
+    # The end of a message is not to wait until the beginning is confirmed.
+    with socket.socket(fileno=os.dup(link.fileno())) as own:
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return link
 
 
 def _send_json(link: Any, value: Any) -> None:

@@ -75,6 +75,7 @@ def accepted(listener: connection.Listener, key: bytes) -> Any:
     """
     link = listener.accept()
     try:
+        runtime.without_delay(link)
         runtime.limit(link, 5.0)
         connection.deliver_challenge(link, key)
         connection.answer_challenge(link, key)

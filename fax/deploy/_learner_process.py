@@ -96,6 +96,7 @@ def main() -> None:
     key = sys.stdin.readline().strip().encode()
     learner = make(args.make, args.number)
     with connection.Client((host, int(port)), authkey=key) as link:
+        runtime.without_delay(link)
         link.send_bytes(runtime.encode({"pid": os.getpid()}))
         serve(_Connection(link), learner)
 

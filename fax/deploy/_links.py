@@ -263,6 +263,7 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
                 process.stdin.close()
             for _ in started:
                 line = _accept(listener, list(started.values()), timeout)
+                runtime.without_delay(line)
                 # In case the process stops within its first message.
                 runtime.limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
