@@ -6,7 +6,7 @@ answers more often. The three are measured in turn, in random order and after ra
 a node looks for messages only every three seconds. Processor time is that of all processes of the
 federation, most of which Flower starts for each message. Needs the extra `flower`.
 
-    python benchmarks/flower.py --rounds 30
+    python benchmarks/flower.py --rounds 20
 """
 
 import argparse
@@ -130,7 +130,7 @@ def main(grid, context):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         app = shutil.copytree(EXAMPLES / "flower_digits", Path(folder) / "flower_digits")
