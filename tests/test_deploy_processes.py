@@ -23,7 +23,7 @@ from scripts import EXAMPLES
 import fax
 from fax import deploy
 from fax.deploy import _client as runtime
-from fax.deploy import _hosts, _links
+from fax.deploy import _hosts, _learner_process, _links
 
 CLIENTS = ["ann", "bob", "cleo"]
 # What each process does: it holds rows that would be recognized anywhere.
@@ -307,21 +307,32 @@ def test_others_that_connect():
     assert _links._accept(listener, [], 10.0) == "line"
 
 
-def test_neither_side_delays_messages(monkeypatch):
+@pytest.mark.parametrize("module", [runtime, _learner_process], ids=["client", "learner"])
+def test_processes_do_not_delay_messages(module, monkeypatch):
     """The end of a message would wait for 40 ms until its beginning is confirmed."""
-    with deploy.Processes(1) as backend:
-        assert sends_at_once(backend._links[0])
     found = []
-    monkeypatch.setattr(runtime, "serve", lambda link, _: found.append(sends_at_once(link)))
+
+    def serve(link, _):
+        found.append(sends_at_once(getattr(link, "_link", link)))
+
+    monkeypatch.setattr(module, "serve", serve)
+    monkeypatch.setattr(_learner_process, "make", lambda *_: None)
     monkeypatch.setattr("sys.stdin", io.StringIO("key\n"))
     with multiprocessing.connection.Listener(("127.0.0.1", 0), authkey=b"key") as listener:
-        arguments = ["{}:{}".format(*listener.address)]
-        thread = threading.Thread(target=runtime.main, kwargs={"arguments": arguments})
+        arguments = ["main", "{}:{}".format(*listener.address), "--number", "0"]
+        more = ["--make", "module:function"] if module is _learner_process else []
+        monkeypatch.setattr("sys.argv", arguments + more)
+        thread = threading.Thread(target=module.main)
         thread.start()
         with listener.accept() as link:
             link.recv_bytes()
             thread.join()
     assert found == [True]
+
+
+def test_the_server_does_not_delay_messages():
+    with deploy.Processes(1) as backend:
+        assert sends_at_once(backend._links[0])
 
 
 def test_a_client_that_does_not_read():

@@ -12,6 +12,7 @@ from multiprocessing import connection
 import numpy as np
 import optax
 import pytest
+from processes import sends_at_once
 
 from fax import deploy
 
@@ -86,6 +87,8 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
             if merge.number == 9:
                 break
         np.testing.assert_allclose(server.params["w"], theta, rtol=1e-12)
+
+        assert [sends_at_once(own._line) for own in learners._outboxes.values()] == [True, True]
 
         # The same processes train with another server. One is killed: nobody misses it.
         server = deploy.Elastic(start, optax.sgd(1.0), steps=STEPS)

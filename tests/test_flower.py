@@ -6,6 +6,8 @@ import random
 import re
 import struct
 import sys
+import threading
+from multiprocessing import connection
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ import test_deploy_algorithms as plans
 import tpus
 from flwr.app import RecordDict
 from local_grids import LocalGrid, ending
+from processes import sends_at_once
 
 import fax
 from fax import deploy
@@ -91,6 +94,17 @@ def grid(app):
             return made[-1]
 
         yield make
+
+
+def test_messages_to_workers_are_not_delayed(app):
+    from app import fax_client
+
+    with connection.Listener(("127.0.0.1", 0), authkey=b"key") as listener:
+        thread = threading.Thread(target=lambda: listener.accept().close())
+        thread.start()
+        with fax_client._link_to(listener.address[1], b"key") as link:
+            assert sends_at_once(link)
+        thread.join()
 
 
 VALUES = {

@@ -311,7 +311,7 @@ def limit(link: Any, seconds: float) -> None:
 
 
 def without_delay(link: Any) -> None:
-    """Sends the end of a message at once, and not when the beginning is confirmed, 40 ms later."""
+    """Lets the end of a message be sent before its beginning is confirmed, which takes 40 ms."""
     with socket.socket(fileno=os.dup(link.fileno())) as own:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -135,7 +135,7 @@ def _worker(context: Context, command: list[str], options: dict[str, Any]) -> It
 def _connection(context: Context, command: list[str], options: dict[str, Any]) -> Any:
     if (state := context.state.config_records.get(_STATE)) is not None:
         try:
-            return _connected(state["port"], state["key"])
+            return _link_to(state["port"], state["key"])
         except (OSError, EOFError, AuthenticationError):
             pass  # it has ended, or another process has its port now
     key = secrets.token_bytes(32)
@@ -165,12 +165,12 @@ def _connection(context: Context, command: list[str], options: dict[str, Any]) -
             "of the SuperNode"
         )
     context.state[_STATE] = ConfigRecord({"port": int(port), "key": key, "pid": process.pid})
-    return _connected(int(port), key)
+    return _link_to(int(port), key)
 
 
-def _connected(port: int, key: bytes) -> Any:
+def _link_to(port: int, key: bytes) -> Any:
     link = connection.Client(("127.0.0.1", port), authkey=key)
-    # The end of a message is not to wait until the beginning is confirmed.
+    # The end of a message need not wait until the beginning is confirmed, which takes 40 ms.
     with socket.socket(fileno=os.dup(link.fileno())) as own:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return link
