@@ -2,9 +2,9 @@
 
 The clients are those of `examples/flower_digits.py`. An echo sends the model's parameters to every
 node and back, by Flower's `send_and_receive`, and as `fax.deploy.Flower` does, which looks for
-answers more often. The three are measured in turn, in random order and after random waits, because
-a node looks for messages only every three seconds. Processor time is that of all processes of the
-federation, most of which Flower starts for each message. Needs the extra `flower`.
+answers more often. Each round measures all three in random order, and waits at random before each,
+because a node looks for messages only every three seconds. Processor time is that of all processes
+of the federation, most of which Flower starts for each message. Needs the extra `flower`.
 
     python benchmarks/flower.py --rounds 20
 """
