@@ -203,6 +203,14 @@ def rows_where(x: PyTree, where: jax.Array) -> PyTree:
     return tree_unflatten(treedef, rows)
 
 
+def wrapping_sum(x: jax.Array) -> jax.Array:
+    """Sums the rows of placed integers in their own dtype: mod 2^32 for 32 bits.
+
+    With ``jax_enable_x64``, `sum` would add in 64 bits, so participants would send twice as much.
+    """
+    return _bind(sum_p, [x], resolve(None, "fax.sum"))[0]
+
+
 def _extremum(
     mode: str,
     primitive: Primitive,

@@ -254,10 +254,11 @@ def test_no_client_twice():
 # Averages of updates
 
 
-def test_an_algorithm():
+@pytest.mark.always("True")
+@pytest.mark.parametrize("x64", [False, True])
+def test_an_algorithm(x64):
     """FedAvg's round, whose aggregator makes the integers. Without a client, it has weight zero."""
-    # With 64 bits, the keys of all clients are a sum of unsigned integers, which a quorum refuses.
-    with jax.enable_x64(False):
+    with jax.enable_x64(x64):
         make = functools.partial(aggregators.secure_sum, 1.0, 64.0)
         algorithms = [
             fax.algorithms.fedavg(deploys.loss, optax.sgd(0.1), aggregator=make(masked=masked))
@@ -269,6 +270,8 @@ def test_an_algorithm():
             return algorithm.round(state, cohort)[0]
 
         plan, jitted = deploy.cut(step, state, cohort), jax.jit(step)
+        (stage,) = plan.audit().exchanges  # keys are not sent, and sums have 32 bits
+        assert [x.type for x in stage.messages if x.mode == "sum"] == ["int32[17]"]
         whole = jitted(state, cohort)
         left = cohort.num_examples * (np.arange(4) != 2)
         without = jitted(state, dataclasses.replace(cohort, num_examples=left))

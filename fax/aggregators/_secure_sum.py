@@ -148,9 +148,9 @@ def secure_sum(
         # Half of the residues stand for negative numbers.
         if masked:
             sent = with_masks(words, mask_key, neighbors)
-            total = reductions.sum(sent).astype(jnp.uint32).astype(jnp.int32)
+            total = reductions.wrapping_sum(sent).astype(jnp.int32)
         else:
-            total = reductions.sum(words.astype(jnp.int32)).astype(jnp.int32)
+            total = reductions.wrapping_sum(words.astype(jnp.int32))
         leaves, treedef = jax.tree.flatten(updates)
         sizes = [math.prod(x.shape[1:]) for x in leaves]
         *sums, weight, has_nan = parts_of(total, [*sizes, 1, 1])

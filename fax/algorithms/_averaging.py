@@ -10,6 +10,7 @@ from jax import lax
 
 import fax
 from fax import _keys
+from fax._reductions import wrapping_sum
 from fax.aggregators import Aggregator
 from fax.data import Cohort
 
@@ -44,8 +45,7 @@ def server_key(cohort: Cohort) -> jax.Array:
     It is derived from the sum of all clients' keys, which with one client is that client's key.
     """
     bits = jax.random.key_data(cohort.keys)
-    total = fax.sum(bits).astype(bits.dtype)  # with x64, sums of integers are wider
-    total = jax.random.wrap_key_data(total, impl=jax.random.key_impl(cohort.keys))
+    total = jax.random.wrap_key_data(wrapping_sum(bits), impl=jax.random.key_impl(cohort.keys))
     return _keys.derive(total, _keys.Use.SERVER)
 
 

@@ -96,8 +96,7 @@ class _Checker:
             raise CutError(
                 f"Stage {step.stage.name!r} sends unsigned integers to be summed, as a masked sum "
                 "does. Their masks cancel only if all clients take part. Sum signed integers, as "
-                "secure_sum(..., masked=False) does. With jax_enable_x64, an algorithm with an "
-                "aggregator sums random keys in this way; run it without jax_enable_x64."
+                "secure_sum(..., masked=False) does."
             )
         over = own.over if own.over == step.size else None
         clients = None if own.of else step.size
