@@ -35,6 +35,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 BIN := $(VENV)/bin
+# Python compiles modules when they are first imported. Most of what is installed never is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 WITH := $(subst =,-,$(JAX))
 # The newest JAX's tests also compile for TPUs.
 TPU := $(if $(filter jax,$(JAX)),$(VENV)/tpu.$(WITH))
@@ -155,18 +157,18 @@ bench-gpu: $(VENV)/bench.$(WITH)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(INSTALL) --upgrade pip
 
 # A stamp for each extra and version of JAX, made anew when the requirements change. Several extras
 # are separated by commas.
 comma := ,
 $(VENV)/%.$(WITH): pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$*]" "$(JAX)"
+	$(INSTALL) --editable ".[$*]" "$(JAX)"
 	@touch $@ $(patsubst %,$(VENV)/%.$(WITH),$(subst $(comma), ,$*))
 
 # Where the TPU compiler cannot be installed, its tests are skipped, and the next run tries again.
 $(VENV)/tpu.$(WITH): pyproject.toml | $(VENV)/test.$(WITH)
-	@if $(BIN)/python -m pip install --quiet --editable ".[tpu]" "$(JAX)"; then touch $@; \
+	@if $(INSTALL) --editable ".[tpu]" "$(JAX)"; then touch $@; \
 	else echo "libtpu cannot be installed, so tests/test_tpu.py is skipped."; fi
 
 clean:
