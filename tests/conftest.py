@@ -63,24 +63,25 @@ def whole(tmp_path_factory):
 # For --core: what is written with operators and exported names of JAX alone. What differs between
 # versions of JAX is in the core, whose tests notice it in more detail.
 ABOVE_THE_CORE = (
-    *("absent_clients", "algorithms_personal", "clipping", "client_store", "cohorts"),
-    *("command_settings", "command_shows", "compression", "control_variates", "data_libraries"),
-    *("data_messages", "data_names", "data_sources", "deploy_algorithms", "deploy_failures"),
-    *("diloco", "downloads", "elastic", "elastic_processes", "error_feedback", "experiment"),
+    *("absent_clients", "algorithms_personal", "client_store", "clipping", "cohorts"),
+    *("command_shows", "compression", "control_variates", "data_libraries", "data_messages"),
+    *("data_names", "data_sources", "deploy_algorithms", "deploy_failures", "deploy_processes"),
+    *("diloco", "downloads", "drjax", "elastic", "error_feedback", "experiment"),
     *("experiment_callbacks", "experiment_failures", "experiment_figures", "experiment_output"),
     *("experiment_refused", "fedavg", "federated", "fedopt", "fedper", "heterogeneous"),
-    *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "metrics"),
+    *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "meeting", "metrics"),
     *("metrics_by_name", "metrics_exact", "models", "packed", "padding", "papa", "partition"),
     *("personal_parts", "privacy", "privacy_attacks", "recipes", "robust", "row_file"),
-    *("secure_attacks", "secure_crypto", "secure_processes", "secure_sum", "secure_sums"),
-    *("sharded_transformer", "streaming_diloco", "tasks"),
+    *("secure_attacks", "secure_crypto", "secure_sum", "secure_sums", "sharded_transformer"),
+    *("streaming_diloco", "tasks"),
 )
 # For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs
-# of an experiment in processes of their own, whose programs are those of other tests.
+# in processes of their own, whose programs are those of other tests.
 NOT_OF_THE_CORE = (
     *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
     *("benchmarks", "benchmarks_data_center", "house", "mutants", "project", "site", "subsets"),
-    *("command", "command_processes", "experiment_kills"),
+    *("cohorts_processes", "command", "command_processes", "command_settings"),
+    *("elastic_processes", "experiment_kills", "meeting_processes", "secure_processes"),
 )
 # With --core, one in so many of a file's tests above the core runs, and of a test's cases below.
 ABOVE_ONE_IN, BELOW_ONE_IN = 30, 8
