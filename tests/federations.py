@@ -1,6 +1,7 @@
 """Federations of Flower on this machine: a SuperLink, SuperNodes, and what they send."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -75,7 +76,7 @@ class Federation:
 
     def run(self, app, timeout, **config):
         """Runs an app until it ends, and returns what it printed."""
-        settings = " ".join(f"{name}={value!r}" for name, value in config.items())
+        settings = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
         command = [BIN / "flwr", "run", app, "--stream", "--run-config", settings]
         with (self.folder / "run.log").open("w") as log:
             try:

@@ -77,6 +77,29 @@ def test_a_federation(app, tmp_path):
     federations.check_ended(tmp_path)
 
 
+@pytest.mark.long  # `test_secure_sums` does this without Flower's servers
+def test_a_federation_with_secure_sums(app, tmp_path, monkeypatch):
+    """Rounds of FedAvg as secure sums, of all nodes and without one that is killed in the sum."""
+    monkeypatch.setitem(federations.ENV, "FAX_TESTS_SECURE", "1")
+    configs = [f"partition-id={client}" for client in range(3)]
+    with federations.federation(tmp_path, configs) as here:
+        here.run(app, timeout=600, folder=str(tmp_path), victim=here.nodes[1].pid, secure=True)
+        assert (tmp_path / "done").exists(), here.logs
+
+    from app import data, programs
+
+    rows = [data.rows(client) for client in range(3)]
+    stacked = {name: np.stack([own[name] for own in rows]) for name in rows[0]}
+    state, step = programs.secure_fedavg()
+    for name, kept in (("all", [1, 1, 1]), ("without", [1, 0, 1])):
+        left = stacked | {"num_examples": stacked["num_examples"] * np.int32(kept)}
+        expected = jax.jit(step)(state, programs.cohort(left, 0))
+        found = np.load(tmp_path / f"{name}.npz").values()
+        for own, other in zip(found, jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(own, programs.plain(other), rtol=1e-6, atol=1e-6)
+    federations.check_ended(tmp_path)
+
+
 # Without Flower's servers
 
 CONFIGS = [{"partition-id": i} for i in range(3)]

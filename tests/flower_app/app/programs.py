@@ -21,6 +21,13 @@ def fedavg():
     return fax.algorithms.fedavg(loss, optax.sgd(0.1), optax.adam(0.1))
 
 
+def secure_fedavg():
+    """Without metrics, so that clients send nothing but integers."""
+    integers = fax.aggregators.secure_sum(1.0, 16, rounding="nearest", masked=False)
+    algorithm = fax.algorithms.fedavg(loss, optax.sgd(0.1), aggregator=integers)
+    return algorithm.init(PARAMS), lambda state, cohort: algorithm.round(state, cohort)[0]
+
+
 def scaffold():
     return fax.algorithms.scaffold(loss, 0.1, num_clients=CLIENTS)
 
