@@ -540,8 +540,8 @@ def test_clients_that_answer_anything(step):
 
 @pytest.mark.parametrize("step", ["keys", "shares", "run", "unmask"])
 def test_servers_that_ask_anything(step):
-    """A client refuses, or sends what is masked, and shares of one kind."""
-    rng = random.Random(0)
+    """A client refuses, or sends what is masked, and one share for each of the clients."""
+    rng, unmasked = random.Random(0), 0
 
     def changing(at, host, message):
         if at == step and host == 1:
@@ -559,6 +559,14 @@ def test_servers_that_ask_anything(step):
         for at, answer in answers:
             if at == "run" and answer and X[1].shape == answer[0][0].shape:
                 assert np.abs(answer[0][0].astype(np.int64)).max() > 1000
+        for at, _, _, answer in backend.traffic:
+            if at == "unmask" and answer:  # one share for each client, of its seed or its key
+                (revealed,) = answer
+                numbers, shares = zip(*revealed, strict=True)
+                assert len(set(numbers)) == len(numbers) <= 4
+                assert {len(share) for share in shares} == {shamir.SHARE}
+                unmasked += 1
+    assert unmasked > 5
 
 
 @pytest.mark.parametrize("fails", [False, True])
