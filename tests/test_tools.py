@@ -89,6 +89,7 @@ def test_debug_nans_says_who():
     assert "mapped over regions, for row 0" in notes
 
 
+@pytest.mark.always("explicit")
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_debug_nans_says_who_of_an_array_that_is_not_on_the_mesh(kind):
     x, found = jnp.asarray(X), pytest.raises(FloatingPointError, match="in log")
