@@ -101,6 +101,7 @@ def test_uneven_rows_cost_no_more(kind):
     assert sum(c.total_bytes for c in sent) <= MODEL_BYTES + 16
 
 
+@pytest.mark.always("explicit")
 @UNIFORM_KINDS
 def test_a_layout_over_two_axes_reduces_over_both_at_once(kind):
     with (
