@@ -11,7 +11,7 @@ import meshes
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +30,7 @@ AGGREGATORS = {
 }
 BITS = {"e3m0": 4, "int8": 8, "e4m3": 8, "error_feedback": 2, "16 levels": 4, "256 levels": 8}
 SCALES = dict.fromkeys(("error_feedback", "16 levels", "256 levels"), 2)  # of a leaf
-SHAPES = {"b": (3,), "s": (), "w": (5, 8), "x": (2, 3)}
+SHAPES = {"s": (), "w": (5, 7)}
 
 
 def mean_of(aggregator, updates, here, n, specs=None, by_leaf=False):
@@ -87,8 +87,8 @@ def test_means_are_those_of_float32_to_the_bit(devices, names, monkeypatch):
 
     # One collective for each: the bytes, a scale for each leaf, and a weight.
     gathers = [c for c in report.collectives if "uint8" in c.dtype]
-    size = {2: 10 + 1 + 1 + 2, 4: 20 + 2 + 1 + 3, 8: 40 + 3 + 1 + 6}
-    sizes = [size[BITS[name]] + 4 * (4 * SCALES.get(name, 1) + 1) for name in names]
+    size = {2: 9 + 1, 4: 18 + 1, 8: 35 + 1}
+    sizes = [size[BITS[name]] + 4 * (2 * SCALES.get(name, 1) + 1) for name in names]
     assert {c.operation for c in gathers} == {"all-gather"}
     assert sorted(c.bytes for c in gathers) == sorted(N // devices * x for x in sizes)
     assert all(c.bytes <= 8 * 4 for c in report.collectives if "uint8" not in c.dtype)
@@ -237,14 +237,19 @@ def rounded(name):
 
     @jax.jit
     @fax.program(clients=1)
-    def both(x, key):
-        sent = part.update(x[None], jnp.ones(1), (), key)[0][0]
+    def both(x, seed):
+        sent = part.update(x[None], jnp.ones(1), (), jax.random.key(seed))[0][0]
         return sent, part.format.decode(*part.format.encode(sent))
 
     return both
 
 
-VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6, max_size=6)
+SIZE = 24
+VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=SIZE, max_size=SIZE)
+
+
+def padded(*values):
+    return np.pad(np.array(values), (0, SIZE - len(values)))
 
 
 @pytest.mark.always(
@@ -255,30 +260,30 @@ VALUES = st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=6,
     ("name", "dtype"), list(itertools.product(FORMATS, ["float32", "float64"]))
 )
 def test_formats_lose_nothing(name, dtype):
-    @settings(max_examples=40)
     @given(VALUES, st.integers(-90, 90), st.integers(0, 99))
     def check(values, exponent, seed):
         x = np.asarray(values) * 2.0**exponent
         x = np.where(np.abs(x) < 1e-30, 0, x).astype(dtype)
-        sent, again = rounded(name)(x, jax.random.key(seed))
+        sent, again = jax.device_get(rounded(name)(x, seed))
         assert sent.dtype == again.dtype == dtype
         np.testing.assert_array_equal(sent, again)
 
     check()
     for bad in (np.nan, np.inf):
-        sent, again = rounded(name)(np.array([1, bad, 0, 0, 0, 0], dtype), jax.random.key(0))
+        sent, again = rounded(name)(padded(1, bad).astype(dtype), 0)
         assert np.isnan(sent).all()
         assert np.isnan(again).all()
     for size in (3e38, 2e-38, 0.999 * np.finfo(dtype).max):
-        x = (size * np.array([1, -0.7, 0.1, 0, 0, 0])).astype(dtype)
-        sent, again = rounded(name)(x, jax.random.key(0))
+        x = (size * padded(1, -0.7, 0.1)).astype(dtype)
+        sent, again = jax.device_get(rounded(name)(x, 0))
         np.testing.assert_array_equal(sent, again)
         np.testing.assert_allclose(sent[0], x[0], rtol=0.07)
 
 
 def test_e4m3_is_the_nearest_8_bit_float():
-    x = np.random.default_rng(0).normal(size=6).astype(np.float32) * 4.0 ** -np.arange(6)
-    sent, _ = rounded("e4m3")(x, jax.random.key(0))
+    x = np.random.default_rng(0).normal(size=SIZE).astype(np.float32)
+    x *= np.float32(4) ** -(np.arange(SIZE) % 6)
+    sent, _ = rounded("e4m3")(x, 0)
     scale = 2 ** np.floor(np.log2(np.abs(x).max())) / 128
     expected = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
     np.testing.assert_array_equal(sent, expected)
@@ -286,8 +291,8 @@ def test_e4m3_is_the_nearest_8_bit_float():
 
 def test_int8_is_unbiased_and_between_neighbors():
     x = np.array([1.0, -0.3, 0.011, 0.002, -0.7, 0], np.float32)
-    keys = jax.random.split(jax.random.key(0), 4000)
-    draws = np.asarray(jax.vmap(rounded("int8"), (None, 0))(x, keys)[0], np.float64)
+    draws = jax.vmap(rounded("int8"), (None, 0))(x, np.arange(4000))[0]
+    draws = np.asarray(draws, np.float64)
     step = np.abs(draws[0, 0]) / 127
     assert 0 <= 1 / 127 - step <= 2.0**-15 / 127
     below = np.floor(x / step)

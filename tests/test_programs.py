@@ -94,7 +94,7 @@ def test_a_program_called_inside_a_map_has_its_own_placements():
     def outer(x):
         return fax.sum(fax.map(inner, x))
 
-    assert outer(jnp.arange(3.0)) == 6.0
+    assert outer(np.arange(3.0)) == 6.0
 
 
 def test_a_program_that_raises_leaves_nothing_behind():
@@ -106,9 +106,9 @@ def test_a_program_that_raises_leaves_nothing_behind():
         return fax.map(client, x)
 
     with pytest.raises(RuntimeError, match="midway"):
-        fails(jnp.ones(3))
+        fails(np.ones(3))
     assert fax.placements() == {}
-    assert total(jnp.ones(3)) == 3.0
+    assert total(np.ones(3)) == 3.0
 
     @fax.program(clients=3)
     def catches(x):
@@ -116,7 +116,7 @@ def test_a_program_that_raises_leaves_nothing_behind():
             fails(x)
         return fax.sum(x)
 
-    assert catches(jnp.ones(3)) == 3.0
+    assert catches(np.ones(3)) == 3.0
 
 
 def test_a_map_takes_its_own_placement_out_of_scope():
@@ -135,7 +135,7 @@ def test_a_map_takes_its_own_placement_out_of_scope():
 
         return fax.sum(fax.map(region, x, placement="regions"), placement="regions")
 
-    assert program(jnp.ones((2, 3))) == 6.0
+    assert program(np.ones((2, 3))) == 6.0
     assert seen == [{"clients": 3}, {}]
 
 
@@ -147,7 +147,7 @@ def test_a_jitted_helper_is_traced_anew_for_other_sizes():
     sums = [fax.program(clients=n)(helper)(1.0) for n in (3, 5, 3)]
     assert sums == [3.0, 5.0, 3.0]
     regions = fax.program(regions=4)(lambda x: fax.map(fax.program(clients=2)(helper), x))
-    np.testing.assert_array_equal(regions(jnp.ones(4)), 2 * np.ones(4))
+    np.testing.assert_array_equal(regions(np.ones(4)), 2 * np.ones(4))
 
 
 # Arguments and results
@@ -163,7 +163,7 @@ def test_leaves_that_are_not_arrays_reach_the_body_as_they_are():
             x = activation(x)
         return {"y": fax.sum(x), "steps": steps, "name": name, "activation": activation}
 
-    out = program(jnp.ones(3), 2, jnp.sin, "run", options={"lr": 0.5, "flag": True, "z": None})
+    out = program(np.ones(3), 2, jnp.sin, "run", options={"lr": 0.5, "flag": True, "z": None})
     assert seen == [(2, jnp.sin, "run", {"lr": 0.5, "flag": True, "z": None})]
     assert (out["steps"], out["name"], out["activation"]) == (2, "run", jnp.sin)
     np.testing.assert_allclose(out["y"], 3 * np.sin(np.sin(1.0)), rtol=1e-6)
@@ -236,7 +236,7 @@ def test_closed_over_values_are_server_values_whatever_their_shape():
     def program(x):
         return fax.map(lambda row: row + table.sum(), x)
 
-    np.testing.assert_array_equal(program(jnp.zeros(3)), [3.0, 3.0, 3.0])
+    np.testing.assert_array_equal(program(np.zeros(3)), [3.0, 3.0, 3.0])
 
 
 def test_a_program_reads_what_it_closes_over_at_every_call():
@@ -246,10 +246,10 @@ def test_a_program_reads_what_it_closes_over_at_every_call():
     def program(x):
         return fax.sum(fax.map(lambda row: row * scale[0], x))
 
-    assert program(jnp.ones(3)) == 6.0
+    assert program(np.ones(3)) == 6.0
     scale[0] = 3.0
-    assert program(jnp.ones(3)) == 9.0
-    gradient = jax.grad(lambda s: scale.__setitem__(0, s) or program(jnp.ones(3)))(5.0)
+    assert program(np.ones(3)) == 9.0
+    gradient = jax.grad(lambda s: scale.__setitem__(0, s) or program(np.ones(3)))(5.0)
     assert gradient == 3.0
 
 
@@ -259,7 +259,7 @@ def test_one_participant():
         y = fax.map(jnp.square, x)
         return fax.sum(y), fax.mean(y, weights=w), fax.max(y), fax.index(), fax.collect(y)
 
-    out = program(jnp.array([3.0]), jnp.array([2.0]))
+    out = program(np.array([3.0]), np.array([2.0]))
     assert [np.asarray(x).tolist() for x in out] == [9.0, 9.0, 9.0, [0], [9.0]]
 
 
@@ -303,7 +303,7 @@ def test_keys_are_folded_with_the_index(make):
         return keys, fax.map(jax.random.normal, keys), fax.collect(fax.map(lambda k: k, keys))
 
     keys, draws, again = program(make(7))
-    wanted = jax.vmap(jax.random.fold_in, (None, 0))(make(7), jnp.arange(3))
+    wanted = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))(make(7), np.arange(3))
     for found in (keys, again):
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(_bits(found), _bits(wanted))
@@ -345,10 +345,10 @@ def test_constants_that_clients_return():
         return fax.sum(ones), fax.mean(twos), fax.max(yes), ones
 
     for call in (program, jax.jit(program)):
-        total, mean, most, ones = call(jnp.arange(5.0))
+        total, mean, most, ones = jax.device_get(call(np.arange(5.0)))
         assert (total, mean, most) == (5, 2, True)
         assert ones.tolist() == [1] * 5
-    swept = jax.vmap(program)(jnp.ones((2, 5)))
+    swept = jax.vmap(program)(np.ones((2, 5)))
     assert swept[0].tolist() == [5, 5]
 
 
@@ -358,11 +358,11 @@ def test_large_python_ints_reach_the_body_as_they_came(number):
     def program(x, number):
         return fax.sum(fax.map(lambda row: row + float(number % 7), x))
 
-    assert program(jnp.zeros(3), number) == 3 * (number % 7)
+    assert program(np.zeros(3), number) == 3 * (number % 7)
 
 
 def test_a_short_float_without_infinities():
-    x = jnp.array([-1, -2, -3, -4, -5]).astype(jnp.float8_e4m3fn)
+    x = np.array([-1, -2, -3, -4, -5]).astype(jnp.float8_e4m3fn)
 
     @fax.program(clients=5)
     def program(x):
@@ -387,7 +387,7 @@ def test_a_client_that_finds_a_root():
     def program(x):
         return fax.sum(fax.map(root, x))
 
-    x = jnp.array([1.0, 8.0, 27.0])
+    x = np.array([1.0, 8.0, 27.0])
     np.testing.assert_allclose(program(x), 6.0, rtol=1e-12)
     np.testing.assert_allclose(jax.grad(program)(x), [1 / 3, 1 / 12, 1 / 27], rtol=1e-12)
     np.testing.assert_allclose(jax.jit(jax.vmap(program))(x[None]), [6.0], rtol=1e-12)
@@ -414,7 +414,7 @@ def test_calling_twice_compiles_once(compilations):
 
         return jax.lax.scan(step, params, None, length=4)[0]
 
-    params, data = jnp.ones(2), jnp.arange(6.0).reshape(3, 2)
+    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
     first = train(params, data)
     before = len(compilations())
     assert before > 0
@@ -429,7 +429,7 @@ def test_the_rounds_of_a_gradient_compile_once_outside_of_jit(compilations):
         losses = fax.map(lambda p, row: jnp.sum((p - row) ** 2), fax.broadcast(params), data)
         return fax.mean(losses)
 
-    params, data = jnp.ones(2), jnp.arange(6.0).reshape(3, 2)
+    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
     gradient = jax.grad(mean_loss)(params, data)
     before = len(compilations())
     np.testing.assert_array_equal(jax.grad(mean_loss)(params, data), gradient)
@@ -445,7 +445,7 @@ def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
         jax.debug.callback(look, x)
         return rate * fax.sum(x)
 
-    x = jnp.arange(3.0)
+    x = np.arange(3.0)
     assert program(np.float64(0.5), x) == 1.5
     before = len(compilations())
     assert program(np.float64(2.0), x) == 6.0
@@ -463,11 +463,11 @@ def test_without_jit_client_functions_see_concrete_values():
         return fax.sum(fax.map(client, x))
 
     with jax.disable_jit():
-        assert program(jnp.ones(3)) == 6.0
+        assert program(np.ones(3)) == 6.0
 
 
 def test_the_batch_size_does_not_change_the_result():
-    x = jnp.arange(7.0)
+    x = np.arange(7.0)
     sums = [
         fax.program(clients=7)(lambda x, b=b: fax.sum(fax.map(jnp.sin, x, vectorize=b)))(x)
         for b in (None, 1, 2, 3, 4, 6, 7, 100)

@@ -249,14 +249,17 @@ def loss_of(function: Callable, plan: Plan) -> Callable:
     return loss
 
 
-def assert_gradients_close(program: Callable, plain: Callable, plan: Plan) -> None:
+def gradients(functions: Sequence[Callable], plan: Plan, *args: Any) -> list:
     """With respect to server values, placed values, and weights."""
-    weights = np.ones(plan.n) if plan.weights is None else plan.weights
-    args = (*plan.data(), weights)
-    got, expected = (
-        jax.jit(jax.grad(loss_of(function, plan), (0, 1, 2), allow_int=True))(*args)
-        for function in (program, plain)
-    )
+    losses = [loss_of(function, plan) for function in functions]
+    return [jax.grad(loss, (0, 1, 2), allow_int=True)(*args) for loss in losses]
+
+
+def with_weights(plan: Plan) -> tuple:
+    return *plan.data(), np.ones(plan.n) if plan.weights is None else plan.weights
+
+
+def assert_gradients_close(got: Sequence[Tree], expected: Sequence[Tree], plan: Plan) -> None:
     shapes = jax.tree.leaves(plan.shapes)
     for tree, plain_tree in zip(got[:2], expected[:2], strict=True):
         assert jax.tree.structure(tree) == jax.tree.structure(plain_tree)
@@ -283,7 +286,9 @@ def test_values_are_those_of_plain_code(plan):
 @given(plans())
 def test_gradients_are_those_of_plain_code(plan):
     """A round's gradient, jitted; those masked hold NaN and have a gradient of zero."""
-    assert_gradients_close(fax.program(clients=plan.n)(plan.round), plan.plain_round, plan)
+    both = fax.program(clients=plan.n)(plan.round), plan.plain_round
+    found = jax.jit(lambda *args: gradients(both, plan, *args))(*with_weights(plan))
+    assert_gradients_close(*found, plan)
 
 
 def mix(result: Tree, row: Tree) -> Tree:
@@ -313,6 +318,10 @@ def test_two_rounds_are_those_of_plain_code(plan):
         rows, weights = plan.chosen(rows, weights)
         return plan.plain_reduced(plan.plain_map(mix, first, rows), weights)
 
-    args = (*plan.data(), plan.weights)
-    assert_trees_close(program(*args), jax.jit(plain)(*args), plan)
-    assert_gradients_close(program, plain, plan)
+    @jax.jit
+    def everything(*args):
+        return (program(*args), plain(*args)), gradients((program, plain), plan, *args)
+
+    values, derivatives = everything(*with_weights(plan))
+    assert_trees_close(*values, plan)
+    assert_gradients_close(*derivatives, plan)

@@ -29,26 +29,36 @@ NUMBERS = range(len(CASES))
 # Values and gradients
 
 
-def both(fn, case):
-    """The outputs of a function like the case's program, and the derivatives of a loss."""
+def both(fn, case, at_once=False):
+    """The outputs of a function like the case's program, and the derivatives of a loss.
+
+    The outputs are those of a call of their own, or else what a derivative computes `at_once`.
+    """
 
     def loss(*differentiable):
-        outputs = jax.tree.leaves(fn(*case.merge(differentiable)))
-        return sum(
+        outputs = fn(*case.merge(differentiable))
+        total = sum(
             jnp.sum(x**2 + jnp.sin(k + x))
-            for k, x in enumerate(outputs)
+            for k, x in enumerate(jax.tree.leaves(outputs))
             if jnp.issubdtype(x.dtype, jnp.floating)
         )
+        return total, outputs
 
     derive = jax.jacfwd if "reverse" in case.refuses else jax.grad
-    gradient = derive(loss, tuple(range(len(case.argnums))))
-    return jax.jit(lambda *args: (fn(*args), gradient(*(args[i] for i in case.argnums))))
+    gradient = derive(loss, tuple(range(len(case.argnums))), has_aux=True)
+
+    @jax.jit
+    def values_and_slopes(*args):
+        slopes, outputs = gradient(*(args[i] for i in case.argnums))
+        return outputs if at_once else fn(*args), slopes
+
+    return values_and_slopes
 
 
 @functools.cache
 def expected(size, number):
     case = of_size(size)[number]
-    return jax.device_get(both(case.reference, case)(*case.args))
+    return jax.device_get(both(case.reference, case, at_once=True)(*case.args))
 
 
 def check(number, name, kind, size, vectorize=None):

@@ -3,6 +3,8 @@
 Equal rows are the hard case: all roundings of their running total may go in one direction.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,9 +50,8 @@ def test_sums_of_a_million_equal_rows(vectorize):
         cotangent = jax.tree.map(jnp.zeros_like, values) | {"sum": jnp.ones_like(p)}
         return values, pull(cotangent)[0], moved
 
-    p, third = jnp.asarray(ROW), np.float32(1 / 3)
-    where = jnp.arange(N) % 4 != 1
-    args = p, jnp.full(N, third), jnp.full(N, np.float32(0.3)), where
+    third = np.float32(1 / 3)
+    args = ROW, np.full(N, third), np.full(N, np.float32(0.3)), np.arange(N) % 4 != 1
     values, gradient, moved = everything(*args)
     exact = np.float64(ROW * third)
     expected = {
@@ -170,6 +171,16 @@ def test_a_sum_is_within_the_bound_of_its_terms():
         assert np.all(off <= LIMIT * np.abs(x).sum(0, dtype=np.float64))
 
 
+@functools.cache
+def sum_and_mean(vectorize):
+    @fax.program(clients=400)
+    def program(x):
+        y = fax.map(lambda x: x, x, vectorize=vectorize)
+        return fax.sum(y), fax.mean(-y)
+
+    return jax.jit(program)
+
+
 @pytest.mark.parametrize("vectorize", [1, 5, 16])
 @pytest.mark.parametrize("at", [0, 200, 399])
 def test_infinities_and_nan_stay_what_they_are(vectorize, at):
@@ -180,15 +191,9 @@ def test_infinities_and_nan_stay_what_they_are(vectorize, at):
     x[at, 2] = np.nan
     x[:, 3] = np.finfo(np.float32).max / 300
     x[:, 4] = np.finfo(np.float32).max / 401
-
-    @fax.program(clients=400)
-    def program(x):
-        y = fax.map(lambda x: x, x, vectorize=vectorize)
-        return fax.sum(y), fax.mean(-y)
-
-    for y, sign in zip(jax.jit(program)(x), (1, -1), strict=True):
+    for y, sign in zip(jax.device_get(sum_and_mean(vectorize)(x)), (1, -1), strict=True):
         np.testing.assert_array_equal(y[:4], sign * np.array([np.inf, np.nan, np.nan, np.inf]))
-        assert jnp.isfinite(y[4])
+        assert np.isfinite(y[4])
 
 
 def test_integers_are_exact():
@@ -209,9 +214,8 @@ def test_a_short_sum_has_one_accumulator():
             sent = fax.broadcast(p)
             return fax.sum(fax.map(lambda p, x: p * x, sent, x, vectorize=vectorize))
 
-        text = (
-            jax.jit(program).lower(jnp.ones(size, jnp.float32), jnp.ones(n, jnp.float32)).as_text()
-        )
+        arguments = np.ones(size, np.float32), np.ones(n, np.float32)
+        text = jax.jit(program).lower(*arguments).as_text()
         return text.count("is_finite")
 
     assert carried(16, 1, 3) == 0
@@ -226,37 +230,37 @@ def test_a_short_sum_has_one_accumulator():
 def test_gradients_of_short_floats_are_divided_in_float32():
     """257 is no bfloat16, and would be rounded to 256."""
     mean = fax.program(clients=257)(fax.mean)
-    found = jax.grad(lambda x: mean(x).astype(jnp.float32))(jnp.zeros(257, jnp.bfloat16))
+    gradient = jax.jit(jax.grad(lambda x: mean(x).astype(jnp.float32)))
+    found = np.asarray(gradient(np.zeros(257, jnp.bfloat16)))
     assert (found == jnp.bfloat16(1 / 257)).all()
 
 
 def test_results_have_the_dtypes_of_jnp():
     """Bools and short integers do not wrap around, and masks do not change that."""
     x = {
-        "bool": jnp.arange(300) % 2 > 0,
-        "int8": jnp.arange(300, dtype=jnp.int8),
-        "bfloat16": jnp.linspace(1, 2, 300, dtype=jnp.bfloat16),
+        "bool": np.arange(300) % 2 > 0,
+        "int8": np.arange(300).astype(np.int8),
+        "bfloat16": np.linspace(1, 2, 300).astype(jnp.bfloat16),
     }
-    where = jnp.arange(300) % 3 > 0
+    where = np.arange(300) % 3 > 0
 
-    @jax.jit
     @fax.program(clients=300)
     def program(x, where):
         return [f(x, where=own) for f in (fax.sum, fax.mean) for own in (None, where)]
 
-    for found, (f, own) in zip(
-        program(x, where), [(f, own) for f in (jnp.sum, jnp.mean) for own in (None, where)]
-    ):
-        for name, leaf in x.items():
-            expected = f(leaf, where=own)
-            assert found[name].dtype == expected.dtype
-            np.testing.assert_allclose(
-                *(np.asarray(v, float) for v in (found[name], expected)), rtol=2**-8
-            )
+    def plain(x, where):
+        ways = [(f, own) for f in (jnp.sum, jnp.mean) for own in (None, where)]
+        return [{name: f(leaf, where=own) for name, leaf in x.items()} for f, own in ways]
+
+    for found, expected in zip(*jax.jit(lambda *args: (program(*args), plain(*args)))(x, where)):
+        assert found.keys() == expected.keys()
+        for one, other in zip(found.values(), expected.values()):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float), rtol=2**-8)
 
 
 def test_a_mean_is_zero_if_weights_add_up_to_zero():
     mean = fax.program(clients=2)(lambda x, w: fax.mean(x, weights=w))
-    value, gradient = jax.value_and_grad(mean)(jnp.array([5.0, 3.0]), jnp.array([1.0, -1.0]))
+    value, gradient = jax.value_and_grad(mean)(np.array([5.0, 3.0]), np.array([1.0, -1.0]))
     assert value == 0
-    assert not gradient.any()
+    assert not np.asarray(gradient).any()

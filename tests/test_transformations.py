@@ -45,14 +45,17 @@ class Derivatives:
         def floats_at(theta):
             return flat_floats(case.reference(*case.merge(unravel(theta))))
 
+        def remembered(function):
+            """Of a point, in bytes."""
+            fast = jax.jit(function)
+            return functools.cache(
+                lambda key: jax.device_get(fast(np.frombuffer(key, self.theta.dtype)))
+            )
+
         first = jax.jacfwd(floats_at)
-        everything = jax.jit(
-            lambda theta: (floats_at(theta), first(theta), jax.jacfwd(first)(theta))
-        )
         self._outputs_at = jax.jit(lambda theta: case.reference(*case.merge(unravel(theta))))
-        self._at = functools.cache(
-            lambda key: jax.device_get(everything(np.frombuffer(key, self.theta.dtype)))
-        )
+        self._at = remembered(lambda theta: (floats_at(theta), first(theta)))
+        self._curvature_at = remembered(jax.jacfwd(first))  # which few transformations ask for
         self.shapes = jax.eval_shape(case.reference, *case.args)
 
     def outputs(self, theta: np.ndarray) -> Any:
@@ -69,11 +72,11 @@ class Derivatives:
         return np.sum(importance(len(y)) * y**2) / 2
 
     def gradient(self, theta: np.ndarray) -> np.ndarray:
-        y, jacobian, _ = self._at(theta.tobytes())
+        y, jacobian = self._at(theta.tobytes())
         return (importance(len(y)) * y) @ jacobian
 
     def hessian(self, theta: np.ndarray) -> np.ndarray:
-        y, jacobian, curvature = self._at(theta.tobytes())
+        (y, jacobian), curvature = self._at(theta.tobytes()), self._curvature_at(theta.tobytes())
         of = importance(len(y))
         return jacobian.T @ (of[:, None] * jacobian) + np.tensordot(of * y, curvature, 1)
 
@@ -96,9 +99,16 @@ def importance(count: int) -> np.ndarray:
     return 1 + np.cos(np.arange(count)) / 2
 
 
+@jax.jit  # what is not the program's is one operation, also where a program runs without jit
 def flat_floats(outputs: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+
+@jax.jit
+def loss_of(outputs: Any) -> jax.Array:
+    y = flat_floats(outputs)
+    return jnp.sum(importance(y.size) * y**2) / 2
 
 
 # What is transformed
@@ -143,8 +153,7 @@ class Subject:
         return flat_floats(self.outputs(*differentiable))
 
     def loss(self, *differentiable: Any) -> jax.Array:
-        y = self.floats(*differentiable)
-        return jnp.sum(importance(y.size) * y**2) / 2
+        return loss_of(self.outputs(*differentiable))
 
     def flat(self, function: Callable) -> Callable:
         """A function of the differentiable arguments, as a function of one vector."""
@@ -428,11 +437,15 @@ def export(s: Subject) -> None:
 
 KINDS = {
     "as it is": ("eager", "jit", "eval_shape", "donation", "export"),
-    "forward": ("jvp", "linearize", "jacfwd", "custom_jvp"),
-    "reverse": ("grad", "value_and_grad", "vjp", "jacrev", "custom_vjp"),
-    "again": ("hessian", "reverse_over_reverse", "checkpoint_outside", "checkpoint_inside"),
-    "vectorized": ("vmap", "vmap_of_vmap", "vmap_of_grad", "grad_of_vmap"),
-    "control flow": ("scan", "while_loop", "cond"),
+    "once": (
+        *("jvp", "linearize", "jacfwd", "custom_jvp"),
+        *("grad", "value_and_grad", "vjp", "jacrev", "custom_vjp"),
+    ),
+    "further": (
+        *("hessian", "reverse_over_reverse", "checkpoint_outside", "checkpoint_inside"),
+        *("vmap", "vmap_of_vmap", "vmap_of_grad", "grad_of_vmap"),
+        *("scan", "while_loop", "cond"),
+    ),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 COVERING = pytest.mark.kinds(case=lambda c: c.kind, check=lambda f: KIND_OF[f.__name__])
