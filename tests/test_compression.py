@@ -275,9 +275,13 @@ def test_what_is_not_sent_is_remembered():
 
 
 def test_top_k_without_memory_and_the_fractions():
-    tree = updates()
-    for k, count in ((3, 3), (0.25, 6), (1e-9, 1), (1.0, 24)):
-        found, state, metrics = send(top_k(k), tree)
+    tree, settings = updates(), ((3, 3), (0.25, 6), (1e-9, 1), (1.0, 24))
+
+    def every(tree, weights, key):
+        return [top_k(k).update(tree, weights, (), key) for k, _ in settings]
+
+    results = jax.device_get(compiled(every, N)(tree, np.ones(N), KEY))
+    for (found, _, state, metrics), (_, count) in zip(results, settings, strict=True):
         assert state == ()
         for client in range(N):
             expected = numpy_top_k({name: x[client] for name, x in tree.items()}, count)

@@ -81,7 +81,8 @@ class Adam:
         return 0.1 * m / (np.sqrt(v) + 1e-3)
 
 
-@pytest.mark.always("Average-True", "Momentum-False", "Adam-False")
+# With momentum, FedOpt (test_fedopt.py).
+@pytest.mark.always("Average-True", "Adam-False")
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("server", [Average, Momentum, Adam])
 def test_rounds_are_those_of_the_paper(data, server, resident):

@@ -147,6 +147,8 @@ def end(algorithm, data):
     return algorithm.params(jax.jit(algorithm.round)(start, next(cohorts(data)))[0])
 
 
+# All are compared with their papers.
+@pytest.mark.long
 def test_what_federated_averaging_is(data):
     loss, client = Quadratic.loss, optax.sgd(RATE, momentum=0.5)
     average = end(fedavg(loss, client), data)

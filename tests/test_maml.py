@@ -292,6 +292,8 @@ def test_model_state_goes_through_the_local_steps(data):
     assert_trees_close(own, plain)
 
 
+# Those of MAML do in test_personal_parts.py, too.
+@pytest.mark.long
 def test_updates_go_through_the_aggregator(data):
     aggregator = fax.aggregators.chain(fax.aggregators.mean())
     cohort = next(cohorts(data))
