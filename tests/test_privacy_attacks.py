@@ -303,8 +303,9 @@ def all_normals():
 @functools.cache
 def laws(ratio):
     """The probabilities of all integers, mod 2^24, that `normal` and `laplace` draw, exactly."""
-    z = np.asarray(_noise.normals_of(jnp.arange(2**23, dtype=jnp.uint32) << 9))
-    drawn = np.concatenate(_noise.two_normals(KEY, (500,), jnp.float32))
+    z = np.asarray(jax.jit(_noise.normals_of)(np.arange(2**23, dtype=np.uint32) << 9))
+    two_normals = jax.jit(_noise.two_normals, static_argnums=(1, 2))
+    drawn = np.concatenate(two_normals(KEY, (500,), jnp.float32))
     assert (z[np.searchsorted(z, drawn)] == drawn).all()  # z is sorted
     assert (z == -z[::-1]).all()
 

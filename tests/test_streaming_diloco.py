@@ -690,7 +690,7 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_o
         np.testing.assert_array_equal(bits, [expected] * REPLICAS)
     (state, _), found = results
     problems.assert_trees_close(found, results[0], rtol=1e-9)
-    theta, thetas = numpy_streaming([cohort], fragments, [2, 3], 3, 1, 0.5, numpy_e3m0)
+    theta, thetas = numpy_streaming(cohorts(data, 3), fragments, [2, 3], 3, 1, 0.5, numpy_e3m0)
     problems.assert_trees_close(state.params, theta)
     problems.assert_trees_close(state.replicas.rows.params, thetas)
 
