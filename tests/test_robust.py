@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from jax.test_util import check_grads
 from problems import SIZES, Logistic, combine, numpy_batches
 
 import fax
@@ -460,7 +459,7 @@ def test_derivatives(aggregator):
     def vector_sum(tree):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(tree))
 
-    check_grads(jax.jit(value), (u,), order=1, modes=("fwd", "rev"), rtol=1e-5)
+    problems.check_derivatives(value, u)
 
 
 def test_clipping_nothing_has_a_derivative():
