@@ -517,7 +517,7 @@ def counted(count, key=0):
 
 
 @pytest.mark.parametrize(
-    ("z", "rate"), [(6.0, None), pytest.param(3.0, 0.2, marks=pytest.mark.long)]
+    ("z", "rate"), [(6.0, None), pytest.param(4.0, 0.2, marks=pytest.mark.long)]
 )
 def test_a_budget_is_spent_release_by_release(z, rate):
     setting = dict(delta=1e-4, noise_multiplier=z, sampling_rate=rate)
