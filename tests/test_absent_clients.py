@@ -85,7 +85,7 @@ def local(params, x):
 # What stands behind a transformation: an aggregator of each kind. The mean does in the case "none".
 # Some are differentiated, for the others' derivatives are those of a masked sum, as the mean's, or
 # zero.
-KINDS = ("dp_ftrl", "gaussian", "krum", "power_sgd", "secure_sum")
+KINDS = ("dp_ftrl", "krum", "power_sgd", "secure_sum")
 DIFFERENTIATED = ("krum", "mean", "power_sgd")
 # Encodings and a scaling, client by client: before an aggregator other than the mean, what one of
 # them does, the others do.
@@ -93,6 +93,8 @@ ALIKE = (
     *("drive", "e3m0", "e4m3", "int8", "terngrad", "hadamard", "top_k"),
     *("clip_by_norm", "uniform_quantization"),
 )
+# The code of these is also that of another one: of `krum`, `gaussian`, or an encoding.
+SAME = ("multi_krum", "laplace", *ALIKE[:-2])
 FIRST = [
     pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE[:-2])) for name in TRANSFORMATIONS
 ]
@@ -103,7 +105,7 @@ def chains(first, everything):
         return {
             name: part if isinstance(part, Aggregator) else a.chain(part)
             for name, part in AGGREGATORS.items()
-            if everything or name.removesuffix(", mean") not in ALIKE[:-4]
+            if everything or name.removesuffix(", mean") not in SAME
         }
     some = ("power_sgd",) if first in ALIKE else KINDS
     names = tuple(AGGREGATORS) if everything else some

@@ -41,9 +41,16 @@ def rows(tree):
 def rounds(part, many, weights, state=None):
     """What is sent in rounds [rounds, clients, ...], the state after them, and the last metrics."""
     state = part.init(jax.tree.map(lambda x: x[0, 0], many)) if state is None else state
+    keys = jax.random.split(KEY, len(weights))
+    state, (sent, after, metrics) = compiled(part, len(weights[0]))(state, many, weights, keys)
+    last = jax.tree.map(lambda x: x[-1], jax.device_get(metrics))
+    return *jax.device_get((sent, after)), state, last
 
+
+@functools.cache
+def compiled(part, clients):
     @functools.partial(jax.jit, compiler_options=QUICKLY)
-    @fax.program(clients=len(weights[0]))
+    @fax.program(clients=clients)
     def run(state, many, weights, keys):
         def round(state, own):
             tree, weights, key = own
@@ -52,9 +59,7 @@ def rounds(part, many, weights, state=None):
 
         return jax.lax.scan(round, state, (many, weights, keys))
 
-    keys = jax.random.split(KEY, len(weights))
-    state, (sent, after, metrics) = run(state, many, weights, keys)
-    return sent, after, state, jax.tree.map(lambda x: x[-1], metrics)
+    return run
 
 
 @pytest.mark.long
@@ -174,11 +179,14 @@ def test_what_is_too_large_for_a_dtype_is_sent_later():
     np.testing.assert_allclose(total, u[0].astype(float) + 1e5, rtol=1e-6)
 
 
+REMEMBERING = error_feedback(top_k(2), num_clients=2)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_remembered(bad):
     many = np.random.default_rng(0).normal(size=(3, 2, 5))
     many[1, 0, 3] = bad
-    sent, _, state, _ = rounds(error_feedback(top_k(2), num_clients=2), many, np.ones((3, 2)))
+    sent, _, state, _ = rounds(REMEMBERING, many, np.ones((3, 2)))
     assert not np.isfinite(sent[1, 0]).all()
     assert np.isfinite(np.asarray(sent)[[0, 2]]).all()
     left = np.asarray(state.memory.rows)
@@ -195,10 +203,11 @@ def test_power_sgd_restarts_and_keeps_memories():
         tree = np.random.default_rng(round).normal(size=(N, 6, 5))
         tree[3] = np.nan
         update, state, _ = run(tree, weights, state, KEY)
-        sent, made = sent + update, made + np.average(tree[:3], 0, weights[:3])
-    left = np.average(state.memory.rows[0][:3], 0, weights[:3])
+        sent, made = sent + np.asarray(update), made + np.average(tree[:3], 0, weights[:3])
+    rows = np.asarray(state.memory.rows[0])
+    left = np.average(rows[:3], 0, weights[:3])
     np.testing.assert_allclose(sent + left, made, rtol=1e-9, atol=1e-12)
-    assert not state.memory.rows[0][3].any()
+    assert not rows[3].any()
     # A round that is NaN ends with it.
     update, state, _ = run(tree, np.ones(N), state, KEY)
     assert np.isnan(update).all()
@@ -285,9 +294,13 @@ def test_bits_of_leaves_of_several_dtypes():
         "b": np.array([[8.0, 2]]),
         "c": np.ones((1, 1), "f4"),
     }
-    for k, bits in ((1, 16 + 3), (2, 16 + 64 + 6), (3, 16 + 2 * 64 + 9)):
-        sent, _, _, metrics = rounds(
-            top_k(k), jax.tree.map(lambda x: x[None], tree), np.ones((1, 1))
-        )
+
+    @jax.jit
+    @fax.program(clients=1)
+    def every(tree):
+        return [top_k(k).update(tree, jnp.ones(1), (), KEY) for k in (1, 2, 3)]
+
+    expected = 16 + 3, 16 + 64 + 6, 16 + 2 * 64 + 9
+    for (sent, _, _, metrics), bits in zip(every(tree), expected, strict=True):
         assert metrics["clients/bits"][0] == bits
         assert [x.dtype for x in sent.values()] == [np.float16, np.float64, np.float32]

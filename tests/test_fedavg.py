@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 from flax import nnx
-from problems import CLASSES, FEATURES, SIZES, Logistic, numpy_batches
+from problems import CLASSES, FEATURES, SIZES, Logistic, Quadratic, numpy_batches
 from subsets import alike
 
 import fax
@@ -81,7 +81,8 @@ class Adam:
         return 0.1 * m / (np.sqrt(v) + 1e-3)
 
 
-@pytest.mark.always("Average-True", "Momentum-False", "Adam-False")
+# With momentum, FedOpt (test_fedopt.py).
+@pytest.mark.always("Average-True", "Adam-False")
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("server", [Average, Momentum, Adam])
 def test_rounds_are_those_of_the_paper(data, server, resident):
@@ -167,11 +168,11 @@ def test_hyperparameters_can_be_differentiated_and_swept(data):
     two = problems.expand(cohorts(data).take(2))
 
     def final_loss(rates):
-        algorithm = fedavg(logistic, optax.sgd(rates[0]), optax.sgd(rates[1], momentum=0.5))
-        _, metrics = jax.lax.scan(algorithm.round, algorithm.init(start()), two)
+        algorithm = fedavg(Quadratic.loss, optax.sgd(rates[0]), optax.sgd(rates[1], momentum=0.5))
+        _, metrics = jax.lax.scan(algorithm.round, algorithm.init(Quadratic.start()), two)
         return metrics["loss"][-1]
 
-    problems.check_sweep(final_loss, np.array([[0.1, 0.8], [0.3, 1.0], [0.0, 1.0]]))
+    problems.check_sweep(final_loss, np.array([[0.01, 0.8], [0.03, 1.0], [0.0, 1.0]]))
 
 
 def test_memory_of_a_round_and_its_gradient_does_not_grow_with_the_cohort():
@@ -228,7 +229,7 @@ def test_many_rounds_are_rounds(data, devices):
     algorithm = fedavg(logistic, optax.sgd(RATE), optax.adam(0.1))
     with jax.set_mesh(meshes.mesh(clients=devices)):
         state, losses = algorithm.init(start()), []
-        for _, cohort in zip(range(7), cohorts(data)):
+        for _, cohort in zip(range(6), cohorts(data)):
             state, metrics = jax.jit(algorithm.round)(state, cohort)
             losses.append(metrics["clients/loss"])
         rounds = cohorts(data)
@@ -236,8 +237,8 @@ def test_many_rounds_are_rounds(data, devices):
         next(rounds)
         rounds = cohorts(data)
         found, first = many_rounds(algorithm, found, rounds, 3)
-        found, second = many_rounds(algorithm, found, rounds, 4)
-    assert rounds.round == 7
+        found, second = many_rounds(algorithm, found, rounds, 3)
+    assert rounds.round == 6
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, state)
     seen = np.concatenate([first["clients/loss"], second["clients/loss"]])
     np.testing.assert_allclose(seen, losses, rtol=1e-6)

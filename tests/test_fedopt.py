@@ -147,6 +147,8 @@ def end(algorithm, data):
     return algorithm.params(jax.jit(algorithm.round)(start, next(cohorts(data)))[0])
 
 
+# All are compared with their papers.
+@pytest.mark.long
 def test_what_federated_averaging_is(data):
     loss, client = Quadratic.loss, optax.sgd(RATE, momentum=0.5)
     average = end(fedavg(loss, client), data)
@@ -227,8 +229,11 @@ def test_hyperparameters_can_be_differentiated_and_swept(data, make):
 
 # Aggregators, and mistakes
 
+RECIPES = ["prox", "reptile"]
 
-@pytest.mark.parametrize("make", [make for make, _, _ in CASES.values()][-2:])
+
+@pytest.mark.always("prox")
+@pytest.mark.parametrize("make", [CASES[name][0] for name in RECIPES], ids=RECIPES)
 def test_updates_go_through_the_aggregator(data, make):
     half = fax.aggregators.Transformation(
         lambda params: 0,
@@ -239,11 +244,12 @@ def test_updates_go_through_the_aggregator(data, make):
             {},
         ),
     )
-    algorithm = make(Logistic.loss, aggregator=fax.aggregators.chain(half))
-    state, metrics = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), next(cohorts(data)))
-    plain = make(Logistic.loss)
-    whole, _ = jax.jit(plain.round)(plain.init(Logistic.start()), next(cohorts(data)))
-    middle = combine(lambda a, b: (a + b) / 2, Logistic.start(), plain.params(whole))
+    start, cohort = Quadratic.start(), next(cohorts(data))
+    algorithm = make(Quadratic.loss, aggregator=fax.aggregators.chain(half))
+    state, metrics = jax.jit(algorithm.round)(algorithm.init(start), cohort)
+    plain = make(Quadratic.loss)
+    whole, _ = jax.jit(plain.round)(plain.init(start), cohort)
+    middle = combine(lambda a, b: (a + b) / 2, start, jax.device_get(plain.params(whole)))
     assert_trees_close(algorithm.params(state), middle)
     assert metrics["clients/bits"].shape == (4,)
     assert state.aggregator[0] == 1

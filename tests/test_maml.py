@@ -182,16 +182,16 @@ def test_without_support_it_is_a_gradient_and_without_queries_nothing(data):
 
 def test_adapting_is_what_clients_do(data):
     cohort = next(cohorts(data, resident=False))
-    adapt = jax.jit(personalize(Logistic.loss, optax.sgd(RATE), query="query"))
-    own = adapt(Logistic.start(), cohort)
+    adapt = jax.jit(personalize(Quadratic.loss, optax.sgd(RATE), query="query"))
+    own = adapt(Quadratic.start(), cohort)
     for row, batches in enumerate(batches_of(cohort)):
-        expected = adapted(Logistic, Logistic.start(), batches)
+        expected = adapted(Quadratic, Quadratic.start(), batches)
         assert_trees_close({k: v[row] for k, v in own.items()}, expected)
     # On all examples and with any optimizer it is what Reptile and FedAvg average.
-    adapt = jax.jit(personalize(Logistic.loss, optax.adam(RATE), vectorize=2))
-    own = adapt(Logistic.start(), cohort)
-    algorithm = fedavg(Logistic.loss, optax.adam(RATE))
-    state, _ = jax.jit(algorithm.round)(algorithm.init(Logistic.start()), cohort)
+    adapt = jax.jit(personalize(Quadratic.loss, optax.adam(RATE), vectorize=2))
+    own = adapt(Quadratic.start(), cohort)
+    algorithm = fedavg(Quadratic.loss, optax.adam(RATE))
+    state, _ = jax.jit(algorithm.round)(algorithm.init(Quadratic.start()), cohort)
     weights = np.asarray(cohort.num_examples) / cohort.num_examples.sum()
     mean = {k: np.tensordot(weights, v, 1) for k, v in own.items()}
     assert_trees_close(state.params, mean)
@@ -292,6 +292,8 @@ def test_model_state_goes_through_the_local_steps(data):
     assert_trees_close(own, plain)
 
 
+# Those of MAML do in test_personal_parts.py, too.
+@pytest.mark.long
 def test_updates_go_through_the_aggregator(data):
     aggregator = fax.aggregators.chain(fax.aggregators.mean())
     cohort = next(cohorts(data))

@@ -49,11 +49,15 @@ def updates(seed=0):
 
 
 def rows(tree):
-    return np.concatenate([np.reshape(tree[k], (len(tree[k]), -1)) for k in ("w", "b")], axis=1)
+    return np.concatenate([np.reshape(tree[k], (len(tree[k]), -1)) for k in leaves(tree)], axis=1)
 
 
 def vector(tree):
-    return np.concatenate([np.ravel(tree[k]) for k in ("w", "b")])
+    return np.concatenate([np.ravel(tree[k]) for k in leaves(tree)])
+
+
+def leaves(tree):
+    return [k for k in ("w", "b") if k in tree]
 
 
 @functools.cache
@@ -95,7 +99,8 @@ def clipped(u, limit, order=2):
 @pytest.mark.always("a mesh of 4 x 2")
 @pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
-    data, (context, at_once) = updates(), problems.setting(name)
+    """Of one leaf, for noise is drawn for each, and takes most of the time to compile."""
+    data, (context, at_once) = {"w": updates()["w"]}, problems.setting(name)
     aggregators = {
         "gaussian": gaussian(2.0, 0.0),
         "laplace": laplace(3.0, 0.0),
@@ -128,6 +133,8 @@ def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     np.testing.assert_allclose(vector(found["laplace"]), by_l1 / 5, rtol=1e-10)
 
 
+# The others differ in the number of clients, and in the matrix that the test of prefix sums has.
+@pytest.mark.always("aggregator1-1.2-3", "aggregator2-0.8485281374238571-6")
 @pytest.mark.parametrize(
     ("aggregator", "deviation", "kurtosis"),
     [
@@ -159,20 +166,24 @@ def test_noise_has_the_promised_variance_and_shape(aggregator, deviation, kurtos
         assert np.abs(found.mean(0) - expected).max() < 5 * deviation / np.sqrt(DRAWS)
 
 
-@pytest.mark.always("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_noise_keeps_the_dtype_of_the_model(dtype):
-    u = jnp.ones((CLIENTS, 3, 4), dtype)
+    u = jax.ShapeDtypeStruct((CLIENTS, 3, 4), dtype)
     for aggregator in (
         gaussian(1.0, 1.0),
         laplace(1.0, 1.0),
         gaussian(1.0, 1.0, quantile=0.5, count_noise=3.0),
     ):
-        assert run(aggregator, u)[0].dtype == dtype
+        state = aggregator.init(np.ones((3, 4), dtype))
+        update, *_ = jax.eval_shape(one_round(aggregator), u, WEIGHTS, state, KEY)
+        assert update.dtype == dtype
+
+
+QUIET = {2: gaussian(2.0, 0.0), 1: laplace(2.0, 0.0)}  # by the order of the norm
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("aggregator", [gaussian(2.0, 0.0), laplace(2.0, 0.0)])
+@pytest.mark.parametrize("aggregator", QUIET.values())
 def test_a_client_that_cannot_be_clipped_is_left_out(aggregator, bad):
     u = updates()
     found, _, _ = run(aggregator, {**u, "b": np.where(np.arange(5)[:, None] == 1, bad, u["b"])})
@@ -182,7 +193,7 @@ def test_a_client_that_cannot_be_clipped_is_left_out(aggregator, bad):
 
 def test_no_client_moves_the_sum_by_more_than_the_norm():
     """Sensitivity: of what a client can send, with any weight, in the units of the noise."""
-    for aggregator, order in ((gaussian(2.0, 0.0), 2), (laplace(2.0, 0.0), 1)):
+    for order, aggregator in QUIET.items():
         u, round = updates(), jax.jit(one_round(aggregator))
         state = aggregator.init(first(u))
         without = vector(round(u, np.array([1, 1, 1, 1, 0]), state, KEY)[0]) * CLIENTS
@@ -418,18 +429,18 @@ def composed(event, rounds, delta):
 
 
 def test_epsilon_is_that_of_dp_accounting():
-    event = dp_accounting.GaussianDpEvent(4.0)
-    assert epsilon(4.0, 30, 1e-5) == composed(event, 30, 1e-5)
-    sampled = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(1.1))
-    found = epsilon(1.1, 200, 1e-5, sampling_rate=0.02, sampling="poisson")
+    event = dp_accounting.GaussianDpEvent(8.0)
+    assert epsilon(8.0, 10, 1e-5) == composed(event, 10, 1e-5)
+    sampled = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(2.1))
+    found = epsilon(2.1, 200, 1e-5, sampling_rate=0.02, sampling="poisson")
     assert found == composed(sampled, 200, 1e-5)
     # Whoever is missing is replaced, so the noise counts half.
-    assert found == epsilon(2.2, 200, 1e-5, sampling_rate=0.02)
+    assert found == epsilon(4.2, 200, 1e-5, sampling_rate=0.02)
     sampled = dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.LaplaceDpEvent(2.0))
     found = epsilon(4.0, 50, 1e-5, sampling_rate=0.02, mechanism="laplace")
     assert found == composed(sampled, 50, 1e-5)
-    everyone = epsilon(4.0, 30, 1e-5, sampling_rate=1)
-    assert everyone == epsilon(4.0, 30, 1e-5)
+    everyone = epsilon(8.0, 10, 1e-5, sampling_rate=1)
+    assert everyone == epsilon(8.0, 10, 1e-5)
 
 
 def test_epsilon_in_closed_form():
@@ -438,7 +449,7 @@ def test_epsilon_in_closed_form():
     def phi(x):
         return math.erfc(-x / 2**0.5) / 2
 
-    for z, rounds in ((1.0, 1), (5.0, 40), (0.3, 1)):
+    for z, rounds in ((1.0, 1), (5.0, 20), (0.6, 1)):
         found, mu = epsilon(z, rounds, 1e-4), rounds**0.5 / z
         log_tail = math.log(phi(-mu / 2 - found / mu))
         delta = phi(mu / 2 - found / mu) - math.exp(found + log_tail)
@@ -457,7 +468,7 @@ def test_uniform_sampling_costs_no_more_than_epsilon_says(z):
     Counting the same cohorts as Poisson samples would promise too much.
     """
     population, clients, delta = 6, 2, 1e-2
-    x = np.linspace(-30, 30, 200_001)
+    x = np.linspace(-30, 30, 20_001)
 
     def density(sends):
         sums = [sum(c) for c in itertools.combinations(sends, clients)]
@@ -494,8 +505,8 @@ def test_losses_that_are_no_privacy_take_no_minutes():
 @pytest.mark.parametrize("rate", [None, pytest.param(0.05, marks=pytest.mark.long)])
 def test_calibrated_noise_costs_what_was_asked_for(rate):
     setting = {"sampling_rate": rate}
-    z = calibrate(3.0, 20, 1e-4, **setting)
-    assert 0.998 * 3 <= epsilon(z, 20, 1e-4, **setting) <= 3
+    z = calibrate(1.5, 5, 1e-4, **setting)
+    assert 0.998 * 1.5 <= epsilon(z, 5, 1e-4, **setting) <= 1.5
     # With noise above some amount this delta alone is enough.
     assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
 
@@ -506,23 +517,24 @@ def counted(count, key=0):
 
 
 @pytest.mark.parametrize(
-    ("z", "rate"), [(6.0, None), pytest.param(3.0, 0.2, marks=pytest.mark.long)]
+    ("z", "rate"), [(6.0, None), pytest.param(4.0, 0.2, marks=pytest.mark.long)]
 )
 def test_a_budget_is_spent_release_by_release(z, rate):
     setting = dict(delta=1e-4, noise_multiplier=z, sampling_rate=rate)
-    budget = Budget(2.5, **setting)
-    assert epsilon(rounds=budget.rounds, **setting) <= 2.5
-    assert epsilon(rounds=budget.rounds + 1, **setting) > 2.5
+    budget = Budget(1.25, **setting)
+    assert epsilon(rounds=budget.rounds, **setting) <= 1.25
+    assert epsilon(rounds=budget.rounds + 1, **setting) > 1.25
+    assert budget.rounds > 3
     budget.spend(counted(0))
     assert not budget.record
     for _ in range(2):  # it is the state that counts, not the calls
         budget.spend(counted(budget.rounds - 2))
         assert budget.spent == budget.rounds - 2
-    resumed = Budget(2.5, **setting, record=budget.record)
+    resumed = Budget(1.25, **setting, record=budget.record)
     budget.spend(counted(budget.rounds))
     assert budget.epsilon == epsilon(rounds=budget.rounds, **setting)
     message = (
-        rf"with this state there are {budget.rounds + 1} releases, but epsilon=2.5 with "
+        rf"with this state there are {budget.rounds + 1} releases, but epsilon=1.25 with "
         rf"delta=0.0001 allows only {budget.rounds}, and {budget.rounds} are spent"
     )
     with pytest.raises(PrivacyBudgetError, match=message):
@@ -541,8 +553,8 @@ def test_a_budget_is_spent_release_by_release(z, rate):
     with pytest.raises(PrivacyBudgetError, match="noise was used twice"):
         resumed.spend(counted(1, key=1))
     with pytest.raises(ValueError, match=r"record has 99999 releases, expected at most \d+, which"):
-        Budget(2.5, **setting, record={"key": 99_999})
-    nothing = Budget(1e-3, 1e-4, 0.5)
+        Budget(1.25, **setting, record={"key": 99_999})
+    nothing = Budget(1e-3, 1e-4, 5.0)
     with pytest.raises(PrivacyBudgetError, match="allows only 0"):
         nothing.spend(counted(1))
 
@@ -640,5 +652,5 @@ def test_arguments_at_the_ends_of_their_ranges():
     assert one.init(np.zeros(3)).noise.shape == (0, 3)
     sixteen = dp_ftrl(1, 0, num_clients=1, separation=20, participations=1, key=KEY)
     assert sixteen.init(np.zeros(3)).noise.shape == (15, 3)
-    assert calibrate(1.0, 1, 0.1, sampling_rate=1.0) == calibrate(1.0, 1, 0.1)
+    assert calibrate(0.5, 1, 0.1, sampling_rate=1.0) == calibrate(0.5, 1, 0.1)
     assert Budget(1.0, 1e-5, 20.0, record={"key": 0}).spent == 0

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import problems
 import pytest
-from jax.test_util import check_grads
 from problems import SIZES, Logistic, combine, numpy_batches
 
 import fax
@@ -47,6 +46,11 @@ def rows(tree):
 
 def vector(tree):
     return np.concatenate([np.ravel(tree[k]) for k in ("w", "b")])
+
+
+# Each of these is one in all tests, so that its programs are compiled once.
+MEAN, MEDIAN, TRIMMED = mean(), median(), trimmed_mean(count=2)
+KRUM, MULTI_KRUM = krum(2), multi_krum(2, 5)
 
 
 @functools.cache
@@ -121,26 +125,12 @@ AGGREGATORS = {
 }
 
 
-def all_of_them():
-    """All aggregators in one, so that a setting compiles a single program."""
-
-    def aggregate(updates, weights, state, key):
-        found = {
-            name: aggregator.aggregate(updates, weights, aggregator.init(()), key)[0]
-            for name, (aggregator, _) in AGGREGATORS.items()
-        }
-        return found, state, {}
-
-    return Aggregator(lambda params: (), aggregate)
+PARAMS = {"w": np.linspace(0, 1, 6).reshape(2, 3), "b": np.array([2.0, -1.0])}
 
 
-@pytest.mark.always("jitted", "a mesh of 2")
-@pytest.mark.parametrize("name", problems.EACH_SETTING)
-def test_aggregators_are_those_of_the_papers(name):
-    """Of gradients that clients compute, so that maps fuse, on meshes and side by side."""
-    data, context_and_size = updates(), problems.setting(name)
-    context, at_once = context_and_size
-    together = all_of_them()
+@functools.cache
+def round_with_all(at_once):
+    """With all aggregators in one, so that a setting compiles a single program."""
 
     @jax.jit
     @fax.program(clients=CLIENTS)
@@ -151,35 +141,46 @@ def test_aggregators_are_those_of_the_papers(name):
             data,
             vectorize=at_once,
         )
-        return sent, together.aggregate(sent, weights, (), KEY)[0]
+        return sent, {
+            name: aggregator.aggregate(sent, weights, aggregator.init(()), KEY)[0]
+            for name, (aggregator, _) in AGGREGATORS.items()
+        }
 
-    params = {"w": np.linspace(0, 1, 6).reshape(2, 3), "b": np.array([2.0, -1.0])}
+    return round
+
+
+@pytest.mark.always("jitted", "a mesh of 2")
+@pytest.mark.parametrize("name", problems.EACH_SETTING)
+def test_aggregators_are_those_of_the_papers(name):
+    """Of gradients that clients compute, so that maps fuse, on meshes and side by side."""
+    data = updates()
+    context, at_once = problems.setting(name)
     with context:
-        sent, found = jax.tree.map(np.asarray, round(params, data, WEIGHTS))
-    u = rows({k: np.tanh(params[k]) * data[k] + params[k] ** 2 for k in data})
+        sent, found = jax.device_get(round_with_all(at_once)(PARAMS, data, WEIGHTS))
+    u = rows({k: np.tanh(PARAMS[k]) * data[k] + PARAMS[k] ** 2 for k in data})
     np.testing.assert_allclose(rows(sent), u, rtol=1e-12)
     for key, (_, expected) in AGGREGATORS.items():
-        assert jax.tree.map(np.shape, found[key]) == jax.tree.map(np.shape, params)
+        assert jax.tree.map(np.shape, found[key]) == jax.tree.map(np.shape, PARAMS)
         np.testing.assert_allclose(vector(found[key]), expected(u, WEIGHTS), rtol=1e-10)
 
 
 @pytest.mark.parametrize("clients", [1, 2, 3, 4, 5])
 def test_median_of_few_clients(clients):
     u = updates(clients)
-    found, _, _ = run(median(), u)
+    found, _, _ = run(MEDIAN, u)
     np.testing.assert_allclose(vector(found), np.median(rows(u), axis=0), rtol=1e-12)
 
 
 def test_no_client_that_counts_gives_zero():
-    found, _, _ = run(all_of_them(), updates(), np.zeros(CLIENTS))
+    _, found = round_with_all(1)(PARAMS, updates(), np.zeros_like(WEIGHTS))
     for name in AGGREGATORS:
         assert not vector(found[name]).any(), name
 
 
 def test_trimming_adapts_to_who_is_left():
     """With four of seven left and two trimmed on each side, the middle two are averaged."""
-    weights = np.array([1, 0, 0, 1, 1, 0, 1])
-    found, _, _ = run(trimmed_mean(count=2), updates(), weights)
+    weights = np.array([1.0, 0, 0, 1, 1, 0, 1])
+    found, _, _ = run(TRIMMED, updates(), weights)
     expected = np.median(rows(updates())[weights != 0], axis=0)
     np.testing.assert_allclose(vector(found), expected, rtol=1e-12)
 
@@ -219,15 +220,16 @@ def attacked(attack, honest=5, attackers=2):
 ATTACKS = [1e30, -1e200, np.inf, -np.inf, np.nan]
 
 
-@pytest.mark.parametrize(
-    "aggregator", [median(), trimmed_mean(count=2), trimmed_mean(0.3), krum(2), multi_krum(2, 5)]
-)
+@pytest.mark.parametrize("aggregator", [MEDIAN, TRIMMED, trimmed_mean(0.3), KRUM, MULTI_KRUM])
 def test_attackers_cannot_leave_the_honest_hull(aggregator):
     for attack in ATTACKS:
         good, everyone = attacked(attack)
         found = vector(run(aggregator, everyone)[0])
         assert (found >= good.min(0)).all(), attack
         assert (found <= good.max(0)).all(), attack
+
+
+FEW_AND_MANY = geometric_median(3), geometric_median(100)
 
 
 @pytest.mark.parametrize("attack", [1e30, -1e200, 50.0])
@@ -237,26 +239,26 @@ def test_attackers_cannot_move_the_geometric_median_far(attack):
     center, share = good.mean(0), 2 / 7
     radius = np.sqrt(((good - center) ** 2).sum(1)).max()
     bound = 2 * (1 - share) / (1 - 2 * share) * radius
-    for iterations in (3, 100):
-        found = vector(run(geometric_median(iterations), everyone)[0])
+    for aggregator in FEW_AND_MANY:
+        found = vector(run(aggregator, everyone)[0])
         assert np.linalg.norm(found - center) <= bound
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attackers_own_the_mean(attack):
     good, everyone = attacked(attack)
-    found = vector(run(mean(), everyone)[0])
+    found = vector(run(MEAN, everyone)[0])
     assert not ((found >= good.min(0)) & (found <= good.max(0))).any()
 
 
 def test_krum_takes_an_honest_update_and_says_which():
     """Attackers that agree with one another lie close together, and are too few all the same."""
     good, everyone = attacked(40.0)
-    found, _, metrics = run(krum(2), everyone)
+    found, _, metrics = run(KRUM, everyone)
     (chosen,) = np.flatnonzero(metrics["clients/chosen"])
     np.testing.assert_array_equal(vector(found), rows(everyone)[chosen])
     assert (vector(found) == good).all(1).any()
-    _, _, metrics = run(multi_krum(2, 5), everyone)
+    _, _, metrics = run(MULTI_KRUM, everyone)
     assert metrics["clients/chosen"].sum() == 5
     assert not (rows(everyone)[np.asarray(metrics["clients/chosen"])] == 40).any()
 
@@ -275,11 +277,17 @@ def test_clipping_by_a_norm():
     assert metrics["clip_norm"] == limit
 
 
+@jax.jit
+@fax.program(clients=2)
+def clipped_to(updates, limit):
+    return chain(clip_by_norm(limit)).aggregate(updates, np.ones(2), ((), ()), KEY)[0]
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_directions_survive_where_squares_overflow(scale, dtype):
-    u = jnp.asarray(np.array([[3.0, 4.0], [0.0, 0.0]]) * scale, dtype)
-    found, _, _ = run(chain(clip_by_norm(0.5 * scale)), u)
+    u = np.array([[3.0, 4.0], [0.0, 0.0]]) * scale
+    found = clipped_to(u.astype(dtype), 0.5 * scale)
     assert found.dtype == dtype
     expected = 0.25 * scale * np.array([0.6, 0.8])
     np.testing.assert_allclose(np.asarray(found, float), expected, rtol=1e-2)
@@ -298,22 +306,23 @@ def test_the_norm_adapts_as_in_the_paper():
         norm *= np.exp(-0.7 * (b - 0.3))
 
 
+@jax.jit
+@fax.program(clients=200)
+def adapted_norms(quantile):
+    aggregator = chain(adaptive_clip(quantile, initial_clip_norm=1e-4))
+
+    def round(state, key):
+        size = fax.map(lambda k: jnp.exp(jax.random.normal(k)), fax.keys(key))
+        _, state, _ = aggregator.aggregate(size, fax.broadcast(1.0), state, key)
+        return state, jax.tree.leaves(state)[0]
+
+    return jax.lax.scan(round, aggregator.init(jnp.zeros(())), jax.random.split(KEY, 800))[1]
+
+
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.8])
 def test_the_norm_converges_to_the_quantile(quantile):
     """From far away, in one compiled loop, of norms that are new in each round."""
-    aggregator = chain(adaptive_clip(quantile, initial_clip_norm=1e-4))
-
-    @jax.jit
-    @fax.program(clients=200)
-    def train(state, key):
-        def round(state, key):
-            size = fax.map(lambda k: jnp.exp(jax.random.normal(k)), fax.keys(key))
-            _, state, _ = aggregator.aggregate(size, fax.broadcast(1.0), state, key)
-            return state, jax.tree.leaves(state)[0]
-
-        return jax.lax.scan(round, state, jax.random.split(key, 800))[1]
-
-    norms = train(aggregator.init(jnp.zeros(())), KEY)[-100:]
+    norms = np.asarray(adapted_norms(quantile))[-100:]
     below = (np.exp(np.random.default_rng(0).normal(size=100_000)) <= float(norms.mean())).mean()
     assert abs(below - quantile) < 0.03
 
@@ -328,7 +337,7 @@ def poisoned(u, *clients):
     return u
 
 
-@pytest.mark.parametrize("after", [mean(), median(), geometric_median()])
+@pytest.mark.parametrize("after", [MEAN, MEDIAN, geometric_median()])
 def test_dropped_clients_are_as_if_they_had_not_been(after):
     u, gone = updates(), [1, 5]
     found, _, metrics = run(chain(non_finite("drop"), after), poisoned(u, *gone), WEIGHTS)
@@ -450,14 +459,18 @@ def test_derivatives(aggregator):
     def vector_sum(tree):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(tree))
 
-    check_grads(jax.jit(value), (u,), order=1, modes=("fwd", "rev"), rtol=1e-5)
+    problems.check_derivatives(value, u)
 
 
 def test_clipping_nothing_has_a_derivative():
-    gradient = jax.grad(lambda u: run(chain(clip_by_norm(1.0)), u)[0].sum())(np.zeros((3, 2)))
-    np.testing.assert_allclose(gradient, 1 / 3)
-    gradient = jax.grad(lambda u: run(geometric_median(), u)[0].sum())(np.zeros((3, 2)))
-    np.testing.assert_allclose(gradient, 1 / 3)
+    aggregators = chain(clip_by_norm(1.0)), geometric_median()
+
+    @jax.jit
+    def gradients(u):
+        return [jax.grad(lambda u, a=a: run(a, u)[0].sum())(u) for a in aggregators]
+
+    for gradient in gradients(np.zeros((3, 2))):
+        np.testing.assert_allclose(gradient, np.full((3, 2), 1 / 3))
 
 
 def test_only_what_needs_rows_collects_them():
@@ -494,10 +507,21 @@ def test_memory_of_what_sums_does_not_grow_with_the_cohort():
 def test_bits():
     u = {"w": np.ones((5, 10), np.float32), "b": np.ones((5, 3), np.float64)}
     everything = 10 * 32 + 3 * 64
-    for aggregator in (median(), krum(1), chain(non_finite())):
-        np.testing.assert_array_equal(run(aggregator, u)[2]["clients/bits"], everything)
-    bits = run(geometric_median(3), u)[2]["clients/bits"]
-    np.testing.assert_array_equal(bits, 3 * (everything + 32))
+
+    @jax.jit
+    @fax.program(clients=5)
+    def bits(u):
+        found = []
+        for aggregator in (MEDIAN, krum(1), chain(non_finite()), geometric_median(3)):
+            state = aggregator.init(jax.tree.map(lambda x: x[0], u))
+            metrics = aggregator.aggregate(u, np.ones(5), state, KEY)[2]
+            found.append(metrics["clients/bits"])
+        return found
+
+    *others, rounds = bits(u)
+    for own in others:
+        np.testing.assert_array_equal(own, [everything] * 5)
+    np.testing.assert_array_equal(rounds, [3 * (everything + 32)] * 5)
 
 
 # Mistakes

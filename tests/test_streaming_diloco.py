@@ -547,15 +547,17 @@ def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
             state, metrics = step(state, next(rounds))
         states.append((state, metrics))
     (found, some), (expected, others) = states
-    problems.assert_trees_close(found.params, joined(expected.params), rtol=1e-9)
-    own = [jax.vmap(joined)(state.replicas.rows.params) for state, _ in states]
+    problems.assert_trees_close(found.params, jax.jit(joined)(expected.params), rtol=1e-9)
+    own = [jax.jit(jax.vmap(joined))(state.replicas.rows.params) for state, _ in states]
     problems.assert_trees_close(*own, rtol=1e-9)
     problems.assert_trees_close(some, others, rtol=1e-9)
     if rounded:  # the aggregator remembers what was lost, for each part of a leaf
         for p in range(2):
-            memory, same = (jax.tree.leaves(state.aggregators[p]) for state, _ in states)
+            memory, same = (
+                jax.tree.leaves(jax.device_get(state.aggregators[p])) for state, _ in states
+            )
             assert [x.shape for x in memory] == [x.shape for x in same]
-            assert max(float(jnp.abs(x).max()) for x in memory) > 0
+            assert max(np.abs(x).max() for x in memory) > 0
             problems.assert_trees_close(memory, same, rtol=1e-8)
 
 
@@ -656,20 +658,21 @@ def test_the_next_steps_wait_for_what_is_sent_if_more_is_sent_before_it_lands(ta
 
 
 def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_once(data):
-    results = []
-    for name in ("jitted", "vectorized", "a mesh of 2"):
+    """They are those of the paper, with which one device is compared above."""
+    results, fragments = [], [["w"], ["b"]]
+    for name in ("vectorized", "a mesh of 2"):
         context, at_once = problems.setting(name, "replicas")
         with context:
             algorithm = streaming_diloco(
                 loss,
-                optax.sgd(INNER, momentum=0.9),
+                optax.adamw(INNER),
                 replicas=REPLICAS,
-                steps=4,
-                fragments=[["w"], ["b"]],
+                steps=3,
+                fragments=fragments,
                 tau=1,
                 vectorize=at_once,
             )
-            state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 4)
+            state, (cohort,) = algorithm.init(Logistic.start()), cohorts(data, 3)
             step = jax.jit(algorithm.round).lower(state, cohort).compile()
             results.append(step(state, cohort))
             if "mesh" in name:
@@ -685,8 +688,11 @@ def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_o
         bits = metrics.pop("replicas/bits")
         expected = 8 * (2 + 6 + 2 * 16) if state is results[-1][0] else 4 * 15 + 2 * 32
         np.testing.assert_array_equal(bits, [expected] * REPLICAS)
-    for found in results[1:]:
-        problems.assert_trees_close(found, results[0], rtol=1e-9)
+    (state, _), found = results
+    problems.assert_trees_close(found, results[0], rtol=1e-9)
+    theta, thetas = numpy_streaming(cohorts(data, 3), fragments, [2, 3], 3, 1, 0.5, numpy_e3m0)
+    problems.assert_trees_close(state.params, theta)
+    problems.assert_trees_close(state.replicas.rows.params, thetas)
 
 
 @pytest.mark.long
