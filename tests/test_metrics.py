@@ -219,7 +219,9 @@ def sum_of(of_each, own, mask):
     They are masked.
     """
     rows = np.resize(own, len(mask)) if len(own) else np.arange(len(mask))
-    return sums(jax.tree.map(lambda x: x[rows], of_each), mask[rows] & (np.arange(len(mask)) < len(own)))
+    return sums(
+        jax.tree.map(lambda x: x[rows], of_each), mask[rows] & (np.arange(len(mask)) < len(own))
+    )
 
 
 @st.composite
