@@ -25,7 +25,7 @@ import fax
 from fax import aggregators, experiment
 from fax.experiment import _outputs
 
-ROUNDS, EVERY = 24, 2
+ROUNDS, EVERY = 12, 2
 MOST = 6  # rounds between a start and a kill
 # Accounting takes longer than the rounds. Forked processes have what is known of it.
 BUDGET = aggregators.Budget(1.0, 1e-5, 20.0)

@@ -102,6 +102,22 @@ def test_data_never_leave(tmp_path, traffic):
     assert {f"left_{i}" for i in range(3)} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that tests share, because most of a start is importing JAX."""
+    with deploy.Processes(3) as backend:
+        yield backend
+
+
+@pytest.fixture
+def backend(processes):
+    """Three processes, all of which run."""
+    for number, link in enumerate(processes._links):
+        if link.process.poll() is not None:
+            processes.restart(number)
+    return processes
+
+
 def placed(backend, x):
     """An array whose rows are with clients 0, 1, 2 and so on."""
     clients = tuple(range(len(x)))
@@ -114,25 +130,7 @@ def array_bytes(message):
     return len(message) - 8 - size
 
 
-def test_a_process_that_dies_is_noticed_and_traffic_is_the_audits(traffic):
-    x = np.random.default_rng(0).normal(size=(3, 4))
-    plan = deploy.cut(
-        squares_of_rows := (lambda s, r: squares(s, r["x"])), 1.5, {"x": x}, held=["x"]
-    )
-    with deploy.Processes(3) as backend:
-        rows = {"x": placed(backend, x)}
-        plan.run(backend, 1.5, rows)
-        traffic.clear()
-        np.testing.assert_allclose(plan.run(backend, 1.5, rows), squares_of_rows(1.5, {"x": x}))
-        (exchange,) = plan.audit().exchanges
-        sent = sum(map(array_bytes, traffic))
-        assert sent == exchange.clients * exchange.bytes("down", "row", "sum")
-        backend.kill(1)
-        with pytest.raises(deploy.ClientError, match=r"process 1 has ended with status -9.*\[1\]"):
-            plan.run(backend, 1.5, rows)
-
-
-def test_late_answers_are_ignored():
+def test_late_answers_are_ignored(backend):
     """A process that stops for a while is left out, and takes part again later."""
 
     @fax.program(clients=3)
@@ -141,18 +139,38 @@ def test_late_answers_are_ignored():
 
     x = np.random.default_rng(0).normal(size=(3, 4))
     plan = deploy.cut(mean, {"x": x}, held=["x"])
-    with deploy.Processes(3) as backend:
-        rows = {"x": placed(backend, x)}
+    rows = {"x": placed(backend, x)}
+    np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+    process = backend._links[1].process
+    process.send_signal(signal.SIGSTOP)
+    backend._timeout = 1.0
+    for _ in range(2):
+        np.testing.assert_allclose(plan.run(backend, rows, quorum=2), x[[0, 2]].mean(0))
+    process.send_signal(signal.SIGCONT)
+    backend._timeout = 100.0
+    for _ in range(2):
         np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
-        process = backend._links[1].process
-        process.send_signal(signal.SIGSTOP)
-        backend._timeout = 1.0
-        for _ in range(2):
-            np.testing.assert_allclose(plan.run(backend, rows, quorum=2), x[[0, 2]].mean(0))
-        process.send_signal(signal.SIGCONT)
-        backend._timeout = 100.0
-        for _ in range(2):
-            np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+
+
+def test_the_server_does_not_delay_messages(backend):
+    assert all(map(sends_at_once, backend._links))
+
+
+def test_a_process_that_dies_is_noticed_and_traffic_is_the_audits(backend, traffic):
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    plan = deploy.cut(
+        squares_of_rows := (lambda s, r: squares(s, r["x"])), 1.5, {"x": x}, held=["x"]
+    )
+    rows = {"x": placed(backend, x)}
+    plan.run(backend, 1.5, rows)
+    traffic.clear()
+    np.testing.assert_allclose(plan.run(backend, 1.5, rows), squares_of_rows(1.5, {"x": x}))
+    (exchange,) = plan.audit().exchanges
+    sent = sum(map(array_bytes, traffic))
+    assert sent == exchange.clients * exchange.bytes("down", "row", "sum")
+    backend.kill(1)
+    with pytest.raises(deploy.ClientError, match=r"process 1 has ended with status -9.*\[1\]"):
+        plan.run(backend, 1.5, rows)
 
 
 def test_a_function_that_fails_says_so(tmp_path):
@@ -328,11 +346,6 @@ def test_processes_do_not_delay_messages(module, monkeypatch):
             link.recv_bytes()
             thread.join()
     assert found == [True]
-
-
-def test_the_server_does_not_delay_messages():
-    with deploy.Processes(1) as backend:
-        assert sends_at_once(backend._links[0])
 
 
 def test_a_client_that_does_not_read():

@@ -96,7 +96,7 @@ def test_rounds_of_clients_with_different_numbers_of_steps(name):
 
 
 def test_an_artifact_for_clients_with_different_numbers_of_steps(tmp_path):
-    algorithm = algorithms.fedavg(loss, sgd(), optax.adam(0.1))
+    algorithm = algorithms.fedavg(loss, sgd())
     cohort = cohort_of(max_steps=4)
     args = algorithm.init(PARAMS), cohort
     plan = deploy.cut(algorithm.round, *args, ragged=RAGGED)

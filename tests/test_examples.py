@@ -57,8 +57,10 @@ def test_thermometers_prints_the_share_and_one_round(capsys):
     assert "broadcast[" not in printed
 
 
-def test_federated_averaging_keeps_its_promise(run, tmp_path):
-    printed = run(EXAMPLES / "federated_averaging.py")
+@pytest.mark.parametrize("options", [["--rounds=100"], pytest.param([], marks=pytest.mark.long)])
+def test_federated_averaging_keeps_its_promise(run, tmp_path, options):
+    """After half of its rounds already."""
+    printed = run(EXAMPLES / "federated_averaging.py", *options)
     accuracy, _ = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
     assert accuracy >= 95
     assert is_figure(tmp_path / "runs" / "federated_averaging.png")

@@ -208,6 +208,22 @@ def of_pieces(name, make, n):
     return jax.tree.map(np.asarray, jax.jit(metric)(batch, scores))
 
 
+sums = jax.jit(lambda of_each, mask: of_each.sum(mask))
+merge = jax.jit(lambda one, other: one.merge(other))
+result = jax.jit(lambda stat: stat.result())
+
+
+def sum_of(of_each, own, mask):
+    """The statistic of some examples. Others fill up the batch, so that one program does for all.
+
+    They are masked.
+    """
+    rows = np.resize(own, len(mask)) if len(own) else np.arange(len(mask))
+    return sums(
+        jax.tree.map(lambda x: x[rows], of_each), mask[rows] & (np.arange(len(mask)) < len(own))
+    )
+
+
 @st.composite
 def groupings(draw, n=12):
     """A mask, an order of examples, where they are cut, and a tree in which parts are merged."""
@@ -223,23 +239,20 @@ def groupings(draw, n=12):
 def test_merged_in_any_grouping(grouping, which):
     mask, order, cuts, merges = grouping
     of_each = of_pieces(*which, len(mask))
-    whole = of_each.sum(mask)
-    parts = [
-        jax.tree.map(lambda x, own=own: jnp.asarray(x[own]), of_each).sum(mask[own])
-        for own in np.split(order, cuts)
-    ]
+    whole = sums(of_each, mask)
+    parts = [sum_of(of_each, own, mask) for own in np.split(order, cuts)]
     for a, b in merges:
         if len(parts) > 1:
             one = parts.pop(a % len(parts))
             other = parts.pop(b % len(parts))
-            parts.append(one.merge(other))
-    merged = functools.reduce(lambda a, b: a.merge(b), parts)
+            parts.append(merge(one, other))
+    merged = functools.reduce(merge, parts)
     for found, expected in zip(jax.tree.leaves(merged), jax.tree.leaves(whole), strict=True):
         if np.asarray(expected).dtype.kind == "i":  # counts are equal to the last digit
             np.testing.assert_array_equal(found, expected)
         else:
             np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_allclose(merged.result(), whole.result(), rtol=1e-12)
+    np.testing.assert_allclose(result(merged), result(whole), rtol=1e-12)
 
 
 def test_statistics_merge_under_jit_and_by_fax_sum():

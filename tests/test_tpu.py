@@ -258,7 +258,6 @@ def test_all_algorithms_and_aggregators_are_here():
 
 @pytest.mark.always(
     "diloco-dp_ftrl-uneven",
-    "fedavg-gaussian-explicit",
     "hyp_cluster-int8-auto",
     "local_sgd-krum-explicit",
     "scaffold-top_k-two slices",

@@ -21,7 +21,7 @@ from fax.inspect._hlo import arrays, parse
 
 tpus.require()
 
-LAYERS, WIDTH, HIDDEN, WORDS, LENGTH, BATCH = 4, 256, 512, 1024, 32, 8
+LAYERS, WIDTH, HIDDEN, WORDS, LENGTH, BATCH = 4, 128, 256, 256, 16, 4
 SHAPES = {
     "embed": (WORDS, WIDTH),
     "layers": {
