@@ -127,7 +127,7 @@ def choose_examples(option):
     """Every run of `make test` has the same random examples, and of `make test-all` new ones."""
     import hypothesis
 
-    same = dict(max_examples=10, derandomize=True, database=None)
+    same = dict(max_examples=7, derandomize=True, database=None)
     how = dict(max_examples=60, print_blob=True) if option.all else same
     hypothesis.settings.register_profile("fax", deadline=None, **how)
     hypothesis.settings.load_profile("fax")

@@ -545,7 +545,7 @@ def trace_of_steps(cohort, vectorize):
     return out, len(ran)
 
 
-@pytest.mark.kinds(resident=alike, at_once=alike)
+@pytest.mark.always("1-True", "3-False")
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 6])
 def test_only_steps_that_somebody_needs_are_run(resident, at_once):
@@ -655,7 +655,7 @@ def test_cohorts_on_a_mesh(kind, clients, resident):
         assert loads.reshape(4, 2).sum(1).max() <= loads.sum() / 4 + loads.max()
 
 
-@pytest.mark.always("weighted-explicit", "shuffled-auto")
+@pytest.mark.always("weighted-explicit")
 @pytest.mark.kinds(kind=alike, sampler=alike)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("sampler", ["uniform", "weighted", "shuffled", "minimum_reuse"])

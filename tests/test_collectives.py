@@ -70,7 +70,7 @@ def test_a_round_reduces_the_model_once(kind):
     assert only.bytes == MODEL_BYTES / 2 + 4  # and the total weight
 
 
-@pytest.mark.always("explicit", "first-auto")
+@pytest.mark.always("first-auto")
 @EVERY_KIND
 def test_its_gradient_reduces_the_model_twice(kind):
     """Once forward, and once backward; besides, one number for the gradient of the weights."""

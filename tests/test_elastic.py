@@ -89,7 +89,8 @@ def data(step):
 @pytest.mark.parametrize(
     ("fragments", "tau", "alpha", "kind"),
     [
-        (1, 0, 0.0, AxisType.Auto),
+        # DiLoCo is Streaming DiLoCo with one fragment, which is not in flight.
+        pytest.param(1, 0, 0.0, AxisType.Auto, marks=pytest.mark.long),
         ([["bias", ("in", 0, [0, 2])], ["out", ("in", 0, [1, 3])]], 2, 0.25, AxisType.Explicit),
         # All are in flight at once.
         pytest.param([["out"], ["bias"], ["in"]], 3, 0.5, AxisType.Auto, marks=pytest.mark.long),

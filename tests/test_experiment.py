@@ -243,6 +243,7 @@ def test_blocks_of_rounds_are_resumed(where, whole, tmp_path):
     np.testing.assert_allclose(found.state.params["w"], whole[0].state.params["w"], rtol=1e-12)
 
 
+@pytest.mark.always("True")
 @pytest.mark.parametrize("in_file", [False, True])
 def test_rows_of_a_store_are_resumed(in_file, tmp_path):
     """Those of the checkpoint, not those of the rounds after it."""

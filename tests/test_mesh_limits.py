@@ -117,7 +117,7 @@ def on_one_device(n):
     return jax.device_get(jax.jit(program)(d, jax.random.key(3)))
 
 
-@pytest.mark.always("8-auto", "13-first-explicit")
+@pytest.mark.always("13-first-explicit")
 @pytest.mark.kinds(kind=mixed, n=alike)
 @EVERY_KIND
 @pytest.mark.parametrize("n", [3, 8, 13])

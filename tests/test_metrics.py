@@ -333,7 +333,7 @@ def of_case(kind):
     return of_clients(*case(kind))
 
 
-@pytest.mark.always("7-classes-auto", "1000-sequences-explicit")
+@pytest.mark.always("7-classes-auto")
 @pytest.mark.kinds(mesh=lambda mesh: mesh is None, kind=alike, batch_size=alike)
 @pytest.mark.parametrize("mesh", [None, "auto", "explicit"])
 @pytest.mark.parametrize("kind", ["classes", "sequences"])

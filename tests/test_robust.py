@@ -149,7 +149,7 @@ def round_with_all(at_once):
     return round
 
 
-@pytest.mark.always("jitted", "a mesh of 2")
+@pytest.mark.always("a mesh of 2")
 @pytest.mark.parametrize("name", problems.EACH_SETTING)
 def test_aggregators_are_those_of_the_papers(name):
     """Of gradients that clients compute, so that maps fuse, on meshes and side by side."""
