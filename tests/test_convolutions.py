@@ -518,6 +518,7 @@ def test_large_patches_are_not_stored():
 # Pools
 
 
+@pytest.mark.kinds(window=alike, strides=alike, padding=alike)
 @pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 3)])
 @pytest.mark.parametrize("strides", [(2, 2), (1, 1), (2, 4)])
 @pytest.mark.parametrize("padding", ["VALID", "SAME", ((1, 0), (0, 1))])

@@ -488,9 +488,8 @@ def in_float32(case: Case) -> Case:
 
 # Programs of every kind, and every batch size: what differs from float64 are dtypes alone.
 @pytest.mark.always(
-    *("scalars-vmap-1", "nested-eager-7", "masks-grad-3", "extremes-jvp-7"),
-    *("rows-eager-3", "convolutions-grad-1", "local_training-jvp-3", "rounds_inside-grad-3"),
-    *("loops-jvp-1", "noise-vmap-7"),
+    *("scalars-vmap-1", "masks-grad-3", "extremes-jvp-7", "rows-eager-3"),
+    *("convolutions-grad-1", "rounds_inside-grad-3", "noise-vmap-7"),
 )
 @IN_BATCHES
 @transformed(["eager", "grad", "jvp", "vmap"])
