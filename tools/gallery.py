@@ -39,7 +39,7 @@ SHORT = {
     "sharded_transformer": "--rounds=10",
     "diloco_pystdlib": "--rounds=10",
     "federated_analytics": "",
-    "elastic_diloco": "--learners=2 --periods=20 --inner-steps=20",
+    "elastic_diloco": "--learners=2 --periods=80 --inner-steps=20 --kill-every=6",
     "flower_digits": "--rounds=6",
     "hand_over": "--rounds=10",
     "multiprocess": "",
