@@ -191,27 +191,3 @@ def check_sweep(final_loss, sweep):
     np.testing.assert_allclose(gradient, forward, rtol=1e-10)
     up, down = swept[len(sweep) :].reshape(2, 2).T
     np.testing.assert_allclose(gradient, (up - down) / (2 * step), rtol=1e-6, atol=1e-7)
-
-
-def check_derivatives(fn, x, rtol=1e-5):
-    """That a function has derivatives in both modes, which are central differences.
-
-    One program is compiled, for a random direction of arguments, and one of results.
-    """
-    rng, step = np.random.default_rng(0), 1e-5
-    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), x)
-    of_results = jax.tree.map(lambda x: rng.normal(size=x.shape), jax.eval_shape(fn, x))
-
-    @jax.jit
-    def everything(x):
-        moved = jax.tree.map(lambda x, d: jnp.stack([x + step * d, x - step * d]), x, direction)
-        up_and_down = jax.lax.map(fn, moved)
-        back = jax.vjp(fn, x)[1](of_results)[0]
-        return jax.jvp(fn, (x,), (direction,))[1], back, up_and_down
-
-    forward, back, ends = jax.device_get(everything(x))
-    expected = jax.tree.map(lambda x: (x[0] - x[1]) / (2 * step), ends)
-    assert_trees_close(forward, expected, rtol=rtol, atol=1e-8)
-    by_results = [np.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (of_results, expected)))]
-    by_arguments = [np.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (direction, back)))]
-    np.testing.assert_allclose(sum(by_arguments), sum(by_results), rtol=rtol, atol=1e-8)

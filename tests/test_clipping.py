@@ -102,8 +102,10 @@ def test_no_update_can_pass_a_private_sum(dtype):
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def each(tree, limits):
-        rows = lambda limit: jax.lax.map(lambda row: round(row, limit), tree)  # noqa: E731
-        return jax.lax.map(rows, limits)
+        def of_all_rows(limit):
+            return jax.lax.map(lambda row: round(row, limit), tree)
+
+        return jax.lax.map(of_all_rows, limits)
 
     found = each(tree, limits)
     for name, sums in jax.device_get(found).items():

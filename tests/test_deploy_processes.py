@@ -130,7 +130,7 @@ def array_bytes(message):
     return len(message) - 8 - size
 
 
-def test_late_answers_are_ignored(backend):
+def test_late_answers_are_ignored(backend, monkeypatch):
     """A process that stops for a while is left out, and takes part again later."""
 
     @fax.program(clients=3)
@@ -143,11 +143,12 @@ def test_late_answers_are_ignored(backend):
     np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
     process = backend._links[1].process
     process.send_signal(signal.SIGSTOP)
-    backend._timeout = 1.0
-    for _ in range(2):
-        np.testing.assert_allclose(plan.run(backend, rows, quorum=2), x[[0, 2]].mean(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_timeout", 1.0)
+        for _ in range(2):
+            np.testing.assert_allclose(plan.run(backend, rows, quorum=2), x[[0, 2]].mean(0))
     process.send_signal(signal.SIGCONT)
-    backend._timeout = 100.0
+    monkeypatch.setattr(backend, "_timeout", 100.0)
     for _ in range(2):
         np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
 

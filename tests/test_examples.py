@@ -59,7 +59,7 @@ def test_thermometers_prints_the_share_and_one_round(capsys):
 
 @pytest.mark.parametrize("options", [["--rounds=100"], pytest.param([], marks=pytest.mark.long)])
 def test_federated_averaging_keeps_its_promise(run, tmp_path, options):
-    """After half of its rounds already."""
+    """After half of its rounds, and after all of them."""
     printed = run(EXAMPLES / "federated_averaging.py", *options)
     accuracy, _ = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
     assert accuracy >= 95

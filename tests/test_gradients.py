@@ -73,8 +73,8 @@ OPERATORS: dict[str, tuple[Callable, tuple]] = {
 }
 
 
-# Every operator in some form, and a mean, a sum, an extremum and rows in each. What is left out
-# masks and starts extremes and means in ways that others have in common, and so do tests below.
+# Every operator in some form, and a mean, a sum, an extremum and rows in each way. The other cases
+# use masks and initial values as some of these do, and as tests below do.
 @pytest.mark.always(
     *("broadcast-direct", "map-direct", "sum where-direct", "mean weights-direct"),
     *("max where-direct", "min-direct", "distribute-at_once", "map of broadcast-at_once"),

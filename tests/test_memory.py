@@ -158,7 +158,7 @@ def test_in_bfloat16(counts, variant):
     values, gradients = [], []
     for n in counts:
         params, _, weights, mask = arguments(n, jnp.bfloat16)
-        params = 2 * params  # so many layers that a copy of one more is little
+        params = 2 * params  # twice as many layers, so that a copy of one of them is a small part
         args = params, jax.ShapeDtypeStruct((n,), jnp.bfloat16), weights, mask
         program = program_of(n, jax.checkpoint(client), variant)
         values.append(temporary(program, *args) / 2)

@@ -254,7 +254,6 @@ def test_no_client_twice():
 # Averages of updates
 
 
-@pytest.mark.always("True")
 @pytest.mark.parametrize("x64", [False, True])
 def test_an_algorithm(x64):
     """FedAvg's round, whose aggregator makes the integers. Without a client, it has weight zero."""

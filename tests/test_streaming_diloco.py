@@ -658,7 +658,7 @@ def test_the_next_steps_wait_for_what_is_sent_if_more_is_sent_before_it_lands(ta
 
 
 def test_results_do_not_depend_on_where_replicas_are_and_each_fragment_is_sent_once(data):
-    """They are those of the paper, with which one device is compared above."""
+    """They are those of the paper. A test above compares one device with it."""
     results, fragments = [], [["w"], ["b"]]
     for name in ("vectorized", "a mesh of 2"):
         context, at_once = problems.setting(name, "replicas")

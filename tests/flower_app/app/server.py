@@ -63,7 +63,7 @@ def rounds(grid, folder, victim):
 
 
 def secure(grid, folder, victim):
-    """A round as secure sums of all nodes, and one of those that a node did not leave."""
+    """A round as a secure sum of all nodes, and one without a node that is killed in the sum."""
     backend = deploy.Flower(grid, 3, timeout=90.0, secure=deploy.SecureSums(0.5))
     cohort = programs.cohort(backend.held(), 0)
     state, step = programs.secure_fedavg()
