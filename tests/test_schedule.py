@@ -15,7 +15,7 @@ from fax.primitives._round import AtMost, Round, Vectorize
 
 N, STEPS, BATCH = 12, 3, 5
 MIB = 2**20
-V5E = Chip(fast=128 * MIB, operation=64 * MIB, main=16 * 2**30, start=1_500_000)
+V5E = Chip(state=64 * MIB, operation=64 * MIB, main=16 * 2**30, start=1_500_000)
 
 
 def training(model, params, client=lambda fn: fn, **how):

@@ -7,8 +7,9 @@ times that of the main memory (HBM).
   - One participant of a small model leaves the device idle most of the time: each operation takes
     thousands of cycles to start. So participants are vectorized, and share the starts.
   - If their copies do not fit into half of the fast memory (their gradients need the other half),
-    each step reads and writes all of them in main memory, which takes longer than the starts.
-    Where there are convolutions, their results have to fit, too. And there is a bound for the
+    each step reads and writes all of them in main memory, which takes longer than the starts. On
+    v5p, where the compiler leaves what a loop carries in main memory anyway, this bound is twice as
+    high. Where there are convolutions, their results have to fit, too. And there is a bound for the
     operands and results of the largest operation. Beyond it, the compiler divides the operation
     into pieces, which on v5e can take six times as long.
   - An exception is a client function whose steps have so many operations that starting them takes
@@ -57,7 +58,7 @@ class Chip(NamedTuple):
     """What matters about a kind of device.
 
     Attributes:
-      fast: the bytes of its fast memory.
+      state: the bytes that vectorized participants may carry from step to step.
       operation: the bytes that one operation may read and write.
       main: the bytes of its main memory.
       start: the bytes that it could read from main memory while an operation starts.
@@ -65,7 +66,7 @@ class Chip(NamedTuple):
       most: the largest useful number of vectorized participants.
     """
 
-    fast: int
+    state: int
     operation: int
     main: int
     start: int
@@ -76,16 +77,16 @@ class Chip(NamedTuple):
 _MIB, _GIB = 2**20, 2**30
 # By `jax.Device.device_kind`.
 _TPUS = {
-    "TPU v2": Chip(16 * _MIB, 16 * _MIB, 8 * _GIB, 2_000_000),
-    "TPU v3": Chip(16 * _MIB, 16 * _MIB, 16 * _GIB, 2_000_000),
-    "TPU v4": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 2_000_000),
-    "TPU v5 lite": Chip(128 * _MIB, 64 * _MIB, 16 * _GIB, 1_500_000),
-    "TPU v5": Chip(128 * _MIB, 160 * _MIB, 95 * _GIB, 5_000_000),
-    "TPU v6 lite": Chip(128 * _MIB, 160 * _MIB, 32 * _GIB, 3_000_000),
+    "TPU v2": Chip(8 * _MIB, 16 * _MIB, 8 * _GIB, 2_000_000),
+    "TPU v3": Chip(8 * _MIB, 16 * _MIB, 16 * _GIB, 2_000_000),
+    "TPU v4": Chip(64 * _MIB, 256 * _MIB, 32 * _GIB, 2_000_000),
+    "TPU v5 lite": Chip(64 * _MIB, 64 * _MIB, 16 * _GIB, 1_500_000),
+    "TPU v5": Chip(128 * _MIB, 512 * _MIB, 95 * _GIB, 5_000_000),
+    "TPU v6 lite": Chip(64 * _MIB, 192 * _MIB, 32 * _GIB, 3_000_000),
 }
 _TPUS |= {"TPU v5p": _TPUS["TPU v5"], "TPU v6e": _TPUS["TPU v6 lite"]}  # their other names
 _UNKNOWN_TPU = _TPUS["TPU v5 lite"]
-_GPU = Chip(40 * _MIB, 40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
+_GPU = Chip(20 * _MIB, 40 * _MIB, 16 * _GIB, 8_000_000, grouped=False, most=16)
 
 # A model with more numbers trains one participant at a time.
 _MOST_NUMBERS = 4_000_000
@@ -140,7 +141,7 @@ def default(chip: Chip, cost: ClientCost) -> int:
     held = max(1, cost.state + cost.images)
     room = int(chip.main * _TEMPORARY) // max(1, cost.temporary)
     most = max(1, min(chip.most, room))
-    found = max(1, min(chip.fast // 2 // held, chip.operation // max(1, cost.largest)))
+    found = max(1, min(chip.state // held, chip.operation // max(1, cost.largest)))
     while found < most and cost.products * chip.start / (2 * found) > _PASSES * held:
         found *= 2
     return min(found, most)
