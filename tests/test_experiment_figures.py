@@ -123,6 +123,38 @@ def test_figures_of_runs_with_few_numbers(curves, clients, names):
         assert found["clients"].axes[0].get_title().startswith("last cohort: ")
 
 
+def test_all_metrics_of_evaluations_are_shown(tmp_path):
+    curves = {
+        "loss": curve([2.0, 1.0]),
+        "clip_norm": curve([1.0, 1.0]),  # of the algorithm, not of an evaluation
+        "epsilon": curve([1.0, 2.0]),
+        "test/auc": curve([0.5, 0.75]),
+        "test/binary_accuracy": curve([0.25, 0.5]),
+        "test/mae": curve([3.0, 2.0]),
+        "test/gap": curve([0.2, 0.1]),
+        "test/non_finite": curve([0, 0]),
+        "client.rate=0.1/bits": curve([8, 16]),  # as in a sweep
+    }
+    found = _figures.figures(curves, {"test/f1": np.ones(3), "clients/alpha": np.ones(2)})
+    labels = {name: [axes.get_ylabel() for axes in own.axes] for name, own in found.items()}
+    assert labels["rounds"] == ["loss", "auc", "binary accuracy (%)", "mae", "gap"]
+    assert points(found["rounds"].axes[2]) == {"test": [[1, 25], [2, 50]]}
+    assert labels["epsilon"] == ["epsilon", "auc"]
+    assert [axes.get_xlabel() for axes in found["clients"].axes] == ["f1"]
+    check_texts(found["rounds"])
+
+    other = {name: (rounds, values / 2) for name, (rounds, values) in curves.items()}
+    folders = [write_run(tmp_path / "a", curves), write_run(tmp_path / "b", other)]
+    compared = experiment.compare(folders)
+    assert compared.table.splitlines() == [
+        "run  rounds  loss  epsilon  test/auc  test/binary_accuracy  test/mae  test/gap",
+        "a         2    1         2     0.75*                  0.5*        2        0.1",
+        "b         2  0.5*        1    0.375                  0.25         1*      0.05",
+    ]
+    assert len(compared.figure.axes) == 5
+    check_texts(compared.figure)
+
+
 def write_run(folder, curves, clients=(), settings=""):
     folder.mkdir(parents=True)
     last = max(own[0][-1] for own in curves.values())

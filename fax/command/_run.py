@@ -14,6 +14,7 @@ from fax.aggregators import PrivacyBudgetError
 from fax.command import _devices, _processes, _source
 from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError
 from fax.command._source import Source
+from fax.experiment import _shown
 from fax.experiment._outputs import Process0Error
 
 _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
@@ -108,16 +109,17 @@ def show(source: Source, folder: Path, result: Any) -> None:
     last: dict[str, Any] = {}
     for row in result.history:
         last |= row
-    numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
+    kinds = [*_shown.kinds(last), "epsilon"]
+    numbers = [
+        f"{_name(key)} {_number(key, value)}"
+        for key, value in last.items()
+        if _shown.kind_of(key) in kinds
+    ]
     print(f"After {_counted(last.get('round', 0), 'round')}: {', '.join(numbers)}")
     if result.reason:
         print(f"Stopped early: {result.reason}")
     for figure in sorted(Path(folder, "figures").glob("*.png")):
         print(f"Figure: {figure}")
-
-
-def _shown(key: str) -> bool:
-    return key.rpartition("/")[2] in ("loss", "accuracy", "psnr", "epsilon")
 
 
 def _name(key: str) -> str:

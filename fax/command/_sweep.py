@@ -18,12 +18,11 @@ from fax.command import _modules, _processes, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
 from fax.command._values import grid, put
+from fax.experiment import _shown
 from fax.experiment._build import placement
 from fax.experiment._config import Config, configure
 from fax.experiment._sweep import Setting, label, sweep, traceable
 from fax.experiment._tables import merged, read
-
-_SHOWN = ("loss", "accuracy", "psnr")
 
 
 def command(args: argparse.Namespace) -> int:
@@ -125,10 +124,11 @@ def _show(
     names = list(dict.fromkeys(name for _, metrics in results for name in metrics))
     if args.by not in names:
         raise CommandError(f"there is no metric {args.by!r}. {did_you_mean(args.by, names)}")
-    sign = 1 if args.by.endswith("loss") else -1
+    sign = 1 if _shown.best(_shown.kind_of(args.by)) is min else -1
     finite = [own for own in results if math.isfinite(own[1].get(args.by, math.nan))]
     best = min(finite, key=lambda own: sign * own[1][args.by], default=None)
-    shown = [name for name in names if name.rpartition("/")[2] in _SHOWN or name == args.by]
+    kinds = _shown.kinds(names)
+    shown = [name for name in names if _shown.kind_of(name) in kinds or name == args.by]
     keys = list(results[0][0])
     rows = [["", *keys, *shown]]
     for own in results:
