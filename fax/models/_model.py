@@ -92,7 +92,7 @@ def functional(
     for path, variable in nnx.to_flat_state(rest):
         if not isinstance(variable, nnx.RngState):
             raise ValueError(
-                f"{where}: build returned a {type(module).__name__} with state that is not "
+                f"{where}: build returned {_arguments.of_type(module)} with state that is not "
                 f"trained, {type(variable).__name__} at {'.'.join(map(str, path))}. Use a layer "
                 "without state, such as GroupNorm instead of BatchNorm, or write a loss with "
                 "model_state; see fax.algorithms.fedavg."
