@@ -1,6 +1,8 @@
 """Sweeps, and the configurations that the command runs."""
 
+import argparse
 import functools
+import pathlib
 import re
 import tomllib
 
@@ -58,6 +60,17 @@ def test_a_sweep_finds_what_single_runs_find(small, capsys):
     assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
     assert main(["resume", "runs/small-sweep/cohorts.batch_size=8"]) == 2
     assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
+
+
+def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys):
+    rows = [({"client.rate": x}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)]
+    _command_sweep._show(
+        argparse.Namespace(by="test/mae", source="my.toml"), pathlib.Path("runs"), rows
+    )
+    text = capsys.readouterr().out
+    assert text.split()[:3] == ["client.rate", "test/mae", "test/auc"]
+    assert text.split()[3] == "0.3"
+    assert "fax run my.toml --set client.rate=0.1" in text
 
 
 def test_the_parts_of_a_sweep():

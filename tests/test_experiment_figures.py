@@ -137,10 +137,10 @@ def test_all_metrics_of_evaluations_are_shown(tmp_path):
     }
     found = _figures.figures(curves, {"test/f1": np.ones(3), "clients/alpha": np.ones(2)})
     labels = {name: [axes.get_ylabel() for axes in own.axes] for name, own in found.items()}
-    assert labels["rounds"] == ["loss", "auc", "binary accuracy (%)", "mae", "gap"]
+    assert labels["rounds"] == ["loss", "AUC", "binary accuracy (%)", "MAE", "gap"]
     assert points(found["rounds"].axes[2]) == {"test": [[1, 25], [2, 50]]}
-    assert labels["epsilon"] == ["epsilon", "auc"]
-    assert [axes.get_xlabel() for axes in found["clients"].axes] == ["f1"]
+    assert labels["epsilon"] == ["epsilon", "AUC"]
+    assert [axes.get_xlabel() for axes in found["clients"].axes] == ["F1"]
     check_texts(found["rounds"])
 
     other = {name: (rounds, values / 2) for name, (rounds, values) in curves.items()}
@@ -232,6 +232,14 @@ def test_runs_are_compared(tmp_path):
         colors = [line.get_color() for line in axes.lines]
         assert len({*map(str, colors)}) == 3
         assert str(colors) == str([line.get_color() for line in legend.get_lines()])
+
+    # If only one run has settings of its own, the others are not compared by those of the call.
+    named = write_run(tmp_path / "e", {"loss": curve([1])}, settings="rate = 1\n[run]\nseed = 0\n")
+    other = write_run(tmp_path / "f", {"loss": curve([1])}, settings="[run]\nseed = 1\n")
+    third = write_run(tmp_path / "g", {"loss": curve([1])}, settings="[run]\nseed = 2\n")
+    pairs = [[named, other], [other, third]]
+    headers = [experiment.compare(own).table.splitlines()[0].split() for own in pairs]
+    assert headers == [["run", "rate", "rounds", "loss"], ["run", "seed", "rounds", "loss"]]
 
     twice = [folders[0], tmp_path / "d" / ".." / "a"]
     with pytest.raises(ValueError, match=r"compare: folders has '.*a' twice"):

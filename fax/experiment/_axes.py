@@ -16,6 +16,7 @@ from fax.experiment import _shown
 from fax.experiment._curves import Curve
 
 _COLUMNS = 3  # the most panels of curves in a row
+_LABELS = {"psnr": "PSNR (dB)"} | {kind: kind.upper() for kind in ("auc", "f1", "mae", "mse", "r2")}
 X_LABELS = {"round": "round", "bits": "sent so far (bits)", "epsilon": "epsilon"}
 _FEW = 60  # points, up to which each has a marker
 
@@ -45,8 +46,8 @@ def panels(columns: int, rows: int = 1, right: float = 0) -> tuple[Figure, list[
 
 def grid(count: int, right: float = 0) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, at most three in a row, and inches for a legend."""
-    columns = min(count, _COLUMNS)
-    figure, axes = panels(columns, -(-count // columns), right)
+    rows = -(-count // _COLUMNS)
+    figure, axes = panels(-(-count // rows), rows, right)
     for own in axes[count:]:
         own.remove()
     return figure, axes[:count]
@@ -56,7 +57,7 @@ def label(kind: str) -> tuple[str, int]:
     """What is written at the axis of a kind of metric, and its scale: accuracies are in percent."""
     if kind.endswith("accuracy"):
         return f"{kind.replace('_', ' ')} (%)", 100
-    return ("PSNR (dB)" if kind == "psnr" else kind.replace("_", " ")), 1
+    return _LABELS.get(kind, kind.replace("_", " ")), 1
 
 
 def plot(axes: Axes, points: Curve, x: str, kind: str, **style: Any) -> None:

@@ -83,7 +83,7 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
         raise ValueError(f"{where}: folders has {os.fspath(twice[0])!r} twice.")
     names = _names(paths)
     runs = {name: _curves.read(path) for name, path in zip(names, paths, strict=True)}
-    settings = _differences([_settings(path) for path in paths])
+    settings = _differences(_settings(paths))
     return Comparison(_table(runs, settings), _figure(runs))
 
 
@@ -95,15 +95,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, parent) for path in paths]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The user's settings by their paths; if there are none, those that `run` was called with."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    found = read(path)
-    found.pop("environment", None)
-    run = found.pop("run", {})
-    return flat(found or run)
+def _settings(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The users' settings by their paths; if no run has any, those that `run` was called with."""
+    tables = [read(own / CONFIG) if (own / CONFIG).is_file() else {} for own in folders]
+    called = [own.pop("run", {}) for own in tables]
+    for own in tables:
+        own.pop("environment", None)
+    return [flat(own) for own in (tables if any(tables) else called)]
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
