@@ -13,6 +13,7 @@ import pytest
 from commands import OPTIONS, SMALL, rows_of, small_in
 
 import fax
+from fax.command import _run as _command_run
 from fax.command import _sweep as _command_sweep
 from fax.command import _values, main
 from fax.experiment import _build, _catalog, _config, _sweep, _toml
@@ -71,6 +72,21 @@ def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys):
     assert text.split()[:3] == ["client.rate", "test/mae", "test/auc"]
     assert text.split()[3] == "0.3"
     assert "fax run my.toml --set client.rate=0.1" in text
+
+
+def test_the_algorithm_to_try_next_takes_the_aggregator():
+    private = {"name": "gaussian", "clip_norm": 1.0, "noise_multiplier": 1.0}
+    found = []
+    for algorithm, aggregator in (("fedavg", []), ("fedavg", private), ("fedprox", private)):
+        options = {"name": algorithm, **OPTIONS.get(algorithm, {})}
+        own = {**SMALL, "algorithm": options, "aggregator": aggregator}
+        config = _config.configure(own)
+        line = _command_run._next("small.toml", pathlib.Path("runs/a"), config)[1].split()
+        name, *other = line[line.index("--algorithm") + 1 : line.index("--folder")]
+        changes = {"algorithm": {"name": name, **({"mu": 0.1} if other else {})}}
+        _build.build(_config.configure({**own, **changes}))  # refuses what does not go together
+        found.append([name, *other])
+    assert found == [["scaffold"], ["fedprox", "--set", "algorithm.mu=0.1"], ["fedavg"]]
 
 
 def test_the_parts_of_a_sweep():

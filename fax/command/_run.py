@@ -15,6 +15,7 @@ from fax.command import _devices, _processes, _source
 from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError
 from fax.command._source import Source
 from fax.experiment import _shown
+from fax.experiment._config import Config
 from fax.experiment._outputs import Process0Error
 
 _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
@@ -32,7 +33,7 @@ def command(args: argparse.Namespace) -> int:
     show(source, folder, result)
     if source.config is not None:  # the settings of a module cannot be changed from the shell
         print("Try next:")
-        for line in _next(args.source, folder, source.config.algorithm["name"]):
+        for line in _next(args.source, folder, source.config):
             print(f"  {line}")
     return 0
 
@@ -130,12 +131,15 @@ def _number(key: str, value: float) -> str:
     return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
 
 
-def _next(source: str, folder: Path, algorithm: str) -> list[str]:
-    """Three commands to try next."""
-    name = "fedavg" if algorithm == "scaffold" else "scaffold"
+def _next(source: str, folder: Path, config: Config) -> list[str]:
+    """Three commands to try next. SCAFFOLD refuses private aggregators."""
+    private = any(part["name"] in ("gaussian", "laplace", "dp_ftrl") for part in config.aggregator)
+    name, options = ("fedprox", " --set algorithm.mu=0.1") if private else ("scaffold", "")
+    if config.algorithm["name"] == name:
+        name, options = "fedavg", ""
     other = new_folder(folder.with_name(f"{folder.name}-{name}"))
     return [
         f"fax evaluate {folder} --on train",
-        f"fax run {source} --algorithm {name} --folder {other}",
+        f"fax run {source} --algorithm {name}{options} --folder {other}",
         f"fax compare {folder} {other}",
     ]

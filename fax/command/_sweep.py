@@ -28,7 +28,10 @@ from fax.experiment._tables import merged, read
 def command(args: argparse.Namespace) -> int:
     """Trains all combinations, and prints a table."""
     if _modules.is_name(args.source):
-        raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
+        raise CommandError(
+            f"{args.source} is made by a program. Sweep over its settings there, with a folder for "
+            "each run, and then use fax compare."
+        )
     with mistakes():
         # Without the grid, the configuration may be incomplete.
         tables = merged(read(args.source), _source.changes_of(args))
