@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from commands import OPTIONS, SMALL, rows_of, small_in
+from scripts import is_figure
 
 import fax
 from fax.command import _run as _command_run
@@ -63,15 +64,15 @@ def test_a_sweep_finds_what_single_runs_find(small, capsys):
     assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
 
 
-def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys):
+def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys, tmp_path):
     rows = [({"client.rate": x}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)]
-    _command_sweep._show(
-        argparse.Namespace(by="test/mae", source="my.toml"), pathlib.Path("runs"), rows
-    )
+    arguments = argparse.Namespace(by="test/mae", source="my.toml")
+    _command_sweep._show(arguments, tmp_path, rows)
     text = capsys.readouterr().out
-    assert text.split()[:3] == ["client.rate", "test/mae", "test/auc"]
-    assert text.split()[3] == "0.3"
+    assert text.split()[:4] == ["client.rate", "test/mae", "test/auc", "0.3"]
     assert "fax run my.toml --set client.rate=0.1" in text
+    assert f"Figure: {tmp_path / 'sweep.png'}" in text
+    assert is_figure(tmp_path / "sweep.png")
 
 
 def test_the_algorithm_to_try_next_takes_the_aggregator():

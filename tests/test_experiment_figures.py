@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from fax import experiment
+from fax.command import _sweep_figure
 from fax.experiment import _curves, _figures
 
 
@@ -264,6 +265,23 @@ def test_runs_without_a_loss_have_a_table_and_no_figure(tmp_path):
     found = experiment.compare([write_run(tmp_path / "a", {"bits": curve([8])})])
     assert found.figure is None
     assert found.table.split() == ["run", "rounds", "bits", "a", "1", "8"]
+
+
+def test_the_figure_of_a_sweep():
+    grid = [("fedavg", 0.1), ("fedavg", 0.01), ("scaffold", 0.1)]
+    rows = [({"algorithm": a, "client.rate": x}, {"test/accuracy": x}) for a, x in grid]
+    rows += [({"algorithm": "scaffold", "client.rate": 0.01}, {})]  # diverged
+    figure = _sweep_figure.figure(rows, "test/accuracy")
+    check_texts(figure)
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("client.rate", "test accuracy (%)")
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "0.1"]
+    found = points(axes)
+    assert found["algorithm=fedavg"] == [[0.01, 1.0], [0.1, 10.0]]
+    assert found["algorithm=scaffold"][1] == [0.1, 10.0]
+    assert math.isnan(found["algorithm=scaffold"][0][1])
+    assert _sweep_figure.figure([({"algorithm": "fedavg"}, {})], "test/accuracy") is None
 
 
 WRONG = {

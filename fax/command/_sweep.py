@@ -17,8 +17,9 @@ from fax._nearest import did_you_mean
 from fax.command import _modules, _processes, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
+from fax.command._sweep_figure import figure
 from fax.command._values import grid, put
-from fax.experiment import _shown
+from fax.experiment import _axes, _shown
 from fax.experiment._build import placement
 from fax.experiment._config import Config, configure
 from fax.experiment._sweep import Setting, label, sweep, traceable
@@ -147,6 +148,9 @@ def _show(
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
     print(f"Table: {root / 'sweep.csv'}")
+    drawn = None if jax.process_index() else figure(results, args.by)
+    if drawn is not None:
+        print(f"Figure: {_axes.save(drawn, root / 'sweep.png')}")
     if best is None:
         print("All of them have diverged. Try smaller learning rates.")
         return 0
