@@ -328,6 +328,11 @@ def shown(value: Any) -> str:
         return "a lambda" if name == "<lambda>" else f"the function {_public(value)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return of_type(value)
+
+
+def of_type(value: Any) -> str:
+    """The type of a value with its article, as in ``an int``."""
     name = type(value).__name__.lstrip("_")
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 

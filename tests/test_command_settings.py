@@ -1,6 +1,8 @@
 """Sweeps, and the configurations that the command runs."""
 
+import argparse
 import functools
+import pathlib
 import re
 import tomllib
 
@@ -9,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 from commands import OPTIONS, SMALL, rows_of, small_in
+from scripts import is_figure
 
 import fax
+from fax.command import _run as _command_run
 from fax.command import _sweep as _command_sweep
 from fax.command import _values, main
 from fax.experiment import _build, _catalog, _config, _sweep, _toml
@@ -58,6 +62,32 @@ def test_a_sweep_finds_what_single_runs_find(small, capsys):
     assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
     assert main(["resume", "runs/small-sweep/cohorts.batch_size=8"]) == 2
     assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
+
+
+def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys, tmp_path):
+    rows = [({"client.rate": x}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)]
+    arguments = argparse.Namespace(by="test/mae", source="my.toml")
+    _command_sweep._show(arguments, tmp_path, rows)
+    text = capsys.readouterr().out
+    assert text.split()[:4] == ["client.rate", "test/mae", "test/auc", "0.3"]
+    assert "fax run my.toml --set client.rate=0.1" in text
+    assert f"Figure: {tmp_path / 'sweep.png'}" in text
+    assert is_figure(tmp_path / "sweep.png")
+
+
+def test_the_algorithm_to_try_next_takes_the_aggregator():
+    private = {"name": "gaussian", "clip_norm": 1.0, "noise_multiplier": 1.0}
+    found = []
+    for algorithm, aggregator in (("fedavg", []), ("fedavg", private), ("fedprox", private)):
+        options = {"name": algorithm, **OPTIONS.get(algorithm, {})}
+        own = {**SMALL, "algorithm": options, "aggregator": aggregator}
+        config = _config.configure(own)
+        line = _command_run._next("small.toml", pathlib.Path("runs/a"), config)[1].split()
+        name, *other = line[line.index("--algorithm") + 1 : line.index("--folder")]
+        changes = {"algorithm": {"name": name, **({"mu": 0.1} if other else {})}}
+        _build.build(_config.configure({**own, **changes}))  # refuses what does not go together
+        found.append([name, *other])
+    assert found == [["scaffold"], ["fedprox", "--set", "algorithm.mu=0.1"], ["fedavg"]]
 
 
 def test_the_parts_of_a_sweep():

@@ -85,7 +85,7 @@ def test_polars():
     assert_clients(fax.data.from_pandas(arrays, "user"))
     for column in ("x", "y", "user"):
         missing = frame.with_columns(pl.when(pl.col("y") != 4).then(pl.col(column)).alias(column))
-        with pytest.raises(DataError, match=f"'{column}' has 1 missing values, the first in row 2"):
+        with pytest.raises(DataError, match=f"'{column}' has 1 missing value, the first in row 2"):
             fax.data.from_pandas(missing, "user")
     ragged = frame.with_columns(pl.Series("x", [[1], [2], [1, 2], [3], [4]]))
     with pytest.raises(DataError, match=r"shape \(1,\) in row 0, but \(2,\) in row 2"):
@@ -109,8 +109,8 @@ def test_polars():
         (lambda f: f.assign(x=["a", 1, "b", "c", "d"]), "'x' mixes int and str"),
         (lambda f: f[["user"]], "no column but 'user'"),
         (lambda f: f.set_axis(["user", "x", "x"], axis=1), "a name twice"),
-        (lambda f: f.set_axis(["user", 0, 1], axis=1), "named 0, a int"),
-        (lambda f: f.to_dict("list"), "frame is a dict.*from_records"),
+        (lambda f: f.set_axis(["user", 0, 1], axis=1), "named 0, an int"),
+        (lambda f: f.to_dict("list"), "frame is a dict.*read_csv.*from_records"),
     ],
 )
 def test_tables_that_cannot_be_used(change, message):
@@ -133,7 +133,7 @@ def test_records():
         ({"user": 1, "x": 2}, "records is a dict"),
         ([{"user": 1, "x": 2}, {"user": 1}], "record 1 differs from the first.*x"),
         ([{"user": 1, "x": 2}, {"user": 1, "x": 2, "z": 1}], "record 1 differs.*z"),
-        ([{"user": 1, "x": 2}, 5], "record 1 is a int"),
+        ([{"user": 1, "x": 2}, 5], "record 1 is an int"),
         ([{"user": 1, "x": None}], "'x' has 1 missing"),
         ([{"user": [1], "x": 2}], r"'user' has shape \(1, 1\)"),
         ([{"user": "a", "x": "s"}, {"user": "a", "x": b"s"}], "'x' mixes bytes and str"),
@@ -197,7 +197,7 @@ def test_hugging_face(monkeypatch):
     with pytest.raises(DataError, match=r"client 'a': .*\(1,\) in row 0, but \(2,\) in row 1.*pad"):
         ragged.client("a")
     for x, message in [
-        ([1, None], "'x' has 1 missing values, the first in row 1"),
+        ([1, None], "'x' has 1 missing value, the first in row 1"),
         ([[1], [None]], "'x' has missing values in its lists"),
     ]:
         missing = datasets.Dataset.from_dict({"user": ["a", "a"], "x": x})
@@ -245,7 +245,7 @@ class Loader:
         ((Loader(), "user"), "is a DataLoader. Pass its dataset"),
         (([(1, 2)],), "Pass client="),
         (([(1, 2)], ["a", "b"]), r"client has the shape \(2,\), expected \(1,\)"),
-        (([(1, 2)], "user"), "item 0 has no such field: it is tuple"),
+        (([(1, 2)], "user"), "item 0 has no such field: it is a tuple"),
         (({"a": [(1, 2)]}, "user"), "the mapping already says whose"),
         ((5, "user"), "dataset is 5, expected a dataset"),
         (({"a": 5},), "client 'a' is 5, expected"),

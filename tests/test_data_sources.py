@@ -645,7 +645,7 @@ def test_values_that_are_not_finite(dtype):
     bad = np.ones((3, 2)).astype(dtype)
     bad[1, 0], bad[2, 1] = np.inf, np.nan
     data = InMemory({"a": {"x": np.ones((1, 2)).astype(dtype)}, "b": {"x": bad}})
-    with pytest.raises(DataError, match=r"'b', feature 'x' has 2 values .* in example 1"):
+    with pytest.raises(DataError, match=r"'b', feature 'x' has 2 values .* in example 1\. Fill"):
         fax.data.validate(data)
     with pytest.warns(UserWarning, match="skips 1 of 2"):
         assert fax.data.validate(data, "skip").client_ids() == ("a",)

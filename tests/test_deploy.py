@@ -17,7 +17,9 @@ HALF = np.full((3, 2), 40000, np.float16)  # their sum is infinite
 
 def test_clients_do_not_send_what_nobody_needs():
     """The gradient does not need the value."""
-    exchanges = deploy.cut(jax.grad(squares), 1.0, ROWS, held=["x"]).audit().exchanges
+    plan = deploy.cut(jax.grad(squares), 1.0, ROWS, held=["x"])
+    assert repr(plan) == "Plan(stages=['clients 3', 'clients 2'])"
+    exchanges = plan.audit().exchanges
     assert [exchange.bytes("sum") for exchange in exchanges] == [0, 8]
 
 

@@ -189,7 +189,7 @@ def test_the_example(run):
     loss, accuracy = scripts.numbers(pattern, text)
     assert loss < 1
     assert accuracy > 70
-    assert "process 1 has ended with status -9. Clients that they run: ['client 1']." in text
+    assert "process 1 has ended with status -9. Their clients: ['client 1']." in text
 
 
 # Messages

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from fax import experiment
+from fax.command import _sweep_figure
 from fax.experiment import _curves, _figures
 
 
@@ -123,6 +124,38 @@ def test_figures_of_runs_with_few_numbers(curves, clients, names):
         assert found["clients"].axes[0].get_title().startswith("last cohort: ")
 
 
+def test_all_metrics_of_evaluations_are_shown(tmp_path):
+    curves = {
+        "loss": curve([2.0, 1.0]),
+        "clip_norm": curve([1.0, 1.0]),  # of the algorithm, not of an evaluation
+        "epsilon": curve([1.0, 2.0]),
+        "test/auc": curve([0.5, 0.75]),
+        "test/binary_accuracy": curve([0.25, 0.5]),
+        "test/mae": curve([3.0, 2.0]),
+        "test/gap": curve([0.2, 0.1]),
+        "test/non_finite": curve([0, 0]),
+        "client.rate=0.1/bits": curve([8, 16]),  # as in a sweep
+    }
+    found = _figures.figures(curves, {"test/f1": np.ones(3), "clients/alpha": np.ones(2)})
+    labels = {name: [axes.get_ylabel() for axes in own.axes] for name, own in found.items()}
+    assert labels["rounds"] == ["loss", "AUC", "binary accuracy (%)", "MAE", "gap"]
+    assert points(found["rounds"].axes[2]) == {"test": [[1, 25], [2, 50]]}
+    assert labels["epsilon"] == ["epsilon", "AUC"]
+    assert [axes.get_xlabel() for axes in found["clients"].axes] == ["F1"]
+    check_texts(found["rounds"])
+
+    other = {name: (rounds, values / 2) for name, (rounds, values) in curves.items()}
+    folders = [write_run(tmp_path / "a", curves), write_run(tmp_path / "b", other)]
+    compared = experiment.compare(folders)
+    assert compared.table.splitlines() == [
+        "run  rounds  loss  epsilon  test/auc  test/binary_accuracy  test/mae  test/gap",
+        "a         2    1         2     0.75*                  0.5*        2        0.1",
+        "b         2  0.5*        1    0.375                  0.25         1*      0.05",
+    ]
+    assert len(compared.figure.axes) == 5
+    check_texts(compared.figure)
+
+
 def write_run(folder, curves, clients=(), settings=""):
     folder.mkdir(parents=True)
     last = max(own[0][-1] for own in curves.values())
@@ -201,6 +234,14 @@ def test_runs_are_compared(tmp_path):
         assert len({*map(str, colors)}) == 3
         assert str(colors) == str([line.get_color() for line in legend.get_lines()])
 
+    # If only one run has settings of its own, the others are not compared by those of the call.
+    named = write_run(tmp_path / "e", {"loss": curve([1])}, settings="rate = 1\n[run]\nseed = 0\n")
+    other = write_run(tmp_path / "f", {"loss": curve([1])}, settings="[run]\nseed = 1\n")
+    third = write_run(tmp_path / "g", {"loss": curve([1])}, settings="[run]\nseed = 2\n")
+    pairs = [[named, other], [other, third]]
+    headers = [experiment.compare(own).table.splitlines()[0].split() for own in pairs]
+    assert headers == [["run", "rate", "rounds", "loss"], ["run", "seed", "rounds", "loss"]]
+
     twice = [folders[0], tmp_path / "d" / ".." / "a"]
     with pytest.raises(ValueError, match=r"compare: folders has '.*a' twice"):
         experiment.compare(twice)
@@ -224,6 +265,23 @@ def test_runs_without_a_loss_have_a_table_and_no_figure(tmp_path):
     found = experiment.compare([write_run(tmp_path / "a", {"bits": curve([8])})])
     assert found.figure is None
     assert found.table.split() == ["run", "rounds", "bits", "a", "1", "8"]
+
+
+def test_the_figure_of_a_sweep():
+    grid = [("fedavg", 0.1), ("fedavg", 0.01), ("scaffold", 0.1)]
+    rows = [({"algorithm": a, "client.rate": x}, {"test/accuracy": x}) for a, x in grid]
+    rows += [({"algorithm": "scaffold", "client.rate": 0.01}, {})]  # diverged
+    figure = _sweep_figure.figure(rows, "test/accuracy")
+    check_texts(figure)
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("client.rate", "test accuracy (%)")
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "0.1"]
+    found = points(axes)
+    assert found["algorithm=fedavg"] == [[0.01, 1.0], [0.1, 10.0]]
+    assert found["algorithm=scaffold"][1] == [0.1, 10.0]
+    assert math.isnan(found["algorithm=scaffold"][0][1])
+    assert _sweep_figure.figure([({"algorithm": "fedavg"}, {})], "test/accuracy") is None
 
 
 WRONG = {

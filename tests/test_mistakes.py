@@ -196,6 +196,13 @@ MISTAKES = {
         "batch. fax takes the mean, without padding. Leave out the mean over the batch, such as "
         ".mean() or jnp.mean.",
     ),
+    "a loss of each token": (
+        lambda: one_round(lambda *args: jnp.ones((3, 5)) * loss(*args)[:, None]),
+        ValueError,
+        "loss returned 'loss' of shape (3, 5), expected (3,): one number for each example of the "
+        "batch. fax takes the mean, without padding. Take the mean over the other axes, such as "
+        "the tokens of a sequence.",
+    ),
     "a loss that returns None": (
         lambda: one_round(lambda params, batch, key: None),
         ValueError,
@@ -1074,7 +1081,7 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
         (aggregators.top_k(3), "Transformation(top_k)"),
         (
             aggregators.Budget(1.0, 1e-5, 20.0, record={"a key": 2}),
-            "Budget(epsilon=1, delta=1e-05, rounds=28, spent=2)",
+            "Budget(limit=1, delta=1e-05, spent=2 of 28 releases)",
         ),
         (MODEL, "Model(init, apply and loss of functional)"),
     ]

@@ -420,6 +420,10 @@ def test_features_that_do_not_fit(name, x, message):
             r"scores have shape \(3, 2\) and labels \(3, 1\)",
         ),
         (
+            lambda: fax.models.cross_entropy(jnp.ones((3, 4, 2)), {"y": jnp.ones((3, 4), int)}),
+            r"labels have shape \(3, 4\), expected \[batch\].* use fax.models.sequence_cross_entr",
+        ),
+        (
             lambda: fax.models.squared_error(jnp.ones((3, 1)), {"y": jnp.ones(3)}),
             r"predictions have shape \(3, 1\) and targets \(3,\), expected a prediction for each",
         ),

@@ -39,7 +39,8 @@ class Budget:
 
     Call ``spend(state)`` with each state, before you publish, save, or look at anything in it. It
     takes from the budget what the aggregators in the state have released since the last call,
-    however many releases a round makes.
+    however many releases a round makes. ``spent`` is the number of releases so far, and ``epsilon``
+    is what they cost together.
 
     Noise must never be used twice. So a budget records how often each key was used. Save ``record``
     in each checkpoint. To resume training, use ``Budget(..., record=...)`` and a state with a new
@@ -47,8 +48,8 @@ class Budget:
 
     Attributes:
       limit: the limit on epsilon.
-      delta: delta.
       rounds: how many releases the budget allows in all.
+      delta: delta.
       record: the number of releases with each key, a dict from a hash to an int.
 
     Args:
@@ -114,8 +115,8 @@ class Budget:
 
     def __repr__(self) -> str:
         return (
-            f"Budget(epsilon={self.limit:g}, delta={self.delta:g}, rounds={self.rounds}, "
-            f"spent={self.spent})"
+            f"Budget(limit={self.limit:g}, delta={self.delta:g}, "
+            f"spent={self.spent} of {self.rounds} releases)"
         )
 
     def _of(self, rounds: int) -> float:

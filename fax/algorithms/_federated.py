@@ -131,6 +131,11 @@ def federated(
         if fn is not None:
             _arguments.function(name, argument, fn, {count: form})
     if client_state is not None:
+        if num_clients is None:
+            raise ValueError(
+                f"{name}: num_clients is None, expected an int of at least 1, because each client "
+                "has a state. Pass num_clients=len(data)."
+            )
         num_clients = _arguments.count(name, "num_clients", num_clients)
     elif num_clients is not None:
         raise ValueError(
@@ -169,6 +174,16 @@ def federated(
             raise ValueError(
                 f"{name}: client returned {_arguments.shown(result)}, expected a "
                 "fax.algorithms.ClientResult."
+            )
+        if own is None and result.own is not None:
+            raise ValueError(
+                f"{name}: client returned own, but clients have no state. Pass client_state= and "
+                "num_clients=, or leave out own."
+            )
+        if own is not None and result.own is None:
+            raise ValueError(
+                f"{name}: client: own is None, expected what the client keeps. Return "
+                "ClientResult(..., own=...), as client_state returned it at first."
             )
         check_like(f"{name}: client: own", result.own, own)
         # A server function may compute the next state itself, from what clients send as ``extra``.

@@ -157,6 +157,8 @@ def per_example(
             fix = ""
             if name == "loss" and jnp.ndim(values) == 0:
                 fix = " Leave out the mean over the batch, such as .mean() or jnp.mean."
+            elif jnp.shape(values)[:1] == mask.shape:
+                fix = " Take the mean over the other axes, such as the tokens of a sequence."
             raise ValueError(
                 f"loss returned {name!r} of shape {jnp.shape(values)}, expected {mask.shape}: one "
                 f"number for each example of the batch. fax takes the mean, without padding.{fix}"
@@ -191,7 +193,7 @@ def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
 def _parts(out: Any, *expected: str) -> Any:
     if isinstance(out, tuple) and len(out) == len(expected):
         return out
-    found = f"{len(out)} values" if isinstance(out, tuple) else f"a {type(out).__name__}"
+    found = f"{len(out)} values" if isinstance(out, tuple) else f"{_arguments.of_type(out)}"
     raise ValueError(
         f"loss returned {found}, expected ({', '.join(expected)}). The model has state if "
         "model_state was passed to init."

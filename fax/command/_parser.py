@@ -216,8 +216,8 @@ def make_parser(names: Mapping[str, Sequence[str]] | None = None) -> tuple[Parse
         "--by",
         metavar="METRIC",
         default="test/loss",
-        help="the metric that decides which is best: the smallest of a loss, the largest of "
-        "anything else (default: test/loss)",
+        help="the metric that decides which is best: the smallest of a loss or error, the largest "
+        "of anything else (default: test/loss)",
     )
     how(sweep)
 

@@ -41,7 +41,8 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
     if "task" not in found:
         raise CommandError(
             f"{folder} has a run that was started by a program, not by this command. Run the "
-            "program again: fax.experiment.run continues from the last checkpoint in the folder."
+            "program again: fax.experiment.run continues from the last checkpoint in the folder, "
+            "and fax.experiment.restore reads it."
         )
     source = _source.of_tables(found, str(path), changes or {})
     assert source.config is not None

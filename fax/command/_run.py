@@ -14,6 +14,8 @@ from fax.aggregators import PrivacyBudgetError
 from fax.command import _devices, _processes, _source
 from fax.command._errors import FAILED, INTERRUPTED, TERMINATED, CommandError
 from fax.command._source import Source
+from fax.experiment import _shown
+from fax.experiment._config import Config
 from fax.experiment._outputs import Process0Error
 
 _SAVED = "the run was interrupted, and has saved a checkpoint. To continue:"
@@ -31,7 +33,7 @@ def command(args: argparse.Namespace) -> int:
     show(source, folder, result)
     if source.config is not None:  # the settings of a module cannot be changed from the shell
         print("Try next:")
-        for line in _next(args.source, folder, source.config.algorithm["name"]):
+        for line in _next(args.source, folder, source.config):
             print(f"  {line}")
     return 0
 
@@ -108,16 +110,17 @@ def show(source: Source, folder: Path, result: Any) -> None:
     last: dict[str, Any] = {}
     for row in result.history:
         last |= row
-    numbers = [f"{_name(key)} {_number(key, value)}" for key, value in last.items() if _shown(key)]
+    kinds = [*_shown.kinds(last), "epsilon"]
+    numbers = [
+        f"{_name(key)} {_number(key, value)}"
+        for key, value in last.items()
+        if _shown.kind_of(key) in kinds
+    ]
     print(f"After {_counted(last.get('round', 0), 'round')}: {', '.join(numbers)}")
     if result.reason:
         print(f"Stopped early: {result.reason}")
     for figure in sorted(Path(folder, "figures").glob("*.png")):
         print(f"Figure: {figure}")
-
-
-def _shown(key: str) -> bool:
-    return key.rpartition("/")[2] in ("loss", "accuracy", "psnr", "epsilon")
 
 
 def _name(key: str) -> str:
@@ -128,12 +131,15 @@ def _number(key: str, value: float) -> str:
     return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
 
 
-def _next(source: str, folder: Path, algorithm: str) -> list[str]:
-    """Three commands to try next."""
-    name = "fedavg" if algorithm == "scaffold" else "scaffold"
+def _next(source: str, folder: Path, config: Config) -> list[str]:
+    """Three commands to try next. SCAFFOLD refuses private aggregators."""
+    private = any(part["name"] in ("gaussian", "laplace", "dp_ftrl") for part in config.aggregator)
+    name, options = ("fedprox", " --set algorithm.mu=0.1") if private else ("scaffold", "")
+    if config.algorithm["name"] == name:
+        name, options = "fedavg", ""
     other = new_folder(folder.with_name(f"{folder.name}-{name}"))
     return [
         f"fax evaluate {folder} --on train",
-        f"fax run {source} --algorithm {name} --folder {other}",
+        f"fax run {source} --algorithm {name}{options} --folder {other}",
         f"fax compare {folder} {other}",
     ]

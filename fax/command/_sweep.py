@@ -17,19 +17,22 @@ from fax._nearest import did_you_mean
 from fax.command import _modules, _processes, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
+from fax.command._sweep_figure import figure
 from fax.command._values import grid, put
+from fax.experiment import _axes, _shown
 from fax.experiment._build import placement
 from fax.experiment._config import Config, configure
 from fax.experiment._sweep import Setting, label, sweep, traceable
 from fax.experiment._tables import merged, read
 
-_SHOWN = ("loss", "accuracy", "psnr")
-
 
 def command(args: argparse.Namespace) -> int:
     """Trains all combinations, and prints a table."""
     if _modules.is_name(args.source):
-        raise CommandError(f"{args.source} is made by a program. Sweep over its settings there.")
+        raise CommandError(
+            f"{args.source} is made by a program. Sweep over its settings there, with a folder for "
+            "each run, and then use fax compare."
+        )
     with mistakes():
         # Without the grid, the configuration may be incomplete.
         tables = merged(read(args.source), _source.changes_of(args))
@@ -125,10 +128,11 @@ def _show(
     names = list(dict.fromkeys(name for _, metrics in results for name in metrics))
     if args.by not in names:
         raise CommandError(f"there is no metric {args.by!r}. {did_you_mean(args.by, names)}")
-    sign = 1 if args.by.endswith("loss") else -1
+    sign = 1 if _shown.best(_shown.kind_of(args.by)) is min else -1
     finite = [own for own in results if math.isfinite(own[1].get(args.by, math.nan))]
     best = min(finite, key=lambda own: sign * own[1][args.by], default=None)
-    shown = [name for name in names if name.rpartition("/")[2] in _SHOWN or name == args.by]
+    kinds = _shown.kinds(names)
+    shown = [name for name in names if _shown.kind_of(name) in kinds or name == args.by]
     keys = list(results[0][0])
     rows = [["", *keys, *shown]]
     for own in results:
@@ -144,6 +148,9 @@ def _show(
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
     print(f"Table: {root / 'sweep.csv'}")
+    drawn = None if jax.process_index() else figure(results, args.by)
+    if drawn is not None:
+        print(f"Figure: {_axes.save(drawn, root / 'sweep.png')}")
     if best is None:
         print("All of them have diverged. Try smaller learning rates.")
         return 0

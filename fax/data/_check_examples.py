@@ -43,7 +43,7 @@ def checked_examples(client_id: ClientId, examples: Any) -> dict[str, np.ndarray
     """A client's features as read-only arrays with a common leading axis, after all checks."""
     if not isinstance(examples, Mapping):
         raise DataError(
-            f"client {client_id!r} is a {type(examples).__name__}, expected a mapping from the "
+            f"client {client_id!r} is {_arguments.of_type(examples)}, expected a mapping from the "
             "names of features to arrays with a common leading axis, one row for each example."
             f"{frame_hint(examples)}"
         )
@@ -51,7 +51,7 @@ def checked_examples(client_id: ClientId, examples: Any) -> dict[str, np.ndarray
     for name, value in examples.items():
         if not isinstance(name, str):
             raise DataError(
-                f"client {client_id!r} has a feature named {name!r}, a {type(name).__name__}. "
+                f"client {client_id!r} has a feature named {name!r}, {_arguments.of_type(name)}. "
                 "Names of features have to be strings."
             )
         arrays[name] = _array(f"client {client_id!r}, feature {name!r}", value)
@@ -117,8 +117,8 @@ def _array(where: str, value: Any) -> np.ndarray:
     """A feature as a read-only array."""
     if isinstance(value, Mapping):
         raise DataError(
-            f"{where} is a {type(value).__name__}, expected an array. Features are a flat mapping: "
-            "make each of its entries a feature of its own."
+            f"{where} is {_arguments.of_type(value)}, expected an array. Features are a flat "
+            "mapping: make each of its entries a feature of its own."
         )
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
@@ -183,9 +183,13 @@ def check_finite(client_id: ClientId, examples: Examples) -> None:
         finite = np.isfinite(values)
         if not finite.all():
             row = np.argwhere(~finite)[0]
+            bad = finite.size - finite.sum()
             raise DataError(
-                f"client {client_id!r}, feature {name!r} has {finite.size - finite.sum()} values "
-                f"that are not finite. The first is {values[tuple(row)]} in example {row[0]}."
+                f"client {client_id!r}, feature {name!r} has {bad} "
+                f"{'value that is' if bad == 1 else 'values that are'} not finite. The first is "
+                f"{values[tuple(row)]} in example {row[0]}. Fill or drop missing values, for "
+                "example by fax.data.map, or leave out such clients by fax.data.validate(data, "
+                "on_bad='skip')."
             )
 
 

@@ -52,8 +52,9 @@ def check_nothing_missing(where: str, name: str, rows: Sequence[int]) -> None:
     """Checks that there are no rows without a value in a column."""
     if len(rows):
         raise DataError(
-            f"{where}: column {name!r} has {len(rows)} missing values, the first in row "
-            f"{rows[0]}. Fill them, or drop these rows."
+            f"{where}: column {name!r} has {len(rows)} missing value"
+            f"{'' if len(rows) == 1 else 's'}, the first in row {rows[0]}. Fill them, or drop "
+            "these rows."
         )
 
 
@@ -72,8 +73,8 @@ def chosen(
     for column in columns:
         if not isinstance(column, str):
             raise DataError(
-                f"{where}: a column is named {column!r:.80}, a {type(column).__name__}. Names of "
-                "features have to be strings; rename the column."
+                f"{where}: a column is named {column!r:.80}, {_arguments.of_type(column)}. Names "
+                "of features have to be strings; rename the column."
             )
     if client is not None:
         _arguments.text(where, "client", client, "the name of a column", error=DataError)

@@ -62,7 +62,7 @@ class Description:
             rarest, commonest = np.argmin(shares), np.argmax(shares)
             each = np.median((self.label_counts > 0).sum(1))
             lines += [
-                ("labels", f"{len(self.labels)}, at a client {each:g} (median)"),
+                ("labels", f"{len(self.labels)}, {each:g} per client (median)"),
                 ("most frequent label", f"{self.labels[commonest]}, {shares[commonest]:.1%}"),
                 ("least frequent label", f"{self.labels[rarest]}, {shares[rarest]:.1%}"),
             ]
@@ -138,7 +138,7 @@ def describe(data: FederatedData, *, label: str | None = "y") -> Description:
       examples per client   from 10 to 10, median 10
       feature x             float32[4]
       feature y             int32[]
-      labels                3, at a client 3 (median)
+      labels                3, 3 per client (median)
       most frequent label   0, 33.3%
       least frequent label  0, 33.3%
     """

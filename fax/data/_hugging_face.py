@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fax import _arguments
 from fax.data._columns import check_nothing_missing, chosen, column_array, owners
 from fax.data._lazy import Lazy
 from fax.data._protocol import ClientId, DataError, FederatedData
@@ -50,7 +51,7 @@ def from_huggingface(
         )
     if not hasattr(dataset, "features"):
         raise DataError(
-            f"{where}: dataset is a {type(dataset).__name__}, expected a datasets.Dataset or a "
+            f"{where}: dataset is {_arguments.of_type(dataset)}, expected a datasets.Dataset or a "
             "datasets.IterableDataset."
         )
     if not hasattr(dataset, "__len__"):

@@ -192,14 +192,14 @@ def _value(where: str, name: Any, value: Any) -> Any:
         return np.asarray(value)
     except Exception as error:  # a tensor on another device, or one that needs gradients
         raise DataError(
-            f"{where}: {name!r} of an item, a {type(value).__name__}, cannot be made an array: "
+            f"{where}: {name!r} of an item, {_arguments.of_type(value)}, cannot be made an array: "
             f"{error}. Convert it in a transform of the dataset."
         ) from error
 
 
 def _field(where: str, name: str, item: Any, number: int) -> Any:
     if not isinstance(item, Mapping) or name not in item:
-        found = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+        found = sorted(map(str, item)) if isinstance(item, Mapping) else _arguments.shown(item)
         raise DataError(
             f"{where}: client is {name!r}, but item {number} has no such field: it is {found}. "
             "Pass a sequence of ids, one for each example."

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fax import _arguments
 from fax.data import partition
 from fax.data._columns import check_nothing_missing, chosen, column_array
 from fax.data._memory import InMemory
@@ -43,8 +44,8 @@ def from_pandas(frame: Any, client: str, *, features: Sequence[str] | None = Non
     where = "fax.data.from_pandas"
     if not hasattr(frame, "columns") or not hasattr(frame, "dtypes"):
         raise DataError(
-            f"{where}: frame is a {type(frame).__name__}, expected a DataFrame. "
-            "fax.data.from_records takes a list of dicts."
+            f"{where}: frame is {_arguments.shown(frame)}, expected a DataFrame. pandas.read_csv "
+            "reads one from a file, and fax.data.from_records takes a list of dicts."
         )
     columns = list(frame.columns)
     if len(set(columns)) < len(columns):
@@ -85,17 +86,22 @@ def from_records(
       {'x': array([[0., 2.]]), 'y': array([0])}
     """
     where = "fax.data.from_records"
+    if hasattr(records, "columns") and hasattr(records, "dtypes"):
+        raise DataError(
+            f"{where}: records is {_arguments.shown(records)}, expected an iterable of mappings, "
+            "one for each example. fax.data.from_pandas takes a DataFrame."
+        )
     if isinstance(records, Mapping | str | bytes) or not isinstance(records, Iterable):
         raise DataError(
-            f"{where}: records is a {type(records).__name__}, expected an iterable of mappings, "
+            f"{where}: records is {_arguments.of_type(records)}, expected an iterable of mappings, "
             "one for each example."
         )
     columns: dict[str, list[Any]] = {}
     for number, record in enumerate(records):
         if not isinstance(record, Mapping):
             raise DataError(
-                f"{where}: record {number} is a {type(record).__name__}, expected a mapping from "
-                "names to values."
+                f"{where}: record {number} is {_arguments.of_type(record)}, expected a mapping "
+                "from names to values."
             )
         if number == 0:
             names = chosen(where, list(record), client, features)

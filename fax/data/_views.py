@@ -182,7 +182,7 @@ class Concatenation(_View):
         for number, data in enumerate(datas):
             if not isinstance(data, FederatedData):
                 raise DataError(
-                    f"{where}: argument {number} is a {type(data).__name__}, expected federated "
+                    f"{where}: argument {number} is {_arguments.of_type(data)}, expected federated "
                     "data. Pass them one by one, fax.data.concatenate(one, two)."
                 )
             ids = data.client_ids()

@@ -307,7 +307,7 @@ def _lines(audit: Audit) -> list[str]:
         for exchange in audit.exchanges
     ]
     lines += [f"  {line}" for line in aligned([header, *rows], right=[1, 2, 3, 4])]
-    lines += ["", "How clients' data leave them:"]
+    lines += ["", "How clients' data can reach the server:"]
     lines += [f"  {line}" for line in aligned(list(audit.statements.items()), right=[])]
     for name, chosen in audit.chosen.items():
         which = ", ".join(chosen)

@@ -243,8 +243,8 @@ class Hosts(abc.ABC):
     def _failed(self, failed: Mapping[int, object]) -> ClientError:
         """The error for hosts that failed, from what each of them did."""
         text = "; ".join(f"{self._host} {host} {what}" for host, what in failed.items())
-        clients = [client for client, home in self._home.items() if home in failed]
-        return ClientError(f"{text}. Clients that they run: {clients}.", clients)
+        clients = sorted((own for own, home in self._home.items() if home in failed), key=str)
+        return ClientError(f"{text}. Their clients: {clients}.", clients)
 
 
 def _named(x: Any) -> Any:

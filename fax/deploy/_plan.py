@@ -117,6 +117,9 @@ class Plan:
     _results: Any
     _names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Plan(stages={[own.name for own in self.stages]})"
+
     def run(
         self,
         backend: Backend,

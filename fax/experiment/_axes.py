@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fax.experiment import _shown
 from fax.experiment._curves import Curve
 
-# Units: accuracies are shown as percentages.
-KINDS = {"loss": ("loss", 1), "accuracy": ("accuracy (%)", 100), "psnr": ("PSNR (dB)", 1)}
+_COLUMNS = 3  # the most panels of curves in a row
+_LABELS = {"psnr": "PSNR (dB)"} | {kind: kind.upper() for kind in ("auc", "f1", "mae", "mse", "r2")}
 X_LABELS = {"round": "round", "bits": "sent so far (bits)", "epsilon": "epsilon"}
 _FEW = 60  # points, up to which each has a marker
 
@@ -23,7 +24,7 @@ _FEW = 60  # points, up to which each has a marker
 def by_kind(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The metrics that figures show, by kind and by what they were measured on."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
+    for kind in _shown.kinds(values):
         for name, own in values.items():
             source, _, last = name.rpartition("/")
             if last == kind:
@@ -43,12 +44,28 @@ def panels(columns: int, rows: int = 1, right: float = 0) -> tuple[Figure, list[
     return figure, axes
 
 
+def grid(count: int, right: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, at most three in a row, and inches for a legend."""
+    rows = -(-count // _COLUMNS)
+    figure, axes = panels(-(-count // rows), rows, right)
+    for own in axes[count:]:
+        own.remove()
+    return figure, axes[:count]
+
+
+def label(kind: str) -> tuple[str, int]:
+    """What is written at the axis of a kind of metric, and its scale: accuracies are in percent."""
+    if kind.endswith("accuracy"):
+        return f"{kind.replace('_', ' ')} (%)", 100
+    return _LABELS.get(kind, kind.replace("_", " ")), 1
+
+
 def plot(axes: Axes, points: Curve, x: str, kind: str, **style: Any) -> None:
-    """Draws a loss or an accuracy, or epsilon, by rounds, bits or epsilon."""
-    label, scale = KINDS.get(kind, (kind, 1))
+    """Draws a metric, or epsilon, by rounds, bits or epsilon."""
+    name, scale = label(kind)
     marker = "." if len(points[0]) <= _FEW else ""
     axes.plot(points[0], scale * points[1], marker=marker, linewidth=1.2, **style)
-    axes.set(xlabel=X_LABELS[x], ylabel=label)
+    axes.set(xlabel=X_LABELS[x], ylabel=name)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=x == "round"))
     if x == "bits":
         axes.xaxis.set_major_formatter(EngFormatter())
@@ -56,7 +73,7 @@ def plot(axes: Axes, points: Curve, x: str, kind: str, **style: Any) -> None:
 
 def histogram(axes: Axes, values: np.ndarray, kind: str, source: str) -> None:
     """Draws how many clients have which value. Clients without a finite value are left out."""
-    label, scale = KINDS[kind]
+    name, scale = label(kind)
     finite = scale * values[np.isfinite(values)]
     axes.hist(finite, bins=int(np.clip(np.sqrt(len(finite)), 5, 40)), alpha=0.8)
     title = f"{source}: {len(finite)} clients"
@@ -66,7 +83,7 @@ def histogram(axes: Axes, values: np.ndarray, kind: str, source: str) -> None:
     if missing := len(values) - len(finite):
         title += f"\n{missing} more without a finite value"
     axes.set_title(title, fontsize="medium")
-    axes.set(xlabel=label, ylabel="clients")
+    axes.set(xlabel=name, ylabel="clients")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fax.experiment import _axes, _curves
+from fax.experiment import _axes, _curves, _shown
 from fax.experiment._curves import Curve
 from fax.experiment._folder import CONFIG, flat
 from fax.experiment._tables import read
@@ -27,8 +27,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       table: the table, as text.
-      figure: a figure of matplotlib, for ``figure.savefig(path)``. None if no run has logged a loss
-        or an accuracy.
+      figure: a figure of matplotlib, for ``figure.savefig(path)``. None if no run has logged a
+        metric that is drawn.
 
     Example:
 
@@ -44,10 +44,11 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     """Compares runs by what is in their folders.
 
     The table has a line for each run: the settings in which the runs differ, the number of rounds,
-    and the last value of each loss, accuracy and PSNR, of the bits sent and of epsilon. A star
-    marks the best value. The figure has a curve for each run: loss, accuracy and PSNR by round and,
-    if all runs count bits, the last of these that there is by what was sent. They are those of an
-    evaluation if there is one, and else those of training.
+    and the last value of the loss and accuracy, of all metrics of evaluations, of the bits sent and
+    of epsilon. A star marks the best value, if the metric is one of those that fax has, or its name
+    ends in "loss", "error" or "accuracy". The figure has a curve for each run: the same metrics by
+    round and, if all runs count bits, one of them by what was sent. They are those of an evaluation
+    if there is one, and else those of training.
 
     Args:
       folders: the folders of the runs.
@@ -82,7 +83,7 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
         raise ValueError(f"{where}: folders has {os.fspath(twice[0])!r} twice.")
     names = _names(paths)
     runs = {name: _curves.read(path) for name, path in zip(names, paths, strict=True)}
-    settings = _differences([_settings(path) for path in paths])
+    settings = _differences(_settings(paths))
     return Comparison(_table(runs, settings), _figure(runs))
 
 
@@ -94,15 +95,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, parent) for path in paths]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The user's settings by their paths; if there are none, those that `run` was called with."""
-    path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    found = read(path)
-    found.pop("environment", None)
-    run = found.pop("run", {})
-    return flat(found or run)
+def _settings(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The users' settings by their paths; if no run has any, those that `run` was called with."""
+    tables = [read(own / CONFIG) if (own / CONFIG).is_file() else {} for own in folders]
+    called = [own.pop("run", {}) for own in tables]
+    for own in tables:
+        own.pop("environment", None)
+    return [flat(own) for own in (tables if any(tables) else called)]
 
 
 def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -113,14 +112,16 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _table(runs: Mapping[str, Curves], settings: Mapping[str, Sequence[str]]) -> str:
-    """A line for each run, with a star at the best loss, accuracy and PSNR."""
+    """A line for each run, with a star at the best value of each metric."""
     rounds = [max((own[0][-1] for own in curves.values()), default=0) for curves in runs.values()]
     columns = {"run": list(runs), **settings, "rounds": [str(own) for own in rounds]}
-    for name in dict.fromkeys(name for curves in runs.values() for name in curves):
-        kind = name.rpartition("/")[2]
-        if kind in _axes.KINDS or name in ("bits", "epsilon"):
+    names = dict.fromkeys(name for curves in runs.values() for name in curves)
+    kinds = _shown.kinds(names)
+    for name in names:
+        kind = _shown.kind_of(name)
+        if kind in kinds or name in ("bits", "epsilon"):
             last = [own[name][1][-1] if name in own else np.nan for own in runs.values()]
-            columns[name] = _starred(last, {"loss": min, "accuracy": max, "psnr": max}.get(kind))
+            columns[name] = _starred(last, _shown.best(kind))
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths
@@ -140,10 +141,10 @@ def _starred(values: Sequence[float], choose: Callable | None) -> list[str]:
 
 
 def _figure(runs: Mapping[str, Curves]) -> Figure | None:
-    """A curve for each run: loss, accuracy and PSNR by round, and the last of these by bits."""
+    """A curve for each run: each metric by round, and one of them by bits."""
     kinds = {name: _axes.by_kind(curves) for name, curves in runs.items()}
     chosen: dict[str, str] = {}  # what a kind was measured on, in most of the runs
-    for kind in _axes.KINDS:
+    for kind in _shown.kinds(name for curves in runs.values() for name in curves):
         sources = [source for own in kinds.values() for source in own.get(kind, ())]
         if sources:
             chosen[kind] = max(sources, key=lambda s: (sources.count(s), s != "training"))
@@ -151,11 +152,11 @@ def _figure(runs: Mapping[str, Curves]) -> Figure | None:
         return None
     drawn = [("round", kind) for kind in chosen]
     if all("bits" in curves for curves in runs.values()):
-        drawn.append(("bits", [*chosen][-1]))
+        drawn.append(("bits", _shown.main(chosen)))
 
     columns = -(-len(runs) // _LINES)
     width = columns * (_LETTER * max(map(len, runs)) + _HANDLE)
-    figure, panels = _axes.panels(len(drawn), right=width)
+    figure, panels = _axes.grid(len(drawn), right=width)
     colors = _colors(len(runs))
     for axes, (x, kind) in zip(panels, drawn, strict=True):
         for (name, own), color in zip(kinds.items(), colors, strict=True):

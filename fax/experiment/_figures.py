@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fax.experiment import _axes, _curves
+from fax.experiment import _axes, _curves, _shown
 from fax.experiment._curves import Curve
 
 
 def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """Draws the figures of a run, finished or not, into the folder ``figures`` of its folder.
 
-    ``rounds.png`` has the loss, accuracy and PSNR by round, and ``bits.png`` by what has been sent.
-    ``clients.png`` has histograms of the clients' loss, accuracy and PSNR, as they were last
-    measured. ``epsilon.png`` has epsilon by round, and the accuracy, or else the loss, by
-    epsilon. Figures for which a run has no numbers are left out.
+    ``rounds.png`` has the loss, and the accuracy and PSNR if there are any, and all metrics of
+    evaluations by round. ``bits.png`` has them by what has been sent. ``clients.png`` has
+    histograms of the clients' metrics, as they were last measured. ``epsilon.png`` has epsilon by
+    round, and the accuracy, or else another of these metrics, by epsilon. Figures for which a run
+    has no numbers are left out.
 
     Args:
       folder: the folder of the run.
@@ -61,8 +62,8 @@ def figures(curves: Mapping[str, Curve], clients: Mapping[str, np.ndarray]) -> d
 
 
 def _lines(x: str, kinds: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """A panel with the losses, and one with the accuracies."""
-    figure, panels = _axes.panels(len(kinds))
+    """A panel with the losses, one with the accuracies, and so on."""
+    figure, panels = _axes.grid(len(kinds))
     for axes, (kind, own) in zip(panels, kinds.items(), strict=True):
         for source, points in own.items():
             _axes.plot(axes, points, x, kind, label=source)
@@ -98,8 +99,9 @@ def _epsilon(curve: Curve, kinds: Mapping[str, Mapping[str, Curve]]) -> Figure:
     """Epsilon by round, and what was reached at which epsilon."""
     figure, panels = _axes.panels(1 + bool(kinds))
     _axes.plot(panels[0], curve, "round", "epsilon")
-    for kind, own in list(kinds.items())[-1:]:
-        for source, points in own.items():
+    if kinds:
+        kind = _shown.main(kinds)
+        for source, points in kinds[kind].items():
             at = _curves.against(points, curve)
             _axes.plot(panels[1], at, "epsilon", kind, label=source)
         panels[1].legend(frameon=False, fontsize="small")

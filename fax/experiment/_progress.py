@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from fax.experiment import _shown
+
 if TYPE_CHECKING:
     from fax.experiment._run import Run
 
@@ -36,8 +38,9 @@ class Progress:
             return
         # From the history, since to ask for run.metrics would be to wait for the devices.
         known = {**run.history[-1], **run.results} if run.history else run.results
+        kinds = _shown.kinds(known)
         for name, value in known.items():
-            if name.rpartition("/")[2] in ("loss", "accuracy", "psnr"):
+            if _shown.kind_of(name) in kinds:
                 self._shown[name] = f"{value:.4g}"
         cohorts, now, (then, before) = run.cohorts, time.perf_counter(), self._mark
         if now - then >= 1 or "examples/s" not in self._shown:

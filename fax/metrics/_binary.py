@@ -17,7 +17,10 @@ Batch = Mapping[str, jax.Array]
 def logits_of(where: str, scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits and labels, float and bool [batch, labels], of scores in one of three forms."""
     if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
-        raise ValueError(f"{where}: labels are {labels.dtype}, expected bools or ints.")
+        raise ValueError(
+            f"{where}: labels are {labels.dtype}, expected bools or ints. Convert them, "
+            "for example by .astype(int) in a function for fax.data.map."
+        )
     if scores.shape == (*labels.shape, 2) and labels.ndim == 1:
         scores = scores[:, 1] - scores[:, 0]
     if scores.shape == (*labels.shape, 1):

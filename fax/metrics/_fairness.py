@@ -78,7 +78,8 @@ def fairness(
     if not np.isfinite(array).all():
         bad = int(np.argmin(np.isfinite(array)))
         raise ValueError(
-            f"{where}: values[{bad}] is {array[bad]:g}. Leave clients without a value out."
+            f"{where}: values[{bad}] is {array[bad]:g}. Leave clients without a value out: "
+            "values[np.isfinite(values)]."
         )
     _arguments.flag(where, "higher_is_better", higher_is_better)
     for percent in percentiles:

@@ -49,6 +49,13 @@ def cross_entropy(scores: jax.Array, batch: Batch) -> Losses:
       1.3863, 0
     """
     labels = _labels("cross_entropy", batch)
+    if labels.ndim > 1 and labels.shape == scores.shape[:-1]:
+        raise ValueError(
+            f"fax.models.cross_entropy: labels have shape {labels.shape}, expected [batch], a "
+            "class for each example. For sequences of tokens use "
+            "fax.models.sequence_cross_entropy, for example "
+            "fax.models.functional(build, fax.models.sequence_cross_entropy)."
+        )
     return losses_of(scores, labels), {"accuracy": hits(scores, labels).astype(scores.dtype)}
 
 

@@ -47,14 +47,15 @@ class Model(NamedTuple):
 
 def functional(
     build: Callable[..., nnx.Module],
-    loss: Callable[[jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]] = cross_entropy,
+    loss: Callable[[jax.Array, Batch], Any] = cross_entropy,
 ) -> Model:
     """Makes pure functions of a flax.nnx module.
 
     Args:
       build: ``build(rngs=rngs) -> module``, such as the module's class. The module is called with
         the feature ``"x"`` of a batch and returns scores, one for each class.
-      loss: ``loss(scores, batch) -> (losses, metrics)``, each [batch].
+      loss: ``loss(scores, batch)``, which returns losses [batch], or a pair of them and a dict of
+        metrics [batch]. For sequences of tokens, it is `sequence_cross_entropy`.
 
     Returns:
       The model. Its functions are pure and have no state besides the parameters.
@@ -92,7 +93,7 @@ def functional(
     for path, variable in nnx.to_flat_state(rest):
         if not isinstance(variable, nnx.RngState):
             raise ValueError(
-                f"{where}: build returned a {type(module).__name__} with state that is not "
+                f"{where}: build returned {_arguments.of_type(module)} with state that is not "
                 f"trained, {type(variable).__name__} at {'.'.join(map(str, path))}. Use a layer "
                 "without state, such as GroupNorm instead of BatchNorm, or write a loss with "
                 "model_state; see fax.algorithms.fedavg."
