@@ -134,6 +134,7 @@ def test_all_metrics_of_evaluations_are_shown(tmp_path):
         "test/mae": curve([3.0, 2.0]),
         "test/gap": curve([0.2, 0.1]),
         "test/non_finite": curve([0, 0]),
+        "test/tokens": curve([9, 9]),
         "client.rate=0.1/bits": curve([8, 16]),  # as in a sweep
     }
     found = _figures.figures(curves, {"test/f1": np.ones(3), "clients/alpha": np.ones(2)})

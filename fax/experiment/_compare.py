@@ -44,11 +44,11 @@ def compare(folders: Sequence[str | os.PathLike[str]]) -> Comparison:
     """Compares runs by what is in their folders.
 
     The table has a line for each run: the settings in which the runs differ, the number of rounds,
-    and the last value of the loss and accuracy, of all metrics of evaluations, of the bits sent and
-    of epsilon. A star marks the best value, if the metric is one of those that fax has, or its name
-    ends in "loss", "error" or "accuracy". The figure has a curve for each run: the same metrics by
-    round and, if all runs count bits, one of them by what was sent. They are those of an evaluation
-    if there is one, and else those of training.
+    and the last value of the loss and accuracy, of all metrics of evaluations that measure the
+    model, of the bits sent and of epsilon. A star marks the best value, if the metric is one of
+    those that fax has, or its name ends in "loss" or "error", or contains "accuracy". The figure
+    has a curve for each run: the same metrics by round and, if all runs count bits, one of them by
+    what was sent. They are those of an evaluation if there is one, and else those of training.
 
     Args:
       folders: the folders of the runs.

@@ -16,11 +16,11 @@ from fax.experiment._curves import Curve
 def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """Draws the figures of a run, finished or not, into the folder ``figures`` of its folder.
 
-    ``rounds.png`` has the loss, and the accuracy and PSNR if there are any, and all metrics of
-    evaluations by round. ``bits.png`` has them by what has been sent. ``clients.png`` has
-    histograms of the clients' metrics, as they were last measured. ``epsilon.png`` has epsilon by
-    round, and the accuracy, or else another of these metrics, by epsilon. Figures for which a run
-    has no numbers are left out.
+    ``rounds.png`` has by round the loss, the accuracy and PSNR if there are any, and all metrics of
+    evaluations that measure the model. ``bits.png`` has them by what has been sent. ``clients.png``
+    has histograms of the clients' metrics, as they were last measured. ``epsilon.png`` has epsilon
+    by round, and the accuracy, or else another of these metrics, by epsilon. Figures for which a
+    run has no numbers are left out.
 
     Args:
       folder: the folder of the run.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-# These are shown wherever they were measured. Of evaluations, everything is shown.
+# These are shown wherever they were measured. Of evaluations, other metrics are shown, too.
 FIRST = ("loss", "accuracy", "psnr")
 _NOT_EVALUATIONS = ("clients", "clusters", "domains", "personal", "replicas")
-_HIDDEN = ("id", "non_finite")
+# These do not say how good a model is. The last three describe the data.
+_HIDDEN = ("id", "non_finite", "oov_rate", "sequence_length", "tokens")
 _SMALLER = ("cross_entropy", "mae", "mse", "perplexity")
 _LARGER = ("auc", "average_precision", "f1", "precision", "psnr", "r2", "recall")
 
@@ -45,4 +46,4 @@ def best(kind: str) -> Callable | None:
     """`min` or `max`, whichever chooses the best value, or None if that is not known."""
     if kind.endswith(("loss", "error")) or kind in _SMALLER:
         return min
-    return max if kind.endswith("accuracy") or kind in _LARGER else None
+    return max if "accuracy" in kind or kind in _LARGER else None
