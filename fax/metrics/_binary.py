@@ -18,6 +18,7 @@ def logits_of(where: str, scores: jax.Array, labels: jax.Array) -> tuple[jax.Arr
     """Logits and labels, float and bool [batch, labels], of scores in one of three forms."""
     if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == bool):
         raise ValueError(f"{where}: labels are {labels.dtype}, expected bools or ints.")
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))  # bytes would wrap around
     if scores.shape == (*labels.shape, 2) and labels.ndim == 1:
         scores = scores[:, 1] - scores[:, 0]
     if scores.shape == (*labels.shape, 1):
