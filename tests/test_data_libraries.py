@@ -251,7 +251,7 @@ class Loader:
         (({"a": 5},), "client 'a' is 5, expected"),
         (([(1, 2)], [0.5]), "dtype float64, expected ids"),
         (([(1, 2), (3, 4)], [1, "1"]), "'client' mixes int and str. Convert it to one type"),
-        (([(1, 2), (3, 4)], [[1], [2]]), r"'client' has the shape \(2, 1\), expected one id for each"),
+        (([(1, 2), (3, 4)], [[1], [2]]), r"'client' has the shape \(2, 1\), expected one id"),
         (([], []), "there are no examples"),
     ],
 )
@@ -382,7 +382,7 @@ def test_hdf5(tmp_path):
         file.create_group("examples/ada")
         file["examples/bob/y"] = 5
     for client in ("ada", "bob"):
-        with pytest.raises(DataError, match=f"client '{client}' of .*empty.h5 has no data set with"):
+        with pytest.raises(DataError, match=f"client '{client}' of .*empty.h5 has no data set"):
             fax.data.from_hdf5(tmp_path / "empty.h5").num_examples(client)
 
 

@@ -219,7 +219,8 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
             """β_i (u_i - v), whose size is about w_i wherever u_i and v are, and β_i."""
             away = difference(update, v)
             norm = l2_norm(away)
-            share = _GAIN * weight.astype(norm.size.dtype) / jnp.maximum(smoothing * norm.unit.inverse, norm.size)
+            weight = weight.astype(norm.size.dtype)  # a large one in float16 would be infinite
+            share = _GAIN * weight / jnp.maximum(smoothing * norm.unit.inverse, norm.size)
             moves = jax.tree.map(lambda x: (x * norm.unit.inverse * share).astype(x.dtype), away)
             return moves, share * norm.unit.inverse
 
