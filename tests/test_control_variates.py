@@ -13,7 +13,16 @@ from problems import SETTINGS, SIZES, Logistic, Quadratic, assert_trees_close, c
 
 import fax
 from fax.aggregators import chain, non_finite
-from fax.algorithms import fedavg, feddyn, fednova, many_rounds, mime, mime_lite, scaffold
+from fax.algorithms import (
+    agnostic_fedavg,
+    fedavg,
+    feddyn,
+    fednova,
+    many_rounds,
+    mime,
+    mime_lite,
+    scaffold,
+)
 
 RATE, N = 0.1, len(SIZES)
 
@@ -303,7 +312,7 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
     assert_trees_close(new.server, combine(lambda x: x.mean(0), now))
 
 
-@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fednova", "mime_lite"])
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fednova", "mime_lite", "agnostic"])
 def test_a_client_that_is_not_finite_is_left_out(name):
     """Of everything that the server adds up, and it keeps its own state."""
 
@@ -316,8 +325,12 @@ def test_a_client_that_is_not_finite_is_left_out(name):
         "feddyn": lambda: feddyn(loss, sgd, alpha=0.5, num_clients=3, aggregator=drop),
         "fednova": lambda: fednova(loss, sgd, aggregator=drop),
         "mime_lite": lambda: mime_lite(loss, sgd, aggregator=drop),
+        "agnostic": lambda: agnostic_fedavg(
+            loss, sgd, num_domains=2, domain_learning_rate=0.1, aggregator=drop
+        ),
     }[name]()
-    data = fax.data.InMemory({"a": {"x": [1.0]}, "b": {"x": [4.0]}, "nan": {"x": [9.0] * 3}})
+    clients = {"a": ([1.0], [0]), "b": ([4.0], [1]), "nan": ([9.0] * 3, [0] * 3)}
+    data = fax.data.InMemory({k: {"x": x, "domain": d} for k, (x, d) in clients.items()})
     states = []
     for own in (data, fax.data.subset(data, ["a", "b"])):
         rounds = fax.data.cohorts(own, len(own), 1)
