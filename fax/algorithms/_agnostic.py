@@ -172,7 +172,7 @@ def agnostic_fedavg(
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         losses, counts, finite = received.results.extra
-        # A client with a loss of NaN, which `fax.aggregators.non_finite` may leave out, is not here.
+        # Clients with a loss of NaN, which `fax.aggregators.non_finite` may leave out, do not count.
         losses, counts = fax.sum((losses, counts), where=finite)
         before = state.server
         seen = counts != 0
