@@ -172,7 +172,7 @@ def agnostic_fedavg(
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         losses, counts, finite = received.results.extra
-        # Clients with a loss of NaN, which `fax.aggregators.non_finite` may leave out, do not count.
+        # `fax.aggregators.non_finite` may leave out clients whose loss is NaN.
         losses, counts = fax.sum((losses, counts), where=finite)
         before = state.server
         seen = counts != 0
