@@ -250,6 +250,8 @@ class Loader:
         ((5, "user"), "dataset is 5, expected a dataset"),
         (({"a": 5},), "client 'a' is 5, expected"),
         (([(1, 2)], [0.5]), "dtype float64, expected ids"),
+        (([(1, 2), (3, 4)], [1, "1"]), "'client' mixes int and str. Convert it to one type"),
+        (([(1, 2), (3, 4)], [[1], [2]]), r"'client' has the shape \(2, 1\), expected one id"),
         (([], []), "there are no examples"),
     ],
 )
@@ -376,6 +378,12 @@ def test_hdf5(tmp_path):
         file["weights"] = X
     with pytest.raises(DataError, match=r"has no group examples, but weights"):
         fax.data.from_hdf5(tmp_path / "other.h5")
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        file.create_group("examples/ada")
+        file["examples/bob/y"] = 5
+    for client in ("ada", "bob"):
+        with pytest.raises(DataError, match=f"client '{client}' of .*empty.h5 has no data set"):
+            fax.data.from_hdf5(tmp_path / "empty.h5").num_examples(client)
 
 
 def test_fedscale(tmp_path):
@@ -402,6 +410,8 @@ def test_fedscale(tmp_path):
         match=r"client 'ada': .*read returned int for \['ada', .*expected a mapping",
     ):
         fax.data.from_fedscale(path, lambda row: 5).client("ada")
+    path.write_text("client_id,y\nada,5\n", encoding="utf-8-sig")  # as Excel writes it
+    assert fax.data.from_fedscale(path, lambda row: {"y": int(row["y"])}).client_ids() == ("ada",)
     path.write_text("client_id,sample_path\na,b\nc\n")
     with pytest.raises(DataError, match=r"row 1 of .* has 1 values for 2 columns"):
         fax.data.from_fedscale(path, read)

@@ -167,9 +167,23 @@ def test_scores_that_are_not_numbers_are_no_hits():
     batch, scores = examples(4)
     scores = np.full_like(scores, np.nan)
     batch["y"][:] = [0, 1, 2, 3]
-    found = results({"top": fm.TopK(2), "loss": fm.CrossEntropy()}, batch, scores)
-    assert found["top"] == 0
+    metrics = {"top": fm.TopK(2), "any": fm.TopK(CLASSES + 1), "loss": fm.CrossEntropy()}
+    found = results(metrics, batch, scores)
+    assert found["top"] == found["any"] == 0
     assert np.isnan(found["loss"])
+
+
+def test_labels_of_8_bits():
+    """Neither 256 classes nor the tokens 300 and -100 can be written as uint8."""
+    tokens = np.array([[44, 200], [156, 255]], np.uint8)
+    own = [
+        *(fm.TokenLoss(), fm.TokenAccuracy(), fm.TokenTopK(300), fm.OOVRate((300, 255))),
+        *(fm.TruncationRate(300), fm.TokenCount(ignore=(-100, 44))),
+    ]
+    scores = jax.nn.one_hot(tokens, 256)
+    found = results({str(i): metric for i, metric in enumerate(own)}, {"y": tokens}, scores)
+    expected = [np.log(np.e + 255) - 1, 1, 1, 1 / 4, 1, 3]
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-6)
 
 
 # Statistics
@@ -495,6 +509,14 @@ class Nobody:
         (
             dict(metrics={"a": fm.ConfusionMatrix(9)}),
             r"num_classes is 9, but there are scores of",
+        ),
+        (
+            dict(
+                metrics={
+                    "a": lambda b, s: fm.CalibrationError()({"y": b["y"][:, None]}, s[:, None])
+                }
+            ),
+            r"CalibrationError: feature 'y' has shape \(66, 1\), expected \(batch,\), a label for",
         ),
         (dict(batch_size=0), "batch_size is 0, expected an int of at least 1"),
         (dict(data=Nobody()), "data has no clients"),

@@ -22,6 +22,7 @@ SCORES[:, 3] -= 2  # seldom
 TAGS = RNG.random((EXAMPLES, LABELS)) < (0.5, 0.1, 0.9)
 LOGITS = (2 * RNG.normal(size=(EXAMPLES, LABELS)) + TAGS).astype(np.float32)
 TARGETS = (RNG.normal(size=(EXAMPLES, 2)) * (1, 5)).astype(np.float32)
+TARGETS[60] = 0.1  # all that client c2 has
 GUESSES = (TARGETS + RNG.normal(size=TARGETS.shape)).astype(np.float32)
 PREDICTED = SCORES.argmax(1)
 
@@ -121,7 +122,7 @@ def test_each_client_has_its_own():
     r2 = fax.metrics.evaluate_clients(
         scores, jnp.zeros(1), clients(x=GUESSES, y=TARGETS)[0], {"r2": "r2"}
     )["r2"]
-    assert np.isnan(r2[2])  # one example has no spread
+    assert np.isnan(r2[2])  # one example has no spread, but 0.1² is rounded
     np.testing.assert_allclose(
         r2[[0, 1, 3, 4]],
         [reference.r2_score(TARGETS[rows[i]], GUESSES[rows[i]]) for i in (0, 1, 3, 4)],
@@ -168,8 +169,12 @@ def test_rankings(exact, theirs, metric):
     one_bin = total(metric(bins=2), np.array([1, 1, 0, 0]), np.array([1.0, 2.0, 3.0, 4.0]))
     for order in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
         assert abs(one_bin.result() - theirs([1, 1, 0, 0], order)) <= one_bin.bound() + 1e-12
-    by_two = total(metric(), TAGS[:, 0], np.stack([-LOGITS[:, 0], LOGITS[:, 0]], -1))
-    same = total(metric(), TAGS[:, 0], 2 * LOGITS[:, 0])
+    signed = np.clip(np.round(20 * LOGITS[:, 0]), -128, 127).astype(np.int8)
+    for few in (signed, signed.view(np.uint8), signed > 0):  # -few would wrap around, or fail
+        few_exact = theirs(TAGS[:, 0], few.astype(float))
+        np.testing.assert_allclose(exact(few, TAGS[:, 0]), few_exact, rtol=1e-12)
+    by_two = total(metric(limit=300.0), TAGS[:, 0], np.stack([-1 - signed, signed], -1))
+    same = total(metric(limit=300.0), TAGS[:, 0], 1 + 2 * signed.astype(np.float32))
     assert by_two.result() == same.result()
     assert np.isnan(exact([0.5, 0.2], [0, 0]))
     assert np.isnan(total(metric(), np.array([0, 0]), np.array([0.5, 0.2])).result())
@@ -221,6 +226,7 @@ def test_labels_that_are_neither_0_nor_1():
         (lambda: fax.metrics.roc_auc([1.0], [0, 1]), r"shape \(1,\) and labels \(2,\)"),
         (lambda: fax.metrics.roc_auc([1.0, np.nan], [0, 1]), r"scores\[1\] is NaN"),
         (lambda: fax.metrics.average_precision([1.0, 2.0], [0, 3]), r"labels\[1\] is .*3"),
+        (lambda: fax.metrics.roc_auc(["a", "b"], [0, 1]), "scores are <U1, expected real numbers"),
         (lambda: F1("weighted"), "F1: average is 'weighted', expected"),
         (lambda: F1(binary=1), "F1: binary is 1"),
         (lambda: AUC(bins=1), "AUC: bins is 1"),
@@ -255,7 +261,8 @@ def test_fairness():
     assert found.variance == pytest.approx(values.var())
     assert found.gap == pytest.approx(values.mean() - np.arange(4).mean() / 40)
     assert found.percentiles == {p: np.percentile(values, p) for p in (5, 25, 50, 75, 95)}
-    losses = fax.metrics.fairness(values, higher_is_better=False, percentiles=[90])
+    losses = fax.metrics.fairness(values, higher_is_better=False, percentiles=iter([90]))
+    assert list(losses.percentiles) == [90]
     assert losses.worst_tenth == pytest.approx(found.best_tenth)
     assert losses.best_tenth == pytest.approx(found.worst_tenth)
     assert losses.gap == pytest.approx(np.arange(36, 40).mean() / 40 - values.mean())

@@ -380,6 +380,13 @@ MISTAKES = {
         ValueError,
         f"fax.algorithms.fedavg: init: params['step'] is int32[], {TRAINED}",
     ),
+    "complex numbers among params": (
+        lambda: ALGORITHM.init({"w": jnp.zeros(2, jnp.complex64)}),
+        ValueError,
+        "fax.algorithms.fedavg: init: params['w'] is complex64[2], expected an array of real "
+        "floats. Make its real and its imaginary part leaves of their own: a step against the "
+        "gradient that JAX returns for a complex number leads uphill in the imaginary part.",
+    ),
     "a function among params": (
         lambda: ALGORITHM.init({"w": jnp.zeros(2), "layers": [{"activation": jax.nn.relu}]}),
         ValueError,

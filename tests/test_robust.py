@@ -198,6 +198,9 @@ def test_weiszfeld_converges_to_the_geometric_median():
     u, w = updates(), WEIGHTS
     found = vector(run(geometric_median(300), u, w)[0])
     np.testing.assert_allclose(found, numpy_weiszfeld(rows(u), w, 2000), rtol=1e-6)
+    large = (5000 * w).astype(np.float16)  # of which twice the largest would be infinite
+    few = vector(run(FEW_AND_MANY[0], u, large)[0])
+    np.testing.assert_allclose(few, numpy_weiszfeld(rows(u), large.astype(float), 3), rtol=1e-6)
 
     def total(v):
         return w @ np.sqrt(((rows(u) - v) ** 2).sum(1))
@@ -262,6 +265,19 @@ def test_krum_takes_an_honest_update_and_says_which():
     _, _, metrics = run(MULTI_KRUM, everyone)
     assert metrics["clients/chosen"].sum() == 5
     assert not (rows(everyone)[np.asarray(metrics["clients/chosen"])] == 40).any()
+
+
+def test_krum_chooses_among_who_is_left():
+    """Two of six may be attackers, so four are averaged; one that is alone is chosen."""
+    good, everyone = attacked(40.0)
+    weights = np.ones(7)
+    weights[np.flatnonzero((rows(everyone) == good[0]).all(1))] = 0
+    found, _, metrics = run(MULTI_KRUM, everyone, weights)
+    assert metrics["clients/chosen"].sum() == 4
+    np.testing.assert_allclose(vector(found), good[1:].mean(0), rtol=1e-12)
+    for aggregator in (KRUM, MULTI_KRUM):
+        found, _, _ = run(aggregator, everyone, 1.0 * (np.arange(7) == 6))
+        np.testing.assert_array_equal(vector(found), rows(everyone)[6])
 
 
 # Clipping
@@ -554,6 +570,23 @@ def test_bits():
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_only_real_floats_have_an_order_and_a_norm(dtype):
+    limits = dict(clip_norm=1.0, noise_multiplier=1.0)
+    parts = [
+        *(median(), trimmed_mean(0.1), geometric_median(), clip_by_norm(1.0), adaptive_clip()),
+        *(fax.aggregators.gaussian(**limits), fax.aggregators.laplace(**limits)),
+        fax.aggregators.dp_ftrl(**limits, num_clients=9, separation=2, participations=1),
+    ]
+    message = rf"updates\['n'\] is {dtype}\[(5,)?2\], expected an array of real floats"
+    for part in parts:
+        with pytest.raises(ValueError, match=message):
+            part.init({"n": jnp.zeros(2, dtype)})
+        call = getattr(part, "aggregate", None) or part.update
+        with pytest.raises(ValueError, match=message):
+            call({"n": jnp.zeros((5, 2), dtype)}, np.ones(5), (), KEY)
 
 
 def test_arguments_at_the_ends_of_their_ranges():

@@ -15,6 +15,7 @@ from fax.aggregators._aggregator import (
     Metrics,
     PyTree,
     Transformation,
+    of_floats,
     stateless_transformation,
 )
 from fax.aggregators._norms import cast_toward_zero, l2_norm, scaled_down, wide
@@ -59,7 +60,7 @@ def clip_by_norm(clip_norm: float | jax.Array) -> Transformation:
         clipped = reductions.mean(above, where=weights != 0)
         return updates, weights, {"clipped": clipped, "clip_norm": jnp.asarray(clip_norm)}
 
-    return stateless_transformation("clip_by_norm", update)
+    return of_floats("clip_by_norm", stateless_transformation("clip_by_norm", update))
 
 
 def adaptive_clip(
@@ -123,7 +124,10 @@ def adaptive_clip(
         after = jnp.where(reductions.sum(weights != 0) > 0, after, state)
         return updates, weights, after, {"clipped": clipped, "clip_norm": state}
 
-    return Transformation(lambda params: first_clip_norm(params, initial_clip_norm), update)
+    def init(params: PyTree) -> jax.Array:
+        return first_clip_norm(params, initial_clip_norm)
+
+    return of_floats("adaptive_clip", Transformation(init, update))
 
 
 def first_clip_norm(params: PyTree, initial: float | jax.Array) -> jax.Array:

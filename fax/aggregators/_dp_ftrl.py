@@ -17,7 +17,14 @@ import optax
 
 import fax._reductions as reductions
 from fax import _arguments, _keys
-from fax.aggregators._aggregator import Aggregator, Metrics, PerClient, PyTree, all_bits
+from fax.aggregators._aggregator import (
+    Aggregator,
+    Metrics,
+    PerClient,
+    PyTree,
+    all_bits,
+    of_floats,
+)
 from fax.aggregators._noise import (
     grid_of,
     noise_on_grid,
@@ -182,7 +189,7 @@ def dp_ftrl(
         update = divided(optax.tree.add(total, x), m, updates)
         return update, DPFTRLState(noise, state.round + 1, PerClient(rows), state.key), metrics
 
-    return Aggregator(init, aggregate, private=True)
+    return of_floats("dp_ftrl", Aggregator(init, aggregate, private=True))
 
 
 def coefficients(bands: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def multi_krum(byzantine: int, select: int) -> Aggregator:
     Args:
       byzantine: f, at least 0.
       select: how many updates are averaged. At least 1, and at most n - f, the number of honest
-        clients.
+        clients. If m of the n clients are left, at most m - f are averaged, but at least one.
 
     Returns:
       The aggregator; see `krum`.
@@ -101,7 +101,8 @@ def _krum(name: str, byzantine: int, select: int) -> Aggregator:
             )
         updates = present_rows(updates, weights)
         present = operators.collect(weights != 0)
-        neighbors = jnp.maximum(jnp.sum(present) - f - 2, 1)
+        left = jnp.sum(present)
+        neighbors = jnp.maximum(left - f - 2, 1)
         rows = lax.stop_gradient(operators.collect(updates))
 
         def score(
@@ -124,8 +125,10 @@ def _krum(name: str, byzantine: int, select: int) -> Aggregator:
             *operators.broadcast((rows, present, neighbors)),
         )
         scores = operators.collect(scores)
-        order = jnp.argsort(scores, stable=True)
-        best = jnp.zeros(n, bool).at[order[:select]].set(True) & present
+        # Clients that are left out come last, behind those that are infinitely far from others.
+        order = jnp.lexsort((scores, ~present))
+        among = jnp.arange(n) < jnp.clip(left - f, 1, select)
+        best = jnp.zeros(n, bool).at[order].set(among) & present
         chosen = operators.distribute(best)
         return reductions.mean(updates, where=chosen), {"clients/chosen": chosen}
 

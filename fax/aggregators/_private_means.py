@@ -21,7 +21,7 @@ import optax
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments, _keys
-from fax.aggregators._aggregator import Aggregator, Metrics, PyTree, all_bits
+from fax.aggregators._aggregator import Aggregator, Metrics, PyTree, all_bits, of_floats
 from fax.aggregators._clipping import first_clip_norm, next_clip_norm
 from fax.aggregators._noise import (
     Law,
@@ -168,7 +168,7 @@ def gaussian(
         following = next_clip_norm(state.clip_norm, excess / m + 0.5, quantile, learning_rate)
         return update, GaussianState(noise, following), metrics
 
-    return Aggregator(init, aggregate, private=True)
+    return of_floats("gaussian", Aggregator(init, aggregate, private=True))
 
 
 def laplace(
@@ -231,7 +231,7 @@ def laplace(
     def init(params: PyTree) -> NoiseState:
         return first_noise_state(caller, key, params, clip_norm, noise_multiplier)
 
-    return Aggregator(init, aggregate, private=True)
+    return of_floats("laplace", Aggregator(init, aggregate, private=True))
 
 
 def check_mechanism(

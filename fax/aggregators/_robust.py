@@ -18,6 +18,7 @@ from fax.aggregators._aggregator import (
     Metrics,
     PyTree,
     all_bits,
+    of_floats,
     stateless_aggregator,
 )
 from fax.aggregators._norms import difference, l2_norm, wide
@@ -163,7 +164,7 @@ def _of_coordinates(
 
         return jax.tree.map(one, rows), {}
 
-    return stateless_aggregator(name, aggregate)
+    return of_floats(name, stateless_aggregator(name, aggregate))
 
 
 def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6) -> Aggregator:
@@ -218,6 +219,7 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
             """β_i (u_i - v), whose size is about w_i wherever u_i and v are, and β_i."""
             away = difference(update, v)
             norm = l2_norm(away)
+            weight = weight.astype(norm.size.dtype)  # a large one in float16 would be infinite
             share = _GAIN * weight / jnp.maximum(smoothing * norm.unit.inverse, norm.size)
             moves = jax.tree.map(lambda x: (x * norm.unit.inverse * share).astype(x.dtype), away)
             return moves, share * norm.unit.inverse
@@ -232,4 +234,4 @@ def geometric_median(iterations: int = 3, *, smoothing: float | jax.Array = 1e-6
         v, _ = lax.scan(iterate, start, length=iterations)
         return optax.tree.cast_like(v, updates), {"clients/bits": bits}
 
-    return stateless_aggregator("geometric_median", aggregate)
+    return of_floats("geometric_median", stateless_aggregator("geometric_median", aggregate))

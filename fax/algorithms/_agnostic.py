@@ -155,6 +155,7 @@ def agnostic_fedavg(
         dtype = examples_of(no_metrics(loss, params, data, model_state)).dtype
         nothing = jnp.zeros(num_domains, dtype)
         losses, found = data.scan(measure, (nothing, nothing))
+        finite = jnp.isfinite(losses).all()  # a domain that there is not should be seen, though
         # Batches may hold each example several times, or only some of them.
         share = data.num_examples / jnp.maximum(jnp.sum(found), 1)
         losses, found = losses * share, found * share
@@ -167,10 +168,12 @@ def agnostic_fedavg(
         trained = local_steps(
             loss, client_optimizer, params, data, model_state, example_weights=weights
         )
-        return ClientResult.of(trained, server, weight=beta, extra=(losses, found))
+        return ClientResult.of(trained, server, weight=beta, extra=(losses, found, finite))
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
-        losses, counts = fax.sum(received.results.extra)
+        losses, counts, finite = received.results.extra
+        # `fax.aggregators.non_finite` may leave out clients whose loss is NaN.
+        losses, counts = fax.sum((losses, counts), where=finite)
         before = state.server
         seen = counts != 0
         losses = losses / jnp.where(seen, counts, 1)

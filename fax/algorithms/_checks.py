@@ -194,15 +194,21 @@ def check_cohort(where: str, cohort: Any) -> None:
 
 
 def check_trained(name: str, params: PyTree) -> None:
-    """Checks that there are leaves, and that all of them are differentiable."""
+    """Checks that there are leaves, and that a step against the gradient of each leads downhill."""
     flat = tree_leaves_with_path(params)
     if not flat:
         raise ValueError(f"{name} has no leaves, expected a pytree of arrays of floats.")
     for path, leaf in flat:
         dtype = _arguments.dtype_of(leaf)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
             continue
         found = _arguments.shown(leaf)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{name}{keystr(path)} is {found}, expected an array of real floats. Make its real "
+                "and its imaginary part leaves of their own: a step against the gradient that JAX "
+                "returns for a complex number leads uphill in the imaginary part."
+            )
         if dtype is not None and not hasattr(leaf, "dtype"):
             fix = f" Write {leaf}.0 for a number to be trained." if type(leaf) is int else ""
         else:

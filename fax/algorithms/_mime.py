@@ -11,6 +11,7 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
+from fax.aggregators._per_client import all_finite
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._exchange import ClientResult, Received, Server, State
@@ -181,13 +182,17 @@ def _mimicking(
         optimizer = optax.GradientTransformation(lambda params: (), update)
         correct = None if lite else corrected
         trained = local_steps(loss, optimizer, x, data, server.model_state, correct=correct)
-        extra = gradient(server, own, data) if lite else None
-        return ClientResult.of(trained, server, extra=extra)
+        result = ClientResult.of(trained, server)
+        if lite:
+            g = gradient(server, own, data)
+            result = result._replace(extra=(g, all_finite(g, result.update)))
+        return result
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         c = received.first
         if lite:
-            c = fax.mean(received.results.extra, weights=received.cohort.num_examples)
+            g, finite = received.results.extra  # `fax.aggregators.non_finite` may leave out others
+            c = fax.mean(g, weights=received.cohort.num_examples, where=finite)
         _, statistics = base_optimizer.update(c, state.server, state.params)
         return step(received.update)._replace(server=statistics), {}
 

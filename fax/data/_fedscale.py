@@ -62,7 +62,7 @@ def from_fedscale(
     given = Path(path).absolute()
     if not given.is_file():
         raise FileNotFoundError(f"{where}: there is no file {given}")
-    with given.open(encoding="utf-8", newline="") as file:
+    with given.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, strict=True)
         try:
             names = next(lines, [])

@@ -73,7 +73,12 @@ class HDF5(Lazy):
 
     def _length(self, client_id: ClientId) -> int:
         group = self._examples()[client_id]
-        return len(group[self._names(group)[0]])
+        try:
+            return len(group[self._names(group)[0]])
+        except (IndexError, TypeError) as error:  # no data sets, or scalars
+            raise DataError(
+                f"client {client_id!r} of {self._path} has no data set with a row for each example."
+            ) from error
 
     def _read(self, client_id: ClientId) -> dict[str, np.ndarray]:
         try:

@@ -116,10 +116,12 @@ def _from_items(where: str, items: Any, client: Any, features: Any) -> Federated
         values: Any = [_field(where, client, item, i) for i, item in enumerate(_items(dataset))]
         drop: str | None = client
     else:
-        values, drop = np.asarray(client), None
-        if np.shape(values) != (len(dataset),):
+        # As an array, the ids 1 and "1" of a list would be the same.
+        values, drop = client if isinstance(client, list | tuple) else np.asarray(client), None
+        shape = values.shape if isinstance(values, np.ndarray) else (len(values),)
+        if shape != (len(dataset),):
             raise DataError(
-                f"{where}: client has the shape {values.shape}, expected ({len(dataset)},), an id "
+                f"{where}: client has the shape {shape}, expected ({len(dataset)},), an id "
                 "for each example."
             )
     ids, rows_of = owners(where, "client", values)

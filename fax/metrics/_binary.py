@@ -21,6 +21,7 @@ def logits_of(where: str, scores: jax.Array, labels: jax.Array) -> tuple[jax.Arr
             f"{where}: labels are {labels.dtype}, expected bools or ints. Convert them, "
             "for example by .astype(int) in a function for fax.data.map."
         )
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))  # bytes would wrap around
     if scores.shape == (*labels.shape, 2) and labels.ndim == 1:
         scores = scores[:, 1] - scores[:, 0]
     if scores.shape == (*labels.shape, 1):

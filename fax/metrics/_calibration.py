@@ -77,6 +77,7 @@ class CalibrationError:
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Reliability:
         """The statistic of each example."""
+        _scores.check_vector("CalibrationError", self.label, batch[self.label])
         hits = _scores.hits(scores, batch[self.label])
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         confidence = jax.nn.softmax(scores, axis=-1).max(-1)

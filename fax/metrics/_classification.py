@@ -104,7 +104,7 @@ class TopK:
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         """The statistic of each example."""
-        hits = _scores.ranks(scores, batch[self.label]) < self.k
+        hits = _scores.among_best(scores, batch[self.label], self.k)
         return Mean(hits, jnp.ones_like(hits))
 
     def limits(self, num_classes: int | None) -> dict[str, int | None]:
@@ -141,6 +141,7 @@ class ConfusionMatrix:
     def __call__(self, batch: Batch, scores: jax.Array) -> Sum:
         """The statistic of each example."""
         labels = batch[self.label]
+        _scores.check_vector("ConfusionMatrix", self.label, labels)
         _scores.check(scores, labels)
         if scores.shape[-1] != self.num_classes:
             raise ValueError(

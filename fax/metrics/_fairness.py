@@ -82,6 +82,7 @@ def fairness(
             "values[np.isfinite(values)]."
         )
     _arguments.flag(where, "higher_is_better", higher_is_better)
+    percentiles = tuple(percentiles)
     for percent in percentiles:
         _arguments.number(where, "percentiles", percent, least=0, most=100)
     best_first = np.sort(array)[::-1] if higher_is_better else np.sort(array)

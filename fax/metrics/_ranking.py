@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fax import _arguments
+from fax.data._check_examples import is_numeric
 from fax.metrics._binary import logits_of
 from fax.metrics._statistics import Statistic
 
@@ -71,10 +72,9 @@ def average_precision(scores: Any, labels: Any) -> float:
     scores, positive = _ranked("fax.metrics.average_precision", scores, labels)
     if not positive.any():
         return float("nan")
-    _, threshold = np.unique(-scores, return_inverse=True)
-    return float(
-        _average_precision(np.bincount(threshold, positive), np.bincount(threshold, ~positive))
-    )
+    _, place = np.unique(scores, return_inverse=True)  # -scores would wrap around for bytes
+    counts = (np.bincount(place, labels)[::-1] for labels in (positive, ~positive))
+    return float(_average_precision(*counts))
 
 
 def _ranked(where: str, scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +84,8 @@ def _ranked(where: str, scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarra
             f"{where}: scores have shape {scores.shape} and labels {labels.shape}, expected two "
             "vectors of the same length."
         )
+    if not is_numeric(scores.dtype) or scores.dtype.kind == "c":
+        raise ValueError(f"{where}: scores are {scores.dtype}, expected real numbers.")
     if np.isnan(scores).any():
         raise ValueError(f"{where}: scores[{np.isnan(scores).argmax()}] is NaN.")
     if (bad := (labels != 0) & (labels != 1)).any():
@@ -184,7 +186,6 @@ class _Ranking:
 
     def _histogram(self, batch: Batch, scores: jax.Array, measure: str) -> LogitHistogram:
         logits, labels = logits_of(type(self).__name__, scores, batch[self.label])
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         share = (self.limit - jnp.clip(logits, -self.limit, self.limit)) / (2 * self.limit)
         # NaN is in no bin: the comparison below is false for it.
         bin_of = jnp.minimum(jnp.floor(share * self.bins), self.bins - 1)

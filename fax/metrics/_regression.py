@@ -150,6 +150,7 @@ class ExplainedVariance(Statistic):
       total: the sum of targets, less a constant each, [outputs].
       squares: the sum of squares of these differences, [outputs].
       errors: the sum of squared errors, [outputs].
+      rounding: how large a share of ``squares`` may be a rounding error.
 
     Example:
 
@@ -163,14 +164,19 @@ class ExplainedVariance(Statistic):
     total: Any
     squares: Any
     errors: Any
+    rounding: float = dataclasses.field(default=2.0**-23, metadata={"static": True})
 
     def result(self) -> Any:
-        """R², the mean over outputs. NaN if an output has the same target in all examples."""
+        """R², the mean over outputs.
+
+        NaN if an output has the same target in all examples, as far as rounding lets one see.
+        """
         xp: Any = jnp if isinstance(self.errors, jax.Array) else np
         count = xp.maximum(xp.asarray(self.count), 1)[..., None]
         spread = self.squares - self.total**2 / count
-        share = self.errors / xp.where(spread > 0, spread, 1)
-        return xp.where(spread > 0, 1 - share, xp.nan).mean(-1)
+        differ = spread > self.rounding * self.squares
+        share = self.errors / xp.where(differ, spread, 1)
+        return xp.where(differ, 1 - share, xp.nan).mean(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +190,7 @@ class R2(_Regression):
         Over several outputs the mean is taken.
       center: a number that is subtracted from the targets first. It does not change R². Squares are
         rounded, so if targets are much larger than their differences, pass one of about their size.
+        The result is NaN if all differences may be rounding errors.
 
     Example:
 
@@ -203,4 +210,6 @@ class R2(_Regression):
         errors, targets = _errors("R2", scores, batch[self.label])
         targets -= self.center
         ones = jnp.ones(len(targets), bool)
-        return ExplainedVariance(ones, targets, jnp.square(targets), jnp.square(errors))
+        # 32 bits are added up almost exactly, so a square's rounding error is all; 64 bits are not.
+        rounding = 2.0**-23 if jnp.finfo(targets.dtype).bits <= 32 else 2.0**-40
+        return ExplainedVariance(ones, targets, jnp.square(targets), jnp.square(errors), rounding)

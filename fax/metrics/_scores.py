@@ -24,6 +24,15 @@ def check(scores: jax.Array, labels: jax.Array, binary: str = "") -> None:
         )
 
 
+def check_vector(where: str, label: str, labels: jax.Array) -> None:
+    """Checks that there is one label for each example, not one for each position of a sequence."""
+    if labels.ndim != 1:
+        raise ValueError(
+            f"{where}: feature {label!r} has shape {labels.shape}, expected (batch,), a label for "
+            "each example. Make each position an example of its own."
+        )
+
+
 def _binary(scores: jax.Array, labels: jax.Array, binary: str) -> str:
     """How to fix it if there is one score for each label."""
     if scores.shape not in (labels.shape, (*labels.shape, 1)):
@@ -36,7 +45,7 @@ def _binary(scores: jax.Array, labels: jax.Array, binary: str) -> str:
 def losses_of(scores: jax.Array, labels: jax.Array) -> jax.Array:
     """The negative log-likelihoods of labels; NaN for a label that is not a class."""
     check(scores, labels)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores, labels = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), _wide(labels)
     known = (labels >= 0) & (labels < scores.shape[-1])
     index = jnp.where(known, labels, 0)[..., None]
     score = jnp.take_along_axis(scores, index, axis=-1)[..., 0]
@@ -55,20 +64,25 @@ def hits(scores: jax.Array, labels: jax.Array) -> jax.Array:
     return known & (jnp.sum(better, axis=-1, dtype=jnp.float32) == 0)
 
 
-def ranks(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """How many classes have a better score than the label, or the same score and come first.
+def among_best(scores: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Whether labels have one of the k best scores. Of equal scores the first is better.
 
-    A label that is not a class, or whose scores contain NaN, ranks behind all classes.
+    If a score is NaN, or the label is not a class, it has not, however many classes there are.
     """
     known, own, first = _compare(scores, labels)
     better = jnp.sum((scores > own) | ((scores == own) & first), axis=-1)
-    return jnp.where(known & ~jnp.isnan(scores).any(-1), better, scores.shape[-1])
+    return known & ~jnp.isnan(scores).any(-1) & (better < min(k, scores.shape[-1]))
 
 
 def _compare(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether labels are classes, their scores [..., 1], and which classes come before them."""
     check(scores, labels)
-    classes = scores.shape[-1]
+    labels, classes = _wide(labels), scores.shape[-1]
     known = (labels >= 0) & (labels < classes)
     own = jnp.take_along_axis(scores, jnp.where(known, labels, 0)[..., None], axis=-1)
     return known, own, jnp.arange(classes) < labels[..., None]
+
+
+def _wide(labels: jax.Array) -> jax.Array:
+    """Labels in at least 32 bits, which hold the number of classes: 256 as uint8 would be 0."""
+    return labels.astype(jnp.int32) if jnp.iinfo(labels.dtype).bits < 32 else labels

@@ -55,7 +55,8 @@ class _Sequences:
 
 
 def _is_one_of(labels: jax.Array, values: tuple[int, ...]) -> jax.Array:
-    return jnp.isin(labels, jnp.array(values, labels.dtype))
+    least, most = jnp.iinfo(labels.dtype).min, jnp.iinfo(labels.dtype).max
+    return jnp.isin(labels, np.array([v for v in values if least <= v <= most], labels.dtype))
 
 
 def _of_tokens(values: jax.Array, counts: jax.Array) -> Mean:
@@ -227,7 +228,7 @@ def _correct(
     if metric.exclude:
         never = _is_one_of(jnp.arange(scores.shape[-1]), metric.exclude)
         scores = jnp.where(never, -jnp.inf, scores)
-    hits = _scores.hits(scores, labels) if k == 1 else _scores.ranks(scores, labels) < k
+    hits = _scores.hits(scores, labels) if k == 1 else _scores.among_best(scores, labels, k)
     return hits & ~_is_one_of(labels, metric.exclude)
 
 
@@ -283,7 +284,7 @@ class TruncationRate(_Sequences):
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Mean:
         """The statistic of each example."""
-        truncated = (batch[self.label] != self.eos).all(-1)
+        truncated = ~_is_one_of(batch[self.label], (self.eos,)).any(-1)
         return _of_sequences(truncated, self.counts(batch))
 
 
