@@ -98,9 +98,8 @@ def cut(
             f"to know how many steps clients have: {error}"
         ) from error
     names = [jax.tree_util.keystr(path) for path, _ in paths]
-    return Plan(
-        block, tuple(dict.fromkeys(block.stages())), tree, jax.tree.structure(out), tuple(names)
-    )
+    stages = tuple(dict.fromkeys(block.stages()))
+    return Plan(block, stages, tree, jax.tree.structure(out), tuple(names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +251,6 @@ class Plan:
 
     def fetch(self, backend: Backend, tree: PyTree) -> PyTree:
         """The values with every `Held` replaced by an array of its rows."""
-
         leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Held))
         held = [x for x in leaves if isinstance(x, Held)]
         found = dict(zip(held, fetch(backend, held), strict=True)) if held else {}
