@@ -208,9 +208,9 @@ class House:
         return [name for name in order(self.edges) if self.part[name] == part]
 
 
-# All in units of the drawing: its width, where the dots begin and how far apart they are, a letter
-# of a module's name, a line, and the margin of a part.
-WIDTH, MATRIX, DOT, LETTER, LINE, PADDING = 1060, 600, 26, 6.65, 15, 9
+# All in units of the drawing: where the dots begin and how far apart they are, the room for
+# packages on their right, a letter of a module's name, a line, and the margin of a part.
+MATRIX, DOT, PACKAGES, LETTER, LINE, PADDING = 600, 26, 150, 6.65, 15, 9
 
 
 def draw(house: House) -> str:
@@ -227,6 +227,7 @@ def draw(house: House) -> str:
         text(x + 4, y - 12, part, f' transform="rotate(-45 {x + 4:g} {y - 12})" font-size="12"')
     packages_x = MATRIX + 30 + DOT * len(stories) + 6
     text(packages_x, y - 12, "packages", ' font-size="12"')
+    width = packages_x + PACKAGES
 
     mono = ' font-family="Menlo, Consolas, monospace" font-size="11" fill="#44546a"'
     for part in stories:
@@ -239,7 +240,7 @@ def draw(house: House) -> str:
         height = 2 * PADDING + LINE * (1 + len(lines)) + 4
         fill = "#eef3fb" if FLOOR_OF[part] % 2 else "#fdf3e4"
         shapes.append(
-            f'<rect x="10" y="{y}" width="{WIDTH - 20}" height="{height}" fill="{fill}" '
+            f'<rect x="10" y="{y}" width="{width - 20}" height="{height}" fill="{fill}" '
             'stroke="#44546a"/>'
         )
         label = part if part in ("foundations", "operators", "fax") else f"{part}/"
@@ -257,7 +258,10 @@ def draw(house: House) -> str:
             elif other in house.uses[part]:
                 shapes.append(f'<circle cx="{x}" cy="{middle:g}" r="4.5"/>')
         packages = set().union(*(house.packages[name] for name in house.modules_of(part)))
-        text(packages_x, middle + 4, " ".join(sorted(packages)), ' font-size="11"')
+        lines = textwrap.wrap(" ".join(sorted(packages)), int(PACKAGES / LETTER))
+        for number, line in enumerate(lines):
+            at = middle + 4 + (number - (len(lines) - 1) / 2) * LINE
+            text(packages_x, at, line, ' font-size="11"')
         y += height
     caption = (
         "A dot: the part on the left imports from the part above the dot. All dots are right of "
@@ -266,10 +270,10 @@ def draw(house: House) -> str:
     text(10, y + 22, caption, ' font-size="12"')
     body = "\n  ".join(shapes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 36}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 36}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#1f2a3c">\n'
         "  <title>The parts of fax, from the top down, and which imports from which.</title>\n"
-        f'  <rect width="{WIDTH}" height="{y + 36}" fill="#ffffff"/>\n'
+        f'  <rect width="{width}" height="{y + 36}" fill="#ffffff"/>\n'
         f"  {body}\n</svg>\n"
     )
 
