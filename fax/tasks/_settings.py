@@ -65,7 +65,7 @@ _TUNED: dict[str, Settings | dict[str, Settings]] = {
     "digits": Settings(20, 5, 5, None, 300, _of("sgd", 0.1), _of("sgd", 0.2, momentum=0.9)),
     "pystdlib": Settings(16, 8, 1, 32, 300, _of("adam", 2e-3), _of("sgd", 1.0)),
     "flights": Settings(50, 16, 1, None, 300, _of("sgd", 0.1), _of("adam", 0.01)),
-    "bible": Settings(16, 8, 1, 32, 300, _of("adam", 2e-3), _of("sgd", 1.0)),
+    "bible": Settings(16, 8, 1, 32, 300, _of("adam", 8e-3), _of("sgd", 1.0)),
     "photographs": Settings(10, 16, 1, 8, 100, _of("sgd", 0.3, momentum=0.9), _of("adam", 0.01)),
     "emnist": {
         "conv": Settings(10, 10, 1, None, 1500, _of("sgd", 0.001), _ADAM),
