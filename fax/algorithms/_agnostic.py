@@ -155,7 +155,8 @@ def agnostic_fedavg(
         dtype = examples_of(no_metrics(loss, params, data, model_state)).dtype
         nothing = jnp.zeros(num_domains, dtype)
         losses, found = data.scan(measure, (nothing, nothing))
-        finite = jnp.isfinite(losses).all()  # a domain that there is not should be seen, though
+        # Not of `found`: an example of an unknown domain has to show, as NaN.
+        finite = jnp.isfinite(losses).all()
         # Batches may hold each example several times, or only some of them.
         share = data.num_examples / jnp.maximum(jnp.sum(found), 1)
         losses, found = losses * share, found * share

@@ -193,7 +193,7 @@ def told_of_padding(loss: Callable, mask: jax.Array) -> Callable:
 def _parts(out: Any, *expected: str) -> Any:
     if isinstance(out, tuple) and len(out) == len(expected):
         return out
-    found = f"{len(out)} values" if isinstance(out, tuple) else f"{_arguments.of_type(out)}"
+    found = f"{len(out)} values" if isinstance(out, tuple) else _arguments.of_type(out)
     raise ValueError(
         f"loss returned {found}, expected ({', '.join(expected)}). The model has state if "
         "model_state was passed to init."

@@ -191,7 +191,7 @@ def _mimicking(
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         c = received.first
         if lite:
-            g, finite = received.results.extra  # `fax.aggregators.non_finite` may leave out others
+            g, finite = received.results.extra  # `fax.aggregators.non_finite` may leave out some
             c = fax.mean(g, weights=received.cohort.num_examples, where=finite)
         _, statistics = base_optimizer.update(c, state.server, state.params)
         return step(received.update)._replace(server=statistics), {}
