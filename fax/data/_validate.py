@@ -37,7 +37,7 @@ def validate(data: FederatedData, on_bad: str = "raise") -> FederatedData:
       >>> data = fax.data.InMemory({"ada": {"x": [1.0]}, "bob": {"x": [float("nan")]}})
       >>> fax.data.validate(data)
       Traceback (most recent call last):
-      fax.data._protocol.DataError: client 'bob', feature 'x' has 1 values that are not finite. ...
+      fax.data._protocol.DataError: client 'bob', feature 'x' has 1 value that is not finite. ...
     """
     where, schema = "fax.data.validate", Schema()
     check_federated(where, "data", data)
