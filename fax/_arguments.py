@@ -8,6 +8,7 @@ which mistake. A traced argument has no value to check, only a shape and a dtype
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import os
 import sys
@@ -339,14 +340,9 @@ def of_type(value: Any) -> str:
 
 def _public(value: Any) -> str:
     """The name of a function or class as users know it, without private modules."""
-    parts = []
-    for part in str(getattr(value, "__module__", None) or "").split("."):
-        if part.startswith("_"):
-            break
-        parts.append(part)
-    if parts == ["builtins"]:
-        parts = []
-    return ".".join(filter(None, [*parts, value.__qualname__.rpartition("<locals>.")[2]]))
+    parts = str(getattr(value, "__module__", None) or "").split(".")
+    public = itertools.takewhile(lambda p: not p.startswith("_") and p != "builtins", parts)
+    return ".".join(filter(None, [*public, value.__qualname__.rpartition("<locals>.")[2]]))
 
 
 def concrete(x: Any) -> bool:

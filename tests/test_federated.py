@@ -137,6 +137,14 @@ PRIVATE = {"aggregator": gaussian(1.0, 1.0, expected_clients=2)}
             r"ours: client: own\['w'\] is float64\[3\], expected",
         ),
         (
+            make(result(own={"w": "text"}), **ROWS),
+            r"ours: client: own\['w'\] is 'text', expected an array",
+        ),
+        (
+            make(result(own="text"), **ROWS),
+            r"ours: client: own is 'text', expected {'w': f\w+\[4\]}",
+        ),
+        (
             make(result(), **ROWS),
             "ours: client: own is None, expected what the client keeps",
         ),

@@ -148,11 +148,8 @@ def test_a_gradient_of_a_round_has_the_state_of_the_round():
     [
         (MIB // 8, 8, 64),  # no more than is useful
         (4 * MIB, 8, 16),  # what fits into half of the fast memory
-        (
-            4 * MIB,
-            400,
-            32,
-        ),  # a doubling saves 18.75 MB, the next one 9.4, and costs 12.6
+        # A doubling saves 18.75 MB, the next one 9.4, and costs 12.6.
+        (4 * MIB, 400, 32),
         (4 * MIB, 1000, 64),
         (15 * MIB, 8, 4),
         (0, 0, 64),

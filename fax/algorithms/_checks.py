@@ -127,6 +127,7 @@ def check_like(what: str, new: PyTree, like: PyTree) -> None:
     structures: Any = [jax.tree.structure(x) for x in (new, like)]
     if structures[0] != structures[1]:
         raise ValueError(f"{what} is {_shape(new)}, expected {_shape(like)}.")
+    _arguments.arrays(what, new, keys=True)
     for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):
         found, expected = (jax.typeof(jnp.asarray(own)) for own in (x, y))
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
@@ -135,11 +136,11 @@ def check_like(what: str, new: PyTree, like: PyTree) -> None:
             )
 
 
-class _Type:
-    """A leaf that prints as its type."""
+class _Shown:
+    """A leaf that prints as its type, or as the number that it is."""
 
     def __init__(self, leaf: Any):
-        self._text = jax.typeof(jnp.asarray(leaf)).str_short()
+        self._text = _arguments.shown(leaf)
 
     def __repr__(self) -> str:
         return self._text
@@ -147,7 +148,7 @@ class _Type:
 
 def _shape(tree: PyTree) -> str:
     """A pytree with its types, in a message: ``{'w': float32[3], 'b': float32[]}``."""
-    return f"{jax.tree.map(_Type, tree)!r:.200}"
+    return f"{jax.tree.map(_Shown, tree)!r:.200}"
 
 
 def check_private(

@@ -45,6 +45,7 @@ def feddyn(
     All g_i and h start at 0. At a fixed point the gradients of all f_i add up to 0, whatever the
     numbers of steps. So the mean of the f_i is minimized, and each client counts once. A client
     whose y_i is not finite keeps its g_i, and `fax.aggregators.non_finite` can leave it out of S.
+    A derivative through the g_i of such a client is NaN.
 
     Args:
       loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.

@@ -48,8 +48,8 @@ def scaffold(
     Each client counts once, as in the paper. So it minimizes the mean of the clients' losses f_i,
     whereas FedAvg weights them by their examples. K_i is the number of the client's own steps,
     without padding. A client without steps keeps its c_i, and so does one whose y_i is not finite,
-    which `fax.aggregators.non_finite` can leave out of S. All control variates start at 0, so the
-    first round is that of FedAvg.
+    which `fax.aggregators.non_finite` can leave out of S. A derivative through the c_i of such a
+    client is NaN. All control variates start at 0, so the first round is that of FedAvg.
 
     Args:
       loss: see `fedavg`.

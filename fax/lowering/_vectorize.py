@@ -27,7 +27,7 @@ multiples of the best, for 64 participants:
     logistic, v5e            14.4    4.0    2.1    1.0    64
     dense, 0.2 M, v6e        15.2           2.1    1.0    64
     dense, 0.2 M, v5e         6.5    2.4    1.1    1.1    32: 1.0
-    dense, 1 M, v5e           2.0    1.0    1.5           4
+    dense, 1 M, v5e           2.0    1.0    1.5    2.4    4
     recurrent, 0.8 M, v5e     7.3    2.4    1.2    1.0    32: 1.06
     recurrent, 4 M, v5e       1.1    1.0    1.2    1.8    1
     convolutions, 1.2 M, v5e  1.5    1.0    1.4    2.1    4
