@@ -1,5 +1,6 @@
 """The skeleton of algorithms: an algorithm of one's own, what it reports, and what it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from test_init import ALGORITHMS, given, loss
 
 import fax
 from fax import algorithms
-from fax.aggregators import gaussian
+from fax.aggregators import chain, gaussian, non_finite
 from fax.algorithms import ClientResult, federated, local_steps
 
 N, RATE = len(SIZES), 0.1
@@ -79,6 +80,85 @@ def test_one_model_comes_out_of_every_algorithm(name):
         every = jax.eval_shape(algorithm.models, state)
         sizes = 1 if name == "local_sgd" else 2
         assert jax.tree.map(lambda x: x.shape, every) == {"w": (sizes, 2), "b": (sizes,)}
+
+
+# Clients that are not finite
+
+
+def of_state(params, model_state, batch, key):
+    """A loss with statistics; those of an odd batch are NaN, like its losses."""
+    odd = jnp.where(batch["x"] > 5, jnp.nan, 1)
+    mean = 0.5 * model_state["mean"] + 0.5 * jnp.mean(odd * batch["x"])
+    return (batch["x"] - params["w"] - params["b"]) ** 2 * odd, {}, {"mean": mean}
+
+
+DROP = {"aggregator": chain(non_finite())}
+WITH_STATE = {
+    "fedavg": lambda: algorithms.fedavg(of_state, optax.sgd(RATE), **DROP),
+    "fedper": lambda: algorithms.fedper(
+        of_state, optax.sgd(RATE), personal="b", num_clients=3, **DROP
+    ),
+    "fedbn": lambda: algorithms.fedper(
+        of_state, optax.sgd(RATE), personal="mean", num_clients=3, **DROP
+    ),
+    "hyp_cluster": lambda: algorithms.hyp_cluster(
+        of_state, optax.sgd(RATE), num_clusters=2, **DROP
+    ),
+    "diloco": lambda: algorithms.diloco(of_state, optax.sgd(RATE), replicas=3, **DROP),
+}
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_model_states_and_personal_rows_leave_out_what_is_not_finite(name):
+    algorithm = WITH_STATE[name]()
+    models = 2 if name == "hyp_cluster" else None
+    start = {"w": np.float64(0.5), "b": np.float64(0.0)}, {"mean": np.float64(2.0)}
+    start = jax.tree.map(lambda x: x if models is None else np.stack([x, x + 1]), start)
+    placement = "replicas" if name == "diloco" else "clients"
+    states = []
+    for last in (9.0, None):  # as if the third client were not there
+        clients = {"a": [1.0], "b": [4.0] * 2, "c": [4.0 if last is None else last]}
+        data = fax.data.InMemory({k: {"x": np.array(x)} for k, x in clients.items()})
+        cohort = next(fax.data.cohorts(data, 3, 2, sampler=lambda _: range(3), placement=placement))
+        if last is None:
+            there = np.array([True, True, False])
+            mask = cohort.mask & there[:, None, None]
+            n = np.where(there, cohort.num_examples, 0)
+            cohort = dataclasses.replace(cohort, mask=mask, num_examples=n)
+        state, _ = jax.jit(algorithm.round)(algorithm.init(*start), cohort)
+        states.append(jax.device_get(state))
+    for part in ("params", "model_state", *(["personal"] if placement == "clients" else [])):
+        assert_trees_close(*(getattr(state, part) for state in states), rtol=1e-12)
+
+
+def test_a_round_without_examples_keeps_the_models_state():
+    algorithm = algorithms.fedavg(of_state, optax.sgd(RATE))
+    data = fax.data.InMemory({"a": {"x": [1.0]}, "b": {"x": [2.0]}})
+    cohort = next(fax.data.cohorts(data, 2, 1))
+    nobody = np.zeros_like(cohort.num_examples)
+    cohort = dataclasses.replace(cohort, mask=cohort.mask & False, num_examples=nobody)
+    state = algorithm.init({"w": 0.5, "b": 0.0}, {"mean": 2.0})
+    after, _ = jax.jit(algorithm.round)(state, cohort)
+    assert after.model_state["mean"] == 2
+
+
+def test_clients_may_keep_keys_and_integers():
+    def client(server, own, data):
+        key, count = own
+        return ClientResult(
+            {"w": 1 / data.batches["x"][0, 0]}, {}, own=(jax.random.fold_in(key, 1), count + 1)
+        )
+
+    start = jax.random.key(3), jnp.int8(5)
+    algorithm = federated(
+        "ours", Quadratic.loss, client, client_state=lambda params: start, num_clients=2, **DROP
+    )
+    data = fax.data.InMemory({"a": {"x": [1.0]}, "b": {"x": [0.0]}})
+    cohort = next(fax.data.cohorts(data, 2, 1, sampler=lambda _: range(2)))
+    state, _ = jax.jit(algorithm.round)(algorithm.init({"w": 0.0}), cohort)
+    keys, counts = state.clients.rows
+    np.testing.assert_array_equal(counts, np.array([6, 5], np.int8))
+    assert jnp.all(keys == jnp.stack([jax.random.fold_in(start[0], 1), start[0]]))
 
 
 # What is reported

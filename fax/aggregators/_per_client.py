@@ -60,8 +60,33 @@ def present_rows(rows: PyTree, weights: jax.Array) -> PyTree:
 def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """The new rows of clients whose weight is not zero, and the old ones of others, to the bit.
 
-    No derivative reaches the computation of the new rows of clients that are left out, even if it
-    is singular: the mask is on what a map returns. The barrier keeps the selection out of that map.
+    No derivative reaches the computation of new rows that are left out, even if it is singular.
     """
-    new = lax.optimization_barrier(present_rows(new, weights))
-    return each(lambda weight, new, old: optax.tree.where(weight != 0, new, old), weights, new, old)
+
+    def choose(new: PyTree) -> PyTree:
+        def own(weight: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+            return optax.tree.where(weight != 0, new, old)
+
+        return each(own, weights, new, old)
+
+    # The values are chosen in the map that makes the new rows. For derivatives, the mask has to be
+    # on what that map returns, and the barrier keeps the choice out of it.
+    rows = choose(new)
+    masked = choose(lax.optimization_barrier(present_rows(rows, weights)))
+
+    def one(row: jax.Array, masked: jax.Array) -> jax.Array:
+        float_like = jnp.issubdtype(row.dtype, jnp.inexact)
+        return _differentiated_as(row, masked) if float_like else row
+
+    return jax.tree.map(one, rows, masked)
+
+
+@jax.custom_jvp
+def _differentiated_as(value: jax.Array, other: jax.Array) -> jax.Array:
+    """The value, with the derivatives of an equal one."""
+    return value
+
+
+@_differentiated_as.defjvp
+def _differentiated_as_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[0], tangents[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 import fax
@@ -53,6 +54,23 @@ def strong(x: Any) -> jax.Array:
     """An array of the type that it has after a round, so that the round is compiled only once."""
     x = jnp.asarray(x)
     return lax.convert_element_type(x, x.dtype)
+
+
+def mean_state(rows: PyTree, before: PyTree, weights: jax.Array | None, where: jax.Array) -> PyTree:
+    """The mean of the model states of some participants. Call it in a program.
+
+    Args:
+      rows: placed, or None.
+      before: the server's state. It stays if the weights of those participants add up to zero.
+      weights: placed; None for equal ones.
+      where: placed bool, the participants.
+    """
+    if not jax.tree.leaves(rows):
+        return before
+    counts = fax.map(jnp.int32, where) if weights is None else weights
+    total = fax.sum(counts, where=where)
+    mean = fax.mean(rows, weights=weights, where=where)
+    return optax.tree.where(total > 0, next_model_state(mean, before), before)
 
 
 def next_model_state(mean: PyTree, before: PyTree) -> PyTree:

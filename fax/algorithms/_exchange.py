@@ -66,10 +66,12 @@ class ClientResult(NamedTuple):
       update: how the server's parameters should change, according to this client.
       metrics: by name. A `fax.metrics.Statistic` is reported for all clients together and, as
         ``"clients/..."``, for each client. An array is reported only for each client.
-      model_state: the model's next state, or None. The server takes the mean, weighted by the
-        numbers of examples; leaves that are not floats do not change.
+      model_state: the model's next state, or None. The server takes the mean over clients whose
+        update is finite, weighted by the numbers of examples; leaves that are not floats do not
+        change.
       weight: the weight of the update in the mean, a scalar. Default: the number of examples.
-      own: what the client keeps, with the same structure, shapes and dtypes as before.
+      own: what the client keeps, with the same structure, shapes and dtypes as before. If the
+        update has NaN or infinity, it keeps what it had.
       extra: anything else that the server needs.
     """
 
@@ -95,9 +97,12 @@ class Received(NamedTuple):
       results: the `ClientResult` of all clients, placed. Reduce it, for example with `fax.mean`.
       first: the mean of what clients sent before they trained, if they did.
       cohort: the cohort of the round.
+      finite: whether each client's update is finite, placed bool. `fax.aggregators.non_finite`
+        drops the others. Pass it as ``where=`` to a reduction to leave them out there, too.
     """
 
     update: PyTree
     results: ClientResult
     first: PyTree
     cohort: Cohort
+    finite: jax.Array

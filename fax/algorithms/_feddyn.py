@@ -10,7 +10,6 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._per_client import all_finite
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments
 from fax.algorithms._exchange import ClientResult, Received, Server, State
@@ -45,7 +44,6 @@ def feddyn(
     All g_i and h start at 0. At a fixed point the gradients of all f_i add up to 0, whatever the
     numbers of steps. So the mean of the f_i is minimized, and each client counts once. A client
     whose y_i is not finite keeps its g_i, and `fax.aggregators.non_finite` can leave it out of S.
-    A derivative through the g_i of such a client is NaN.
 
     Args:
       loss, client_optimizer, server_optimizer, vectorize: as for `fedavg`.
@@ -87,12 +85,11 @@ def feddyn(
         count = examples_of(trained.metrics)
         weight = (count > 0).astype(count.dtype)
         result = ClientResult.of(trained, server, weight=weight)
-        finite = all_finite(result.update)
         own = optax.apply_updates(g, optax.tree.scale(-alpha, result.update))
-        return result._replace(own=optax.tree.where(finite, own, g), extra=weight * finite)
+        return result._replace(own=own, extra=weight)
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
-        share = fax.sum(received.results.extra) / num_clients
+        share = fax.sum(received.results.extra, where=received.finite) / num_clients
         h = optax.apply_updates(state.server, optax.tree.scale(-alpha * share, received.update))
         update = optax.apply_updates(received.update, optax.tree.scale(-1 / alpha, h))
         return step(update)._replace(server=h), {}

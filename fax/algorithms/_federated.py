@@ -11,8 +11,9 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
+from fax.aggregators._per_client import all_finite, each, rows_after
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, next_model_state, strong
+from fax.algorithms._averaging import aggregate, mean_state, strong
 from fax.algorithms._checks import (
     arguments,
     check_averaged_state,
@@ -215,9 +216,10 @@ def federated(
         def work(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
             own = None if state.clients is None else state.clients.rows
             parts = None if state.personal is None else state.personal.clients.rows
+            examples = cohort.num_examples
             data, at_once = cohort.clients(), vectorize or cohort.vectorize
 
-            def each(fn: Callable, sent: Server) -> Any:
+            def at_clients(fn: Callable, sent: Server) -> Any:
                 def run(sent: Server, parts: PyTree, own: PyTree, data: Client) -> Any:
                     model_state = with_parts(loss, sent.model_state, parts)
                     return fn(sent._replace(model_state=model_state), own, data)
@@ -233,37 +235,38 @@ def federated(
 
             sent = Server(state.params, state.model_state, state.server)
             if first is not None:
-                answers = each(first, sent)
-                sent = sent._replace(first=fax.mean(answers, weights=cohort.num_examples))
-            results, parts = each(trained, sent)
+                answers = at_clients(first, sent)
+                sent = sent._replace(first=fax.mean(answers, weights=examples))
+            results, new_parts = at_clients(trained, sent)
             if first is not None or results.extra is not None:
                 check_private(name, aggregator, "clients send more than updates to the server")
             update, aggregated, more = aggregate(
                 aggregator, results.update, state.aggregator, cohort, results.weight
             )
+            # Clients that `fax.aggregators.non_finite` drops keep their rows.
+            finite = each(all_finite, results.update)
+
+            def next_rows(new: PyTree, old: PyTree) -> PerClient:
+                return PerClient(rows_after(finite, new, old))
 
             def step(update: PyTree) -> State:
                 check_like(f"{name}: the update", update, state.params)
                 gradient = optax.tree.scale(-1, update)
                 moves, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
-                model_state = state.model_state
-                if results.model_state is not None:
-                    mean = fax.mean(results.model_state, weights=cohort.num_examples)
-                    model_state = next_model_state(mean, model_state)
                 return State(
                     optax.apply_updates(state.params, moves),
                     optimizer,
-                    model_state,
+                    mean_state(results.model_state, state.model_state, examples, finite),
                     aggregated,
                     state.server,
-                    None if state.clients is None else PerClient(results.own),
-                    state.personal and state.personal._replace(clients=PerClient(parts)),
+                    state.clients and next_rows(results.own, own),
+                    state.personal and state.personal._replace(clients=next_rows(new_parts, parts)),
                 )
 
             metrics = {**report(results.metrics), **more}
             if server is None:
                 return step(update), metrics
-            received = Received(update, results, sent.first, cohort)
+            received = Received(update, results, sent.first, cohort, finite)
             after, more = checked_server(server(state, received, step), state)
             return after, {**metrics, **more}
 

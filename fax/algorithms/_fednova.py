@@ -11,7 +11,6 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._per_client import all_finite
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._checks import arguments, check_scalar_optimizer
 from fax.algorithms._exchange import ClientResult, Received, Server, State
@@ -93,12 +92,11 @@ def fednova(
         a = -data.scan(one_more, (zero, client_optimizer.init(zero)))[0]
         result = ClientResult.of(trained, server, weight=jnp.where(a == 0, 0, data.num_examples))
         update = optax.tree.scale(1 / jnp.where(a == 0, 1, a), result.update)
-        sent = a, all_finite(result.update)
-        return result._replace(update=optax.tree.cast_like(update, x), extra=sent)
+        return result._replace(update=optax.tree.cast_like(update, x), extra=a)
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
-        a, finite = received.results.extra  # as `fax.aggregators.non_finite` may leave out clients
-        a = fax.mean(a, weights=received.results.weight, where=finite)
+        results = received.results
+        a = fax.mean(results.extra, weights=results.weight, where=received.finite)
         return step(optax.tree.cast_like(optax.tree.scale(a, received.update), state.params)), {}
 
     return federated(

@@ -13,7 +13,7 @@ import fax
 from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import next_model_state
+from fax.algorithms._averaging import mean_state
 from fax.algorithms._checks import arguments, check_trained, check_whole
 from fax.algorithms._clients import is_per_client
 from fax.algorithms._clusters import best_model, check_models, one_model
@@ -132,11 +132,15 @@ def hyp_cluster(
         if not private:
             found = examples > 0
             means = [
-                fax.mean(results.extra, weights=weights, where=results.weight.choice == j)
+                mean_state(
+                    results.extra,
+                    jax.tree.map(lambda x, j=j: x[j], state.model_state),
+                    weights,
+                    (results.weight.choice == j) & received.finite,
+                )
                 for j, weights in enumerate(results.weight.of_clusters)
             ]
-            model_state = next_model_state(_stack(means), state.model_state)
-            new = after.params, after.optimizer, model_state
+            new = after.params, after.optimizer, _stack(means)
             params, optimizer, model_state = _where(found, new, state[:3])
             after = after._replace(params=params, optimizer=optimizer, model_state=model_state)
         return after, {"clusters/examples": examples}

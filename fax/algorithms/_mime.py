@@ -185,14 +185,14 @@ def _mimicking(
         result = ClientResult.of(trained, server)
         if lite:
             g = gradient(server, own, data)
-            result = result._replace(extra=(g, all_finite(g, result.update)))
+            result = result._replace(extra=(g, all_finite(g)))
         return result
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
         c = received.first
         if lite:
             g, finite = received.results.extra  # `fax.aggregators.non_finite` may leave out some
-            c = fax.mean(g, weights=received.cohort.num_examples, where=finite)
+            c = fax.mean(g, weights=received.cohort.num_examples, where=finite & received.finite)
         _, statistics = base_optimizer.update(c, state.server, state.params)
         return step(received.update)._replace(server=statistics), {}
 

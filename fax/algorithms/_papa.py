@@ -126,7 +126,7 @@ def papa(
         mean, heard, own, metrics = mean_update(
             aggregator, rows.params, here, None, state.aggregator, key
         )
-        model_state = mean_state(rows.model_state, here, None, heard, state.model_state)
+        model_state = mean_state(rows, here, None, heard, state.model_state)
         share = alpha(state.averages) if callable(alpha) else alpha
 
         def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
@@ -240,7 +240,7 @@ def papa_2(
             return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
 
         rows = fax.map(mix, here, rows, pairs, vectorize=replicas)
-        model_state = mean_state(rows.model_state, here, None, enough, state.model_state)
+        model_state = mean_state(rows, here, None, enough, state.model_state)
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
 

@@ -17,7 +17,9 @@ import optax
 import fax
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
-from fax.algorithms._averaging import next_model_state, strong
+from fax.aggregators._per_client import all_finite
+from fax.algorithms import _averaging
+from fax.algorithms._averaging import strong
 from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
@@ -230,15 +232,19 @@ def sent_metrics(
 
 
 def mean_state(
-    rows: PyTree,
+    rows: Replica,
     taking_part: jax.Array,
     num_examples: jax.Array | None,
     heard: jax.Array,
     before: PyTree,
 ) -> PyTree:
-    """The mean model state of the replicas that take part. Call it in a program."""
-    mean = fax.mean(rows, weights=num_examples, where=taking_part)
-    return optax.tree.where(heard, next_model_state(mean, before), before)
+    """The mean model state of the replicas that take part. Call it in a program.
+
+    Replicas whose parameters are not finite count nowhere, as for `fax.aggregators.non_finite`.
+    """
+    counted = fax.map(lambda on, params: on & all_finite(params), taking_part, rows.params)
+    mean = _averaging.mean_state(rows.model_state, before, num_examples, counted)
+    return optax.tree.where(heard, mean, before)
 
 
 def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:

@@ -12,7 +12,6 @@ import optax
 import fax
 from fax import _arguments
 from fax.aggregators import Aggregator
-from fax.aggregators._per_client import all_finite
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._exchange import ClientResult, Received, Server, State
 from fax.algorithms._federated import federated
@@ -48,8 +47,8 @@ def scaffold(
     Each client counts once, as in the paper. So it minimizes the mean of the clients' losses f_i,
     whereas FedAvg weights them by their examples. K_i is the number of the client's own steps,
     without padding. A client without steps keeps its c_i, and so does one whose y_i is not finite,
-    which `fax.aggregators.non_finite` can leave out of S. A derivative through the c_i of such a
-    client is NaN. All control variates start at 0, so the first round is that of FedAvg.
+    which `fax.aggregators.non_finite` can leave out of S. All control variates start at 0, so the
+    first round is that of FedAvg.
 
     Args:
       loss: see `fedavg`.
@@ -116,17 +115,15 @@ def scaffold(
         took_any = (steps > 0).astype(examples_of(trained.metrics).dtype)
         result = ClientResult.of(trained, server, weight=took_any)
 
-        changes = (steps > 0) & all_finite(result.update)
-
         def next_control(c_i: jax.Array, c: jax.Array, update: jax.Array) -> jax.Array:
             scale = (jnp.maximum(steps, 1) * client_learning_rate).astype(update.dtype)
-            return jnp.where(changes, c_i - c - update / scale, c_i)
+            return jnp.where(steps > 0, c_i - c - update / scale, c_i)
 
         own = jax.tree.map(next_control, c_i, c, result.update)
         return result._replace(own=own, extra=optax.tree.sub(own, c_i))
 
     def server(state: State, received: Received, step: Callable) -> tuple[State, dict]:
-        change = fax.sum(received.results.extra)
+        change = fax.sum(received.results.extra, where=received.finite)
         c = optax.tree.add_scale(state.server, 1 / num_clients, change)
         return step(received.update)._replace(server=c), {}
 

@@ -223,7 +223,7 @@ def streaming_diloco(
         )
         model_state = state.model_state
         if p == len(state.optimizers) - 1:
-            model_state = mean_state(rows.model_state, here, weights, heard, model_state)
+            model_state = mean_state(rows, here, weights, heard, model_state)
         return Received(update, heard), own, model_state, metrics
 
     def land(
