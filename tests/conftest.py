@@ -65,23 +65,24 @@ def whole(tmp_path_factory):
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "client_store", "clipping", "cohorts"),
     *("command_shows", "compression", "control_variates", "data_libraries", "data_messages"),
-    *("data_names", "data_sources", "deploy_algorithms", "deploy_failures", "deploy_processes"),
-    *("diloco", "downloads", "drjax", "elastic", "error_feedback", "experiment"),
-    *("experiment_callbacks", "experiment_failures", "experiment_figures", "experiment_output"),
+    *("data_sources", "deploy_algorithms", "diloco", "downloads", "error_feedback", "experiment"),
+    *("experiment_callbacks", "experiment_figures", "experiment_output"),
     *("experiment_refused", "fedavg", "federated", "fedopt", "fedper", "heterogeneous"),
     *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "meeting", "metrics"),
-    *("metrics_by_name", "metrics_exact", "models", "packed", "padding", "papa", "partition"),
-    *("personal_parts", "privacy", "privacy_attacks", "recipes", "robust", "row_file"),
+    *("metrics_by_name", "models", "packed", "padding", "papa", "partition"),
+    *("personal_parts", "privacy", "recipes", "robust", "row_file"),
     *("secure_attacks", "secure_crypto", "secure_sum", "secure_sums", "sharded_transformer"),
     *("streaming_diloco", "tasks"),
 )
-# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs
-# in processes of their own, whose programs are those of other tests.
+# For --core, these are left out: documents, benchmarks, what looks at files alone, and whole runs,
+# in processes of their own or above the core, whose programs are those of other tests.
 NOT_OF_THE_CORE = (
     *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
-    *("benchmarks", "benchmarks_data_center", "house", "mutants", "project", "site", "subsets"),
-    *("cohorts_processes", "command", "command_processes", "command_settings"),
-    *("elastic_processes", "experiment_kills", "meeting_processes", "secure_processes"),
+    *("benchmarks", "benchmarks_accelerators", "benchmarks_data_center", "house", "mutants"),
+    *("project", "site", "subsets", "cohorts_processes", "command", "command_processes"),
+    *("command_settings", "data_names", "deploy_failures", "deploy_processes", "drjax", "elastic"),
+    *("elastic_processes", "experiment_failures", "experiment_kills", "meeting_processes"),
+    *("metrics_exact", "privacy_attacks", "secure_processes"),
 )
 # With --core, one in so many of a file's tests above the core runs, and of a test's cases below.
 ABOVE_ONE_IN, BELOW_ONE_IN = 30, 8
