@@ -149,6 +149,8 @@ def pytest_collection_modifyitems(config, items):
     """Chooses cases where all tests run: those that cover, and with --core fewer."""
     if config.option.docs:
         leave_out(config, items, [item for item in items if not item.get_closest_marker("docs")])
+        shorter = ["test_pages", "test_docstrings"]  # than examples
+        items.sort(key=lambda item: [item.originalname == name for name in reversed(shorter)])
         return
     if config.args != config.getini("testpaths"):
         return
