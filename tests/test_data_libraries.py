@@ -124,6 +124,16 @@ def test_records():
     assert_clients(fax.data.from_records(records(), "user"))
     text = fax.data.from_records([{"user": 1, "x": b"a"}, {"user": 0, "x": b"b\0"}], "user")
     assert text.client("0")["x"].tolist() == [b"b\0"]
+    # NumPy makes floats of ints that int64 is too short for.
+    long = [{"user": 2**63 + 1, "x": [2**64 - 1, 1]}, {"user": 5, "x": [2, 3]}]
+    hashes = fax.data.from_records(long, "user")
+    assert hashes.client_ids() == ("5", str(2**63 + 1))
+    assert hashes.client(str(2**63 + 1))["x"].tolist() == [[2**64 - 1, 1]]
+    assert hashes.client("5")["x"].dtype == np.uint64
+    listed = fax.data.InMemory({"ada": {"x": [1, 2**63 + 1], "y": [0.5, 1e30]}})
+    assert listed.client("ada")["x"].tolist() == [1, 2**63 + 1]
+    with pytest.raises(DataError, match="'x' has dtype object"):
+        fax.data.InMemory({"ada": {"x": [-1, 2**63]}})
 
 
 @pytest.mark.parametrize(
@@ -381,6 +391,9 @@ def test_hdf5(tmp_path):
     with h5py.File(tmp_path / "empty.h5", "w") as file:
         file.create_group("examples/ada")
         file["examples/bob/y"] = 5
+        file["examples/eve"] = [1, 2]
+    with pytest.raises(DataError, match=r"client 'eve': .*empty.h5 cannot be read"):
+        fax.data.from_hdf5(tmp_path / "empty.h5").client("eve")
     for client in ("ada", "bob"):
         with pytest.raises(DataError, match=f"client '{client}' of .*empty.h5 has no data set"):
             fax.data.from_hdf5(tmp_path / "empty.h5").num_examples(client)

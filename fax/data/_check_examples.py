@@ -113,6 +113,18 @@ def utf8_of(text: str) -> bytes:
         ) from error
 
 
+def exact_array(value: Any) -> np.ndarray:
+    """An array of these values. NumPy would round ints to floats if int64 is too short for one."""
+    array = np.asarray(value)
+    given = hasattr(value, "dtype") or array.dtype != np.float64
+    if given or not (np.abs(array) >= 2.0**63).any():
+        return array
+    values = np.asarray(value, object)
+    if not all(isinstance(v, int | np.integer) for v in values.flat):
+        return array
+    return values if values.min() < 0 else values.astype(np.uint64)
+
+
 def _array(where: str, value: Any) -> np.ndarray:
     """A feature as a read-only array."""
     if isinstance(value, Mapping):
@@ -123,7 +135,7 @@ def _array(where: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
-        array = np.asarray(value)
+        array = exact_array(value)
     except Exception as error:  # __array__ may raise anything
         raise DataError(f"{where} cannot be made an array: {error}") from error
     if array.ndim == 0:
