@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import tomllib
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -81,6 +82,13 @@ def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     assert "a setting has changed: rate" in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(ValueError, match=r"rate was 0.1, and is 0.2"):
         train(tmp_path / "run", config={"rate": 0.2})
+    # As a spreadsheet may save it.
+    (tmp_path / "run" / "metrics.csv").write_text("round;loss\n1;0.5\n")
+    with pytest.raises(ValueError, match=r"metrics.csv has no column round"):
+        train(tmp_path / "run", config={"rate": 0.1})
+    (tmp_path / "run" / "config.toml").write_text("rate: 0.1")
+    with pytest.raises(ValueError, match=r"config.toml: this is not TOML"):
+        train(tmp_path / "run", config={"rate": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,7 @@ def test_nan_goes_back_to_a_checkpoint(tmp_path):
                 state, _ = step(state, cohort)
     assert_same_state(found.state, state)
     assert np.isnan(found.history[3]["loss"])
+    assert found.history[3]["test/sum"] == found.history[2]["test/sum"]
     assert [row["round"] for row in found.history] == [1, 2, 3, 4, 5]
     assert train(None, data=BROKEN, seed=SEED, on_nan="ignore").history[3]["round"] == 4
 
@@ -219,6 +228,13 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
 # Small parts
 
 
+class Odd:
+    state: ClassVar = {"what": object()}
+
+    def start(self, run):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -234,6 +250,7 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
         ({"config": 3}, "config is 3, expected a dict"),
         ({"config": {"a": {"b": object()}}}, r"config\['a.b'\] is <object"),
         ({"config": {"run": 3}}, "config has 'run', which config.toml needs"),
+        ({"callbacks": [Odd()]}, "the state of the callback Odd cannot be saved: .* Make it a"),
         (
             {"algorithm": loss, "state": 0},
             "algorithm is the function .*loss, expected an Algorithm",
@@ -254,6 +271,9 @@ def test_toml_is_read_back():
         "flag": False,
     }
     assert tomllib.loads(_toml.dumps(table)) == table
+    # A file whose name is not UTF-8, as on the command line.
+    (text,) = tomllib.loads(_toml.dumps({"path": "caf\udce9"}).encode().decode()).values()
+    assert text == r"caf\udce9"
 
 
 def test_cohorts_go_to_another_round():

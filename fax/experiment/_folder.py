@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fax._lock import locked
+from fax.experiment._tables import read
 from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
@@ -140,7 +141,7 @@ def compare(
     path = folder / CONFIG
     if not path.exists():
         return Comparison(text, new=True, same=False)
-    old = tomllib.loads(path.read_text(encoding="utf-8"))
+    old = read(path)
     before = old.pop("environment", {})
     changes = _changes(flat(old), flat(tomllib.loads(dumps(new))))
     if changes and not force:

@@ -201,6 +201,8 @@ def run(
                 if on_nan != "restore":
                     raise
                 outputs.go_back(error)
+                if due("evaluate"):
+                    current.results, current.measured = _evaluate(evaluations, current.params)
             if ends or due("checkpoint"):
                 outputs.log()
                 outputs.save(wait=ends)
