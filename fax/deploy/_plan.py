@@ -164,11 +164,14 @@ class Plan:
                 f"Plan.run: the arguments have the structure {tree}, expected that of the "
                 f"arguments of fax.deploy.cut: {self._arguments}."
             )
-        if clients is not None and len(clients) not in self._sizes:
-            raise ValueError(
-                f"Plan.run: clients names {len(clients)} clients, expected as many as take "
-                f"part: {' or '.join(map(str, sorted(self._sizes)))}."
-            )
+        if clients is not None:
+            # Numbers of NumPy, as in the positions of a cohort, would be sent as arrays.
+            clients = [x.item() if isinstance(x, np.generic | jax.Array) else x for x in clients]
+            if len(clients) not in self._sizes:
+                raise ValueError(
+                    f"Plan.run: clients names {len(clients)} clients, expected as many as take "
+                    f"part: {' or '.join(map(str, sorted(self._sizes)))}."
+                )
         if is_secure(backend):
             check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
@@ -246,6 +249,7 @@ class Plan:
 
         Raises:
           FileExistsError: if the folder is not empty.
+          ValueError: if ``platforms`` names none, or one that JAX does not have.
         """
         save(folder, self.stages, self.audit(), platforms)
 
