@@ -447,7 +447,7 @@ def test_what_is_saved(saved):
     with pytest.raises(FileExistsError, match="not empty"):
         plan.save(folder)
     for platforms in ("cpu", [], ["cpu", "gpus"]):
-        with pytest.raises(ValueError, match="platforms is .*, expected a list with some of cpu,"):
+        with pytest.raises(ValueError, match=r"platforms is .*, expected a list with some of"):
             plan.save(folder / "other", platforms=platforms)
     assert not (folder / "other").exists()
 
@@ -519,5 +519,5 @@ def test_a_plan_of_another_format(tmp_path):
         runtime.read_plan(tmp_path)
     for text in ('{"format": 1', "[1]", "{}"):
         (tmp_path / "plan.json").write_text(text)
-        with pytest.raises(runtime.RefusedError, match="plan.json is damaged, or not that of a"):
+        with pytest.raises(runtime.RefusedError, match=r"plan.json is damaged, or not that of a"):
             runtime.read_plan(tmp_path)
