@@ -66,6 +66,21 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     assert (tmp_path / "run").exists()
     stopped(tmp_path / "other", 1)
     assert rounds_of(tmp_path / "other") == [0]
+    # Where orbax writes checkpoints that it cannot read.
+    for name in ("rate[0.1]", "a\\b"):
+        with pytest.raises(ValueError, match=r"has brackets or backslashes, .* another folder"):
+            train(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_cohorts_that_are_closed():
+    with fax.data.cohorts(DATA, clients=4, batch_size=8) as cohorts:
+        pass
+    for blocks in (1, 2):
+        with pytest.raises(ValueError, match="cohorts is closed, and has no more rounds"):
+            experiment.run(
+                ALGORITHM, ALGORITHM.init(PARAMS), cohorts, rounds=2, rounds_per_call=blocks
+            )
 
 
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):

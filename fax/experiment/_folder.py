@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
 import os
 import platform
@@ -50,9 +51,16 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
 
     Raises:
       FolderInUseError: if another run is using it.
-      ValueError: if it has files of something else with the names of a run's files.
+      ValueError: if it has files of something else with the names of a run's files, or a path that
+        orbax takes for a pattern.
       OSError: if nothing can be written there.
     """
+    path = os.fspath(folder.absolute())
+    if not fnmatch.fnmatchcase(path, path) or (os.sep == "/" and "\\" in path):
+        raise ValueError(
+            f"{_WHERE}: folder={path!r} has brackets or backslashes, which orbax takes for a "
+            "pattern, so no checkpoint there could be read again. Choose another folder."
+        )
     with contextlib.ExitStack() as stack:
         try:
             new = not folder.exists()
