@@ -405,6 +405,8 @@ def test_what_clients_have_loaded(wrong):
     backend.answer = ABOUT
     backend._look([0])
     assert backend.held()["x"].shape == (2, 4)
+    names = backend.held(np.array(["bob", "ann"]))["x"].clients
+    assert [(type(name), name) for name in names] == [(str, "bob"), (str, "ann")]
     backend.answer = wrong
     with pytest.raises((TypeError, ValueError)):  # which counts as a failure of the host
         backend._look([0])

@@ -25,7 +25,7 @@ from fax.deploy._runner import Runner, fetch, is_secure
 from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
-from fax.deploy._values import CutError, Held
+from fax.deploy._values import CutError, Held, named
 
 PyTree = Any
 # The fields of a `fax.data.Cohort` that are clients' data.
@@ -165,8 +165,7 @@ class Plan:
                 f"arguments of fax.deploy.cut: {self._arguments}."
             )
         if clients is not None:
-            # Numbers of NumPy, as in the positions of a cohort, would be sent as arrays.
-            clients = [x.item() if isinstance(x, np.generic | jax.Array) else x for x in clients]
+            clients = named(clients)
             if len(clients) not in self._sizes:
                 raise ValueError(
                     f"Plan.run: clients names {len(clients)} clients, expected as many as take "
