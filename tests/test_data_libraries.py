@@ -183,6 +183,7 @@ def test_hugging_face(monkeypatch):
             "f": X[:, 0].astype(np.float64) / 3,
             "deep": [X[:4].tolist()] * 5,
             "image": [image] * 5,
+            "bytes": [b"a", b"b\0", b"c", b"d", b""],
         },
         features=datasets.Features(
             {
@@ -190,6 +191,7 @@ def test_hugging_face(monkeypatch):
                 "f": datasets.Value("float64"),
                 "deep": datasets.Array2D((4, 2), "float64"),
                 "image": datasets.Image(),
+                "bytes": datasets.Value("binary"),
             }
         ),
     )
@@ -198,6 +200,7 @@ def test_hugging_face(monkeypatch):
     np.testing.assert_array_equal(found["deep"], np.stack([X[:4]] * 2))
     np.testing.assert_array_equal(found["image"], np.stack([image] * 2))
     assert (found["f"].dtype, found["image"].dtype) == (np.float64, np.uint8)
+    assert found["bytes"].tolist() == [b"b\0", b""]
 
     with pytest.raises(DataError, match=r"has the splits train, test. Pass one"):
         fax.data.from_huggingface(datasets.DatasetDict(train=dataset, test=dataset), "user")

@@ -149,8 +149,13 @@ def _array(where: str, value: Any) -> np.ndarray:
         )
     # NumPy turns bytes into text where both are mixed, so look for bytes before that.
     text = array if array.dtype.hasobject else np.array(0)
-    if array.dtype.kind == "U" and not isinstance(value, np.ndarray):
+    if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
         text = np.asarray(value, object)
+        if any(v[-1:] in ("\0", b"\0") for v in text.flat):
+            raise DataError(
+                f"{where} has a string that ends with a zero, which NumPy would drop. Pass an array "
+                "of dtype object: np.array(values, object)."
+            )
     if len({isinstance(v, bytes) for v in text.flat}) > 1:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
     if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:
