@@ -153,8 +153,8 @@ def _array(where: str, value: Any) -> np.ndarray:
         text = np.asarray(value, object)
         if any(v[-1:] in ("\0", b"\0") for v in text.flat):
             raise DataError(
-                f"{where} has a string that ends with a zero, which NumPy would drop. Pass an array "
-                "of dtype object: np.array(values, object)."
+                f"{where} has a string that ends with a zero, which NumPy would drop. Pass an "
+                "array of dtype object: np.array(values, object)."
             )
     if len({isinstance(v, bytes) for v in text.flat}) > 1:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
