@@ -51,16 +51,19 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
 
     Raises:
       FolderInUseError: if another run is using it.
-      ValueError: if it has files of something else with the names of a run's files, or a path that
-        orbax takes for a pattern.
+      ValueError: if it has files of something else with the names of a run's files, or a path in
+        which orbax cannot write checkpoints, or not read them again.
       OSError: if nothing can be written there.
     """
     path = os.fspath(folder.absolute())
+    why = ""
     if not fnmatch.fnmatchcase(path, path) or (os.sep == "/" and "\\" in path):
-        raise ValueError(
-            f"{_WHERE}: folder={path!r} has brackets or backslashes, which orbax takes for a "
-            "pattern, so no checkpoint there could be read again. Choose another folder."
-        )
+        why = "has brackets or backslashes, which orbax takes for a pattern: no checkpoint there "
+        why += "could be read again"
+    elif path.encode("utf-8", "replace").decode() != path:
+        why = "is not UTF-8, so orbax cannot write checkpoints there"
+    if why:
+        raise ValueError(f"{_WHERE}: folder={path!r} {why}. Choose another folder.")
     with contextlib.ExitStack() as stack:
         try:
             new = not folder.exists()
