@@ -924,11 +924,16 @@ here.wait()
 
 
 def test_the_thread_has_the_settings_of_whoever_made_the_iterator():
-    data = Unchecked({"ann": {"x": np.array([1, 2])}, "bob": {"x": np.array([3, 2**40])}})
+    long = np.ones(2, np.longdouble)  # JAX has no such dtype
+    clients = {
+        "ann": {"x": np.array([1, 2]), "long": long},
+        "bob": {"x": np.array([3, 2**40]), "long": long},
+    }
     with jax.enable_x64(False):
-        rounds = fax.data.cohorts(data, 1, 2, sampler=lambda r: [r], resident=False)
+        rounds = fax.data.cohorts(Unchecked(clients), 1, 2, sampler=lambda r: [r], resident=False)
     cohort = next(rounds)
     assert cohort.batches["x"].dtype == jnp.int32
+    assert cohort.batches["long"].dtype == jnp.float32
     with pytest.raises(fax.data.DataError, match=r"'bob', feature 'x' has numbers such as 10995"):
         next(rounds)
 

@@ -276,6 +276,8 @@ WRONG = {
     "a bool": ({"seed": True}, "seed is True, expected an int."),
     "no bool": ({"cohorts": {"drop_remainder": 1}}, "drop_remainder is 1, expected true or false."),
     "no table": ({"client": 0.1}, "client is 0.1, expected a table, such as"),
+    "no model": ({"model": False}, "model is False, expected a name, or a table with a name and"),
+    "an empty model": ({"model": {}}, "model is {}, expected a name, or a table with a name and"),
     "no name": ({"algorithm": {"mu": 0.1}}, "algorithm is {'mu': 0.1}, expected a name, or"),
     "an axis": ({"mesh": {"clients": "all"}}, "mesh.clients is 'all', expected an int."),
     "momentum": (

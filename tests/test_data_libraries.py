@@ -124,6 +124,16 @@ def test_records():
     assert_clients(fax.data.from_records(records(), "user"))
     text = fax.data.from_records([{"user": 1, "x": b"a"}, {"user": 0, "x": b"b\0"}], "user")
     assert text.client("0")["x"].tolist() == [b"b\0"]
+    # NumPy makes floats of ints that int64 is too short for.
+    long = [{"user": 2**63 + 1, "x": [2**64 - 1, 1]}, {"user": 5, "x": [2, 3]}]
+    hashes = fax.data.from_records(long, "user")
+    assert hashes.client_ids() == ("5", str(2**63 + 1))
+    assert hashes.client(str(2**63 + 1))["x"].tolist() == [[2**64 - 1, 1]]
+    assert hashes.client("5")["x"].dtype == np.uint64
+    listed = fax.data.InMemory({"ada": {"x": [1, 2**63 + 1], "y": [0.5, 1e30]}})
+    assert listed.client("ada")["x"].tolist() == [1, 2**63 + 1]
+    with pytest.raises(DataError, match="'x' has dtype object"):
+        fax.data.InMemory({"ada": {"x": [-1, 2**63]}})
 
 
 @pytest.mark.parametrize(
@@ -173,6 +183,7 @@ def test_hugging_face(monkeypatch):
             "f": X[:, 0].astype(np.float64) / 3,
             "deep": [X[:4].tolist()] * 5,
             "image": [image] * 5,
+            "bytes": [b"a", b"b\0", b"c", b"d", b""],
         },
         features=datasets.Features(
             {
@@ -180,6 +191,7 @@ def test_hugging_face(monkeypatch):
                 "f": datasets.Value("float64"),
                 "deep": datasets.Array2D((4, 2), "float64"),
                 "image": datasets.Image(),
+                "bytes": datasets.Value("binary"),
             }
         ),
     )
@@ -188,6 +200,7 @@ def test_hugging_face(monkeypatch):
     np.testing.assert_array_equal(found["deep"], np.stack([X[:4]] * 2))
     np.testing.assert_array_equal(found["image"], np.stack([image] * 2))
     assert (found["f"].dtype, found["image"].dtype) == (np.float64, np.uint8)
+    assert found["bytes"].tolist() == [b"b\0", b""]
 
     with pytest.raises(DataError, match=r"has the splits train, test. Pass one"):
         fax.data.from_huggingface(datasets.DatasetDict(train=dataset, test=dataset), "user")
@@ -381,6 +394,9 @@ def test_hdf5(tmp_path):
     with h5py.File(tmp_path / "empty.h5", "w") as file:
         file.create_group("examples/ada")
         file["examples/bob/y"] = 5
+        file["examples/eve"] = [1, 2]
+    with pytest.raises(DataError, match=r"client 'eve': .*empty.h5 cannot be read"):
+        fax.data.from_hdf5(tmp_path / "empty.h5").client("eve")
     for client in ("ada", "bob"):
         with pytest.raises(DataError, match=f"client '{client}' of .*empty.h5 has no data set"):
             fax.data.from_hdf5(tmp_path / "empty.h5").num_examples(client)

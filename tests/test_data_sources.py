@@ -605,6 +605,7 @@ GOOD = {"x": np.ones(2), "y": np.ones((2, 3))}
         ({**GOOD, "x": np.array([[1], None], object)}, "'b', feature 'x' has dtype object"),
         ({**GOOD, "x": np.zeros(2, "i4,f4")}, "'b', feature 'x' has dtype .*f0"),
         ({**GOOD, "x": np.ma.masked_array([1.0, 2.0])}, "feature 'x' is a masked array"),
+        ({**GOOD, "x": [b"a\0", b"b"]}, "feature 'x' has a string that ends with a zero, which"),
         ({**GOOD, 3: np.ones(2)}, "client 'b' has a feature named 3"),
     ],
 )

@@ -141,6 +141,8 @@ def test_late_answers_are_ignored(backend, monkeypatch):
     plan = deploy.cut(mean, {"x": x}, held=["x"])
     rows = {"x": placed(backend, x)}
     np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+    # Names like the positions of a cohort, which are an array.
+    np.testing.assert_allclose(plan.run(backend, {"x": x}, clients=np.arange(3)), x.mean(0))
     process = backend._links[1].process
     process.send_signal(signal.SIGSTOP)
     with monkeypatch.context() as patch:
@@ -403,6 +405,8 @@ def test_what_clients_have_loaded(wrong):
     backend.answer = ABOUT
     backend._look([0])
     assert backend.held()["x"].shape == (2, 4)
+    names = backend.held(np.array(["bob", "ann"]))["x"].clients
+    assert [(type(name), name) for name in names] == [(str, "bob"), (str, "ann")]
     backend.answer = wrong
     with pytest.raises((TypeError, ValueError)):  # which counts as a failure of the host
         backend._look([0])
@@ -444,6 +448,10 @@ def test_what_is_saved(saved):
     assert (folder / "audit.txt").read_text() == f"{plan.audit()}\n"
     with pytest.raises(FileExistsError, match="not empty"):
         plan.save(folder)
+    for platforms in ("cpu", [], ["cpu", "gpus"]):
+        with pytest.raises(ValueError, match=r"platforms is .*, expected a list with some of"):
+            plan.save(folder / "other", platforms=platforms)
+    assert not (folder / "other").exists()
 
 
 def test_processes_with_a_plan(saved):
@@ -511,3 +519,7 @@ def test_a_plan_of_another_format(tmp_path):
     (tmp_path / "plan.json").write_text('{"format": 2}')
     with pytest.raises(runtime.RefusedError, match="format 2, expected 1"):
         runtime.read_plan(tmp_path)
+    for text in ('{"format": 1', "[1]", "{}"):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(runtime.RefusedError, match=r"plan.json is damaged, or not that of a"):
+            runtime.read_plan(tmp_path)

@@ -274,6 +274,18 @@ def test_rows_of_a_store_are_resumed(in_file, tmp_path):
         checkpoint = experiment.restore(tmp_path / "run", state)
         store.load(checkpoint.clients)
         assert_same_state(store.models(checkpoint.state, range(8)), others[1])
+        # A checkpoint whose rows are damaged or lost is passed over, like any other.
+        content = checkpoint.clients.read_bytes()
+        for damaged in (content[: len(content) // 2], content.replace(b"\x3f", b"\x3e"), b""):
+            checkpoint.clients.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=r"round 6 cannot be read .*That of round 4 is"):
+                assert experiment.restore(tmp_path / "run", state).round == 4
+            with pytest.raises(ValueError, match=r"clients.sqlite' is damaged"):
+                store.load(checkpoint.clients)
+        checkpoint.clients.unlink()
+        with pytest.warns(UserWarning, match=r"round 6 cannot be read .*That of round 4 is"):
+            assert experiment.restore(tmp_path / "run", state).round == 4
+        checkpoint.clients.write_bytes(content)
     with pytest.raises(ValueError, match="had a ClientStore"):
         train(tmp_path / "run", algorithm=PERSONAL, force=True)
 

@@ -16,7 +16,7 @@ from scalars import shown
 
 import fax
 from fax import aggregators, experiment
-from fax.experiment import _curves
+from fax.experiment import _curves, _history
 from fax.experiment._progress import Progress
 
 # TensorBoard
@@ -140,6 +140,16 @@ def test_a_run_that_was_interrupted_leaves_what_another_one_does(per_call, tmp_p
     assert rows[-1]["epsilon"] == aggregators.epsilon(20.0, len(rows), 1e-5)
     np.testing.assert_array_equal(curves["bits"][1], [128.0 * r for r in range(1, len(rows) + 1)])
     assert curves["test/distance"][0].tolist()[:3] == [2, 4, 6]
+
+
+def test_ids_that_are_not_text(tmp_path):
+    """Bytes that are no UTF-8 are surrogates in the ids of files."""
+    ids = np.array(["caf\udce9", "é", "a\n,"])
+    text = _history.text_of({"clients/id": ids, "clients/loss": np.array([0.5, 1.0, 2.0])})
+    _history.replace(tmp_path / "clients.csv", text)
+    found = _curves.read_clients(tmp_path)
+    assert found["clients/id"].tolist() == [r"caf\udce9", "é", "a\n,"]
+    assert found["clients/loss"].tolist() == [0.5, 1.0, 2.0]
 
 
 # Writers of the documentation

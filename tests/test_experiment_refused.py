@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import tomllib
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -65,6 +66,21 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     assert (tmp_path / "run").exists()
     stopped(tmp_path / "other", 1)
     assert rounds_of(tmp_path / "other") == [0]
+    # Where orbax writes checkpoints that it cannot read.
+    for name in ("rate[0.1]", "a\\b", "caf\udce9"):
+        with pytest.raises(ValueError, match=r"(has brackets or backs|is not UTF-8,).* Choose"):
+            train(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_cohorts_that_are_closed():
+    with fax.data.cohorts(DATA, clients=4, batch_size=8) as cohorts:
+        pass
+    for blocks in (1, 2):
+        with pytest.raises(ValueError, match="cohorts is closed, and has no more rounds"):
+            experiment.run(
+                ALGORITHM, ALGORITHM.init(PARAMS), cohorts, rounds=2, rounds_per_call=blocks
+            )
 
 
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):
@@ -81,6 +97,13 @@ def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     assert "a setting has changed: rate" in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(ValueError, match=r"rate was 0.1, and is 0.2"):
         train(tmp_path / "run", config={"rate": 0.2})
+    # As a spreadsheet may save it.
+    (tmp_path / "run" / "metrics.csv").write_text("round;loss\n1;0.5\n")
+    with pytest.raises(ValueError, match=r"metrics.csv has no column round"):
+        train(tmp_path / "run", config={"rate": 0.1})
+    (tmp_path / "run" / "config.toml").write_text("rate: 0.1")
+    with pytest.raises(ValueError, match=r"config.toml: this is not TOML"):
+        train(tmp_path / "run", config={"rate": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -162,6 +185,7 @@ def test_nan_goes_back_to_a_checkpoint(tmp_path):
                 state, _ = step(state, cohort)
     assert_same_state(found.state, state)
     assert np.isnan(found.history[3]["loss"])
+    assert found.history[3]["test/sum"] == found.history[2]["test/sum"]
     assert [row["round"] for row in found.history] == [1, 2, 3, 4, 5]
     assert train(None, data=BROKEN, seed=SEED, on_nan="ignore").history[3]["round"] == 4
 
@@ -219,6 +243,13 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
 # Small parts
 
 
+class Odd:
+    state: ClassVar = {"what": object()}
+
+    def start(self, run):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -234,6 +265,7 @@ def test_private_rounds_are_not_repeated_elsewhere(tmp_path, monkeypatch):
         ({"config": 3}, "config is 3, expected a dict"),
         ({"config": {"a": {"b": object()}}}, r"config\['a.b'\] is <object"),
         ({"config": {"run": 3}}, "config has 'run', which config.toml needs"),
+        ({"callbacks": [Odd()]}, "the state of the callback Odd cannot be saved: .* Make it a"),
         (
             {"algorithm": loss, "state": 0},
             "algorithm is the function .*loss, expected an Algorithm",
@@ -254,6 +286,9 @@ def test_toml_is_read_back():
         "flag": False,
     }
     assert tomllib.loads(_toml.dumps(table)) == table
+    # A file whose name is not UTF-8, as on the command line.
+    (text,) = tomllib.loads(_toml.dumps({"path": "caf\udce9"}).encode().decode()).values()
+    assert text == r"caf\udce9"
 
 
 def test_cohorts_go_to_another_round():

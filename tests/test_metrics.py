@@ -520,6 +520,10 @@ class Nobody:
         ),
         (dict(batch_size=0), "batch_size is 0, expected an int of at least 1"),
         (dict(data=Nobody()), "data has no clients"),
+        (
+            dict(data=fax.data.from_torch({"ann": [{"x": 1.0}], "bob": []})),
+            "evaluate: client 'bob' has no examples. Leave such clients out",
+        ),
     ],
 )
 def test_mistakes(change, message):

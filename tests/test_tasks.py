@@ -585,6 +585,15 @@ def test_the_trigram_model_backs_off():
     assert model.loss(data) == pytest.approx(-np.mean([np.log(model.triple[row]) for row in rows]))
 
 
+def test_a_trigram_model_of_few_tokens():
+    """All of them are frequent in every context, as bases of DNA are: the loss is about log 4."""
+    tokens = np.random.default_rng(0).integers(3, 7, (500, 41))
+    data = fax.data.InMemory({"ann": {"x": tokens[:, :-1], "y": tokens[:, 1:]}})
+    model = Trigram(data, 8)
+    np.testing.assert_allclose(model.triple.sum(-1), 1)
+    assert model.loss(data) == pytest.approx(np.log(4), rel=0.01)
+
+
 def test_a_trigram_model_needs_tokens():
     with pytest.raises(ValueError, match="task is 'digits', expected one that predicts the next"):
         fax.tasks.trigram_loss(fax.tasks.load("digits", clients=2))

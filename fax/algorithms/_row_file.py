@@ -145,12 +145,13 @@ class RowFile:
         """Replaces all rows by those of a file that `save` has written.
 
         Raises:
-          ValueError: if it is not such a file.
+          ValueError: if it is not such a file, or is damaged.
           OSError: if there is no space for the rows. Nothing has changed then.
         """
+        verify(path)
         self._file.execute("ATTACH ? AS copy", [path])
         try:
-            with self._damaged("the rows"):
+            with _refused(path):
                 found = dict(self._file.execute("SELECT name, value FROM copy.facts"))
             if {**found, "rounds": ""} != {**self.facts, "rounds": ""}:
                 raise ValueError(f"{WHERE}: {path!r} has the rows of other clients or parameters.")
@@ -201,6 +202,27 @@ def create(path: str, facts: dict[str, str], start: bytes) -> None:
             _fill(file, facts, start)
         finally:
             file.close()
+
+
+def verify(path: str) -> None:
+    """Checks all rows of a file that `RowFile.save` has written.
+
+    Raises:
+      ValueError: if it is damaged, or something else.
+    """
+    uri = f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as file:
+            dict(file.execute("SELECT name, value FROM facts"))
+            for position, checksum, row in file.execute("SELECT * FROM clients"):
+                if zlib.crc32(row) != checksum:
+                    raise ValueError(
+                        f"{WHERE}: the row of client {position} in {path!r} is damaged."
+                    )
+    except (sqlite3.Error, TypeError) as error:
+        raise ValueError(
+            f"{WHERE}: {path!r} is damaged, or not a file that a store has saved ({error})."
+        ) from error
 
 
 def _connect(path: str) -> sqlite3.Connection:

@@ -113,6 +113,18 @@ def utf8_of(text: str) -> bytes:
         ) from error
 
 
+def exact_array(value: Any) -> np.ndarray:
+    """An array of these values. NumPy would round ints to floats if int64 is too short for one."""
+    array = np.asarray(value)
+    given = hasattr(value, "dtype") or array.dtype != np.float64
+    if given or not (np.abs(array) >= 2.0**63).any():
+        return array
+    values = np.asarray(value, object)
+    if not all(isinstance(v, int | np.integer) for v in values.flat):
+        return array
+    return values if values.min() < 0 else values.astype(np.uint64)
+
+
 def _array(where: str, value: Any) -> np.ndarray:
     """A feature as a read-only array."""
     if isinstance(value, Mapping):
@@ -123,7 +135,7 @@ def _array(where: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
-        array = np.asarray(value)
+        array = exact_array(value)
     except Exception as error:  # __array__ may raise anything
         raise DataError(f"{where} cannot be made an array: {error}") from error
     if array.ndim == 0:
@@ -137,8 +149,13 @@ def _array(where: str, value: Any) -> np.ndarray:
         )
     # NumPy turns bytes into text where both are mixed, so look for bytes before that.
     text = array if array.dtype.hasobject else np.array(0)
-    if array.dtype.kind == "U" and not isinstance(value, np.ndarray):
+    if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
         text = np.asarray(value, object)
+        if any(v[-1:] in ("\0", b"\0") for v in text.flat):
+            raise DataError(
+                f"{where} has a string that ends with a zero, which NumPy would drop. Pass an "
+                "array of dtype object: np.array(values, object)."
+            )
     if len({isinstance(v, bytes) for v in text.flat}) > 1:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
     if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:

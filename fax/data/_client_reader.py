@@ -66,7 +66,8 @@ class ClientReader:
 
 def _narrowed(client_id: ClientId, name: str, array: np.ndarray) -> np.ndarray:
     """An array in JAX's dtype. Without x64, JAX would truncate large numbers silently."""
-    dtype = np.dtype(jax.dtypes.canonicalize_dtype(array.dtype))
+    known = {"g": np.float64, "G": np.complex128}  # JAX has no longer floats
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(known.get(array.dtype.char, array.dtype)))
     if array.dtype == dtype or not array.size:
         return array.astype(dtype, copy=False)
     with np.errstate(over="ignore"):

@@ -10,6 +10,7 @@ import numpy as np
 from fax import _arguments
 from fax._nearest import did_you_mean
 from fax.data._assignment import group_by_owner
+from fax.data._check_examples import exact_array
 from fax.data._protocol import DataError
 
 PAD = "for example with fax.data.pad"
@@ -26,7 +27,7 @@ def column_array(where: str, name: str, values: Any, how: str = PAD) -> np.ndarr
     """
     if isinstance(values, np.ndarray) and not values.dtype.hasobject:
         return values
-    rows = [value if np.isscalar(value) else np.asarray(value) for value in values]
+    rows = [value if np.isscalar(value) else exact_array(value) for value in values]
     check_nothing_missing(where, name, [i for i, row in enumerate(rows) if _is_missing(row)])
     strings = [row for row in rows if isinstance(row, str | bytes)]
     if strings:
@@ -45,7 +46,7 @@ def column_array(where: str, name: str, values: Any, how: str = PAD) -> np.ndarr
             f"{where}: column {name!r} has the shape {one} in row {i}, but {other} in row {j}. Pad "
             f"or crop them to one shape, {how}."
         )
-    return np.array(rows)
+    return exact_array(rows)
 
 
 def check_nothing_missing(where: str, name: str, rows: Sequence[int]) -> None:

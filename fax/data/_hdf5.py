@@ -84,7 +84,7 @@ class HDF5(Lazy):
         try:
             group = self._examples()[client_id]
             return {name: group[name][()] for name in self._names(group)}
-        except (OSError, TypeError) as error:  # damaged, or groups where data sets should be
+        except (OSError, TypeError, IndexError) as error:  # damaged, or with other groups
             raise DataError(
                 f"{self._path} cannot be read: {error}. It is damaged, or has no data sets "
                 "examples/<client>/<feature>."

@@ -85,12 +85,13 @@ class HuggingFace(Lazy):
             columns = dict(self._dataset[rows])
             return {name: column_array(self._where, name, columns[name], how) for name in columns}
         chosen_columns = self._dataset.select_columns(self._names)
-        # The format "numpy" decodes images and audio, but changes the dtypes of numbers.
+        # The format "numpy" decodes images and audio, but changes the dtypes of numbers, and drops
+        # zeros at the end of byte strings.
         table = chosen_columns.with_format("arrow")[rows]
         for name in self._names:
             missing = np.flatnonzero(table.column(name).is_null().to_numpy())
             check_nothing_missing(self._where, name, missing.tolist())
-        plain = {name: _numbers(self._where, name, table.column(name)) for name in self._names}
+        plain = {name: _as_they_are(self._where, name, table.column(name)) for name in self._names}
         rest = [name for name, values in plain.items() if values is None]
         decoded = self._dataset.select_columns(rest).with_format("numpy")[rows] if rest else {}
         return {
@@ -99,8 +100,10 @@ class HuggingFace(Lazy):
         }
 
 
-def _numbers(where: str, name: str, column: Any) -> np.ndarray | None:
-    """A column of numbers or bools, or of lists of them of one length. None if it is another."""
+def _as_they_are(where: str, name: str, column: Any) -> np.ndarray | None:
+    """A column of bytes, numbers or bools, or of lists of numbers of one length. None if not."""
+    if "binary" in str(column.type).partition("<")[0]:  # of which there are several types
+        return column_array(where, name, column.to_pylist())
     values, shape = column.combine_chunks(), [len(column)]
     if hasattr(values, "chunks"):  # what combine_chunks returns depends on pyarrow's version
         if values.num_chunks != 1:

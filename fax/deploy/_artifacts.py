@@ -22,12 +22,18 @@ from fax.deploy._audit import Audit
 from fax.deploy._stages import Stage
 
 FORMAT = 1
+KNOWN = ("cpu", "cuda", "rocm", "tpu")  # platforms of JAX
 
 
 def save(
     folder: str | os.PathLike[str], stages: Sequence[Stage], audit: Audit, platforms: Sequence[str]
 ) -> None:
     """Writes a plan. The manifest comes last, so that a folder with one is whole."""
+    if isinstance(platforms, str) or not platforms or not set(platforms) <= {*KNOWN}:
+        raise ValueError(
+            f"Plan.save: platforms is {platforms!r:.80}, expected a list with some of "
+            f"{', '.join(KNOWN)}."
+        )
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):

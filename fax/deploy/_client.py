@@ -297,9 +297,14 @@ def _loaded(blob: bytes) -> Callable:
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     """The manifest of a saved plan."""
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    if plan.get("format") != 1:
-        raise RefusedError(f"{folder} has format {plan.get('format')!r}, expected 1.")
+    path = folder / "plan.json"
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        found = plan["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedError(f"{path} is damaged, or not that of a plan: {error!r}.") from error
+    if found != 1:
+        raise RefusedError(f"{folder} has format {found!r}, expected 1.")
     return plan
 
 

@@ -20,7 +20,7 @@ from fax.deploy._backend import ClientError, combine
 from fax.deploy._secure_server import SecureSum
 from fax.deploy._secure_sums import SecureSums
 from fax.deploy._stages import Stage
-from fax.deploy._values import Held, Row
+from fax.deploy._values import Held, Row, named
 
 Read = Callable[[int, Any], bool]
 
@@ -271,7 +271,7 @@ def _held(
     types: dict[tuple[Hashable, str], tuple[str, tuple[int | None, ...]]]
     types = {(client, name): (dtype, tuple(shape)) for client, name, dtype, shape in about}
     everybody = sorted({client for client, _ in types}, key=lambda c: (isinstance(c, str), c))
-    chosen = everybody if clients is None else list(clients)
+    chosen = everybody if clients is None else named(clients)
     found = {}
     for name in dict.fromkeys(name for _, name in types):
         own = {types.get((client, name)) for client in chosen}

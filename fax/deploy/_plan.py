@@ -25,7 +25,7 @@ from fax.deploy._runner import Runner, fetch, is_secure
 from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
-from fax.deploy._values import CutError, Held
+from fax.deploy._values import CutError, Held, named
 
 PyTree = Any
 # The fields of a `fax.data.Cohort` that are clients' data.
@@ -164,11 +164,13 @@ class Plan:
                 f"Plan.run: the arguments have the structure {tree}, expected that of the "
                 f"arguments of fax.deploy.cut: {self._arguments}."
             )
-        if clients is not None and len(clients) not in self._sizes:
-            raise ValueError(
-                f"Plan.run: clients names {len(clients)} clients, expected as many as take "
-                f"part: {' or '.join(map(str, sorted(self._sizes)))}."
-            )
+        if clients is not None:
+            clients = named(clients)
+            if len(clients) not in self._sizes:
+                raise ValueError(
+                    f"Plan.run: clients names {len(clients)} clients, expected as many as take "
+                    f"part: {' or '.join(map(str, sorted(self._sizes)))}."
+                )
         if is_secure(backend):
             check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
@@ -246,6 +248,7 @@ class Plan:
 
         Raises:
           FileExistsError: if the folder is not empty.
+          ValueError: if ``platforms`` names none, or one that JAX does not have.
         """
         save(folder, self.stages, self.audit(), platforms)
 

@@ -80,7 +80,8 @@ class Runner:
             raise ValueError(
                 f"Stage {stage.name!r} uses rows that are with different clients: "
                 f"{' and '.join(map(str, holders))}. Rows of the same participant have to be with "
-                "the same client."
+                "the same client; name those of a cohort by Plan.run(clients=). A cohort of all "
+                "clients has to be in their order: sort its rows by positions."
             )
         clients = next(iter(holders)) if holders else self._names(size)
         given = [

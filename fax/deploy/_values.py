@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn
@@ -78,6 +79,11 @@ class Held:
     def __repr__(self) -> str:
         size = ",".join("?" if n is None else str(n) for n in self.shape)
         return f"Held({self.dtype}[{size}], {len(self.rows)} rows along axis {self.axis})"
+
+
+def named(clients: Iterable[Hashable]) -> list[Hashable]:
+    """The names of clients. NumPy's numbers, as in a cohort's positions, become Python's."""
+    return [x.item() if isinstance(x, np.generic | jax.Array) else x for x in clients]
 
 
 def aval_of(var: Any) -> ShapedArray:

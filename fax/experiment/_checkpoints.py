@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from fax import _arguments
+from fax.algorithms._row_file import verify
 from fax.experiment._arrays import Leaf, template
 
 CLIENTS = "clients.sqlite"  # the rows of a ClientStore
@@ -126,7 +127,7 @@ class Checkpoints:
         self.wait()
         items: dict[str, Any] = {
             "arrays": ocp.args.StandardSave([_one_copy(x) for x in arrays if x.size]),
-            "facts": ocp.args.JsonSave(facts),
+            "facts": ocp.args.JsonSave({**facts, "store": clients is not None}),
         }
         self._saving = number
         try:
@@ -173,7 +174,10 @@ class Checkpoints:
         restored = iter(self._manager.restore(number, args=item).arrays)
         arrays = [next(restored) if x.size else x for x in whole]
         clients = self.folder / str(number) / "clients" / CLIENTS
-        return Saved(arrays, facts, clients if clients.exists() else None)
+        if not clients.exists() and not facts.get("store"):
+            return Saved(arrays, facts, None)
+        verify(os.fspath(clients))
+        return Saved(arrays, facts, clients)
 
     def delete(self, number: int) -> None:
         """Deletes the checkpoint of a round."""

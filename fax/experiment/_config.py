@@ -127,8 +127,8 @@ def configure(
     check_keys(where, "", tables, known)
 
     task = table_of(where, "task", tables.get("task"), "tasks")
-    model = None if tables.get("model", NONE) == NONE else tables["model"]
-    model = model and table_of(where, "model", model, "models")
+    model = tables.get("model", NONE)
+    model = None if model == NONE else table_of(where, "model", model, "models")
     algorithm = table_of(where, "algorithm", tables.get("algorithm", "fedavg"), "algorithms")
     settings = tuned(task["name"], task.get("model", _first_model(task["name"])))
     own = _catalog.parameters("algorithms", algorithm["name"])

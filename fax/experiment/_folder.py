@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import logging
 import os
 import platform
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fax._lock import locked
+from fax.experiment._tables import read
 from fax.experiment._toml import dumps
 
 CONFIG, METRICS, CLIENTS, CHECKPOINTS = "config.toml", "metrics.csv", "clients.csv", "checkpoints"
@@ -49,9 +51,19 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
 
     Raises:
       FolderInUseError: if another run is using it.
-      ValueError: if it has files of something else with the names of a run's files.
+      ValueError: if it has files of something else with the names of a run's files, or a path in
+        which orbax cannot write checkpoints, or not read them again.
       OSError: if nothing can be written there.
     """
+    path = os.fspath(folder.absolute())
+    why = ""
+    if not fnmatch.fnmatchcase(path, path) or (os.sep == "/" and "\\" in path):
+        why = "has brackets or backslashes, which orbax takes for a pattern: no checkpoint there "
+        why += "could be read again"
+    elif path.encode("utf-8", "replace").decode() != path:
+        why = "is not UTF-8, so orbax cannot write checkpoints there"
+    if why:
+        raise ValueError(f"{_WHERE}: folder={path!r} {why}. Choose another folder.")
     with contextlib.ExitStack() as stack:
         try:
             new = not folder.exists()
@@ -140,7 +152,7 @@ def compare(
     path = folder / CONFIG
     if not path.exists():
         return Comparison(text, new=True, same=False)
-    old = tomllib.loads(path.read_text(encoding="utf-8"))
+    old = read(path)
     before = old.pop("environment", {})
     changes = _changes(flat(old), flat(tomllib.loads(dumps(new))))
     if changes and not force:

@@ -89,10 +89,11 @@ def replace(path: Path, text: str, *, sync: bool = True) -> None:
     """Writes a file such that it has its old content or the new one.
 
     With ``sync`` this also holds if the machine crashes. It then waits for the disk, which may take
-    long while a checkpoint is being written.
+    long while a checkpoint is being written. Ids of clients that are not text, with lone surrogates
+    for their bytes, are written with escapes.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     if sync:
         sync_to_disk(temporary)
     os.replace(temporary, path)

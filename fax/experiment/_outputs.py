@@ -219,7 +219,10 @@ def _logged(folder: Path) -> int:
     numbers = [before.read_text(encoding="utf-8").strip()] if before.exists() else []
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
-            numbers += [row["round"] or "" for row in csv.DictReader(file)]
+            rows = csv.DictReader(file)
+            if "round" not in (rows.fieldnames or ["round"]):
+                raise ValueError(f"{path} has no column round, expected that of a run.")
+            numbers += [row["round"] or "" for row in rows]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 

@@ -207,7 +207,7 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
         if _is_json(state):
             record["value"] = state
         else:
-            own, more = split(state, f"callbacks[{number}]")
+            own, more = _arrays_of(callback, state, number)
             record["leaves"] = [len(leaves), len(leaves) + len(own)]
             leaves, arrays = leaves + own, arrays + more
         callbacks.append(record)
@@ -299,6 +299,18 @@ def _of_callback(run: Run, callback: Any, saved: Saved, start: int, stop: int) -
         f"fax.experiment.run: the state of the callback {type(callback).__name__} has the leaves "
         f"{', '.join(paths)} in the checkpoint. Give it a state of this structure when it is made."
     )
+
+
+def _arrays_of(callback: Any, state: PyTree, number: int) -> tuple[list[Leaf], list[Any]]:
+    """What `split` returns for the state of a callback, which a user has written."""
+    try:
+        return split(state, f"callbacks[{number}]")
+    except TypeError as error:
+        raise ValueError(
+            f"fax.experiment.run: the state of the callback {type(callback).__name__} cannot be "
+            f"saved: {error}. Make it a pytree of arrays and numbers, or plain data as in JSON; or "
+            "give the attribute another name, and it is not saved."
+        ) from error
 
 
 def _is_json(state: Any) -> bool:

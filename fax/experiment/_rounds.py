@@ -143,6 +143,11 @@ class Run:
         """Runs a block of rounds. It returns before the devices are done."""
         self._complete()
         before = self.cohorts.round
+        if self.cohorts._closed:
+            raise ValueError(
+                "fax.experiment.run: cohorts is closed, and has no more rounds. Make it anew by "
+                "fax.data.cohorts, and close it after the run."
+            )
         if rounds == 1:
             self.state, metrics = self._step(self.state, next(self.cohorts))
         else:

@@ -92,7 +92,8 @@ def run(
       cohorts: from `fax.data.cohorts`. It is set to the round of a checkpoint, and advanced.
       rounds: how many rounds in all, also counting those before a resume.
       folder: for the outputs. Without one, nothing is written. If the first round of a run raises
-        an error, a folder that was made for it is removed again.
+        an error, a folder that was made for it is removed again. Its path may have no brackets,
+        which orbax takes for a pattern.
       evaluate: a function of ``algorithm.params(state)`` that returns a number or a dict of
         numbers, or a dict of such functions by name. A single one has the name ``"test"``.
       every: after how many rounds to evaluate and save, or a dict of this for ``"evaluate"``,
@@ -201,6 +202,8 @@ def run(
                 if on_nan != "restore":
                     raise
                 outputs.go_back(error)
+                if due("evaluate"):
+                    current.results, current.measured = _evaluate(evaluations, current.params)
             if ends or due("checkpoint"):
                 outputs.log()
                 outputs.save(wait=ends)

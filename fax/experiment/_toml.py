@@ -35,6 +35,8 @@ def _key(key: Any) -> str:
 
 
 def _text(value: str) -> str:
+    # Names of files that are not UTF-8 have lone surrogates, which TOML cannot have.
+    value = value.encode("utf-8", "backslashreplace").decode()
     # JSON's strings are TOML's, except that TOML also wants this one character escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -74,10 +74,14 @@ class Packing:
             raise DataError(f"{where}: data has no clients.")
         self.reader = ClientReader(data, self.ids[0])
         self._counts = np.array([data.num_examples(i) for i in self.ids], np.int64)
+        for client_id, count in zip(self.ids, self._counts):
+            if count < 1:
+                raise DataError(
+                    f"{where}: client {client_id!r} has no examples. Leave such clients out with "
+                    "fax.data.subset."
+                )
         self._ends = np.cumsum(self._counts)
         total = int(self._ends[-1])
-        if not total:
-            raise DataError(f"{where}: the {len(self.ids)} clients of data have no examples.")
         self.row_sharding, devices = row_sharding, row_sharding.num_shards
         self._own = row_sharding.own_rows(where, devices)
         # As few rounds as possible, and batches as small as these allow.
@@ -139,11 +143,11 @@ class Packing:
 
     def _client(self, position: int, check: Check) -> dict[str, np.ndarray]:
         """A client's examples, which are kept for the next batch, where they may continue."""
-        if self._seen[0] != position and self._counts[position]:
+        if self._seen[0] != position:
             examples = self.reader.client(self.ids[position], int(self._counts[position]))
             check(self.ids[position], examples)
             self._seen = (position, examples)
-        return self._seen[1] if self._counts[position] else {}
+        return self._seen[1]
 
 
 class Prepared:

@@ -91,7 +91,8 @@ def _counts(tokens: int, *columns: np.ndarray) -> np.ndarray:
 def _back_off(counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """Probabilities from counts; from those of a shorter context for tokens that were not seen."""
     once, twice = np.sum(counts == 1), np.sum(counts == 2)
-    discount = once / (once + 2 * twice)
+    # Among few tokens, all may be frequent; the estimate is then 0 / 0, and no probability is left.
+    discount = once / (once + 2 * twice) if once and twice else 0.5
     seen = counts > 0
     total = np.maximum(counts.sum(-1, keepdims=True), 1)
     kept = np.where(seen, counts - discount, 0) / total
