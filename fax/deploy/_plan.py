@@ -164,13 +164,12 @@ class Plan:
                 f"Plan.run: the arguments have the structure {tree}, expected that of the "
                 f"arguments of fax.deploy.cut: {self._arguments}."
             )
-        if clients is not None:
-            clients = named(clients)
-            if len(clients) not in self._sizes:
-                raise ValueError(
-                    f"Plan.run: clients names {len(clients)} clients, expected as many as take "
-                    f"part: {' or '.join(map(str, sorted(self._sizes)))}."
-                )
+        clients = None if clients is None else named(clients)
+        if clients is not None and len(clients) not in self._sizes:
+            raise ValueError(
+                f"Plan.run: clients names {len(clients)} clients, expected as many as take "
+                f"part: {' or '.join(map(str, sorted(self._sizes)))}."
+            )
         if is_secure(backend):
             check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
