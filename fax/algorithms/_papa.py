@@ -25,6 +25,7 @@ from fax.algorithms._replicas import (
     mixed,
     models,
     population,
+    pushed,
     sent_metrics,
     soup,
     taking_part,
@@ -131,7 +132,7 @@ def papa(
 
         def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
             before = own.params, own.model_state
-            new = optax.tree.where(here, mixed(before, (params, model_state), share), before)
+            new = optax.tree.where(here, pushed(before, (params, model_state), share), before)
             return Replica(new[0], own.optimizer, new[1])
 
         sent = fax.broadcast(mean), fax.broadcast(model_state)

@@ -25,8 +25,8 @@ from fax.algorithms._replicas import (
     inner_steps,
     mean_state,
     mean_update,
-    mixed,
     models,
+    pushed,
     taking_part,
 )
 from fax.algorithms._round_parts import Part, between, rounds
@@ -237,9 +237,9 @@ def streaming_diloco(
 
         def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
             params = pick(own.params, part)
-            new = mixed(params, outer, alpha), own.model_state
+            new = pushed(params, outer, alpha), own.model_state
             if p == len(state.optimizers) - 1:
-                new = new[0], mixed(own.model_state, model_state, alpha)
+                new = new[0], pushed(own.model_state, model_state, alpha)
             before = params, own.model_state
             params, model_state = optax.tree.where(here & landing.heard, new, before)
             return Replica(paste(own.params, part, params), own.optimizer, model_state)
