@@ -73,7 +73,8 @@ def papa(
     Model i trains on row i of the cohort; see `diloco`. In the paper all models see the same data,
     each with its own order and augmentation, so all rows have the same examples. A model without
     examples between two averages, or whose ``num_examples`` is 0, does not count in the mean and
-    is not pushed.
+    is not pushed. What is not finite in w_i is replaced by the mean, which the aggregator
+    `fax.aggregators.non_finite` keeps finite.
 
     Args:
       loss: see `fax.algorithms.fedavg`.

@@ -104,7 +104,8 @@ def streaming_diloco(
 
     As in `diloco`, replica i trains on row i of the cohort. A replica without examples in a period
     of H steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and continues from its
-    own parameters. The model's state is sent with the last fragment.
+    own parameters. What is not finite in θ_ip is replaced by θ_p when it lands. The model's state
+    is sent with the last fragment.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
