@@ -277,7 +277,7 @@ def _population(
         rows = population(where, params, inner_optimizer, model_state, replicas)
         own = None
         if aggregator is not None:
-            own = aggregator.init(jax.tree.map(lambda x: x[0], rows.rows.params))
+            own = aggregator.init(soup(rows.rows.params, replicas))
         return PAPAState(rows, jax.tree.map(strong, model_state), own, jnp.int32(0))
 
     def part(state: PAPAState, part: Part) -> tuple:
