@@ -6,6 +6,8 @@ that a schedule needs to divide the work in any way.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
+
+
+def elements(shape: Iterable[Any]) -> int:
+    """The number of elements. A size that is not known, as in some exports, counts as 2^40."""
+    known = [int(size) if isinstance(size, int | np.integer) else 2**40 for size in shape]
+    return math.prod(known)
 
 
 def accumulator_dtype(dtype: Any) -> Any:

@@ -17,7 +17,7 @@ from problems import SIZES, AdamW, Logistic, Nesterov, Quadratic, combine, numpy
 from subsets import alike
 
 import fax
-from fax.algorithms import diloco, fedavg, local_sgd, many_rounds
+from fax.algorithms import diloco, fedavg, local_sgd, many_rounds, papa
 
 REPLICAS = len(SIZES)
 INNER = 0.05
@@ -317,6 +317,27 @@ def test_replicas_start_identical_whatever_the_mesh():
         for name, rows in jax.device_get(state.replicas.rows.params).items():
             assert len(rows) == REPLICAS
             np.testing.assert_array_equal(rows, np.stack([Logistic.start()[name]] * REPLICAS))
+
+
+def test_schedules_and_populations_on_explicit_axes():
+    """Where types say how rows are spread: of metrics, of models, and of the cohort's batches."""
+
+    def loss(p, batch, key):
+        return (p - batch["x"]) ** 2
+
+    def run(algorithm):
+        data = fax.data.InMemory({"a": {"x": np.ones(4)}, "b": {"x": np.full(4, 3.0)}})
+        cohort = next(fax.data.cohorts(data, 2, 2, max_steps=2, placement="replicas"))
+        state, metrics = jax.jit(algorithm.round)(algorithm.init(0.5), cohort)
+        return algorithm.params(state), metrics, cohort.batches["x"]
+
+    for algorithm in (
+        local_sgd(loss, optax.sgd(0.1), replicas=2, steps=lambda averages: 2),
+        papa(loss, optax.sgd(0.1), replicas=2, steps=1, aggregator=fax.aggregators.median()),
+    ):
+        expected = run(algorithm)
+        with jax.set_mesh(meshes.mesh("first-explicit", replicas=2, model=2)):
+            problems.assert_trees_close(jax.device_get(run(algorithm)), expected, rtol=1e-12)
 
 
 def test_the_outer_step_goes_where_the_replicas_went():

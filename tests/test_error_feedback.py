@@ -22,6 +22,7 @@ from fax.aggregators import (
     power_sgd,
     top_k,
 )
+from fax.aggregators._per_client import rows_after
 
 N = 4
 KEY = jax.random.key(7)
@@ -192,6 +193,21 @@ def test_what_is_not_finite_is_not_remembered(bad):
     left = np.asarray(state.memory.rows)
     total = np.delete(many, 1, 0)[:, 0].sum(0)
     np.testing.assert_allclose(np.asarray(sent)[[0, 2], 0].sum(0) + left[0], total, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", [jax.grad, jax.jacfwd])
+def test_second_derivatives_do_not_reach_rows_that_are_left_out(first):
+    def total(factor, x):
+        @fax.program(clients=3)
+        def work(factor, x):
+            rows = fax.map(lambda a, x: jnp.sqrt(a * x), fax.broadcast(factor), x)
+            return rows_after(fax.index(), rows, x)
+
+        return jnp.sum(work(factor, x) ** 3)
+
+    x = np.array([0.0, 2.0, 3.0])  # the first client is left out; its derivatives are NaN
+    found = jax.jit(jax.grad(first(total)))(1.5, x)
+    np.testing.assert_allclose(found, 0.75 / 1.5**0.5 * np.sum(x**1.5), rtol=1e-12)
 
 
 def test_power_sgd_restarts_and_keeps_memories():

@@ -131,6 +131,24 @@ def test_model_states_and_personal_rows_leave_out_what_is_not_finite(name):
         assert_trees_close(*(getattr(state, part) for state in states), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["papa", "papa_all", "streaming_diloco"])
+def test_a_replica_that_is_not_finite_starts_from_what_it_is_pushed_toward(name):
+    """As in DiLoCo, where all replicas start from it."""
+    settings = {"streaming_diloco": {"steps": 1, "fragments": 1, "tau": 0}, "papa": {"steps": None}}
+    algorithm = getattr(algorithms, name)(
+        of_state, optax.sgd(RATE), replicas=3, **DROP, **settings.get(name, {})
+    )
+    data = fax.data.InMemory({k: {"x": np.array([x])} for k, x in zip("abc", (1.0, 4.0, 9.0))})
+    cohort = fax.data.cohorts(data, 3, 1, sampler=lambda _: range(3), placement="replicas")
+    state = algorithm.init({"w": np.float64(0.5), "b": np.float64(0)}, {"mean": np.float64(2)})
+    state, _ = jax.jit(algorithm.round)(state, next(cohort))
+    rows = state.replicas.rows
+    # Pushes toward a mean do not change it.
+    toward = getattr(state, "params", jax.tree.map(lambda x: x[:2].mean(), rows.params))
+    last = jax.tree.map(lambda x: x[2], (rows.params, rows.model_state))
+    assert_trees_close(last, (toward, state.model_state), rtol=1e-12)
+
+
 def test_a_round_without_examples_keeps_the_models_state():
     algorithm = algorithms.fedavg(of_state, optax.sgd(RATE))
     data = fax.data.InMemory({"a": {"x": [1.0]}, "b": {"x": [2.0]}})

@@ -532,6 +532,27 @@ def test_export_and_differential_equations():
     np.testing.assert_allclose(jax.grad(again.call)(X), -np.exp(-X) / 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("vectorize", [None, 2])
+def test_export_for_any_batch_size(vectorize):
+    """Nothing depends on a size that is not known: schedules, sums or forms of convolutions."""
+
+    def client(w, x):
+        y = lax.conv_general_dilated(x[:, None], w, (1,), "SAME")
+        return jnp.sum(y**2), jnp.mean(y, (1, 2))
+
+    @fax.program(clients=17)
+    def program(w, x):
+        rows = fax.map(jax.grad(client, has_aux=True), fax.broadcast(w), x, vectorize=vectorize)
+        return fax.mean(rows)
+
+    sizes = export.symbolic_shape("batch, 5")
+    operands = jnp.ones((2, 1, 3)), jax.ShapeDtypeStruct((17, *sizes), float)
+    exported = export.export(jax.jit(program), platforms=("cpu", "tpu"))(*operands)
+    x = np.random.default_rng(0).normal(size=(17, 2, 5))
+    for found, expected in zip(exported.call(operands[0], x), program(operands[0], x)):
+        assert_close(found, expected)
+
+
 def test_custom_vmap_is_for_vectorized_participants():
     @jax.custom_batching.custom_vmap
     def client(x):

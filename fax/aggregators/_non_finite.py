@@ -26,7 +26,8 @@ def non_finite(policy: str = "drop") -> Transformation:
 
     With ``"drop"``, the update and the weight of such a client become zero. It then counts nowhere,
     and no derivative reaches what it sent. As all aggregators of fax leave out clients of weight
-    zero, no derivative reaches its local training either.
+    zero, no derivative reaches its local training either. Replicas in a data center are an
+    exception in reverse mode, because they keep their own state.
 
     With ``"raise"``, the round fails. The test is part of the compiled round, on any mesh, so the
     error appears when the host waits for results of the round. JAX then raises a

@@ -71,8 +71,8 @@ def rows_after(weights: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
     # The values are chosen in the map that makes the new rows. For derivatives, the mask has to be
     # on what that map returns, and the barrier keeps the choice out of it.
-    rows = choose(new)
-    masked = choose(lax.optimization_barrier(present_rows(rows, weights)))
+    rows = lax.stop_gradient(choose(new))
+    masked = choose(lax.optimization_barrier(present_rows(new, weights)))
 
     def one(row: jax.Array, masked: jax.Array) -> jax.Array:
         float_like = jnp.issubdtype(row.dtype, jnp.inexact)
@@ -89,4 +89,4 @@ def _differentiated_as(value: jax.Array, other: jax.Array) -> jax.Array:
 
 @_differentiated_as.defjvp
 def _differentiated_as_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
+    return _differentiated_as(*primals), tangents[1]

@@ -27,6 +27,7 @@ from fax.algorithms._replicas import (
     taking_part,
 )
 from fax.algorithms._round_parts import Part, rounds
+from fax.sharding._types import as_before
 
 PyTree = Any
 
@@ -244,8 +245,10 @@ def outer_steps(
             return outer_step(state, here, n, part.key)
 
         def wait(state: DiLoCoState) -> tuple:
-            _, metrics = jax.eval_shape(due, state)
-            return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+            # `jax.eval_shape` returns no sharding if some mesh axes are Auto and some Explicit.
+            jaxpr, shapes = jax.make_jaxpr(lambda x: due(x)[1], return_shape=True)(state)
+            zeros = [as_before(jnp.zeros(x.shape, x.dtype), x) for x in jaxpr.out_avals]
+            return state, jax.tree.unflatten(jax.tree.structure(shapes), zeros)
 
         state = state._replace(clock=clock)
         due_now = clock.since >= steps(clock.outer_steps)

@@ -25,6 +25,7 @@ from fax.algorithms._replicas import (
     mixed,
     models,
     population,
+    pushed,
     sent_metrics,
     soup,
     taking_part,
@@ -72,7 +73,8 @@ def papa(
     Model i trains on row i of the cohort; see `diloco`. In the paper all models see the same data,
     each with its own order and augmentation, so all rows have the same examples. A model without
     examples between two averages, or whose ``num_examples`` is 0, does not count in the mean and
-    is not pushed.
+    is not pushed. What is not finite in w_i is replaced by the mean, which the aggregator
+    `fax.aggregators.non_finite` keeps finite.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
@@ -131,7 +133,7 @@ def papa(
 
         def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
             before = own.params, own.model_state
-            new = optax.tree.where(here, mixed(before, (params, model_state), share), before)
+            new = optax.tree.where(here, pushed(before, (params, model_state), share), before)
             return Replica(new[0], own.optimizer, new[1])
 
         sent = fax.broadcast(mean), fax.broadcast(model_state)
@@ -275,7 +277,7 @@ def _population(
         rows = population(where, params, inner_optimizer, model_state, replicas)
         own = None
         if aggregator is not None:
-            own = aggregator.init(jax.tree.map(lambda x: x[0], rows.rows.params))
+            own = aggregator.init(soup(rows.rows.params, replicas))
         return PAPAState(rows, jax.tree.map(strong, model_state), own, jnp.int32(0))
 
     def part(state: PAPAState, part: Part) -> tuple:

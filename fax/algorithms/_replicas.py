@@ -256,3 +256,13 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
         return (share * own + (1 - share) * other).astype(own.dtype)
 
     return jax.tree.map(one, own, other)
+
+
+def pushed(own: PyTree, toward: PyTree, share: Any) -> PyTree:
+    """`mixed`, but what is not finite starts again from ``toward``: no share of NaN is a number."""
+
+    def usable(own: jax.Array, toward: jax.Array) -> jax.Array:
+        inexact = jnp.issubdtype(own.dtype, jnp.inexact)
+        return jnp.where(jnp.isfinite(own), own, toward) if inexact else own
+
+    return mixed(jax.tree.map(usable, own, toward), toward, share)

@@ -25,8 +25,8 @@ from fax.algorithms._replicas import (
     inner_steps,
     mean_state,
     mean_update,
-    mixed,
     models,
+    pushed,
     taking_part,
 )
 from fax.algorithms._round_parts import Part, between, rounds
@@ -104,7 +104,8 @@ def streaming_diloco(
 
     As in `diloco`, replica i trains on row i of the cohort. A replica without examples in a period
     of H steps, or whose ``num_examples`` is 0, is neither sent nor mixed, and continues from its
-    own parameters. The model's state is sent with the last fragment.
+    own parameters. What is not finite in θ_ip is replaced by θ_p when it lands. The model's state
+    is sent with the last fragment.
 
     Args:
       loss: see `fax.algorithms.fedavg`.
@@ -237,9 +238,9 @@ def streaming_diloco(
 
         def mix(here: jax.Array, own: Replica, outer: dict, model_state: PyTree) -> Replica:
             params = pick(own.params, part)
-            new = mixed(params, outer, alpha), own.model_state
+            new = pushed(params, outer, alpha), own.model_state
             if p == len(state.optimizers) - 1:
-                new = new[0], mixed(own.model_state, model_state, alpha)
+                new = new[0], pushed(own.model_state, model_state, alpha)
             before = params, own.model_state
             params, model_state = optax.tree.where(here & landing.heard, new, before)
             return Replica(paste(own.params, part, params), own.optimizer, model_state)

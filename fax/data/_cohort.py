@@ -54,7 +54,7 @@ class Gathered(Mapping[str, jax.Array]):
 
     def __getitem__(self, feature: str) -> jax.Array:
         if self.axes is None:
-            return jnp.take(self.examples[feature], self.rows, axis=0, mode="clip")
+            return _take(self.examples[feature], self.rows)
         spread = PartitionSpec(self.axes)
         return jax.shard_map(
             lambda examples, rows: jnp.take(examples, rows, axis=0, mode="clip"),
@@ -74,6 +74,14 @@ class Gathered(Mapping[str, jax.Array]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def _take(examples: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows of the examples, spread over Explicit mesh axes as their numbers are."""
+    sharding = jax.typeof(rows).sharding
+    if not any(sharding.spec):
+        return jnp.take(examples, rows, axis=0, mode="clip")
+    return jnp.asarray(examples).at[rows].get(mode="clip", out_sharding=sharding)
 
 
 def _summary(x: Client | Cohort, *sizes: str) -> str:

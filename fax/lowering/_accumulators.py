@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
-from fax._arithmetic import combine, neutral
+from fax._arithmetic import combine, elements, neutral
 
 # How many terms (participants or batches) one accumulator adds up.
 TERMS = 16
@@ -62,7 +62,7 @@ class Accumulators:
         two = [_needs_two(m, a, batches, vectorize) for m, a in zip(modes, avals, strict=True)]
         joined: dict[str | int, list[int]] = {}
         for i, aval in enumerate(avals):
-            small = two[i] and aval.size <= LARGE and not apart
+            small = two[i] and elements(aval.shape) <= LARGE and not apart
             joined.setdefault(str(aval.dtype) if small else i, []).append(i)
         self._parts = list(joined.values())  # the totals in each accumulator
         self._twice = [k for k, own in enumerate(self._parts) if two[own[0]]]
@@ -117,7 +117,7 @@ def _needs_two(mode: str, total: ShapedArray, batches: int, vectorize: int) -> b
     if mode != "sum" or not jnp.issubdtype(total.dtype, jnp.inexact) or batches <= TERMS:
         return False
     # One more row is little compared to a batch of many rows.
-    return total.size <= LARGE or batches > _MANY_BATCHES or vectorize >= TERMS
+    return elements(total.shape) <= LARGE or batches > _MANY_BATCHES or vectorize >= TERMS
 
 
 def _add_exactly(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

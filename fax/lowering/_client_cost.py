@@ -7,7 +7,6 @@ because only these are multiplied when participants are vectorized.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jax.extend.core.primitives import (
 )
 
 from fax import _compat
+from fax._arithmetic import elements
 from fax.primitives._jaxpr import opened
 from fax.primitives._round import Round
 
@@ -61,7 +61,7 @@ class ClientCost:
         """Notes what a loop, or the whole function, works on."""
         self.state = max(self.state, sum(map(_bytes, [*carried, *read])))
         self.products = max(self.products, products)
-        self.numbers = max(self.numbers, sum(math.prod(aval.shape) for aval in carried))
+        self.numbers = max(self.numbers, sum(elements(aval.shape) for aval in carried))
 
     def _visit(self, jaxpr: ClosedJaxpr | Jaxpr, varies: Sequence[bool]) -> tuple[list[bool], int]:
         """Which outputs differ between participants, and how many matrix products there are."""
@@ -127,4 +127,4 @@ class ClientCost:
 def _bytes(aval: Any) -> int:
     if not isinstance(aval, ShapedArray):
         return 0
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
+    return elements(aval.shape) * getattr(aval.dtype, "itemsize", 0)

@@ -7,7 +7,6 @@ output never exist together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Var
 
-from fax._arithmetic import neutral, reduce_rows, total_dtype
+from fax._arithmetic import elements, neutral, reduce_rows, total_dtype
 from fax.lowering._accumulators import LARGE, TERMS, Accumulators
 from fax.primitives._round import Round, pick
 
@@ -159,7 +158,7 @@ def _reduce_batch(mode: str, rows: jax.Array) -> jax.Array:
     rows are summed 16 at a time; for large ones this would take too long.
     """
     inexact = jnp.issubdtype(rows.dtype, jnp.inexact)
-    if mode == "sum" and inexact and math.prod(rows.shape[1:]) <= LARGE:
+    if mode == "sum" and inexact and elements(rows.shape[1:]) <= LARGE:
         rows = rows.astype(total_dtype(mode, rows.dtype))
         others = rows.ndim - 1
         window, zero = (TERMS, *[1] * others), np.zeros((), rows.dtype)

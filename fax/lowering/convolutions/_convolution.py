@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fax._arithmetic import accumulator_dtype
+from fax._arithmetic import accumulator_dtype, elements
 
 Ints = tuple[int, ...]
 
@@ -99,7 +99,7 @@ def best_way(conv: Convolution) -> Way:
         scatter = set(conv.strides) <= {1} and (dilated or 1 < conv.channels >= conv.outputs)
         form, slices = "scatter" if scatter else "gather", math.prod(conv.window)
     each = (conv.outputs, *conv.space) if form == "scatter" else (conv.channels, *conv.positions)
-    size = math.prod((conv.batch, conv.groups, conv.batch_groups, *each, *conv.window))
+    size = elements((conv.batch, conv.groups, conv.batch_groups, *each, *conv.window))
     small = size * np.dtype(conv.accumulator).itemsize <= _LARGEST_MATRIX
     return Way(form, slices <= _MOST_SLICES and (small or is_thin(conv, form)))
 
