@@ -54,14 +54,29 @@ def test_a_round_without_clients_that_fail(name):
         plan.run(Failing([1, 3]), *args)
 
 
-def test_a_client_that_fails_in_the_middle_of_a_loop():
+def scanned(step, scale):
+    return jax.lax.fori_loop(0, 4, lambda i, s: step(s), scale)
+
+
+def until_four(step, scale):
+    """Every other of eight turns of a loop is a step."""
+
+    def turn(carry):
+        i, s = carry
+        return i + 1, jax.lax.cond(i % 2 == 0, step, lambda s: s, s)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < 8, turn, (0, scale))[1]
+
+
+@pytest.mark.parametrize("repeated", [scanned, until_four])
+def test_a_client_that_fails_in_the_middle_of_a_loop(repeated):
     @fax.program(clients=3)
     def mean(scale, rows):
         losses = fax.map(lambda s, x: jnp.sum((s * x) ** 2), fax.broadcast(scale), rows["x"])
         return fax.mean(losses, weights=fax.map(lambda x: jnp.ones(()), rows["x"]))
 
     def train(scale, rows):
-        return jax.lax.fori_loop(0, 4, lambda i, s: s - 0.1 * jax.grad(mean)(s, rows), scale)
+        return repeated(lambda s: s - 0.1 * jax.grad(mean)(s, rows), scale)
 
     plan = deploy.cut(train, 1.5, ROWS, held=["x"])
     # In the second half of the third step: the first half has counted the client already.
@@ -126,6 +141,12 @@ STATIC = {
     ),
     "a branch": (
         lambda rows: jax.lax.cond(fax.sum(rows["x"])[0] > 1, fax.max, fax.min, rows["x"]),
+        "degrees 0 and 1",
+    ),
+    "a loop": (
+        lambda rows: jax.lax.while_loop(
+            lambda x: jnp.sum(x) > 1, lambda x: fax.min(rows["x"]), fax.sum(rows["x"])
+        ),
         "degrees 0 and 1",
     ),
     "unsigned": (lambda rows: fax.sum(rows["x"].astype(jnp.uint32)), "unsigned"),
