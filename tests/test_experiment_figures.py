@@ -251,7 +251,9 @@ def test_runs_are_compared(tmp_path):
 @pytest.mark.parametrize("count", [1, 12, 45])
 def test_legends_of_many_runs_fit(count, tmp_path):
     folders = [
-        write_run(tmp_path / f"scaffold on digits, rate {i / 100:.2f}", {"loss": curve([i, i + 1])})
+        write_run(
+            tmp_path / f"scaffold for $\\frac$, rate {i / 100:.2f}", {"loss": curve([i, i + 1])}
+        )
         for i in range(count)
     ]
     found = experiment.compare(folders)

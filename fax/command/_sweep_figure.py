@@ -30,7 +30,9 @@ def figure(results: Sequence[Result], by: str) -> Figure | None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for setting, metrics in results:
         others = ", ".join(f"{name}={value}" for name, value in setting.items() if name != key)
-        lines.setdefault(others, []).append((setting[key], metrics.get(by, math.nan)))
+        lines.setdefault(_axes.literal(others), []).append(
+            (setting[key], metrics.get(by, math.nan))
+        )
     width = 0.08 * max(map(len, lines)) + 0.6 if len(lines) > 1 else 0  # inches, for the legend
     made, (axes,) = _axes.panels(1, right=width)
     name, scale = _axes.label(_shown.kind_of(by))

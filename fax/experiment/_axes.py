@@ -60,6 +60,11 @@ def label(kind: str) -> tuple[str, int]:
     return _LABELS.get(kind, kind.replace("_", " ")), 1
 
 
+def literal(text: str) -> str:
+    """A text for a figure, in which matplotlib would take what is between dollars for math."""
+    return text.replace("$", r"\$")
+
+
 def plot(axes: Axes, points: Curve, x: str, kind: str, **style: Any) -> None:
     """Draws a metric, or epsilon, by rounds, bits or epsilon."""
     name, scale = label(kind)

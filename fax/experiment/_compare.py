@@ -166,7 +166,9 @@ def _figure(runs: Mapping[str, Curves]) -> Figure | None:
                     points = _curves.against(points, runs[name]["bits"])
                 _axes.plot(axes, points, x, kind, color=color)
         axes.set_ylabel(f"{chosen[kind]} {axes.get_ylabel()}")
-    lines = [Line2D([], [], color=color, label=name) for name, color in zip(runs, colors)]
+    lines = [
+        Line2D([], [], color=color, label=_axes.literal(name)) for name, color in zip(runs, colors)
+    ]
     figure.legend(
         handles=lines, loc="outside right center", ncols=columns, frameon=False, fontsize="small"
     )
