@@ -239,6 +239,7 @@ def test_labels_that_are_neither_0_nor_1():
         (lambda: fax.metrics.fairness([1.0, np.nan]), r"is nan.*: values\[np.isfinite\(values\)\]"),
         (lambda: fax.metrics.fairness([]), "expected a number for each client"),
         (lambda: fax.metrics.fairness([1.0], percentiles=[101]), "percentiles is 101"),
+        (lambda: fax.metrics.fairness([1.0], percentiles=50), "percentiles is 50, expected a list"),
         (lambda: PSNR(peak=0), "PSNR: peak is 0, expected a number above 0"),
         (lambda: evaluated({3: "mse"}), "a key of metrics is 3, expected a string, the name of a"),
         (lambda: evaluated({"m": PSNR("z")}), "metric 'm' needs the feature 'z', but clients have"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ def fairness(
             "values[np.isfinite(values)]."
         )
     _arguments.flag(where, "higher_is_better", higher_is_better)
+    if not isinstance(percentiles, Iterable):
+        raise ValueError(
+            f"{where}: percentiles is {_arguments.shown(percentiles)}, expected a list of numbers, "
+            "as in [50]."
+        )
     percentiles = tuple(percentiles)
     for percent in percentiles:
         _arguments.number(where, "percentiles", percent, least=0, most=100)
