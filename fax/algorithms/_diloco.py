@@ -21,7 +21,7 @@ from fax.algorithms._replicas import (
     Replica,
     identical,
     inner_steps,
-    mean_state,
+    mean_of_states,
     mean_update,
     models,
     taking_part,
@@ -215,7 +215,7 @@ def outer_steps(
         moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)
         new = optax.apply_updates(state.params, moves), optimizer
         params, optimizer = optax.tree.where(heard, new, (state.params, state.optimizer))
-        model_state = mean_state(rows, here, weights, heard, state.model_state)
+        model_state = mean_of_states(rows, here, weights, state.model_state)
 
         def adopt(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
             new = params, next_model_state(model_state, own.model_state)

@@ -140,9 +140,9 @@ def hyp_cluster(
                 )
                 for j, weights in enumerate(results.weight.of_clusters)
             ]
-            new = after.params, after.optimizer, _stack(means)
-            params, optimizer, model_state = _where(found, new, state[:3])
-            after = after._replace(params=params, optimizer=optimizer, model_state=model_state)
+            new = after.params, after.optimizer
+            params, optimizer = _where(found, new, (state.params, state.optimizer))
+            after = after._replace(params=params, optimizer=optimizer, model_state=_stack(means))
         return after, {"clusters/examples": examples}
 
     algorithm = federated(

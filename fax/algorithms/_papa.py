@@ -20,7 +20,7 @@ from fax.algorithms._checks import arguments, check_private, guarded
 from fax.algorithms._replicas import (
     Replica,
     inner_steps,
-    mean_state,
+    mean_of_states,
     mean_update,
     mixed,
     models,
@@ -125,10 +125,10 @@ def papa(
 
     def push(state: PAPAState, here: jax.Array, key: jax.Array | None) -> tuple:
         rows = state.replicas.rows
-        mean, heard, own, metrics = mean_update(
+        mean, _, own, metrics = mean_update(
             aggregator, rows.params, here, None, state.aggregator, key
         )
-        model_state = mean_state(rows, here, None, heard, state.model_state)
+        model_state = mean_of_states(rows, here, None, state.model_state)
         share = alpha(state.averages) if callable(alpha) else alpha
 
         def mix(here: jax.Array, own: Replica, params: PyTree, model_state: PyTree) -> Replica:
@@ -242,7 +242,7 @@ def papa_2(
             return Replica(params, own.optimizer, next_model_state(model_state, own.model_state))
 
         rows = fax.map(mix, here, rows, pairs, vectorize=replicas)
-        model_state = mean_state(rows, here, None, enough, state.model_state)
+        model_state = mean_of_states(rows, here & enough, None, state.model_state)
         metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
 

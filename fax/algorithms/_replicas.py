@@ -18,8 +18,7 @@ import fax
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.aggregators._per_client import all_finite
-from fax.algorithms import _averaging
-from fax.algorithms._averaging import strong
+from fax.algorithms._averaging import mean_state, strong
 from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
@@ -231,20 +230,15 @@ def sent_metrics(
     return {**metrics, "outer_steps": heard.astype(jnp.float32)}
 
 
-def mean_state(
-    rows: Replica,
-    taking_part: jax.Array,
-    num_examples: jax.Array | None,
-    heard: jax.Array,
-    before: PyTree,
+def mean_of_states(
+    rows: Replica, taking_part: jax.Array, num_examples: jax.Array | None, before: PyTree
 ) -> PyTree:
-    """The mean model state of the replicas that take part. Call it in a program.
+    """The mean model state of the replicas that take part, or the one before if none does.
 
-    Replicas whose parameters are not finite count nowhere, as for `fax.aggregators.non_finite`.
+    Replicas whose parameters are not finite are left out, as by `fax.aggregators.non_finite`.
     """
     counted = fax.map(lambda on, params: on & all_finite(params), taking_part, rows.params)
-    mean = _averaging.mean_state(rows.model_state, before, num_examples, counted)
-    return optax.tree.where(heard, mean, before)
+    return mean_state(rows.model_state, before, num_examples, counted)
 
 
 def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
@@ -259,7 +253,7 @@ def mixed(own: PyTree, other: PyTree, share: Any) -> PyTree:
 
 
 def pushed(own: PyTree, toward: PyTree, share: Any) -> PyTree:
-    """`mixed`, but what is not finite starts again from ``toward``: no share of NaN is a number."""
+    """`mixed`, after what is not finite in ``own`` has been replaced by ``toward``."""
 
     def usable(own: jax.Array, toward: jax.Array) -> jax.Array:
         inexact = jnp.issubdtype(own.dtype, jnp.inexact)

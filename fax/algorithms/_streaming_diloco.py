@@ -23,7 +23,7 @@ from fax.algorithms._replicas import (
     Replica,
     identical,
     inner_steps,
-    mean_state,
+    mean_of_states,
     mean_update,
     models,
     pushed,
@@ -224,7 +224,7 @@ def streaming_diloco(
         )
         model_state = state.model_state
         if p == len(state.optimizers) - 1:
-            model_state = mean_state(rows, here, weights, heard, model_state)
+            model_state = mean_of_states(rows, here, weights, model_state)
         return Received(update, heard), own, model_state, metrics
 
     def land(
