@@ -65,8 +65,8 @@ def whole(tmp_path_factory):
 ABOVE_THE_CORE = (
     *("absent_clients", "algorithms_personal", "client_store", "clipping", "cohorts"),
     *("command_shows", "compression", "control_variates", "data_libraries", "data_messages"),
-    *("data_sources", "deploy_algorithms", "diloco", "downloads", "error_feedback", "experiment"),
-    *("experiment_callbacks", "experiment_figures", "experiment_output"),
+    *("data_sources", "deploy_algorithms", "diloco", "downloads", "drjax", "error_feedback"),
+    *("experiment", "experiment_callbacks", "experiment_figures", "experiment_output"),
     *("experiment_refused", "fedavg", "federated", "fedopt", "fedper", "heterogeneous"),
     *("hostile_files", "init", "inner_steps", "learner_worker", "maml", "meeting", "metrics"),
     *("metrics_by_name", "models", "packed", "padding", "papa", "partition"),
@@ -80,7 +80,7 @@ NOT_OF_THE_CORE = (
     *("docs", "examples", "examples_algorithms", "examples_diloco", "examples_privacy"),
     *("benchmarks", "benchmarks_accelerators", "benchmarks_data_center", "house", "mutants"),
     *("project", "site", "subsets", "cohorts_processes", "command", "command_processes"),
-    *("command_settings", "data_names", "deploy_failures", "deploy_processes", "drjax", "elastic"),
+    *("command_settings", "data_names", "deploy_failures", "deploy_processes", "elastic"),
     *("elastic_processes", "experiment_failures", "experiment_kills", "meeting_processes"),
     *("metrics_exact", "privacy_attacks", "secure_processes"),
 )
