@@ -356,6 +356,29 @@ def test_a_client_that_is_not_finite_is_left_out(name):
         np.testing.assert_allclose(server, clients.rows.mean(), rtol=1e-12)
 
 
+def test_a_client_that_is_not_finite_is_left_out_on_a_mesh():
+    """Of five clients on four devices, and of derivatives."""
+
+    def loss(p, batch, key):
+        return jnp.where(batch["x"] > 5, jnp.nan, 1) * (batch["x"] - p) ** 2
+
+    def trained(rate, cohort):
+        algorithm = scaffold(loss, rate, num_clients=5, aggregator=chain(non_finite()))
+        state = algorithm.init(0.5)
+        for _ in range(2):
+            state, _ = algorithm.round(state, cohort)
+        return state.params + jnp.sum(state.clients.rows**2), state
+
+    data = fax.data.InMemory({str(i): {"x": [x]} for i, x in enumerate((1.0, 4.0, 9.0, 2.0, 3.0))})
+    both = jax.jit(jax.value_and_grad(trained, has_aux=True))
+    expected = both(RATE, next(fax.data.cohorts(data, 5, 1)))
+    assert np.isfinite(expected[1])
+    assert expected[0][1].clients.rows[2] == 0
+    with jax.set_mesh(meshes.mesh("first-explicit", clients=4, model=2)):
+        found = both(RATE, next(fax.data.cohorts(data, 5, 1)))
+    assert_trees_close(jax.device_get(found), jax.device_get(expected), rtol=1e-12)
+
+
 # Transformations
 
 

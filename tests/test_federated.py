@@ -179,6 +179,24 @@ def test_clients_may_keep_keys_and_integers():
     assert jnp.all(keys == jnp.stack([jax.random.fold_in(start[0], 1), start[0]]))
 
 
+def test_rows_that_may_be_kept_take_no_memory_of_their_own():
+    """Temporary memory is that of the old rows and of the new ones."""
+    clients, size = 16, 20_000
+
+    def client(server, own, data):
+        update = server.params * jnp.sum(data.batches["x"]) + own
+        return ClientResult(update, {}, own=update)
+
+    algorithm = federated(
+        "ours", loss, client, client_state=jnp.zeros_like, num_clients=clients, vectorize=1
+    )
+    data = fax.data.InMemory({str(i): {"x": np.ones(1)} for i in range(clients)})
+    cohort = next(fax.data.cohorts(data, clients, 1))
+    state = jax.eval_shape(algorithm.init, jnp.ones(size))
+    compiled = jax.jit(algorithm.round).lower(state, cohort).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * clients * size * 8
+
+
 # What is reported
 
 
