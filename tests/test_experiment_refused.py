@@ -68,7 +68,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     assert rounds_of(tmp_path / "other") == [0]
     # Where orbax writes checkpoints that it cannot read.
     for name in ("rate[0.1]", "a\\b", "caf\udce9"):
-        with pytest.raises(ValueError, match=r"(has brackets or backs|is not UTF-8,).* Choose"):
+        with pytest.raises(ValueError, match=r"(has brackets or backs|is not UTF-8,).*Choose"):
             train(tmp_path / name)
         assert not (tmp_path / name).exists()
 

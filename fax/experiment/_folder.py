@@ -56,14 +56,16 @@ def opened(folder: Path, unused: Callable[[], bool]) -> Iterator[None]:
       OSError: if nothing can be written there.
     """
     path = os.fspath(folder.absolute())
-    why = ""
     if not fnmatch.fnmatchcase(path, path) or (os.sep == "/" and "\\" in path):
-        why = "has brackets or backslashes, which orbax takes for a pattern: no checkpoint there "
-        why += "could be read again"
-    elif path.encode("utf-8", "replace").decode() != path:
-        why = "is not UTF-8, so orbax cannot write checkpoints there"
-    if why:
-        raise ValueError(f"{_WHERE}: folder={path!r} {why}. Choose another folder.")
+        raise ValueError(
+            f"{_WHERE}: folder={path!r} has brackets or backslashes. orbax would take them for a "
+            "pattern, and could not read checkpoints there. Choose another folder."
+        )
+    if path.encode("utf-8", "replace").decode() != path:
+        raise ValueError(
+            f"{_WHERE}: folder={path!r} is not UTF-8, so orbax cannot write checkpoints there. "
+            "Choose another folder."
+        )
     with contextlib.ExitStack() as stack:
         try:
             new = not folder.exists()

@@ -308,8 +308,8 @@ def _arrays_of(callback: Any, state: PyTree, number: int) -> tuple[list[Leaf], l
     except TypeError as error:
         raise ValueError(
             f"fax.experiment.run: the state of the callback {type(callback).__name__} cannot be "
-            f"saved: {error}. Make it a pytree of arrays and numbers, or plain data as in JSON; or "
-            "give the attribute another name, and it is not saved."
+            f"saved: {error}. Make it a pytree of arrays and numbers, or plain data as in JSON. If "
+            "it does not have to be saved, give the attribute another name."
         ) from error
 
 
