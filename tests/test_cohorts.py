@@ -1,5 +1,6 @@
 """Cohorts hold what their definition says, on every device and in every round."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -223,14 +224,22 @@ def test_buckets_hold_what_they_are_for(steps, most):
     assert most is None or size <= most
 
 
-def test_nothing_is_compiled_again(caplog):
-    rounds = fax.data.cohorts(population([4] * 12), clients=4, batch_size=4)
-    next(rounds), rounds.take(2)
-    caplog.clear()
-    with jax.log_compiles():
-        for _ in range(3):
-            next(rounds), rounds.take(2)
-    rounds.close()
+@pytest.mark.parametrize("devices", [1, 4])
+def test_nothing_is_compiled_again(caplog, devices):
+    """Neither for the next rounds, nor for those of another call of `cohorts`."""
+    data = population([4] * 12)
+    mesh = jax.make_mesh((devices,), ("clients",), devices=jax.devices()[:devices])
+
+    def some_rounds():
+        with fax.data.cohorts(data, clients=4, batch_size=4) as rounds:
+            for _ in range(3):
+                next(rounds), rounds.take(2)
+
+    with contextlib.nullcontext() if devices == 1 else jax.set_mesh(mesh):
+        some_rounds()
+        caplog.clear()
+        with jax.log_compiles():
+            some_rounds()
     assert not [m for m in caplog.messages if m.startswith("Compiling")]
 
 

@@ -63,9 +63,7 @@ class CohortBuilder:
             self._sharding.mesh, PartitionSpec(None, *self._sharding.spec)
         )
         self._make_keys = jax.jit(_keys, out_shardings=self._sharding)
-        self._make_keys_of_rounds = jax.jit(
-            jax.vmap(_keys, (None, 0, 0)), out_shardings=self._sharding_of_rounds
-        )
+        self._make_keys_of_rounds = jax.jit(_keys_of_rounds, out_shardings=self._sharding_of_rounds)
         device = (
             jax.devices()[0] if row_sharding.mesh is None else row_sharding.mesh.devices.flat[0]
         )
@@ -196,3 +194,7 @@ class CohortBuilder:
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), positions)
+
+
+# A function of the module, so that JAX compiles it once for all calls of `cohorts`.
+_keys_of_rounds = jax.vmap(_keys, (None, 0, 0))
