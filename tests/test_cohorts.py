@@ -224,22 +224,20 @@ def test_buckets_hold_what_they_are_for(steps, most):
     assert most is None or size <= most
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_nothing_is_compiled_again(caplog, devices):
+@pytest.mark.parametrize("kind", [None, "auto", "explicit"])
+def test_nothing_is_compiled_again(caplog, kind):
     """Neither for the next rounds, nor for those of another call of `cohorts`."""
-    data = population([4] * 12)
-    mesh = jax.make_mesh((devices,), ("clients",), devices=jax.devices()[:devices])
 
-    def some_rounds():
-        with fax.data.cohorts(data, clients=4, batch_size=4) as rounds:
-            for _ in range(3):
-                next(rounds), rounds.take(2)
+    def cohorts():
+        return fax.data.cohorts(population([4] * 12), clients=4, batch_size=4)
 
-    with contextlib.nullcontext() if devices == 1 else jax.set_mesh(mesh):
-        some_rounds()
+    on = contextlib.nullcontext() if kind is None else jax.set_mesh(meshes.mesh(kind, clients=4))
+    with on, cohorts() as rounds, cohorts() as others:
+        next(rounds), rounds.take(2)
         caplog.clear()
         with jax.log_compiles():
-            some_rounds()
+            for again in (rounds, rounds, rounds, others):
+                next(again), again.take(2)
     assert not [m for m in caplog.messages if m.startswith("Compiling")]
 
 
