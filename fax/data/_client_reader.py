@@ -66,7 +66,7 @@ class ClientReader:
 
 def _narrowed(client_id: ClientId, name: str, array: np.ndarray) -> np.ndarray:
     """An array in JAX's dtype. Without x64, JAX would truncate large numbers silently."""
-    known = {"g": np.float64, "G": np.complex128}  # JAX has no wider ones
+    known = {"g": np.float64, "G": np.complex128}  # JAX has none of more bits
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(known.get(array.dtype.char, array.dtype)))
     if array.dtype == dtype or not array.size:
         return array.astype(dtype, copy=False)
