@@ -18,6 +18,7 @@ from fax import deploy
 
 # Each learner has two devices, and its own target of a quadratic.
 LEARNER = """
+import time
 import jax, jax.numpy as jnp, numpy as np, optax
 import fax
 from jax.sharding import PartitionSpec as P
@@ -34,9 +35,12 @@ def learner(number):
 
     def data(step):
         own = fax.data.InMemory({"own": {"x": np.tile(target, (4, 1))}})
-        return fax.data.cohorts(
+        rounds = fax.data.cohorts(
             own, 1, 2 * (number + 1), sampler="stream", max_steps=5, placement="replicas"
         )
+        for cohort in rounds:
+            time.sleep(0.02)  # leave the cores to those that start
+            yield cohort
 
     shapes = {"w": jax.ShapeDtypeStruct((4,), float)}
     return fax.deploy.Learner(
