@@ -130,8 +130,7 @@ def rates(name):
     return jax.value_and_grad(total)
 
 
-# Below, a derivative of FedAvg is compared with that of the program, in processes.
-@pytest.mark.long
+@pytest.mark.always("fedavg")
 @pytest.mark.parametrize("name", ["fedavg", "mime"])
 def test_derivatives_of_rounds(name):
     """By central differences, too."""
@@ -151,10 +150,12 @@ def check_in_processes(names, *more):
 
 
 def test_rounds_in_processes():
-    """Clients' state stays there, keys travel, and a derivative takes several stages."""
-    check_in_processes(["scaffold"], (rates("fedavg"), (0.1, cohort_of()), DATA))
+    """Clients' state stays there, and keys travel."""
+    check_in_processes(["scaffold"])
 
 
 @pytest.mark.long
 def test_more_rounds_in_processes():
-    check_in_processes(["diloco", "gaussian", "hyp_cluster", "streaming_diloco"])
+    """Also a derivative, which takes several stages."""
+    names = ["diloco", "gaussian", "hyp_cluster", "streaming_diloco"]
+    check_in_processes(names, (rates("fedavg"), (0.1, cohort_of()), DATA))
