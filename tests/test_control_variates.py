@@ -312,6 +312,7 @@ def test_a_client_without_steps_keeps_its_control_variate(data):
     assert_trees_close(new.server, combine(lambda x: x.mean(0), now))
 
 
+@pytest.mark.always("scaffold", "feddyn", "agnostic")
 @pytest.mark.parametrize("name", ["scaffold", "feddyn", "fednova", "mime_lite", "agnostic"])
 def test_a_client_that_is_not_finite_is_left_out(name):
     """Of everything that the server adds up, and it keeps its own state; derivatives, too."""

@@ -254,7 +254,7 @@ def test_no_client_twice():
 # Averages of updates
 
 
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_an_algorithm(x64):
     """FedAvg's round, whose aggregator makes the integers. Without a client, it has weight zero."""
     with jax.enable_x64(x64):
