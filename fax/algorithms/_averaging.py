@@ -27,6 +27,8 @@ def aggregate(
 ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
     """The aggregator's update, state and metrics; without one, the mean. Call it in a program.
 
+    The update has the dtypes of the clients' updates, although some aggregators return longer ones.
+
     Args:
       aggregator: the user's, or None.
       updates: placed.
@@ -37,7 +39,10 @@ def aggregate(
     weights = cohort.num_examples if weights is None else weights
     if aggregator is None:
         return fax.mean(updates, weights=weights), None, {}
-    return aggregator.aggregate(updates, weights, state, server_key(cohort))
+    update, state, metrics = aggregator.aggregate(updates, weights, state, server_key(cohort))
+    if jax.tree.structure(update) == jax.tree.structure(updates):  # or there will be an error
+        update = optax.tree.cast_like(update, updates)
+    return update, state, metrics
 
 
 def server_key(cohort: Cohort) -> jax.Array:
