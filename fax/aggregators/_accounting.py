@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from fax import _arguments, _extras
 
-# Beyond these nothing is protected: an epsilon that takes too long to compute closely, and a loss in
-# a single round whose exponential is almost infinite.
+# Beyond these nothing is protected: an epsilon that takes too long to compute closely, and a loss
+# in a single round whose exponential is almost infinite.
 _MOST, _MOST_LOSS = 1e6, 700.0
 MECHANISMS, SAMPLINGS = ("gaussian", "laplace"), ("uniform", "poisson")
 

@@ -40,9 +40,16 @@ def aggregate(
     if aggregator is None:
         return fax.mean(updates, weights=weights), None, {}
     update, state, metrics = aggregator.aggregate(updates, weights, state, server_key(cohort))
-    if jax.tree.structure(update) == jax.tree.structure(updates):  # or there will be an error
-        update = optax.tree.cast_like(update, updates)
+    structures: Any = [jax.tree.structure(x) for x in (update, updates)]
+    if structures[0] == structures[1]:  # or there will be an error
+        update = jax.tree.map(_as_short, update, updates)
     return update, state, metrics
+
+
+def _as_short(x: Any, like: jax.Array) -> Any:
+    """Floats in the dtype of others."""
+    floats = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(like.dtype) if floats else x
 
 
 def server_key(cohort: Cohort) -> jax.Array:
