@@ -17,8 +17,11 @@ import fax
 from fax.aggregators import (
     chain,
     drive,
+    e3m0,
+    e4m3,
     error_feedback,
     hadamard,
+    int8,
     mean,
     power_sgd,
     terngrad,
@@ -485,6 +488,23 @@ def test_dtypes_are_kept(name, dtype):
     for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(wide)):
         assert a.dtype == dtype
         np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.03, atol=0.03)
+
+
+def test_models_in_half_precision_keep_their_dtypes():
+    """Some encodings return float32, so that whatever follows adds up in that precision."""
+    data = fax.data.InMemory({"a": {"x": np.array([[0.5, 3.0]])}})
+    cohort = next(fax.data.cohorts(data, 1, 1))
+    for part in (e3m0(), e4m3(), int8(), top_k(2, values=e3m0())):
+        algorithm = fax.algorithms.fedavg(
+            lambda p, batch, key: jnp.sum(batch["x"].astype(p.dtype) * p, axis=-1),
+            optax.sgd(1.0),
+            aggregator=part,
+        )
+        state = algorithm.init(jnp.ones(2, jnp.bfloat16))
+        after, _ = jax.eval_shape(algorithm.round, state, cohort)
+        assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+    after, _ = algorithm.round(state, cohort)
+    np.testing.assert_array_equal(after.params, np.array([0.625, -2.0], jnp.bfloat16))
 
 
 SETTINGS_OF = [  # all pairs would take too long

@@ -301,6 +301,41 @@ def test_fair_averaging_ends_where_the_sum_of_powers_is_stationary():
     assert (np.diff(losses.max(1)) < 0).all()
 
 
+def test_fair_averaging_does_not_depend_on_the_unit_of_losses():
+    """Even if their powers vanish. The first round has no losses before it, and does nothing."""
+    cohort = quadratics(8)
+
+    @jax.jit
+    @jax.vmap
+    def path(scale):
+        def loss(*args):
+            return scale * quadratic(*args)
+
+        algorithm = qfedavg(loss, optax.sgd(0.1 / scale), q=15, lipschitz=10 * scale)
+
+        def step(state, _):
+            state, _ = algorithm.round(state, cohort)
+            return state, state.params
+
+        return lax.scan(step, algorithm.init(np.float64(4)), length=5)[1]
+
+    usual, tiny = path(np.array([1.0, 1e-25]))
+    assert tiny[0] == 4
+    assert abs(usual[0] - 4) > 0.01
+    np.testing.assert_allclose(tiny[1:], usual[:-1], rtol=1e-10)
+
+
+def test_fair_averaging_of_models_in_half_precision():
+    """The squared norm of L (x - y) is more than float16 can hold."""
+    algorithm = qfedavg(quadratic, optax.sgd(0.001), q=1, lipschitz=1000.0)
+    (half, whole) = (
+        algorithm.round(algorithm.init(jnp.asarray(4, dtype)), quadratics(8))[0].params
+        for dtype in (jnp.float16, jnp.float32)
+    )
+    assert half.dtype == jnp.float16
+    np.testing.assert_allclose(half, whole, rtol=2e-3)
+
+
 def test_a_client_without_loss_has_no_step_in_fair_averaging():
     """Where F is zero its powers F^(q-1) are infinite; with q = 0 it counts as others do."""
     cohort = quadratics(8)

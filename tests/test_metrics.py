@@ -533,6 +533,30 @@ def test_mistakes(change, message):
         fm.evaluate(**{**args, **change})
 
 
+def test_ignored_labels_have_no_limits():
+    """Many tokenizers pad with -100, or with a number beyond the model's tokens."""
+
+    def tokens(y):
+        return fax.data.InMemory({"a": {"y": y[:2]}, "b": {"y": y[2:]}})
+
+    def apply(params, batch):
+        return jnp.zeros((*batch["y"].shape, 5)) + params
+
+    data = tokens(np.array([[1, 2, -100], [3, -100, -100], [999, 4, 1]]))
+    every = fm.PerDomain(fm.TokenLoss(ignore=(-100, 999), label="y"), 1, "domain")
+    data = fax.data.map(data, lambda _, own: {**own, "domain": np.zeros(len(own["y"]), int)})
+    metrics = {"loss": every, "count": fm.TokenCount(ignore=(-100, 999))}
+    found = fm.evaluate(apply, 0.0, data, metrics)
+    assert found["count"] == 5
+    np.testing.assert_allclose(found["loss"], [np.log(5)])
+    for one in (data, fm.prepare(data)):
+        with pytest.raises(fax.data.DataError, match=r"'b', feature 'y' has 999, expected"):
+            fm.evaluate(apply, 0.0, one, {"loss": fm.TokenLoss(ignore=(-100,))})
+    hidden = fm.prepare(tokens(np.array([[1, 2, -100], [999, 3, 0], [1, 7, -100]])))
+    with pytest.raises(fax.data.DataError, match=r"'b', feature 'y' has 7, expected numbers from"):
+        fm.evaluate(apply, 0.0, hidden, {"count": fm.TokenCount(ignore=(-100, 999))})
+
+
 def test_params_without_a_row_for_each_client():
     data, apply, params, metrics = case("classes")
     with pytest.raises(ValueError, match=r"params\['w'\] has shape \(4, 5\), expected a row for"):

@@ -268,6 +268,7 @@ def test_fairness():
     assert losses.best_tenth == pytest.approx(found.worst_tenth)
     assert losses.gap == pytest.approx(np.arange(36, 40).mean() / 40 - values.mean())
     assert fax.metrics.fairness([0.5, 0.7]).worst_tenth == 0.5
+    assert fax.metrics.fairness(jnp.array([0.5, 0.75], jnp.bfloat16)).mean == 0.625
 
 
 def test_statistics_merge_in_any_order():

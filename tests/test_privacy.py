@@ -458,6 +458,15 @@ def test_epsilon_in_closed_form():
     assert epsilon(2.0, 3, 1e-12, mechanism="laplace") == pytest.approx(1.5, abs=1e-3)
     assert epsilon(0.0, 1, 1e-4) == math.inf
     assert epsilon(1.0, 0, 1e-4) == 0
+    # Privacy loss distributions end at a delta of about 1e-15, and at losses whose exponential
+    # overflows.
+    assert 11.743 < epsilon(1.0, 1, 1e-30) < 12.5
+    assert epsilon(1.0, 100, 1e-30, sampling_rate=0.01) < math.inf
+    assert epsilon(2.0, 3, 1e-30, mechanism="laplace") == pytest.approx(1.5)
+    assert epsilon(1e-4, 1, 1e-4, mechanism="laplace") == pytest.approx(1e4)
+    assert epsilon(1e-4, 1, 1e-4, mechanism="laplace", sampling_rate=0.01) >= 0.99e4
+    assert epsilon(1e-6, 1, 1e-4) == pytest.approx(5e11, rel=1e-4)
+    assert epsilon(1e-6, 1, 1e-4, sampling_rate=0.5) >= 5e11
 
 
 @pytest.mark.always("2.0")
@@ -509,6 +518,8 @@ def test_calibrated_noise_costs_what_was_asked_for(rate):
     assert 0.998 * 1.5 <= epsilon(z, 5, 1e-4, **setting) <= 1.5
     # With noise above some amount this delta alone is enough.
     assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
+    # Privacy loss distributions would be infinite here, whatever the noise.
+    assert 0.998 * 1.5 <= epsilon(calibrate(1.5, 5, 1e-20), 5, 1e-20) <= 1.5
 
 
 def counted(count, key=0):
@@ -620,6 +631,10 @@ def test_accounting_says_what_to_install(monkeypatch):
         ),
         (lambda: epsilon(1, 1, 1e-5, mechanism="cauchy"), "mechanism is 'cauchy', expected 'g"),
         (lambda: calibrate(0, 1, 1e-5), "calibrate: epsilon is 0, expected a number above 0"),
+        (
+            lambda: calibrate(1, 2, 0.01, sampling_rate=0.005),
+            "delta is 0.01, expected less than 0.009975, the probability that a client takes part",
+        ),
         (lambda: Budget(1.0, 1.0, 1.0), "Budget: delta is 1.0"),
         (lambda: Budget(1.0, 1e-5, 1.0, record=3), "record is 3, expected the record of an"),
         (lambda: Budget(1.0, 1e-5, 1.0, record={"a": -1}), r"record\['a'\] is -1, expected an int"),

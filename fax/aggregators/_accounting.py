@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from fax import _arguments, _extras
 
+# Beyond these nothing is protected: an epsilon that takes too long to compute closely, and a loss
+# in a single round whose exponential is almost infinite.
+_MOST, _MOST_LOSS = 1e6, 700.0
 MECHANISMS, SAMPLINGS = ("gaussian", "laplace"), ("uniform", "poisson")
 
 
@@ -29,7 +32,10 @@ def epsilon(
 ) -> float:
     """The epsilon of a number of rounds with `gaussian` or `laplace`, for a given delta.
 
-    It is an upper bound, close to the exact value, from privacy loss distributions.
+    It is an upper bound, close to the exact value, from privacy loss distributions. For a delta
+    below 1e-15, or an epsilon that protects no one, it is a bound in closed form, which takes no
+    account of sampling: ``rounds`` / z for `laplace`, and that of concentrated privacy
+    (arXiv:1605.02065) for `gaussian`.
 
     Without ``sampling_rate`` the only assumption is that no client takes part in more than
     ``rounds`` rounds. So it is for rounds of all clients, and for cohorts in a fixed order if
@@ -96,10 +102,12 @@ def calibrate(
       rounds, delta, sampling_rate, sampling, mechanism: see `epsilon`.
 
     Returns:
-      The noise multiplier. The rounds cost at most ``epsilon``, and at least 99.8 % of it.
+      The noise multiplier. The rounds cost at most ``epsilon``, and at least 99.8 % of it, unless
+      ``epsilon`` is so large that it protects no one.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: if an argument is out of range, or ``delta`` is so large that no noise is needed:
+        at least the probability that a client takes part in any round.
       ImportError: if `dp-accounting` is not installed.
 
     Example:
@@ -112,6 +120,14 @@ def calibrate(
     _arguments.number(caller, "delta", delta, above=0, below=1)
     rounds = _arguments.count(caller, "rounds", rounds, least=1)
     setting = Setting.of(caller, 1.0, sampling_rate, sampling, mechanism)
+    if setting.rate is not None:
+        ever = -math.expm1(rounds * math.log1p(-setting.rate))
+        if delta >= ever:
+            raise ValueError(
+                f"{caller}: delta is {delta:g}, expected less than {ever:g}, the probability that "
+                "a client takes part in any round, as otherwise no noise is needed. Choose a delta "
+                "below 1 / the number of clients."
+            )
 
     def cost(z: float) -> float:
         return setting._replace(noise_multiplier=z).epsilon(rounds, float(delta))
@@ -123,7 +139,8 @@ def calibrate(
     low = high / 2
     while (most := cost(low)) <= epsilon:
         low, high, least = low / 2, low, most
-    while least < 0.998 * epsilon:
+    # Where the bound in closed form begins, the curve jumps, and has no point near epsilon.
+    while least < 0.998 * epsilon and high > (1 + 1e-6) * low:
         at = 0.5
         if least > epsilon / 10:  # between the two the curve is close to a power of z
             at = math.log(0.999 * epsilon / most) / math.log(least / most)
@@ -184,6 +201,9 @@ def _epsilon(setting: Setting, rounds: int, delta: float) -> float:
         return float("inf")
     if rate is not None and sampling == "uniform":
         z = z / 2
+    most = _without_sampling(z, rounds, delta, mechanism)
+    if most > _MOST or (mechanism == "laplace" and 1 / z > _MOST_LOSS):
+        return most
     event = dp.GaussianDpEvent(z) if mechanism == "gaussian" else dp.LaplaceDpEvent(z)
     if rate is not None:
         event = dp.PoissonSampledDpEvent(rate, event)
@@ -191,7 +211,15 @@ def _epsilon(setting: Setting, rounds: int, delta: float) -> float:
         dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
         value_discretization_interval=_interval(z, 1 if rate else rounds, mechanism),
     )
-    return float(accountant.compose(event, rounds).get_epsilon(delta))
+    return min(float(accountant.compose(event, rounds).get_epsilon(delta)), most)
+
+
+def _without_sampling(z: float, rounds: int, delta: float, mechanism: str) -> float:
+    """A bound in closed form. It also holds for sampled cohorts, which cost less."""
+    if mechanism == "laplace":
+        return rounds / z
+    rho = rounds / 2 / z / z
+    return rho + 2 * math.sqrt(rho * -math.log(delta))
 
 
 def _interval(z: float, rounds: int, mechanism: str) -> float:

@@ -28,7 +28,8 @@ def uniform_quantization(levels: int, *, entropy_coded: bool = False) -> Transfo
     ((b - a) / (k - 1))^2 / 4, so that E ‖x' - x‖^2 <= d ‖x‖^2 / (2 (k - 1)^2). Each leaf has its
     own levels, since layers differ in scale. Each client has its own random numbers, so that the
     mean squared error of a mean of n clients falls as 1 / n. Derivatives are those of the
-    expectation, x, as if nothing were rounded. Inside `hadamard`, b - a is smaller.
+    expectation, x, as if nothing were rounded. Inside `hadamard`, b - a is smaller. In float16 and
+    bfloat16, what is decoded is rounded to the nearest number of that dtype in the end.
 
     For each leaf, a client sends d ceil(log2 k) bits, and a and b, in float32 for shorter floats.
     With up to 256 levels, replicas in a data center send each other these, with 2, 4 or 8 bits for

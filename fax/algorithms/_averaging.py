@@ -27,6 +27,8 @@ def aggregate(
 ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
     """The aggregator's update, state and metrics; without one, the mean. Call it in a program.
 
+    The update has the dtypes of the clients' updates, although some aggregators return longer ones.
+
     Args:
       aggregator: the user's, or None.
       updates: placed.
@@ -37,7 +39,17 @@ def aggregate(
     weights = cohort.num_examples if weights is None else weights
     if aggregator is None:
         return fax.mean(updates, weights=weights), None, {}
-    return aggregator.aggregate(updates, weights, state, server_key(cohort))
+    update, state, metrics = aggregator.aggregate(updates, weights, state, server_key(cohort))
+    structures: Any = [jax.tree.structure(x) for x in (update, updates)]
+    if structures[0] == structures[1]:  # or there will be an error
+        update = jax.tree.map(_as_short, update, updates)
+    return update, state, metrics
+
+
+def _as_short(x: Any, like: jax.Array) -> Any:
+    """Floats in the dtype of others."""
+    floats = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(like.dtype) if floats else x
 
 
 def server_key(cohort: Cohort) -> jax.Array:

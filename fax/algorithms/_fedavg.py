@@ -106,7 +106,8 @@ def fedopt(
 
     ``optax.sgd(1.0)`` is FedAvg, the default of `fedavg`; `server_momentum` is FedAvgM;
     `server_adagrad`, `server_adam` and `server_yogi` are FedAdagrad, FedAdam and FedYogi. Any other
-    optax optimizer works, too.
+    optax optimizer works, too, if its ``update`` needs only gradients and parameters, unlike that
+    of ``optax.polyak_sgd``, which needs the loss.
 
     Args:
       loss: see `fedavg`.

@@ -56,9 +56,9 @@ class Report:
       memory: on each device.
       collectives: what devices send to each other, in the order of the compiled program.
       flops: floating-point operations of matrix products and convolutions on each device, two for
-        each multiplication and addition. Of branches, the most expensive one. What the compiler
-        makes of a product with a single vector on TPU, elementwise products and sums, is not
-        counted.
+        each multiplication and addition. Of branches, the most expensive one. Some products are
+        elementwise ones and sums to the compiler, which are not counted: those of two vectors and,
+        on TPU, of a matrix with a vector.
       cycles: of each device, by the compiler's estimate: the sum over all fusions that it has
         estimated. Collectives and waiting for memory are not in it. Of branches, the most expensive
         one. None if the compiler estimates nothing, as on CPU and GPU.

@@ -213,3 +213,11 @@ def _feature(metric: Any, name: str) -> None:
 def limits_of(metric: Any, num_classes: int | None) -> dict[str, int | None]:
     """The features that a metric uses as indices, and how many values each of them can have."""
     return metric.limits(num_classes) if hasattr(metric, "limits") else {}
+
+
+def ignored_by(metric: Any, feature: str) -> tuple[int, ...]:
+    """The values of a feature that a metric ignores, so that they have no limits."""
+    if isinstance(metric, PerDomain):
+        return () if feature == metric.domain else ignored_by(metric.metric, feature)
+    own = getattr(metric, "ignore", ()) if getattr(metric, "label", None) == feature else ()
+    return own if isinstance(own, tuple) else ()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
+from fax.data._check_examples import is_numeric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def fairness(
     """
     where = "fax.metrics.fairness"
     array = np.asarray(values)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "biuf":
+    if array.ndim != 1 or not array.size or not is_numeric(array.dtype) or array.dtype.kind == "c":
         raise ValueError(
             f"{where}: values is {_arguments.shown(values)}, expected a number for each client."
         )

@@ -24,6 +24,8 @@ from fax.sharding._row_sharding import RowSharding, row_sharding_in_scope
 BATCH_SIZE = 256
 # How many rounds are read ahead.
 _AHEAD = 2
+# How many of the least and of the greatest numbers of a feature are remembered.
+_KEPT = 16
 
 # check(client_id, examples) raises an error for examples that cannot be evaluated.
 Check = Callable[[Any, Examples], Examples]
@@ -162,22 +164,23 @@ class Prepared:
 
     def __init__(self, packing: Packing) -> None:
         self._packing = packing
-        found: dict[str, list[tuple[int, ClientId]]] = {}
+        found: dict[str, dict[int, ClientId]] = {}
 
         def note(client_id: ClientId, examples: Examples) -> Examples:
             for name, array in examples.items():
                 if array.dtype.kind in "iu" and array.size:
-                    low, high = (int(array.min()), client_id), (int(array.max()), client_id)
-                    least, most = found.get(name, (low, high))
-                    found[name] = [min(least, low, key=_number), max(most, high, key=_number)]
+                    known = found.setdefault(name, {})
+                    for number in _extremes(array):
+                        known.setdefault(number, client_id)
+                    found[name] = {n: known[n] for n in _extremes(np.array(list(known)))}
             return examples
 
         self._batches = tuple(packing.batches(note))
-        # The least and the greatest number of each integer feature, with the client that has it.
+        # The least and the greatest numbers of each integer feature, with a client that has them.
         self._extremes: list[tuple[ClientId, Examples]] = [
             (client_id, {name: np.array([number])})
-            for name, pair in found.items()
-            for number, client_id in pair
+            for name, known in found.items()
+            for number, client_id in known.items()
         ]
 
     def __len__(self) -> int:
@@ -208,8 +211,12 @@ def batch_size_of(where: str, batch_size: int | None) -> int:
     return BATCH_SIZE if batch_size is None else _arguments.count(where, "batch_size", batch_size)
 
 
-def _number(pair: tuple[int, ClientId]) -> int:
-    return pair[0]
+def _extremes(array: np.ndarray) -> list[int]:
+    """The least and the greatest of different numbers: several, as metrics may ignore some."""
+    if array.ndim > 2:  # nothing that metrics use as labels
+        return [int(array.min()), int(array.max())]
+    numbers = np.unique(array).tolist()
+    return numbers if len(numbers) <= 2 * _KEPT else [*numbers[:_KEPT], *numbers[-_KEPT:]]
 
 
 def prepare(

@@ -16,7 +16,7 @@ from fax.data._client_reader import ClientReader
 from fax.data._cohorts import cohorts
 from fax.data._mapped import map as map_clients
 from fax.data._protocol import DataError, Examples, FederatedData
-from fax.metrics._classification import Metric, limits_of
+from fax.metrics._classification import Metric, ignored_by, limits_of
 from fax.metrics._packing import Check, PackedBatches, Packing, Prepared, batch_size_of
 from fax.metrics._programs import (
     NON_FINITE,
@@ -165,7 +165,7 @@ def _check_labels(apply: Apply, params: PyTree, reader: ClientReader, metrics: N
     scores = scores_of.eval_shape(apply, params, batch)
     shape: tuple[int, ...] = getattr(scores, "shape", ())
     num_classes = shape[-1] if len(shape) >= 2 else None  # metrics that need classes will raise
-    limits: dict[str, int] = {}
+    limits: set[tuple[str, int, tuple[int, ...]]] = set()
     for name, metric in metrics:
         for feature, limit in limits_of(metric, num_classes).items():
             if feature not in features:
@@ -174,17 +174,19 @@ def _check_labels(apply: Apply, params: PyTree, reader: ClientReader, metrics: N
                     f"{sorted(features)}. Pass another name, or add the feature with fax.data.map."
                 )
             if limit is not None:
-                limits[feature] = min(limit, limits.get(feature, limit))
+                limits.add((feature, limit, ignored_by(metric, feature)))
 
     def check(client_id: Any, examples: Examples) -> Examples:
-        for feature, limit in limits.items():
+        for feature, limit, ignored in sorted(limits):
             labels = np.asarray(examples.get(feature, ()))
             if labels.size and labels.dtype.kind in "iu":
-                low, high = labels.min(), labels.max()
-                if low < 0 or high >= limit:
-                    bad = low if low < 0 else high
+                if labels.min() >= 0 and labels.max() < limit:
+                    continue
+                bad = labels[((labels < 0) | (labels >= limit)) & ~np.isin(labels, ignored)]
+                if bad.size:
+                    first = bad.min() if bad.min() < 0 else bad.max()
                     raise DataError(
-                        f"client {client_id!r}, feature {feature!r} has {bad}, expected numbers "
+                        f"client {client_id!r}, feature {feature!r} has {first}, expected numbers "
                         f"from 0 to {limit - 1}, according to the model's scores or the metric."
                     )
         return examples

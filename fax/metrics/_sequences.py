@@ -23,7 +23,7 @@ class _Sequences:
     """What metrics of sequences have in common.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
     """
 
@@ -76,7 +76,7 @@ class TokenLoss(_Sequences):
     Scores are [batch, length, tokens], log-probabilities up to a constant.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -120,7 +120,7 @@ class Perplexity(_Sequences):
     Scores are [batch, length, tokens], log-probabilities up to a constant.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -167,7 +167,7 @@ class TokenAccuracy(_Sequences):
     Attributes:
       exclude: tokens that are never predicted, such as "out of vocabulary". As labels they count
         as mistakes.
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -197,7 +197,7 @@ class TokenTopK(_Sequences):
       k: the number of scores.
       exclude: tokens that are never predicted, such as "out of vocabulary". As labels they count
         as mistakes.
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -238,7 +238,7 @@ class OOVRate(_Sequences):
 
     Attributes:
       oov: the tokens that stand for out-of-vocabulary words.
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -292,7 +292,7 @@ class TokenCount(_Sequences):
     """How many tokens there are.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
@@ -311,7 +311,7 @@ class SequenceCount(_Sequences):
     """How many sequences have any token.
 
     Attributes:
-      ignore: labels that do not count. Default: 0, padding.
+      ignore: labels that do not count, whatever numbers they are. Default: 0, padding.
       label: the feature with the labels, int [batch, length].
 
     Example:
