@@ -48,7 +48,8 @@ def aggregate(
 
 def _as_short(x: Any, like: jax.Array) -> Any:
     """Floats in the dtype of others."""
-    floats = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    dtypes = (x.dtype, like.dtype) if isinstance(x, jax.Array) else ()
+    floats = dtypes and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
     return x.astype(like.dtype) if floats else x
 
 
