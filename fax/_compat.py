@@ -154,9 +154,10 @@ def frames_of(eqn: JaxprEqn) -> list[tuple[str, int]]:
     return [(frame.file_name, frame.line_num) for frame in frames]
 
 
-def is_named_axis(effect: Any) -> bool:
-    """Whether an effect only says that an axis name is used."""
-    return type(effect).__name__ == "NamedAxisEffect"
+def is_named_axis(effect: Any, name: Any = None) -> bool:
+    """Whether an effect only says that an axis name is used, or that this one is."""
+    named = type(effect).__name__ == "NamedAxisEffect"
+    return named and (name is None or effect.name == name)
 
 
 # Rules of primitives

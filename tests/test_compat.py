@@ -256,6 +256,7 @@ def test_effects():
     named = jax.make_jaxpr(lambda x: lax.psum(x, "i"), axis_env=[("i", 2)])(X).effects
     assert named
     assert all(map(_compat.is_named_axis, named))
+    assert [_compat.is_named_axis(*named, name) for name in ("i", "j")] == [True, False]
 
 
 def test_literals_have_values():

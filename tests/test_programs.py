@@ -452,6 +452,22 @@ def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
     assert len(compilations()) == before > 0
 
 
+def test_clients_see_the_axis_of_a_vmap_around_a_program():
+    @fax.program(clients=3)
+    def program(s, x):
+        def client(x):
+            here = jax.lax.axis_index("sweep")
+            return x * here, jax.lax.psum(s * x, "sweep"), here > 0
+
+        scaled, total, counts = fax.map(client, x)
+        return scaled, fax.sum(total), fax.sum(x, where=counts)
+
+    x, s = np.arange(1.0, 4.0), np.array([1.0, 2.0])
+    found = jax.jit(jax.vmap(program, (0, None), axis_name="sweep"))(s, x)
+    for value, wanted in zip(found, ([0 * x, x], [18, 18], [0, 6]), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
 def test_without_jit_client_functions_see_concrete_values():
     seen = []
 
