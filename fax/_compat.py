@@ -142,6 +142,17 @@ def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[s
     return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
 
 
+def wrapped_function(param: Any) -> list[Any] | None:
+    """What an equation's parameter holds that JAX wraps around a user's function at every trace.
+
+    That is of a callback or a rule for batching, and None of any other parameter.
+    """
+    names = {"_FlatCallback": ("callback_func", "in_tree"), "ClosedRule": ("rule",)}
+    held = names.get(type(param).__name__)
+    known = held is not None and all(hasattr(param, name) for name in held)
+    return [getattr(param, name) for name in held] if held is not None and known else None
+
+
 def source_of(eqn: JaxprEqn) -> tuple[Any, Any]:
     """Where in the user's code an equation comes from, and its `jax.named_scope`."""
     return eqn.source_info.traceback, eqn.source_info.name_stack

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import io_callback
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
@@ -257,6 +258,23 @@ def test_effects():
     assert named
     assert all(map(_compat.is_named_axis, named))
     assert [_compat.is_named_axis(*named, name) for name in ("i", "j")] == [True, False]
+
+
+def test_functions_that_jax_wraps_at_every_trace():
+    def look(x):
+        return x
+
+    like = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    wraps = {
+        "pure_callback": lambda x: jax.pure_callback(look, like, x),
+        "io_callback": lambda x: io_callback(look, like, x),
+        Named.CUSTOM_VMAP: with_vmap,
+    }
+    for name, fn in wraps.items():
+        held = only(name, fn).params["rule" if name == Named.CUSTOM_VMAP else "callback"]
+        (function, *_) = _compat.wrapped_function(held) or [None]
+        assert callable(function), name
+    assert _compat.wrapped_function(look) is None
 
 
 def test_literals_have_values():
