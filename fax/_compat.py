@@ -136,6 +136,11 @@ def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -
     return aval.update(manual_axis_type=known.update(**left))
 
 
+def on_device(aval: Any) -> bool:
+    """Whether values of a type are in the memory of the device, where it can compute with them."""
+    return getattr(aval, "memory_space", jax.memory.Space.Device) == jax.memory.Space.Device
+
+
 def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:
     """Parameters of an equation inside axes that are already manual. They matter to `shard_map`."""
     axes = params.get("newly_manual_axes")

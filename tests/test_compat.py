@@ -260,6 +260,11 @@ def test_effects():
     assert [_compat.is_named_axis(*named, name) for name in ("i", "j")] == [True, False]
 
 
+def test_memories():
+    on_host = jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(X).out_avals
+    assert [_compat.on_device(aval) for aval in (jax.typeof(X), *on_host)] == [True, False]
+
+
 def test_functions_that_jax_wraps_at_every_trace():
     def look(x):
         return x
