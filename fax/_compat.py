@@ -7,6 +7,7 @@ each of these functions with the installed version.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,6 +140,12 @@ def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -
 def on_device(aval: Any) -> bool:
     """Whether values of a type are in the memory of the device, where it can compute with them."""
     return getattr(aval, "memory_space", jax.memory.Space.Device) == jax.memory.Space.Device
+
+
+def unchecked() -> contextlib.AbstractContextManager:
+    """A context in which types do not say what varies over manual axes, and nothing checks it."""
+    found = _names("jax._src.config", "_check_vma")
+    return contextlib.nullcontext() if found is None else found[0](False)
 
 
 def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:

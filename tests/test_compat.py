@@ -260,6 +260,20 @@ def test_effects():
     assert [_compat.is_named_axis(*named, name) for name in ("i", "j")] == [True, False]
 
 
+def test_what_varies_is_not_checked():
+    seen = []
+
+    def local(x):
+        with _compat.unchecked():
+            seen.append(jax.typeof(lax.axis_index("data")).manual_axis_type.varying)
+        seen.append(jax.typeof(lax.axis_index("data")).manual_axis_type.varying)
+        return x
+
+    with jax.set_mesh(mesh(data=2)):
+        jax.eval_shape(in_shard_map(local), X)
+    assert seen == [frozenset(), frozenset({"data"})]
+
+
 def test_memories():
     on_host = jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(X).out_avals
     assert [_compat.on_device(aval) for aval in (jax.typeof(X), *on_host)] == [True, False]
