@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
+from fax._compat import on_device
+
 
 def elements(shape: Iterable[Any]) -> int:
     """The number of elements. A size that is not known, as in some exports, counts as 2^40."""
@@ -66,7 +68,9 @@ def neutral(mode: str, aval: ShapedArray) -> jax.Array:
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return _no_keys(aval)
     value = identity("sum" if mode == "placed" else mode, aval.dtype)
-    return lax.broadcast(value, aval.shape)
+    total = lax.broadcast(value, aval.shape)
+    # What a policy of `jax.checkpoint` offloads is in the host's memory.
+    return total if on_device(aval) else jax.device_put(total, aval.memory_space)
 
 
 def _no_keys(aval: ShapedArray) -> jax.Array:

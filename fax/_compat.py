@@ -7,6 +7,7 @@ each of these functions with the installed version.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -136,10 +137,32 @@ def type_without_varying(aval: ShapedArray, axes: Iterable[str] | None = None) -
     return aval.update(manual_axis_type=known.update(**left))
 
 
+def on_device(aval: Any) -> bool:
+    """Whether values of a type are in the memory of the device, where it can compute with them."""
+    return getattr(aval, "memory_space", jax.memory.Space.Device) == jax.memory.Space.Device
+
+
+def unchecked() -> contextlib.AbstractContextManager:
+    """A context in which types do not say what varies over manual axes, and nothing checks it."""
+    found = _names("jax._src.config", "_check_vma")
+    return contextlib.nullcontext() if found is None else found[0](False)
+
+
 def nested_in_manual(params: Mapping[str, Any], manual: Iterable[str]) -> dict[str, Any]:
     """Parameters of an equation inside axes that are already manual. They matter to `shard_map`."""
     axes = params.get("newly_manual_axes")
     return dict(params) if axes is None else dict(params, newly_manual_axes=axes.difference(manual))
+
+
+def wrapped_function(param: Any) -> list[Any] | None:
+    """What an equation's parameter holds that JAX wraps around a user's function at every trace.
+
+    That is of a callback or a rule for batching, and None of any other parameter.
+    """
+    names = {"_FlatCallback": ("callback_func", "in_tree"), "ClosedRule": ("rule",)}
+    held = names.get(type(param).__name__)
+    known = held is not None and all(hasattr(param, name) for name in held)
+    return [getattr(param, name) for name in held] if held is not None and known else None
 
 
 def source_of(eqn: JaxprEqn) -> tuple[Any, Any]:
@@ -154,9 +177,10 @@ def frames_of(eqn: JaxprEqn) -> list[tuple[str, int]]:
     return [(frame.file_name, frame.line_num) for frame in frames]
 
 
-def is_named_axis(effect: Any) -> bool:
-    """Whether an effect only says that an axis name is used."""
-    return type(effect).__name__ == "NamedAxisEffect"
+def is_named_axis(effect: Any, name: Any = None) -> bool:
+    """Whether an effect only says that an axis name is used, or that this one is."""
+    named = type(effect).__name__ == "NamedAxisEffect"
+    return named and (name is None or effect.name == name)
 
 
 # Rules of primitives

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.experimental import io_callback
 from jax.extend.core import Literal, Primitive, Var, jaxpr_as_fun
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, reshard
@@ -256,6 +257,43 @@ def test_effects():
     named = jax.make_jaxpr(lambda x: lax.psum(x, "i"), axis_env=[("i", 2)])(X).effects
     assert named
     assert all(map(_compat.is_named_axis, named))
+    assert [_compat.is_named_axis(*named, name) for name in ("i", "j")] == [True, False]
+
+
+def test_what_varies_is_not_checked():
+    seen = []
+
+    def local(x):
+        with _compat.unchecked():
+            seen.append(jax.typeof(lax.axis_index("data")).manual_axis_type.varying)
+        seen.append(jax.typeof(lax.axis_index("data")).manual_axis_type.varying)
+        return x
+
+    with jax.set_mesh(mesh(data=2)):
+        jax.eval_shape(in_shard_map(local), X)
+    assert seen == [frozenset(), frozenset({"data"})]
+
+
+def test_memories():
+    on_host = jax.make_jaxpr(lambda x: jax.device_put(x, jax.memory.Space.Host))(X).out_avals
+    assert [_compat.on_device(aval) for aval in (jax.typeof(X), *on_host)] == [True, False]
+
+
+def test_functions_that_jax_wraps_at_every_trace():
+    def look(x):
+        return x
+
+    like = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    wraps = {
+        "pure_callback": lambda x: jax.pure_callback(look, like, x),
+        "io_callback": lambda x: io_callback(look, like, x),
+        Named.CUSTOM_VMAP: with_vmap,
+    }
+    for name, fn in wraps.items():
+        held = only(name, fn).params["rule" if name == Named.CUSTOM_VMAP else "callback"]
+        (function, *_) = _compat.wrapped_function(held) or [None]
+        assert callable(function), name
+    assert _compat.wrapped_function(look) is None
 
 
 def test_literals_have_values():

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import subsets
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
+from jaxprs import equations
+from meshes import mesh
 
 import fax
+from fax import _compat
 
 N = 7
 X = np.random.default_rng(0).uniform(0.5, 1.5, (N, 2))
@@ -545,6 +549,36 @@ def test_integer_outputs_have_float0_tangents(operator):
     _, pull = jax.vjp(program, X)
     (gradient,) = pull((np.zeros(steps.shape, jax.dtypes.float0), np.ones(2)))
     assert_close(gradient, np.ones((N, 2)))
+
+
+# The host's memory
+
+
+def test_residuals_that_a_policy_offloads():
+    """They are masked, and made in a loop, or on devices of which one has a participant more."""
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["kept"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def client(p, x):
+        return jnp.sum(jnp.sin(checkpoint_name(jnp.sin(p * x), "kept")))
+
+    @fax.program(clients=N)
+    def average(p, x):
+        return fax.mean(
+            fax.map(jax.checkpoint(client, policy=policy), fax.broadcast(p), x), where=MASK
+        )
+
+    slope = jax.grad(average)
+    kept = [v for e in equations(jax.make_jaxpr(slope)(0.7, X)) for v in e.outvars]
+    assert (N, 2) in [v.aval.shape for v in kept if not _compat.on_device(v.aval)]
+    expected = np.mean(np.sum(np.cos(np.sin(0.7 * X)) * np.cos(0.7 * X) * X, axis=1)[MASK])
+    for devices in 1, 2:
+        with jax.set_mesh(mesh(clients=devices)):
+            assert_close(jax.jit(slope)(0.7, X), expected)
 
 
 # Half precision

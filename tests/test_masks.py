@@ -195,6 +195,42 @@ def test_outputs_of_different_masks_that_are_batched(found, plain):
         np.testing.assert_allclose(slope, wanted, rtol=1e-12)
 
 
+@jax.custom_vjp
+def log(x):
+    return jnp.log(x)
+
+
+log.defvjp(lambda x: (log(x), x), lambda x, ct: (ct / x,))
+
+
+def test_a_client_with_a_custom_vjp_that_is_batched():
+    """Once, and once more: JAX cannot batch a derivative that such a rule has made."""
+
+    @fax.program(clients=len(D))
+    def program(w, d, mask, other):
+        updates = fax.map(lambda w, d: w**2 * log(d), fax.broadcast(w), d)
+        return fax.mean(updates, where=mask), fax.sum(updates, where=other)
+
+    masks, others = np.stack([MASK, MASK & OTHER]), np.stack([OTHER & MASK, MASK])
+
+    def total(w, *axes):
+        batched = program
+        for axis in axes:
+            batched = jax.vmap(batched, axis)
+        return sum(map(jnp.sum, batched(w, D, masks, others)))
+
+    once, twice = (None, None, 0, 0), (0, None, None, None)
+    slopes = jax.jit(
+        lambda w: (
+            jax.grad(total)(w, once),
+            jax.grad(lambda w: total(jnp.stack([w, w]), once, twice))(w),
+        )
+    )(W)
+    logs = [np.log(D[own]) for own in (*masks, *others)]
+    wanted = 2 * W * (logs[0].mean() + logs[1].mean() + logs[2].sum() + logs[3].sum())
+    np.testing.assert_allclose(slopes, [wanted, 2 * wanted], rtol=1e-12)
+
+
 def test_a_gradient_with_one_mask_is_one_round():
     jaxpr = jax.make_jaxpr(jax.grad(program(BETWEEN["a division"])))(W, D)
     rounds = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "federated_map"]

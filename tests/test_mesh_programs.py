@@ -120,6 +120,24 @@ def test_programs_in_a_shard_map(kind, check_vma, axes, axis, n):
         assert_close(both(spread)(p, put(d, axis)), want)
 
 
+def test_clients_see_an_axis_of_the_shard_map_around_a_program():
+    """All axes are manual, so nothing is left to divide, and JAX checks what varies over them."""
+
+    @fax.program(clients=3)
+    def program(p, d):
+        def client(p, d):
+            return p * d + lax.psum(p, "data") * d + lax.axis_index("data")
+
+        return fax.mean(fax.map(client, fax.broadcast(p), d))
+
+    d = np.arange(1.0, 4.0)
+    with jax.set_mesh(mesh(data=2, clients=2)):
+        spread = jax.shard_map(
+            lambda p: program(p[0], d)[None], in_specs=P("data"), out_specs=P("data")
+        )
+        np.testing.assert_allclose(jax.jit(spread)(np.array([1.0, 2.0])), [8.0, 11.0], rtol=1e-12)
+
+
 # Nested placements, and layouts
 
 

@@ -452,6 +452,63 @@ def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
     assert len(compilations()) == before > 0
 
 
+def test_clients_see_the_axis_of_a_vmap_around_a_program():
+    @fax.program(clients=3)
+    def program(s, x):
+        def client(x):
+            here = jax.lax.axis_index("sweep")
+            return x * here, jax.lax.psum(s * x, "sweep"), here > 0
+
+        scaled, total, counts = fax.map(client, x)
+        return scaled, fax.sum(total), fax.sum(x, where=counts)
+
+    x, s = np.arange(1.0, 4.0), np.array([1.0, 2.0])
+    found = jax.jit(jax.vmap(program, (0, None), axis_name="sweep"))(s, x)
+    for value, wanted in zip(found, ([0 * x, x], [18, 18], [0, 6]), strict=True):
+        np.testing.assert_array_equal(value, wanted)
+
+
+class Settings:
+    """An object of a class of one's own, so that every call of a program traces it again."""
+
+    scale = 2.0
+
+
+def test_what_every_trace_makes_anew_compiles_once(compilations):
+    """Constants, policies, callbacks and rules that are equal to those of the trace before."""
+    settings, seen = Settings(), []
+
+    @jax.custom_batching.custom_vmap
+    def double(x):
+        return settings.scale * x
+
+    double.def_vmap(lambda size, batched, x: (settings.scale * x, True))
+
+    @fax.program(clients=3)
+    def program(x, power):
+        def note(x, start=0.5, *, calls=None):
+            return note(x, start, calls=calls - 1) if calls else seen.append(float(x) + start)
+
+        def client(x):
+            jax.debug.callback(lambda x: note(x, calls=1), x)
+            keep = jax.checkpoint_policies.save_only_these_names("powers")
+            powers = jax.checkpoint(lambda x: x ** (1 + np.arange(power)), policy=keep)
+            shape = jax.ShapeDtypeStruct((), x.dtype)
+            called = jax.pure_callback(lambda x: x - power, shape, x)
+            return jnp.sum(jax.jit(lambda x: x * np.ones(power))(powers(x))) + double(x) + called
+
+        return fax.sum(fax.map(client, x))
+
+    x = np.arange(3.0)
+    assert program(x, 2) == 3 + 5 + 6 - 3
+    for power, again in ((2, False), (3, True)):
+        before = len(compilations())
+        program(x, power)
+        assert (len(compilations()) > before) == again
+    jax.effects_barrier()
+    assert sorted(seen) == [0.5] * 3 + [1.5] * 3 + [2.5] * 3
+
+
 def test_without_jit_client_functions_see_concrete_values():
     seen = []
 

@@ -416,6 +416,24 @@ def test_effects_run_once_per_participant(transform, vectorize):
     assert sorted(seen) == W.tolist()
 
 
+def test_effects_do_not_run_again_for_a_mask():
+    """A gradient computes masks once more, and what is recomputed for it says something."""
+
+    def noisy(**masks):
+        @jax.checkpoint
+        def client(row):
+            jax.debug.print("here")
+            return jnp.sin(row)
+
+        return lambda x: fax.sum(fax.map(client, x), **masks)
+
+    masked, everybody = (
+        count(jax.grad(program(noisy(**masks))), "debug_print", W)
+        for masks in ({"where": W > 0}, {})
+    )
+    assert masked == everybody > 0
+
+
 def test_two_maps_with_effects_keep_their_order():
     @program
     def noisy(x):

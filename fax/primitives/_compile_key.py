@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.api_util import debug_info
 from jax.extend import linear_util as lu
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
 
 from fax import _compat
 from fax.primitives._jaxpr import Atom, evaluate, opened
@@ -58,6 +58,9 @@ def _context(nothing: lu.WrappedFun) -> object:
 _NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
 
 
+Functions = tuple[FunctionType, ...]
+
+
 class _Identity:
     """Represents an object in a key that is equal only to itself, and keeps it alive."""
 
@@ -97,13 +100,41 @@ def _key(jaxpr: ClosedJaxpr | Jaxpr) -> Hashable:
         )
         for eqn in inner.eqns
     )
-    return inputs, eqns, tuple(map(read, inner.outvars)), tuple(map(_Identity, consts))
+    return inputs, eqns, tuple(map(read, inner.outvars)), tuple(map(_const_key, consts))
+
+
+def _const_key(value: Any) -> Hashable:
+    """A small array of NumPy is compared by value: each trace can make a new one."""
+    if isinstance(value, np.ndarray) and value.nbytes <= _MAX_BYTES:
+        return jax.typeof(value), np.asarray(value).tobytes()
+    return _Identity(value)
+
+
+_MAX_BYTES = 2**20  # beyond this, a comparison would take long
 
 
 def _params_key(eqn: JaxprEqn) -> Hashable:
     if eqn.primitive in (custom_jvp_call_p, custom_vjp_call_p):
         return _value_key(eqn.params[_compat.CALLS[eqn.primitive]])
-    return tuple((name, _value_key(value)) for name, value in sorted(eqn.params.items()))
+    params = dict(eqn.params)
+    if eqn.primitive is remat_p:
+        del params["policy"]  # for differentiation
+    return tuple((name, _value_key(value)) for name, value in sorted(params.items()))
+
+
+def _function_key(function: FunctionType, within: Functions) -> Hashable:
+    """A key for a function that a trace may have made anew, such as a callback.
+
+    It does the same as another one if it has the same code and holds the same objects.
+    """
+    if function in within:
+        return within.index(function)  # it calls itself
+    within = (*within, function)
+    key = _value_key if _is_of_jax(function) else _held_key
+    cells = (_contents(cell) for cell in function.__closure__ or ())
+    defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+    held = tuple(key(value, within) for value in (*cells, *defaults))
+    return function.__code__, _Identity(function.__globals__), held
 
 
 def _is_of_jax(function: FunctionType) -> bool:
@@ -111,22 +142,38 @@ def _is_of_jax(function: FunctionType) -> bool:
     return module is not None and module.partition(".")[0] == "jax"
 
 
-def _closure_key(function: FunctionType) -> Hashable:
-    """A key for a function that JAX makes at every call around a user's callback."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    defaults = (function.__defaults__, tuple((function.__kwdefaults__ or {}).items()))
-    return function.__code__, _value_key(cells), _value_key(defaults)
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been assigned yet
+        return cell
 
 
-def _value_key(value: Any) -> Hashable:
+def _held_key(value: Any, within: Functions) -> Hashable:
+    """A key for what a user's function holds. What can change is equal only to itself."""
+    if isinstance(value, FunctionType):
+        return _function_key(value, within)
+    if type(value) is tuple:
+        return tuple(_held_key(x, within) for x in value)
+    if value is None or type(value) in (bool, int, str, bytes):
+        return type(value), value
+    if type(value) in (float, complex):
+        return type(value), repr(value)  # NaN equals itself
+    return _Identity(value)
+
+
+def _value_key(value: Any, within: Functions = ()) -> Hashable:
     if isinstance(value, ClosedJaxpr | Jaxpr):
         return _key(value)
     if isinstance(value, tuple | list):
-        return (type(value), tuple(map(_value_key, value)))
+        return (type(value), tuple(_value_key(x, within) for x in value))
     if isinstance(value, dict):
-        return (dict, tuple((name, _value_key(x)) for name, x in value.items()))
-    if isinstance(value, FunctionType) and _is_of_jax(value):
-        return _closure_key(value)
+        return (dict, tuple((name, _value_key(x, within)) for name, x in value.items()))
+    if isinstance(value, FunctionType):
+        return _function_key(value, within)
+    wrapped = _compat.wrapped_function(value)
+    if wrapped is not None:
+        return (type(value), _value_key(wrapped, within))
     try:
         hash(value)
     except TypeError:

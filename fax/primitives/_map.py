@@ -33,7 +33,7 @@ from jax.interpreters import ad, batching
 from jax.interpreters import partial_eval as pe
 
 from fax._arithmetic import accumulator_dtype
-from fax._compat import register_dead_code, register_lowering_of_jaxprs
+from fax._compat import is_named_axis, register_dead_code, register_lowering_of_jaxprs
 from fax._placement import Placement
 from fax.primitives import _effects, _jaxpr
 from fax.primitives._halves import depends
@@ -66,7 +66,8 @@ def _abstract_eval(*_, **params):
 # Batching
 #
 # The client function is batched. The participants' axis of a placed value stays first, so its
-# batch axis comes second. Outputs that do not depend on a batched operand stay unbatched.
+# batch axis comes second. Outputs that do not depend on a batched operand stay unbatched, unless
+# the client function uses the axis by its name: its index in the batch can be in any of them.
 
 
 def _batch(axis, operands, dims, **params):
@@ -75,10 +76,16 @@ def _batch(axis, operands, dims, **params):
         x if dim is None else jnp.moveaxis(x, dim, int(i.mode == "placed"))
         for x, dim, i in zip(operands, dims, this.inputs, strict=True)
     ]
-    batched = depends(this.jaxpr, [dim is not None for dim in dims])
+    named = any(is_named_axis(effect, axis.name) for effect in this.jaxpr.effects)
+
+    def of_batch():
+        found = depends(this.jaxpr, [dim is not None for dim in dims])
+        return [named or b for b in found]
+
+    batched = of_batch()
     if any(batched[len(this.outputs) :]):
         this = mask_within(this)
-        batched = depends(this.jaxpr, [dim is not None for dim in dims])
+        batched = of_batch()
     vmapped = jax.vmap(
         functools.partial(_jaxpr.evaluate, this.jaxpr),
         in_axes=tuple(None if dim is None else 0 for dim in dims),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+from jax.extend.core.primitives import custom_vjp_call_p
 
 from fax._arithmetic import identity
 from fax.primitives import _jaxpr
@@ -45,7 +46,8 @@ def mask_within(this: Round) -> Round:
     Where a masked output does not count, its inputs have no derivatives, so that tangents and
     cotangents are zero on both sides of the client function. Under differentiation this evaluates
     the function once for each mask, unless all outputs have the same one and it does not depend on
-    the inputs that are differentiated.
+    the inputs that are differentiated. A function with a `jax.custom_vjp` is always evaluated that
+    often: as a rule of a `jax.custom_jvp` its derivative would be batched, which JAX cannot do.
     """
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
     decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]
@@ -61,21 +63,20 @@ def mask_within(this: Round) -> Round:
             this, *(lax.select(counts, x, still) if i else x for x, still, i in seen)
         )
 
-    def derivative(primals, tangents):
-        values, moved = [None] * len(this.outputs), [None] * len(this.outputs)
-        for mask, members in groups.items():
-            outs, out_tangents = jax.jvp(functools.partial(gated, mask), primals, tangents)
-            for k in members:
-                values[k], moved[k] = outs[k], out_tangents[k]
-        return values, moved
+    def separately(*rows):
+        outs = {mask: gated(mask, *rows) for mask in groups}
+        return [outs[out.mask][k] for k, out in enumerate(this.outputs)]
 
     work = jax.custom_jvp(functools.partial(_contribute, this))
-    work.defjvp(derivative)
+    work.defjvp(lambda primals, tangents: jax.jvp(separately, primals, tangents))
     once = len(groups) == 1 and not any(pick(decides, inexact))
-    jaxpr, _ = _jaxpr.trace(
-        functools.partial(gated, *groups) if once else work, this.jaxpr.in_avals
-    )
+    plain = once or _jaxpr.any_equation(this.jaxpr, _has_own_transpose)
+    jaxpr, _ = _jaxpr.trace(separately if plain else work, this.jaxpr.in_avals)
     return this.replace(jaxpr=jaxpr, outputs=tuple(Out(out.mode) for out in this.outputs))
+
+
+def _has_own_transpose(eqn: JaxprEqn) -> bool:
+    return eqn.primitive is custom_vjp_call_p
 
 
 def by_mask(this: Round) -> dict[int | None, list[int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn, Var
 
+from fax._compat import on_device
 from fax.primitives import _jaxpr
 from fax.primitives._halves import PartialEvaluation, hoist
 from fax.primitives._jaxpr import Atom
@@ -59,7 +60,9 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     residuals = pick(computed, expand((f is None for f in halves.forwarded), residuals))
     parts = known_round.contributions()
     values = len(parts)
-    parts += [Contribution(residual, "placed", mask) for residual in residuals]
+    for residual in residuals:
+        # One that a policy of `jax.checkpoint` offloads is where nothing can be computed.
+        parts.append(Contribution(residual, "placed", mask if on_device(residual.aval) else None))
     inner = known_round.jaxpr.jaxpr
     first = known_round.assemble(known_round.inputs, inner.invars, parts, [*inner.eqns, *extra])
     operands = [*halves.consts, *operands]

@@ -184,9 +184,14 @@ class Round:
         return self.replace(inputs=tuple(inputs), outputs=outputs, jaxpr=jaxpr)
 
     def masks(self, rows: Sequence[Any]) -> list[Any]:
-        """One participant's masks. Rows on which they do not depend can be anything."""
-        jaxpr, used = _jaxpr.prune(self.jaxpr, self.is_mask)
-        return _jaxpr.evaluate(jaxpr, *pick(used, rows))
+        """One participant's masks, computed again, without effects that they do not need.
+
+        Rows on which they do not depend can be anything.
+        """
+        count = len(self.outputs)
+        numbers = range(count, count + self.mask_count)
+        _, (jaxpr, used) = _jaxpr.parts(self.jaxpr, [[], numbers])  # effects are in the first
+        return _jaxpr.evaluate(jaxpr, *(rows[i] for i in used))
 
     def keep(self, wanted: Sequence[bool]) -> tuple[Round, list[bool]]:
         """Drops outputs, and returns which operands the others need."""
