@@ -1,5 +1,7 @@
 """What was compiled is found again for the same equations under the same settings only."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,65 @@ import pytest
 import fax
 
 KEY = jax.random.key(3)
+
+
+@pytest.fixture
+def compilations(caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        yield lambda: [r.message for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+def test_calling_twice_compiles_once(compilations):
+    @fax.program(clients=3)
+    def train(params, data):
+        def step(params, _):
+            def loss(p, row):
+                return jnp.sum(jax.nn.relu(p - row) ** 2)
+
+            grads = fax.map(jax.grad(loss), fax.broadcast(params), data)
+            return params - 0.1 * fax.mean(grads), None
+
+        return jax.lax.scan(step, params, None, length=4)[0]
+
+    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
+    first = train(params, data)
+    before = len(compilations())
+    assert before > 0
+    np.testing.assert_array_equal(train(params, data), first)
+    train(params + 1, data)
+    assert len(compilations()) - before <= 1  # the addition
+
+
+def test_the_rounds_of_a_gradient_compile_once_outside_of_jit(compilations):
+    @fax.program(clients=3)
+    def mean_loss(params, data):
+        losses = fax.map(lambda p, row: jnp.sum((p - row) ** 2), fax.broadcast(params), data)
+        return fax.mean(losses)
+
+    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
+    gradient = jax.grad(mean_loss)(params, data)
+    before = len(compilations())
+    np.testing.assert_array_equal(jax.grad(mean_loss)(params, data), gradient)
+    assert len(compilations()) == before > 0
+
+
+def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
+    def look(x):
+        pass
+
+    @fax.program(clients=3)
+    def program(rate, x):
+        jax.debug.callback(look, x)
+        return rate * fax.sum(x)
+
+    x = np.arange(3.0)
+    assert program(np.float64(0.5), x) == 1.5
+    before = len(compilations())
+    assert program(np.float64(2.0), x) == 6.0
+    assert len(compilations()) == before > 0
+
+
+# Settings
 
 
 def draw(partitionable):
@@ -70,3 +131,93 @@ def test_callbacks_without_a_module():
     program(jnp.arange(2.0))
     jax.effects_barrier()
     assert sorted(names["seen"]) == [0, 1]
+
+
+class Settings:
+    """An object of a class of one's own, so that every call of a program traces it again."""
+
+    scale = 2.0
+
+
+def test_what_every_trace_makes_anew_compiles_once(compilations):
+    """Constants, policies, callbacks and rules that are equal to those of the trace before."""
+    settings, seen = Settings(), []
+
+    @jax.custom_batching.custom_vmap
+    def double(x):
+        return settings.scale * x
+
+    double.def_vmap(lambda size, batched, x: (settings.scale * x, True))
+
+    @fax.program(clients=3)
+    def program(x, power):
+        def note(x, start=0.5, *, calls=None):
+            return note(x, start, calls=calls - 1) if calls else seen.append(float(x) + start)
+
+        def client(x):
+            jax.debug.callback(lambda x: note(x, calls=1), x)
+            keep = jax.checkpoint_policies.save_only_these_names("powers")
+            powers = jax.checkpoint(lambda x: x ** (1 + np.arange(power)), policy=keep)
+            shape = jax.ShapeDtypeStruct((), x.dtype)
+            called = jax.pure_callback(lambda x: x - power, shape, x)
+            return jnp.sum(jax.jit(lambda x: x * np.ones(power))(powers(x))) + double(x) + called
+
+        return fax.sum(fax.map(client, x))
+
+    x = np.arange(3.0)
+    assert program(x, 2) == 3 + 5 + 6 - 3
+    for power, again in ((2, False), (3, True)):
+        before = len(compilations())
+        program(x, power)
+        assert (len(compilations()) > before) == again
+    jax.effects_barrier()
+    assert sorted(seen) == [0.5] * 3 + [1.5] * 3 + [2.5] * 3
+
+
+def with_callback(note, x):
+    """Calls a program that is made anew, as is its callback."""
+
+    @fax.program(clients=3)
+    def program(x):
+        def client(x):
+            jax.debug.callback(note, x)
+            return x
+
+        return fax.sum(fax.map(client, x))
+
+    program(x)
+    jax.effects_barrier()
+
+
+def test_callbacks_assign_to_their_own_variables():
+    def counted(x):
+        count = 0
+
+        def note(_):
+            def one_more():
+                nonlocal count
+                count += 1
+
+            one_more()
+
+        with_callback(note, x)
+        return count
+
+    x = np.arange(3.0)
+    assert [counted(x), counted(x)] == [3, 3]
+
+
+def test_variables_of_callbacks_that_change_afterwards(compilations):
+    """The second callback has what the first one had at first, the third what it has now."""
+    seen, x = [], np.arange(3.0)
+
+    def scaled(by, then):
+        with_callback(lambda x: seen.append(by * float(x)), x)
+        by = then
+
+    for by, then, compiles in [(2.0, 5.0, True), (2.0, 2.0, True), (2.0, 3.0, False)]:
+        before = len(compilations())
+        scaled(by, then)
+        assert (len(compilations()) > before) == compiles
+        assert sorted(seen) == [0, 2, 4]
+        seen.clear()

@@ -1,7 +1,6 @@
 """Scope, leaves and dtypes: what a program does with its arguments and around itself."""
 
 import dataclasses
-import logging
 import threading
 from typing import NamedTuple
 
@@ -393,65 +392,6 @@ def test_a_client_that_finds_a_root():
     np.testing.assert_allclose(jax.jit(jax.vmap(program))(x[None]), [6.0], rtol=1e-12)
 
 
-# Compilation
-
-
-@pytest.fixture
-def compilations(caplog):
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        yield lambda: [r.message for r in caplog.records if "Compiling" in r.getMessage()]
-
-
-def test_calling_twice_compiles_once(compilations):
-    @fax.program(clients=3)
-    def train(params, data):
-        def step(params, _):
-            def loss(p, row):
-                return jnp.sum(jax.nn.relu(p - row) ** 2)
-
-            grads = fax.map(jax.grad(loss), fax.broadcast(params), data)
-            return params - 0.1 * fax.mean(grads), None
-
-        return jax.lax.scan(step, params, None, length=4)[0]
-
-    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
-    first = train(params, data)
-    before = len(compilations())
-    assert before > 0
-    np.testing.assert_array_equal(train(params, data), first)
-    train(params + 1, data)
-    assert len(compilations()) - before <= 1  # the addition
-
-
-def test_the_rounds_of_a_gradient_compile_once_outside_of_jit(compilations):
-    @fax.program(clients=3)
-    def mean_loss(params, data):
-        losses = fax.map(lambda p, row: jnp.sum((p - row) ** 2), fax.broadcast(params), data)
-        return fax.mean(losses)
-
-    params, data = np.ones(2), np.arange(6.0).reshape(3, 2)
-    gradient = jax.grad(mean_loss)(params, data)
-    before = len(compilations())
-    np.testing.assert_array_equal(jax.grad(mean_loss)(params, data), gradient)
-    assert len(compilations()) == before > 0
-
-
-def test_numbers_of_numpy_and_callbacks_do_not_compile_anew(compilations):
-    def look(x):
-        pass
-
-    @fax.program(clients=3)
-    def program(rate, x):
-        jax.debug.callback(look, x)
-        return rate * fax.sum(x)
-
-    x = np.arange(3.0)
-    assert program(np.float64(0.5), x) == 1.5
-    before = len(compilations())
-    assert program(np.float64(2.0), x) == 6.0
-    assert len(compilations()) == before > 0
-
-
 def test_clients_see_the_axis_of_a_vmap_around_a_program():
     @fax.program(clients=3)
     def program(s, x):
@@ -466,47 +406,6 @@ def test_clients_see_the_axis_of_a_vmap_around_a_program():
     found = jax.jit(jax.vmap(program, (0, None), axis_name="sweep"))(s, x)
     for value, wanted in zip(found, ([0 * x, x], [18, 18], [0, 6]), strict=True):
         np.testing.assert_array_equal(value, wanted)
-
-
-class Settings:
-    """An object of a class of one's own, so that every call of a program traces it again."""
-
-    scale = 2.0
-
-
-def test_what_every_trace_makes_anew_compiles_once(compilations):
-    """Constants, policies, callbacks and rules that are equal to those of the trace before."""
-    settings, seen = Settings(), []
-
-    @jax.custom_batching.custom_vmap
-    def double(x):
-        return settings.scale * x
-
-    double.def_vmap(lambda size, batched, x: (settings.scale * x, True))
-
-    @fax.program(clients=3)
-    def program(x, power):
-        def note(x, start=0.5, *, calls=None):
-            return note(x, start, calls=calls - 1) if calls else seen.append(float(x) + start)
-
-        def client(x):
-            jax.debug.callback(lambda x: note(x, calls=1), x)
-            keep = jax.checkpoint_policies.save_only_these_names("powers")
-            powers = jax.checkpoint(lambda x: x ** (1 + np.arange(power)), policy=keep)
-            shape = jax.ShapeDtypeStruct((), x.dtype)
-            called = jax.pure_callback(lambda x: x - power, shape, x)
-            return jnp.sum(jax.jit(lambda x: x * np.ones(power))(powers(x))) + double(x) + called
-
-        return fax.sum(fax.map(client, x))
-
-    x = np.arange(3.0)
-    assert program(x, 2) == 3 + 5 + 6 - 3
-    for power, again in ((2, False), (3, True)):
-        before = len(compilations())
-        program(x, power)
-        assert (len(compilations()) > before) == again
-    jax.effects_barrier()
-    assert sorted(seen) == [0.5] * 3 + [1.5] * 3 + [2.5] * 3
 
 
 def test_without_jit_client_functions_see_concrete_values():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-from collections.abc import Hashable
-from types import CellType, FunctionType
+from collections.abc import Callable, Hashable
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import jax
@@ -56,7 +57,6 @@ def _context(nothing: lu.WrappedFun) -> object:
 
 
 _NOTHING = lu.wrap_init(lambda: None, debug_info=debug_info("fax", lambda: None, (), {}))
-
 
 Functions = tuple[FunctionType, ...]
 
@@ -129,24 +129,53 @@ def _function_key(function: FunctionType, within: Functions) -> Hashable:
     """
     if function in within:
         return within.index(function)  # it calls itself
+    if _assigns_outside(function.__code__):
+        return _Identity(function)
     within = (*within, function)
     key = _value_key if _is_of_jax(function) else _held_key
-    cells = (_contents(cell) for cell in function.__closure__ or ())
+    cells = tuple(_Cell(cell, key, within) for cell in function.__closure__ or ())
     defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
-    held = tuple(key(value, within) for value in (*cells, *defaults))
-    return function.__code__, _Identity(function.__globals__), held
+    held = tuple(key(value, within) for value in defaults)
+    return function.__code__, _Identity(function.__globals__), cells, held
+
+
+class _Cell:
+    """A variable from outside of a function, equal to another one that now has an equal value.
+
+    The value is looked up in every comparison, as it may have been assigned since.
+    """
+
+    def __init__(self, cell: CellType, key: Callable, within: Functions):
+        self.cell, self.key, self.within = cell, key, within
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Cell) and (self.cell is other.cell or self.now() == other.now())
+
+    def now(self) -> Hashable:
+        try:
+            return self.key(self.cell.cell_contents, self.within)
+        except ValueError:  # nothing has been assigned yet
+            return _Identity(self.cell)
+
+
+@functools.lru_cache
+def _assigns_outside(code: CodeType) -> bool:
+    """Whether a function, or one within it, assigns to a variable that is `nonlocal`."""
+    if any(
+        instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
+        and instruction.argval in code.co_freevars
+        for instruction in dis.get_instructions(code)
+    ):
+        return True
+    return any(isinstance(x, CodeType) and _assigns_outside(x) for x in code.co_consts)
 
 
 def _is_of_jax(function: FunctionType) -> bool:
     module: str | None = function.__module__  # of a function from `exec` it can be None
     return module is not None and module.partition(".")[0] == "jax"
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing has been assigned yet
-        return cell
 
 
 def _held_key(value: Any, within: Functions) -> Hashable:
