@@ -89,7 +89,9 @@ def count(
         if least is not None:
             wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
         wanted = expected or wanted
-        raise error(f"{caller}: {name} is {_written(value)}, expected {wanted}{what and f', {what}'}.")
+        raise error(
+            f"{caller}: {name} is {_written(value)}, expected {wanted}{what and f', {what}'}."
+        )
     return found
 
 
