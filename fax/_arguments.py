@@ -58,7 +58,7 @@ def number(
         found = np.nan
     if not (np.isfinite(found) and above < found < below and least <= found <= most):
         expected = f"a number {bounds}".rstrip()
-        came = shown(value) if traced else f"{value!r:.80}"
+        came = shown(value) if traced else _written(value)
         raise error(f"{caller}: {name} is {came}, expected {expected}{what and f', {what}'}.")
     return value
 
@@ -89,7 +89,9 @@ def count(
         if least is not None:
             wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
         wanted = expected or wanted
-        raise error(f"{caller}: {name} is {value!r:.80}, expected {wanted}{what and f', {what}'}.")
+        raise error(
+            f"{caller}: {name} is {_written(value)}, expected {wanted}{what and f', {what}'}."
+        )
     return found
 
 
@@ -330,6 +332,12 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return of_type(value)
+
+
+def _written(value: Any) -> str:
+    """A value as it is written, or a description of it if that is long or has several lines."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else shown(value)
 
 
 def of_type(value: Any) -> str:

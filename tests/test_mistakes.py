@@ -328,6 +328,12 @@ MISTAKES = {
         "measure its steps. Use an optimizer that does not depend on the leaves of the "
         "parameters, such as optax.sgd(0.1).",
     ),
+    "an optimizer for a learning rate": (
+        lambda: algorithms.scaffold(loss, optax.sgd(0.1), num_clients=2),
+        ValueError,
+        "fax.algorithms.scaffold: client_learning_rate is a GradientTransformationExtraArgs, "
+        "expected a number above 0, the learning rate of plain SGD.",
+    ),
     "two numbers of clients": (
         lambda: algorithms.scaffold(
             algorithms.personal_parts(loss, "w", SGD, num_clients=2), 0.1, num_clients=3
@@ -600,7 +606,7 @@ MISTAKES = {
     "a table for clients": (
         lambda: data.InMemory(DataFrame()),
         data.DataError,
-        "fax.data.InMemory: clients is DataFrame, expected a mapping from client ids to their "
+        "fax.data.InMemory: clients is a DataFrame, expected a mapping from client ids to their "
         f"features. {DIVIDE}",
     ),
     "a table for a client": (
@@ -677,11 +683,34 @@ MISTAKES = {
         data.DataError,
         "fax.data.split: seed is 'a', expected an int from 0 to 2147483647.",
     ),
+    "a key of JAX for a seed": (
+        lambda: data.split(DATA, 1, seed=jax.random.key(0)),
+        data.DataError,
+        "fax.data.split: seed is key<fry>[], expected an int from 0 to 2147483647.",
+    ),
     "a share that is text": (
         lambda: data.split(DATA, "a"),
         data.DataError,
         "fax.data.split: held_out is 'a', expected an int from 1 to 1, so that a client is left to "
         "train with, or a share of the clients between 0 and 1.",
+    ),
+    "a function without return": (
+        lambda: data.map(DATA, lambda client_id, examples: None).client("ann"),
+        data.DataError,
+        "client 'ann': fn of fax.data.map returned None, expected the client's examples, a mapping "
+        "from names to arrays. Does it end without a return statement?",
+    ),
+    "ids of clients with a missing one": (
+        lambda: data.from_records([{"u": 1.0, "x": 1}, {"u": float("nan"), "x": 2}], "u"),
+        data.DataError,
+        "fax.data.from_records: column 'u' has 1 missing value, the first in row 1. Fill them, or "
+        "drop these rows.",
+    ),
+    "ids of clients that are floats": (
+        lambda: data.from_records([{"u": 1.0, "x": 1}, {"u": 2.0, "x": 2}], "u"),
+        data.DataError,
+        "fax.data.from_records: column 'u' has dtype float64, but ids of clients are ints, bools "
+        "or strings. Convert it first, for example by astype(int).",
     ),
     "a function of examples alone": (
         lambda: data.map(DATA, lambda examples: examples),

@@ -100,7 +100,8 @@ def scaffold(
       0.80
     """
     name = "fax.algorithms.scaffold"
-    _arguments.number(name, "client_learning_rate", client_learning_rate, above=0)
+    what = "the learning rate of plain SGD"
+    _arguments.number(name, "client_learning_rate", client_learning_rate, above=0, what=what)
     _arguments.number(name, "server_learning_rate", server_learning_rate, least=0)
 
     def client(server: Server, c_i: PyTree, data: Client) -> ClientResult:

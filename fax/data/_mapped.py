@@ -91,6 +91,11 @@ class Map:
         except Exception as error:
             error.add_note(f"This came from fn of fax.data.map, for client {client_id!r}.")
             raise
+        if after is None:
+            raise DataError(
+                f"client {client_id!r}: fn of fax.data.map returned None, expected the client's "
+                "examples, a mapping from names to arrays. Does it end without a return statement?"
+            )
         examples = checked_examples(client_id, after)
         if self._keeps_length and num_rows(examples) != length:
             raise DataError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fax import _arguments
 from fax.data._check_examples import (
     Schema,
     checked_examples,
@@ -48,7 +49,9 @@ class InMemory:
     def __init__(self, clients: Mapping[Any, Mapping[str, Any]], *, on_bad: str = "raise") -> None:
         where = "fax.data.InMemory"
         if not isinstance(clients, Mapping) or not clients:
-            found = "is empty" if isinstance(clients, Mapping) else f"is {type(clients).__name__}"
+            found = (
+                "is empty" if isinstance(clients, Mapping) else f"is {_arguments.of_type(clients)}"
+            )
             fix = frame_hint(clients, clients=True)
             raise DataError(
                 f"{where}: clients {found}, expected a mapping from client ids to their features."

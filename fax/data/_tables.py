@@ -131,6 +131,14 @@ def _array(where: str, name: str, column: Any) -> np.ndarray:
 
 def _divided(where: str, arrays: dict[str, np.ndarray], client: str, names: list[str]) -> InMemory:
     """Clients by the values of a column, which they keep if it is among the names of features."""
+    ids = arrays.get(client)
+    if ids is not None and ids.dtype.kind == "f" and ids.ndim == 1:
+        # pandas makes floats of a column of ints where some are missing.
+        check_nothing_missing(where, client, np.flatnonzero(np.isnan(ids)).tolist())
+        raise DataError(
+            f"{where}: column {client!r} has dtype {ids.dtype}, but ids of clients are ints, bools "
+            "or strings. Convert it first, for example by astype(int)."
+        )
     try:
         return partition.by_column(arrays, client, keep=client in names)
     except DataError as error:
