@@ -1128,3 +1128,21 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
         lambda cohort: fax.map(lambda own: seen.append(repr(own)), cohort.clients())
     )(COHORT)
     assert seen[0] == "Client(steps=1, batch_size=3, features=x float32[], y int32[])"
+
+
+def test_errors_of_a_loss_say_how_it_is_called():
+    def swapped(batch, model_state, params, key):
+        return loss(params, batch, key)
+
+    params = PARAMS | {f"b{i}": jnp.zeros(()) for i in range(9)}
+    algorithm = algorithms.fedavg(swapped, SGD)
+    with pytest.raises(KeyError) as caught:
+        jax.jit(algorithm.round)(algorithm.init(params, jnp.ones(2)), COHORT)
+    shown = ", ".join(f"['b{i}'] float64[]" for i in range(8))
+    assert caught.value.__notes__[:5] == [  # JAX adds one of its own
+        "This came from the loss, which fax calls as loss(params, model_state, batch, key).",
+        f"  params: {shown}, and 2 more",
+        "  model_state: float64[2]",
+        "  batch: ['x'] float32[3], ['y'] int32[3]",
+        "  key: key<fry>[]",
+    ]
