@@ -1,5 +1,6 @@
 """Cohorts hold what their definition says, on every device and in every round."""
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -22,6 +23,7 @@ import fax
 from fax._keys import Use, derive
 from fax.data import _batching, _prefetch, _resident, _samplers
 from fax.data._batching import Batching
+from fax.data._prefetch import Prefetch
 
 SIZES = [1, 2, 3, 5, 8, 13, 21, 34, 7, 7, 7, 40]
 HALVES = np.array([1, 0.5], np.float32)
@@ -801,6 +803,23 @@ def test_closing_ends_a_round_between_two_clients():
     gate.open.set()
     rounds.close()
     assert gate.calls[-1] == "client 3"
+
+
+def test_threads_that_share_an_iterator_get_each_cohort_once(monkeypatch):
+    """They used to start a thread each, and both got the first rounds."""
+    entered, start = threading.Barrier(2, timeout=5), Prefetch.__init__
+
+    def both_first(self, *given):  # a second thread comes here too, if nothing keeps it out
+        with contextlib.suppress(threading.BrokenBarrierError):
+            entered.wait(0.2)
+        start(self, *given)
+
+    monkeypatch.setattr(Prefetch, "__init__", both_first)
+    with fax.data.cohorts(population(), 2, 4) as rounds:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: next(rounds), range(2)))
+        keys = {jax.random.key_data(cohort.keys).tobytes() for cohort in found}
+        assert (len(keys), rounds.round) == (2, 2)
 
 
 def test_a_closed_iterator_has_no_more_rounds():

@@ -2,8 +2,10 @@
 
 import builtins
 import json
+import math
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -132,6 +134,10 @@ def test_records():
     assert hashes.client("5")["x"].dtype == np.uint64
     listed = fax.data.InMemory({"ada": {"x": [1, 2**63 + 1], "y": [0.5, 1e30]}})
     assert listed.client("ada")["x"].tolist() == [1, 2**63 + 1]
+    for ints in ([np.uint64(2**60 + 1), 5], [np.uint64(2**60 + 1), -5]):
+        assert fax.data.InMemory({"ada": {"x": ints}}).client("ada")["x"].tolist() == ints
+    with pytest.raises(DataError, match="'x' mixes strings and int"):
+        fax.data.InMemory({"ada": {"x": ["a", 1]}})
     with pytest.raises(DataError, match="'x' has dtype object"):
         fax.data.InMemory({"ada": {"x": [-1, 2**63]}})
 
@@ -447,7 +453,30 @@ def test_padding_and_cropping():
     cropped = fax.data.crop(images, (4, 5))
     np.testing.assert_array_equal(cropped[0], images[0][0:4, 1:6])
     np.testing.assert_array_equal(cropped[2], images[2][1:5, 0:5])
+    hashes = [[2**63 + 1], np.array([1])]  # NumPy would make floats of both
+    for found in (fax.data.pad(hashes, 1), fax.data.crop(hashes, 1)):
+        assert found.tolist() == [[2**63 + 1], [1]]
+    assert fax.data.pad([np.uint64([7]), [-(2**62) - 1]], 1).tolist() == [[7], [-(2**62) - 1]]
+    words = fax.data.pad([np.array([b"a\0"], object), [b"b", b"c"]], 2, value=b"")
+    assert words.tolist() == [[b"a\0", b""], [b"b", b"c"]]
+    for value in (0.1, math.nan, math.inf):
+        halves = fax.data.pad([np.ones(1, ml_dtypes.bfloat16)], 2, value=value)
+        assert halves.dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(np.float64(halves[0]), [1, value], rtol=4e-3)
+    days = fax.data.pad([np.array(["2020-01-01"], "M8[D]")], 2, value=np.datetime64("NaT", "D"))
+    assert np.isnat(days).tolist() == [[False, True]]
     for call, message in [
+        (lambda: fax.data.pad([np.float16([1])], 2, value=1e6), "value is 1000000.0, which the"),
+        (lambda: fax.data.pad([[1.0]], 2, value=1j), "value is 1j, which the rows' dtype float64"),
+        (lambda: fax.data.pad([[1]], 2, value=None), "value is None, which the rows' dtype int64"),
+        (lambda: fax.data.pad([[1]], 2, value=[1, 2]), r"value is \[1, 2\], which the rows'"),
+        (lambda: fax.data.pad([["a\0"], ["b"]], 1, value=""), "row 0 has a string that ends with"),
+        (lambda: fax.data.pad([["a", 1]], 2, value=""), "row 0 mixes strings and int"),
+        (lambda: fax.data.crop([["a"], [1]], 1), "rows have dtype <U1 and int64. Convert them"),
+        (lambda: fax.data.pad([[2**63], [-1]], 1), "rows have dtype uint64 and int64. Convert"),
+        (lambda: fax.data.pad([np.ma.array([1], mask=[True])], 1), "row 0 is a masked array"),
+        (lambda: fax.data.pad(["ab"], 2), r"row 0 has the shape \(\), expected at least 1 axis"),
+        (lambda: fax.data.crop(5, 2), "rows is 5, expected a list of arrays"),
         (lambda: fax.data.pad(rows, 2), "row 0 has the length 3 in axis 0, more than 2"),
         (lambda: fax.data.pad([], 2), "there are no rows"),
         (lambda: fax.data.pad([[1]], 0), "shape is 0"),

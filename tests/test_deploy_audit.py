@@ -33,6 +33,11 @@ def test_a_sum_under_a_mask_of_the_server_is_flagged():
     audit = statement(of_one, rows=ROWS, who=np.arange(3) == 1)
     assert audit.chosen == {"[0]['x']": ("bool[]",)}
 
+    thrice = fax.program(clients=3)(lambda rows, at: fax.sum(rows["x"][at]))
+    audit = statement(thrice, rows=ROWS, at=np.array([1, 1, 1]))
+    assert audit.chosen == {"[0]['x']": ("rows chosen by number",)}
+    assert "rows chosen by number are all of one client" in str(audit)
+
 
 def test_a_cohort_of_one_sends_rows():
     @fax.program(clients=1)

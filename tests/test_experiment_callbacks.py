@@ -29,10 +29,12 @@ class Run:
         if reasons := list(filter(None, starts)):
             return reasons[0]
         while self.round < (until or self.rounds):
-            self.round += min(self.rounds_per_call, self.rounds - self.round)
-            self.metrics, self.results, self.params = values(self.round)
+            self.block = min(self.rounds_per_call, self.rounds - self.round)
+            for _ in range(self.block):
+                self.round += 1
+                self.metrics, self.results, self.params = values(self.round)
+                self.history.append({"round": self.round, **self.metrics, **self.results})
             self.state = self.params
-            self.history.append({"round": self.round, **self.metrics, **self.results})
             if reasons := list(filter(None, [own.after_round(self) for own in callbacks])):
                 return reasons[0]
         return None
@@ -91,6 +93,21 @@ def test_a_target_stops_a_run(sign, mode):
         assert run.round == 8
         assert reason == f"test/loss is {sign * 1.5}, and the target was {sign * 1.5}"
     assert Run(4).go(experiment.StopAt("test/loss", 0, mode), values=evaluated(values)) is None
+
+
+def test_all_rounds_of_a_block_are_looked_at():
+    """Otherwise a run that a target did not stop would stay stopped when it is resumed."""
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 0.5]
+    for callback, stops in [
+        (experiment.StopAt("loss", 1.0, "min"), 3),
+        (experiment.EarlyStopping("loss", 3, "min"), 6),
+    ]:
+        run = Run(6, rounds_per_call=3)
+        for _ in range(2):
+            reason = run.go(callback, values=lambda r: ({"loss": losses[r - 1]}, {}, 0))
+            assert reason
+            assert run.round == stops
+    assert callback.state == {"best": 1.0, "round": 2, "waited": 3}
 
 
 @pytest.mark.parametrize(

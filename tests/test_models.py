@@ -344,6 +344,9 @@ def test_squared_error():
     losses, metrics = jax.device_get(jax.jit(fax.models.squared_error)(found, {"y": targets}))
     np.testing.assert_allclose(losses, [((a - b) ** 2).mean() for a, b in zip(found, targets)])
     assert metrics == {}
+    pixels = jnp.array([[200, 100]], jnp.uint8)  # whose differences and squares do not fit
+    assert fax.models.squared_error(jnp.zeros_like(pixels), {"y": pixels})[0].tolist() == [25000]
+    assert fax.models.squared_error(jnp.ones((0, 3)), {"y": jnp.ones((0, 3))})[0].shape == (0,)
 
 
 @pytest.mark.parametrize("length", [None, 7.0])
@@ -426,6 +429,10 @@ def test_features_that_do_not_fit(name, x, message):
         (
             lambda: fax.models.squared_error(jnp.ones((3, 1)), {"y": jnp.ones(3)}),
             r"predictions have shape \(3, 1\) and targets \(3,\), expected a prediction for each",
+        ),
+        (
+            lambda: fax.models.squared_error(jnp.ones(()), {"y": jnp.ones(())}),
+            r"predictions are a scalar, expected \[batch, ...\]",
         ),
         (
             lambda: fax.models.cross_entropy(jnp.ones((3, 2)), {"y": jnp.ones(3)}),

@@ -117,31 +117,31 @@ def exact_array(value: Any) -> np.ndarray:
     """An array of these values. NumPy would round ints to floats if int64 is too short for one."""
     array = np.asarray(value)
     given = hasattr(value, "dtype") or array.dtype != np.float64
-    if given or not (np.abs(array) >= 2.0**63).any():
+    if given or not (np.abs(array) >= 2.0**53).any():
         return array
     values = np.asarray(value, object)
     if not all(isinstance(v, int | np.integer) for v in values.flat):
         return array
-    return values if values.min() < 0 else values.astype(np.uint64)
+    dtype = common_ints(values.min(), values.max())
+    return values if dtype is None else values.astype(dtype)
 
 
-def _array(where: str, value: Any) -> np.ndarray:
-    """A feature as a read-only array."""
-    if isinstance(value, Mapping):
-        raise DataError(
-            f"{where} is {_arguments.of_type(value)}, expected an array. Features are a flat "
-            "mapping: make each of its entries a feature of its own."
-        )
+def common_ints(lowest: int, highest: int) -> np.dtype | None:
+    """A dtype of 64 bits for ints from the lowest to the highest, or None if there is none."""
+    for dtype in (np.dtype(np.uint64), np.dtype(np.int64)):
+        if np.iinfo(dtype).min <= lowest and highest <= np.iinfo(dtype).max:
+            return dtype
+    return None
+
+
+def unchanged_array(where: str, value: Any) -> np.ndarray:
+    """An array of numbers or strings. What NumPy would change or drop silently is an error."""
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
     try:
         array = exact_array(value)
     except Exception as error:  # __array__ may raise anything
         raise DataError(f"{where} cannot be made an array: {error}") from error
-    if array.ndim == 0:
-        raise DataError(
-            f"{where} is a scalar, {array.dtype}, expected an array with a row for each example."
-        )
     if array.dtype.hasobject and not all(isinstance(v, (str, bytes)) for v in array.flat):
         raise DataError(
             f"{where} has dtype object, expected numbers, bools or strings. If its rows have "
@@ -151,6 +151,11 @@ def _array(where: str, value: Any) -> np.ndarray:
     text = array if array.dtype.hasobject else np.array(0)
     if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
         text = np.asarray(value, object)
+        kinds = sorted({type(v).__name__ for v in text.flat if not isinstance(v, (str, bytes))})
+        if kinds:
+            raise DataError(
+                f"{where} mixes strings and {' and '.join(kinds)}. Convert it to one type."
+            )
         if any(v[-1:] in ("\0", b"\0") for v in text.flat):
             raise DataError(
                 f"{where} has a string that ends with a zero, which NumPy would drop. Pass an "
@@ -158,6 +163,21 @@ def _array(where: str, value: Any) -> np.ndarray:
             )
     if len({isinstance(v, bytes) for v in text.flat}) > 1:
         raise DataError(f"{where} mixes str and bytes. Decode or encode one of them.")
+    return array
+
+
+def _array(where: str, value: Any) -> np.ndarray:
+    """A feature as a read-only array."""
+    if isinstance(value, Mapping):
+        raise DataError(
+            f"{where} is {_arguments.of_type(value)}, expected an array. Features are a flat "
+            "mapping: make each of its entries a feature of its own."
+        )
+    array = unchanged_array(where, value)
+    if array.ndim == 0:
+        raise DataError(
+            f"{where} is a scalar, {array.dtype}, expected an array with a row for each example."
+        )
     if array.dtype == bool and (highest := np.max(array.view(np.uint8), initial=0)) > 1:
         raise DataError(
             f"{where} has bools with the byte {highest}, expected 0 or 1. The file that they were "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -144,7 +145,8 @@ class Cohorts(Iterator[Cohort]):
     """What `cohorts` returns: an endless iterator over cohorts.
 
     It can be used as a context manager, whose end closes the thread that works ahead. The thread
-    also ends when nothing refers to the iterator any more.
+    also ends when nothing refers to the iterator any more. Several threads may call ``next``: each
+    cohort goes to one of them.
 
     Attributes:
       shapes: how many cohorts so far had each shape (clients, steps, batch). A jitted round is
@@ -167,20 +169,23 @@ class Cohorts(Iterator[Cohort]):
     def __init__(self, builder: CohortBuilder, start: int, ahead: int) -> None:
         self._builder, self._ahead = builder, ahead
         self._items: Prefetch | None = None
-        self._closed = False
+        self._closed, self._lock = False, threading.Lock()
         self._needed = self._computed = 0
         self._round = start
         self.shapes = {}
         self.examples = 0
 
     def __next__(self) -> Cohort:
-        if self._closed:
-            raise StopIteration
-        if self._items is None:
-            self._items = Prefetch(self._builder, self.round, self._ahead)
-        cohort, plan = next(self._items)
-        self._note(cohort.mask.shape, plan)
-        self._round += 1
+        with self._lock:
+            if self._closed:
+                raise StopIteration
+            if self._items is None:
+                self._items = Prefetch(self._builder, self.round, self._ahead)
+            items = self._items
+        cohort, plan = next(items)  # without the lock, so that the iterator can be closed
+        with self._lock:
+            self._note(cohort.mask.shape, plan)
+            self._round += 1
         return cohort
 
     @property
@@ -275,9 +280,10 @@ class Cohorts(Iterator[Cohort]):
         It waits a few seconds at most for a client that is being read. If a function that reads or
         prepares examples hangs, a warning names it, and the thread ends when the function returns.
         """
-        self._closed = True
-        if self._items is not None:
-            self._items.close()
+        with self._lock:
+            self._closed, items = True, self._items
+        if items is not None:
+            items.close()
 
     def __enter__(self) -> Cohorts:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
+from fax.data._check_examples import common_ints, is_numeric, unchanged_array
 from fax.data._protocol import DataError
 
 
@@ -25,11 +27,11 @@ def pad(
       truncate: whether longer rows lose their end. By default they are an error.
 
     Returns:
-      An array ``[rows, *shape, ...]`` with the dtype of the rows.
+      An array ``[rows, *shape, ...]`` with the dtype of the rows, or one that holds all of theirs.
 
     Raises:
-      DataError: if there are no rows, a row is longer and ``truncate`` is False, or the other axes
-        differ.
+      DataError: if there are no rows, a row is longer and ``truncate`` is False, the other axes
+        differ, or no dtype holds all rows and ``value``.
 
     Example:
 
@@ -58,8 +60,8 @@ def pad(
                 f"{where}: row {i} has the length {array.shape[axis]} in axis {axis}, more than "
                 f"{wanted[axis]}. Pass a larger shape, or truncate=True to drop its end."
             )
-    dtype = np.result_type(*{array.dtype for array in arrays})
-    if dtype.kind not in "fc" and np.array(value).astype(dtype) != value:
+    dtype = arrays[0].dtype
+    if not _holds(dtype, value):
         raise DataError(
             f"{where}: value is {value!r:.80}, which the rows' dtype {dtype} cannot hold."
         )
@@ -80,10 +82,11 @@ def crop(rows: Iterable[Any], shape: int | Sequence[int]) -> np.ndarray:
         rows.
 
     Returns:
-      An array ``[rows, *shape, ...]`` with the dtype of the rows.
+      An array ``[rows, *shape, ...]`` with the dtype of the rows, or one that holds all of theirs.
 
     Raises:
-      DataError: if there are no rows, a row is smaller, or the other axes differ.
+      DataError: if there are no rows, a row is smaller, the other axes differ, or no dtype holds
+        all rows.
 
     Example:
 
@@ -119,16 +122,64 @@ def _shape(where: str, shape: Any) -> tuple[int, ...]:
 
 
 def _rows(where: str, rows: Any, ndim: int) -> list[np.ndarray]:
-    """The rows as arrays that differ in their first axes alone."""
-    arrays = [np.asarray(row) for row in rows]
+    """The rows as arrays of one dtype that differ in their first axes alone."""
+    if not isinstance(rows, Iterable) or isinstance(rows, str | bytes):
+        raise DataError(f"{where}: rows is {_arguments.shown(rows)}, expected a list of arrays.")
+    arrays = [unchanged_array(f"{where}: row {i}", row) for i, row in enumerate(rows)]
     if not arrays:
         raise DataError(f"{where}: there are no rows.")
     for i, array in enumerate(arrays):
-        if array.ndim < ndim or array.shape[ndim:] != arrays[0].shape[ndim:]:
+        if array.ndim < ndim:
+            raise DataError(
+                f"{where}: row {i} has the shape {array.shape}, expected at least {ndim} "
+                f"{'axis' if ndim == 1 else 'axes'}."
+            )
+        if array.shape[ndim:] != arrays[0].shape[ndim:]:
             raise DataError(
                 f"{where}: row {i} has the shape {array.shape}, but row 0 {arrays[0].shape}. Rows "
                 f"may differ only in the first {ndim} of their axes."
             )
     # An empty list has the dtype float64, which says nothing.
-    known = [array.dtype for array in arrays if array.size] or [arrays[0].dtype]
-    return [array if array.size else array.astype(known[0]) for array in arrays]
+    dtype = _common_dtype(where, [array for array in arrays if array.size] or arrays[:1])
+    return [array.astype(dtype, copy=False) for array in arrays]
+
+
+def _common_dtype(where: str, arrays: Sequence[np.ndarray]) -> np.dtype:
+    """The dtype that holds the values of all arrays. NumPy would round some ints to floats."""
+    dtypes = list(dict.fromkeys(array.dtype for array in arrays))
+    common: np.dtype | None = None
+    if len(set(map(_kind, arrays))) == 1:
+        with contextlib.suppress(TypeError):  # such as fields of different names
+            common = np.result_type(*dtypes)
+    if common is not None and common.kind == "f" and all(x.kind in "biu" for x in dtypes):
+        common = common_ints(min(int(x.min()) for x in arrays), max(int(x.max()) for x in arrays))
+    if common is None or not (is_numeric(common) or common.kind in "OSUMm"):
+        shown = " and ".join(map(str, dtypes))
+        raise DataError(f"{where}: rows have dtype {shown}. Convert them to one that holds all.")
+    return common
+
+
+def _kind(array: np.ndarray) -> str:
+    """Whether an array has bytes, text, times or numbers."""
+    if array.dtype.hasobject:
+        return "S" if isinstance(next(array.flat, None), bytes) else "U"
+    return array.dtype.kind if array.dtype.kind in "SUMm" else "number"
+
+
+def _holds(dtype: np.dtype, value: Any) -> bool:
+    """Whether a dtype can hold a value. A float may be rounded, but may not become infinite."""
+    try:
+        if np.ndim(value) != 0 or (np.iscomplexobj(value) and dtype.kind != "c"):
+            return False
+        with np.errstate(all="ignore"):
+            own = np.array(value).astype(dtype)
+            if not is_numeric(dtype):
+                return bool(own == value) or (
+                    dtype.kind in "mM" and isinstance(value, dtype.type) and bool(np.isnat(value))
+                )
+            if np.array(0.5).astype(dtype) != 0.5:  # ints and bools
+                return bool(own == value)
+            found, given = own.astype(complex), complex(value)
+            return all(f(found) == f(given) for f in (np.isnan, np.isinf))
+    except (TypeError, ValueError, OverflowError):
+        return False

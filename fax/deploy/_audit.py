@@ -93,7 +93,8 @@ class Audit:
         """For each input, how it can reach the server.
 
         ``never``, ``only through sums over n``, ``through sums, maxima or minima over n``, or
-        ``as rows``. The first two are proven for all values.
+        ``as rows``. The first two are proven for all values. ``n`` counts
+        rows: if `chosen` has rows chosen by number, several of them may be of one client.
         """
         return {name: self._statement(name) for name in self.inputs}
 
@@ -321,7 +322,7 @@ def _kinds(exchange: Exchange) -> Mapping[str, None]:
 
 _LIMITS = (
     "Not proven: that a sum hides a client's row. It does not if all others contribute zero, if",
-    "the server compares sums over different clients, or if it reads what each client sends before",
-    "it adds. With quorum=, sums are over the clients that are left. Norms that clipping promises,",
-    "noise and epsilon are not proven either.",
+    "rows chosen by number are all of one client, if the server compares sums over different",
+    "clients, or if it reads what each client sends before it adds. With quorum=, sums are over",
+    "the clients that are left. Norms that clipping promises, noise and epsilon are not proven.",
 )

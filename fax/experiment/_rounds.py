@@ -40,6 +40,7 @@ class Run:
       cohorts: as passed to `run`.
       rounds: how many rounds there will be in all.
       rounds_per_call: how many of them are in one program.
+      block: how many rounds the last program had.
       folder: of the run, or None.
       callbacks: as passed to `run`.
       evaluations: the names of the evaluations.
@@ -57,6 +58,7 @@ class Run:
     cohorts: Cohorts
     rounds: int
     rounds_per_call: int
+    block: int
     folder: Path | None
     callbacks: tuple[Any, ...]
     evaluations: tuple[str, ...]
@@ -83,7 +85,7 @@ class Run:
         self.rounds, self.rounds_per_call, self.folder = rounds, rounds_per_call, folder
         self.callbacks, self.keep = tuple(callbacks), keep or Keep()
         self.evaluations = tuple(evaluations)
-        self.round, self.reason = 0, ""
+        self.round, self.block, self.reason = 0, 0, ""
         self.results: dict[str, float] = {}
         self.measured: dict[str, np.ndarray] = {}
         self.history: list[dict[str, Any]] = []
@@ -154,6 +156,7 @@ class Run:
             self.state, metrics = self._many(self.state, self.cohorts, rounds)
         self._pending.append((self.round + 1, before, rounds, metrics))
         self.round += rounds
+        self.block = rounds
         self.results = {}
 
     def fetch(self) -> None:

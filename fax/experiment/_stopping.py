@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class EarlyStopping:
     """Stops a run when a metric has not improved for some time.
 
-    A metric that is NaN has not improved.
+    A metric that is NaN has not improved. With blocks of several rounds, a metric of the algorithm
+    has a value for each of them, and the run stops at the end of a block.
 
     Attributes:
       state: the ``"best"`` value, the ``"round"`` it is from, and how many values since then did
@@ -58,14 +59,14 @@ class EarlyStopping:
 
     def after_round(self, run: Run) -> str | None:
         """Compares the metric with its best value."""
-        value = _metric(self._where, self._metric, run)
-        if value is None:
-            return None
-        if self._sign * value > self._sign * self.state["best"]:
-            self.state = {"best": value, "round": run.round, "waited": 0}
-        else:
-            self.state = {**self.state, "waited": self.state["waited"] + 1}
-        return self._reason()
+        for number, value in _values(self._where, self._metric, run):
+            if self._sign * value > self._sign * self.state["best"]:
+                self.state = {"best": value, "round": number, "waited": 0}
+            else:
+                self.state = {**self.state, "waited": self.state["waited"] + 1}
+            if reason := self._reason():
+                return reason
+        return None
 
     def _reason(self) -> str | None:
         if self.state["waited"] < self._patience:
@@ -75,7 +76,7 @@ class EarlyStopping:
 
 
 class StopAt:
-    """Stops a run when a metric reaches a target.
+    """Stops a run when a metric reaches a target, at the end of a block of rounds.
 
     Args:
       metric: the name of a metric of the algorithm or of an evaluation, such as ``"test/loss"``.
@@ -103,8 +104,8 @@ class StopAt:
 
     def after_round(self, run: Run) -> str | None:
         """Compares the metric with its target."""
-        value = _metric(self._where, self._metric, run)
-        return None if value is None else self._reason(value)
+        values = _values(self._where, self._metric, run)
+        return next(filter(None, (self._reason(value) for _, value in values)), None)
 
     def _reason(self, value: float) -> str | None:
         if not self._sign * value >= self._sign * self._target:
@@ -146,6 +147,16 @@ class StopAfter:
 
 def _sign(where: str, mode: str) -> int:
     return {"min": -1, "max": 1}[_arguments.choice(where, "mode", mode, ("min", "max"))]
+
+
+def _values(where: str, name: str, run: Run) -> list[tuple[int, float]]:
+    """The rounds and values of a metric in the last block of rounds."""
+    value = _metric(where, name, run)
+    if value is None:
+        return []
+    earlier = [] if name in run.results else run.history[-run.block : -1]
+    found = [(row["round"], float(row[name])) for row in earlier if name in row]
+    return [*found, (run.round, value)]
 
 
 def _metric(where: str, name: str, run: Run) -> float | None:

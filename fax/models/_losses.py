@@ -84,8 +84,15 @@ def squared_error(predictions: jax.Array, batch: Batch) -> Losses:
             f"fax.models.squared_error: predictions have shape {predictions.shape} and targets "
             f"{targets.shape}, expected a prediction for each target."
         )
+    if predictions.ndim == 0:
+        raise ValueError(
+            "fax.models.squared_error: predictions are a scalar, expected [batch, ...]."
+        )
+    dtype = jnp.result_type(predictions, targets)
+    if not jnp.issubdtype(dtype, jnp.inexact):  # differences of ints, such as uint8, may overflow
+        predictions, targets = predictions.astype(jnp.float32), targets.astype(jnp.float32)
     squares = jnp.square(predictions - targets)
-    return jnp.mean(squares.reshape(len(squares), -1), axis=-1), {}
+    return jnp.mean(squares, axis=tuple(range(1, squares.ndim))), {}
 
 
 def sequence_cross_entropy(
