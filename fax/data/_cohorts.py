@@ -169,7 +169,7 @@ class Cohorts(Iterator[Cohort]):
     def __init__(self, builder: CohortBuilder, start: int, ahead: int) -> None:
         self._builder, self._ahead = builder, ahead
         self._items: Prefetch | None = None
-        self._closed, self._lock = False, threading.Lock()
+        self._closed, self._lock = False, threading.RLock()
         self._needed = self._computed = 0
         self._round = start
         self.shapes = {}
