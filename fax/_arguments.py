@@ -88,6 +88,8 @@ def count(
         wanted = "an int"
         if least is not None:
             wanted += f" of at least {least}" if most is None else f" from {least} to {most}"
+        if least is not None and least == most:
+            wanted = f"{least}"
         wanted = expected or wanted
         raise error(
             f"{caller}: {name} is {_written(value)}, expected {wanted}{what and f', {what}'}."

@@ -66,7 +66,7 @@ def test_a_run_is_resumed_evaluated_and_compared(small, capsys):
     assert "client.rate was 0.1, and is 0.05" in message
     assert "pass --force to continue" in message
     assert main(["resume", "runs/a", "--rounds", "3"]) == 2
-    assert "rounds was 4, and is 3" in capsys.readouterr().err
+    assert "--rounds is 3, but the run in runs/a has 4 already" in capsys.readouterr().err
     assert main(["resume", "runs/a", "--rounds", "3", "--force"]) == 2
     assert "has 4 already" in capsys.readouterr().err
 

@@ -432,7 +432,7 @@ def test_damaged_messages_and_blobs():
         ("DELETE FROM federated_data", "has no clients"),
         (
             "ALTER TABLE federated_data RENAME TO data",
-            r"tables \['data'\], expected federated_data",
+            r"tables \['data'\], expected federated_data .* pandas.read_sql",
         ),
         ("ALTER TABLE federated_data RENAME COLUMN client_id TO c", "no such column"),
     ],

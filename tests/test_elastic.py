@@ -627,7 +627,7 @@ def test_mistakes_are_explained():
             server.received("ann", {**update(0, 1.0), **wrong})
     for wrong, message in [
         (dict(steps=0), "fax.deploy.Elastic: steps is 0, expected an int of at least 1"),
-        (dict(tau=2), "tau is 2, expected an int from 0 to steps - 1"),
+        (dict(tau=2), "tau is 2, expected an int from 0 to 1, below steps=2"),
         (dict(alpha=1.5), "alpha is 1.5, expected a number from 0 to 1"),
         (dict(quorum=0), "quorum is 0, expected an int of at least 1"),
         (dict(fragments=2), "fragments"),

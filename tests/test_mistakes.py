@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import optax
+import pandas
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -294,7 +295,7 @@ MISTAKES = {
     "tau beyond the steps": (
         lambda: algorithms.streaming_diloco(loss, SGD, replicas=2, steps=2, fragments=1, tau=2),
         ValueError,
-        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to steps - 1.",
+        "fax.algorithms.streaming_diloco: tau is 2, expected an int from 0 to 1, below steps=2.",
     ),
     "a number that is True": (
         lambda: algorithms.fedprox(loss, SGD, mu=True),
@@ -691,7 +692,7 @@ MISTAKES = {
     "a share that is text": (
         lambda: data.split(DATA, "a"),
         data.DataError,
-        "fax.data.split: held_out is 'a', expected an int from 1 to 1, so that a client is left to "
+        "fax.data.split: held_out is 'a', expected 1, so that a client is left to "
         "train with, or a share of the clients between 0 and 1.",
     ),
     "a function without return": (
@@ -705,6 +706,11 @@ MISTAKES = {
         data.DataError,
         "fax.data.from_records: column 'u' has 1 missing value, the first in row 1. Fill them, or "
         "drop these rows.",
+    ),
+    "a table without rows": (
+        lambda: data.from_pandas(pandas.DataFrame({"u": [], "x": []}), "u"),
+        data.DataError,
+        "fax.data.from_pandas: there are no rows, expected at least one.",
     ),
     "ids of clients that are floats": (
         lambda: data.from_records([{"u": 1.0, "x": 1}, {"u": 2.0, "x": 2}], "u"),

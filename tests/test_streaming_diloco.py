@@ -565,7 +565,7 @@ def test_a_stacked_model_is_trained_as_one_that_is_not(rounded):
     ("arguments", "message"),
     [
         ({"steps": 0}, "streaming_diloco: steps is 0, expected an int of at least 1"),
-        ({"tau": 4}, "tau is 4, expected an int from 0 to steps - 1"),
+        ({"tau": 4}, "tau is 4, expected an int from 0 to 3, below steps=4"),
         ({"tau": -1}, "tau is -1, expected"),
         ({"alpha": 1.5}, r"alpha is 1\.5, expected a number from 0 to 1"),
         ({"fragments": 2.0}, r"fragments is 2\.0, expected a number of fragments, a function"),

@@ -147,9 +147,11 @@ def distribute(
     first = int(others_first)
     if not 1 <= fragments - first <= len(order):
         beside = " and one for what is beside them" if others_first else ""
+        least, most = 1 + first, len(order) + first
+        wanted = f"{least} to {most}" if least < most else f"{least}"
         raise ValueError(
-            f"{where}: fragments is {fragments}, expected {1 + first} to {len(order) + first}, the "
-            f"number of layers that the parameters have{beside}."
+            f"{where}: fragments is {fragments}, expected {wanted}, the number of layers "
+            f"that the parameters have{beside}."
         )
     count = fragments - first
     parts: list[list[Piece]] = [[] for _ in range(fragments)]

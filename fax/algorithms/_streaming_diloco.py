@@ -165,7 +165,7 @@ def streaming_diloco(
     """
     replicas = _arguments.count(_WHERE, "replicas", replicas)
     steps = _arguments.count(_WHERE, "steps", steps)
-    expected = "an int from 0 to steps - 1"
+    expected = f"an int from 0 to {steps - 1}, below steps={steps}"
     tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
     check_fragments(_WHERE, fragments)
     _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)

@@ -127,7 +127,8 @@ class SQLite:
                 raise DataError(
                     f"{where}: {self._path} has the tables [{first_ids(tables, 20)}], expected "
                     "federated_data (FedJAX) or examples and client_metadata (TensorFlow "
-                    "Federated)."
+                    "Federated). To read other tables, pass pandas.read_sql(query, connection) to "
+                    "fax.data.from_pandas."
                 )
         if isinstance(self._format, FedJAXTable) and (split is not None or features is not None):
             raise DataError(

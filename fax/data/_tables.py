@@ -132,6 +132,8 @@ def _array(where: str, name: str, column: Any) -> np.ndarray:
 def _divided(where: str, arrays: dict[str, np.ndarray], client: str, names: list[str]) -> InMemory:
     """Clients by the values of a column, which they keep if it is among the names of features."""
     ids = arrays.get(client)
+    if ids is not None and not len(ids):
+        raise DataError(f"{where}: there are no rows, expected at least one.")
     if ids is not None and ids.dtype.kind == "f" and ids.ndim == 1:
         # pandas makes floats of a column of ints where some are missing.
         check_nothing_missing(where, client, np.flatnonzero(np.isnan(ids)).tolist())

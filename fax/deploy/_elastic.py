@@ -163,7 +163,7 @@ class Elastic:
         check_trained(f"{_WHERE}: params", params)
         _arguments.floats(f"{_WHERE}: params", params)
         steps = _arguments.count(_WHERE, "steps", steps)
-        expected = "an int from 0 to steps - 1"
+        expected = f"an int from 0 to {steps - 1}, below steps={steps}"
         tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
         _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
         self._quorum = _arguments.count(_WHERE, "quorum", quorum)
