@@ -58,6 +58,16 @@ def test_devices_of_all_generations():
 
 
 @NEEDS_LIBTPU
+def test_cohorts_need_devices():
+    data = fax.data.InMemory({"ann": {"x": np.ones(2)}, "bob": {"x": np.ones(2)}})
+    with (
+        jax.set_mesh(fax.sharding.make_mesh(devices=topology("v5e:1x1"), clients=-1)),
+        pytest.raises(fax.PlacementError, match=r"only described.* outside of jax.set_mesh"),
+    ):
+        fax.data.cohorts(data, 2, 1)
+
+
+@NEEDS_LIBTPU
 def test_a_round_on_two_slices():
     """The mean is scattered in each slice, summed between slices, and gathered again."""
     width, steps, batch = 256, 3, 8

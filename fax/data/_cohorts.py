@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fax import _arguments
+from fax import _arguments, _compat
+from fax._placement import PlacementError
 from fax.data import _batching
 from fax.data._all_clients import WHERE, AllClients
 from fax.data._batching import Batching, RoundPlan
@@ -89,6 +90,8 @@ def cohorts(
       DataError: if an argument is out of range, or a cohort is larger than the number of clients.
         The iterator raises it if a client that it reads has no examples, or other features than
         the first client; the message names the client and the feature.
+      PlacementError: if the devices of the mesh in scope are only described, by
+        `fax.sharding.topology`, or the mesh does not say where the clients are.
 
     Example:
 
@@ -134,6 +137,12 @@ def cohorts(
             "take part in every round. Choose clients with fax.data.subset."
         )
     row_sharding = row_sharding_in_scope(WHERE, placement)
+    if row_sharding.mesh is not None and _compat.is_described(row_sharding.mesh.devices.flat[0]):
+        raise PlacementError(
+            f"{WHERE}: the devices of the mesh in scope are only described, so no examples can be "
+            "on them. Make the cohort outside of jax.set_mesh, with resident=False, and pass it to "
+            "fax.inspect.report inside."
+        )
     examples = all_clients.make_resident(row_sharding, resident, clients, sampler)
     pools = [np.arange(count)] if examples is None else examples.pools
     choose = make_sampler(sampler, weights, clients, seed, pools)
