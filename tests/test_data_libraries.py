@@ -208,7 +208,9 @@ def test_hugging_face(monkeypatch):
     assert (found["f"].dtype, found["image"].dtype) == (np.float64, np.uint8)
     assert found["bytes"].tolist() == [b"b\0", b""]
 
-    with pytest.raises(DataError, match=r"has the splits train, test. Pass one"):
+    with pytest.raises(
+        DataError, match=r"splits train, test. Pass one of them, such as dataset\['train'\]\."
+    ):
         fax.data.from_huggingface(datasets.DatasetDict(train=dataset, test=dataset), "user")
     ragged = fax.data.from_huggingface(
         datasets.Dataset.from_dict({"user": ["a", "a"], "x": [[1], [1, 2]]}), "user"

@@ -389,6 +389,8 @@ def test_stacked_layers_are_found_and_cut_as_if_they_were_not_stacked():
         assert found == expected
     with pytest.raises(ValueError, match="fragments is 9, expected 1 to 8, the number of layers"):
         cut("", 9, STACKED)
+    with pytest.raises(ValueError, match="fragments is 2, expected 1, the number of layers"):
+        cut("", 2, {"w": np.zeros(3)})
 
 
 @pytest.mark.parametrize("pattern", ["strided", "contiguous"])

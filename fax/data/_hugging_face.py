@@ -46,8 +46,11 @@ def from_huggingface(
     """
     where = "fax.data.from_huggingface"
     if isinstance(dataset, Mapping):
+        names = list(map(str, dataset))
+        example = f", such as dataset[{names[0]!r}]" if names else ""
         raise DataError(
-            f"{where}: dataset has the splits {', '.join(map(str, dataset))}. Pass one of them."
+            f"{where}: dataset is {_arguments.of_type(dataset)} with the splits "
+            f"{', '.join(names) or '(none)'}. Pass one of them{example}."
         )
     if not hasattr(dataset, "features"):
         raise DataError(

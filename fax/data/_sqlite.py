@@ -332,7 +332,10 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if len(header) < 100 or not header.startswith(_MAGIC):
-        raise DataError(f"fax.data.SQLite: {path} is not an SQLite file. {DAMAGED}")
+        raise DataError(
+            f"fax.data.SQLite: {path} is not an SQLite file. If it should be one, it is damaged. "
+            "Get it again."
+        )
     page = int.from_bytes(header[16:18], "big")
     page = 65536 if page == 1 else page
     pages = int.from_bytes(header[28:32], "big")
