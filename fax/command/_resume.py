@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 from pathlib import Path
 
 from fax.command import _modules, _run, _source
 from fax.command._errors import CommandError, mistakes
 from fax.command._source import Source
+from fax.experiment._outputs import logged
 from fax.experiment._tables import read
 
 
 def command(args: argparse.Namespace) -> int:
     """Trains from the last checkpoint in the folder to the end."""
     folder = Path(args.folder)
-    if args.rounds is not None:
-        done = _rounds(folder)
-        if args.rounds < done:
-            raise CommandError(
-                f"--rounds is {args.rounds}, but the run in {folder} has {done} already. Pass a "
-                "larger number to continue it, or leave out --rounds."
-            )
     source = saved(folder, {} if args.rounds is None else {"rounds": args.rounds})
+    with mistakes():
+        done = logged(folder)
+    if args.rounds is not None and args.rounds < done:
+        raise CommandError(
+            f"--rounds is {args.rounds}, but the run in {folder} has {done} already. Pass a larger "
+            "number to continue it, or leave out --rounds."
+        )
     result = _run.train(source, folder, quiet=args.quiet, force=args.force)
     _run.show(source, folder, result)
     return 0
-
-
-def _rounds(folder: Path) -> int:
-    """How many rounds the run has logged."""
-    try:
-        with open(folder / "metrics.csv", newline="") as file:
-            return max((int(row["round"]) for row in csv.DictReader(file)), default=0)
-    except (OSError, KeyError, TypeError, ValueError):
-        return 0  # what is wrong with the folder is found when it is read
 
 
 def saved(folder: Path, changes: dict | None = None) -> Source:

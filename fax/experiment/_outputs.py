@@ -105,7 +105,7 @@ class Outputs:
         stack.callback(self._checkpoints.close)
         if self._checkpoints.rounds():
             self._resume(folder, same)
-        elif _logged(folder):
+        elif logged(folder):
             raise ValueError(
                 f"fax.experiment.run: folder={os.fspath(folder)!r} has metrics of a run, but no "
                 "checkpoint to continue it from. Choose another folder, or remove this one."
@@ -129,15 +129,15 @@ class Outputs:
                 f"fax.experiment.run: rounds is {run.rounds}, but the run in "
                 f"folder={os.fspath(folder)!r} has {run.round} already. Pass at least as many."
             )
-        logged = _logged(folder)
-        lost_noise(run, logged, same)
-        if self._first and logged > run.round:
+        last = logged(folder)
+        lost_noise(run, last, same)
+        if self._first and last > run.round:
             # metrics.csv will not have them any more, and the next process has to know.
-            replace(folder / _LOGGED, f"{logged}\n")
+            replace(folder / _LOGGED, f"{last}\n")
         self._saved = run.round
         measured = tuple(f"{name}/" for name in run.evaluations)
         self._measured = any(name.startswith(measured) for name in read_clients(folder))
-        again = f"; rounds to {logged} are run again" if logged > run.round else ""
+        again = f"; rounds to {last} are run again" if last > run.round else ""
         _folder.log.info("continues after round %d%s", run.round, again)
 
     def log(self) -> None:
@@ -213,7 +213,7 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _logged(folder: Path) -> int:
+def logged(folder: Path) -> int:
     """The last round that was ever in ``metrics.csv``, or 0."""
     path, before = folder / _folder.METRICS, folder / _LOGGED
     numbers = [before.read_text(encoding="utf-8").strip()] if before.exists() else []
