@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from fax import _arguments
+
 PyTree = Any
 
 
@@ -26,6 +28,8 @@ class Leaf:
       spec: over which mesh axes its dimensions are spread, or None if it is not on a mesh.
       weak: whether it has a weak type, as a number of Python has.
       key: the implementation of a random key, or None.
+      host: what it is if it is not an array of JAX, and has to stay so: ``"array"`` or ``"scalar"``
+        of NumPy, or a ``"number"`` of Python. None otherwise.
     """
 
     name: str
@@ -34,15 +38,31 @@ class Leaf:
     spec: list | None = None
     weak: bool = False
     key: str | None = None
+    host: str | None = None
 
     def __str__(self) -> str:
         return f"{'random keys ' if self.key else ''}{self.dtype}{self.shape}"
 
 
-def split(tree: PyTree, prefix: str) -> tuple[list[Leaf], list[Any]]:
-    """What the leaves of a pytree are, and their arrays without random keys and Python numbers."""
+def split(tree: PyTree, prefix: str, *, keep_host: bool = False) -> tuple[list[Leaf], list[Any]]:
+    """What the leaves of a pytree are, and their arrays without random keys and Python numbers.
+
+    Args:
+      tree: the pytree.
+      prefix: of the leaves' names.
+      keep_host: whether numbers and arrays of NumPy keep all their bits, of which JAX by default
+        drops those beyond 32. They are copied, for they may change while they are written.
+
+    Raises:
+      TypeError: if a leaf is not a number or an array of numbers.
+    """
     leaves, arrays = [], []
     for path, x in tree_leaves_with_path(tree):
+        if keep_host and not isinstance(x, jax.Array):
+            leaf, x = _on_host(f"{prefix}{keystr(path)}", x)
+            leaves.append(leaf)
+            arrays.append(x)
+            continue
         key = None
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             key, x = str(jax.random.key_impl(x)), jax.random.key_data(x)
@@ -57,6 +77,15 @@ def split(tree: PyTree, prefix: str) -> tuple[list[Leaf], list[Any]]:
     return leaves, arrays
 
 
+def _on_host(name: str, x: Any) -> tuple[Leaf, np.ndarray]:
+    own = np.array(x)
+    if not (own.dtype == bool or jnp.issubdtype(own.dtype, jnp.number)):
+        raise TypeError(f"{name} is {_arguments.shown(x)}")
+    scalar = "scalar" if isinstance(x, np.generic) else "number"
+    kind = "array" if isinstance(x, np.ndarray) else scalar
+    return Leaf(name, list(own.shape), own.dtype.name, host=kind), own
+
+
 def template(leaf: Leaf, like: Any = None) -> Any:
     """What a checkpoint's array is restored to: on the mesh in scope if it was on one."""
     dtype, shape = jnp.dtype(leaf.dtype), tuple(leaf.shape)
@@ -66,8 +95,11 @@ def template(leaf: Leaf, like: Any = None) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def whole(leaf: Leaf, x: Any, like: Any = None) -> jax.Array:
+def whole(leaf: Leaf, x: Any, like: Any = None) -> Any:
     """A leaf of a state from a restored array."""
+    if leaf.host is not None:
+        own = np.array(x)
+        return own if leaf.host == "array" else own[()] if leaf.host == "scalar" else own.item()
     if leaf.weak:
         x = jax.jit(_weak, out_shardings=sharding_of(leaf, like))(x)
     return jax.random.wrap_key_data(x, impl=leaf.key) if leaf.key else jnp.asarray(x)

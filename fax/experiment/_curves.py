@@ -12,6 +12,7 @@ import numpy as np
 
 from fax import _arguments
 from fax.experiment._folder import CLIENTS, METRICS
+from fax.experiment._history import is_id
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -49,11 +50,6 @@ def read_clients(folder: Path) -> dict[str, np.ndarray]:
         cells = [row[name] for row in rows if row[name]]
         found[name] = np.array(cells if is_id(name) else [float(cell) for cell in cells])
     return found
-
-
-def is_id(name: str) -> bool:
-    """Whether a column of ``clients.csv`` has the ids of clients."""
-    return name.rpartition("/")[2] == "id"
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

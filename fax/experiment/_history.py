@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,16 +33,42 @@ def plain(value: Any, name: str) -> float | int:
     Raises:
       ValueError: if it is something else.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"fax.experiment.run: a metric has the name {name!r}, expected a string.")
     number = np.asarray(value)
-    kind = number.dtype.kind  # "V" is also that of the floats that NumPy does not have
-    if number.ndim == 0 and kind in "iub":
+    if number.ndim == 0 and number.dtype.kind in "iub":
         return int(number)
-    if number.ndim or not (kind == "f" or jnp.issubdtype(number.dtype, np.floating)):
+    if number.ndim or not _is_float(number.dtype):
         raise ValueError(
             f"fax.experiment.run: the metric {name!r} is {_arguments.shown(value)}, expected a "
             "number."
         )
     return float(number) if number.dtype.itemsize > 4 else float(str(np.float32(number)))
+
+
+def numeric(value: Any, name: str) -> np.ndarray:
+    """What an evaluation returned for several clients: numbers, or their ids, which may be text.
+
+    Raises:
+      ValueError: if it is something else, which `read_clients` could not read again.
+    """
+    array = np.asarray(value)
+    if not (is_id(name) or array.dtype.kind in "iub" or _is_float(array.dtype)):
+        raise ValueError(
+            f"fax.experiment.run: the metric {name!r} is {_arguments.shown(array)}, expected "
+            "numbers. Only ids of clients may be text: give them the name 'id'."
+        )
+    return array
+
+
+def is_id(name: str) -> bool:
+    """Whether a column of ``clients.csv`` has the ids of clients."""
+    return name.rpartition("/")[2] == "id"
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    # NumPy's kind of the floats that it does not have is "V".
+    return dtype.kind == "f" or bool(jnp.issubdtype(dtype, np.floating))
 
 
 class Table:
@@ -65,21 +92,24 @@ class Table:
         self.close()
         self._columns = _columns(["round"], rows)
         replace(self._path, _text([self._columns, *(self._cells(row) for row in rows)]))
-        self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        with _written(self._path):
+            self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
 
     def append(self, rows: Sequence[Row], before: Sequence[Row]) -> None:
         """Adds rows to the file, which has those ``before``."""
         if len(_columns(self._columns, rows)) > len(self._columns) or self._file is None:
             self.rewrite([*before, *rows])
             return
-        self._file.write(_text([self._cells(row) for row in rows]))
-        self._file.flush()
+        with _written(self._path):
+            self._file.write(_text([self._cells(row) for row in rows]))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with _written(self._path):  # what could not be written before is tried again
+                file.close()
 
     def _cells(self, row: Row) -> list[Any]:
         return [row.get(name, "") for name in self._columns]
@@ -93,10 +123,26 @@ def replace(path: Path, text: str, *, sync: bool = True) -> None:
     for their bytes, are written with escapes.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    if sync:
-        sync_to_disk(temporary)
-    os.replace(temporary, path)
+    with _written(path):
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        if sync:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises an OSError that says which file of the run could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"fax.experiment.run: {path.name} could not be written ({error.strerror}). Free some "
+            "space on the disk, or allow writing there, and start the run again, which continues "
+            "from its newest checkpoint",
+            os.fspath(path),
+        ) from error
 
 
 def _columns(known: Sequence[str], rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -205,7 +206,7 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
         state = getattr(callback, "state", None)
         record: dict[str, Any] = {"name": type(callback).__name__}
         if _is_json(state):
-            record["value"] = state
+            record["value"] = copy.deepcopy(state)  # it may change while this is written
         else:
             own, more = _arrays_of(callback, state, number)
             record["leaves"] = [len(leaves), len(leaves) + len(own)]
@@ -293,7 +294,8 @@ def _of_callback(run: Run, callback: Any, saved: Saved, start: int, stop: int) -
     arrays = [whole(leaf, x) for leaf, x in zip(leaves, saved.arrays[start:stop])]
     paths = [leaf.name.partition("]")[2] for leaf in leaves]
     for tree in (getattr(callback, "state", None), run.params):
-        if [leaf.name for leaf in split(tree, "")[0]] == paths:
+        flat = jax.tree_util.tree_leaves_with_path(tree)
+        if [jax.tree_util.keystr(path) for path, _ in flat] == paths:
             return jax.tree.unflatten(jax.tree.structure(tree), arrays)
     raise ValueError(
         f"fax.experiment.run: the state of the callback {type(callback).__name__} has the leaves "
@@ -304,7 +306,7 @@ def _of_callback(run: Run, callback: Any, saved: Saved, start: int, stop: int) -
 def _arrays_of(callback: Any, state: PyTree, number: int) -> tuple[list[Leaf], list[Any]]:
     """What `split` returns for the state of a callback, which a user has written."""
     try:
-        return split(state, f"callbacks[{number}]")
+        return split(state, f"callbacks[{number}]", keep_host=True)
     except TypeError as error:
         raise ValueError(
             f"fax.experiment.run: the state of the callback {type(callback).__name__} cannot be "

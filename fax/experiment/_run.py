@@ -18,7 +18,7 @@ from fax.algorithms import Algorithm, ClientStore
 from fax.algorithms._algorithm import check_algorithm
 from fax.data import Cohorts
 from fax.experiment._checkpoints import Keep, check_keep
-from fax.experiment._history import plain
+from fax.experiment._history import numeric, plain
 from fax.experiment._outputs import Outputs
 from fax.experiment._rounds import NotFiniteError, Run
 from fax.experiment._schedule import schedule
@@ -240,7 +240,8 @@ def _evaluate(
         else:
             results[name] = found
     numbers = {name: plain(x, name) for name, x in results.items() if np.ndim(x) == 0}
-    return numbers, {name: np.asarray(x) for name, x in results.items() if name not in numbers}
+    arrays = {name: numeric(x, name) for name, x in results.items() if name not in numbers}
+    return numbers, arrays
 
 
 def _check_objects(argument: str, objects: Any, methods: Sequence[str]) -> None:
