@@ -117,6 +117,10 @@ def test_a_folder_of_something_else_is_refused(whole, tmp_path):
             {"state": ALGORITHM.init({"w": np.zeros(3), "b": np.zeros(3)})},
             r"the checkpoint has no state.params\['b'\], which is float64\[3\] in state",
         ),
+        (  # their own states would be mixed up
+            {"data": fax.data.InMemory({i: DATA.client(i) for i in reversed(DATA.client_ids())})},
+            r"cohorts.ids was 'client 0 to client 7, SHA-256 \w+', and is 'client 7 to client 0, ",
+        ),
         (
             {"algorithm": PERSONAL, "force": True},
             r"of Algorithm\(fedavg\)\): the checkpoint has no state.clients.rows",
@@ -126,6 +130,8 @@ def test_a_folder_of_something_else_is_refused(whole, tmp_path):
 def test_a_checkpoint_of_another_algorithm_or_shape(options, message, whole):
     with pytest.raises(ValueError, match=message):
         train(whole[1], **options)
+    if "data" in options:  # which restore does not need
+        return
     state = options.get("state", PERSONAL.init(PARAMS))
     with pytest.raises(ValueError, match=message):
         experiment.restore(whole[1], state)
@@ -265,6 +271,10 @@ class Odd:
         ({"config": 3}, "config is 3, expected a dict"),
         ({"config": {"a": {"b": object()}}}, r"config\['a.b'\] is <object"),
         ({"config": {"run": 3}}, "config has 'run', which config.toml needs"),
+        (
+            {"keep": experiment.Keep(best="test/summ")},
+            "Keep: best is 'test/summ', but the run has 'loss' or 'test/sum'. Did you mean",
+        ),
         ({"callbacks": [Odd()]}, "the state of the callback Odd cannot be saved: .* Make it a"),
         (
             {"algorithm": loss, "state": 0},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from fax.data._resident import ResidentExamples
 from fax.data._samplers import STREAM, uniform
 from fax.primitives._round import AtMost
 from fax.sharding._row_sharding import RowSharding
+
+_MOST_IDS = 1_000_000  # which takes a second
 
 
 class CohortBuilder:
@@ -94,6 +97,7 @@ class CohortBuilder:
         return {
             "clients": self.clients,
             "of_clients": len(self.all_clients.ids),
+            "ids": _digest(self.all_clients.ids),
             "sampler": self._sampler,
             "seed": self._seed,
             **{name: "none" if value is None else value for name, value in batching.items()},
@@ -190,6 +194,14 @@ class CohortBuilder:
             keys = self._make_keys_of_rounds(self._key, *jax.device_put((numbers, positions)))
             placed = self._put(arrays, self._sharding_of_rounds)
             return self._cohort(placed, keys), plans
+
+
+def _digest(ids: Sequence[Any]) -> str:
+    """Which clients have which positions, in a few letters. Of very many, some are looked at."""
+    chosen = np.linspace(0, len(ids) - 1, min(len(ids), _MOST_IDS), dtype=int).tolist()
+    text = "\0".join(str(ids[position]) for position in chosen)
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return f"{ids[0]!s:.40} to {ids[-1]!s:.40}, SHA-256 {digest[:16]}"
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from fax.experiment._progress import Progress
 from fax.experiment._resume import contents, lost_noise, newest, put_back, say
 from fax.experiment._rounds import Run
 from fax.experiment._schedule import Schedule
+from fax.experiment._stopping import check_best
 from fax.experiment._writers import TensorBoard
 
 _MOST_RETURNS = 3
@@ -158,6 +159,8 @@ class Outputs:
         """Saves a checkpoint of the run, and the clients' metrics. Rounds go on meanwhile."""
         run = self._run
         if self._checkpoints is not None and run.folder is not None and self._saved != run.round:
+            if run.round:
+                check_best(run)
             store = run.algorithm.save if isinstance(run.algorithm, ClientStore) else None
             arrays, facts = contents(run)
             row = run.history[-1] if run.history else {}

@@ -159,16 +159,31 @@ def _values(where: str, name: str, run: Run) -> list[tuple[int, float]]:
     return [*found, (run.round, value)]
 
 
-def _metric(where: str, name: str, run: Run) -> float | None:
+def check_best(run: Run) -> None:
+    """Checks that there is the metric by which the best checkpoint is kept.
+
+    Callbacks may add metrics at any time, so if there are some, only metrics of evaluations are
+    checked.
+    """
+    name = run.keep.best
+    if name is not None and (not run.callbacks or _of_evaluation(name, run)):
+        _metric("fax.experiment.Keep", name, run, "best")
+
+
+def _of_evaluation(name: str, run: Run) -> bool:
+    return any(name == own or name.startswith(f"{own}/") for own in run.evaluations)
+
+
+def _metric(where: str, name: str, run: Run, argument: str = "metric") -> float | None:
     """The value of a metric, or None if it is from an evaluation, and this round has none."""
     for found in (run.results, run.metrics):
         if name in found:
             return float(found[name])
-    if not run.results and any(name == e or name.startswith(f"{e}/") for e in run.evaluations):
+    if not run.results and _of_evaluation(name, run):
         return None
     values = sorted({*run.metrics, *(run.results or [f"{e}/..." for e in run.evaluations])})
     nearest = difflib.get_close_matches(name, values, 1)
     fix = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(
-        f"{where}: metric is {name!r}, but the run has {_arguments.either(values)}.{fix}"
+        f"{where}: {argument} is {name!r}, but the run has {_arguments.either(values)}.{fix}"
     )
