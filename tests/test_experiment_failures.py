@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import unittest.mock
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from runs import (
 )
 
 from fax import experiment
-from fax.experiment import _checkpoints, _folder, _outputs
+from fax.experiment import _checkpoints, _folder, _history, _outputs
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -193,6 +194,30 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"no file in folder can be locked .*supports locks") as error:
         train(tmp_path / "run")
     assert error.value.errno == errno.ENOLCK
+
+
+def test_a_table_on_a_full_disk(tmp_path):
+    table = _history.Table(tmp_path / "metrics.csv")
+    table.rewrite([])
+    table.close()
+    message = r"metrics.csv could not be written \(No space left.*\). Free some space"
+    with open("/dev/full", "w") as table._file:
+        for write in (lambda: table.append([{"round": 1}], []), table.close):
+            with pytest.raises(OSError, match=message) as error:
+                write()
+            assert error.value.errno == errno.ENOSPC
+
+
+def test_a_checkpoint_that_fails_when_the_run_ends(tmp_path, monkeypatch):
+    """By another error, for example. It is an error of the disk, and not of the arguments."""
+    checkpoints = _checkpoints.Checkpoints(tmp_path, experiment.Keep())
+    with monkeypatch.context() as patch:
+        fails = unittest.mock.Mock(side_effect=ValueError("RESOURCE_EXHAUSTED: No space left"))
+        patch.setattr(checkpoints._manager, "close", fails)
+        with pytest.raises(OSError, match="a checkpoint could not be written") as error:
+            checkpoints.close()
+    assert error.value.errno == errno.ENOSPC
+    checkpoints.close()
 
 
 def test_errors_of_orbax_are_errors_of_the_run(tmp_path, monkeypatch):

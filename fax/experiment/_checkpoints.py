@@ -184,17 +184,25 @@ class Checkpoints:
         self._manager.delete(number)
 
     def close(self) -> None:
-        """Waits for a checkpoint that is being written, and ends the threads."""
-        self._manager.close()
+        """Waits for a checkpoint that is being written, and ends the threads.
+
+        Raises:
+          OSError: if it could not be written.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> OSError:
-        number, self._saving = self._saving, None
+        # Every call of orbax after a failure raises, so this one may have been told before.
+        what = "a checkpoint" if self._saving is None else f"the checkpoint of round {self._saving}"
         rest = self.rounds()
         left = f"The newest complete one is of round {rest[-1]}" if rest else "There is no other"
         full = "No space left" in str(error)
         return OSError(
             getattr(error, "errno", None) or (errno.ENOSPC if full else errno.EIO),
-            f"fax.experiment.run: the checkpoint of round {number} could not be written "
+            f"fax.experiment.run: {what} could not be written "
             f"({type(error).__name__}: {error!s:.300}). {left}. Free some space on the disk, or "
             "allow writing there, and start the run again, which continues from that checkpoint",
             os.fspath(self.folder),
