@@ -2,9 +2,10 @@
 
 import argparse
 import functools
-import pathlib
 import re
+import shlex
 import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,16 +32,16 @@ def small(tmp_path, monkeypatch):
 
 
 def test_a_sweep_finds_what_single_runs_find(small, capsys):
-    grid = ["client.rate=.02,.2", "cohorts.batch_size=8"]
+    grid = ["client.rate=.02,.2", "cohorts.clients=4"]
     assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
     printed = capsys.readouterr().out
-    assert "Part 1 of 1: cohorts.batch_size=8, 2 at once" in printed
+    assert "Part 1 of 1: cohorts.clients=4, 2 at once" in printed
     rows = rows_of("runs/small-sweep/sweep.csv")
-    assert [(row["client.rate"], row["cohorts.batch_size"]) for row in rows] == [
-        ("0.02", "8"),
-        ("0.2", "8"),
+    assert [(row["client.rate"], row["cohorts.clients"]) for row in rows] == [
+        ("0.02", "4"),
+        ("0.2", "4"),
     ]
-    changes = {"client": {"rate": 0.2}, "cohorts": {"batch_size": 8}}
+    changes = {"client": {"rate": 0.2}, "cohorts": {"clients": 4}}
     with jax.set_mesh(fax.sharding.make_mesh(clients=-1)):
         single = _build.build(_config.configure("small.toml", changes))
         with single.cohorts:
@@ -48,29 +49,45 @@ def test_a_sweep_finds_what_single_runs_find(small, capsys):
     for name in ("loss", "accuracy", "test/loss", "test/accuracy"):
         assert float(rows[1][name]) == pytest.approx(history[-1][name], rel=1e-4)
     assert float(rows[0]["loss"]) > 1.1 * float(rows[1]["loss"])
-    assert "To train with it: fax run small.toml --set cohorts.batch_size=8 client.rate=0.2\n" in (
+    assert "To train with it: fax run small.toml --set cohorts.clients=4 client.rate=0.2\n" in (
         printed
     )
     (marked,) = [line for line in printed.splitlines() if line.startswith("*")]
-    assert marked.split()[:3] == ["*", "8", "0.2"]
+    assert marked.split()[:3] == ["*", "4", "0.2"]
 
     # Run again, it finds that everything is done. Another grid in its folder is refused.
     assert main(["sweep", "small.toml", "--grid", *grid, "--quiet"]) == 0
     assert capsys.readouterr().out == printed
     assert rows_of("runs/small-sweep/sweep.csv") == rows
     assert main(["sweep", "small.toml", "--grid", "client.rate=.02,.3", grid[1]]) == 2
-    assert "grid.client.rate was [0.02, 0.2], and is [0.02, 0.3]" in capsys.readouterr().err
-    assert main(["resume", "runs/small-sweep/cohorts.batch_size=8"]) == 2
-    assert "is a part of a sweep. Run the same fax sweep again" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "client.rate was [0.02, 0.2], and is [0.02, 0.3]. Pass another --folder" in error
+    for folder in ("runs/small-sweep/cohorts.clients=4", "runs/small-sweep"):
+        assert main(["resume", folder]) == 2
+        assert "sweep. Run the same fax sweep again" in capsys.readouterr().err
+
+    # A part that cannot be trained does not hide the results of those before it.
+    Path("runs/small-sweep/sweep.csv").unlink()
+    assert main(["sweep", "small.toml", "--grid", grid[0], grid[1] + ",1000", "--quiet"]) == 2
+    shown = capsys.readouterr()
+    assert "fax sweep: part 2, cohorts.clients=1000: fax.data.cohorts: clients is" in shown.err
+    assert marked in shown.out
+    assert rows_of("runs/small-sweep/sweep.csv") == rows
 
 
 def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys, tmp_path):
     rows = [({"client.rate": x}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)]
-    arguments = argparse.Namespace(by="test/mae", source="my.toml")
+    options = {"algorithm": "fedprox", "aggregator": None, "seed": 3, "rounds": 2}
+    settings = ["algorithm.mu=.1", "client.rate=9", "task.model=two words"]
+    arguments = argparse.Namespace(by="test/mae", source="my own.toml", set=settings, **options)
     _command_sweep._show(arguments, tmp_path, rows)
     text = capsys.readouterr().out
     assert text.split()[:4] == ["client.rate", "test/mae", "test/auc", "0.3"]
-    assert "fax run my.toml --set client.rate=0.1" in text
+    (last,) = [line for line in text.splitlines() if line.startswith("Best by test/mae")]
+    words = shlex.split(last.partition("To train with it: ")[2])
+    assert words[:3] == ["fax", "run", "my own.toml"]
+    assert words[3:8] == ["--algorithm", "fedprox", "--seed", "3", "--set"]
+    assert words[8:] == ["algorithm.mu=.1", "task.model=two words", "client.rate=0.1"]
     assert f"Figure: {tmp_path / 'sweep.png'}" in text
     assert is_figure(tmp_path / "sweep.png")
 
@@ -82,12 +99,16 @@ def test_the_algorithm_to_try_next_takes_the_aggregator():
         options = {"name": algorithm, **OPTIONS.get(algorithm, {})}
         own = {**SMALL, "algorithm": options, "aggregator": aggregator}
         config = _config.configure(own)
-        line = _command_run._next("small.toml", pathlib.Path("runs/a"), config)[1].split()
-        name, *other = line[line.index("--algorithm") + 1 : line.index("--folder")]
+        lines = _command_run._next("small.toml", Path("runs/a b"), config, " --seed 3")
+        line = shlex.split(lines[1])
+        assert line[-4:-2] == ["--seed", "3"]
+        assert shlex.split(lines[2])[2:] == ["runs/a b", line[-1]]
+        name, *other = line[line.index("--algorithm") + 1 : line.index("--seed")]
         changes = {"algorithm": {"name": name, **({"mu": 0.1} if other else {})}}
         _build.build(_config.configure({**own, **changes}))  # refuses what does not go together
         found.append([name, *other])
-    assert found == [["scaffold"], ["fedprox", "--set", "algorithm.mu=0.1"], ["fedavg"]]
+    mu = ["--set", "algorithm.mu=0.1"]
+    assert found == [["scaffold"], ["fedprox", *mu], ["fedavg"]]
 
 
 def test_the_parts_of_a_sweep():

@@ -33,6 +33,8 @@ def saved(folder: Path, changes: dict | None = None) -> Source:
     """The experiment of a folder, as its ``config.toml`` describes it."""
     path = folder / "config.toml"
     if not path.is_file():
+        if (folder / "sweep.csv").is_file():
+            raise CommandError(f"{folder} has a sweep. Run the same fax sweep again.")
         raise CommandError(f"{folder} is not the folder of a run: it has no config.toml.")
     with mistakes():
         found = read(path)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,18 @@ def command(args: argparse.Namespace) -> int:
     show(source, folder, result)
     if source.config is not None:  # the settings of a module cannot be changed from the shell
         print("Try next:")
-        for line in _next(args.source, folder, source.config):
+        changes = [text for text in args.set if not text.startswith(("algorithm", "server"))]
+        same = again(args, changes, ("aggregator", "seed", "rounds"))
+        for line in _next(args.source, folder, source.config, same):
             print(f"  {line}")
     return 0
+
+
+def again(args: argparse.Namespace, changes: Sequence[str], names: Iterable[str]) -> str:
+    """The arguments of a command like the present one: what is in ``--set``, and others by name."""
+    others = {name: getattr(args, name, None) for name in names}
+    words = [f"--{name} {shlex.quote(str(own))}" for name, own in others.items() if own is not None]
+    return " ".join(["", *words, *(["--set"] if changes else []), *map(shlex.quote, changes)])
 
 
 def new_folder(first: Path) -> Path:
@@ -48,17 +60,17 @@ def new_folder(first: Path) -> Path:
     return named(_processes.agreed(free))
 
 
-def train(source: Source, folder: Path, again: str = "", *, quiet: bool, force: bool) -> Any:
+def train(source: Source, folder: Path, resume: str = "", *, quiet: bool, force: bool) -> Any:
     """Runs an experiment in a folder, from the last checkpoint there if it has one.
 
     Args:
       source: the experiment.
       folder: of the run.
-      again: how to continue after an interruption. Default: ``fax resume``.
+      resume: how to continue after an interruption. Default: ``fax resume``.
       quiet: whether there is no progress bar.
       force: whether settings may differ from those in the folder.
     """
-    saved = f"{_SAVED} {again or f'fax resume {folder}'}"
+    saved = f"{_SAVED} {resume or f'fax resume {quoted(folder)}'}"
     mesh = _devices.connected(source.mesh, source.axis)
     with jax.set_mesh(mesh):
         experiment = source.build()
@@ -131,15 +143,20 @@ def _number(key: str, value: float) -> str:
     return f"{value:.1%}" if key.endswith("accuracy") else f"{value:.4g}"
 
 
-def _next(source: str, folder: Path, config: Config) -> list[str]:
+def quoted(folder: Path) -> str:
+    """A path as an argument of a shell."""
+    return shlex.quote(os.fspath(folder))
+
+
+def _next(source: str, folder: Path, config: Config, same: str = "") -> list[str]:
     """Three commands to try next. SCAFFOLD refuses private aggregators."""
     private = any(part["name"] in ("gaussian", "laplace", "dp_ftrl") for part in config.aggregator)
     name, options = ("fedprox", " --set algorithm.mu=0.1") if private else ("scaffold", "")
     if config.algorithm["name"] == name:
         name, options = "fedavg", ""
-    other = new_folder(folder.with_name(f"{folder.name}-{name}"))
+    other = quoted(new_folder(folder.with_name(f"{folder.name}-{name}")))
     return [
-        f"fax evaluate {folder} --on train",
-        f"fax run {source} --algorithm {name}{options} --folder {other}",
-        f"fax compare {folder} {other}",
+        f"fax evaluate {quoted(folder)} --on train",
+        f"fax run {shlex.quote(source)} --algorithm {name}{options}{same} --folder {other}",
+        f"fax compare {quoted(folder)} {other}",
     ]

@@ -7,6 +7,7 @@ import csv
 import functools
 import itertools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import jax
 
 from fax._nearest import did_you_mean
 from fax.command import _modules, _processes, _run, _source
-from fax.command._errors import CommandError, mistakes
+from fax.command._errors import FAILED, WRONG, CommandError, mistakes
 from fax.command._source import Source
 from fax.command._sweep_figure import figure
-from fax.command._values import grid, put
+from fax.command._values import assignment, grid, put
 from fax.experiment import _axes, _shown
 from fax.experiment._build import placement
 from fax.experiment._config import Config, configure
+from fax.experiment._folder import CONFIG
 from fax.experiment._sweep import Setting, label, sweep, traceable
 from fax.experiment._tables import merged, read
 
@@ -52,10 +54,33 @@ def command(args: argparse.Namespace) -> int:
             placement(config),
         )
         again = "run the same fax sweep again"
-        result = _run.train(part, root / name, again, quiet=args.quiet, force=args.force)
+        _same_grid(root / name, settings)
+        try:
+            result = _run.train(part, root / name, again, quiet=args.quiet, force=args.force)
+        except CommandError as error:
+            if error.code not in (FAILED, WRONG) or len(plan) == 1:
+                raise
+            if results:  # the parts before this one are done
+                _save(root / "sweep.csv", results)
+                _show(args, root, results)
+            raise CommandError(f"part {number}, {name}: {error}", error.code) from error
         results += _last(result.history, fixed, settings)
     _save(root / "sweep.csv", results)
     return _show(args, root, results)
+
+
+def _same_grid(folder: Path, settings: Sequence[Setting]) -> None:
+    """Refuses other values than those in the folder. Their models are in one array."""
+    path = folder / CONFIG
+    before = read(path).get("grid", {}) if path.is_file() else {}
+    now = {key: [setting[key] for setting in settings] for key in settings[0]}
+    if isinstance(before, Mapping) and before and before != now:
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        raise CommandError(
+            f"{folder} has a sweep with another grid: "
+            + "; ".join(f"{key} was {before.get(key)}, and is {now.get(key)}" for key in changed)
+            + ". Pass another --folder, with the new values alone if you have results for the rest."
+        )
 
 
 def _plan(
@@ -154,6 +179,10 @@ def _show(
     if best is None:
         print("All of them have diverged. Try smaller learning rates.")
         return 0
-    settings = " ".join(f"{key}={value}" for key, value in best[0].items())
-    print(f"Best by {args.by}, marked *. To train with it: fax run {args.source} --set {settings}")
+    # With more rounds than a sweep, as a rule.
+    changes = [text for text in args.set if assignment(text)[0] not in best[0]]
+    changes += [f"{key}={value}" for key, value in best[0].items()]
+    names = [name for name in ("algorithm", "aggregator", "seed") if name not in best[0]]
+    again = f"fax run {shlex.quote(args.source)}{_run.again(args, changes, names)}"
+    print(f"Best by {args.by}, marked *. To train with it: {again}")
     return 0
