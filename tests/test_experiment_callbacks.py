@@ -202,7 +202,7 @@ def test_the_average_survives_that_the_state_is_donated():
     average = experiment.EMA(0.5)
     average.start(run)
     run.params.delete()
-    run.round, run.params = 1, jnp.zeros(3)
+    run.round, run.block, run.params = 1, 1, jnp.zeros(3)
     average.after_round(run)
     np.testing.assert_array_equal(average.state, [0.5, 0.5, 0.5])
 

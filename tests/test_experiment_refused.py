@@ -91,7 +91,7 @@ def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     with pytest.raises(ValueError, match="other settings") as refused:
         train(tmp_path / "run", seed=1, config={"rate": 0.1})
-    assert "rate was 'not set', and is 0.1" in str(refused.value)
+    assert "rate was not set, and is 0.1" in str(refused.value)
     assert "run.cohorts.seed was 0, and is 1" in str(refused.value)
     train(tmp_path / "run", config={"rate": 0.1}, force=True)
     assert "a setting has changed: rate" in (tmp_path / "run" / "log.txt").read_text()
@@ -179,17 +179,19 @@ def test_nan_stops_the_run_and_names_the_client(tmp_path):
 
 def test_nan_goes_back_to_a_checkpoint(tmp_path):
     """The result is that of the rounds without the client, starting from the checkpoint."""
-    state, every = ALGORITHM.init(PARAMS), {"checkpoint": 3}
+    state, average = ALGORITHM.init(PARAMS), experiment.EMA(0.5)
+    options = dict(on_nan="restore", every={"checkpoint": 3}, rounds=5, callbacks=[average])
     with pytest.warns(UserWarning, match="'client 5'.* continues with the state after round 3"):
-        found = train(
-            tmp_path / "run", data=BROKEN, seed=SEED, on_nan="restore", every=every, rounds=5
-        )
+        found = train(tmp_path / "run", data=BROKEN, seed=SEED, **options)
+    expected = PARAMS["w"]
     step = jax.jit(ALGORITHM.round)
     with fax.data.cohorts(BROKEN, clients=4, batch_size=8, seed=SEED) as cohorts:
         for number, cohort in zip(range(1, 6), cohorts):
             if number != 4:
                 state, _ = step(state, cohort)
+                expected = 0.5 * expected + 0.5 * state.params["w"]
     assert_same_state(found.state, state)
+    np.testing.assert_allclose(average.state["w"], expected, rtol=1e-12)
     assert np.isnan(found.history[3]["loss"])
     assert found.history[3]["test/sum"] == found.history[2]["test/sum"]
     assert [row["round"] for row in found.history] == [1, 2, 3, 4, 5]

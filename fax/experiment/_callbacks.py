@@ -116,7 +116,7 @@ class EMA:
 
     after each round; it starts at the initial parameters. With blocks of several rounds, the
     parameters after the last round of a block count for all of its rounds: the decay of k rounds
-    is ``decay**k``.
+    is ``decay**k``. Rounds after which a run goes back to a checkpoint do not count.
 
     Attributes:
       state: the average, of at least 32 bits whatever the dtype of the parameters. The sharding is
@@ -146,7 +146,6 @@ class EMA:
 
     def start(self, run: Run) -> None:
         """Starts at the parameters of a new run."""
-        self._round = run.round
         if run.round == 0 or self.state is None:
             # A copy, since the state of the algorithm may be donated to the next round.
             self.state = jax.tree.map(
@@ -155,8 +154,7 @@ class EMA:
 
     def after_round(self, run: Run) -> None:
         """Moves the average toward the parameters."""
-        share = 1 - self._decay ** (run.round - self._round)
-        self._round = run.round
+        share = 1 - self._decay**run.block
         self.state = _toward(self.state, run.params, share)
 
 

@@ -194,10 +194,11 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     planned, now = old.get("rounds", 0), new.get("rounds", 0)
     if isinstance(planned, int) and isinstance(now, int) and planned < now:
         names.remove("rounds")
-    return [
-        f"{name} was {old.get(name, 'not set')!r}, and is {new.get(name, 'not set')!r}"
-        for name in names
-    ]
+
+    def shown(table: Mapping[str, Any], name: str) -> str:
+        return repr(table[name]) if name in table else "not set"
+
+    return [f"{name} was {shown(old, name)}, and is {shown(new, name)}" for name in names]
 
 
 def environment() -> dict[str, Any]:
