@@ -13,7 +13,8 @@ from commands import rows_of, run, small_in
 from scripts import is_figure
 
 import fax
-from fax.command import main
+from fax._lock import locked
+from fax.command import _run, main
 from fax.command._parser import make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +283,27 @@ def test_folders_that_were_changed_by_hand(config, metrics, arguments, message, 
     command, *others = arguments.split()
     assert main([command, "own", *others]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(small, capsys, monkeypatch):
+    train, folders = _run.train, []
+
+    def late(source, folder, **options):
+        folders.append(str(folder))
+        if len(folders) == 1:
+            folder.mkdir(parents=True)  # by the other run, which keeps a lock there
+            with open(folder / ".lock", "a") as lock:
+                assert locked(lock)
+                return train(source, folder, **options)
+        return fax.experiment.Result(None, [])
+
+    monkeypatch.setattr(_run, "train", late)
+    assert main(["run", "small.toml", "--quiet"]) == 0
+    assert folders == ["runs/small", "runs/small-2"]
+    assert "Another run has just begun in runs/small.\n" in capsys.readouterr().out
+    folders.clear()
+    assert main(["run", "small.toml", "--quiet", "--folder", "runs/own"]) == 2
+    assert "another run is using folder='runs/own'" in capsys.readouterr().err
 
 
 def test_how_to_continue_after_an_interruption(small, capsys, monkeypatch):

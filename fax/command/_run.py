@@ -29,10 +29,9 @@ def command(args: argparse.Namespace) -> int:
     source = _source.of_arguments(args)
     if args.folder:
         folder = Path(args.folder)
+        result = train(source, folder, quiet=args.quiet, force=args.force)
     else:
-        _devices.connected(source.mesh, source.axis)  # before processes agree on anything
-        folder = new_folder(Path("runs", source.name))
-    result = train(source, folder, quiet=args.quiet, force=args.force)
+        folder, result = _in_new_folder(source, quiet=args.quiet, force=args.force)
     show(source, folder, result)
     if source.config is not None:  # the settings of a module cannot be changed from the shell
         print("Try next:")
@@ -41,6 +40,20 @@ def command(args: argparse.Namespace) -> int:
         for line in _next(args.source, folder, source.config, same):
             print(f"  {line}")
     return 0
+
+
+def _in_new_folder(source: Source, *, quiet: bool, force: bool) -> tuple[Path, Any]:
+    """Runs an experiment in a folder that no other run has, also if several start at once."""
+    _devices.connected(source.mesh, source.axis)  # before processes agree on anything
+    while True:
+        folder = new_folder(Path("runs", source.name))
+        try:
+            return folder, train(source, folder, quiet=quiet, force=force)
+        except CommandError as error:
+            taken = isinstance(error.__cause__, fax.experiment.FolderInUseError)
+            if not taken or jax.process_count() > 1:
+                raise
+            print(f"Another run has just begun in {folder}.")
 
 
 def again(args: argparse.Namespace, changes: Sequence[str], names: Iterable[str]) -> str:
