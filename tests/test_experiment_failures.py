@@ -1,11 +1,13 @@
 """Runs that go on elsewhere, or after files are damaged, disks are full, or a signal has come."""
 
+import copy
 import errno
 import itertools
 import os
 import shutil
 import signal
 import threading
+import types
 import unittest.mock
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from runs import (
     ALGORITHM,
+    DATA,
     PARAMS,
     PERSONAL,
     assert_same_run,
@@ -23,8 +26,10 @@ from runs import (
     train,
 )
 
+import fax
 from fax import experiment
-from fax.experiment import _checkpoints, _folder, _history, _outputs
+from fax.experiment import _checkpoints, _folder, _history, _outputs, _resume
+from fax.experiment._rounds import Run
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -62,6 +67,27 @@ def test_restore_on_other_devices(whole, tmp_path):
     assert found.history[:4] == plain.history
     for x, y in zip(jax.tree.leaves(found.state), jax.tree.leaves(expected.state), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-10)
+
+
+def test_states_of_callbacks_keep_all_bits(tmp_path):
+    """Those of NumPy and Python, though JAX's arrays have 32, and though they change meanwhile."""
+    state = {"seen": np.int64(2**40), "sum": np.full(2, 1 / 3), "count": 2**40, "share": 0.1}
+    callbacks = [types.SimpleNamespace(state=state), types.SimpleNamespace(state={"rounds": [1]})]
+    expected = copy.deepcopy(state)
+    with jax.enable_x64(False), fax.data.cohorts(DATA, clients=4, batch_size=8) as cohorts:
+        run = Run(ALGORITHM, ALGORITHM.init(PARAMS), cohorts, rounds=1, callbacks=callbacks)
+        arrays, facts = _resume.contents(run)
+        state["sum"] += 1
+        callbacks[1].state["rounds"].append(2)
+        checkpoints = _checkpoints.Checkpoints(tmp_path / "checkpoints", run.keep)
+        checkpoints.save(1, arrays, facts, {}, None)
+        _resume.put_back(run, checkpoints.read(1, lambda leaves: [None] * len(leaves)))
+        checkpoints.close()
+    assert callbacks[1].state == {"rounds": [1]}
+    for name, value in expected.items():
+        found = callbacks[0].state[name]
+        assert type(found) is type(value)
+        assert np.asarray(found).tobytes() == np.asarray(value).tobytes()
 
 
 # What goes wrong
