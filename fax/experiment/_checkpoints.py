@@ -27,7 +27,8 @@ class Keep(NamedTuple):
       newest: how many of the newest ones. With at least 2, there is still one if the newest cannot
         be read.
       best: the name of a metric, such as ``"test/accuracy"``: of the checkpoints of rounds that
-        have it, the best one is kept, too.
+        have it, the best one is kept, too. If no evaluation or round has a metric of this name,
+        the run ends with an error when it first saves one.
       mode: ``"max"`` if more is better, ``"min"`` if less is.
 
     Example:

@@ -94,8 +94,9 @@ def run(
       folder: for the outputs. Without one, nothing is written. If the first round of a run raises
         an error, a folder that was made for it is removed again. Its path may have no brackets,
         which orbax takes for a pattern.
-      evaluate: a function of ``algorithm.params(state)`` that returns a number or a dict of
-        numbers, or a dict of such functions by name. A single one has the name ``"test"``.
+      evaluate: a function of ``algorithm.params(state)`` that returns a number, or a dict of
+        numbers and of arrays with a number for each client; or a dict of such functions by name. A
+        single one has the name ``"test"``.
       every: after how many rounds to evaluate and save, or a dict of this for ``"evaluate"``,
         ``"checkpoint"`` and ``"log"``. Everything also happens after the last round. Default: 20
         times in a run. Metrics are fetched and logged after each block of rounds by default; less
