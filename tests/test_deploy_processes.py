@@ -1,5 +1,6 @@
 """Clients in processes of their own: they have JAX alone, and send what the plan says."""
 
+import concurrent.futures
 import io
 import json
 import multiprocessing.connection
@@ -158,8 +159,8 @@ def test_late_answers_are_ignored(backend, monkeypatch):
         np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
 
 
-def test_a_process_that_was_forked_uses_and_ends_no_processes(backend):
-    """They are those of the process that started them."""
+def test_what_does_not_end_processes(backend):
+    """A process that was forked neither uses nor ends them, and an interrupt is for the server."""
     with pytest.raises(TypeError, match=r"cannot be pickled.*Make a backend in each process"):
         pickle.dumps(backend)
     with warnings.catch_warnings(action="ignore"):  # this child uses no JAX
@@ -176,7 +177,24 @@ def test_a_process_that_was_forked_uses_and_ends_no_processes(backend):
         finally:
             os._exit(refused)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    for link in backend._links:  # as Ctrl-C does
+        link.process.send_signal(signal.SIGINT)
     backend._look(backend._numbers)  # they still answer
+
+
+def test_several_threads_run_plans(backend, monkeypatch):
+    """Each gets the answers to its own requests."""
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    plan = deploy.cut(lambda s, rows: squares(s, rows["x"]), 1.5, {"x": x}, held=["x"])
+    rows = {"x": placed(backend, x)}
+    monkeypatch.setattr(backend, "_timeout", 20.0)
+
+    def run(scale):
+        return scale, plan.run(backend, scale, rows)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for scale, found in threads.map(run, np.arange(1.0, 31.0)):
+            np.testing.assert_allclose(found, np.mean(np.sum((scale * x) ** 2, axis=1)))
 
 
 def test_the_server_does_not_delay_messages(backend):
@@ -424,7 +442,11 @@ def test_what_clients_hold_is_in_dtypes_of_jax():
             ) as e:
                 runtime.Clients({"ann": {"x": wrong}}).do_about()
             assert str(wrong[0]) not in str(e.value)  # which the server reads
-    assert clients.do_about()[0] == [3, "x", "float64", [2]]
+    whether = [False, True]  # the server's setting counts, also if it has changed
+    requests = [{"number": 1, "do": "about", "with": {}, "x64": x64} for x64 in whether]
+    link = Link(map(runtime.encode, requests))
+    runtime.serve(link, clients)
+    assert [answer["result"][0][2] for answer in link.answers] == ["float32", "float64"]
     with pytest.raises(runtime.RefusedError, match="'x' of the client 'ann' is <U6, expected num"):
         runtime.Clients({"ann": {"x": np.array(["secret"])}}).do_about()
     with pytest.raises(TypeError, match=r"not a dict of dicts, expected {client: {name: array}}"):

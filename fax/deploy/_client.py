@@ -21,9 +21,11 @@ import math
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import struct
 import sys
+import threading
 import types
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -378,7 +380,8 @@ def serve(link: Any, clients: Clients) -> None:
             number = _count(request["number"])
             if request["do"] == "stop":
                 return
-            answer = {"number": number, "result": clients.answer(request)}
+            with jax.enable_x64(bool(request.get("x64", jax.config.jax_enable_x64))):
+                answer = {"number": number, "result": clients.answer(request)}
         except Exception as error:
             answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
         try:
@@ -428,6 +431,9 @@ def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None
     with connection.Client((host, int(port)), authkey=key) as link:
         without_delay(link)
         link.send_bytes(encode({"number": args.number, "pid": os.getpid()}))
+        # Ctrl-C is for the server, which may go on. The process ends with the connection.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         serve(link, clients)
 
 

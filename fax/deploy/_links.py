@@ -96,7 +96,8 @@ class Link:
         if self._error is not None:
             raise self._error
         self._number += 1
-        data = runtime.encode({"do": do, "with": what, "number": self._number})
+        x64 = bool(jax.config.jax_enable_x64)
+        data = runtime.encode({"do": do, "with": what, "number": self._number, "x64": x64})
         short = len(data) < 2**31
         size = _SHORT.pack(len(data)) if short else _SHORT.pack(-1) + _LONG.pack(len(data))
         self._out.append(_Request(do, memoryview(size + data)))

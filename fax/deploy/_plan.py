@@ -333,9 +333,11 @@ def _check_type(name: str, x: Any, value: Any) -> None:
     own = x if isinstance(x, Held) else _type(x)
     if own.dtype != value.aval.dtype or not _is_of(own.shape, value.aval.shape):
         shown = ", ".join(map(str, value.aval.shape))
+        narrow = jax.dtypes.canonicalize_dtype(own.dtype, allow_extended_dtype=True)
+        why = f" Without jax_enable_x64, JAX has {narrow} in place of {own.dtype}: put that there."
         raise ValueError(
             f"Plan.run: {name} is {own.dtype}{list(own.shape)}, expected "
-            f"{value.aval.dtype}[{shown}], as when the plan was made."
+            f"{value.aval.dtype}[{shown}], as when the plan was made.{why * (narrow != own.dtype)}"
         )
     if isinstance(x, Held) and not value.held:
         raise ValueError(

@@ -23,7 +23,8 @@ class Processes(Hosts):
 
     The processes run `fax/deploy/_client.py` with JAX alone. They hold what is put there, or the
     data that they load themselves, and send what stages send. Everything goes over sockets of this
-    machine's loopback interface, with a key that only these processes know.
+    machine's loopback interface, with a key that only these processes know. Several threads may run
+    plans; their stages take turns.
 
     Args:
       number: how many processes.
@@ -115,10 +116,11 @@ class Processes(Hosts):
           ClientError: if the process does not start.
         """
         self._links[process].check_own()
-        _links.stop([self._links[process]])
-        (self._links[process],) = _links.start([process], self._options, self._timeout)
-        self._known[process] = set()
-        self._look([process])
+        with self._one:
+            _links.stop([self._links[process]])
+            (self._links[process],) = _links.start([process], self._options, self._timeout)
+            self._known[process] = set()
+            self._look([process])
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, next(self._slots)) for client in clients]
@@ -146,6 +148,12 @@ class Processes(Hosts):
                 self._links[process].send("free", rows=[list(freed[i]) for i in own])
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
+        for process in requests:
+            self._links[process].check_own()
+        with self._one:
+            self._exchange(do, requests, read)
+
+    def _exchange(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
         self._free_now()
         failed: dict[int, LinkError] = {}
         asked: dict[int, Link] = {}
