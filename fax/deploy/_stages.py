@@ -99,9 +99,16 @@ def _constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
     for value in getattr(jaxpr, "consts", ()):
         is_key = jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
         yield jax.random.key_data(value) if is_key else value
+    inside: list[ClosedJaxpr | Jaxpr] = []  # with their constants, which JAX's own function drops
+
+    def note(inner: ClosedJaxpr | Jaxpr) -> ClosedJaxpr | Jaxpr:
+        inside.append(inner)
+        return inner
+
     for eqn in _jaxpr.opened(jaxpr).eqns:
-        for inner in _jaxpr.jaxprs_in_params(eqn.params):
-            yield from _constants(inner)
+        _jaxpr.map_jaxprs(note, eqn)
+    for inner in inside:
+        yield from _constants(inner)
 
 
 def _for_all_versions(exported: export.Exported) -> export.Exported:
