@@ -1,6 +1,7 @@
 """State of clients: rows of a cohort on every mesh, and rows kept on the host or in a file."""
 
 import os
+import pickle
 import sqlite3
 import subprocess
 import sys
@@ -212,6 +213,25 @@ def test_rows_of_those_who_come_later_are_those_of_the_first_start(tmp_path):
     with ClientStore(counting(start=9.0), tmp_path / "clients.db", resume=True) as store:
         state = store.init(None)
         np.testing.assert_array_equal(store.models(state, [1]), [[5, 5]])
+
+
+def test_only_one_process_uses_a_store(tmp_path, monkeypatch):
+    """Not those that are forked from it, which have the file without its lock."""
+    path = tmp_path / "clients.db"
+    with ClientStore(counting(), path) as store:
+        state = store.init(None)
+        state, _ = store.round(state, cohort_of([0, 1]))
+        with pytest.raises(TypeError, match=r"a store cannot be pickled.*with save\(\)"):
+            pickle.dumps(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            for use in (store.flush, lambda: store.models(state, [0])):
+                with pytest.raises(ValueError, match=r"opened by another process.*was forked"):
+                    use()
+            store.close()  # flushes nothing
+    with ClientStore(counting(), path, resume=True) as store:
+        store.init(None)
+        assert store.rounds == 0
 
 
 def test_what_was_not_flushed_is_undone(tmp_path):

@@ -5,6 +5,8 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -905,6 +907,17 @@ def test_an_iterator_does_not_wait_for_a_thread_that_is_gone():
     rounds._items._stop.clear()
     with pytest.raises(RuntimeError, match="forked"):
         chosen(rounds, 5)
+
+
+def test_an_iterator_is_of_one_process(monkeypatch):
+    """In another one, which was forked before its thread began, JAX would hang."""
+    rounds = fax.data.cohorts(population(), 2, 4)
+    with pytest.raises(TypeError, match=r"iterator cannot be pickled.*Make one in each process"):
+        pickle.dumps(rounds)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for use in (lambda: next(rounds), lambda: rounds.take(1)):
+        with pytest.raises(RuntimeError, match=r"forked.*get_context\(.spawn.\)"):
+            use()
 
 
 def test_a_sampler_that_runs_out_does_not_end_the_loop_in_silence():

@@ -1,7 +1,9 @@
 """Plans of programs give what the jitted programs give; what cannot be a plan says why."""
 
+import copy
 import dataclasses
 import gc
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,25 @@ def test_clients_do_not_send_what_nobody_needs():
     assert repr(plan) == "Plan(stages=['clients 3', 'clients 2'])"
     exchanges = plan.audit().exchanges
     assert [exchange.bytes("sum") for exchange in exchanges] == [0, 8]
+
+
+def test_copies_and_pickles():
+    """A copy of a state keeps the rows of clients. In another process, they would mean nothing."""
+    backend = deploy.InProcess()
+    plan = deploy.cut(lambda rows: {"own": 2 * rows["x"]}, ROWS, held=["x"])
+    state = plan.run(backend, ROWS)
+    again = copy.deepcopy(state)
+    del state
+    gc.collect()
+    np.testing.assert_array_equal(plan.fetch(backend, again)["own"], 2 * ROWS["x"])
+    assert copy.deepcopy(plan) is plan
+    for what, instead in [
+        (again, "Plan.fetch"),
+        (plan, "cut the program again"),
+        (plan.stages, ""),
+    ]:
+        with pytest.raises(TypeError, match=f"fax.deploy: a .* cannot be pickled.*{instead}"):
+            pickle.dumps(what)
 
 
 def many(scale, rows):

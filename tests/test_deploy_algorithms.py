@@ -49,6 +49,8 @@ def test_state_of_clients_stays_there():
     assert plan.audit().chosen["[0].clients.rows['w']"] == ("rows chosen by number",)
     with pytest.raises(ValueError, match=r"with different clients: .* Plan.run\(clients=\)"):
         plan.run(deploy.InProcess(), *args)
+    with pytest.raises(deploy.CutError, match=r"scatter .* of state .* add its name to held="):
+        deploy.cut(algorithm.round, *args)
 
 
 @pytest.mark.long

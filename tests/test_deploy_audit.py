@@ -20,6 +20,22 @@ def test_what_moves():
     assert "[1]['x']  only through sums over 3" in text
 
 
+def test_what_moves_has_the_bits_of_jax():
+    """Without 64 bits, what the server has in NumPy's float64 is sent in float32."""
+    received = []
+
+    class Seen(deploy.InProcess):
+        def run(self, stage, clients, operands):
+            received.extend(x for x, mode in zip(operands, stage.inputs) if mode == "server")
+            raise deploy.ClientError("seen")
+
+    with jax.enable_x64(False):
+        plan = deploy.cut(squares, np.float64(1.0), ROWS, held=["x"])
+        with pytest.raises(deploy.ClientError, match="seen"):
+            plan.run(Seen(), np.float64(1.0), ROWS)
+    assert [x.nbytes for x in received] == [plan.audit().exchanges[0].bytes("down")] == [4]
+
+
 def statement(fn, **args):
     plan = deploy.cut(fn, *args.values(), held=["x"], pull=True)
     return plan.audit()

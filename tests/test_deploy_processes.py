@@ -1,15 +1,19 @@
 """Clients in processes of their own: they have JAX alone, and send what the plan says."""
 
+import concurrent.futures
 import io
 import json
 import multiprocessing.connection
 import os
+import pickle
 import random
 import signal
 import struct
+import sys
 import threading
 import types
 import unittest.mock
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +157,44 @@ def test_late_answers_are_ignored(backend, monkeypatch):
     monkeypatch.setattr(backend, "_timeout", 100.0)
     for _ in range(2):
         np.testing.assert_allclose(plan.run(backend, rows), x.mean(0))
+
+
+def test_what_does_not_end_processes(backend):
+    """A process that was forked neither uses nor ends them, and an interrupt is for the server."""
+    with pytest.raises(TypeError, match=r"cannot be pickled.*Make a backend in each process"):
+        pickle.dumps(backend)
+    with warnings.catch_warnings(action="ignore"):  # this child uses no JAX
+        child = os.fork()
+    if not child:
+        refused = 0
+        try:
+            uses = [lambda: backend.kill(0), lambda: backend.restart(0)]
+            for use in [*uses, lambda: backend._links[0].send("about")]:
+                with pytest.raises(RuntimeError, match="this one was forked"):
+                    use()
+                refused += 1
+            backend.stop()
+        finally:
+            os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    for link in backend._links:  # as Ctrl-C does
+        link.process.send_signal(signal.SIGINT)
+    backend._look(backend._numbers)  # they still answer
+
+
+def test_several_threads_run_plans(backend, monkeypatch):
+    """Each gets the answers to its own requests."""
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    plan = deploy.cut(lambda s, rows: squares(s, rows["x"]), 1.5, {"x": x}, held=["x"])
+    rows = {"x": placed(backend, x)}
+    monkeypatch.setattr(backend, "_timeout", 20.0)
+
+    def run(scale):
+        return scale, plan.run(backend, scale, rows)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for scale, found in threads.map(run, np.arange(1.0, 31.0)):
+            np.testing.assert_allclose(found, np.mean(np.sum((scale * x) ** 2, axis=1)))
 
 
 def test_the_server_does_not_delay_messages(backend):
@@ -385,6 +427,46 @@ def test_a_client_that_sends_other_types():
             _hosts.check_answer(stage, ["ann", "bob"], wrong)
 
 
+def test_what_clients_hold_is_in_dtypes_of_jax():
+    """Without 64 bits, NumPy's own are made shorter, as in a program. Nothing else changes."""
+    data = {np.int64(3): {"x": np.array([0.1, np.inf]), "n": 40, 1: [True]}}
+    clients = runtime.Clients(data)
+    with jax.enable_x64(False):
+        about = [[3, "x", "float32", [2]], [3, "n", "int32", []], [3, "1", "bool", [1]]]
+        assert clients.do_about() == about
+        (row,) = clients.do_fetch([[3, "x"]])
+        assert row.dtype == np.float32
+        for wrong in (np.array([2**40]), np.array([1e300])):
+            with pytest.raises(
+                runtime.RefusedError, match=r"do not fit .* set jax_enable_x64"
+            ) as e:
+                runtime.Clients({"ann": {"x": wrong}}).do_about()
+            assert str(wrong[0]) not in str(e.value)  # which the server reads
+    whether = [False, True]  # the server's setting counts, also if it has changed
+    requests = [{"number": 1, "do": "about", "with": {}, "x64": x64} for x64 in whether]
+    link = Link(map(runtime.encode, requests))
+    runtime.serve(link, clients)
+    assert [answer["result"][0][2] for answer in link.answers] == ["float32", "float64"]
+    with pytest.raises(runtime.RefusedError, match="'x' of the client 'ann' is <U6, expected num"):
+        runtime.Clients({"ann": {"x": np.array(["secret"])}}).do_about()
+    with pytest.raises(TypeError, match=r"not a dict of dicts, expected {client: {name: array}}"):
+        runtime.Clients({"x": np.ones(3)})
+
+
+def test_functions_of_clients(tmp_path):
+    (tmp_path / "beside_it.py").write_text("VALUE = 5")
+    file = tmp_path / "own.py"
+    file.write_text("from beside_it import VALUE\n\ndef load(number):\n    return number + VALUE")
+    with unittest.mock.patch("sys.path", sys.path[:]):
+        assert runtime.load(f"{file}:load", 2) == 7
+        with pytest.raises(AttributeError, match=r"own.py has no function 'nothing'"):
+            runtime.load(f"{file}:nothing", 2)
+    with pytest.raises(ModuleNotFoundError, match=r"name the file, not_there.py:load, or set PYTH"):
+        runtime.load("not_there:load", 2)
+    with pytest.raises(ValueError, match=r'load is .own.py., expected "module:function"'):
+        deploy.Processes(1, load="own.py")
+
+
 ABOUT = [["ann", "x", "float64", [4]], ["bob", "x", "float64", [4]]]
 
 
@@ -473,6 +555,19 @@ def test_processes_with_a_plan(saved):
             plan.run(backend, rows)
 
 
+def test_plans_with_other_constants():
+    """Those of jitted functions are in their jaxprs, and not in the text of these."""
+
+    def digest(weights):
+        function = jax.jit(lambda x: weights * x)
+        plan = deploy.cut(lambda rows: sines(rows, function), {"x": np.ones((3, 4))}, held=["x"])
+        return plan.stages[0].digest
+
+    weights = np.arange(4.0)
+    assert digest(weights) == digest(weights.copy())  # traced again
+    assert digest(weights) != digest(weights + 1)
+
+
 def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
     folder, _ = saved
     manifest = runtime.read_plan(folder)
@@ -517,9 +612,12 @@ def test_what_a_client_with_a_plan_refuses(saved, tmp_path):
 
 def test_a_plan_of_another_format(tmp_path):
     (tmp_path / "plan.json").write_text('{"format": 2}')
-    with pytest.raises(runtime.RefusedError, match="format 2, expected 1"):
+    with pytest.raises(
+        runtime.RefusedError, match=r"format 2, expected 1. Another version of fax saved it"
+    ):
         runtime.read_plan(tmp_path)
-    for text in ('{"format": 1', "[1]", "{}"):
+    no_types = '{"format": 1, "fetches": false, "stages": {"a": {"file": "a"}}}'
+    for text in ('{"format": 1', "[1]", "{}", '{"format": 1}', no_types):
         (tmp_path / "plan.json").write_text(text)
         with pytest.raises(runtime.RefusedError, match=r"plan.json is damaged, or not that of a"):
             runtime.read_plan(tmp_path)

@@ -13,6 +13,7 @@ from local_hosts import LocalHosts, identities_of
 
 import fax
 from fax import aggregators, deploy
+from fax.deploy import _client as runtime
 from fax.deploy import _stages
 
 CLIENTS = ["ann", "bob", "cleo", "dora", "emil"]
@@ -135,6 +136,23 @@ def test_too_few_are_left(step):
         assert len(arrived) == 1
     else:
         assert "unmask" not in steps_of(backend)
+
+
+def test_one_client_is_left():
+    """Which is not a mistake in the settings, and the error still says how the others failed."""
+    backend = hosts(threshold=0.5)
+    backend.before["keys"] = {0, 1}
+    message = "needs two clients, but only one is left. Failed: .*The last error: .*host 0 is gone"
+    with pytest.raises(deploy.ClientError, match=message):
+        plan().run(backend, backend.held(), quorum=1)
+
+
+def test_a_client_that_has_not_begun_a_sum():
+    (host, *_), session = hosts().hosts, bytes(16)
+    host.answer({"do": "secure_keys", "with": {"session": session, "clients": ["ann"]}})
+    what = {"session": session, "clients": ["bob"], "present": [1], "signatures": []}
+    with pytest.raises(runtime.RefusedError, match="'bob' has no keys in this sum"):
+        host.answer({"do": "secure_unmask", "with": what})
 
 
 def test_without_a_quorum_nobody_may_fail():

@@ -39,7 +39,7 @@ class RowFile:
     """
 
     def __init__(self, path: str | None, facts: dict[str, str], start: bytes):
-        self._path = path
+        self._path, self._pid = path, os.getpid()
         self._file = _connect(path or ":memory:")
         try:
             if path is None:
@@ -56,6 +56,11 @@ class RowFile:
             if isinstance(error, sqlite3.Error):
                 raise ValueError(f"{WHERE}: {path!r} is not a store's file ({error}).") from error
             raise
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process may use it. One that was forked has the file, but not its lock."""
+        return self._path is None or os.getpid() == self._pid
 
     def read(self, position: int) -> bytes:
         """Returns a client's row, or the initial row if the client has not taken part.

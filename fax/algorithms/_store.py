@@ -243,11 +243,13 @@ class ClientStore:
     def close(self) -> None:
         """Flushes and closes the file. The store cannot be used anymore.
 
+        In a process that was forked from the one that opened the file, nothing is flushed.
+
         Raises:
           OSError: if the disk is full. The store is still open then.
         """
         if self._rows is not None and not self._closed:
-            if self.path is not None:
+            if self.path is not None and self._rows.is_own:
                 self.flush()
             self._drop()
 
@@ -256,6 +258,12 @@ class ClientStore:
         return (
             f"ClientStore({self.algorithm!r}, clients={self.num_clients}, rounds={self.rounds}, "
             f"in {where})"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{WHERE}: a store cannot be pickled or copied, because only one process can use its "
+            "rows. Write them with save(), and load() them into another store."
         )
 
     def __enter__(self) -> ClientStore:
@@ -292,6 +300,12 @@ class ClientStore:
     def _opened(self) -> RowFile:
         if self._rows is None or self._closed:
             raise ValueError(f"{WHERE}: the store is closed, or init has not been called.")
+        if not self._rows.is_own:
+            raise ValueError(
+                f"{WHERE}: {self.path!r} was opened by another process, from which this one was "
+                "forked, and only one process can use it. Do it there, or save() a copy there, and "
+                "load() it into a store of this process."
+            )
         return self._rows
 
     def _drop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from fax.data._batching import Batching, RoundPlan
 from fax.data._check_examples import check_federated
 from fax.data._cohort import Cohort
 from fax.data._cohort_builder import CohortBuilder
-from fax.data._prefetch import Prefetch
+from fax.data._prefetch import Prefetch, forked
 from fax.data._protocol import ClientId, DataError, FederatedData
 from fax.data._samplers import STREAM, check_sampler, make_sampler
 from fax.sharding._row_sharding import row_sharding_in_scope
@@ -179,12 +180,14 @@ class Cohorts(Iterator[Cohort]):
         self._builder, self._ahead = builder, ahead
         self._items: Prefetch | None = None
         self._closed, self._lock = False, threading.RLock()
+        self._pid = os.getpid()
         self._needed = self._computed = 0
         self._round = start
         self.shapes = {}
         self.examples = 0
 
     def __next__(self) -> Cohort:
+        self._check_process()
         with self._lock:
             if self._closed:
                 raise StopIteration
@@ -234,6 +237,7 @@ class Cohorts(Iterator[Cohort]):
             iterator is closed.
         """
         rounds = _count("rounds", rounds)
+        self._check_process()
         if self._closed:
             raise DataError(f"{WHERE}: take: the iterator is closed, and has no more cohorts.")
         if not self.resident:
@@ -247,6 +251,10 @@ class Cohorts(Iterator[Cohort]):
             self._note(cohort.mask.shape[1:], plan)
         self._round += rounds
         return cohort
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:  # the lock may be one that nobody releases
+            raise forked()
 
     def _stop_working_ahead(self) -> None:
         if self._items is not None:
@@ -293,6 +301,13 @@ class Cohorts(Iterator[Cohort]):
             self._closed, items = True, self._items
         if items is not None:
             items.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{WHERE}: the iterator cannot be pickled or copied, because a thread works ahead for "
+            "it. Make one in each process, with start= to go on at a round. The data and its "
+            "cohorts can be pickled."
+        )
 
     def __enter__(self) -> Cohorts:
         return self

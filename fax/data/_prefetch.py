@@ -22,6 +22,16 @@ _JOIN_SECONDS = 5.0  # how long to wait for a thread to end
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
+def forked() -> RuntimeError:
+    """The error for an iterator that this process has only because it was forked."""
+    return RuntimeError(
+        "fax.data.cohorts: this process was forked from the one that made the iterator, and has "
+        "neither the thread that prepares cohorts nor a JAX that works. Start processes with "
+        'multiprocessing.get_context("spawn"), and make an iterator in each, with start= to go on '
+        "at a round."
+    )
+
+
 class Prefetch(Iterator[T], Generic[T]):
     """``make(start), make(start + 1), ...``, computed ahead by a thread.
 
@@ -62,11 +72,7 @@ class Prefetch(Iterator[T], Generic[T]):
             except queue.Empty:
                 if alive:
                     continue  # after checking whether the iterator was closed
-                self._error = RuntimeError(
-                    "fax.data.cohorts: the thread that prepares cohorts does not exist in this "
-                    "process, which was forked from the one that made it. Make an iterator in each "
-                    "process, with start= to go on at a round."
-                )
+                self._error = forked()
                 break
             if self._error is None:
                 return item

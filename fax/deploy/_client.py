@@ -21,9 +21,12 @@ import math
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import struct
 import sys
+import threading
+import types
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
@@ -176,8 +179,17 @@ class Clients:
         plan: dict[str, Any] | None = None,
         folder: pathlib.Path | None = None,
     ):
+        if not isinstance(data, dict) or not all(isinstance(own, dict) for own in data.values()):
+            raise TypeError(
+                "what the function of the clients' data returned is not a dict of dicts, expected "
+                "{client: {name: array}}"
+            )
         self._values = {
-            (client, name): x for client, own in data.items() for name, x in own.items()
+            (client.item() if isinstance(client, np.generic) else client, str(name)): (
+                x if hasattr(x, "dtype") else np.asarray(x)
+            )
+            for client, own in data.items()
+            for name, x in own.items()
         }
         self._plan = plan
         self._data = frozenset(self._values)  # which the server cannot replace
@@ -208,7 +220,7 @@ class Clients:
     def do_about(self) -> list[Any]:
         """What clients hold: name, dtype and shape."""
         return [
-            [client, name, str(np.asarray(x).dtype), list(np.shape(x))]
+            [client, name, str(_as_of_jax(client, name, x).dtype), list(np.shape(x))]
             for (client, name), x in self._values.items()
         ]
 
@@ -219,7 +231,7 @@ class Clients:
     def do_fetch(self, rows: list[Any]) -> list[Any]:
         if self._plan is not None and not self._plan["fetches"]:
             raise RefusedError("the plan that this client was given fetches no rows: they stay")
-        return [self._own(client, str(slot)) for client, slot in rows]
+        return [_as_of_jax(client, slot, self._own(client, str(slot))) for client, slot in rows]
 
     def do_free(self, rows: list[Any]) -> None:
         for client, slot in rows:
@@ -283,6 +295,32 @@ class Clients:
             raise RefusedError("a result would be sent that stays with the client in the plan")
 
 
+def _as_of_jax(client: Any, name: str, x: Any) -> Any:
+    """An array in JAX's dtype. Without x64, JAX would truncate large numbers silently."""
+    if isinstance(x, jax.Array):
+        return x
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufcV":
+        raise RefusedError(
+            f"{name!r} of the client {client!r} is {array.dtype}, expected numbers or bools"
+        )
+    known = {"g": np.float64, "G": np.complex128}  # JAX has none of more bits
+    dtype = jax.dtypes.canonicalize_dtype(known.get(array.dtype.char, array.dtype))
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    fits = (
+        narrow == array if array.dtype.kind in "iu" else np.isfinite(narrow) >= np.isfinite(array)
+    )
+    if not fits.all():  # the numbers are not in the error, which the server reads
+        raise RefusedError(
+            f"{name!r} of the client {client!r} is {array.dtype}, with numbers that do not fit "
+            f"{dtype}. Load smaller numbers, or set jax_enable_x64 at the server"
+        )
+    return narrow
+
+
 def _loaded(blob: bytes) -> Callable:
     try:
         stage = export.deserialize(bytearray(blob))
@@ -301,10 +339,18 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         found = plan["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        if found == 1:
+            _ = (
+                plan["fetches"],
+                [(x["file"], x["inputs"], x["outputs"]) for x in plan["stages"].values()],
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RefusedError(f"{path} is damaged, or not that of a plan: {error!r}.") from error
     if found != 1:
-        raise RefusedError(f"{folder} has format {found!r}, expected 1.")
+        raise RefusedError(
+            f"{folder} has format {found!r}, expected 1. Another version of fax saved it. Use that "
+            "version here, too, or save the plan with this one."
+        )
     return plan
 
 
@@ -334,7 +380,8 @@ def serve(link: Any, clients: Clients) -> None:
             number = _count(request["number"])
             if request["do"] == "stop":
                 return
-            answer = {"number": number, "result": clients.answer(request)}
+            with jax.enable_x64(bool(request.get("x64", jax.config.jax_enable_x64))):
+                answer = {"number": number, "result": clients.answer(request)}
         except Exception as error:
             answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
         try:
@@ -343,12 +390,30 @@ def serve(link: Any, clients: Clients) -> None:
             return
 
 
-def load(name: str, argument: Any) -> dict[Any, dict[str, Any]]:
-    """The clients' data, from a function with this name."""
+def load(name: str, argument: Any) -> Any:
+    """Calls the function with this name. A file may import what is beside it, as a script may."""
     module, _, function = name.rpartition(":")
+    if not module:
+        raise ValueError(
+            f"{name!r} names no function, expected MODULE:FUNCTION or FILE.py:FUNCTION"
+        )
     if module.endswith(".py"):
-        return runpy.run_path(module, run_name="clients_data")[function](argument)
-    return getattr(importlib.import_module(module), function)(argument)
+        sys.path.insert(0, str(pathlib.Path(module).resolve().parent))
+        found: Any = types.SimpleNamespace(**runpy.run_path(module, run_name="clients_data"))
+    else:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise
+            raise ModuleNotFoundError(
+                f"There is no module {module!r}. Modules of the current folder are not found: "
+                f"name the file, {module.replace('.', '/')}.py:{function}, or set PYTHONPATH.",
+                name=error.name,
+            ) from error
+    if not hasattr(found, function):
+        raise AttributeError(f"{module} has no function {function!r}")
+    return getattr(found, function)(argument)
 
 
 def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None = None) -> None:
@@ -366,6 +431,9 @@ def main(make: Callable[..., Clients] = Clients, arguments: Sequence[str] | None
     with connection.Client((host, int(port)), authkey=key) as link:
         without_delay(link)
         link.send_bytes(encode({"number": args.number, "pid": os.getpid()}))
+        # Ctrl-C is for the server, which may go on. The process ends with the connection.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         serve(link, clients)
 
 

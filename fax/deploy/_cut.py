@@ -162,10 +162,13 @@ class Writer:
             return value
         reason = why or f"{eqn.primitive.name} uses the rows of several clients"
         if not self.cutter.pull:
+            fix = "Reduce them with fax.sum or fax.mean"
+            if eqn.primitive is p.scatter_p:  # rows of state that the server has
+                fix = "If they are of state that clients should keep, add its name to held="
             raise CutError(
                 f"The server would need the rows of {value.aval.str_short()} from all clients: "
-                f"{reason}, at {line_of(eqn)}. Reduce them with fax.sum or fax.mean, "
-                "or pass pull=True to let the server fetch them."
+                f"{reason}, at {line_of(eqn)}. {fix}, or pass pull=True to let the server fetch "
+                "them."
             )
         result = Value(value.aval)
         self.steps.append(Pull((value,), (result,), f"{reason}, at {line_of(eqn)}"))

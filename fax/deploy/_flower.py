@@ -100,7 +100,8 @@ class Flower(Hosts):
         self._by_host(clients)
         made = [Row(client, next(self._slots)) for client in clients]
         # They are sent with the next message, because each message takes long.
-        self._put |= {(row.client, row.slot): x for row, x in zip(made, rows, strict=True)}
+        with self._one:
+            self._put |= {(row.client, row.slot): x for row, x in zip(made, rows, strict=True)}
         return made
 
     def _wait_for(self, number: int) -> list[int]:
@@ -115,16 +116,17 @@ class Flower(Hosts):
         return found
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
-        freed, self._freed = self._freed, []
-        for row in freed:
-            self._put.pop(row, None)
-        parts = self._by_host([client for client, _ in freed])
-        frees = {node: [freed[i] for i in own] for node, own in parts.items()}
-        try:
-            self._exchange(do, requests, frees, read)
-        finally:
-            for own in frees.values():  # what no client has confirmed to have freed
-                self._freed += own
+        with self._one:
+            freed, self._freed = self._freed, []
+            for row in freed:
+                self._put.pop(row, None)
+            parts = self._by_host([client for client, _ in freed])
+            frees = {node: [freed[i] for i in own] for node, own in parts.items()}
+            try:
+                self._exchange(do, requests, frees, read)
+            finally:
+                for own in frees.values():  # what no client has confirmed to have freed
+                    self._freed += own
 
     def _exchange(
         self,

@@ -9,6 +9,7 @@ import operator
 import os
 import pathlib
 import secrets
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class Hosts(abc.ABC):
       _host, _hosts: what hosts are called in errors: one, and several.
       _platforms: what stages are compiled for.
       _numbers: the numbers of the hosts, which subclasses set.
+      _one: held by the thread that asks hosts, so that each gets the answers to its own requests.
     """
 
     _host: str
@@ -63,6 +65,7 @@ class Hosts(abc.ABC):
 
     def __init__(self, plan: str | os.PathLike[str] | None, secure: SecureSums | None = None):
         self.secure = secure
+        self._one = threading.RLock()
         # The same run may continue with another backend, so slots of this one differ.
         name = secrets.token_hex(4)
         self._slots = (f"{name}.{i}" for i in itertools.count())
@@ -139,7 +142,7 @@ class Hosts(abc.ABC):
         job = self._job(stage, clients, operands)
         threshold = self.secure.threshold
         total = SecureSum(self._ask, threshold, stage, clients, job.parts, take, least)
-        with self._freed_unless_done(job):
+        with self._freed_unless_done(job), self._one:  # a client takes part in one sum at a time
             first, totals = total.run(job.requests)
         return first, self._results(job, first, iter(totals))
 

@@ -41,6 +41,9 @@ class LinkError(Exception):
 class Link:
     """A process, and the connection to it.
 
+    A process that is forked from this one has the same connection. It must not use it, or end the
+    process, which is not its own.
+
     Attributes:
       sent, received: the bytes of all messages so far.
     """
@@ -55,6 +58,7 @@ class Link:
         self._out: collections.deque[_Request] = collections.deque()
         self._in = bytearray()
         self._error: LinkError | None = None  # why the connection is closed
+        self._pid = os.getpid()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -64,16 +68,36 @@ class Link:
         """What to wait for."""
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made in this process, and not in one that this was forked from."""
+        return os.getpid() == self._pid
+
+    def check_own(self) -> None:
+        """Checks that this is the process that it was made in.
+
+        Raises:
+          RuntimeError: if not.
+        """
+        if not self.is_own:
+            raise RuntimeError(
+                "fax.deploy.Processes: its processes answer only the process that started them, "
+                "and this one was forked from it. Make a backend in each process."
+            )
+
     def send(self, do: str, **what: Any) -> None:
         """Sends a request, or as much of it as the process reads at once.
 
         Raises:
           LinkError: if the process has ended.
+          RuntimeError: if this is not the process that it was made in.
         """
+        self.check_own()
         if self._error is not None:
             raise self._error
         self._number += 1
-        data = runtime.encode({"do": do, "with": what, "number": self._number})
+        x64 = bool(jax.config.jax_enable_x64)
+        data = runtime.encode({"do": do, "with": what, "number": self._number, "x64": x64})
         short = len(data) < 2**31
         size = _SHORT.pack(len(data)) if short else _SHORT.pack(-1) + _LONG.pack(len(data))
         self._out.append(_Request(do, memoryview(size + data)))
@@ -109,9 +133,10 @@ class Link:
         )
 
     def close(self) -> None:
-        """Asks the process to end."""
+        """Asks the process to end, if it is this one's own."""
         with contextlib.suppress(LinkError):
-            self.send("stop")
+            if self.is_own:
+                self.send("stop")
         self._close(LinkError("was stopped"))
 
     def _write(self) -> None:
@@ -282,6 +307,8 @@ def stop(links: Iterable[Link], seconds: float = 5.0) -> None:
         link.close()
     end = time.monotonic() + seconds
     for link in links:
+        if not link.is_own:
+            continue
         with contextlib.suppress(subprocess.TimeoutExpired):
             link.process.wait(max(0.0, end - time.monotonic()))
         link.process.kill()  # does nothing if it has ended

@@ -25,7 +25,7 @@ from fax.deploy._runner import Runner, fetch, is_secure
 from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
 from fax.deploy._steps import Block, rows_of
-from fax.deploy._values import CutError, Held, named
+from fax.deploy._values import CutError, Held, OfThisProcess, named
 
 PyTree = Any
 # The fields of a `fax.data.Cohort` that are clients' data.
@@ -103,7 +103,7 @@ def cut(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(OfThisProcess):
     """A program as steps of the server and stages of the clients. See `cut`.
 
     Attributes:
@@ -115,6 +115,8 @@ class Plan:
     _arguments: Any
     _results: Any
     _names: tuple[str, ...]
+
+    _instead = "In another process, cut the program again. Clients need what save() writes."
 
     def __repr__(self) -> str:
         return f"Plan(stages={[own.name for own in self.stages]})"
@@ -219,7 +221,9 @@ class Plan:
             if value.held and not isinstance(x, Held):
                 names, rows = runner.send(rows_of(jnp.asarray(x), 0), None)
                 x = Held(tuple(rows), names, value.aval.shape, value.aval.dtype)
-            yield x if hasattr(x, "dtype") else np.asarray(x, value.aval.dtype)
+            # Without x64, JAX has half of the bits of NumPy's numbers, and so has what is sent.
+            is_narrow = hasattr(x, "dtype") and x.dtype == value.aval.dtype
+            yield x if is_narrow or value.held else np.asarray(x, value.aval.dtype)
 
     def audit(self) -> Audit:
         """What clients receive and send, and how their data can reach the server.
@@ -329,9 +333,11 @@ def _check_type(name: str, x: Any, value: Any) -> None:
     own = x if isinstance(x, Held) else _type(x)
     if own.dtype != value.aval.dtype or not _is_of(own.shape, value.aval.shape):
         shown = ", ".join(map(str, value.aval.shape))
+        narrow = jax.dtypes.canonicalize_dtype(own.dtype, allow_extended_dtype=True)
+        why = f" Without jax_enable_x64, JAX has {narrow} in place of {own.dtype}: put that there."
         raise ValueError(
             f"Plan.run: {name} is {own.dtype}{list(own.shape)}, expected "
-            f"{value.aval.dtype}[{shown}], as when the plan was made."
+            f"{value.aval.dtype}[{shown}], as when the plan was made.{why * (narrow != own.dtype)}"
         )
     if isinstance(x, Held) and not value.held:
         raise ValueError(

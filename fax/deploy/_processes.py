@@ -15,13 +15,16 @@ from fax.deploy._links import Link, LinkError
 from fax.deploy._secure_sums import SecureSums, check_secure
 from fax.deploy._values import Row
 
+_FUNCTION = '"module:function" or "file.py:function"'
+
 
 class Processes(Hosts):
     """Clients in processes on this machine. A process runs several clients one after another.
 
     The processes run `fax/deploy/_client.py` with JAX alone. They hold what is put there, or the
     data that they load themselves, and send what stages send. Everything goes over sockets of this
-    machine's loopback interface, with a key that only these processes know.
+    machine's loopback interface, with a key that only these processes know. Several threads may run
+    plans; their stages take turns.
 
     Args:
       number: how many processes.
@@ -59,16 +62,19 @@ class Processes(Hosts):
         check_secure(where, secure)
         _arguments.count(where, "number", number)
         _arguments.number(where, "timeout", timeout, above=0)
+        if load is not None and ":" not in _arguments.text(where, "load", load, _FUNCTION):
+            raise ValueError(f"{where}: load is {load!r:.80}, expected {_FUNCTION}.")
         super().__init__(plan, secure)
         self._timeout = timeout
         self._known: list[set[str]] = [set() for _ in range(number)]  # stages
-        self._options = [] if load is None else ["--load", load]
+        # Paths are those of now, also if a process is started again from another folder.
+        self._options = [] if load is None else ["--load", _from_anywhere(load)]
         if plan is not None:
-            self._options += ["--plan", os.fspath(plan)]
+            self._options += ["--plan", os.path.abspath(plan)]
         if secure is not None:
             self._options += ["--secure", str(secure.threshold)]
             if secure.identities is not None:
-                self._options += ["--identities", secure.identities]
+                self._options += ["--identities", _from_anywhere(secure.identities)]
         self._numbers = range(number)
         self._links = _links.start(self._numbers, self._options, timeout)
         self._finalizer = weakref.finalize(self, _links.stop, self._links)
@@ -91,11 +97,12 @@ class Processes(Hosts):
         return sum(link.received for link in self._links)
 
     def stop(self) -> None:
-        """Stops the processes."""
+        """Stops the processes. In a process that was forked from this one, it does nothing."""
         self._finalizer()
 
     def kill(self, process: int) -> None:
         """Kills a process, to try what happens then."""
+        self._links[process].check_own()
         self._links[process].process.kill()
         self._links[process].process.wait()
 
@@ -108,10 +115,12 @@ class Processes(Hosts):
         Raises:
           ClientError: if the process does not start.
         """
-        _links.stop([self._links[process]])
-        (self._links[process],) = _links.start([process], self._options, self._timeout)
-        self._known[process] = set()
-        self._look([process])
+        self._links[process].check_own()
+        with self._one:
+            _links.stop([self._links[process]])
+            (self._links[process],) = _links.start([process], self._options, self._timeout)
+            self._known[process] = set()
+            self._look([process])
 
     def put(self, clients: Sequence[Hashable], rows: Sequence[Any]) -> list[Row]:
         made = [Row(client, next(self._slots)) for client in clients]
@@ -126,6 +135,12 @@ class Processes(Hosts):
         self._ask("put", requests, lambda process, answer: False)
         return made
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "fax.deploy.Processes cannot be pickled or copied: its processes answer only the one "
+            "that started them. Make a backend in each process."
+        )
+
     def _free_now(self) -> None:
         freed, self._freed = self._freed, []
         for process, own in self._by_host([client for client, _ in freed]).items():
@@ -133,6 +148,12 @@ class Processes(Hosts):
                 self._links[process].send("free", rows=[list(freed[i]) for i in own])
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
+        for process in requests:
+            self._links[process].check_own()
+        with self._one:
+            self._exchange(do, requests, read)
+
+    def _exchange(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
         self._free_now()
         failed: dict[int, LinkError] = {}
         asked: dict[int, Link] = {}
@@ -159,3 +180,9 @@ class Processes(Hosts):
         failed |= _links.exchange(asked, self._timeout, is_enough)[1]
         if failed and not enough:
             raise self._failed(failed)
+
+
+def _from_anywhere(name: str) -> str:
+    """The name of a function, with the whole path if it is in a file."""
+    module, _, function = name.rpartition(":")
+    return f"{os.path.abspath(module)}:{function}" if module.endswith(".py") else name

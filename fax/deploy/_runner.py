@@ -144,7 +144,12 @@ class Runner:
         take = size if self._take is None or self.opened else min(self._take, size)
         # All sums must be over the same clients.
         least = size if self._quorum is None or self.opened else min(self._quorum, take)
-        found = backend.gather(stage, asked, own, take, least)
+        try:
+            found = backend.gather(stage, asked, own, take, least)
+        except ClientError as error:
+            if error.clients or self._cause is None:
+                raise
+            raise self._too_few(str(error)) from self._cause
         self.opened = True
         return found
 
@@ -162,12 +167,18 @@ class Runner:
         gone = self.failed | self._late
         left = [i for i in numbers if clients[i] not in gone]
         if self._quorum is not None and len(left) < self._quorum:
-            why = "" if self._cause is None else f" The last error: {self._cause}"
-            raise ClientError(
+            raise self._too_few(
                 f"{len(left)} of {len(clients)} clients are left, fewer than the quorum of "
-                f"{self._quorum}. Failed: {sorted(map(str, self.failed))}.{why}"
+                f"{self._quorum}."
             ) from self._cause
         return left
+
+    def _too_few(self, message: str) -> ClientError:
+        """The error that ends a run, with who failed before, and how."""
+        if self._cause is None:
+            return ClientError(message)
+        failed = sorted(map(str, self.failed))
+        return ClientError(f"{message} Failed: {failed}. The last error: {self._cause}")
 
     def _spread(self, rows: Sequence[Row], numbers: Sequence[int], size: int) -> list[Row | None]:
         """The rows of some participants among all, which are freed when nobody refers to them."""

@@ -92,7 +92,7 @@ class SecureClients(runtime.Clients):
     ) -> list[Any]:
         self._check_session(session)
         known = protocol.Roster(session, threshold, roster, self._threshold, self._peers)
-        return [self._parties[client].shares(known) for client in clients]
+        return [self._party(client).shares(known) for client in clients]
 
     def do_secure_run(
         self,
@@ -105,7 +105,9 @@ class SecureClients(runtime.Clients):
     ) -> list[list[Any]]:
         """Runs a stage, as `do_run` does, and masks what each client sends."""
         self._check_session(session)
-        parties = [self._parties.pop(client) for client, *_ in jobs]
+        parties = [self._party(client) for client, *_ in jobs]
+        for client, *_ in jobs:  # if this fails, they take no other step
+            del self._parties[client]
         rows = super().do_run(stage, shared, jobs, blob)
         task = protocol.task_of(stage, shared)
         sent = [
@@ -117,13 +119,20 @@ class SecureClients(runtime.Clients):
 
     def do_secure_sign(self, session: bytes, clients: list[Any], present: list[int]) -> list[bytes]:
         self._check_session(session)
-        return [self._parties[client].sign(present) for client in clients]
+        return [self._party(client).sign(present) for client in clients]
 
     def do_secure_unmask(
         self, session: bytes, clients: list[Any], present: list[int], signatures: list[Any]
     ) -> list[Any]:
         self._check_session(session)
-        return [self._parties[client].unmask(present, signatures) for client in clients]
+        return [self._party(client).unmask(present, signatures) for client in clients]
+
+    def _party(self, client: Any) -> protocol.Party:
+        if client not in self._parties:
+            raise runtime.RefusedError(
+                f"the client {client!r} has no keys in this sum, or has failed in it"
+            )
+        return self._parties[client]
 
     def _check_session(self, session: bytes) -> None:
         if session != self._session or not session:

@@ -59,15 +59,17 @@ class SecureSum:
         size, number = len(clients), _secure_party.needed(threshold, len(clients))
         if len(set(clients)) < size:
             raise ValueError("Plan.run: in a secure sum, no client may be in a cohort twice.")
+        if size < 2:  # check_plan has refused plans for one client
+            raise ClientError("A secure sum needs two clients, but only one is left.")
         if number > size:
             raise ClientError(
                 f"A secure sum needs {number} clients, by its threshold, but only {size} are left "
                 "or take part."
             )
-        if size < 2 or number <= size // 2:
+        if number <= size // 2:
             raise ValueError(
                 f"fax.deploy.SecureSums: the threshold is {number} of {size} clients, expected "
-                "more than half of them, and at least two clients."
+                "more than half of them."
             )
         if take < number:
             raise ValueError(

@@ -7,19 +7,20 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.core import ShapedArray
 from jax.extend import mlir
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters.mlir import make_ir_context
 
-from fax.deploy._values import CutError, differs
+from fax.deploy._values import CutError, OfThisProcess, differs
 from fax.primitives import _jaxpr
 from fax.primitives._compile_key import Structure
 
@@ -28,7 +29,7 @@ _STABLEHLO = (1, 17, 0)  # what jax 0.10.2 reads, the oldest version that fax su
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stage:
+class Stage(OfThisProcess):
     """A function of what one client has and receives.
 
     Attributes:
@@ -46,6 +47,8 @@ class Stage:
     _artifacts: dict[tuple[str, ...], tuple[str, bytes]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
+
+    _instead = "exported() gives the bytes of a function that runs with JAX alone."
 
     @functools.cached_property
     def run(self) -> Any:
@@ -67,12 +70,16 @@ class Stage:
         outputs = zip(self.jaxpr.out_avals, self.outputs, strict=True)
         return [(aval.shape, aval.dtype) for aval, mode in outputs if mode != "placed"]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """A hash of what it computes, the same whenever it is traced again."""
         text = f"{self.inputs} {self.outputs} {self.jaxpr}"
         text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions
-        return hashlib.sha256(text.encode()).hexdigest()
+        found = hashlib.sha256(text.encode())
+        for value in _constants(self.jaxpr):  # of which the text has no more than types
+            x = np.asarray(value)
+            found.update(f"{x.dtype} {x.shape} ".encode() + x.tobytes())
+        return found.hexdigest()
 
     def exported(self, platforms: Sequence[str] = PLATFORMS) -> bytes:
         """The function in StableHLO, which runs with JAX alone, as `jax.export` serializes it."""
@@ -85,6 +92,23 @@ class Stage:
             blob = bytes(_for_all_versions(self._export(key)).serialize())
             self._artifacts[key] = hashlib.sha256(blob).hexdigest(), blob
         return self._artifacts[key]
+
+
+def _constants(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[Any]:
+    """The arrays that a jaxpr or one inside it, as of a jitted function, has closed over."""
+    for value in getattr(jaxpr, "consts", ()):
+        is_key = jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
+        yield jax.random.key_data(value) if is_key else value
+    inside: list[ClosedJaxpr | Jaxpr] = []  # with their constants, which JAX's own function drops
+
+    def note(inner: ClosedJaxpr | Jaxpr) -> ClosedJaxpr | Jaxpr:
+        inside.append(inner)
+        return inner
+
+    for eqn in _jaxpr.opened(jaxpr).eqns:
+        _jaxpr.map_jaxprs(note, eqn)
+    for inner in inside:
+        yield from _constants(inner)
 
 
 def _for_all_versions(exported: export.Exported) -> export.Exported:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -39,8 +39,23 @@ class Value:
         return self.axis is not None
 
 
+class OfThisProcess:
+    """What is of no use in another process, and does not change, so that it is its own copy."""
+
+    _instead: str  # how to do it in another process
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"fax.deploy: a {type(self).__name__} cannot be pickled. {self._instead}")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Row:
+class Row(OfThisProcess):
     """A row that a client holds.
 
     Attributes:
@@ -50,6 +65,12 @@ class Row:
 
     client: Hashable
     slot: str
+
+    # A copy would not keep it from being freed.
+    _instead = (
+        "It refers to a row that a client holds for as long as this process refers to it. Bring "
+        "rows to the server by Plan.fetch."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
