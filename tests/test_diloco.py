@@ -436,8 +436,10 @@ def test_results_do_not_depend_on_where_replicas_are(data):
 @pytest.mark.parametrize("steps", [6, 3])
 def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, steps):
     mesh = meshes.mesh(**axes)
+    # Devices need not agree on which of its steps are skipped.
+    inner = optax.apply_if_finite(optax.adamw(INNER), 100)
     with jax.set_mesh(mesh):
-        algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS, steps=steps)
+        algorithm = diloco(losses_of(Logistic), inner, replicas=REPLICAS, steps=steps)
         state, cohort = algorithm.init(Logistic.start()), next(cohorts(data))
         (found,) = fax.inspect.report(algorithm.round, state, cohort).collectives
     assert found.operation == "all-reduce"
