@@ -99,6 +99,11 @@ def check_specs(where: str, specs: Specs | None, params: PyTree) -> None:
             f"jax.sharding.PartitionSpec for each leaf of the parameters: {', '.join(shapes)}."
         )
     for name in sorted({*shapes} ^ {*specs}):
+        if name in specs and f"{name}/value" in shapes:
+            raise ValueError(
+                f"{where}: sharding has a leaf {name!r}, but params has '{name}/value', in a box of "
+                "flax. Pass the parameters without boxes, which flax.linen.unbox(params) returns."
+            )
         one, other = ("sharding", "params") if name in specs else ("params", "sharding")
         raise ValueError(
             f"{where}: {one} has a leaf {name!r}, but {other} does not. Pass a "

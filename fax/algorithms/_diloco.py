@@ -15,7 +15,7 @@ from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
-from fax.algorithms._checks import arguments, check_averaged_state, guarded
+from fax.algorithms._checks import arguments, check_averaged_state, guarded, warn_of_copies
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._replicas import (
     Replica,
@@ -83,8 +83,9 @@ def diloco(
 
         Δ = mean_i (θ - θ_i)        θ' = outer_optimizer(θ, gradient = Δ)        θ_i' = θ'
 
-    The replicas' optimizers keep their states from one outer step to the next. If the outer
-    optimizer is SGD with rate 1, this is `local_sgd`; with one replica it is Lookahead.
+    The replicas' optimizers keep their states from one outer step to the next. These must not hold
+    copies of the parameters, to which the next step would return. If the outer optimizer is SGD
+    with rate 1, this is `local_sgd`; with one replica it is Lookahead.
 
     Replica i is row i of the cohort: ``fax.data.cohorts(..., sampler="stream", max_steps=...,
     placement="replicas")`` gives it the same shard in every round. A replica without examples in
@@ -196,6 +197,7 @@ def outer_steps(
         check_averaged_state(where, aggregator, model_state)
         check_specs(where, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
+        warn_of_copies(where, inner_optimizer, params)
         start = identical(params, inner_optimizer.init(params), model_state, replicas)
         own = None if aggregator is None else aggregator.init(params)
         clock = Clock(jnp.int32(0), jnp.int32(0)) if callable(steps) else None
@@ -256,7 +258,7 @@ def outer_steps(
         return state, (metrics, None, sent)
 
     size = 1 if callable(steps) else steps
-    round = rounds(where, replicas, size, part, keyed=aggregator is not None)
+    round = rounds(where, init, replicas, size, part, keyed=aggregator is not None)
     return guarded(where, loss, DiLoCoState, init, round, lambda state: state.params, models)
 
 
