@@ -408,8 +408,8 @@ def test_mistakes(data, arguments, message):
     [
         (
             {"replicas": 4},
-            r"round: state\.replicas\.rows\.params\['b'\] has shape \(4, 3\), expected a row for "
-            r"each of the replicas=6\. .*lambda x: x\[jnp\.arange\(6\) % 4\], state\.replicas\)\)\.",
+            r"round: state\.replicas\.rows\.params\['b'\] has shape \(4, 3\), expected a row "
+            r"for each of the replicas=6\. .*x\[jnp\.arange\(6\) % 4\], state\.replicas\)\)\.",
         ),
         (
             {"inner_optimizer": optax.sgd(INNER)},
@@ -544,6 +544,9 @@ def test_a_replica_can_be_sharded_itself(kind):
 
     def run(loss, params):
         algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2, sharding=specs)
+        if kind == "auto":  # `init` shards what comes from the host, also in a program
+            for init in (algorithm.init, jax.jit(algorithm.init)):
+                states.append(init(start))
         data = fax.data.InMemory(shards)
         (cohort,) = first(
             1, fax.data.cohorts(data, 4, 4, sampler="stream", max_steps=4, placement="replicas")
@@ -552,7 +555,9 @@ def test_a_replica_can_be_sharded_itself(kind):
         step = jax.jit(algorithm.round).lower(state, cohort).compile()
         return *step(state, cohort), step
 
+    states = []
     expected = run(loss, start)[:2]
+    states.clear()
     mesh = meshes.mesh(kind, replicas=2, data=2, model=2)
     with jax.set_mesh(mesh):
         params = {
@@ -569,9 +574,12 @@ def test_a_replica_can_be_sharded_itself(kind):
     # two devices have in common has three numbers, which cannot be divided. And a few numbers more.
     numbers = 24 / 4 + 6 / 2 + 4 / 4
     assert 8 * numbers < found[0].bytes <= 8 * numbers + 40
-    rows = state.replicas.rows
-    for tree in (rows.params, rows.optimizer[0].mu):
-        assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
+    for each in (state, *states):
+        rows = each.replicas.rows
+        for tree in (rows.params, rows.optimizer[0].mu):
+            assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
+        for tree in (each.params, each.optimizer[0].trace):
+            assert tree["in"].sharding.shard_shape((4, 6)) == (4, 3)
 
 
 @pytest.mark.parametrize(
