@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,14 @@ import numpy as np
 import optax
 import problems
 import pytest
+from flax.linen import Partitioned
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, Quadratic, combine, numpy_batches
 from subsets import alike
 
 import fax
-from fax.algorithms import diloco, fedavg, local_sgd, many_rounds, papa
+from fax.algorithms import diloco, fedavg, local_sgd, many_rounds, papa, streaming_diloco
 
 REPLICAS = len(SIZES)
 INNER = 0.05
@@ -400,6 +403,71 @@ def test_mistakes(data, arguments, message):
         run()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"replicas": 4},
+            r"round: state\.replicas\.rows\.params\['b'\] has shape \(4, 3\), expected a row "
+            r"for each of the replicas=6\. .*x\[jnp\.arange\(6\) % 4\], state\.replicas\)\)\.",
+        ),
+        (
+            {"inner_optimizer": optax.sgd(INNER)},
+            r"state\.replicas\.rows\.optimizer is .*Empty.*, expected .*Adam.*, as init makes it",
+        ),
+        ({"outer_optimizer": optax.sgd(1.0)}, r"state\.optimizer is .*Empty.*, expected .*Trace"),
+        ({"steps": 3}, r"state\.clock is None, expected Clock\(.*replace\(clock=algorithm\.init"),
+    ],
+)
+def test_a_state_goes_on_with_the_algorithm_that_made_it(data, arguments, message):
+    """Its number of replicas can be changed, as the message says."""
+    given = {"inner_optimizer": optax.adamw(INNER), "replicas": REPLICAS, "steps": lambda n: 3}
+    algorithm = diloco(losses_of(Logistic), **given)
+    other = diloco(losses_of(Logistic), **{**given, **arguments})
+    state, cohort = other.init(Logistic.start()), next(cohorts(data))
+    with pytest.raises(ValueError, match=message):
+        algorithm.round(state, cohort)
+    if "replicas" in arguments:
+        rows = jax.tree.map(lambda x: x[jnp.arange(REPLICAS) % 4], state.replicas)
+        found = jax.eval_shape(algorithm.round, state._replace(replicas=rows), cohort)[0]
+        assert algorithm.models(found)["b"].shape == (REPLICAS, 3)
+
+
+def float32_copies(inner):
+    """An optimizer for short parameters that keeps long copies of them and trains these."""
+
+    def long(tree):
+        return optax.tree.cast(tree, jnp.float32)
+
+    def init(params):
+        return long(params), inner.init(long(params))
+
+    def update(gradient, state, params):
+        moves, own = inner.update(long(gradient), state[1], state[0])
+        new = optax.apply_updates(state[0], moves)
+        return jax.tree.map(lambda x, p: x.astype(p.dtype) - p, new, params), (new, own)
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize("make", [diloco, local_sgd, papa, streaming_diloco])
+def test_copies_of_parameters_would_undo_an_average(make):
+    """Other optimizers have no copy, even if their states have the shapes of parameters."""
+    start = jax.tree.map(jnp.bfloat16, Logistic.start())
+    kwargs = {"replicas": 2, **({"fragments": 1} if make is streaming_diloco else {}), "steps": 2}
+    quiet = optax.MultiSteps(optax.chain(optax.clip(1.0), optax.adamw(INNER)), 2)
+    for inner, where in [
+        (float32_copies(optax.adam(INNER)), r"state\[0\]\['b'\] float32\[3\]"),
+        (optax.contrib.schedule_free_adamw(INNER), r"state\.z\['b'\]"),
+        (optax.apply_if_finite(quiet.gradient_transformation(), 5), None),
+    ]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            jax.eval_shape(make(losses_of(Logistic), inner, **kwargs).init, start)
+        assert len(found) == (where is not None)
+        assert all(re.search(f"copy of the parameters, in {where}", str(w.message)) for w in found)
+
+
 def test_names_of_metrics_are_not_taken(data):
     def loss(params, batch, key):
         return Logistic.loss(params, batch, key)[0], {"replicas/loss": batch["y"]}
@@ -436,8 +504,10 @@ def test_results_do_not_depend_on_where_replicas_are(data):
 @pytest.mark.parametrize("steps", [6, 3])
 def test_one_all_reduce_for_each_outer_step_and_none_in_inner_steps(data, axes, steps):
     mesh = meshes.mesh(**axes)
+    # Devices need not agree on which of its steps are skipped.
+    inner = optax.apply_if_finite(optax.adamw(INNER), 100)
     with jax.set_mesh(mesh):
-        algorithm = diloco(losses_of(Logistic), optax.adamw(INNER), replicas=REPLICAS, steps=steps)
+        algorithm = diloco(losses_of(Logistic), inner, replicas=REPLICAS, steps=steps)
         state, cohort = algorithm.init(Logistic.start()), next(cohorts(data))
         (found,) = fax.inspect.report(algorithm.round, state, cohort).collectives
     assert found.operation == "all-reduce"
@@ -474,6 +544,9 @@ def test_a_replica_can_be_sharded_itself(kind):
 
     def run(loss, params):
         algorithm = diloco(loss, optax.adamw(INNER), replicas=4, steps=2, sharding=specs)
+        if kind == "auto":  # `init` shards what comes from the host, also in a program
+            for init in (algorithm.init, jax.jit(algorithm.init)):
+                states.append(init(start))
         data = fax.data.InMemory(shards)
         (cohort,) = first(
             1, fax.data.cohorts(data, 4, 4, sampler="stream", max_steps=4, placement="replicas")
@@ -482,7 +555,9 @@ def test_a_replica_can_be_sharded_itself(kind):
         step = jax.jit(algorithm.round).lower(state, cohort).compile()
         return *step(state, cohort), step
 
+    states = []
     expected = run(loss, start)[:2]
+    states.clear()
     mesh = meshes.mesh(kind, replicas=2, data=2, model=2)
     with jax.set_mesh(mesh):
         params = {
@@ -499,9 +574,12 @@ def test_a_replica_can_be_sharded_itself(kind):
     # two devices have in common has three numbers, which cannot be divided. And a few numbers more.
     numbers = 24 / 4 + 6 / 2 + 4 / 4
     assert 8 * numbers < found[0].bytes <= 8 * numbers + 40
-    rows = state.replicas.rows
-    for tree in (rows.params, rows.optimizer[0].mu):
-        assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
+    for each in (state, *states):
+        rows = each.replicas.rows
+        for tree in (rows.params, rows.optimizer[0].mu):
+            assert tree["in"].sharding.shard_shape((4, 4, 6)) == (2, 4, 3)
+        for tree in (each.params, each.optimizer[0].trace):
+            assert tree["in"].sharding.shard_shape((4, 6)) == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +593,7 @@ def test_a_replica_can_be_sharded_itself(kind):
         ({"w": P("model", "model"), "b": P()}, "for 'w', which has the mesh axis 'model' twice"),
         ({"w": P("model"), "b": P("replicas")}, "the mesh axis 'replicas' is that of the replicas"),
         ({"w": P("data"), "b": P()}, "the mesh axis 'data' is not in the mesh in scope"),
+        ({"boxed": P()}, "params has 'boxed/value', in a box of flax.* flax.linen.unbox"),
     ],
 )
 def test_shardings_of_replicas_have_to_fit(data, sharding, message):
@@ -522,7 +601,8 @@ def test_shardings_of_replicas_have_to_fit(data, sharding, message):
         algorithm = diloco(
             losses_of(Logistic), optax.sgd(INNER), replicas=REPLICAS, sharding=sharding
         )
-        start = algorithm.init(Logistic.start())
+        boxed = {"boxed": Partitioned(jnp.ones(()), ())}
+        start = algorithm.init(boxed if "boxed" in sharding else Logistic.start())
         jax.eval_shape(algorithm.round, start, next(cohorts(data)))
 
     with jax.set_mesh(meshes.mesh(replicas=2, model=2)), pytest.raises(ValueError, match=message):

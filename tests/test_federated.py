@@ -10,7 +10,7 @@ import optax
 import problems
 import pytest
 from problems import SIZES, Quadratic, assert_trees_close, combine
-from test_init import ALGORITHMS, given, loss
+from test_init import ALGORITHMS, COPIES, given, loss
 
 import fax
 from fax import algorithms
@@ -68,6 +68,7 @@ def test_rounds_are_those_of_the_paper(setting):
     assert repr(algorithm) == "Algorithm(fedvarp)"
 
 
+@COPIES
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_model_comes_out_of_every_algorithm(name):
     """One can be exchanged for another, whatever else it has."""

@@ -14,10 +14,12 @@ import fax
 from fax import aggregators, algorithms
 
 SGD = optax.sgd(0.1)
-# Its state is the parameters themselves.
+# Its state is the parameters themselves, of which some algorithms warn.
 KEEPING = optax.GradientTransformation(
     lambda params: params, lambda g, state, params=None: (g, state)
 )
+COPIES = pytest.mark.filterwarnings("ignore:.*inner_optimizer has a copy of the parameters")
+pytestmark = COPIES
 MODELS = {"w": np.array([[0.5, 1.0], [1.5, 2.0]]), "b": np.arange(2.0)}
 
 

@@ -12,12 +12,13 @@ import problems
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec, reshard
 from jax.test_util import check_grads
 from problems import SIZES, AdamW, Logistic, Nesterov, combine, numpy_batches
 
 import fax
 from fax.algorithms import diloco, layer_fragments, streaming_diloco
-from fax.algorithms._fragments import cut
+from fax.algorithms._fragments import cut, paste, pick
 from fax.algorithms._in_flight import receive, send
 from fax.algorithms._streaming_diloco import events_of
 
@@ -779,3 +780,31 @@ def test_a_mesh_with_a_model_axis_keeps_fragments_sharded():
         found = one(params)
     problems.assert_trees_close(found, expected, rtol=1e-9)
     assert found[0].params["in"].sharding.shard_shape((4, 6)) == (4, 3)
+
+
+def test_layers_can_be_sharded_over_explicit_axes():
+    """Types can only shard evenly, but a fragment has any part of the layers."""
+    fragments = [[("layers", 0, [0, 1, 3]), "out"], [("layers", 0, [2])]]
+    start = {"layers": np.arange(64.0).reshape(4, 4, 4), "out": np.ones(4)}
+
+    def loss(params, batch, key):
+        layers = reshard(params["layers"], PartitionSpec())
+        return batch["x"] @ layers[0] @ layers[1] @ params["out"]
+
+    algorithm = streaming_diloco(
+        loss, optax.adamw(INNER), replicas=2, steps=2, fragments=fragments, tau=0
+    )
+    with jax.set_mesh(meshes.mesh("explicit", replicas=2, model=2)):
+        params = {**start, "layers": meshes.put(start["layers"], "model")}
+        one, _ = cut("", fragments, params)
+        part = pick(params, one)
+        np.testing.assert_array_equal(part["layers"], start["layers"][[0, 1, 3]])
+        found = paste(params, one, {"layers": -part["layers"], "out": part["out"]})["layers"]
+        sign = np.array([-1, -1, 1, -1])[:, None, None]
+        np.testing.assert_array_equal(found, sign * start["layers"])
+        x = fax.data.InMemory({str(i): {"x": np.ones((8, 4))} for i in range(2)})
+        rounds = fax.data.cohorts(x, 2, 4, sampler="stream", max_steps=2, placement="replicas")
+        state = algorithm.init(params)
+        new, _ = jax.eval_shape(algorithm.round, state, next(rounds))
+        for layers in (found, state.params["layers"], new.params["layers"]):
+            assert jax.typeof(layers).sharding.spec == PartitionSpec("model", None, None)

@@ -213,7 +213,7 @@ def branch_train_merge(
     def params(state: BranchTrainMergeState) -> PyTree:
         return soup(state.replicas.rows.params, replicas, state.prior)
 
-    round = rounds(_WHERE, replicas, None, part, keyed=False)
+    round = rounds(_WHERE, init, replicas, None, part, keyed=False)
     checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params, models)
     return BranchTrainMerge(
         checked.init, checked.round, checked.params, models, branch, posterior, ensemble

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
@@ -17,6 +19,7 @@ from fax.aggregators._chain import aggregator_of
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._personal import PersonalLoss, bare
 from fax.data import Cohort, Cohorts
+from fax.primitives._halves import depends
 
 PyTree = Any
 LOSS, LOSS_OF_STATE = "loss(params, batch, key)", "loss(params, model_state, batch, key)"
@@ -113,6 +116,28 @@ def check_scalar_optimizer(
         raise ValueError(f"{caller}: {problem}") from error
 
 
+def warn_of_copies(caller: str, optimizer: optax.GradientTransformation, params: PyTree) -> None:
+    """Warns if the state of the replicas' optimizer begins as a copy of their parameters.
+
+    What replicas receive changes their parameters, but not the copy. If the next step starts from
+    the copy, as with float32 copies of bfloat16 parameters, what was received is lost.
+    """
+    jaxpr, state = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
+    copied = depends(jaxpr, [True] * len(jaxpr.in_avals))
+    for (path, leaf), copy in zip(tree_leaves_with_path(state), copied, strict=True):
+        if copy:
+            warnings.warn(
+                f"{caller}: the state of inner_optimizer has a copy of the parameters, in "
+                f"state{keystr(path)} {_arguments.shown(leaf)}. Averages change the parameters of "
+                "a replica, but not this copy. If steps start from it, averages have no effect. "
+                "Instead of float32 copies of short parameters, keep the parameters in float32 "
+                "and convert them in the loss.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return
+
+
 def check_state(caller: str, function: str, kind: type, state: Any) -> None:
     """Checks that a state comes from the algorithm."""
     if not isinstance(state, kind):
@@ -126,7 +151,7 @@ def check_like(what: str, new: PyTree, like: PyTree) -> None:
     """Checks that a pytree has the structure, shapes and dtypes of another."""
     structures: Any = [jax.tree.structure(x) for x in (new, like)]
     if structures[0] != structures[1]:
-        raise ValueError(f"{what} is {_shape(new)}, expected {_shape(like)}.")
+        raise ValueError(f"{what} is {shown_types(new)}, expected {shown_types(like)}.")
     _arguments.arrays(what, new, keys=True)
     for (path, x), y in zip(tree_leaves_with_path(new), jax.tree.leaves(like)):
         found, expected = (jax.typeof(jnp.asarray(own)) for own in (x, y))
@@ -146,7 +171,7 @@ class _Shown:
         return self._text
 
 
-def _shape(tree: PyTree) -> str:
+def shown_types(tree: PyTree) -> str:
     """A pytree with its types, in a message: ``{'w': float32[3], 'b': float32[]}``."""
     return f"{jax.tree.map(_Shown, tree)!r:.200}"
 

@@ -9,7 +9,7 @@ over the connections within a replica, which are faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +99,11 @@ def check_specs(where: str, specs: Specs | None, params: PyTree) -> None:
             f"jax.sharding.PartitionSpec for each leaf of the parameters: {', '.join(shapes)}."
         )
     for name in sorted({*shapes} ^ {*specs}):
+        if name in specs and f"{name}/value" in shapes:
+            raise ValueError(
+                f"{where}: sharding has a leaf {name!r}, but params has '{name}/value', in a box "
+                "of flax. Pass parameters without boxes, which flax.linen.unbox(params) returns."
+            )
         one, other = ("sharding", "params") if name in specs else ("params", "sharding")
         raise ValueError(
             f"{where}: {one} has a leaf {name!r}, but {other} does not. Pass a "
@@ -148,21 +153,27 @@ def crossing(where: str, specs: Specs | None, updates: PyTree, typed: bool) -> C
     return Crossing(before, across, explicit)
 
 
-def sharded(specs: Specs | None, params: PyTree) -> PyTree:
-    """A replica's parameters with their sharding, if it is given and the mesh has such axes.
+def sharded(specs: Specs | None, tree: PyTree) -> PyTree:
+    """Parameters of a replica, or the state of an optimizer, sharded as is given for parameters.
 
     Otherwise the compiler could shard them as it shards what crosses, in the middle of training.
+    In a state, the path of what belongs to a parameter ends with the parameter's.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if specs is None or mesh.empty or mesh.explicit_axes:
-        return params
+        return tree
     if any(axis not in mesh.axis_names for spec in specs.values() for axis in _used(spec)):
-        return params  # `crossing` refuses it
+        return tree  # `crossing` refuses it
 
     def one(path: Any, x: jax.Array) -> jax.Array:
-        return lax.with_sharding_constraint(x, specs[name_of(path)])
+        ends = (name_of(path[begin:]) for begin in range(len(path) + 1))
+        spec = next((specs[end] for end in ends if end in specs), None)
+        if spec is None or len(spec) > x.ndim:
+            return x
+        even = all(rest == 0 for _, _, rest in _divided(spec, x.shape, mesh))  # or it is refused
+        return lax.with_sharding_constraint(x, spec) if even else x
 
-    return tree_map_with_path(one, params)
+    return tree_map_with_path(one, tree)
 
 
 def _check_axes(where: str, specs: Specs, known: tuple[str, ...], taken: tuple[str, ...]) -> None:
@@ -179,14 +190,23 @@ def _check_axes(where: str, specs: Specs, known: tuple[str, ...], taken: tuple[s
 def _check_even(
     where: str, name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: AbstractMesh
 ) -> None:
-    for axis, (size, entry) in enumerate(zip(shape, spec)):
-        devices = math.prod(mesh.shape[name] for name in _names(entry))
-        if size % devices:
+    for axis, devices, rest in _divided(spec, shape, mesh):
+        if rest:
             raise ValueError(
                 f"{where}: sharding has {spec} for {name!r}, but what is sent of it at once has "
-                f"size {size} along axis {axis}, which is not a multiple of the {devices} devices "
-                f"along {', '.join(_names(entry))}. Shard another axis, or choose other fragments."
+                f"size {shape[axis]} along axis {axis}, which is not a multiple of the {devices} "
+                f"devices along {', '.join(_names(spec[axis]))}. Shard another axis, or choose "
+                "other fragments."
             )
+
+
+def _divided(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: AbstractMesh
+) -> Iterator[tuple[int, int, int]]:
+    """For each axis: its number, over how many devices it is sharded, and the rest."""
+    for axis, (size, entry) in enumerate(zip(shape, spec)):
+        devices = math.prod(mesh.shape[name] for name in _names(entry))
+        yield axis, devices, size % devices
 
 
 def _used(spec: PartitionSpec) -> list[str]:

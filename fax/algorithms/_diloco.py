@@ -15,8 +15,8 @@ from fax import _arguments
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
-from fax.algorithms._checks import arguments, check_averaged_state, guarded
-from fax.algorithms._crossing import check_specs, specs_of
+from fax.algorithms._checks import arguments, check_averaged_state, guarded, warn_of_copies
+from fax.algorithms._crossing import check_specs, sharded, specs_of
 from fax.algorithms._replicas import (
     Replica,
     identical,
@@ -83,8 +83,9 @@ def diloco(
 
         Δ = mean_i (θ - θ_i)        θ' = outer_optimizer(θ, gradient = Δ)        θ_i' = θ'
 
-    The replicas' optimizers keep their states from one outer step to the next. If the outer
-    optimizer is SGD with rate 1, this is `local_sgd`; with one replica it is Lookahead.
+    The replicas' optimizers keep their states from one outer step to the next. These must not hold
+    copies of the parameters, to which the next step would return. If the outer optimizer is SGD
+    with rate 1, this is `local_sgd`; with one replica it is Lookahead.
 
     Replica i is row i of the cohort: ``fax.data.cohorts(..., sampler="stream", max_steps=...,
     placement="replicas")`` gives it the same shard in every round. A replica without examples in
@@ -110,10 +111,11 @@ def diloco(
         would send, with up to 32, 16 or 8 replicas. The result is the same. A private one makes a
         release in each outer step, even if no replica takes part; see `fax.aggregators.releases`.
       sharding: a pytree like the parameters of `jax.sharding.PartitionSpec`, which says how each
-        replica shards its parameters over Auto axes of the mesh. Then each device of a replica
-        sends a part of its own, even if they have the same parameters, and they gather the
-        results. Only then are bytes sent, if replicas are sharded over Auto axes. Along Explicit
-        axes the types say so, and it is done in any case, unless there is an ``aggregator``.
+        replica shards its parameters over Auto axes of the mesh. ``init`` shards the state in this
+        way, even if ``params`` are on the host. Then each device of a replica sends a part of its
+        own, even if they have the same parameters, and they gather the results. Only then are bytes
+        sent, if replicas are sharded over Auto axes. Along Explicit axes the types say so, and it
+        is done in any case, unless there is an ``aggregator``.
       vectorize: the number of replicas that a device works on at once; see `fax.map`. Default: the
         cohort's setting, or 1 on CPU.
 
@@ -196,10 +198,13 @@ def outer_steps(
         check_averaged_state(where, aggregator, model_state)
         check_specs(where, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
-        start = identical(params, inner_optimizer.init(params), model_state, replicas)
+        params = sharded(specs, params)
+        warn_of_copies(where, inner_optimizer, params)
+        inner = sharded(specs, inner_optimizer.init(params))
+        start = identical(params, inner, model_state, replicas)
         own = None if aggregator is None else aggregator.init(params)
         clock = Clock(jnp.int32(0), jnp.int32(0)) if callable(steps) else None
-        optimizer = jax.tree.map(strong, outer_optimizer.init(params))
+        optimizer = sharded(specs, jax.tree.map(strong, outer_optimizer.init(params)))
         return DiLoCoState(params, optimizer, start, model_state, own, clock)
 
     def outer_step(
@@ -256,7 +261,7 @@ def outer_steps(
         return state, (metrics, None, sent)
 
     size = 1 if callable(steps) else steps
-    round = rounds(where, replicas, size, part, keyed=aggregator is not None)
+    round = rounds(where, init, replicas, size, part, keyed=aggregator is not None)
     return guarded(where, loss, DiLoCoState, init, round, lambda state: state.params, models)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec, reshard
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
 from fax import _arguments
@@ -49,6 +50,7 @@ def _taken(x: jax.Array, span: Span | None) -> jax.Array:
     if span is None:
         return x
     axis, indices = span
+    x = _whole(x, axis)
     steps = {b - a for a, b in itertools.pairwise(indices)}
     if len(steps) <= 1:
         step = steps.pop() if steps else 1
@@ -61,12 +63,24 @@ def _replaced(x: jax.Array, span: Span | None, new: jax.Array) -> jax.Array:
     if span is None:
         return new
     # Not one scatter: slices are updated in place, and a compiler can split them over devices.
-    begin = 0
+    begin, spec = 0, jax.typeof(x).sharding.spec
+    x = _whole(x, span.axis)
     for a, b in _runs(span.indices):
         part = lax.slice_in_dim(new, begin, begin + b - a, axis=span.axis)
         x = lax.dynamic_update_slice_in_dim(x, part, a, span.axis)
         begin += b - a
-    return x
+    return reshard(x, spec) if any(spec[span.axis : span.axis + 1]) else x
+
+
+def _whole(x: jax.Array, axis: int) -> jax.Array:
+    """An array with all of an axis on each device, because Explicit axes cannot shard parts of it.
+
+    Along Auto axes, the compiler decides.
+    """
+    spec = jax.typeof(x).sharding.spec
+    if not any(spec[axis : axis + 1]):
+        return x
+    return reshard(x, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
 
 
 def _runs(indices: Iterable[int]) -> list[tuple[int, int]]:

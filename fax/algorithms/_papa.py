@@ -16,7 +16,7 @@ from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
-from fax.algorithms._checks import arguments, check_private, guarded
+from fax.algorithms._checks import arguments, check_private, guarded, warn_of_copies
 from fax.algorithms._replicas import (
     Replica,
     inner_steps,
@@ -29,6 +29,7 @@ from fax.algorithms._replicas import (
     sent_metrics,
     soup,
     taking_part,
+    types_of_row,
 )
 from fax.algorithms._round_parts import Part, rounds
 
@@ -275,6 +276,7 @@ def _population(
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
         rows = population(where, params, inner_optimizer, model_state, replicas)
+        warn_of_copies(where, inner_optimizer, types_of_row(rows.rows.params))
         own = None
         if aggregator is not None:
             own = aggregator.init(soup(rows.rows.params, replicas))
@@ -290,5 +292,5 @@ def _population(
     def params(state: PAPAState) -> PyTree:
         return soup(state.replicas.rows.params, replicas)
 
-    round = rounds(where, replicas, steps, part, keyed=draws or aggregator is not None)
+    round = rounds(where, init, replicas, steps, part, keyed=draws or aggregator is not None)
     return guarded(where, loss, PAPAState, init, round, params, models)

@@ -19,6 +19,7 @@ from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.aggregators._per_client import all_finite
 from fax.algorithms._averaging import mean_state, strong
+from fax.algorithms._checks import shown_types
 from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
 from fax.algorithms._loss import Metrics
@@ -78,6 +79,53 @@ def population(
         return fax.map(one, rows, fax.broadcast(model_state))
 
     return PerClient(start(*jax.tree.map(strong, (params.rows, model_state))))
+
+
+def types_of_row(rows: PyTree) -> PyTree:
+    """The shapes and dtypes of a row of each leaf."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), rows)
+
+
+def check_goes_on(where: str, init: Callable, state: Any, replicas: int) -> None:
+    """Checks that a state is one of this algorithm, and not of one with other arguments.
+
+    Args:
+      where: the algorithm, for messages.
+      init: the algorithm's.
+      state: has a `Replica` in each row of ``replicas``.
+      replicas: their number.
+    """
+
+    def described(tree: PyTree) -> tuple:
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef, list(map(jnp.shape, leaves))
+
+    for path, x in jax.tree_util.tree_leaves_with_path(state.replicas.rows):
+        found = jnp.shape(x)
+        if found[:1] != (replicas,):
+            numbers = f"jnp.arange({replicas}) % {found[0]}" if found else "numbers"
+            raise ValueError(
+                f"{where}: round: state.replicas.rows{jax.tree_util.keystr(path)} has shape "
+                f"{found}, expected a row for each of the replicas={replicas}. To go on with "
+                "another number of replicas, give each of them an old row: state._replace("
+                f"replicas=jax.tree.map(lambda x: x[{numbers}], state.replicas))."
+            )
+    rows = state.replicas.rows
+    start = jax.eval_shape(init, *types_of_row((rows.params, rows.model_state)))
+    for name, new, old in zip(state._fields, start, state):
+        parts = {name: (new, old)}
+        if name == "replicas":
+            of_rows = zip(Replica._fields, new.rows, rows)
+            parts = {f"replicas.rows.{of}": (one, other) for of, one, other in of_rows}
+        for part, (expected, own) in parts.items():
+            if described(expected) != described(own):
+                raise ValueError(
+                    f"{where}: round: state.{part} is {shown_types(own)}, expected "
+                    f"{shown_types(expected)}, as init makes it. A state goes on with the "
+                    "algorithm that made it. To go on with other arguments, such as another "
+                    "optimizer, replace this part of it: state._replace("
+                    f"{name}=algorithm.init(algorithm.params(state)).{name})."
+                )
 
 
 def models(state: Any) -> PyTree:

@@ -17,6 +17,7 @@ from fax.algorithms._averaging import server_key
 from fax.algorithms._clients import is_per_client
 from fax.algorithms._loss import Metrics
 from fax.algorithms._metrics import report
+from fax.algorithms._replicas import check_goes_on
 from fax.data import Cohort
 from fax.data._batches import with_batches
 from fax.data._cohort import Gathered
@@ -43,6 +44,7 @@ class Part(NamedTuple):
 
 def rounds(
     where: str,
+    init: Callable[..., Any],
     replicas: int,
     steps: int | None,
     work: Callable[[Any, Part], tuple[Any, tuple]],
@@ -53,6 +55,7 @@ def rounds(
 
     Args:
       where: the algorithm, for messages.
+      init: makes its state, of parameters and the model's state.
       replicas: their number; the cohort has a row for each.
       steps: the number of steps in a part. None: all of the cohort's.
       work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
@@ -61,6 +64,7 @@ def rounds(
     """
 
     def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
+        check_goes_on(where, init, state, replicas)
         count, size = _parts(where, cohort, replicas, steps)
 
         @fax.program(replicas=replicas)

@@ -14,8 +14,8 @@ from fax import _arguments, _keys
 from fax.aggregators import Aggregator, PerClient, chain, e3m0
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import strong
-from fax.algorithms._checks import arguments, check_averaged_state, guarded
-from fax.algorithms._crossing import check_specs, specs_of
+from fax.algorithms._checks import arguments, check_averaged_state, guarded, warn_of_copies
+from fax.algorithms._crossing import check_specs, sharded, specs_of
 from fax.algorithms._fragments import Fragment, check_fragments, cut, paste, pick
 from fax.algorithms._in_flight import Sending, events_of, receive, send
 from fax.algorithms._layers import Piece
@@ -188,11 +188,14 @@ def streaming_diloco(
         check_averaged_state(_WHERE, aggregator, model_state)
         check_specs(_WHERE, specs, params)
         params, model_state = jax.tree.map(strong, (params, model_state))
+        params = sharded(specs, params)
+        warn_of_copies(_WHERE, inner_optimizer, params)
+        inner = sharded(specs, inner_optimizer.init(params))
         parts = [pick(params, part) for part in cut_up(params)]
         return StreamingDiLoCoState(
             params,
             tuple(jax.tree.map(strong, outer_optimizer.init(part)) for part in parts),
-            identical(params, inner_optimizer.init(params), model_state, replicas),
+            identical(params, inner, model_state, replicas),
             model_state,
             tuple(mean.init(part) for part in parts),
         )
@@ -308,7 +311,7 @@ def streaming_diloco(
         metrics = fax.map(total, *trained)
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
-    round = rounds(_WHERE, replicas, steps, period, keyed=True)
+    round = rounds(_WHERE, init, replicas, steps, period, keyed=True)
     return guarded(
         _WHERE, loss, StreamingDiLoCoState, init, round, lambda state: state.params, models
     )

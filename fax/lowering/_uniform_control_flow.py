@@ -7,7 +7,9 @@ the first branch, and they take another branch if any of their participants does
 the last participant is done. Results that a participant does not need are discarded. A loop in such
 a branch does not wait for participants that have not taken the branch: for them it might never end.
 
-Branches that do not depend on the participant are left as they are.
+If all branches are only arithmetic on single numbers, such as those of `optax.apply_if_finite`, all
+of them are computed instead. This costs about as much as selecting the results, and no device has
+to know what others do. Branches that do not depend on the participant are left as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from jax.extend.core.primitives import cond_p, remat_p, scan_p, while_p
 from fax import _compat
 from fax.primitives import _jaxpr
 from fax.primitives._halves import depends
+from fax.primitives._rowwise import may_be_rowwise
 
 Axes = tuple[str, ...]
 
@@ -46,6 +49,16 @@ def make_uniform(jaxpr: ClosedJaxpr, varies: Sequence[bool], axes: Axes) -> Clos
 
 def _branches(eqn: JaxprEqn) -> bool:
     return eqn.primitive in (cond_p, while_p)
+
+
+def _light(jaxpr: ClosedJaxpr) -> bool:
+    """Whether it is only arithmetic on single numbers, and sums of them."""
+
+    def heavy(eqn: JaxprEqn) -> bool:
+        inside = eqn.primitive is cond_p or eqn.primitive in _compat.CALLS
+        return not (inside or may_be_rowwise(eqn))
+
+    return not _jaxpr.any_equation(jaxpr, heavy)
 
 
 class _Value(NamedTuple):
@@ -101,7 +114,7 @@ def _both(one: jax.Array, other: jax.Array | None) -> jax.Array:
 
 
 def _cond(eqn, flags, axes, values, wanted):
-    """Runs the first branch, and then each other branch that any device takes."""
+    """Runs the first branch, and then each other one that any device takes or that is cheap."""
     index, *operands = values
 
     def taken(branch, wanted):
@@ -112,13 +125,15 @@ def _cond(eqn, flags, axes, values, wanted):
         which = [taken(branch, wanted) for branch in branches]
         outs = lax.switch(index.astype(np.int32), which, *operands)
         return outs, [True] * len(outs)
+    cheap = all(map(_light, branches))
     results = taken(branches[0], _both(index == 0, wanted))(*operands)
     for number, branch in enumerate(branches[1:], start=1):
         mine = _both(index == number, wanted)
-        kept = results
-        made = lax.cond(
-            _somewhere(mine, axes), taken(branch, mine), lambda *_, kept=kept: kept, *operands
-        )
+        kept, run = results, taken(branch, mine)
+        if cheap:
+            made = run(*operands)
+        else:
+            made = lax.cond(_somewhere(mine, axes), run, lambda *_, kept=kept: kept, *operands)
         results = [lax.select(mine, new, old) for new, old in zip(made, results, strict=True)]
     return results, [True] * len(results)
 
