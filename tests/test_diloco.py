@@ -420,8 +420,9 @@ def test_mistakes(data, arguments, message):
     ],
 )
 def test_a_state_goes_on_with_the_algorithm_that_made_it(data, arguments, message):
-    """Its number of replicas can be changed, as the message says."""
+    """Its number of replicas can be changed, as the message says. Rounds draw no secret keys."""
     given = {"inner_optimizer": optax.adamw(INNER), "replicas": REPLICAS, "steps": lambda n: 3}
+    given["aggregator"] = fax.aggregators.gaussian(1.0, 1.0)
     algorithm = diloco(losses_of(Logistic), **given)
     other = diloco(losses_of(Logistic), **{**given, **arguments})
     state, cohort = other.init(Logistic.start()), next(cohorts(data))

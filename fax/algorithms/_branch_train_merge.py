@@ -213,7 +213,10 @@ def branch_train_merge(
     def params(state: BranchTrainMergeState) -> PyTree:
         return soup(state.replicas.rows.params, replicas, state.prior)
 
-    round = rounds(_WHERE, init, replicas, None, part, keyed=False)
+    def start(params: PyTree, model_state: PyTree, own: None) -> BranchTrainMergeState:
+        return init(params, model_state)
+
+    round = rounds(_WHERE, start, replicas, None, part, keyed=False)
     checked = guarded(_WHERE, loss, BranchTrainMergeState, init, round, params, models)
     return BranchTrainMerge(
         checked.init, checked.round, checked.params, models, branch, posterior, ensemble

@@ -200,12 +200,14 @@ def outer_steps(
         params, model_state = jax.tree.map(strong, (params, model_state))
         params = sharded(specs, params)
         warn_of_copies(where, inner_optimizer, params)
+        return start(params, model_state, None if aggregator is None else aggregator.init(params))
+
+    def start(params: PyTree, model_state: PyTree, own: PyTree) -> DiLoCoState:
         inner = sharded(specs, inner_optimizer.init(params))
-        start = identical(params, inner, model_state, replicas)
-        own = None if aggregator is None else aggregator.init(params)
+        rows = identical(params, inner, model_state, replicas)
         clock = Clock(jnp.int32(0), jnp.int32(0)) if callable(steps) else None
         optimizer = sharded(specs, jax.tree.map(strong, outer_optimizer.init(params)))
-        return DiLoCoState(params, optimizer, start, model_state, own, clock)
+        return DiLoCoState(params, optimizer, rows, model_state, own, clock)
 
     def outer_step(
         state: DiLoCoState, here: jax.Array, n: jax.Array, key: jax.Array | None
@@ -261,7 +263,7 @@ def outer_steps(
         return state, (metrics, None, sent)
 
     size = 1 if callable(steps) else steps
-    round = rounds(where, init, replicas, size, part, keyed=aggregator is not None)
+    round = rounds(where, start, replicas, size, part, keyed=aggregator is not None)
     return guarded(where, loss, DiLoCoState, init, round, lambda state: state.params, models)
 
 

@@ -275,11 +275,14 @@ def _population(
     check_private(where, aggregator, "the soup is the mean of the models")
 
     def init(params: PyTree, model_state: PyTree = None) -> PAPAState:
+        state = start(params, model_state, None)
+        rows = state.replicas.rows.params
+        warn_of_copies(where, inner_optimizer, types_of_row(rows))
+        own = None if aggregator is None else aggregator.init(soup(rows, replicas))
+        return state._replace(aggregator=own)
+
+    def start(params: PyTree, model_state: PyTree, own: PyTree) -> PAPAState:
         rows = population(where, params, inner_optimizer, model_state, replicas)
-        warn_of_copies(where, inner_optimizer, types_of_row(rows.rows.params))
-        own = None
-        if aggregator is not None:
-            own = aggregator.init(soup(rows.rows.params, replicas))
         return PAPAState(rows, jax.tree.map(strong, model_state), own, jnp.int32(0))
 
     def part(state: PAPAState, part: Part) -> tuple:
@@ -292,5 +295,5 @@ def _population(
     def params(state: PAPAState) -> PyTree:
         return soup(state.replicas.rows.params, replicas)
 
-    round = rounds(where, init, replicas, steps, part, keyed=draws or aggregator is not None)
+    round = rounds(where, start, replicas, steps, part, keyed=draws or aggregator is not None)
     return guarded(where, loss, PAPAState, init, round, params, models)

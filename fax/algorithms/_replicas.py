@@ -86,12 +86,13 @@ def types_of_row(rows: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), rows)
 
 
-def check_goes_on(where: str, init: Callable, state: Any, replicas: int) -> None:
+def check_goes_on(where: str, start: Callable, state: Any, replicas: int) -> None:
     """Checks that a state is one of this algorithm, and not of one with other arguments.
 
     Args:
       where: the algorithm, for messages.
-      init: the algorithm's.
+      start: makes the algorithm's first state of the parameters, the model's state, and the
+        aggregator's, which is not compared, because a private one draws a key for its first.
       state: has a `Replica` in each row of ``replicas``.
       replicas: their number.
     """
@@ -111,8 +112,9 @@ def check_goes_on(where: str, init: Callable, state: Any, replicas: int) -> None
                 f"replicas=jax.tree.map(lambda x: x[{numbers}], state.replicas))."
             )
     rows = state.replicas.rows
-    start = jax.eval_shape(init, *types_of_row((rows.params, rows.model_state)))
-    for name, new, old in zip(state._fields, start, state):
+    own = getattr(state, "aggregator", getattr(state, "aggregators", None))
+    first = jax.eval_shape(start, *types_of_row((rows.params, rows.model_state)), own)
+    for name, new, old in zip(state._fields, first, state):
         parts = {name: (new, old)}
         if name == "replicas":
             of_rows = zip(Replica._fields, new.rows, rows)

@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 def rounds(
     where: str,
-    init: Callable[..., Any],
+    start: Callable[..., Any],
     replicas: int,
     steps: int | None,
     work: Callable[[Any, Part], tuple[Any, tuple]],
@@ -55,7 +55,7 @@ def rounds(
 
     Args:
       where: the algorithm, for messages.
-      init: makes its state, of parameters and the model's state.
+      start: makes its first state; see `check_goes_on`.
       replicas: their number; the cohort has a row for each.
       steps: the number of steps in a part. None: all of the cohort's.
       work: ``work(state, part) -> (state, (metrics, total, sent))``, in a program; see
@@ -64,7 +64,7 @@ def rounds(
     """
 
     def round(state: Any, cohort: Cohort) -> tuple[Any, dict[str, jax.Array]]:
-        check_goes_on(where, init, state, replicas)
+        check_goes_on(where, start, state, replicas)
         count, size = _parts(where, cohort, replicas, steps)
 
         @fax.program(replicas=replicas)

@@ -190,6 +190,10 @@ def streaming_diloco(
         params, model_state = jax.tree.map(strong, (params, model_state))
         params = sharded(specs, params)
         warn_of_copies(_WHERE, inner_optimizer, params)
+        own = tuple(mean.init(pick(params, part)) for part in cut_up(params))
+        return start(params, model_state, own)
+
+    def start(params: PyTree, model_state: PyTree, own: tuple) -> StreamingDiLoCoState:
         inner = sharded(specs, inner_optimizer.init(params))
         parts = [pick(params, part) for part in cut_up(params)]
         return StreamingDiLoCoState(
@@ -197,7 +201,7 @@ def streaming_diloco(
             tuple(jax.tree.map(strong, outer_optimizer.init(part)) for part in parts),
             identical(params, inner, model_state, replicas),
             model_state,
-            tuple(mean.init(part) for part in parts),
+            own,
         )
 
     def update_of(
@@ -311,7 +315,7 @@ def streaming_diloco(
         metrics = fax.map(total, *trained)
         return state, (metrics, fax.sum(metrics), total(*sent_metrics))
 
-    round = rounds(_WHERE, init, replicas, steps, period, keyed=True)
+    round = rounds(_WHERE, start, replicas, steps, period, keyed=True)
     return guarded(
         _WHERE, loss, StreamingDiLoCoState, init, round, lambda state: state.params, models
     )
