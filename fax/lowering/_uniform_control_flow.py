@@ -7,9 +7,9 @@ the first branch, and they take another branch if any of their participants does
 the last participant is done. Results that a participant does not need are discarded. A loop in such
 a branch does not wait for participants that have not taken the branch: for them it might never end.
 
-If all branches are only arithmetic on single numbers, such as those of `optax.apply_if_finite`, all
-of them are computed instead. This costs about as much as selecting the results, and no device has
-to know what others do. Branches that do not depend on the participant are left as they are.
+If branches contain only elementwise operations and sums, as those of `optax.apply_if_finite` do,
+all of them are computed instead. This costs about as much as selecting the results, and no device
+has to know what others do. Branches that do not depend on the participant are left as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _branches(eqn: JaxprEqn) -> bool:
 
 
 def _light(jaxpr: ClosedJaxpr) -> bool:
-    """Whether it is only arithmetic on single numbers, and sums of them."""
+    """Whether it contains only elementwise operations and sums."""
 
     def heavy(eqn: JaxprEqn) -> bool:
         inside = eqn.primitive is cond_p or eqn.primitive in _compat.CALLS
