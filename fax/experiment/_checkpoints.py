@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,15 +132,13 @@ class Checkpoints:
             "facts": ocp.args.JsonSave({**facts, "store": clients is not None}),
         }
         self._saving = number
-        try:
+        with self._errors():
             if clients is not None:
                 partial = self.folder.parent / f".{CLIENTS}.partial"
                 partial.unlink(missing_ok=True)
                 clients(partial)
                 items["clients"] = _MovedArgs(os.fspath(partial))
             self._manager.save(number, args=ocp.args.Composite(**items), metrics=dict(metrics))
-        except Exception as error:
-            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -147,18 +146,14 @@ class Checkpoints:
         Raises:
           OSError: if it could not be written.
         """
-        try:
+        with self._errors():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
         self._saving = None
 
     def check(self) -> None:
         """Raises the OSError of `wait` if the checkpoint that is being written has failed."""
-        try:
+        with self._errors():
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def read(self, number: int, like: Callable[[list[Leaf]], Sequence[Any]]) -> Saved:
         """Reads the checkpoint of a round.
@@ -190,8 +185,14 @@ class Checkpoints:
         Raises:
           OSError: if it could not be written.
         """
-        try:
+        with self._errors():
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raises what orbax raises as an OSError that says what to do."""
+        try:
+            yield
         except Exception as error:
             raise self._failed(error) from error
 
