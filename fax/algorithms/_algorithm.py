@@ -19,8 +19,8 @@ PyTree = Any
 class Algorithm(NamedTuple):
     """A federated algorithm as pure functions, which can be jitted and differentiated.
 
-    The states of fax's algorithms can be pickled. The functions cannot, so call `fedavg`, or what
-    else makes the algorithm, in each process again.
+    The states of fax's algorithms can be pickled. The functions cannot, so make the algorithm again
+    in each process.
 
     Attributes:
       init: ``init(params) -> state``, the initial state for a model's parameters.

@@ -100,7 +100,7 @@ class Flower(Hosts):
         self._by_host(clients)
         made = [Row(client, next(self._slots)) for client in clients]
         # They are sent with the next message, because each message takes long.
-        with self._one:
+        with self._lock:
             self._put |= {(row.client, row.slot): x for row, x in zip(made, rows, strict=True)}
         return made
 
@@ -116,7 +116,7 @@ class Flower(Hosts):
         return found
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
-        with self._one:
+        with self._lock:
             freed, self._freed = self._freed, []
             for row in freed:
                 self._put.pop(row, None)

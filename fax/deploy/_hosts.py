@@ -55,7 +55,7 @@ class Hosts(abc.ABC):
       _host, _hosts: what hosts are called in errors: one, and several.
       _platforms: what stages are compiled for.
       _numbers: the numbers of the hosts, which subclasses set.
-      _one: held by the thread that asks hosts, so that each gets the answers to its own requests.
+      _lock: held by the thread that asks hosts, so that each gets the answers to its own requests.
     """
 
     _host: str
@@ -65,7 +65,7 @@ class Hosts(abc.ABC):
 
     def __init__(self, plan: str | os.PathLike[str] | None, secure: SecureSums | None = None):
         self.secure = secure
-        self._one = threading.RLock()
+        self._lock = threading.RLock()
         # The same run may continue with another backend, so slots of this one differ.
         name = secrets.token_hex(4)
         self._slots = (f"{name}.{i}" for i in itertools.count())
@@ -142,7 +142,7 @@ class Hosts(abc.ABC):
         job = self._job(stage, clients, operands)
         threshold = self.secure.threshold
         total = SecureSum(self._ask, threshold, stage, clients, job.parts, take, least)
-        with self._freed_unless_done(job), self._one:  # a client takes part in one sum at a time
+        with self._freed_unless_done(job), self._lock:  # a client takes part in one sum at a time
             first, totals = total.run(job.requests)
         return first, self._results(job, first, iter(totals))
 

@@ -116,7 +116,7 @@ class Processes(Hosts):
           ClientError: if the process does not start.
         """
         self._links[process].check_own()
-        with self._one:
+        with self._lock:
             _links.stop([self._links[process]])
             (self._links[process],) = _links.start([process], self._options, self._timeout)
             self._known[process] = set()
@@ -150,7 +150,7 @@ class Processes(Hosts):
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
         for process in requests:
             self._links[process].check_own()
-        with self._one:
+        with self._lock:
             self._exchange(do, requests, read)
 
     def _exchange(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:

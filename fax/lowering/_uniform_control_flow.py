@@ -51,7 +51,7 @@ def _branches(eqn: JaxprEqn) -> bool:
     return eqn.primitive in (cond_p, while_p)
 
 
-def _light(jaxpr: ClosedJaxpr) -> bool:
+def _is_elementwise(jaxpr: ClosedJaxpr) -> bool:
     """Whether it contains only elementwise operations and sums."""
 
     def heavy(eqn: JaxprEqn) -> bool:
@@ -114,7 +114,7 @@ def _both(one: jax.Array, other: jax.Array | None) -> jax.Array:
 
 
 def _cond(eqn, flags, axes, values, wanted):
-    """Runs the first branch, and then each other one that any device takes or that is cheap."""
+    """Runs the first branch, and each other one that any device takes, or all of elementwise ones."""
     index, *operands = values
 
     def taken(branch, wanted):
@@ -125,12 +125,12 @@ def _cond(eqn, flags, axes, values, wanted):
         which = [taken(branch, wanted) for branch in branches]
         outs = lax.switch(index.astype(np.int32), which, *operands)
         return outs, [True] * len(outs)
-    cheap = all(map(_light, branches))
+    elementwise = all(map(_is_elementwise, branches))
     results = taken(branches[0], _both(index == 0, wanted))(*operands)
     for number, branch in enumerate(branches[1:], start=1):
         mine = _both(index == number, wanted)
         kept, run = results, taken(branch, mine)
-        if cheap:
+        if elementwise:
             made = run(*operands)
         else:
             made = lax.cond(_somewhere(mine, axes), run, lambda *_, kept=kept: kept, *operands)
