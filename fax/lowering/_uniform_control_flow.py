@@ -114,7 +114,7 @@ def _both(one: jax.Array, other: jax.Array | None) -> jax.Array:
 
 
 def _cond(eqn, flags, axes, values, wanted):
-    """Runs the first branch, and each other one that any device takes, or all of elementwise ones."""
+    """Runs the first branch, and each other that any device takes; elementwise ones always."""
     index, *operands = values
 
     def taken(branch, wanted):
