@@ -89,7 +89,7 @@ ABOVE_ONE_IN, BELOW_ONE_IN = 30, 8
 # Files with the longest tests come first, so that no process is left alone with one at the end.
 FIRST = (
     *("examples_algorithms", "examples_diloco", "examples", "examples_privacy", "distributed"),
-    *("docs", "experiment_kills", "tpu_streaming", "command", "command_processes"),
+    *("docs", "command", "command_processes"),
     *("deploy_algorithms", "mesh_branches", "random_programs", "models", "privacy_attacks"),
     *("memory", "fedavg", "absent_clients", "cohorts_processes", "tasks"),
 )

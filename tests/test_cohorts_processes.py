@@ -1,11 +1,14 @@
 """Cohorts in several processes, each of which reads its own clients; and CPU devices."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import reports
 
+import fax
+
 TRAINING = """
-start()
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from fax.algorithms import fedavg, many_rounds
@@ -60,7 +63,11 @@ report(found)
 
 @pytest.fixture(scope="module")
 def runs():
-    return reports(TRAINING, 2), reports(TRAINING, 1)
+    alone: list[dict] = []
+    names = {"jax": jax, "jnp": jnp, "np": np, "fax": fax, "count": 1, "report": alone.append}
+    with jax.enable_x64(False):
+        exec(TRAINING, names)
+    return reports("start()" + TRAINING, 2), alone
 
 
 def test_processes_train_what_one_process_trains(runs):

@@ -357,6 +357,7 @@ def test_a_client_that_is_not_finite_is_left_out(name):
         np.testing.assert_allclose(server, clients.rows.mean(), rtol=1e-12)
 
 
+@pytest.mark.long
 def test_a_client_that_is_not_finite_is_left_out_on_a_mesh():
     """Of five clients on four devices, and of derivatives."""
 

@@ -20,10 +20,10 @@ OF_ROWS = {
 }
 # What clients keep between rounds.
 STATE = ("clients", "members", "memory", "replicas")
-# These, and those with tests of their own, cover what the others do: models of clusters, fragments,
-# rows of an aggregator that stay, and two sums in a row. Rows of an algorithm stay in two tests of
-# Scaffold.
-ALWAYS = {"hyp_cluster", "streaming_diloco", "power_sgd", "papa_2", "median"}
+# These, and those with tests of their own, cover what the others do: models of clusters, rows of an
+# aggregator that stay, and two sums in a row. Rows of an algorithm stay in a test of Scaffold, and
+# replicas in one of DiLoCo.
+ALWAYS = {"hyp_cluster", "power_sgd", "papa_2", "median"}
 
 
 @pytest.mark.always("secure sum")
@@ -143,21 +143,13 @@ def test_derivatives_of_rounds(name):
     np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-6)
 
 
-def check_in_processes(names, *more):
+@pytest.mark.long
+def test_rounds_in_processes():
+    """Clients' state stays there, keys travel, and a derivative takes several stages."""
+    names = ["scaffold", "diloco", "gaussian", "hyp_cluster", "streaming_diloco"]
+    derivative = rates("fedavg"), (0.1, cohort_of()), DATA
     with deploy.Processes(2) as backend:
-        for fn, args, held in [*map(a_round, names), *more]:
+        for fn, args, held in [*map(a_round, names), derivative]:
             of_clients = "clients" in held
             clients = np.asarray(args[1].positions).tolist() if of_clients else None
             check_plan(fn, args, held=held, clients=clients, backend=backend)
-
-
-def test_rounds_in_processes():
-    """Clients' state stays there, and keys travel."""
-    check_in_processes(["scaffold"])
-
-
-@pytest.mark.long
-def test_more_rounds_in_processes():
-    """Also a derivative, which takes several stages."""
-    names = ["diloco", "gaussian", "hyp_cluster", "streaming_diloco"]
-    check_in_processes(names, (rates("fedavg"), (0.1, cohort_of()), DATA))

@@ -1,5 +1,6 @@
 """Downloads from a server on this machine, which stalls, breaks off, and tells lies."""
 
+import concurrent.futures
 import errno
 import hashlib
 import http.server
@@ -359,25 +360,18 @@ def test_two_processes_at_once(server, tmp_path):
     gate = threading.Event()
     server.before = lambda number: gate.wait(20)
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path), server.url]
-    processes = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # both want it before either gets a byte
-        process.stdin.write("\n")
-        process.stdin.flush()
-    gate.set()
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    # Both want it before either gets a byte.
+    process.stdin.write("\n")
+    process.stdin.flush()
+    with concurrent.futures.ThreadPoolExecutor(1) as here:
+        own = here.submit(files, tmp_path, Source(server.url))
+        gate.set()
+        own.result(60)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
     assert server.asked == [None]
     assert (tmp_path / "some.sqlite.lzma").read_bytes() == CONTENT
     assert left(tmp_path) == ["some.sqlite.lzma", "some.sqlite.lzma.sha256"]

@@ -73,13 +73,26 @@ def more(learners, server, merges):
     return until(learners, server, lambda merge: merge.number == last)
 
 
-def test_learners_are_killed_hang_and_come_back(make, capfd):
-    start, threads = {"w": np.zeros(4)}, threading.enumerate()
-    with (
-        contextlib.ExitStack() as strangers,
-        deploy.Learners(2, make, grace=0.2, timeout=120) as learners,
-    ):
+@contextlib.contextmanager
+def leaves_nothing(learners):
+    """After the block and the learners' own, no process and no thread of theirs is left."""
+    threads = set(threading.enumerate())
+    with learners:
+        yield
+        pids = [p.pid for p in learners._processes.values()]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    for thread in {*threading.enumerate()} - threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_learners_train_together_and_one_is_killed(make):
+    learners = deploy.Learners(2, make, grace=0.2, timeout=120)
+    with leaves_nothing(learners), contextlib.ExitStack() as strangers:
         # Together they take the steps of DiLoCo: with 1 and 2 shares of the examples, and SGD.
+        start = {"w": np.zeros(4)}
         server = deploy.Elastic(start, optax.sgd(0.5, momentum=0.9), steps=STEPS, quorum=2)
         theta, velocity = np.zeros(4), np.zeros(4)
         targets = np.arange(4.0)[None] * np.array([[1], [2]]) + 1
@@ -91,7 +104,6 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
             if merge.number == 9:
                 break
         np.testing.assert_allclose(server.params["w"], theta, rtol=1e-12)
-
         assert [sends_at_once(own._line) for own in learners._outboxes.values()] == [True, True]
 
         # The same processes train with another server. One is killed: nobody misses it.
@@ -101,10 +113,22 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
         assert learners.running == [0]
         until(learners, server, lambda merge: set(merge.tokens) == {0})
         assert set(more(learners, server, 5).tokens) == {0}
-        # It comes back, and its updates count. Nobody waits for strangers.
+        # Nobody waits for strangers.
         strangers.enter_context(socket.create_connection(learners._address))
         with pytest.raises(multiprocessing.AuthenticationError):
             connection.Client(learners._address, authkey=b"a guess")
+        assert set(more(learners, server, 5).tokens) == {0}
+
+
+@pytest.mark.long
+def test_learners_hang_and_come_back(make, capfd):
+    learners = deploy.Learners(2, make, grace=0.2, timeout=120)
+    with leaves_nothing(learners):
+        server = deploy.Elastic({"w": np.zeros(4)}, optax.sgd(1.0), steps=STEPS)
+        until(learners, server, lambda merge: len(merge.tokens) == 2)
+        learners.kill(1)
+        until(learners, server, lambda merge: set(merge.tokens) == {0})
+        # It comes back, and its updates count.
         learners.start(1)
         with pytest.raises(ValueError, match="learner 1 is running; kill it first"):
             learners.start(1)
@@ -127,10 +151,3 @@ def test_learners_are_killed_hang_and_come_back(make, capfd):
         with pytest.raises(deploy.ClientError, match=f"No learner is left.*{statuses}"):
             until(learners, server, lambda merge: False)
         assert "returned 0.5, expected a fax.deploy.Learner" in capfd.readouterr().err
-        pids = [p.pid for p in learners._processes.values()]
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    for thread in set(threading.enumerate()) - set(threads):
-        thread.join(10)
-        assert not thread.is_alive()

@@ -3,9 +3,11 @@
 import re
 import runpy
 import shlex
+import sys
 import sysconfig
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scripts import EXAMPLES, is_figure, numbers
@@ -58,9 +60,15 @@ def test_thermometers_prints_the_share_and_one_round(capsys):
 
 
 @pytest.mark.parametrize("options", [["--rounds=100"], pytest.param([], marks=pytest.mark.long)])
-def test_federated_averaging_keeps_its_promise(run, tmp_path, options):
-    """After half of its rounds, and after all of them."""
-    printed = run(EXAMPLES / "federated_averaging.py", *options)
+def test_federated_averaging_keeps_its_promise(tmp_path, monkeypatch, capsys, options):
+    """After half of its rounds, and after all of them. Most of a process of its own is importing."""
+    script = str(EXAMPLES / "federated_averaging.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with jax.enable_x64(False):
+        runpy.run_path(script, run_name="__main__")
+    printed = capsys.readouterr().out
     accuracy, _ = numbers(r"test accuracy ([\d.]+)%, ([\d.]+) s per round", printed)
     assert accuracy >= 95
     assert is_figure(tmp_path / "runs" / "federated_averaging.png")

@@ -19,6 +19,7 @@ import fax
 from fax.algorithms import streaming_diloco
 from fax.inspect._hlo import arrays, parse
 
+pytestmark = pytest.mark.long  # test_streaming_diloco.py looks at what XLA makes for CPUs
 tpus.require()
 
 TILE = 8 * 128 * 4  # bytes: smaller arrays take one
@@ -119,19 +120,13 @@ def transfers(text):
     return found, loops
 
 
-def cases():
+@pytest.mark.parametrize("later", [0, 1])
+@pytest.mark.parametrize("tau", [1, 2, 5])
+@pytest.mark.parametrize("fragments", [2, 4])
+@pytest.mark.parametrize("slices", [2, 4])
+def test_every_transfer_is_received_after_the_steps_that_it_may_take(slices, fragments, tau, later):
     """Where one fragment lands, the next is sent at once, or a step later."""
-    always = [(2, 2, 2, 4)]
-    for slices in (2, 4):
-        for fragments in (2, 4):
-            for tau in (1, 2, 5):
-                for steps in (fragments * tau, fragments * (tau + 1)):
-                    case = slices, fragments, tau, steps
-                    yield pytest.param(*case, marks=() if case in always else pytest.mark.long)
-
-
-@pytest.mark.parametrize(("slices", "fragments", "tau", "steps"), list(cases()))
-def test_every_transfer_is_received_after_the_steps_that_it_may_take(slices, fragments, tau, steps):
+    steps = fragments * (tau + later)
     with jax.enable_x64(False):
         found, loops = transfers(compiled(slices, fragments, tau, steps))
     # One step has the loops over layers, forward and backward; several are a loop themselves.
@@ -151,7 +146,6 @@ def test_every_transfer_is_received_after_the_steps_that_it_may_take(slices, fra
     assert all(sent == 0 for _, sent, _ in counts)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("fragments", "tau", "steps", "expected"),
     [
