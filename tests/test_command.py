@@ -29,9 +29,11 @@ def small(tmp_path, monkeypatch):
 # From end to end
 
 
-def test_a_run_from_the_shell_and_what_can_be_done_with_it(small):
-    printed = run(small, "run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05")
-    first, last, *figures, title, one, two, three = printed.splitlines()
+def test_a_run_and_what_can_be_done_with_it(small, capsys):
+    """Here in this process; test_command_processes.py starts some, as a shell does."""
+    command = ["run", "small.toml", "--folder", "runs/a", "--set", "client.rate=0.05"]
+    assert main(command) == 0
+    first, last, *figures, title, one, two, three = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"small: fedavg, 4 rounds, on \d+ cpu devices \(clients=\d+\), in runs/a", first
     )

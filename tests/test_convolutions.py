@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
@@ -104,6 +104,7 @@ def convolution(draw, max_dims=3):
     return conv, rng.standard_normal((2, *lhs_shape)), rng.standard_normal((2, *rhs_shape))
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(convolution(), st.sampled_from([*SETTINGS, "vectorized"]))
 def test_values_and_gradients_of_random_convolutions(case, setting):
     conv, x, w = case

@@ -61,7 +61,7 @@ def test_thermometers_prints_the_share_and_one_round(capsys):
 
 @pytest.mark.parametrize("options", [["--rounds=100"], pytest.param([], marks=pytest.mark.long)])
 def test_federated_averaging_keeps_its_promise(tmp_path, monkeypatch, capsys, options):
-    """After half of its rounds, and after all of them. Most of a process of its own is importing."""
+    """After half of its rounds, and after all. Most of a process of its own is importing."""
     script = str(EXAMPLES / "federated_averaging.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -83,7 +83,7 @@ def test_every_algorithm_with_one_model_for_all_is_here():
     assert crossing - others - {"federated"} == ALGORITHMS.keys()
 
 
-@pytest.mark.always("apfl", "fedavg", "maml", "scaffold")
+@pytest.mark.always("apfl", "fedavg", "scaffold")
 @pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - SAME))
 def test_what_is_personal_is_no_business_of_the_algorithm(data, name):
     """The rest is trained as if it was alone, and the personal part by each client for itself."""

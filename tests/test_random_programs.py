@@ -282,7 +282,7 @@ def test_values_are_those_of_plain_code(plan):
     assert_trees_close(got, jax.jit(plan.plain_round)(*args), plan)
 
 
-@few_examples
+@fewer_examples
 @given(plans())
 def test_gradients_are_those_of_plain_code(plan):
     """A round's gradient, jitted; those masked hold NaN and have a gradient of zero."""
