@@ -3,6 +3,7 @@
 import collections
 import functools
 import gc
+import os
 import sys
 import types
 import weakref
@@ -222,6 +223,15 @@ def set_global(value):
     globals()["FACTOR"] = value
 
 
+def set_module(value):
+    SETTINGS.factor = value
+
+
+# A module of the user's in a file beside fax, whose name begins like that of fax's folder.
+SETTINGS = types.ModuleType("users_settings")
+SETTINGS.__file__ = f"{os.path.dirname(fax.__file__)}_settings.py"
+
+
 class Settings:
     factor = 2.0
 
@@ -277,9 +287,20 @@ def _readers():
     thing = types.SimpleNamespace(factor=2.0)
     yield "object", lambda row: row * thing.factor, lambda value: setattr(thing, "factor", value)
 
-    module = types.ModuleType("settings")
-    module.factor = 2.0
-    yield "module", lambda row: row * module.factor, lambda value: setattr(module, "factor", value)
+    yield "module", lambda row: row * SETTINGS.factor, set_module
+
+    def importing(row):
+        from users_settings import factor
+
+        return row * factor
+
+    yield "import", importing, set_module
+
+    @functools.wraps(jax.nn.standardize)
+    def wrapper(row):
+        return row * FACTOR
+
+    yield "wraps", wrapper, set_global
 
     @jax.custom_jvp
     def ruled(row):
@@ -297,7 +318,8 @@ def _readers():
 @pytest.mark.parametrize(
     ("read", "change"), [pytest.param(*rest, id=name) for name, *rest in _readers()]
 )
-def test_what_a_program_reads_is_read_again_when_it_has_changed(read, change):
+def test_what_a_program_reads_is_read_again_when_it_has_changed(read, change, monkeypatch):
+    monkeypatch.setitem(sys.modules, SETTINGS.__name__, SETTINGS)
     program = fax.program(clients=N)(lambda x: fax.map(read, x))
     for value in (2.0, 5.0, -0.0, 0.0, 2.0):
         change(value)
