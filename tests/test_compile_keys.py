@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import fax
 
@@ -116,6 +118,17 @@ def test_settings_around_a_call_count():
         with jax.threefry_partitionable(partitionable):
             found = program(KEY)
         np.testing.assert_allclose(found, draw(partitionable), rtol=1e-14)
+
+
+def test_parameters_of_zero_and_of_minus_zero_differ():
+    """As attributes of calls of `jax.ffi` can."""
+    filled_p = Primitive("filled")
+    filled_p.def_abstract_eval(lambda x, value: x)
+    full = mlir.lower_fun(lambda x, value: jnp.full_like(x, value), multiple_results=False)
+    mlir.register_lowering(filled_p, full)
+    for value in 0.0, -0.0, np.float32(0.0), np.float32(-0.0):
+        program = fax.program(clients=2)(lambda x, v=value: filled_p.bind(fax.max(x), value=v))
+        assert np.signbit(program(np.ones(2))) == np.signbit(value)
 
 
 def test_callbacks_without_a_module():

@@ -178,17 +178,15 @@ def _is_of_jax(function: FunctionType) -> bool:
     return module is not None and module.partition(".")[0] == "jax"
 
 
+# What cannot change, and functions, whose keys say what they hold.
+_COMPARED = (type(None), bool, int, float, complex, str, bytes, FunctionType)
+
+
 def _held_key(value: Any, within: Functions) -> Hashable:
     """A key for what a user's function holds. What can change is equal only to itself."""
-    if isinstance(value, FunctionType):
-        return _function_key(value, within)
     if type(value) is tuple:
         return tuple(_held_key(x, within) for x in value)
-    if value is None or type(value) in (bool, int, str, bytes):
-        return type(value), value
-    if type(value) in (float, complex):
-        return type(value), repr(value)  # NaN equals itself
-    return _Identity(value)
+    return _value_key(value, within) if type(value) in _COMPARED else _Identity(value)
 
 
 def _value_key(value: Any, within: Functions = ()) -> Hashable:
@@ -200,6 +198,8 @@ def _value_key(value: Any, within: Functions = ()) -> Hashable:
         return (dict, tuple((name, _value_key(x, within)) for name, x in value.items()))
     if isinstance(value, FunctionType):
         return _function_key(value, within)
+    if type(value) in (float, complex) or isinstance(value, np.generic):
+        return type(value), repr(value)  # distinguishes 0.0 from -0.0, and NaN equals itself
     wrapped = _compat.wrapped_function(value)
     if wrapped is not None:
         return (type(value), _value_key(wrapped, within))
