@@ -131,7 +131,8 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
     are on one device, whatever the layout.
 
     Args:
-      **axes: for each placement, the name of a mesh axis, or several names, the slowest first.
+      **axes: for each placement, the name of a mesh axis, or several names, the slowest first. With
+        none, ``()``, all devices run the client functions of all participants together.
 
     Raises:
       PlacementError: if an axis is not in the mesh in scope, is named twice, or is shared by two
