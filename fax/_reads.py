@@ -131,9 +131,7 @@ class _Snapshot:
                 yield None
             else:
                 yield self.of(contents)
-        # `functools.wraps` gives a function the __module__ of another one.
-        homes = function.__module__, function.__globals__.get("__name__")
-        if not all(map(_is_installed, homes)):
+        if not _is_of_installed(function):
             if not all(map(_is_installed, _imports(function.__code__))):
                 raise _NotComparableError
             yield self.of(vars(function))
@@ -165,9 +163,22 @@ def _is_namedtuple(value: Any) -> bool:
     return named and _is_installed(kind.__module__)
 
 
+def _is_of_installed(function: FunctionType) -> bool:
+    """Whether a function's globals are those of an installed module.
+
+    Its ``__module__`` does not say so, which `functools.wraps` copies from another function.
+    """
+    name = function.__globals__.get("__name__")
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    own = module is not None and vars(module) is function.__globals__
+    return own and _is_installed(name)
+
+
 @functools.cache
 def _is_installed(name: str | None) -> bool:
     """Whether a module belongs to Python, to fax or to an installed package."""
+    if name == "__main__":  # of a script, but under `python -m cProfile` its file is the profiler's
+        return False
     file = getattr(sys.modules.get(name or ""), "__file__", None)
     return name in sys.builtin_module_names if file is None else file.startswith(_INSTALLED)
 

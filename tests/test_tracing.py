@@ -302,6 +302,14 @@ def _readers():
 
     yield "wraps", wrapper, set_global
 
+    # When cProfile runs a script, the module __main__ is cProfile's, as it is pytest's here.
+    kind = type("Kind", (), {"__module__": "__main__"})
+    yield "__main__", lambda row: row * kind.factor, lambda value: setattr(kind, "factor", value)
+
+    names = {"__name__": "json", "factor": 2.0}
+    exec("def read(row):\n    return row * factor", names)
+    yield "__name__", names["read"], lambda value: names.update(factor=value)
+
     @jax.custom_jvp
     def ruled(row):
         return row * numbers["b"]
