@@ -1,5 +1,6 @@
 """What was compiled is found again for the same equations under the same settings only."""
 
+import functools
 import logging
 
 import jax
@@ -200,6 +201,20 @@ def with_callback(note, x):
 
     program(x)
     jax.effects_barrier()
+
+
+def test_callbacks_that_are_named_like_functions_of_jax():
+    x = np.arange(3.0)
+    for _ in range(2):
+        seen = []
+
+        @functools.wraps(jax.nn.standardize)
+        def note(x, seen=seen):
+            seen.append(float(x))
+
+        with_callback(note, x)
+        assert sorted(seen) == [0, 1, 2]
+        seen.clear()  # now it is equal to the next one, but not the same
 
 
 def test_callbacks_assign_to_their_own_variables():

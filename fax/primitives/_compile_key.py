@@ -174,8 +174,9 @@ def _assigns_outside(code: CodeType) -> bool:
 
 
 def _is_of_jax(function: FunctionType) -> bool:
-    module: str | None = function.__module__  # of a function from `exec` it can be None
-    return module is not None and module.partition(".")[0] == "jax"
+    # Not by its __module__, which `functools.wraps` copies from another function.
+    module = function.__globals__.get("__name__")
+    return isinstance(module, str) and module.partition(".")[0] == "jax"
 
 
 # What cannot change, and functions, whose keys say what they hold.
