@@ -203,6 +203,35 @@ def with_callback(note, x):
     jax.effects_barrier()
 
 
+def test_callbacks_with_attributes():
+    def of_callback():
+        def note(x):
+            note.seen.append(x)
+
+        note.seen = []
+        with_callback(note, x)
+        return len(note.seen)
+
+    def set_by_callback():
+        def note(x):
+            note.last = x
+
+        with_callback(note, x)
+        return hasattr(note, "last")
+
+    def of_function_that_is_called():
+        def count():
+            count.number += 1
+
+        count.number = 0
+        with_callback(lambda _: count(), x)
+        return count.number
+
+    x = np.arange(3.0)
+    for run in of_callback, set_by_callback, of_function_that_is_called:
+        assert run() == run() > 0
+
+
 def test_callbacks_that_are_named_like_functions_of_jax():
     x = np.arange(3.0)
     for _ in range(2):
