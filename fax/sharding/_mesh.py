@@ -54,13 +54,14 @@ def make_mesh(
       >>> with jax.set_mesh(mesh):
       ...     pass  # call a program here
     """
-    if not isinstance(devices, Sequence | np.ndarray | None):
+    given = jax.devices() if devices is None else devices
+    found = list(given) if isinstance(given, Sequence | np.ndarray) else []
+    if not found or not all(hasattr(device, "process_index") for device in found):
         raise PlacementError(
-            f"{_MAKE_MESH}: devices is {_arguments.shown(devices)}, expected a list of devices, "
-            "such as jax.devices()."
+            f"{_MAKE_MESH}: devices is {given!r:.80}, expected a list of devices, such as "
+            "jax.devices()."
         )
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = _sizes(axes, len(devices))
+    sizes = _sizes(axes, len(found))
     types: tuple[Any, ...] = ()
     if isinstance(axis_types, AxisType):
         types = (axis_types,) * len(axes)
@@ -71,7 +72,7 @@ def make_mesh(
             f"{_MAKE_MESH}: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or "
             f"one for each of the axes {', '.join(axes)}."
         )
-    return Mesh(_arrange(sizes, devices), tuple(axes), axis_types=types)
+    return Mesh(_arrange(sizes, found), tuple(axes), axis_types=types)
 
 
 def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
