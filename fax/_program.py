@@ -239,7 +239,7 @@ def evaluates_now() -> bool:
 def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
     """Warns if data are sharded over an axis of a mesh that is not in scope: they are gathered."""
     in_scope = jax.sharding.get_abstract_mesh().axis_names
-    of_axis = {axis: p.name for p in declared for axis in p.axes or (p.name,)}
+    of_axis = {axis: p.name for p in declared for axis in p.named_axes}
     names = set(of_axis).difference(in_scope)
     for x in operands:
         sharding = getattr(x, "sharding", None)

@@ -195,12 +195,9 @@ def laid_out(declared: Scope) -> Scope:
     scope = tuple(
         dataclasses.replace(p, axes=layouts[p.name]) if p.name in layouts else p for p in declared
     )
-    _check({p.name: p.axes or (p.name,) for p in scope if p.axes or p.name in _axis_names()})
+    known = jax.sharding.get_abstract_mesh().axis_names
+    _check({p.name: p.named_axes for p in scope if p.axes is not None or p.name in known})
     return scope
-
-
-def _axis_names() -> tuple[str, ...]:
-    return jax.sharding.get_abstract_mesh().axis_names
 
 
 def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str, ...]:
@@ -209,8 +206,8 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
     An axis that is already manual, in a `jax.shard_map`, is not split again.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    wanted: Any = (group.name,) if group.axes is None else group.axes
-    return tuple(a for a in wanted if a in mesh.axis_names and a not in mesh.manual_axes)
+    known = set(mesh.axis_names).difference(mesh.manual_axes)
+    return tuple(axis for axis in group.named_axes if axis in known)
 
 
 def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:
