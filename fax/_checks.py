@@ -113,7 +113,8 @@ def initial(caller: str, value: Any, dtype: Any) -> None:
         if limits is None or not isinstance(value, int) or limits.min <= value <= limits.max:
             return
     raise PlacementError(
-        f"{caller}: initial is {describe(value)}, expected a scalar that fits the dtype {dtype}."
+        f"{caller}: initial is {_arguments.shown(value)}, expected a scalar that fits the dtype "
+        f"{dtype}."
     )
 
 

@@ -43,6 +43,11 @@ class Placement:
         params = {"placement": self.name, "size": self.size}
         return params if self.axes is None else params | {"axes": self.axes}
 
+    @property
+    def named_axes(self) -> tuple[str, ...]:
+        """The names of these axes."""
+        return (self.name,) if self.axes is None else self.axes
+
     def __str__(self) -> str:
         return f"{self.name}={self.size}"
 

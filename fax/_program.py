@@ -190,7 +190,8 @@ class _Traces(Reader):
         if key in traces:
             return traces[key]
         trace = _trace(self.fn, declared, treedef, leaves, avals)
-        if key is not None and snapshot(_constants(trace.results)) is not None:
+        # Other results, such as a function or a set, have to be those of this call.
+        if key is not None and all(type(x) in _IMMUTABLE for x in _constants(trace.results)):
             # If tracing itself changes what the function reads, that must not trace it again.
             recent = list(traces.items())[1 - _MAX_TRACES :]
             self._known = snapshot(self.fn), dict([*recent, (key, trace)])
@@ -217,6 +218,7 @@ def _constants(leaves: Sequence[Any]) -> list[Any]:
 
 
 _MAX_TRACES = 64
+_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes)
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -237,7 +239,7 @@ def evaluates_now() -> bool:
 def _warn_of_missing_mesh(declared: Scope, operands: Sequence[Any]) -> None:
     """Warns if data are sharded over an axis of a mesh that is not in scope: they are gathered."""
     in_scope = jax.sharding.get_abstract_mesh().axis_names
-    of_axis = {axis: p.name for p in declared for axis in p.axes or (p.name,)}
+    of_axis = {axis: p.name for p in declared for axis in p.named_axes}
     names = set(of_axis).difference(in_scope)
     for x in operands:
         sharding = getattr(x, "sharding", None)

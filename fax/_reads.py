@@ -7,6 +7,7 @@ other objects, its snapshot is None, and it has to be traced again.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import os
@@ -22,9 +23,13 @@ from jax.custom_batching import custom_vmap
 
 # Beyond these limits, a comparison would take as long as a trace.
 _MAX_OBJECTS, _MAX_BYTES = 10_000, 2**20
-_INSTALLED = (
-    *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
-    os.path.dirname(__file__),
+# With a separator at the end: a script beside the folder may have a name that begins like it.
+_INSTALLED = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+        os.path.dirname(__file__),
+    )
 )
 
 
@@ -126,7 +131,9 @@ class _Snapshot:
                 yield None
             else:
                 yield self.of(contents)
-        if not _is_installed(function.__module__):
+        if not _is_of_installed(function):
+            if not all(map(_is_installed, _imports(function.__code__))):
+                raise _NotComparableError
             yield self.of(vars(function))
             for name in _names(function.__code__):
                 if name in function.__globals__:
@@ -156,15 +163,47 @@ def _is_namedtuple(value: Any) -> bool:
     return named and _is_installed(kind.__module__)
 
 
+def _is_of_installed(function: FunctionType) -> bool:
+    """Whether a function's globals are those of an installed module.
+
+    Its ``__module__`` does not say so, which `functools.wraps` copies from another function.
+    """
+    name = function.__globals__.get("__name__")
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    own = module is not None and vars(module) is function.__globals__
+    return own and _is_installed(name)
+
+
 @functools.cache
 def _is_installed(name: str | None) -> bool:
     """Whether a module belongs to Python, to fax or to an installed package."""
+    if name == "__main__":  # of a script, but under `python -m cProfile` its file is the profiler's
+        return False
     file = getattr(sys.modules.get(name or ""), "__file__", None)
     return name in sys.builtin_module_names if file is None else file.startswith(_INSTALLED)
 
 
-@functools.lru_cache
+def _with_nested(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function and of its nested functions."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _with_nested(const)
+
+
+@functools.lru_cache(maxsize=4096)
 def _names(code: CodeType) -> tuple[str, ...]:
     """The names of globals, attributes and imports in a function and its nested functions."""
-    inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
-    return tuple(sorted({*code.co_names, *(name for names in inner for name in names)}))
+    return tuple(sorted({name for own in _with_nested(code) for name in own.co_names}))
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports(code: CodeType) -> tuple[str, ...]:
+    """The modules that a function and its nested functions import, "" for a relative import."""
+    found = set()
+    for own in _with_nested(code):
+        steps = [step for step in dis.get_instructions(own) if step.opname != "EXTENDED_ARG"]
+        for level, _, step in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname == "IMPORT_NAME":
+                found.add("" if level.argval else step.argval)
+    return tuple(found)

@@ -1,11 +1,14 @@
 """What was compiled is found again for the same equations under the same settings only."""
 
+import functools
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import fax
 
@@ -118,6 +121,17 @@ def test_settings_around_a_call_count():
         np.testing.assert_allclose(found, draw(partitionable), rtol=1e-14)
 
 
+def test_parameters_of_zero_and_of_minus_zero_differ():
+    """As attributes of calls of `jax.ffi` can."""
+    filled_p = Primitive("filled")
+    filled_p.def_abstract_eval(lambda x, value: x)
+    full = mlir.lower_fun(lambda x, value: jnp.full_like(x, value), multiple_results=False)
+    mlir.register_lowering(filled_p, full)
+    for value in 0.0, -0.0, np.float32(0.0), np.float32(-0.0):
+        program = fax.program(clients=2)(lambda x, v=value: filled_p.bind(fax.max(x), value=v))
+        assert np.signbit(program(np.ones(2))) == np.signbit(value)
+
+
 def test_callbacks_without_a_module():
     """As of a function that `exec` makes, which JAX wraps in one of its own."""
     names = {"seen": []}
@@ -187,6 +201,49 @@ def with_callback(note, x):
 
     program(x)
     jax.effects_barrier()
+
+
+def test_callbacks_with_attributes():
+    def of_callback():
+        def note(x):
+            note.seen.append(x)
+
+        note.seen = []
+        with_callback(note, x)
+        return len(note.seen)
+
+    def set_by_callback():
+        def note(x):
+            note.last = x
+
+        with_callback(note, x)
+        return hasattr(note, "last")
+
+    def of_function_that_is_called():
+        def count():
+            count.number += 1
+
+        count.number = 0
+        with_callback(lambda _: count(), x)
+        return count.number
+
+    x = np.arange(3.0)
+    for run in of_callback, set_by_callback, of_function_that_is_called:
+        assert run() == run() > 0
+
+
+def test_callbacks_that_are_named_like_functions_of_jax():
+    x = np.arange(3.0)
+    for _ in range(2):
+        seen = []
+
+        @functools.wraps(jax.nn.standardize)
+        def note(x, seen=seen):
+            seen.append(float(x))
+
+        with_callback(note, x)
+        assert sorted(seen) == [0, 1, 2]
+        seen.clear()  # now it is equal to the next one, but not the same
 
 
 def test_callbacks_assign_to_their_own_variables():

@@ -68,6 +68,14 @@ def test_rounds_are_those_of_the_paper(setting):
     assert repr(algorithm) == "Algorithm(fedvarp)"
 
 
+def test_numbers_in_a_state_have_the_type_that_they_have_after_a_round():
+    """Otherwise a jitted round would be compiled twice."""
+    start = {"server_state": lambda x: 0.0, "client_state": lambda x: (1, jax.random.key(0))}
+    algorithm = fedvarp(Quadratic.loss, num_clients=N, **start)
+    state = jax.eval_shape(algorithm.init, Quadratic.start())
+    assert not any(x.weak_type for x in jax.tree.leaves(state))
+
+
 @COPIES
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_model_comes_out_of_every_algorithm(name):

@@ -203,6 +203,16 @@ def test_a_jitted_program_follows_the_layout():
         assert program(*data(8))[2].sharding.is_equivalent_to(sharding("clients"), 1)
 
 
+def test_a_placement_is_spread_over_an_axis_that_has_the_name_of_another():
+    @fax.program(regions=2, clients=3)
+    def total(x):
+        rows = fax.map(lambda row: fax.sum(row, placement="clients"), x, placement="regions")
+        return fax.sum(rows, placement="regions")
+
+    with jax.set_mesh(mesh(clients=2)), fax.sharding.layout(clients=(), regions="clients"):
+        assert total(np.arange(6.0).reshape(2, 3)) == 15
+
+
 @pytest.mark.always("3-{'clients': 8}-explicit", "8-{'model': 8}-auto")
 @UNIFORM
 @pytest.mark.filterwarnings("ignore:A program over clients runs under a mesh of model=8")

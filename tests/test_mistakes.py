@@ -835,6 +835,45 @@ MISTAKES = {
         "fax.sharding.local_rows: n is 0.5, expected an int of at least 1, the number of "
         "participants.",
     ),
+    "a number that is too large": (
+        lambda: fax.sharding.place({"x": 10**30}),
+        fax.PlacementError,
+        "fax.sharding.place: tree['x'] is int 1000000000000000000000000000000, expected an array "
+        "with a row for each participant. Server values do not need to be placed.",
+    ),
+    "a mesh without devices": (
+        lambda: fax.sharding.make_mesh(devices=[], clients=-1),
+        fax.PlacementError,
+        "fax.sharding.make_mesh: devices is [], expected a list of devices, such as jax.devices().",
+    ),
+    "numbers of devices": (
+        lambda: fax.sharding.make_mesh(devices=[0, 1], clients=-1),
+        fax.PlacementError,
+        "fax.sharding.make_mesh: devices is [0, 1], expected a list of devices, such as "
+        "jax.devices().",
+    ),
+    "a rate for the optimizer of local steps": (
+        lambda: algorithms.local_steps(loss, 0.1, PARAMS, COHORT),
+        ValueError,
+        "fax.algorithms.local_steps: optimizer is 0.1, expected an optax optimizer "
+        "(optax.GradientTransformation). For this learning rate, pass optax.sgd(0.1).",
+    ),
+    "layers of nothing": (
+        lambda: algorithms.layer_fragments({}, 1),
+        ValueError,
+        "fax.algorithms.layer_fragments: params has no leaves, expected a pytree of arrays.",
+    ),
+    "positions for a cohort": (
+        lambda: algorithms.gather_rows(PARAMS, [0, 1]),
+        ValueError,
+        "fax.algorithms.gather_rows: cohort is a list, expected a fax.data.Cohort, from the "
+        "iterator that fax.data.cohorts returns.",
+    ),
+    "an initial value that does not fit": (
+        lambda: fax.program(clients=2)(lambda x: fax.max(x, initial=300))(np.ones(2, np.int8)),
+        fax.PlacementError,
+        "fax.max: initial is 300, expected a scalar that fits the dtype int8.",
+    ),
     "a placement that is a number": (
         lambda: fax.sharding.place(jnp.ones(2), 2),
         fax.PlacementError,

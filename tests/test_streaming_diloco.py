@@ -428,6 +428,15 @@ def test_stacks_can_be_single_leaves_and_are_not_looked_for_in_lists():
         assert [own[1:] for own in part] == [(0, (p,))] * 3
 
 
+def test_fragments_and_indices_can_be_iterators():
+    """They are read when the algorithm is made, and again for each state and each round."""
+    fragments = [iter(["b"]), [("w", 0, iter([0, 1, 2]))]]
+    algorithm = streaming_diloco(loss, optax.sgd(0.1), replicas=2, steps=2, fragments=fragments)
+    for _ in range(2):
+        state = jax.eval_shape(algorithm.init, {"w": np.zeros(3), "b": np.zeros(2)})
+        assert len(state.optimizers) == 2
+
+
 SQUARE = {"q": np.ones((4, 5, 5)), "k": np.ones((4, 5, 5))}
 
 

@@ -149,7 +149,7 @@ def apfl(
 
         w, model_state = server.params, server.model_state
         optimizers = (client_optimizer, client_optimizer, alpha_optimizer)
-        start = (w, _local_model(own, w), own.alpha)
+        start = (w, optax.tree.where(own.started, own.params, w), own.alpha)
         states = tuple(optimizer.init(x) for optimizer, x in zip(optimizers, start))
         nothing = no_metrics(loss, w, data, model_state)
         (w, v, alpha), _, model_state, metrics = data.scan(
@@ -161,7 +161,8 @@ def apfl(
 
     def models(state: State) -> PyTree:
         def mixture(own: Personal) -> PyTree:
-            return _mixture(_local_model(own, state.params), own.alpha, state.params)
+            w = state.params
+            return _mixture(optax.tree.where(own.started, own.params, w), own.alpha, w)
 
         assert state.clients is not None
         return jax.vmap(mixture)(state.clients.rows)
@@ -177,10 +178,6 @@ def apfl(
         aggregator=aggregator,
         vectorize=vectorize,
     )
-
-
-def _local_model(own: Personal, params: PyTree) -> PyTree:
-    return jax.tree.map(lambda v, w: jnp.where(own.started, v, w), own.params, params)
 
 
 def _mixture(v: PyTree, alpha: jax.Array, w: PyTree) -> PyTree:

@@ -64,7 +64,7 @@ def server_key(cohort: Cohort) -> jax.Array:
 
 
 def strong(x: Any) -> jax.Array:
-    """An array of the type that it has after a round, so that the round is compiled only once."""
+    """An array without a weak type, as after a round, so that the round is compiled only once."""
     x = jnp.asarray(x)
     return lax.convert_element_type(x, x.dtype)
 

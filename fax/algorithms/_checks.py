@@ -98,7 +98,7 @@ def guarded(
 
 
 def check_whole(caller: str, loss: Any) -> None:
-    """Refuses a loss with personal parts if the algorithm has no one model for all clients."""
+    """Refuses a loss with personal parts, for algorithms without a single model for all clients."""
     if isinstance(loss, PersonalLoss):
         raise ValueError(
             f"{caller}: loss is {loss!r}, which only works with an algorithm that trains one model "

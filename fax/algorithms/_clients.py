@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from fax import _arguments
 from fax.aggregators import PerClient
 from fax.data import Cohort
 from fax.sharding._types import without_explicit_axes
@@ -48,6 +49,8 @@ def gather_rows(state: PyTree, cohort: Cohort) -> PyTree:
       2.0 1
     """
 
+    _check_cohort("gather_rows", cohort)
+
     def take(x: jax.Array) -> jax.Array:
         ids = cohort.positions
         _check(x.shape[0], cohort)
@@ -85,6 +88,8 @@ def scatter_rows(state: PyTree, new: PyTree, cohort: Cohort) -> PyTree:
       >>> print(fax.algorithms.scatter_rows(rows, new, cohort).rows.sum())
       1.0
     """
+
+    _check_cohort("scatter_rows", cohort)
 
     def put(x: jax.Array, rows: jax.Array) -> jax.Array:
         spread, rest = _spec(x)
@@ -132,6 +137,14 @@ def _spec(x: jax.Array) -> tuple[Any, tuple]:
 def _common(one: Any, other: Any) -> bool:
     names = [set(x if isinstance(x, tuple) else (x,)) - {None} for x in (one, other)]
     return not names[0].isdisjoint(names[1])
+
+
+def _check_cohort(name: str, cohort: Any) -> None:
+    if not isinstance(cohort, Cohort):
+        raise ValueError(
+            f"fax.algorithms.{name}: cohort is {_arguments.shown(cohort)}, expected a "
+            "fax.data.Cohort, from the iterator that fax.data.cohorts returns."
+        )
 
 
 def _check(rows: int, cohort: Cohort) -> None:

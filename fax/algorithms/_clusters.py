@@ -64,10 +64,11 @@ def hyp_cluster_choice(
       >>> params[in_order]  # one model for each client, in the order of the data
       Array([0.8, 0.1], dtype=float32)
     """
-    check_whole("fax.algorithms.hyp_cluster_choice", loss)
-    arguments("fax.algorithms.hyp_cluster_choice", loss, None, vectorize)
-    check_cohort("fax.algorithms.hyp_cluster_choice", cohort)
-    check_models(params, model_state, None)
+    caller = "fax.algorithms.hyp_cluster_choice"
+    check_whole(caller, loss)
+    arguments(caller, loss, None, vectorize)
+    check_cohort(caller, cohort)
+    check_models(caller, params, model_state, None)
 
     @fax.program(clients=cohort.size)
     def choose(params: PyTree, model_state: PyTree, cohort: Cohort) -> jax.Array:
@@ -97,7 +98,7 @@ def hyp_cluster_start(
 
     A random client of the cohort trains ``params`` into the first model. For each further model,
     fax takes the client whose loss under the best of the models so far is largest, and lets it
-    train ``params``. No client is taken twice.
+    train ``params``. No client is taken twice, and one whose loss is NaN only if no other is left.
 
     Args:
       loss: see `fedavg`.
@@ -136,7 +137,7 @@ def hyp_cluster_start(
     k = _arguments.count(caller, "num_clusters", num_clusters)
     if k > cohort.size:
         raise ValueError(
-            f"hyp_cluster_start: num_clusters={k}, but the cohort has {cohort.size} clients, "
+            f"{caller}: num_clusters={k}, but the cohort has {cohort.size} clients, "
             "and each makes one model. Pass a larger cohort."
         )
 
@@ -165,7 +166,8 @@ def hyp_cluster_start(
             losses = fax.map(mean, *fax.broadcast(one), cohort.clients(), vectorize=at_once)
             best = jnp.minimum(best, fax.collect(losses).astype(best.dtype))
             taken = taken.at[chosen].set(True)
-            worst = jnp.argmax(jnp.where(taken | jnp.isnan(best), -jnp.inf, best))
+            known = jnp.where(jnp.isnan(best), jnp.finfo(best.dtype).min, best)
+            worst = jnp.argmax(jnp.where(taken, -jnp.inf, known))
             return (worst.astype(chosen.dtype), best, taken), one
 
         carry = (first, jnp.full(cohort.size, jnp.inf), jnp.zeros(cohort.size, bool))
@@ -204,7 +206,7 @@ def one_model(models: PyTree, j: Any) -> PyTree:
     return jax.tree.map(lambda x: x[j], models)
 
 
-def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
+def check_models(where: str, params: PyTree, model_state: PyTree, k: int | None) -> None:
     """Checks that there is a model for each cluster, and that they are not all the same."""
     for name, tree in (("params", params), ("model_state", model_state)):
         for path, leaf in tree_leaves_with_path(tree):
@@ -212,7 +214,7 @@ def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
             k = shape[0] if k is None and shape else k
             if not shape or shape[0] != k:
                 raise ValueError(
-                    f"hyp_cluster: {name}{keystr(path)} has shape {shape}, expected a leading axis "
+                    f"{where}: {name}{keystr(path)} has shape {shape}, expected a leading axis "
                     f"of {k or 'the'} clusters. fax.algorithms.hyp_cluster_start makes different "
                     "models from one."
                 )
@@ -224,6 +226,6 @@ def check_models(params: PyTree, model_state: PyTree, k: int | None) -> None:
         and all(np.all(x == x[:1]) for x in map(np.asarray, leaves))
     ):
         raise ValueError(
-            f"hyp_cluster: all {k} clusters have the same params, so every client would choose "
+            f"{where}: all {k} clusters have the same params, so every client would choose "
             "the first. fax.algorithms.hyp_cluster_start makes different models from one."
         )

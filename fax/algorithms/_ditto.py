@@ -35,7 +35,7 @@ class DittoClient(NamedTuple):
 
     def model(self, params: PyTree) -> PyTree:
         """The client's model, where ``params`` is the server's."""
-        return jax.tree.map(lambda v, w: jnp.where(self.started, v, w), self.params, params)
+        return optax.tree.where(self.started, self.params, params)
 
 
 def ditto(

@@ -162,7 +162,7 @@ def federated(
         params, model_state, personal = split(loss, params, model_state)
         check_averaged_state(name, aggregator, model_state)
         own = None if aggregator is None else aggregator.init(params)
-        of_server, row = kept(params)
+        of_server, row = jax.tree.map(strong, kept(params))
         rows = None
         if num_clients is not None and client_state is not None:
             rows = PerClient(repeated(row, num_clients))

@@ -99,20 +99,22 @@ def _shown(indices: Iterable[int]) -> str:
     return ", ".join(f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in _runs(sorted(indices)))
 
 
-def check_fragments(where: str, fragments: Fragments) -> None:
-    """Checks what can be checked without the parameters."""
+def check_fragments(where: str, fragments: Fragments) -> Fragments:
+    """Checks what can be checked without the parameters. Iterators, which end, become lists."""
     if callable(fragments):
         _arguments.function(where, "fragments", fragments, {1: "fragments(path)"})
     elif isinstance(fragments, Sequence) and not isinstance(fragments, str):
-        for p, pieces in enumerate(fragments):
-            for piece in _pieces(pieces):
-                _checked(where, p, piece)
+        return [
+            [_listed(*_checked(where, p, piece)) for piece in _pieces(own)]
+            for p, own in enumerate(fragments)
+        ]
     elif not isinstance(fragments, int) or isinstance(fragments, bool):
         raise ValueError(
             f"{where}: fragments is {fragments!r:.80}, expected a number of fragments, a function "
             "from the path of a leaf to the number of its fragment, or for each fragment a list of "
             "paths, or of (path, axis, indices)."
         )
+    return fragments
 
 
 def cut(where: str, fragments: Fragments, params: PyTree) -> list[Fragment]:
@@ -123,14 +125,14 @@ def cut(where: str, fragments: Fragments, params: PyTree) -> list[Fragment]:
       fragments: see `fax.algorithms.streaming_diloco`.
       params: the parameters. Every index of every leaf is in exactly one fragment.
     """
-    check_fragments(where, fragments)
+    fragments = check_fragments(where, fragments)
     shapes = shapes_of(where, params)
     if callable(fragments):
         pieces = _numbered(where, fragments, list(shapes))
     elif isinstance(fragments, int):
         pieces = distribute(where, params, fragments)
     else:
-        pieces = [_pieces(own) for own in fragments]
+        pieces = list(map(list, fragments))
     owners: dict[str, dict[int, Span | None]] = {name: {} for name in shapes}
     for p, own in enumerate(pieces):
         for piece in own:
@@ -203,6 +205,10 @@ def _checked(where: str, p: int, piece: Any) -> tuple[str, int | None, set[int]]
         "(path, axis, indices) with an axis and indices of at least 0, such as "
         "('layers', 0, range(4))."
     )
+
+
+def _listed(path: str, axis: int | None, indices: set[int]) -> Piece:
+    return path if axis is None else (path, axis, tuple(sorted(indices)))
 
 
 def _span(

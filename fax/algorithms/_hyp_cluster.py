@@ -134,7 +134,7 @@ def hyp_cluster(
             means = [
                 mean_state(
                     results.extra,
-                    jax.tree.map(lambda x, j=j: x[j], state.model_state),
+                    one_model(state.model_state, j),
                     weights,
                     (results.weight.choice == j) & received.finite,
                 )
@@ -159,7 +159,7 @@ def hyp_cluster(
 
     def init(params: PyTree, model_state: PyTree = None) -> State:
         check_trained(f"{name}: init: params", params)
-        check_models(params, model_state, k)
+        check_models(f"{name}: init", params, model_state, k)
         return algorithm.init(params, model_state)
 
     return algorithm._replace(init=init)

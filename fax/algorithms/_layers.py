@@ -135,6 +135,8 @@ def distribute(
     _arguments.flag(where, "others_first", others_first)
     _arguments.choice(where, "pattern", pattern, ("strided", "contiguous"))
     shapes = shapes_of(where, params)
+    if not shapes:
+        raise ValueError(f"{where}: params has no leaves, expected a pytree of arrays.")
     found = _layers(where, shapes, layers)
     stems = list(dict.fromkeys(own.stem for own in found.values()))
     keys = {

@@ -89,8 +89,8 @@ class Packing(NamedTuple):
     Attributes:
       shape: of the codes there, without the rows.
       bits: of a code: 2, 4 or 8.
-      axis: that is cut into as many parts as a byte has codes, one from each. None if there is no
-        axis of such a size: then they are flattened first.
+      axis: the axis that is cut into as many parts as a byte has codes; a byte gets one code from
+        each part. None if no axis has such a size: then the codes are flattened first.
     """
 
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class Packing(NamedTuple):
 
     @property
     def codes(self) -> int:
-        """In a byte."""
+        """How many codes are in a byte."""
         return _BYTE // self.bits
 
     @property

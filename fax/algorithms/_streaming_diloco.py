@@ -167,7 +167,7 @@ def streaming_diloco(
     steps = _arguments.count(_WHERE, "steps", steps)
     expected = f"an int from 0 to {steps - 1}, below steps={steps}"
     tau = _arguments.count(_WHERE, "tau", tau, least=0, most=steps - 1, expected=expected)
-    check_fragments(_WHERE, fragments)
+    fragments = check_fragments(_WHERE, fragments)
     _arguments.number(_WHERE, "alpha", alpha, least=0, most=1)
     _arguments.flag(_WHERE, "weighted", weighted)
     specs = specs_of(_WHERE, sharding)

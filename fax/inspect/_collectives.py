@@ -26,7 +26,7 @@ class Collective:
     Attributes:
       operation: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute" or
         "collective-broadcast".
-      axes: the mesh axes along which the devices differ that take part together.
+      axes: the mesh axes along which devices that take part together differ.
       dtype: the dtype of what is sent. If there are several, all of them: "float32+int32".
       bytes: how many bytes each device passes in, in one execution: of a sum the size of the sum,
         of a gather a device's own part.

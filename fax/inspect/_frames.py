@@ -31,7 +31,7 @@ def entry(module: Module) -> Frame:
 
 
 def called(module: Module, frame: Frame, instruction: Instruction) -> list[Frame]:
-    """The computations that an instruction calls, without those of single elements."""
+    """The computations that an instruction calls, except those on single elements, as of a sum."""
 
     def at(role: str, *attributes: str) -> list[Frame]:
         names = [name for a in attributes for name in instruction.called(a)]

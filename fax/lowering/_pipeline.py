@@ -68,10 +68,13 @@ def lowered(platform: str) -> Callable:
         key = (federated_map_p, device, context(), avals, *_params_key(**params))
         own = ctx.replace(avals_in=avals)
         with _compat.unchecked():
-            if key in traces and traces[key] is None:
-                jaxpr, consts = _jaxpr.trace(compute, avals)
-                traces[key] = functools.partial(_jaxpr.evaluate, jaxpr, *consts)
-            run = traces.setdefault(key) or compute  # most maps are the only one of their kind
+            if key not in traces:  # most maps are the only one of their kind
+                traces[key], run = None, compute
+            else:
+                if traces[key] is None:
+                    jaxpr, consts = _jaxpr.trace(compute, avals)
+                    traces[key] = functools.partial(_jaxpr.evaluate, jaxpr, *consts)
+                run = traces[key]
             outs = mlir.lower_fun(run)(own, *operands)
         ctx.set_tokens_out(own.tokens_out)  # for the order of effects
         return outs

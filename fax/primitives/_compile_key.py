@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 from collections.abc import Callable, Hashable
@@ -129,13 +130,12 @@ def _function_key(function: FunctionType, within: Functions) -> Hashable:
     """
     if function in within:
         return within.index(function)  # it calls itself
-    if _assigns_outside(function.__code__):
+    if _assigns(function.__code__) or _has_attributes(function):
         return _Identity(function)
     within = (*within, function)
     key = _value_key if _is_of_jax(function) else _held_key
     cells = tuple(_Cell(cell, key, within) for cell in function.__closure__ or ())
-    defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
-    held = tuple(key(value, within) for value in defaults)
+    held = tuple(key(value, within) for value in _defaults(function))
     return function.__code__, _Identity(function.__globals__), cells, held
 
 
@@ -161,34 +161,49 @@ class _Cell:
             return _Identity(self.cell)
 
 
-@functools.lru_cache
-def _assigns_outside(code: CodeType) -> bool:
-    """Whether a function, or one within it, assigns to a variable that is `nonlocal`."""
-    if any(
-        instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
-        and instruction.argval in code.co_freevars
-        for instruction in dis.get_instructions(code)
-    ):
+def _defaults(function: FunctionType) -> tuple[Any, ...]:
+    return *(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())
+
+
+def _has_attributes(function: FunctionType) -> bool:
+    """Whether a function has attributes, or assigns to those of a function that it holds."""
+    if vars(function).keys() - {"__wrapped__"}:
         return True
-    return any(isinstance(x, CodeType) and _assigns_outside(x) for x in code.co_consts)
+    held = list(_defaults(function))
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # nothing has been assigned yet
+            held.append(cell.cell_contents)
+    functions = any(isinstance(value, FunctionType) for value in held)
+    return functions and _assigns(function.__code__, to_attributes=True)
+
+
+@functools.lru_cache
+def _assigns(code: CodeType, to_attributes: bool = False) -> bool:
+    """Whether a function, or one within it, assigns to a `nonlocal` variable, or to attributes."""
+    for instruction in dis.get_instructions(code):
+        kind = instruction.opname.removeprefix("STORE_").removeprefix("DELETE_")
+        if to_attributes and kind == "ATTR":
+            return True
+        if not to_attributes and kind == "DEREF" and instruction.argval in code.co_freevars:
+            return True
+    return any(isinstance(x, CodeType) and _assigns(x, to_attributes) for x in code.co_consts)
 
 
 def _is_of_jax(function: FunctionType) -> bool:
-    module: str | None = function.__module__  # of a function from `exec` it can be None
-    return module is not None and module.partition(".")[0] == "jax"
+    # Not by its __module__, which `functools.wraps` copies from another function.
+    module = function.__globals__.get("__name__")
+    return isinstance(module, str) and module.partition(".")[0] == "jax"
+
+
+# What cannot change, and functions, whose keys say what they hold.
+_COMPARED = (type(None), bool, int, float, complex, str, bytes, FunctionType)
 
 
 def _held_key(value: Any, within: Functions) -> Hashable:
     """A key for what a user's function holds. What can change is equal only to itself."""
-    if isinstance(value, FunctionType):
-        return _function_key(value, within)
     if type(value) is tuple:
         return tuple(_held_key(x, within) for x in value)
-    if value is None or type(value) in (bool, int, str, bytes):
-        return type(value), value
-    if type(value) in (float, complex):
-        return type(value), repr(value)  # NaN equals itself
-    return _Identity(value)
+    return _value_key(value, within) if type(value) in _COMPARED else _Identity(value)
 
 
 def _value_key(value: Any, within: Functions = ()) -> Hashable:
@@ -200,6 +215,8 @@ def _value_key(value: Any, within: Functions = ()) -> Hashable:
         return (dict, tuple((name, _value_key(x, within)) for name, x in value.items()))
     if isinstance(value, FunctionType):
         return _function_key(value, within)
+    if type(value) in (float, complex) or isinstance(value, np.generic):
+        return type(value), repr(value)  # distinguishes 0.0 from -0.0, and NaN equals itself
     wrapped = _compat.wrapped_function(value)
     if wrapped is not None:
         return (type(value), _value_key(wrapped, within))

@@ -77,14 +77,14 @@ def hoist(
         return _jaxpr.rebuild(jaxpr, own, [], []), jaxpr, moved
 
     # A jitted call can have both varying and fixed results; then it is inlined.
-    still = _fixed_variables(jaxpr, own)
-    if not still.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):
-        flat, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: not still.issuperset(eqn.outvars))
+    known = _fixed_variables(jaxpr, own)
+    if not known.issuperset(_jaxpr.variables(pick(moved, jaxpr.jaxpr.outvars))):
+        flat, consts = _jaxpr.inline_jit(jaxpr, lambda eqn: not known.issuperset(eqn.outvars))
         if not consts:
-            jaxpr, still = flat, _fixed_variables(flat, own)
+            jaxpr, known = flat, _fixed_variables(flat, own)
     outvars = jaxpr.jaxpr.outvars
     moved = [
-        m and (not isinstance(atom, Var) or atom in still)
+        m and (not isinstance(atom, Var) or atom in known)
         for m, atom in zip(moved, outvars, strict=True)
     ]
 
@@ -106,8 +106,8 @@ def hoist(
 
 def _fixed_variables(jaxpr: ClosedJaxpr, inputs: Iterable[Var]) -> set[Var]:
     """The variables that are computed, without effects, from only the given inputs."""
-    still = set(inputs)
+    known = set(inputs)
     for eqn in jaxpr.jaxpr.eqns:
-        if not eqn.effects and still.issuperset(_jaxpr.variables(eqn.invars)):
-            still.update(eqn.outvars)
-    return still
+        if not eqn.effects and known.issuperset(_jaxpr.variables(eqn.invars)):
+            known.update(eqn.outvars)
+    return known

@@ -46,8 +46,9 @@ def mask_within(this: Round) -> Round:
     Where a masked output does not count, its inputs have no derivatives, so that tangents and
     cotangents are zero on both sides of the client function. Under differentiation this evaluates
     the function once for each mask, unless all outputs have the same one and it does not depend on
-    the inputs that are differentiated. A function with a `jax.custom_vjp` is always evaluated that
-    often: as a rule of a `jax.custom_jvp` its derivative would be batched, which JAX cannot do.
+    the inputs that are differentiated. If it contains a `jax.custom_vjp`, it is evaluated once for
+    each mask in any case: in the rule of a `jax.custom_jvp` its derivative would be batched before
+    it is transposed, which JAX does not support.
     """
     inexact = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in this.jaxpr.in_avals]
     decides = _jaxpr.prune(this.jaxpr, this.is_mask)[1]

@@ -38,16 +38,16 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     if all(known):
         return this.bind(*operands)
     halves = _evaluate_client(this, unknown)
-    late = halves.unknown_out[: len(this.outputs)]
+    unknown_out = halves.unknown_out[: len(this.outputs)]
     if not all(i.tangent for i in pick(unknown, this.inputs)):
-        return _without_residuals(trace, this, tracers, late)
+        return _without_residuals(trace, this, tracers, unknown_out)
 
     # The rest takes residuals first, and computes the masks again.
     inner = halves.rest.jaxpr
     masks = inner.outvars[len(inner.outvars) - this.mask_count :]
-    outvars = [*expand(late, inner.outvars), *masks]
+    outvars = [*expand(unknown_out, inner.outvars), *masks]
     inputs = [PLACED] * len(halves.forwarded) + pick(unknown, this.inputs)
-    parts = pick(late, this.contributions(outvars))
+    parts = pick(unknown_out, this.contributions(outvars))
     rest, used = this.assemble(inputs, inner.invars, parts, inner.eqns).keep([True] * len(parts))
     used_unknown = used[len(halves.forwarded) :]
     computed = [u and f is None for u, f in zip(used, halves.forwarded, strict=False)]
@@ -55,7 +55,7 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     # The known part returns outputs, then the residuals that the rest uses and are not inputs.
     known_round, known_masks, residuals = _known_round(this, halves, unknown)
     mask, extra = either(
-        [o.mask is not None and known_masks[o.mask] for o in pick(late, this.outputs)]
+        [o.mask is not None and known_masks[o.mask] for o in pick(unknown_out, this.outputs)]
     )
     residuals = pick(computed, expand((f is None for f in halves.forwarded), residuals))
     parts = known_round.contributions()
@@ -84,11 +84,11 @@ def partial_eval(trace: Any, *tracers: Any, **params: Any) -> list[Any]:
     later += pick(used_unknown, pick(unknown, tracers))
     later = trace.default_process_primitive(federated_map_p, later, rest.params)
     known_outs, later_outs = iter(outs), iter(later)
-    return [next(later_outs if u else known_outs) for u in late]
+    return [next(later_outs if u else known_outs) for u in unknown_out]
 
 
 def _without_residuals(
-    trace: Any, this: Round, tracers: Sequence[Any], late: Sequence[bool]
+    trace: Any, this: Round, tracers: Sequence[Any], unknown_out: Sequence[bool]
 ) -> list[Any]:
     """Evaluates what is known without residuals, and leaves the rest for later.
 
@@ -96,18 +96,18 @@ def _without_residuals(
     does it to find out what it could compute before it starts. Intermediate values of many
     participants are not worth storing through all of the rounds.
     """
-    if this.jaxpr.effects or all(late):
-        late, known_outs = [True] * len(late), iter(())  # effects happen once
+    if this.jaxpr.effects or all(unknown_out):
+        unknown_out, known_outs = [True] * len(unknown_out), iter(())  # effects happen once
     else:
-        known, used = this.keep([not u for u in late])
+        known, used = this.keep([not u for u in unknown_out])
         known_outs = iter(known.bind(*(t.pval.get_known() for t in pick(used, tracers))))
-    rest, used = this.keep(late)
+    rest, used = this.keep(unknown_out)
     operands = [
         trace.new_instantiated_const(t.pval.get_known()) if t.is_known() else t
         for t in pick(used, tracers)
     ]
     rest_outs = iter(trace.default_process_primitive(federated_map_p, operands, rest.params))
-    return [next(rest_outs if u else known_outs) for u in late]
+    return [next(rest_outs if u else known_outs) for u in unknown_out]
 
 
 def partial_eval_custom(
@@ -117,20 +117,21 @@ def partial_eval_custom(
     del saveable
     this = Round.of(eqn.params)
     halves = _evaluate_client(this, unknown)
-    late = halves.unknown_out[: len(eqn.outvars)]
+    unknown_out = halves.unknown_out[: len(eqn.outvars)]
     known_eqn = None
     if halves.consts:
-        late = [True] * len(late)  # an equation cannot hold them
-    elif not all(late):
-        known, used = _known_round(this, halves, unknown)[0].keep([True for u in late if not u])
+        unknown_out = [True] * len(unknown_out)  # an equation cannot hold them
+    elif not all(unknown_out):
+        known, *_ = _known_round(this, halves, unknown)
+        known, used = known.keep([True] * unknown_out.count(False))
         known_eqn = eqn.replace(
             invars=pick(used, pick((not u for u in unknown), eqn.invars)),
-            outvars=pick((not u for u in late), eqn.outvars),
+            outvars=pick((not u for u in unknown_out), eqn.outvars),
             params=known.params,
             effects=known.jaxpr.effects,
         )
     missing = _jaxpr.variables(pick((not i for i in instantiated), eqn.invars))
-    return known_eqn, eqn, late, [True] * len(late), missing
+    return known_eqn, eqn, unknown_out, [True] * len(unknown_out), missing
 
 
 def _evaluate_client(this: Round, unknown: Sequence[bool]) -> PartialEvaluation:

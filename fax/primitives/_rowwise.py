@@ -27,7 +27,7 @@ Equation = Any  # a JaxprEqn, whose atoms are arrays
 # The equation has a placed operand, and its results have as many rows.
 Rule = Callable[[Equation], dict[str, Any] | None]
 
-# Zero where all operands are zero, and where any of them is zero.
+# Element-wise operations whose result is zero where all operands are zero, or where any of them is.
 _LINEAR = {p.add_jaxvals_p, p.add_p, p.convert_element_type_p, p.copy_p, p.neg_p, p.sub_p}
 _BILINEAR = {p.mul_p}
 

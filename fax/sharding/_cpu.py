@@ -54,8 +54,7 @@ def use_cpu_devices(count: int | None = None, axis: str = "clients") -> Mesh:
         if found != count:
             raise PlacementError(
                 f"{_WHERE}: JAX has already set up {found} CPU device{'s' if found > 1 else ''}, "
-                f"expected {count}. "
-                "Call it before the first computation."
+                f"expected {count}. Call it before the first computation."
             ) from None
     else:
         if count > 1 and _SINGLE_THREADED not in flags:

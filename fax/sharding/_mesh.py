@@ -54,13 +54,14 @@ def make_mesh(
       >>> with jax.set_mesh(mesh):
       ...     pass  # call a program here
     """
-    if not isinstance(devices, Sequence | np.ndarray | None):
+    given = jax.devices() if devices is None else devices
+    found = list(given) if isinstance(given, Sequence | np.ndarray) else []
+    if not found or not all(hasattr(device, "process_index") for device in found):
         raise PlacementError(
-            f"{_MAKE_MESH}: devices is {_arguments.shown(devices)}, expected a list of devices, "
-            "such as jax.devices()."
+            f"{_MAKE_MESH}: devices is {given!r:.80}, expected a list of devices, such as "
+            "jax.devices()."
         )
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = _sizes(axes, len(devices))
+    sizes = _sizes(axes, len(found))
     types: tuple[Any, ...] = ()
     if isinstance(axis_types, AxisType):
         types = (axis_types,) * len(axes)
@@ -71,7 +72,7 @@ def make_mesh(
             f"{_MAKE_MESH}: axis_types is {axis_types!r}, expected one jax.sharding.AxisType, or "
             f"one for each of the axes {', '.join(axes)}."
         )
-    return Mesh(_arrange(sizes, devices), tuple(axes), axis_types=types)
+    return Mesh(_arrange(sizes, found), tuple(axes), axis_types=types)
 
 
 def _sizes(axes: Mapping[str, int], count: int) -> list[int]:
@@ -131,7 +132,8 @@ def layout(**axes: str | Sequence[str]) -> Iterator[None]:
     are on one device, whatever the layout.
 
     Args:
-      **axes: for each placement, the name of a mesh axis, or several names, the slowest first.
+      **axes: for each placement, the name of a mesh axis, or several names, the slowest first. With
+        none, ``()``, all devices run the client functions of all participants together.
 
     Raises:
       PlacementError: if an axis is not in the mesh in scope, is named twice, or is shared by two
@@ -193,12 +195,9 @@ def laid_out(declared: Scope) -> Scope:
     scope = tuple(
         dataclasses.replace(p, axes=layouts[p.name]) if p.name in layouts else p for p in declared
     )
-    _check({p.name: p.axes or (p.name,) for p in scope if p.axes or p.name in _axis_names()})
+    known = jax.sharding.get_abstract_mesh().axis_names
+    _check({p.name: p.named_axes for p in scope if p.axes is not None or p.name in known})
     return scope
-
-
-def _axis_names() -> tuple[str, ...]:
-    return jax.sharding.get_abstract_mesh().axis_names
 
 
 def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str, ...]:
@@ -207,8 +206,8 @@ def split_axes(group: Placement, mesh: AbstractMesh | None = None) -> tuple[str,
     An axis that is already manual, in a `jax.shard_map`, is not split again.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    wanted: Any = (group.name,) if group.axes is None else group.axes
-    return tuple(a for a in wanted if a in mesh.axis_names and a not in mesh.manual_axes)
+    known = set(mesh.axis_names).difference(mesh.manual_axes)
+    return tuple(axis for axis in group.named_axes if axis in known)
 
 
 def num_shards(axes: Sequence[str], mesh: AbstractMesh) -> int:

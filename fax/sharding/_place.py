@@ -153,7 +153,7 @@ def _shape(leaf: Any) -> tuple[int, ...] | None:
     """The shape of an array or a number, or None for anything else."""
     try:
         return getattr(jax.typeof(leaf), "shape", None)
-    except TypeError:
+    except (TypeError, OverflowError):  # a Python int may be too large for any array
         return None
 
 

@@ -62,7 +62,7 @@ def gather_rows(x: jax.Array, group: Placement) -> jax.Array:
 
 
 def as_before(x: jax.Array, before: ShapedArray) -> jax.Array:
-    """A value with the sharding of another one's type, as its cotangent must have it."""
+    """A value with the sharding of a type, as a cotangent has to have that of its primal."""
     wanted = _in_scope(before)
     return _with_sharding(x, before.update(sharding=wanted)) if wanted.mesh.explicit_axes else x
 
