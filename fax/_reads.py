@@ -174,12 +174,16 @@ def _is_of_installed(function: FunctionType) -> bool:
     return own and _is_installed(name)
 
 
-@functools.cache
 def _is_installed(name: str | None) -> bool:
-    """Whether a module belongs to Python, to fax or to an installed package."""
+    """Whether a module belongs to Python, to fax or to an installed package, and is loaded."""
+    return name in sys.modules and _is_in_folders(name)
+
+
+@functools.cache
+def _is_in_folders(name: str) -> bool:
     if name == "__main__":  # of a script, but under `python -m cProfile` its file is the profiler's
         return False
-    file = getattr(sys.modules.get(name or ""), "__file__", None)
+    file = getattr(sys.modules[name], "__file__", None)
     return name in sys.builtin_module_names if file is None else file.startswith(_INSTALLED)
 
 
