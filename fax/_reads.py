@@ -132,10 +132,11 @@ class _Snapshot:
             else:
                 yield self.of(contents)
         if not _is_of_installed(function):
-            if not all(map(_is_installed, _imports(function.__code__))):
+            names, imported = _mentioned(function.__code__)
+            if not all(map(_is_installed, imported)):
                 raise _NotComparableError
             yield self.of(vars(function))
-            for name in _names(function.__code__):
+            for name in names:
                 if name in function.__globals__:
                     yield name, self.of(function.__globals__[name])
 
@@ -170,8 +171,7 @@ def _is_of_installed(function: FunctionType) -> bool:
     """
     name = function.__globals__.get("__name__")
     module = sys.modules.get(name) if isinstance(name, str) else None
-    own = module is not None and vars(module) is function.__globals__
-    return own and _is_installed(name)
+    return getattr(module, "__dict__", None) is function.__globals__ and _is_installed(name)
 
 
 def _is_installed(name: str | None) -> bool:
@@ -196,18 +196,17 @@ def _with_nested(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """The names of globals, attributes and imports in a function and its nested functions."""
-    return tuple(sorted({name for own in _with_nested(code) for name in own.co_names}))
+def _mentioned(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a function and its nested functions name, and the modules that they import.
 
-
-@functools.lru_cache(maxsize=4096)
-def _imports(code: CodeType) -> tuple[str, ...]:
-    """The modules that a function and its nested functions import, "" for a relative import."""
-    found = set()
+    Names are those of globals, attributes and imports. A relative import is "".
+    """
+    names: set[str] = set()
+    modules: set[str] = set()
     for own in _with_nested(code):
+        names.update(own.co_names)
         steps = [step for step in dis.get_instructions(own) if step.opname != "EXTENDED_ARG"]
         for level, _, step in zip(steps, steps[1:], steps[2:], strict=False):
             if step.opname == "IMPORT_NAME":
-                found.add("" if level.argval else step.argval)
-    return tuple(found)
+                modules.add("" if level.argval else step.argval)
+    return tuple(sorted(names)), tuple(modules)
