@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,20 @@ def function(caller: str, value: Any) -> None:
     """Checks that a value is callable."""
     if not callable(value):
         raise PlacementError(f"{caller}: expected a function, got {describe(value)}.")
+
+
+def note_arguments(fn: Any, args: Sequence[Any], here: Placement, error: TypeError) -> None:
+    """Adds a note to the error of a mapped function that takes another number of arguments."""
+    if _arguments.takes(fn, len(args)):
+        return
+    fix = ""
+    if len(args) == 1 and isinstance(args[0], tuple):
+        fix = " Write fax.map(fn, a, b), not fax.map(fn, (a, b))."
+    passed = "1 argument" if len(args) == 1 else f"{len(args)} arguments"
+    error.add_note(
+        f"The function mapped over {here.name} is {_arguments.shown(fn)}, which takes "
+        f"{inspect.signature(fn)}. It was called with {passed}.{fix}"
+    )
 
 
 def initial(caller: str, value: Any, dtype: Any) -> None:

@@ -177,7 +177,11 @@ def map(
         own = iter(rows)
         seen = [next(own) if is_array(leaf) else leaf for _, leaf in leaves]
         with scope(without(here)):
-            out, out_tree = tree_flatten_with_path(fn(*tree_unflatten(treedef, seen)))
+            try:
+                out, out_tree = tree_flatten_with_path(fn(*tree_unflatten(treedef, seen)))
+            except TypeError as error:
+                _checks.note_arguments(fn, args, here, error)
+                raise
         for path, leaf in out:
             if not is_array(leaf):
                 raise PlacementError(
