@@ -810,6 +810,12 @@ MISTAKES = {
         "update needs value. Expected an optimizer that needs only the gradient, its state and the "
         "parameters, such as optax.sgd(0.1).",
     ),
+    "parameters for the start of an experiment": (
+        lambda: fax.experiment.Experiment(ALGORITHM, jnp.zeros(3), ROUNDS, rounds=1),
+        ValueError,
+        "fax.experiment.Experiment: start is float64[3], expected a tuple of the arguments of "
+        "algorithm.init. Write start=(params,).",
+    ),
     "a seed for a model's key": (
         lambda: MODEL.init(0),
         ValueError,
