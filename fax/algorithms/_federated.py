@@ -12,9 +12,10 @@ import fax
 from fax import _arguments
 from fax._notes import called
 from fax.aggregators import Aggregator, PerClient
+from fax.aggregators._aggregator import bits_of_a_row
 from fax.aggregators._per_client import all_finite, each, rows_after
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, mean_state, strong
+from fax.algorithms._averaging import aggregate, averaged, mean_state, strong
 from fax.algorithms._checks import (
     arguments,
     check_averaged_state,
@@ -238,7 +239,7 @@ def federated(
                 model_state, parts = without_parts(loss, result.model_state)
                 return result._replace(model_state=model_state), parts
 
-            sent = Server(state.params, state.model_state, state.server)
+            sent, answers = Server(state.params, state.model_state, state.server), None
             if first is not None:
                 answers = at_clients(first, sent)
                 sent = sent._replace(first=fax.mean(answers, weights=examples))
@@ -248,6 +249,9 @@ def federated(
             update, aggregated, more = aggregate(
                 aggregator, results.update, state.aggregator, cohort, results.weight
             )
+            if "clients/bits" in more:  # those of the updates
+                others = answers, results.extra, averaged(results.model_state)
+                more = {**more, "clients/bits": more["clients/bits"] + bits_of_a_row(others)}
             # Clients that `fax.aggregators.non_finite` drops keep their rows.
             finite = each(all_finite, results.update)
 
