@@ -167,7 +167,9 @@ def map(
     here = resolve(placement, "fax.map")
     _checks.function("fax.map", fn)
     leaves, treedef = tree_flatten_with_path(args)
-    rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
+    arrays = [(keystr(path), x) for path, x in leaves if is_array(x)]
+    with _checks.noting_lists(args, here):
+        rows = [_checks.row("fax.map", f"args{path}", x, here) for path, x in arrays]
     at_once = _checks.vectorize(vectorize, here)
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
