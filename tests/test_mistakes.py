@@ -576,6 +576,13 @@ MISTAKES = {
         "each label and class. If z are logits of class 1 of 2, return "
         "jnp.stack([jnp.zeros_like(z), z], -1).",
     ),
+    "one-hot labels": (
+        lambda: metrics.Accuracy()({"y": jnp.eye(2)}, jnp.eye(2)),
+        ValueError,
+        "scores have shape (2, 2) and labels (2, 2), expected scores of shape (2, 2, 'classes'), "
+        "one for each label and class. If the labels are one-hot, replace them by y.argmax(-1), "
+        "with fax.data.map.",
+    ),
     "F1 of logits": (
         lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ["f1"]),
         ValueError,
