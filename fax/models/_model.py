@@ -63,8 +63,8 @@ def functional(
 
     Raises:
       ValueError: if an argument is not such a function, or the module has state besides its
-        parameters, such as the statistics of a batch norm. For such a module write a loss with
-        ``model_state``; see `fax.algorithms.fedavg`.
+        parameters, such as the statistics of a batch norm, or constant arrays. For a module with
+        state write a loss with ``model_state``; see `fax.algorithms.fedavg`.
 
     Example:
 
