@@ -260,8 +260,16 @@ def _part(name: str, value: Any) -> str:
 def optimizer(caller: str, name: str, value: Any) -> None:
     """Checks that a value is an optax optimizer, or has the same interface."""
     parts = [getattr(value, part, None) for part in ("init", "update")]
-    if not isinstance(value, type) and all(map(callable, parts)) and takes(value.update, 3):
-        return
+    if not isinstance(value, type) and all(map(callable, parts)):
+        if takes(value.update, 3):
+            return
+        named = inspect.signature(value.update).parameters.values()
+        if more := [x.name for x in named if x.kind is x.KEYWORD_ONLY and x.default is x.empty]:
+            raise ValueError(
+                f"{caller}: {name} is {shown(value)}, whose update needs {', '.join(more)}. "
+                "Expected an optimizer that needs only the gradient, its state and the parameters, "
+                "such as optax.sgd(0.1)."
+            )
     fix = "Pass one, as in optax.sgd(0.1)."
     if inspect.isfunction(value) and value.__module__.startswith("optax"):
         fix = f"Call it, as in optax.{value.__name__}(0.1)."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +55,24 @@ def row(caller: str, name: str, leaf: Any, here: Placement) -> jax.Array:
     )
 
 
+@contextlib.contextmanager
+def noting_lists(x: Any, here: Placement) -> Iterator[None]:
+    """Adds a note to an error about rows if there is a list with an entry for each participant."""
+
+    def of_entries(x: Any) -> bool:
+        return isinstance(x, list) and len(x) == here.size
+
+    try:
+        yield
+    except PlacementError as error:
+        if any(map(of_entries, jax.tree.leaves(x, is_leaf=of_entries))):
+            error.add_note(
+                f"To place a list with an entry for each participant of {here.name}, stack its "
+                "entries: jax.tree.map(lambda *rows: jnp.stack(rows), *entries)."
+            )
+        raise
+
+
 def rows(
     caller: str, x: Any, here: Placement, *, numeric: bool = False, real: bool = False
 ) -> tuple[list[jax.Array], PyTreeDef]:
@@ -66,7 +86,8 @@ def rows(
                 f"{caller}: {name} is {describe(leaf)}, expected an array with {here.size} rows. "
                 "Only fax.broadcast and fax.map accept leaves that are not arrays."
             )
-        leaf = row(caller, name, leaf, here)
+        with noting_lists(x, here):
+            leaf = row(caller, name, leaf, here)
         ok = not numeric or jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
         if not ok or (real and jnp.issubdtype(leaf.dtype, jnp.complexfloating)):
             wanted = "real numbers" if real else "numbers"
@@ -104,6 +125,20 @@ def function(caller: str, value: Any) -> None:
     """Checks that a value is callable."""
     if not callable(value):
         raise PlacementError(f"{caller}: expected a function, got {describe(value)}.")
+
+
+def note_arguments(fn: Any, args: Sequence[Any], here: Placement, error: TypeError) -> None:
+    """Adds a note to the error of a mapped function that takes another number of arguments."""
+    if _arguments.takes(fn, len(args)):
+        return
+    fix = ""
+    if len(args) == 1 and isinstance(args[0], tuple):
+        fix = " Write fax.map(fn, a, b), not fax.map(fn, (a, b))."
+    passed = "1 argument" if len(args) == 1 else f"{len(args)} arguments"
+    error.add_note(
+        f"The function mapped over {here.name} is {_arguments.shown(fn)}, which takes "
+        f"{inspect.signature(fn)}. It was called with {passed}.{fix}"
+    )
 
 
 def initial(caller: str, value: Any, dtype: Any) -> None:

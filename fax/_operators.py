@@ -167,7 +167,9 @@ def map(
     here = resolve(placement, "fax.map")
     _checks.function("fax.map", fn)
     leaves, treedef = tree_flatten_with_path(args)
-    rows = [_checks.row("fax.map", f"args{keystr(p)}", x, here) for p, x in leaves if is_array(x)]
+    arrays = [(keystr(path), x) for path, x in leaves if is_array(x)]
+    with _checks.noting_lists(args, here):
+        rows = [_checks.row("fax.map", f"args{path}", x, here) for path, x in arrays]
     at_once = _checks.vectorize(vectorize, here)
     convolutions = _checks.convolutions(convolutions)
     out_tree: Any = None
@@ -177,7 +179,11 @@ def map(
         own = iter(rows)
         seen = [next(own) if is_array(leaf) else leaf for _, leaf in leaves]
         with scope(without(here)):
-            out, out_tree = tree_flatten_with_path(fn(*tree_unflatten(treedef, seen)))
+            try:
+                out, out_tree = tree_flatten_with_path(fn(*tree_unflatten(treedef, seen)))
+            except TypeError as error:
+                _checks.note_arguments(fn, args, here, error)
+                raise
         for path, leaf in out:
             if not is_array(leaf):
                 raise PlacementError(

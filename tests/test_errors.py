@@ -237,3 +237,24 @@ def test_an_error_of_a_mapped_function_names_it():
     program = fax.program(clients=2)(lambda x: fax.map(absolute, x))
     with pytest.raises(jax.errors.TracerBoolConversionError, match="tracing the function absolute"):
         program(jnp.ones(2))
+
+
+@pytest.mark.parametrize("operator", [fax.sum, lambda x: fax.map(jnp.sum, {"x": x})])
+def test_lists_with_an_entry_for_each_participant(operator):
+    program = fax.program(clients=2)(operator)
+    with pytest.raises(fax.PlacementError, match="has 3 rows, in an array of shape") as caught:
+        program([jnp.ones(3)] * 2)
+    assert caught.value.__notes__ == [
+        "To place a list with an entry for each participant of clients, stack its entries: "
+        "jax.tree.map(lambda *rows: jnp.stack(rows), *entries)."
+    ]
+
+
+def test_a_mapped_function_of_other_arguments():
+    program = fax.program(clients=2)(lambda x: fax.map(lambda a, b: a * b, (x, x)))
+    with pytest.raises(TypeError) as caught:
+        program(jnp.ones(2))
+    assert (
+        "The function mapped over clients is a lambda, which takes (a, b). It was called with 1 "
+        "argument. Write fax.map(fn, a, b), not fax.map(fn, (a, b))."
+    ) in caught.value.__notes__

@@ -58,6 +58,8 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         train(tmp_path / "run", algorithm=refused)
     with pytest.raises(ValueError, match="config has 'run'"):
         train(tmp_path / "run", config={"run": 1})
+    with pytest.raises(ValueError, match=r"config\['n'\] is np.float32.*Call its tolist"):
+        train(tmp_path / "run", config={"n": np.float32(1)})
     assert not (tmp_path / "run").exists()
     # A folder that was there before stays, and so does one with a round.
     (tmp_path / "run").mkdir()

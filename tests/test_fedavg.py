@@ -369,7 +369,7 @@ def test_a_flax_network_with_dropout_learns(data):
         ),
         (
             lambda p, b, k: (logistic(p, b, k)[0], 3),
-            r"loss returned int 3 for metrics, expected a mapping",
+            r"loss returned 3 for metrics, expected a mapping",
         ),
         (lambda p, b, k: (logistic(p, b, k)[0], {"loss": b["y"]}), "Names must not be 'loss'"),
         # It would be lost among fax's own.

@@ -244,7 +244,8 @@ def result(update=None, **others):
     """A client function that returns this."""
 
     def client(server, own, data):
-        return ClientResult(server.params if update is None else update, {}, **others)
+        sent = server.params if update is None else update
+        return ClientResult(sent, **{"metrics": {}, **others})
 
     return client
 
@@ -280,6 +281,11 @@ PRIVATE = {"aggregator": gaussian(1.0, 1.0, expected_clients=2)}
         (make(result(jnp.zeros(4))), r"ours: the update is f\w+\[4\], expected {'w': f\w+\[4\]}"),
         (make(result(extra=1.0), **PRIVATE), "private, but clients send more than updates"),
         (make(result(), first=lambda *_: 1.0, **PRIVATE), "private, but clients send more"),
+        (make(result(metrics=None)), "ours: client: metrics is None, expected a dict from names"),
+        (
+            make(result(metrics={"name": "text"})),
+            r"ours: client: metrics\['name'\] is 'text', expected an array",
+        ),
         (make(lambda *_: 1.0), "ours: client returned 1.0, expected a fax.algorithms.ClientResult"),
     ],
 )
@@ -301,6 +307,9 @@ def test_other_mistakes():
     forgetful = make(result(), server=lambda state, received, step: step(received.update))
     with pytest.raises(ValueError, match="ours: server returned a State, expected a pair of a"):
         forgetful.round(forgetful.init(Quadratic.start()), cohort)
+    pooled = make(result(), server=lambda s, r, step: (s, {"mean": fax.metrics.Mean(1.0, 2.0)}))
+    with pytest.raises(ValueError, match=r"ours: server: metrics\['mean'\] is .* its result\(\)"):
+        jax.eval_shape(pooled.round, pooled.init(Quadratic.start()), cohort)
     for field, value, message in (
         ("server", jnp.zeros(()), "ours: server: the state is .*, expected .*"),
         ("params", {"w": jnp.zeros(2)}, r"the state.params\['w'\] is float64\[2\], expected"),

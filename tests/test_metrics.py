@@ -485,6 +485,11 @@ class Nobody:
     def client_ids(self):
         return ()
 
+    def num_examples(self, client_id):
+        raise KeyError(client_id)
+
+    client = num_examples
+
     def __len__(self):
         return 0
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pandas
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import PartitionSpec
 
 import fax
@@ -42,6 +42,22 @@ def apply(params, batch):
 
 def module():
     return nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+
+class WithConstant(nnx.Module):
+    def __init__(self, rngs):
+        self.out = nnx.Linear(3, 2, rngs=rngs)
+        self.scale = jnp.ones(3)
+
+
+class HalfOfData:
+    """Two of the four methods of federated data."""
+
+    def client_ids(self):
+        return ("ann",)
+
+    def client(self, client_id):
+        return {"x": np.ones(1)}
 
 
 def of_leaves():
@@ -560,6 +576,13 @@ MISTAKES = {
         "each label and class. If z are logits of class 1 of 2, return "
         "jnp.stack([jnp.zeros_like(z), z], -1).",
     ),
+    "one-hot labels": (
+        lambda: metrics.Accuracy()({"y": jnp.eye(2)}, jnp.eye(2)),
+        ValueError,
+        "scores have shape (2, 2) and labels (2, 2), expected scores of shape (2, 2, 'classes'), "
+        "one for each label and class. If the labels are one-hot, replace them by y.argmax(-1), "
+        "with fax.data.map.",
+    ),
     "F1 of logits": (
         lambda: metrics.evaluate(lambda params, batch: batch["x"], PARAMS, DATA, ["f1"]),
         ValueError,
@@ -772,6 +795,51 @@ MISTAKES = {
         ValueError,
         "fax.models.functional: build is a Linear, expected a function build(rngs=rngs) that "
         "makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs).",
+    ),
+    "a module with a constant": (
+        lambda: fax.models.functional(WithConstant),
+        ValueError,
+        "fax.models.functional: build returned a WithConstant with an array that is not trained, "
+        "float64[3] at scale. Make it an nnx.Param to train it. Make a constant in __call__, or "
+        "outside the module.",
+    ),
+    "a module of flax.linen": (
+        lambda: fax.models.functional(linen.Dense(2)),
+        ValueError,
+        "fax.models.functional: build is a Dense, expected a function build(rngs=rngs) that makes "
+        "a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs). For a module of flax.linen, "
+        "write the loss: see docs/how_to/model.md.",
+    ),
+    "an optimizer that needs the loss": (
+        lambda: algorithms.fedavg(loss, SGD, optax.contrib.reduce_on_plateau()),
+        ValueError,
+        "fax.algorithms.fedavg: server_optimizer is a GradientTransformationExtraArgs, whose "
+        "update needs value. Expected an optimizer that needs only the gradient, its state and the "
+        "parameters, such as optax.sgd(0.1).",
+    ),
+    "parameters for the start of an experiment": (
+        lambda: fax.experiment.Experiment(ALGORITHM, jnp.zeros(3), ROUNDS, rounds=1),
+        ValueError,
+        "fax.experiment.Experiment: start is float64[3], expected a tuple of the arguments of "
+        "algorithm.init. Write start=(params,).",
+    ),
+    "a seed for a model's key": (
+        lambda: MODEL.init(0),
+        ValueError,
+        "fax.models.functional: init: key is int64[], expected a random key, as in "
+        "jax.random.key(0).",
+    ),
+    "a loss before the name": (
+        lambda: algorithms.federated(loss, "ours", apply),
+        ValueError,
+        "fax.algorithms.federated: name is the function test_mistakes.loss, expected a string, the "
+        "name of the algorithm.",
+    ),
+    "data without two of its methods": (
+        lambda: data.cohorts(HalfOfData(), 1, 1),
+        data.DataError,
+        f"fax.data.cohorts: data is a HalfOfData, {FEDERATED} It has no method num_examples and no "
+        "__len__.",
     ),
     "a batch before its scores": (
         lambda: fax.models.cross_entropy({"y": jnp.zeros(2, int)}, jnp.zeros((2, 3))),
@@ -1191,3 +1259,26 @@ def test_errors_of_a_loss_say_how_it_is_called():
         "  batch: ['x'] float32[3], ['y'] int32[3]",
         "  key: key<fry>[]",
     ]
+
+
+def test_errors_of_other_functions_say_how_they_are_called():
+    needy = optax.polyak_sgd()
+    of_client, of_server = algorithms.fedavg(loss, needy), algorithms.fedavg(loss, SGD, needy)
+    calls = {
+        "the optimizer, which fax calls as update(gradient, state, params).": (
+            lambda: jax.eval_shape(of_client.round, STATE, COHORT)
+        ),
+        "server_optimizer, which fax calls as update(gradient, state, params).": (
+            lambda: jax.eval_shape(of_server.round, of_server.init(PARAMS), COHORT)
+        ),
+        "apply, which fax calls as apply(params, batch).": (
+            lambda: metrics.evaluate(apply, STATE, DATA, ACCURACY)
+        ),
+        "metric 'of z', which fax calls as metric(batch, scores).": (
+            lambda: metrics.evaluate(apply, PARAMS, DATA, {"of z": lambda batch, z: z["z"]})
+        ),
+    }
+    for said, call in calls.items():
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert f"This came from {said}" in caught.value.__notes__

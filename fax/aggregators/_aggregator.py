@@ -222,9 +222,13 @@ def _named(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def all_bits(updates: PyTree) -> jax.Array:
     """What each client sends if it sends its row of the updates as it is, float [clients]."""
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
-    bits = sum(math.prod(x.shape[1:]) * x.dtype.itemsize * 8 for x in leaves)
-    return jnp.full(len(leaves[0]), bits, jnp.float32)
+    return jnp.full(len(jax.tree.leaves(updates)[0]), bits_of_a_row(updates), jnp.float32)
+
+
+def bits_of_a_row(tree: PyTree) -> int:
+    """The bits of one client's row of a placed pytree."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize * 8 for x in leaves)
 
 
 def as_transformation(name: str, part: Any, argument: str = "transformation") -> Transformation:

@@ -86,6 +86,12 @@ def mean_state(rows: PyTree, before: PyTree, weights: jax.Array | None, where: j
     return optax.tree.where(total > 0, next_model_state(mean, before), before)
 
 
+def averaged(model_state: PyTree) -> list[Any]:
+    """The leaves of model states of which the server takes the mean: floats."""
+    leaves = jax.tree.leaves(model_state)
+    return [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+
 def next_model_state(mean: PyTree, before: PyTree) -> PyTree:
     """The clients' mean; leaves that are not floats do not change."""
 

@@ -10,10 +10,12 @@ import optax
 
 import fax
 from fax import _arguments
+from fax._notes import called
 from fax.aggregators import Aggregator, PerClient
+from fax.aggregators._aggregator import bits_of_a_row
 from fax.aggregators._per_client import all_finite, each, rows_after
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import aggregate, mean_state, strong
+from fax.algorithms._averaging import aggregate, averaged, mean_state, strong
 from fax.algorithms._checks import (
     arguments,
     check_averaged_state,
@@ -34,6 +36,7 @@ from fax.algorithms._personal import (
     without_parts,
 )
 from fax.data import Client, Cohort
+from fax.metrics import Statistic
 
 PyTree = Any
 
@@ -120,6 +123,7 @@ def federated(
       >>> print(state.params, state.clients.rows)
       0.905 [ 0.   -0.19]
     """
+    _arguments.text("fax.algorithms.federated", "name", name, "the name of the algorithm")
     _arguments.function(name, "client", client, {3: "client(server, own, data)"})
     for argument, fn, count, form in (
         ("server", server, 3, "server(state, received, step)"),
@@ -176,6 +180,7 @@ def federated(
                 f"{name}: client returned {_arguments.shown(result)}, expected a "
                 "fax.algorithms.ClientResult."
             )
+        _check_metrics(f"{name}: client", result.metrics, statistics=True)
         if own is None and result.own is not None:
             raise ValueError(
                 f"{name}: client returned own, but clients have no state. Pass client_state= and "
@@ -200,6 +205,7 @@ def federated(
                 "fax.algorithms.State and a dict of metrics."
             )
         check_like(f"{name}: server: the state", made[0], state)
+        _check_metrics(f"{name}: server", made[1], statistics=False)
         return made[0], dict(made[1])
 
     def round(state: State, cohort: Cohort) -> tuple[State, dict[str, jax.Array]]:
@@ -233,7 +239,7 @@ def federated(
                 model_state, parts = without_parts(loss, result.model_state)
                 return result._replace(model_state=model_state), parts
 
-            sent = Server(state.params, state.model_state, state.server)
+            sent, answers = Server(state.params, state.model_state, state.server), None
             if first is not None:
                 answers = at_clients(first, sent)
                 sent = sent._replace(first=fax.mean(answers, weights=examples))
@@ -243,6 +249,9 @@ def federated(
             update, aggregated, more = aggregate(
                 aggregator, results.update, state.aggregator, cohort, results.weight
             )
+            if "clients/bits" in more:  # those of the updates
+                others = answers, results.extra, averaged(results.model_state)
+                more = {**more, "clients/bits": more["clients/bits"] + bits_of_a_row(others)}
             # Clients that `fax.aggregators.non_finite` drops keep their rows.
             finite = each(all_finite, results.update)
 
@@ -252,7 +261,14 @@ def federated(
             def step(update: PyTree) -> State:
                 check_like(f"{name}: the update", update, state.params)
                 gradient = optax.tree.scale(-1, update)
-                moves, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
+                moves, optimizer = called(
+                    "server_optimizer",
+                    "update",
+                    server_optimizer.update,
+                    gradient=gradient,
+                    state=state.optimizer,
+                    params=state.params,
+                )
                 return State(
                     optax.apply_updates(state.params, moves),
                     optimizer,
@@ -285,3 +301,21 @@ def federated(
 
     every = with_personal if isinstance(loss, PersonalLoss) else models
     return guarded(name, bare(loss), State, init, round, whole, every)
+
+
+def _check_metrics(where: str, metrics: Any, *, statistics: bool) -> None:
+    """Checks the metrics of a client, which may be statistics, or those of the server."""
+    or_statistics = " or statistics, such as fax.metrics.Mean" if statistics else ""
+    named = isinstance(metrics, Mapping) and all(isinstance(name, str) for name in metrics)
+    if not named:
+        raise ValueError(
+            f"{where}: metrics is {_arguments.shown(metrics)}, expected a dict from names to "
+            f"arrays{or_statistics}."
+        )
+    for name, value in metrics.items():
+        known = isinstance(value, Statistic)
+        if not (known and statistics) and _arguments.dtype_of(value) is None:
+            raise ValueError(
+                f"{where}: metrics[{name!r}] is {_arguments.shown(value)}, expected an array."
+                f"{' Call its result().' if known else ''}"
+            )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fax import _arguments
+from fax._notes import called
 from fax.algorithms._loss import Metrics, batch_gradient, examples_of, no_metrics
 from fax.data import Client
 
@@ -95,7 +96,14 @@ def local_steps(
         )
         if correct is not None:
             gradient = correct(gradient, params, batch, mask, key)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        updates, optimizer_state = called(
+            "the optimizer",
+            "update",
+            optimizer.update,
+            gradient=gradient,
+            state=optimizer_state,
+            params=params,
+        )
         params = optax.apply_updates(params, updates)
         return Trained(params, model_state, optax.tree.add(metrics, new), optimizer_state)
 

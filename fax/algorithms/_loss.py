@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fax import _arguments
+from fax._notes import called
 from fax.algorithms._personal import PersonalLoss, check_seen, put
 from fax.data import Client
 from fax.metrics import Mean, Statistic
@@ -131,14 +132,15 @@ def per_example(
         return named, seen.after(new)
     loss = told_of_padding(loss, mask)
     if model_state is None:
-        out = _called(loss, params=params, batch=batch, key=key)
+        out = called("the loss", "loss", loss, params=params, batch=batch, key=key)
         losses, metrics = _parts(out, "losses", "metrics") if isinstance(out, tuple) else (out, {})
     else:
-        out = _called(loss, params=params, model_state=model_state, batch=batch, key=key)
+        own = {"params": params, "model_state": model_state, "batch": batch, "key": key}
+        out = called("the loss", "loss", loss, **own)
         losses, metrics, model_state = _parts(out, "losses", "metrics", "model_state")
     if not isinstance(metrics, Mapping) or any(map(_taken, metrics)):
         raise ValueError(
-            f"loss returned {type(metrics).__name__} {metrics!r:.80} for metrics, expected a "
+            f"loss returned {_arguments.shown(metrics)} for metrics, expected a "
             "mapping from names to arrays, one number for each example. Names must not be 'loss' "
             "or begin with 'clients/' or 'replicas/'."
         )
@@ -169,30 +171,6 @@ def per_example(
                 "differentiable."
             )
     return named, model_state
-
-
-def _called(loss: Callable, **arguments: PyTree) -> Any:
-    """What a loss function returns. A note under its errors says how it was called."""
-    try:
-        return loss(*arguments.values())
-    except Exception as error:
-        note = f"This came from the loss, which fax calls as loss({', '.join(arguments)})."
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-            for name, value in arguments.items():
-                error.add_note(f"  {name}: {_in_short(value)}")
-        raise
-
-
-def _in_short(tree: PyTree) -> str:
-    """Describes the leaves of a pytree, as far as there is room in a line."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    shown = [f"{jax.tree_util.keystr(path)} {_arguments.shown(x)}".strip() for path, x in leaves]
-    rest = f", and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + rest
-
-
-_SHOWN = 8  # leaves of each argument in an error
 
 
 def _check_statistic(name: str, values: Statistic, mask: jax.Array) -> None:

@@ -13,8 +13,10 @@ from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 
 
 def check_federated(where: str, name: str, value: Any) -> None:
-    """Checks that an argument is federated data, as far as one can tell from its methods."""
-    if callable(getattr(value, "client_ids", None)) and not isinstance(value, type):
+    """Checks that an argument has the methods of federated data."""
+    methods = ("client_ids", "num_examples", "client", "__len__")
+    lacks = [method for method in methods if not callable(getattr(value, method, None))]
+    if not lacks and not isinstance(value, type):
         return
     fix = ""
     if isinstance(value, Mapping):
@@ -23,6 +25,8 @@ def check_federated(where: str, name: str, value: Any) -> None:
         fix = " Pass one of them, or fax.data.concatenate(*datas)."
     elif hasattr(value, "train") and hasattr(value, "test"):
         fix = " Pass its .train or .test."
+    elif len(lacks) < len(methods) and "client_ids" not in lacks:
+        fix = f" It has no method {' and no '.join(lacks)}."
     raise DataError(
         f"{where}: {name} is {_arguments.shown(value)}, expected federated data, such as "
         f"fax.data.InMemory.{fix or frame_hint(value, clients=True)}"

@@ -162,7 +162,7 @@ class Writer:
             return value
         reason = why or f"{eqn.primitive.name} uses the rows of several clients"
         if not self.cutter.pull:
-            fix = "Reduce them with fax.sum or fax.mean"
+            fix = "Reduce them with an operator, such as fax.sum, fax.mean or fax.max"
             if eqn.primitive is p.scatter_p:  # rows of state that the server has
                 fix = "If they are of state that clients should keep, add its name to held="
             raise CutError(

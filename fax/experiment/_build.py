@@ -15,6 +15,7 @@ import fax.algorithms
 import fax.metrics
 import fax.models
 import fax.tasks
+from fax import _arguments
 from fax.algorithms import Algorithm
 from fax.data import Cohorts, FederatedData, cohorts, split
 from fax.experiment import _catalog
@@ -61,6 +62,13 @@ class Experiment:
     )
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, tuple):
+            raise ValueError(
+                f"fax.experiment.Experiment: start is {_arguments.shown(self.start)}, expected a "
+                "tuple of the arguments of algorithm.init. Write start=(params,)."
+            )
 
     def run(self, folder: str | os.PathLike[str] | None = None, **options: Any) -> Result:
         """Calls `fax.experiment.run`.

@@ -55,7 +55,8 @@ def _value(value: Any, path: tuple[str, ...]) -> str:
     if isinstance(value, Mapping):
         pairs = (f"{_key(k)} = {_value(v, (*path, k))}" for k, v in value.items())
         return f"{{{', '.join(pairs)}}}"
+    fix = " Call its tolist()." if hasattr(value, "tolist") else ""  # arrays, and NumPy's numbers
     raise ValueError(
         f"fax.experiment.run: config[{'.'.join(map(str, path))!r}] is {value!r:.80}, expected a "
-        "string, a number, True, False, a list or a dict of these, for config.toml."
+        f"string, a number, True, False, a list or a dict of these, for config.toml.{fix}"
     )

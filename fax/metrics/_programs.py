@@ -17,6 +17,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 import fax._operators as operators
 import fax._reductions as reductions
 from fax import _arguments
+from fax._notes import called
 from fax._program import program
 from fax.data._cohort import Client, Cohort
 from fax.metrics._classification import Metric
@@ -89,7 +90,7 @@ def _same_values(values: list[Any], others: list[Any]) -> bool:
 @functools.partial(jax.jit, static_argnums=0)
 def scores_of(apply: Apply, params: PyTree, batch: Any) -> Any:
     """The scores of a batch. It is only traced, for their shape."""
-    return apply(params, batch)
+    return called("apply", "apply", apply, params=params, batch=batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -127,15 +128,16 @@ def _of_examples(
 
     Their leaves are `Parts`, of which the devices may add up ``most``.
     """
-    scores = apply(params, batch)
+    scores = called("apply", "apply", apply, params=params, batch=batch)
     count = len(mask)
     stats: dict[str, Statistic] = {NON_FINITE: Sum(_non_finite(scores, count))}
     for name, metric in metrics:
-        stats[name] = stat = metric(batch, scores)
+        stat = called(f"metric {name!r}", "metric", metric, batch=batch, scores=scores)
+        stats[name] = stat
         if not isinstance(stat, Statistic):
             raise ValueError(
-                f"metric {name!r} returned {type(stat).__name__} {stat!r:.80}, expected a "
-                "statistic, such as fax.metrics.Mean(values, jnp.ones_like(values))."
+                f"metric {name!r} returned {_arguments.shown(stat)}, expected a statistic, such "
+                "as fax.metrics.Mean(values, jnp.ones_like(values))."
             )
         for path, leaf in tree_leaves_with_path(stat):
             if jnp.ndim(leaf) < 1 or len(leaf) != count:

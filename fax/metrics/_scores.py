@@ -34,11 +34,13 @@ def check_vector(where: str, label: str, labels: jax.Array) -> None:
 
 
 def _binary(scores: jax.Array, labels: jax.Array, binary: str) -> str:
-    """How to fix it if there is one score for each label."""
+    """How to fix it if there is one score for each label, or for each place of one-hot labels."""
     if scores.shape not in (labels.shape, (*labels.shape, 1)):
         return ""
     if binary:
         return f" If they are logits of yes-or-no labels, use {binary}."
+    if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.inexact):
+        return " If the labels are one-hot, replace them by y.argmax(-1), with fax.data.map."
     return " If z are logits of class 1 of 2, return jnp.stack([jnp.zeros_like(z), z], -1)."
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fax import _arguments
@@ -62,8 +63,8 @@ def functional(
 
     Raises:
       ValueError: if an argument is not such a function, or the module has state besides its
-        parameters, such as the statistics of a batch norm. For such a module write a loss with
-        ``model_state``; see `fax.algorithms.fedavg`.
+        parameters, such as the statistics of a batch norm, or constant arrays. For a module with
+        state write a loss with ``model_state``; see `fax.algorithms.fedavg`.
 
     Example:
 
@@ -81,12 +82,28 @@ def functional(
         or not callable(build)
         or not _arguments.takes(build, 0, always=["rngs"])
     ):
+        kind = build if isinstance(build, type) else type(build)
+        linen = any(base.__module__.startswith("flax.linen") for base in kind.__mro__)
+        fix = " For a module of flax.linen, write the loss: see docs/how_to/model.md."
         raise ValueError(
             f"{where}: build is {_arguments.shown(build)}, expected a function build(rngs=rngs) "
             "that makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs)."
+            f"{fix if linen else ''}"
         )
     _arguments.function(where, "loss", loss, {2: "loss(scores, batch)"})
-    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+
+    def built() -> nnx.Module:
+        module = build(rngs=nnx.Rngs(0))
+        for path, leaf in nnx.iter_graph(module):
+            if isinstance(leaf, jax.Array | np.ndarray):
+                raise ValueError(
+                    f"{where}: build returned {_arguments.of_type(module)} with an array that is "
+                    f"not trained, {_arguments.shown(leaf)} at {'.'.join(map(str, path))}. Make it "
+                    "an nnx.Param to train it. Make a constant in __call__, or outside the module."
+                )
+        return module
+
+    module = nnx.eval_shape(built)
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, _, rest = parts
     others, structure = jax.tree.flatten(rest)
@@ -100,6 +117,7 @@ def functional(
             )
 
     def init(key: jax.Array) -> PyTree:
+        _arguments.key(f"{where}: init", "key", key)
         return nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(key)), nnx.Param))
 
     def apply(params: PyTree, batch: Batch, key: jax.Array | None = None) -> jax.Array:
