@@ -500,6 +500,18 @@ def test_aggregators_with_state(data, paper):
     assert metrics["largest"].shape == (3,)
 
 
+def test_small_steps_of_alpha_are_not_lost_in_half_precision():
+    def loss(params, batch, key):
+        return (batch["x"] - params) ** 2 / 2
+
+    data = fax.data.InMemory({"ann": {"x": np.ones(2)}, "bob": {"x": -np.ones(2)}})
+    slowly = apfl(loss, optax.sgd(0.5), num_clients=2, alpha_optimizer=optax.sgd(1e-4))
+    rounds = fax.data.cohorts(data, 2, 2, epochs=3)
+    state, _ = jax.jit(slowly.round)(slowly.init(jnp.bfloat16(0.25)), next(rounds))
+    assert state.params.dtype == state.clients.rows.params.dtype == jnp.bfloat16
+    assert (jnp.abs(state.clients.rows.alpha - 0.5) > 1e-6).all()
+
+
 @pytest.mark.parametrize("paper", ALGORITHMS)
 def test_a_model_with_state(data, paper):
     def loss(params, model_state, batch, key):

@@ -34,7 +34,7 @@ class Personal(NamedTuple):
 
     Attributes:
       params: v, its local model.
-      alpha: the share of the local model in the mixture, from 0 to 1.
+      alpha: the share of the local model in the mixture, from 0 to 1, in at least float32.
       started: whether it has taken a step. Until then, its local model is the server's.
     """
 
@@ -117,7 +117,8 @@ def apfl(
     arguments(name, loss, client_optimizer=client_optimizer, alpha_optimizer=alpha_optimizer)
 
     def personal(params: PyTree) -> Personal:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        # Steps of alpha are small, and one number more takes no memory.
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         check_scalar_optimizer(name, alpha_optimizer, _NO_SCALAR, dtype)
         return Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool))
 
