@@ -45,8 +45,8 @@ def identity(mode: str, dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.floating):
         infinite = np.asarray(np.inf if mode == "min" else -np.inf).astype(dtype)
         if np.isnan(infinite):  # a short format without infinities, or without a sign
-            limits = jnp.finfo(dtype)
-            infinite = np.asarray(limits.max if mode == "min" else limits.min).astype(dtype)
+            finite = jnp.finfo(dtype)
+            infinite = np.asarray(finite.max if mode == "min" else finite.min).astype(dtype)
         return infinite
     limits = jnp.iinfo(dtype)
     return np.asarray(limits.min if mode == "max" else limits.max, dtype)
