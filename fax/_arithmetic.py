@@ -43,10 +43,11 @@ def identity(mode: str, dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.bool_):
         return np.asarray(mode == "min")
     if jnp.issubdtype(dtype, jnp.floating):
-        infinite = np.asarray(np.inf).astype(dtype)
-        if np.isnan(infinite):  # a short format without infinities
-            infinite = np.asarray(jnp.finfo(dtype).max).astype(dtype)
-        return -infinite if mode == "max" else infinite
+        infinite = np.asarray(np.inf if mode == "min" else -np.inf).astype(dtype)
+        if np.isnan(infinite):  # a short format without infinities, or without a sign
+            finite = jnp.finfo(dtype)
+            infinite = np.asarray(finite.max if mode == "min" else finite.min).astype(dtype)
+        return infinite
     limits = jnp.iinfo(dtype)
     return np.asarray(limits.min if mode == "max" else limits.max, dtype)
 
@@ -60,7 +61,10 @@ def reduce_rows(mode: str, rows: jax.Array) -> jax.Array:
     """Reduces over the leading axis, in the total's dtype."""
     if mode == "sum":
         return jnp.sum(rows, axis=0, dtype=total_dtype(mode, rows.dtype))
-    return (jnp.max if mode == "max" else jnp.min)(rows, axis=0)
+    reduce = jnp.max if mode == "max" else jnp.min
+    if rows.dtype == jnp.float8_e8m0fnu:  # of these, JAX finds NaN, as there is no infinity
+        return reduce(rows.astype(jnp.float32), axis=0).astype(rows.dtype)
+    return reduce(rows, axis=0)
 
 
 def neutral(mode: str, aval: ShapedArray) -> jax.Array:

@@ -288,4 +288,7 @@ def _result_dtypes(fn: Callable, leaves: Sequence[jax.Array]) -> list[Any]:
 @functools.lru_cache
 def _result_dtype(fn: Callable, dtype: Any, x64: bool) -> Any:
     del x64  # only part of the cache key
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        # JAX's own sum and mean of these are errors, or means that are rounded to integers.
+        dtype = np.dtype("uint8" if jnp.issubdtype(dtype, jnp.unsignedinteger) else "int8")
     return jax.eval_shape(fn, jax.ShapeDtypeStruct((1,), dtype)).dtype

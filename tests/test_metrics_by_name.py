@@ -1,5 +1,6 @@
 """Metrics of classes, yes-or-no labels and regression, and fairness, against scikit-learn."""
 
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -169,6 +170,12 @@ def test_rankings(exact, theirs, metric):
     one_bin = total(metric(bins=2), np.array([1, 1, 0, 0]), np.array([1.0, 2.0, 3.0, 4.0]))
     for order in ([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]):
         assert abs(one_bin.result() - theirs([1, 1, 0, 0], order)) <= one_bin.bound() + 1e-12
+    rng = np.random.default_rng(0)
+    for _ in range(30):  # few scores, in bins of some labels 1 alone, some 0 alone, and both
+        few, tags = rng.permutation(6) / 2, np.array([1, 1, 1, 0, 0, rng.integers(2)])
+        counts = (np.bincount(few.astype(int), tags == label, 3)[None, ::-1] for label in (1, 0))
+        binned = dataclasses.replace(one_bin, **dict(zip(("positive", "negative"), counts)))
+        assert abs(binned.result() - theirs(tags, few)) <= binned.bound() + 1e-12
     signed = np.clip(np.round(20 * LOGITS[:, 0]), -128, 127).astype(np.int8)
     for few in (signed, signed.view(np.uint8), signed > 0):  # -few would wrap around, or fail
         few_exact = theirs(TAGS[:, 0], few.astype(float))

@@ -98,6 +98,9 @@ def test_statistics_of_short_dtypes_are_added_up_in_longer_ones():
     np.testing.assert_array_equal(counts.merge(counts).result(), 400)
     host = fm.Sum(np.full(2, 2**31 - 1, np.int32))
     np.testing.assert_array_equal(host.merge(host).result(), 2**32 - 2)
+    with jax.enable_x64(False):  # a total on the host is not cut to the 32 bits of a batch's
+        host, device = fm.Sum(2**31), fm.Sum(jnp.int32(5))
+        assert host.merge(device).result() == device.merge(host).result() == 2**31 + 5
     zero = jax.jit(lambda stat: stat.zero())(fm.Sum(jnp.full(2, jnp.nan)))
     np.testing.assert_array_equal(zero.result(), 0)
 

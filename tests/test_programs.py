@@ -371,6 +371,24 @@ def test_a_short_float_without_infinities():
 
     found = [float(y) for y in program(x)]
     assert found == [-1, -5, float(jnp.finfo(jnp.float8_e4m3fn).min)]
+    scales = np.array([8, 0.5, 2, 4, 1]).astype(jnp.float8_e8m0fnu)  # has no zero and no sign
+    assert [float(y) for y in program(scales)] == [8, 0.5, 2.0**-127]
+
+
+def test_integers_of_less_than_a_byte():
+    @fax.program(clients=5)
+    def program(x):
+        rows = fax.map(lambda row: row, x, vectorize=2)
+        return fax.sum(rows), fax.mean(rows), fax.mean(x, weights=np.arange(5)), fax.max(x)
+
+    for dtype in (jnp.int2, jnp.uint2, jnp.int4, jnp.uint4):
+        least, most = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+        x = np.array([most, most, least, most, 0])
+        total, *means, largest = program(jnp.asarray(x, dtype))
+        assert (total, largest) == (x.sum(), most)
+        assert total.dtype == jnp.sum(jnp.zeros(1, jnp.uint8 if least == 0 else jnp.int8)).dtype
+        expected = [x.mean(), x @ np.arange(5) / 10]
+        np.testing.assert_allclose(means, expected, rtol=1e-6)
 
 
 def test_a_client_that_finds_a_root():

@@ -34,8 +34,8 @@ class Personal(NamedTuple):
 
     Attributes:
       params: v, its local model.
-      alpha: the share of the local model in the mixture, from 0 to 1.
-      started: whether it has taken part in a round. Until then, its local model is the server's.
+      alpha: the share of the local model in the mixture, from 0 to 1, in at least float32.
+      started: whether it has taken a step. Until then, its local model is the server's.
     """
 
     params: PyTree
@@ -84,7 +84,7 @@ def apfl(
 
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `State`, whose ``clients`` are
-      `Personal`. A client's local model is the server's until it takes part for the first time.
+      `Personal`. A client's local model is the server's until its first step.
       ``params(state)`` is the global model, and ``models(state)`` are the mixtures, leaves
       [num_clients, ...], which `fax.metrics.evaluate_clients` evaluates with ``personal=True``. If
       so many models do not fit in memory, see `ClientStore`. Metrics are those of `fedavg` for the
@@ -117,7 +117,8 @@ def apfl(
     arguments(name, loss, client_optimizer=client_optimizer, alpha_optimizer=alpha_optimizer)
 
     def personal(params: PyTree) -> Personal:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        # Steps of alpha are small, and one number more takes no memory.
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         check_scalar_optimizer(name, alpha_optimizer, _NO_SCALAR, dtype)
         return Personal(params, jnp.asarray(alpha, dtype), jnp.zeros((), bool))
 
@@ -156,7 +157,7 @@ def apfl(
             step, (start, states, model_state, with_personal("apfl", nothing, nothing))
         )
         update = optax.tree.sub(w, server.params)
-        own = Personal(v, alpha, jnp.ones((), bool))
+        own = Personal(v, alpha, own.started | jnp.any(data.mask))
         return ClientResult(update, {**metrics, "alpha": alpha}, model_state, own=own)
 
     def models(state: State) -> PyTree:

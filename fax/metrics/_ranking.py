@@ -155,7 +155,7 @@ class LogitHistogram(Statistic):
         first = hits - positive + 1
         least = first / (first + misses)
         total = hits[..., -1]
-        varies = np.where(negative > 0, positive * (most - least), 0).sum(-1)
+        varies = (positive * (most - least)).sum(-1)
         return _mean(np.where(total == 0, np.nan, varies / np.maximum(total, 1)))
 
     def _counts(self) -> tuple[np.ndarray, np.ndarray]:

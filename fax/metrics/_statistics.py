@@ -42,7 +42,7 @@ class Statistic:
         raise NotImplementedError
 
     def merge(self: S, other: S) -> S:
-        """The statistic of the examples of both.
+        """The statistic of the examples of both. If one of them is on the host, so is the result.
 
         Raises:
           TypeError: if they differ in type or shapes.
@@ -54,7 +54,7 @@ class Statistic:
                 f"{type(self).__name__} of shapes {_shapes(self)}. Merge statistics of the same "
                 "metric only."
             )
-        return jax.tree.map(lambda a, b: _widened(a) + _widened(b), self, other)
+        return jax.tree.map(_added, self, other)
 
     def zero(self: S) -> S:
         """The statistic of no examples. Merging it changes nothing."""
@@ -90,6 +90,14 @@ _WIDE: tuple[tuple[Any, Any, Any], ...] = (
     (np.unsignedinteger, np.uint64, np.uint32),
     (np.floating, np.float64, np.float32),
 )
+
+
+def _added(a: Array, b: Array) -> Array:
+    """The sum of two arrays, in 64 bits if one of them is on the host."""
+    on_host = [not isinstance(x, jax.Array) for x in (a, b)]
+    if any(on_host) and not any(isinstance(x, jax.core.Tracer) for x in (a, b)):
+        a, b = np.asarray(a), np.asarray(b)  # JAX would cut the one on the host to 32 bits
+    return _widened(a) + _widened(b)
 
 
 def _widened(x: Array) -> Array:
