@@ -162,7 +162,6 @@ def test_make_mesh_infers_a_size():
         (dict(clients=8.0), "clients is 8.0"),
         (dict(clients=4, model=2, axis_types=(AxisType.Auto,)), "one for each of the axes clients"),
         (dict(clients=8, axis_types="auto"), "expected one jax.sharding.AxisType"),
-        (dict(clients=8, devices=[]), "do not multiply to the number of devices, 0"),
     ],
 )
 def test_make_mesh_says_what_is_wrong(kwargs, message):
