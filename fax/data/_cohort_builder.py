@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from fax.data import _batching
 from fax.data._aligned import aligned_zeros
 from fax.data._all_clients import WHERE, AllClients
 from fax.data._batching import RoundPlan
+from fax.data._client_reader import settings_here
 from fax.data._cohort import Cohort, Gathered
 from fax.data._resident import ResidentExamples
 from fax.data._samplers import STREAM, uniform
@@ -59,7 +59,7 @@ class CohortBuilder:
         self._sampler = "a function" if callable(sampler) else sampler
         self._sharding = row_sharding.sharding(clients)
         self._own = row_sharding.own_rows(WHERE, clients)
-        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+        self._settings = settings_here()  # a thread builds the cohorts
         self._key = derive(jax.random.key(seed), Use.COHORTS)
         # The leading axis of several rounds is not split.
         self._sharding_of_rounds = self._sharding and NamedSharding(
@@ -106,12 +106,6 @@ class CohortBuilder:
     def positions(self, number: int) -> np.ndarray:
         """The clients of a round, in the order of its cohort."""
         return self._plan(number).positions
-
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """JAX's settings as they were when `cohorts` was called, in the thread that builds them."""
-        with jax.enable_x64(self._x64), jax.default_device(self._device):
-            yield
 
     def _plan(self, number: int) -> RoundPlan:
         """The clients of a round, in order, and which examples are in which batch."""
