@@ -1161,7 +1161,7 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
         (aggregators.chain(aggregators.median()), "Aggregator(chain)"),
         (aggregators.top_k(3), "Transformation(top_k)"),
         (
-            aggregators.Budget(1.0, 1e-5, 20.0, record={"a key": 2}),
+            aggregators.Budget(1.0, np.array(1e-5), 20.0, record={"a key": 2}),
             "Budget(limit=1, delta=1e-05, spent=2 of 28 releases)",
         ),
         (MODEL, "Model(init, apply and loss of functional)"),
