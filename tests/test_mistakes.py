@@ -734,6 +734,11 @@ MISTAKES = {
         data.DataError,
         "fax.data.subset: ids has [1], but data has no such clients. It has 'ann', 'bob'.",
     ),
+    "a mask for a list of ids": (
+        lambda: data.subset(data.InMemory({i: {"x": [i]} for i in range(2)}), np.array([True])),
+        data.DataError,
+        "fax.data.subset: ids has np.True_, but data has no such clients. It has 0, 1.",
+    ),
     "a position that is text": (
         lambda: data.slice(DATA, "ann"),
         data.DataError,
