@@ -245,6 +245,27 @@ def test_torch_and_grain():
     assert_clients(copy)
 
 
+def test_arrays_whose_memory_is_used_again(tmp_path):
+    memory = np.zeros(2, np.float32)
+
+    class Reused(Dataset):
+        def __getitem__(self, i):
+            memory[:], y = super().__getitem__(i)
+            return {"user": USERS[i], "x": memory, "y": y}
+
+    examples = Reused(list(zip(X, Y, strict=True)))
+    assert_clients(fax.data.from_records(map(examples.__getitem__, range(5)), "user"))
+    assert_clients(fax.data.from_torch(examples, client="user"))
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["client_id,i", *(f"{u},{i}" for i, u in enumerate(USERS))]))
+
+    def read(row):
+        example = examples[int(row["i"])]
+        return {"x": example["x"], "y": example["y"]}
+
+    assert_clients(fax.data.from_fedscale(path, read))
+
+
 def test_a_dataset_of_torch_is_read_lazily():
     seen = []
 

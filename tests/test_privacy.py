@@ -517,6 +517,7 @@ def test_calibrated_noise_costs_what_was_asked_for(rate):
     setting = {"sampling_rate": rate}
     z = calibrate(1.5, 5, 1e-4, **setting)
     assert 0.998 * 1.5 <= epsilon(z, 5, 1e-4, **setting) <= 1.5
+    assert calibrate(jnp.asarray(1.5), 5, 1e-4, **setting) == z
     # With noise above some amount this delta alone is enough.
     assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
     # Privacy loss distributions would be infinite here, whatever the noise.

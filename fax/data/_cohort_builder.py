@@ -47,6 +47,7 @@ class CohortBuilder:
         self,
         all_clients: AllClients,
         sampler: Any,
+        weights: Sequence[float] | None,
         choose: Callable[[int], np.ndarray],
         clients: int,
         seed: int,
@@ -56,7 +57,9 @@ class CohortBuilder:
         self.all_clients, self._choose, self.clients = all_clients, choose, clients
         self._seed, self.row_sharding, self.resident = seed, row_sharding, resident
         self._streams, self._custom_sampler = sampler == STREAM, callable(sampler)
-        self._sampler = "a function" if callable(sampler) else sampler
+        self._sampler = {"sampler": "a function" if callable(sampler) else sampler}
+        if weights is not None:
+            self._sampler["weights"] = _sha256(np.asarray(weights, float).tobytes())
         self._sharding = row_sharding.sharding(clients)
         self._own = row_sharding.own_rows(WHERE, clients)
         self._settings = settings_here()  # a thread builds the cohorts
@@ -98,7 +101,7 @@ class CohortBuilder:
             "clients": self.clients,
             "of_clients": len(self.all_clients.ids),
             "ids": _digest(self.all_clients.ids),
-            "sampler": self._sampler,
+            **self._sampler,
             "seed": self._seed,
             **{name: "none" if value is None else value for name, value in batching.items()},
         }
@@ -194,8 +197,11 @@ def _digest(ids: Sequence[Any]) -> str:
     """Which clients have which positions, in a few letters. Of very many, some are looked at."""
     chosen = np.linspace(0, len(ids) - 1, min(len(ids), _MOST_IDS), dtype=int).tolist()
     text = "\0".join(str(ids[position]) for position in chosen)
-    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-    return f"{ids[0]!s:.40} to {ids[-1]!s:.40}, SHA-256 {digest[:16]}"
+    return f"{ids[0]!s:.40} to {ids[-1]!s:.40}, {_sha256(text.encode('utf-8', 'backslashreplace'))}"
+
+
+def _sha256(content: bytes) -> str:
+    return f"SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -56,6 +56,11 @@ def column_array(where: str, name: str, values: Any, how: str = PAD) -> np.ndarr
     return exact_array(rows)
 
 
+def kept(value: Any) -> Any:
+    """A value that stays as it is, even if whoever made it writes the next one to its memory."""
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def check_nothing_missing(where: str, name: str, rows: Sequence[int]) -> None:
     """Checks that there are no rows without a value in a column."""
     if len(rows):

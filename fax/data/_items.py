@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
-from fax.data._columns import column_array, names_of, owners
+from fax.data._columns import column_array, kept, names_of, owners
 from fax.data._lazy import Lazy
 from fax.data._memory import InMemory
 from fax.data._protocol import ClientId, DataError, FederatedData
@@ -187,10 +187,10 @@ def _fields(where: str, item: Any, features: tuple[str, ...]) -> dict[Any, Any]:
 
 
 def _value(where: str, name: Any, value: Any) -> Any:
-    if isinstance(value, str | bytes | np.ma.MaskedArray) or np.isscalar(value):
-        return value
+    if isinstance(value, str | bytes | np.ndarray) or np.isscalar(value):
+        return kept(value)
     try:
-        return np.asarray(value)
+        return np.array(value)
     except Exception as error:  # a tensor on another device, or one that needs gradients
         raise DataError(
             f"{where}: {name!r} of an item, {_arguments.of_type(value)}, cannot be made an array: "
