@@ -12,6 +12,7 @@ import sklearn.metrics as reference
 
 import fax
 from fax.metrics import AUC, F1, PSNR, R2, AveragePrecision, Precision, Recall
+from fax.metrics._exact_sums import Parts
 from fax.metrics._names import NAMED
 
 CLASSES, LABELS, EXAMPLES = 4, 3, 211
@@ -273,6 +274,7 @@ def evaluated(metrics):
 def test_a_single_number_is_a_scalar():
     counts = np.array([1, 2]), np.array([2, 2]), np.array([4, 2])
     assert isinstance(F1("micro").statistic(*counts).result(), np.float64)
+    assert isinstance(Parts((jnp.ones(()),), None).value(), np.float64)
 
 
 def test_fairness():
