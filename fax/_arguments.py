@@ -135,6 +135,12 @@ def numbers(
     return array
 
 
+def unmasked(caller: str, name: str, values: Any) -> None:
+    """Checks that no value of a masked array is hidden. NumPy would use it nevertheless."""
+    if np.ma.is_masked(values):
+        raise ValueError(f"{caller}: {name} has masked values. Pass only those that count.")
+
+
 def flag(caller: str, name: str, value: Any, *, error: type[ValueError] = ValueError) -> bool:
     """Checks that a switch is True or False, and not any other value with a truth value."""
     if not isinstance(value, bool | np.bool_):

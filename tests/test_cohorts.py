@@ -335,6 +335,16 @@ def test_uniform_takes_everybody_equally_often():
     assert np.abs(counts - 100).max() < 4 * 8.7
 
 
+def test_settings_tell_weights_apart():
+    """So that a run is not resumed with others."""
+
+    def settings_of(weights):
+        return fax.data.cohorts(population(), 3, 4, sampler="weighted", weights=weights).settings
+
+    of_floats = settings_of(np.arange(12.0))
+    assert of_floats == settings_of(range(12)) != settings_of(range(12, 0, -1))
+
+
 def test_weighted_clients_are_in_the_order_of_the_pool():
     """A partition has them in an order that depends on the processor."""
     sample = _samplers.weighted(np.arange(1.0, 201.0))

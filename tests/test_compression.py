@@ -414,7 +414,8 @@ def test_bits_of_cases_worked_by_hand():
 
 def test_bits_are_those_of_the_last_that_changes_what_is_sent():
     tree = updates(dtype=np.float32)
-    aggregators = chain(terngrad(), mean()), chain(terngrad(), power_sgd(1))
+    low_rank = power_sgd(1)
+    aggregators = [chain(terngrad(), last) for last in (mean(), low_rank, chain(low_rank))]
 
     def every(tree, weights, states, key):
         parts = zip(aggregators, states)
@@ -422,7 +423,8 @@ def test_bits_are_those_of_the_last_that_changes_what_is_sent():
 
     states = [part.init(rows(tree)) for part in aggregators]
     found = compiled(every, N)(tree, np.ones(N), states, KEY)
-    for bits, expected in zip(found, (24 * 2 + 3 * 32, 32 * (5 + 4 + 4)), strict=True):
+    ternary, factors = 24 * 2 + 3 * 32, 32 * (5 + 4 + 4)
+    for bits, expected in zip(found, (ternary, factors, factors), strict=True):
         assert list(bits) == [expected] * N
 
 

@@ -69,7 +69,7 @@ class IterableDataset:
 def test_pandas():
     pd = pytest.importorskip("pandas")
     frame = pd.DataFrame({"user": USERS, "x": list(X), "y": Y, "note": "n"}, index=list("abcde"))
-    assert_clients(fax.data.from_pandas(frame, "user", features=["x", "y"]))
+    assert_clients(fax.data.from_pandas(frame, "user", features=frame.columns[1:3]))
     assert fax.data.from_pandas(frame, "user").client("ada")["note"].tolist() == ["n", "n"]
     kept = fax.data.from_pandas(frame, "user", features=["user", "y"])
     assert kept.client("bob")["user"].tolist() == ["bob", "bob"]
@@ -151,6 +151,7 @@ def test_records():
         ([{"user": 1, "x": 2}, {"user": 1, "x": 2, "z": 1}], "record 1 differs.*z"),
         ([{"user": 1, "x": 2}, 5], "record 1 is an int"),
         ([{"user": 1, "x": None}], "'x' has 1 missing"),
+        ([{"user": 1, "x": 2}, {"user": 1, "x": np.ma.masked}], "'x' has 1 missing.*in row 1"),
         ([{"user": [1], "x": 2}], r"'user' has shape \(1, 1\)"),
         ([{"user": "a", "x": "s"}, {"user": "a", "x": b"s"}], "'x' mixes bytes and str"),
     ],
@@ -238,8 +239,31 @@ def test_torch_and_grain():
     assert_clients(fax.data.from_torch({u: IterableDataset(items) for u, items in own.items()}))
     alone = fax.data.from_torch(Dataset(list(X)), client=USERS, features=["x"])
     np.testing.assert_array_equal(alone.client("eve")["x"], X[3:4])
+    by_name = fax.data.from_torch(Dataset(pairs), client=USERS, features=iter("xy"))
+    assert by_name.client("eve").keys() == {"x", "y"}
     copy = pickle.loads(pickle.dumps(fax.data.from_torch(Dataset(pairs), client=USERS)))
     assert_clients(copy)
+
+
+def test_arrays_whose_memory_is_used_again(tmp_path):
+    memory = np.zeros(2, np.float32)
+
+    class Reused(Dataset):
+        def __getitem__(self, i):
+            memory[:], y = super().__getitem__(i)
+            return {"user": USERS[i], "x": memory, "y": y}
+
+    examples = Reused(list(zip(X, Y, strict=True)))
+    assert_clients(fax.data.from_records(map(examples.__getitem__, range(5)), "user"))
+    assert_clients(fax.data.from_torch(examples, client="user"))
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["client_id,i", *(f"{u},{i}" for i, u in enumerate(USERS))]))
+
+    def read(row):
+        example = examples[int(row["i"])]
+        return {"x": example["x"], "y": example["y"]}
+
+    assert_clients(fax.data.from_fedscale(path, read))
 
 
 def test_a_dataset_of_torch_is_read_lazily():
@@ -274,6 +298,7 @@ class Loader:
         (([(1, 2), (3, 4)], [1, "1"]), "'client' mixes int and str. Convert it to one type"),
         (([(1, 2), (3, 4)], [[1], [2]]), r"'client' has the shape \(2, 1\), expected one id"),
         (([], []), "there are no examples"),
+        (([(1, 2)], np.ma.array([7], mask=[1])), "'client' has 1 missing value, .* in row 0"),
     ],
 )
 def test_datasets_that_cannot_be_used(arguments, message):
@@ -287,6 +312,7 @@ def test_datasets_that_cannot_be_used(arguments, message):
         ([(1, 2, 3)], "an item has 3 elements, but features names 2, x, y"),
         ([{"x": 1}, {"y": 1}], r"item 1 has \['y'\], but the first has \['x'\]"),
         ([([1, 2], 1), ([1], 1)], r"shape \(2,\) in row 0, but \(1,\) in row 1"),
+        ([(np.ma.array([1, 2], mask=[0, 1]), 1)], "'x' has 1 missing value, the first in row 0"),
     ],
 )
 def test_items_that_cannot_be_used(items, message):
@@ -389,7 +415,7 @@ def test_hdf5(tmp_path):
             file[f"examples/{user}/x"], file[f"examples/{user}/y"] = X[rows], Y[rows]
     assert_clients(fax.data.from_hdf5(path))
     assert_clients(pickle.loads(pickle.dumps(fax.data.from_hdf5(path))))
-    assert fax.data.from_hdf5(path, features=["y"]).client("eve").keys() == {"y"}
+    assert fax.data.from_hdf5(path, features=iter("y")).client("eve").keys() == {"y"}
     with pytest.raises(DataError, match=r"no feature 'label'. Choose from x, y"):
         fax.data.from_hdf5(path, features=["label"]).client("eve")
     (tmp_path / "half.h5").write_bytes(path.read_bytes()[:1000])

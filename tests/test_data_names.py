@@ -186,6 +186,7 @@ def test_values_that_are_no_arrays():
         (["a", b"b"], "mixes str and bytes"),
         (np.array(["a", b"b"], object), "mixes str and bytes"),
         ([["a"], [b"b"]], "mixes str and bytes"),
+        ([np.ma.array([1, 2], mask=[0, 1]), [3, 4]], "has masked values"),
     ]:
         with pytest.raises(DataError, match=f"client 'ada', feature 'x' {message}"):
             InMemory({"ada": {"x": value}})

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn and cases worked by hand, merged in any grouping."""
 
+import dataclasses
 import functools
 import math
 
@@ -279,6 +280,15 @@ def test_statistics_merge_under_jit_and_by_fax_sum():
 
     assert total(stats).result() == 1.0
     assert jax.jit(lambda a, b: a.merge(b).result())(total(stats), stats.sum()) == 1.0
+
+
+def test_statistics_without_equality_are_merged():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Total(fm.Statistic):
+        total: np.ndarray
+
+    np.testing.assert_array_equal(Total(np.ones(2)).merge(Total(np.arange(2))).total, [1, 2])
 
 
 def test_statistics_that_do_not_fit_are_not_merged():

@@ -13,6 +13,7 @@ import sklearn.metrics as reference
 
 import fax
 from fax.metrics import AUC, F1, PSNR, R2, AveragePrecision, Precision, Recall
+from fax.metrics._exact_sums import Parts
 from fax.metrics._names import NAMED
 
 CLASSES, LABELS, EXAMPLES = 4, 3, 211
@@ -234,6 +235,18 @@ def test_labels_that_are_neither_0_nor_1():
         (lambda: fax.metrics.roc_auc([1.0, np.nan], [0, 1]), r"scores\[1\] is NaN"),
         (lambda: fax.metrics.average_precision([1.0, 2.0], [0, 3]), r"labels\[1\] is .*3"),
         (lambda: fax.metrics.roc_auc(["a", "b"], [0, 1]), "scores are <U1, expected real numbers"),
+        (
+            lambda: fax.metrics.roc_auc(np.ma.array([1.0, 2.0, 3.0], mask=[0, 0, 1]), [0, 1, 0]),
+            "roc_auc: scores has masked values",
+        ),
+        (
+            lambda: fax.metrics.average_precision([1, 2], np.ma.array([0, 1], mask=[1, 0])),
+            "average_precision: labels has masked values",
+        ),
+        (
+            lambda: fax.metrics.fairness(np.ma.array([1.0, 2.0], mask=[0, 1])),
+            "fairness: values has masked values. Pass only those that count",
+        ),
         (lambda: F1("weighted"), "F1: average is 'weighted', expected"),
         (lambda: F1(binary=1), "F1: binary is 1"),
         (lambda: AUC(bins=1), "AUC: bins is 1"),
@@ -249,6 +262,10 @@ def test_labels_that_are_neither_0_nor_1():
         (lambda: fax.metrics.fairness([1.0], percentiles=50), "percentiles is 50, expected a list"),
         (lambda: PSNR(peak=0), "PSNR: peak is 0, expected a number above 0"),
         (lambda: evaluated({3: "mse"}), "a key of metrics is 3, expected a string, the name of a"),
+        (
+            lambda: evaluated({"m": PSNR(peak=np.array(2.0))}),
+            "evaluate: metric 'm' cannot be hashed, .* Pass numbers of Python for its attributes",
+        ),
         (lambda: evaluated({"m": PSNR("z")}), "metric 'm' needs the feature 'z', but clients have"),
     ],
 )
@@ -259,6 +276,12 @@ def test_mistakes(call, message):
 
 def evaluated(metrics):
     return fax.metrics.evaluate(scores, jnp.zeros(1), clients(x=GUESSES, y=TARGETS)[0], metrics)
+
+
+def test_a_single_number_is_a_scalar():
+    counts = np.array([1, 2]), np.array([2, 2]), np.array([4, 2])
+    assert isinstance(F1("micro").statistic(*counts).result(), np.float64)
+    assert isinstance(Parts((jnp.ones(()),), None).value(), np.float64)
 
 
 def test_fairness():

@@ -133,3 +133,22 @@ def test_the_name_of_the_count_is_taken():
     data = fax.data.InMemory({"a": {"x": np.ones((3, 2)), "y": np.ones(3, int)}})
     with pytest.raises(ValueError, match=r"metrics has the name 'non_finite', which is used for"):
         fm.evaluate(lambda p, b: b["x"], None, data, {"non_finite": fm.Accuracy()})
+
+
+def test_examples_are_read_once_with_the_settings_of_the_caller():
+    """A thread reads them, in which a `with` of the caller's thread has no effect by itself."""
+    reads = []
+
+    def read(client_id, examples):
+        reads.append(client_id)
+        return examples
+
+    clients = {i: {"x": np.array([0, 2**40 if i == 3 else 1])} for i in range(4)}
+    data = fax.data.map(fax.data.InMemory(clients), read)
+    fm.prepare(data, batch_size=4)
+    assert reads == [0, 0, 1, 2, 3]  # the first one also for its dtypes
+    with (
+        jax.enable_x64(False),
+        pytest.raises(fax.data.DataError, match=r"client 3, feature 'x' .* do not fit int32"),
+    ):
+        fm.prepare(data)

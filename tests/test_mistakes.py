@@ -757,6 +757,11 @@ MISTAKES = {
         data.DataError,
         "fax.data.subset: ids has [1], but data has no such clients. It has 'ann', 'bob'.",
     ),
+    "a mask for a list of ids": (
+        lambda: data.subset(data.InMemory({i: {"x": [i]} for i in range(2)}), np.array([True])),
+        data.DataError,
+        "fax.data.subset: ids has np.True_, but data has no such clients. It has 0, 1.",
+    ),
     "a position that is text": (
         lambda: data.slice(DATA, "ann"),
         data.DataError,
@@ -1229,7 +1234,7 @@ def test_reprs_are_one_line_that_says_what_it_is(tmp_path):
         (aggregators.chain(aggregators.median()), "Aggregator(chain)"),
         (aggregators.top_k(3), "Transformation(top_k)"),
         (
-            aggregators.Budget(1.0, 1e-5, 20.0, record={"a key": 2}),
+            aggregators.Budget(1.0, np.array(1e-5), 20.0, record={"a key": 2}),
             "Budget(limit=1, delta=1e-05, spent=2 of 28 releases)",
         ),
         (MODEL, "Model(init, apply and loss of functional)"),

@@ -375,7 +375,8 @@ def test_sequence_cross_entropy(length):
 def test_the_same_name_and_options_give_the_same_functions():
     create = fax.models.create
     assert create("dense", sizes=[4, 2]) is create("dense", sizes=(4, 2))
-    assert create("char_lstm") is not create("char_lstm", loss_length=80)
+    of_80 = create("char_lstm", loss_length=80)
+    assert create("char_lstm") is not of_80 is create("char_lstm", loss_length=np.array(80.0))
 
 
 def test_numbers_that_are_no_tokens_are_not_those_of_others():

@@ -104,26 +104,27 @@ def test_without_noise_it_is_the_unweighted_mean_of_clipped_updates(name):
     aggregators = {
         "gaussian": gaussian(2.0, 0.0),
         "laplace": laplace(3.0, 0.0),
-        "of 8": gaussian(2.0, 0.0, expected_clients=8),
         "adaptive": gaussian(2.0, 0.0, quantile=0.5),
         "ftrl": dp_ftrl(2.0, 0.0, num_clients=9, separation=3, participations=2),
     }
 
     @jax.jit
     @fax.program(clients=CLIENTS)
-    def round(data, states):
+    def round(data, states, expected):
         sent = fax.map(lambda d: jax.tree.map(jnp.sin, d), data, vectorize=at_once)
+        traced = {"of 8": gaussian(2.0, 0.0, expected_clients=expected)}
         return {
             name: aggregator.aggregate(sent, WEIGHTS, states[name], KEY)[0]
-            for name, aggregator in aggregators.items()
+            for name, aggregator in (aggregators | traced).items()
         }
 
     states = {name: aggregator.init(first(data)) for name, aggregator in aggregators.items()}
+    states["of 8"] = aggregators["gaussian"].init(first(data))
     members = states["ftrl"].members.rows
     members = fax.aggregators.PerClient({k: v[:CLIENTS] for k, v in members.items()})
     states["ftrl"] = states["ftrl"]._replace(members=members)
     with context:
-        found = jax.tree.map(np.asarray, round(data, states))
+        found = jax.tree.map(np.asarray, round(data, states, 8.0))
     u = np.sin(rows(data))
     by_norm = clipped(u, 2.0)[WEIGHTS != 0].sum(0)
     for name in ("gaussian", "adaptive", "ftrl"):
@@ -516,6 +517,7 @@ def test_calibrated_noise_costs_what_was_asked_for(rate):
     setting = {"sampling_rate": rate}
     z = calibrate(1.5, 5, 1e-4, **setting)
     assert 0.998 * 1.5 <= epsilon(z, 5, 1e-4, **setting) <= 1.5
+    assert calibrate(jnp.asarray(1.5), 5, 1e-4, **setting) == z
     # With noise above some amount this delta alone is enough.
     assert 0.998 * 0.01 <= epsilon(calibrate(0.01, 1, 0.1), 1, 0.1) <= 0.01
     # Privacy loss distributions would be infinite here, whatever the noise.

@@ -594,11 +594,19 @@ def test_a_trigram_model_of_few_tokens():
     assert model.loss(data) == pytest.approx(np.log(4), rel=0.01)
 
 
-def test_a_trigram_model_needs_tokens():
+def test_a_trigram_model_needs_tokens_but_not_too_many():
     with pytest.raises(ValueError, match="task is 'digits', expected one that predicts the next"):
         fax.tasks.trigram_loss(fax.tasks.load("digits", clients=2))
     with pytest.raises(ValueError, match="task is 'pystdlib', expected a task, such as"):
         fax.tasks.trigram_loss("pystdlib")
+    words = {"ann": {"x": np.ones((1, 2), int), "y": np.ones((1, 2), int)}}
+    task = dataclasses.replace(
+        fax.tasks.load("digits", clients=2),
+        train=fax.data.InMemory(words),
+        model=fax.models.create("char_lstm", num_tokens=513, hidden=1),
+    )
+    with pytest.raises(ValueError, match="with 513 tokens, expected at most 512, since there is"):
+        fax.tasks.trigram_loss(task)
 
 
 # Learning

@@ -116,8 +116,8 @@ def calibrate(
       9.5
     """
     caller = "fax.aggregators.calibrate"
-    _arguments.number(caller, "epsilon", epsilon, above=0)
-    _arguments.number(caller, "delta", delta, above=0, below=1)
+    epsilon = float(_arguments.number(caller, "epsilon", epsilon, above=0))
+    delta = float(_arguments.number(caller, "delta", delta, above=0, below=1))
     rounds = _arguments.count(caller, "rounds", rounds, least=1)
     setting = Setting.of(caller, 1.0, sampling_rate, sampling, mechanism)
     if setting.rate is not None:
@@ -130,7 +130,7 @@ def calibrate(
             )
 
     def cost(z: float) -> float:
-        return setting._replace(noise_multiplier=z).epsilon(rounds, float(delta))
+        return setting._replace(noise_multiplier=z).epsilon(rounds, delta)
 
     # About enough without sampling. The search comes from above: small epsilons are faster.
     high = max((2 * rounds * math.log(2 / delta)) ** 0.5, 1.0) / epsilon

@@ -90,8 +90,8 @@ class Budget:
         record: Mapping[str, int] | None = None,
     ) -> None:
         caller = "fax.aggregators.Budget"
-        self.limit: float = _arguments.number(caller, "epsilon", epsilon, above=0)
-        self.delta: float = _arguments.number(caller, "delta", delta, above=0, below=1)
+        self.limit = float(_arguments.number(caller, "epsilon", epsilon, above=0))
+        self.delta = float(_arguments.number(caller, "delta", delta, above=0, below=1))
         if not isinstance(record, Mapping | None):
             raise ValueError(
                 f"{caller}: record is {_arguments.shown(record)}, expected the record of an "
@@ -104,13 +104,13 @@ class Budget:
         self._old = frozenset(self.record)
         self._setting = Setting.of(caller, noise_multiplier, sampling_rate, sampling, mechanism)
         most = 1
-        while self._of(most) <= epsilon and most < 2**24:
+        while self._of(most) <= self.limit and most < 2**24:
             most *= 2
-        self.rounds: int = bisect.bisect_right(range(1, most + 1), epsilon, key=self._of)
+        self.rounds: int = bisect.bisect_right(range(1, most + 1), self.limit, key=self._of)
         if self.spent > self.rounds:
             raise ValueError(
                 f"{caller}: record has {self.spent} releases, expected at most {self.rounds}, "
-                f"which epsilon={epsilon:g} allows. Start again with more noise."
+                f"which epsilon={self.limit:g} allows. Start again with more noise."
             )
 
     def __repr__(self) -> str:

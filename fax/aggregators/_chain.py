@@ -120,7 +120,13 @@ def chain(*parts: Transformation | Aggregator) -> Aggregator:
 
     format = transformations[-1].format if transformations else None
     transformation = Transformation(init_alone, transform, format) if alone else None
-    return Aggregator(init, aggregate, private=aggregator.private, transformation=transformation)
+    return Aggregator(
+        init,
+        aggregate,
+        encodes=aggregator.encodes,
+        private=aggregator.private,
+        transformation=transformation,
+    )
 
 
 def _check_per_client(number: int, state: PyTree) -> None:

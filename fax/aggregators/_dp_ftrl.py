@@ -34,7 +34,7 @@ from fax.aggregators._noise import (
     secret_words,
 )
 from fax.aggregators._norms import l2_norm, wide
-from fax.aggregators._private_means import Number, check_mechanism, clipped_sum, divided
+from fax.aggregators._private_means import Number, check_mechanism, clipped_sum, divided, number_of
 
 
 class DPFTRLState(NamedTuple):
@@ -71,7 +71,7 @@ def dp_ftrl(
     separation: int,
     participations: int,
     bands: int | None = None,
-    expected_clients: float | None = None,
+    expected_clients: Number | None = None,
     key: jax.Array | None = None,
 ) -> Aggregator:
     """A private mean whose noise is correlated over rounds, by banded matrix factorization.
@@ -185,7 +185,7 @@ def dp_ftrl(
             "clip_norm": jnp.asarray(clip_norm),
             "refused": reductions.sum(present & ~in_time),
         }
-        m = expected_clients or len(weights)
+        m = number_of(expected_clients, weights)
         update = divided(optax.tree.add(total, x), m, updates)
         return update, DPFTRLState(noise, state.round + 1, PerClient(rows), state.key), metrics
 

@@ -63,7 +63,7 @@ def gaussian(
     quantile: Number | None = None,
     learning_rate: Number = 0.2,
     count_noise: Number | None = None,
-    expected_clients: float | None = None,
+    expected_clients: Number | None = None,
     key: jax.Array | None = None,
 ) -> Aggregator:
     """The private mean of DP-FedAvg: updates clipped by their L2 norm, and Gaussian noise.
@@ -146,7 +146,7 @@ def gaussian(
     def aggregate(
         updates: PyTree, weights: jax.Array, state: GaussianState, key: jax.Array
     ) -> tuple[PyTree, GaussianState, Metrics]:
-        m, bits = expected_clients or len(weights), all_bits(updates)
+        m, bits = number_of(expected_clients, weights), all_bits(updates)
         own_key, noise = next_release(state.noise, key)
         if quantile is None:
             update, _ = _GAUSSIAN.mean(updates, weights, own_key, noise_multiplier, clip_norm, m)
@@ -175,7 +175,7 @@ def laplace(
     clip_norm: Number,
     noise_multiplier: Number,
     *,
-    expected_clients: float | None = None,
+    expected_clients: Number | None = None,
     key: jax.Array | None = None,
 ) -> Aggregator:
     """A private mean: updates clipped by their L1 norm, and Laplace noise.
@@ -222,7 +222,7 @@ def laplace(
     def aggregate(
         updates: PyTree, weights: jax.Array, state: NoiseState, key: jax.Array
     ) -> tuple[PyTree, NoiseState, Metrics]:
-        m = expected_clients or len(weights)
+        m = number_of(expected_clients, weights)
         own_key, state = next_release(state, key)
         update, _ = _LAPLACE.mean(updates, weights, own_key, noise_multiplier, clip_norm, m)
         metrics = {"clients/bits": all_bits(updates), "clip_norm": jnp.asarray(clip_norm)}
@@ -244,6 +244,11 @@ def check_mechanism(
         _arguments.number(caller, "expected_clients", expected_clients, above=0)
 
 
+def number_of(expected_clients: Any, weights: jax.Array) -> Any:
+    """The number that sums are divided by. It may be traced."""
+    return len(weights) if expected_clients is None else expected_clients
+
+
 class _Mechanism(NamedTuple):
     """A norm by which updates are clipped, and the distribution of the noise for it."""
 
@@ -257,7 +262,7 @@ class _Mechanism(NamedTuple):
         key: jax.Array,
         multiplier: Any,
         clip_norm: Any,
-        clients: float,
+        clients: Number,
     ) -> tuple[PyTree, jax.Array]:
         """The private mean, and the sum of `clipped_sum`, which is not private."""
         total, excess = clipped_sum(updates, weights, self.norm, clip_norm)
@@ -291,6 +296,6 @@ def clipped_sum(
     return reductions.sum(small, where=counts), reductions.sum(excess)
 
 
-def divided(total: PyTree, clients: float, updates: PyTree) -> PyTree:
+def divided(total: PyTree, clients: Number, updates: PyTree) -> PyTree:
     """The mean, in the dtypes of the updates, from a sum in `wide` dtypes."""
     return optax.tree.cast_like(jax.tree.map(lambda x: x / clients, total), updates)

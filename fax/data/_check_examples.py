@@ -142,6 +142,10 @@ def unchanged_array(where: str, value: Any) -> np.ndarray:
     """An array of numbers or strings. What NumPy would change or drop silently is an error."""
     if isinstance(value, np.ma.MaskedArray):
         raise DataError(f"{where} is a masked array. Make the mask a feature of its own.")
+    if isinstance(value, list | tuple) and any(
+        isinstance(v, np.ma.MaskedArray) and np.ma.is_masked(v) for v in value
+    ):
+        raise DataError(f"{where} has masked values. Make the mask a feature of its own.")
     try:
         array = exact_array(value)
     except Exception as error:  # __array__ may raise anything

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,18 @@ class Feature(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+def settings_here() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context with JAX's settings of the thread that calls this, to be used in another thread."""
+    x64, device = jax.config.jax_enable_x64, jax.config.jax_default_device
+
+    @contextlib.contextmanager
+    def settings() -> Iterator[None]:
+        with jax.enable_x64(x64), jax.default_device(device):
+            yield
+
+    return settings
 
 
 class ClientReader:

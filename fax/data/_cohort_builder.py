@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from fax.data import _batching
 from fax.data._aligned import aligned_zeros
 from fax.data._all_clients import WHERE, AllClients
 from fax.data._batching import RoundPlan
+from fax.data._client_reader import settings_here
 from fax.data._cohort import Cohort, Gathered
 from fax.data._resident import ResidentExamples
 from fax.data._samplers import STREAM, uniform
@@ -47,6 +47,7 @@ class CohortBuilder:
         self,
         all_clients: AllClients,
         sampler: Any,
+        weights: Sequence[float] | None,
         choose: Callable[[int], np.ndarray],
         clients: int,
         seed: int,
@@ -56,10 +57,12 @@ class CohortBuilder:
         self.all_clients, self._choose, self.clients = all_clients, choose, clients
         self._seed, self.row_sharding, self.resident = seed, row_sharding, resident
         self._streams, self._custom_sampler = sampler == STREAM, callable(sampler)
-        self._sampler = "a function" if callable(sampler) else sampler
+        self._sampler = {"sampler": "a function" if callable(sampler) else sampler}
+        if weights is not None:
+            self._sampler["weights"] = _sha256(np.asarray(weights, float).tobytes())
         self._sharding = row_sharding.sharding(clients)
         self._own = row_sharding.own_rows(WHERE, clients)
-        self._x64, self._device = jax.config.jax_enable_x64, jax.config.jax_default_device
+        self._settings = settings_here()  # a thread builds the cohorts
         self._key = derive(jax.random.key(seed), Use.COHORTS)
         # The leading axis of several rounds is not split.
         self._sharding_of_rounds = self._sharding and NamedSharding(
@@ -98,7 +101,7 @@ class CohortBuilder:
             "clients": self.clients,
             "of_clients": len(self.all_clients.ids),
             "ids": _digest(self.all_clients.ids),
-            "sampler": self._sampler,
+            **self._sampler,
             "seed": self._seed,
             **{name: "none" if value is None else value for name, value in batching.items()},
         }
@@ -106,12 +109,6 @@ class CohortBuilder:
     def positions(self, number: int) -> np.ndarray:
         """The clients of a round, in the order of its cohort."""
         return self._plan(number).positions
-
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """JAX's settings as they were when `cohorts` was called, in the thread that builds them."""
-        with jax.enable_x64(self._x64), jax.default_device(self._device):
-            yield
 
     def _plan(self, number: int) -> RoundPlan:
         """The clients of a round, in order, and which examples are in which batch."""
@@ -200,8 +197,11 @@ def _digest(ids: Sequence[Any]) -> str:
     """Which clients have which positions, in a few letters. Of very many, some are looked at."""
     chosen = np.linspace(0, len(ids) - 1, min(len(ids), _MOST_IDS), dtype=int).tolist()
     text = "\0".join(str(ids[position]) for position in chosen)
-    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-    return f"{ids[0]!s:.40} to {ids[-1]!s:.40}, SHA-256 {digest[:16]}"
+    return f"{ids[0]!s:.40} to {ids[-1]!s:.40}, {_sha256(text.encode('utf-8', 'backslashreplace'))}"
+
+
+def _sha256(content: bytes) -> str:
+    return f"SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _keys(key: jax.Array, number: jax.Array, positions: jax.Array) -> jax.Array:

@@ -147,7 +147,9 @@ def cohorts(
     examples = all_clients.make_resident(row_sharding, resident, clients, sampler)
     pools = [np.arange(count)] if examples is None else examples.pools
     choose = make_sampler(sampler, weights, clients, seed, pools)
-    builder = CohortBuilder(all_clients, sampler, choose, clients, seed, row_sharding, examples)
+    builder = CohortBuilder(
+        all_clients, sampler, weights, choose, clients, seed, row_sharding, examples
+    )
     return Cohorts(builder, start, prefetch)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,16 @@ def column_array(where: str, name: str, values: Any, how: str = PAD) -> np.ndarr
       values: its elements.
       how: how to pad elements of different shapes. It ends the message.
     """
+    if isinstance(values, np.ma.MaskedArray):
+        hidden = np.nonzero(np.ma.getmaskarray(values))[0]
+        check_nothing_missing(where, name, np.unique(hidden).tolist())
+        values = values.data
     if isinstance(values, np.ndarray) and not values.dtype.hasobject:
         return values
-    rows = [value if np.isscalar(value) else exact_array(value) for value in values]
+    rows = [
+        value if np.isscalar(value) or np.ma.is_masked(value) else exact_array(value)
+        for value in values
+    ]
     check_nothing_missing(where, name, [i for i, row in enumerate(rows) if _is_missing(row)])
     strings = [row for row in rows if isinstance(row, str | bytes)]
     if strings:
@@ -49,6 +56,11 @@ def column_array(where: str, name: str, values: Any, how: str = PAD) -> np.ndarr
     return exact_array(rows)
 
 
+def kept(value: Any) -> Any:
+    """A value that stays as it is, even if whoever made it writes the next one to its memory."""
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def check_nothing_missing(where: str, name: str, rows: Sequence[int]) -> None:
     """Checks that there are no rows without a value in a column."""
     if len(rows):
@@ -60,7 +72,9 @@ def check_nothing_missing(where: str, name: str, rows: Sequence[int]) -> None:
 
 
 def _is_missing(row: Any) -> bool:
-    """Whether an element stands for no value: None, NaN among objects, and pandas' NA and NaT."""
+    """Whether an element stands for no value: None, pandas' NA and NaT, and what a mask hides."""
+    if isinstance(row, np.ma.MaskedArray):
+        return True
     value = (
         row.item() if isinstance(row, np.ndarray) and row.dtype.hasobject and row.ndim == 0 else row
     )
@@ -79,21 +93,29 @@ def chosen(
             )
     if client is not None:
         _arguments.text(where, "client", client, "the name of a column", error=DataError)
-    if isinstance(features, str):
-        raise DataError(
-            f"{where}: features is {features!r}, expected a list of names, [{features!r}]."
-        )
-    for name in [*([] if client is None else [client]), *(features or ())]:
+    names = None if features is None else names_of(where, features)
+    for name in [*([] if client is None else [client]), *(names or ())]:
         if name not in columns:
             raise DataError(f"{where}: there is no column {name!r}. {did_you_mean(name, columns)}")
-    if features is not None and not features:
-        raise DataError(f"{where}: features is empty, expected the names of some columns.")
-    names = [name for name in columns if name != client] if features is None else list(features)
+    if names is None:
+        names = [name for name in columns if name != client]
     if not names:
         raise DataError(
             f"{where}: there is no column but {client!r}, so examples have no features."
         )
     return names
+
+
+def names_of(where: str, features: Any) -> list[str]:
+    """The names in the argument ``features``, which may be an iterator, an array or an index."""
+    text = isinstance(features, str)
+    names = list(features) if isinstance(features, Iterable) and not text else []
+    if not names or not all(isinstance(name, str) for name in names):
+        example = f", [{features!r}]" if text else ""
+        raise DataError(
+            f"{where}: features is {features!r:.80}, expected a list of names{example}."
+        )
+    return list(map(str, names))
 
 
 def owners(where: str, name: str, values: Any) -> tuple[list[str], list[np.ndarray]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fax import _arguments
 from fax._nearest import did_you_mean
-from fax.data._columns import column_array, owners
+from fax.data._columns import column_array, kept, owners
 from fax.data._lazy import Lazy
 from fax.data._protocol import ClientId, DataError, FederatedData
 
@@ -108,6 +108,6 @@ class FedScale(Lazy):
                     f"{self._where}: read returned {found} for {row}, expected {wanted}."
                 )
             for name, value in example.items():
-                columns.setdefault(name, []).append(value)
+                columns.setdefault(name, []).append(kept(value))
         how = "for example in read"
         return {name: column_array(self._where, name, x, how) for name, x in columns.items()}

@@ -13,6 +13,7 @@ import numpy as np
 from fax import _arguments
 from fax._extras import require
 from fax._nearest import did_you_mean
+from fax.data._columns import names_of
 from fax.data._lazy import Lazy
 from fax.data._protocol import ClientId, DataError, FederatedData
 
@@ -54,9 +55,7 @@ def from_hdf5(
     given = Path(path).absolute()
     if not given.is_file():
         raise FileNotFoundError(f"{where}: there is no file {given}")
-    if isinstance(features, str) or (features is not None and not list(features)):
-        raise DataError(f"{where}: features is {features!r}, expected a list of names.")
-    return HDF5(given, None if features is None else tuple(features))
+    return HDF5(given, None if features is None else tuple(names_of(where, features)))
 
 
 class HDF5(Lazy):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fax import _arguments
-from fax.data._columns import column_array, owners
+from fax.data._columns import column_array, kept, names_of, owners
 from fax.data._lazy import Lazy
 from fax.data._memory import InMemory
 from fax.data._protocol import ClientId, DataError, FederatedData
@@ -89,9 +89,7 @@ def from_grain(
 
 
 def _from_items(where: str, items: Any, client: Any, features: Any) -> FederatedData:
-    if isinstance(features, str) or not all(isinstance(name, str) for name in features):
-        raise DataError(f"{where}: features is {features!r:.80}, expected a list of names.")
-    features = tuple(features)
+    features = tuple(names_of(where, features))
     if isinstance(items, Mapping):
         if client is not None:
             raise DataError(
@@ -117,7 +115,8 @@ def _from_items(where: str, items: Any, client: Any, features: Any) -> Federated
         drop: str | None = client
     else:
         # As an array, the ids 1 and "1" of a list would be the same.
-        values, drop = client if isinstance(client, list | tuple) else np.asarray(client), None
+        whole = isinstance(client, list | tuple | np.ma.MaskedArray)
+        values, drop = client if whole else np.asarray(client), None
         shape = values.shape if isinstance(values, np.ndarray) else (len(values),)
         if shape != (len(dataset),):
             raise DataError(
@@ -188,10 +187,10 @@ def _fields(where: str, item: Any, features: tuple[str, ...]) -> dict[Any, Any]:
 
 
 def _value(where: str, name: Any, value: Any) -> Any:
-    if isinstance(value, str | bytes) or np.isscalar(value):
-        return value
+    if isinstance(value, str | bytes | np.ndarray) or np.isscalar(value):
+        return kept(value)
     try:
-        return np.asarray(value)
+        return np.array(value)
     except Exception as error:  # a tensor on another device, or one that needs gradients
         raise DataError(
             f"{where}: {name!r} of an item, {_arguments.of_type(value)}, cannot be made an array: "

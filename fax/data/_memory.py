@@ -23,8 +23,9 @@ class InMemory:
     """Federated data in memory, from a mapping of client ids to mappings of features to arrays.
 
     Everything is checked at once: each client has examples, its features have the same number of
-    rows, and all clients have the same features, dtypes and shapes. Arrays are not copied;
-    `client` returns read-only views of them. Clients are in the order of the mapping.
+    rows, and all clients have the same features, dtypes and shapes. Arrays are not copied, so do
+    not write to them afterwards; `client` returns read-only views of them. Clients are in the order
+    of the mapping.
 
     Args:
       clients: maps ids (strings, bytes or ints) to mappings from names to arrays with a common

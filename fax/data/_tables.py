@@ -9,7 +9,7 @@ import numpy as np
 
 from fax import _arguments
 from fax.data import partition
-from fax.data._columns import check_nothing_missing, chosen, column_array
+from fax.data._columns import check_nothing_missing, chosen, column_array, kept
 from fax.data._memory import InMemory
 from fax.data._protocol import DataError
 
@@ -114,7 +114,7 @@ def from_records(
                 f"{', '.join(different)}. All records need the same names."
             )
         for name, values in columns.items():
-            values.append(record[name])
+            values.append(kept(record[name]))
     if not columns:
         raise DataError(f"{where}: there are no records.")
     arrays = {name: column_array(where, name, values) for name, values in columns.items()}

@@ -42,13 +42,22 @@ def subset(data: FederatedData, ids: Iterable[ClientId]) -> FederatedData:
         ids = [ids]
     if not isinstance(ids, Iterable) or (hasattr(ids, "ndim") and ids.ndim == 0):
         raise DataError(f"{where}: ids is {_arguments.shown(ids)}, expected a list of client ids.")
-    ids, known = list(ids), set(data.client_ids())
-    if strange := [i for i in ids if not isinstance(i, Hashable) or i not in known]:
+    ids, own = list(ids), {i: i for i in data.client_ids()}
+    # True equals 1, but a list of bools is no list of positions.
+    if strange := [
+        i
+        for i in ids
+        if not isinstance(i, Hashable) or i not in own or _is_bool(i) != _is_bool(own[i])
+    ]:
         raise DataError(
             f"{where}: ids has {first_ids(strange)}, but data has no such clients. It has "
             f"{first_ids(data.client_ids())}."
         )
-    return Subset(where, data, ids)
+    return Subset(where, data, [own[i] for i in ids])
+
+
+def _is_bool(client_id: ClientId) -> bool:
+    return isinstance(client_id, bool | np.bool_)
 
 
 def slice(data: FederatedData, start: int | None = None, stop: int | None = None) -> FederatedData:

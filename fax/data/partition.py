@@ -2,8 +2,9 @@
 
 Each function takes a mapping from the names of features to arrays with a common leading axis, and
 gives every example to exactly one client. It returns a `fax.data.InMemory`, whose clients are
-slices of one copy of the arrays. Clients are named ``"00"``, ``"01"``, ... in order, with as many
-digits as are needed.
+slices of one copy of the arrays, or of the arrays themselves if the order of examples stays as it
+is. So do not write to the arrays afterwards. Clients are named ``"00"``, ``"01"``, ... in order,
+with as many digits as are needed.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Parts:
         else:
             complex_ = np.iscomplexobj(arrays[0])
             arrays = [x.astype(np.complex128 if complex_ else np.float64) for x in arrays]
-        return functools.reduce(np.add, arrays)
+        return functools.reduce(np.add, arrays)[()]
 
 
 def into_parts(x: jax.Array, most: int) -> Parts:

@@ -70,6 +70,7 @@ def fairness(
       0.805
     """
     where = "fax.metrics.fairness"
+    _arguments.unmasked(where, "values", values)
     array = np.asarray(values)
     if array.ndim != 1 or not array.size or not is_numeric(array.dtype) or array.dtype.kind == "c":
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from fax import _arguments
 from fax.data._aligned import aligned_zeros
 from fax.data._check_examples import check_federated
-from fax.data._client_reader import ClientReader
+from fax.data._client_reader import ClientReader, settings_here
 from fax.data._prefetch import Prefetch
 from fax.data._protocol import ClientId, DataError, Examples, FederatedData
 from fax.data._resident import fits
@@ -74,7 +74,7 @@ class Packing:
         self.ids = data.client_ids()
         if not len(self.ids):
             raise DataError(f"{where}: data has no clients.")
-        self.reader = ClientReader(data, self.ids[0])
+        self.reader, self._settings = ClientReader(data, self.ids[0]), settings_here()
         self._counts = np.array([data.num_examples(i) for i in self.ids], np.int64)
         for client_id, count in zip(self.ids, self._counts):
             if count < 1:
@@ -109,7 +109,14 @@ class Packing:
 
     def batches(self, check: Check) -> Iterator[PackedBatches]:
         """The batches of each round, on the devices."""
-        ahead = Prefetch(lambda number: self._read(number % self.rounds, check), 0, _AHEAD)
+
+        def read(number: int) -> PackedBatches:
+            if number >= self.rounds:  # the thread works ahead without knowing the end
+                return PackedBatches({}, None, None)
+            with self._settings():
+                return self._read(number, check)
+
+        ahead = Prefetch(read, 0, _AHEAD)
         try:
             for _ in range(self.rounds):
                 yield PackedBatches(*map(self._put, next(ahead)))

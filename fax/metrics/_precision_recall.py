@@ -57,7 +57,7 @@ class Detections(Statistic):
         of = whole[self.measure]
         share = xp.where(of == 0, 0.0, hits / xp.where(of == 0, 1, of))
         if self.average != "macro":
-            return share
+            return share[()]
         known = (predicted + actual) > 0
         count = known.sum(-1)
         mean = xp.where(known, share, 0).sum(-1) / xp.where(count == 0, 1, count)

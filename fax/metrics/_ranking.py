@@ -78,6 +78,8 @@ def average_precision(scores: Any, labels: Any) -> float:
 
 
 def _ranked(where: str, scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    _arguments.unmasked(where, "scores", scores)
+    _arguments.unmasked(where, "labels", labels)
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(

@@ -155,6 +155,13 @@ def _checked_metrics(where: str, data: FederatedData | Prepared, metrics: Metric
     for name, metric in metrics.items():
         form = {2: "metric(batch, scores), such as fax.metrics.Accuracy()"}
         _arguments.function(where, f"metric {name!r}", metric, form)
+        try:
+            hash(metric)
+        except TypeError as error:
+            raise ValueError(
+                f"{where}: metric {name!r} cannot be hashed, and so not be compiled once for all "
+                f"calls: {error}. Pass numbers of Python for its attributes, not arrays."
+            ) from error
     return tuple(metrics.items())
 
 

@@ -47,8 +47,8 @@ class Statistic:
         Raises:
           TypeError: if they differ in type or shapes.
         """
-        mine, others = (jax.tree.map(np.shape, x) for x in (self, other))
-        if type(self) is not type(other) or mine != others:
+        mine, others = ((jax.tree.structure(x), _shapes(x)) for x in (self, other))
+        if mine != others:
             raise TypeError(
                 f"cannot merge a {type(other).__name__} of shapes {_shapes(other)} with a "
                 f"{type(self).__name__} of shapes {_shapes(self)}. Merge statistics of the same "

@@ -68,7 +68,8 @@ def create(name: str, *, loss_length: float | None = None, **options: Any) -> Mo
         options["loss_length"] = loss_length
     _arguments.options(where, options, options_of(name))
     if loss_length is not None:
-        _arguments.number(where, "loss_length", loss_length, above=0)
+        length = _arguments.number(where, "loss_length", loss_length, above=0)
+        options["loss_length"] = float(length)
     for option, value in options.items():
         if option in ("num_classes", "num_tokens", "hidden", "depth", "channels"):
             options[option] = _arguments.count(where, option, value)

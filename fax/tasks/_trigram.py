@@ -19,6 +19,8 @@ from fax.data import FederatedData
 from fax.tasks._task import Task
 from fax.tasks._tokens import PAD
 
+_MOST_TOKENS = 512  # whose counts take a gigabyte
+
 
 def trigram_loss(task: Task) -> float:
     """The loss on the test data of a trigram model with back-off, a baseline for language models.
@@ -34,7 +36,8 @@ def trigram_loss(task: Task) -> float:
       The mean negative log-likelihood of a token, in nats.
 
     Raises:
-      ValueError: if it is no task, or its features are not sequences of tokens.
+      ValueError: if it is no task, its features are not sequences of tokens, or there are more than
+        512 different tokens.
 
     Example:
 
@@ -55,7 +58,14 @@ def trigram_loss(task: Task) -> float:
         )
     params = jax.eval_shape(task.model.init, jax.random.key(0))
     scores = jax.eval_shape(task.model.apply, params, {"x": np.zeros((1, 1), np.int32)})
-    return float(Trigram(task.train, scores.shape[-1]).loss(task.test))
+    tokens = scores.shape[-1]
+    if tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"fax.tasks.trigram_loss: task is {task.name!r} with {tokens} tokens, expected at most "
+            f"{_MOST_TOKENS}, since there is a number in memory for every three tokens. Choose a "
+            "task of characters, or of a smaller vocabulary."
+        )
+    return float(Trigram(task.train, tokens).loss(task.test))
 
 
 class Trigram:
