@@ -208,6 +208,9 @@ class Elastic:
                 "outer optimizer, or learners have already joined. Set it first."
             )
         self._state = ElasticState(*state[:2], int(state.merges))
+        # Of learners that have left: what they had sent was for other parameters.
+        self._updates.clear()
+        self._window = "closed"
 
     @property
     def learners(self) -> frozenset[Hashable]:
