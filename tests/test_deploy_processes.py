@@ -447,6 +447,10 @@ def test_what_clients_hold_is_in_dtypes_of_jax():
     link = Link(map(runtime.encode, requests))
     runtime.serve(link, clients)
     assert [answer["result"][0][2] for answer in link.answers] == ["float32", "float64"]
+    link = Link(map(runtime.encode, requests))
+    runtime.serve(link, runtime.Clients({frozenset(): {"x": np.ones(3)}}))
+    says = {"number": 1, "error": "TypeError: a message cannot hold a frozenset"}
+    assert link.answers == [says, says]  # and it goes on
     with pytest.raises(runtime.RefusedError, match="'x' of the client 'ann' is <U6, expected num"):
         runtime.Clients({"ann": {"x": np.array(["secret"])}}).do_about()
     with pytest.raises(TypeError, match=r"not a dict of dicts, expected {client: {name: array}}"):

@@ -381,11 +381,11 @@ def serve(link: Any, clients: Clients) -> None:
             if request["do"] == "stop":
                 return
             with jax.enable_x64(bool(request.get("x64", jax.config.jax_enable_x64))):
-                answer = {"number": number, "result": clients.answer(request)}
+                answer = encode({"number": number, "result": clients.answer(request)})
         except Exception as error:
-            answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
+            answer = encode({"number": number, "error": f"{type(error).__name__}: {error}"})
         try:
-            link.send_bytes(encode(answer))
+            link.send_bytes(answer)
         except OSError:  # the server is gone
             return
 
