@@ -208,9 +208,7 @@ class Elastic:
                 "outer optimizer, or learners have already joined. Set it first."
             )
         self._state = ElasticState(*state[:2], int(state.merges))
-        # Of learners that have left: what they had sent was for other parameters.
-        self._updates.clear()
-        self._window = "closed"
+        self._updates.clear()  # of learners that have left, and for other parameters
 
     @property
     def learners(self) -> frozenset[Hashable]:
