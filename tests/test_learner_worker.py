@@ -9,7 +9,7 @@ import pytest
 from processes import sends_at_once
 
 from fax.deploy import _client as runtime
-from fax.deploy import _flower_worker, _learner_worker
+from fax.deploy import _learner_worker
 from fax.deploy._learner_process import _Connection, serve
 
 
@@ -162,12 +162,12 @@ def test_strangers_at_the_port_of_a_worker(monkeypatch):
 
     with connection.Listener(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.address), pytest.raises(BlockingIOError):
-            _flower_worker.accepted(listener, key)
+            runtime.accepted(listener, key)
         thread = threading.Thread(target=speak)
         thread.start()
         with pytest.raises(AuthenticationError):
-            _flower_worker.accepted(listener, key)
-        with _flower_worker.accepted(listener, key) as link:
+            runtime.accepted(listener, key)
+        with runtime.accepted(listener, key) as link:
             assert link.recv_bytes() == b"slow"
             assert sends_at_once(link)
         thread.join()

@@ -367,6 +367,25 @@ def without_delay(link: Any) -> None:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def accepted(listener: connection.Listener, key: bytes) -> Any:
+    """The next connection. Whoever does not prove to know the key soon is sent away.
+
+    Raises:
+      AuthenticationError, OSError, EOFError: if the key is wrong, or did not come in time.
+    """
+    link = listener.accept()
+    try:
+        without_delay(link)
+        limit(link, 5.0)
+        connection.deliver_challenge(link, key)
+        connection.answer_challenge(link, key)
+        limit(link, 0)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
 def serve(link: Any, clients: Clients) -> None:
     """Answers requests until the server stops, is gone, or sends a message that is too large."""
     while True:

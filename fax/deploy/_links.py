@@ -26,7 +26,6 @@ import jax
 
 from fax.deploy import _client as runtime
 from fax.deploy._backend import ClientError
-from fax.deploy._flower_worker import accepted
 
 _FOLDER = pathlib.Path(runtime.__file__).parent
 # Before a message is its size, in the format of multiprocessing.connection: a short one, or -1 and
@@ -324,7 +323,7 @@ def _accept(
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         try:
-            return accepted(listener, key)
+            return runtime.accepted(listener, key)
         except TimeoutError:  # nobody has connected
             ended = [p.returncode for p in started if p.poll() is not None]
             if any(ended):
