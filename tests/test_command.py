@@ -208,6 +208,18 @@ def test_a_folder_that_is_a_file(small, capsys):
         (["run", "digits", "--set", "rate"], "'rate' is not of the form KEY=VALUE"),
         (["run", "digits", "--set", "client.rat=1"], "digits: there is no key client.rat for sgd."),
         (["run", "digits", "--algorithm", "scafold"], "Did you mean 'scaffold'?"),
+        (
+            [
+                "run",
+                "digits",
+                "--algorithm",
+                "scaffold",
+                "--set",
+                "algorithm=fedprox",
+                "algorithm.mu=1",
+            ],
+            "--algorithm scaffold and --set algorithm=fedprox are both given",
+        ),
         (["list", "algorithm"], "there is no list 'algorithm'. Did you mean 'algorithms'?"),
         (["resume", "nowhere"], "nowhere is not the folder of a run: it has no config.toml."),
         (

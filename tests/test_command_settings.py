@@ -76,18 +76,22 @@ def test_a_sweep_finds_what_single_runs_find(small, capsys):
 
 
 def test_a_sweep_chooses_the_smallest_error_and_shows_all_results(capsys, tmp_path):
-    rows = [({"client.rate": x}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)]
+    fixed = {"cohorts.drop_remainder": True}
+    rows = [
+        ({"client.rate": x, **fixed}, {"test/mae": x, "test/auc": 1, "clip": 1}) for x in (0.3, 0.1)
+    ]
     options = {"algorithm": "fedprox", "aggregator": None, "seed": 3, "rounds": 2}
     settings = ["algorithm.mu=.1", "client.rate=9", "task.model=two words"]
     arguments = argparse.Namespace(by="test/mae", source="my own.toml", set=settings, **options)
     _command_sweep._show(arguments, tmp_path, rows)
     text = capsys.readouterr().out
-    assert text.split()[:4] == ["client.rate", "test/mae", "test/auc", "0.3"]
+    assert text.split()[:4] == ["client.rate", "cohorts.drop_remainder", "test/mae", "test/auc"]
     (last,) = [line for line in text.splitlines() if line.startswith("Best by test/mae")]
     words = shlex.split(last.partition("To train with it: ")[2])
     assert words[:3] == ["fax", "run", "my own.toml"]
     assert words[3:8] == ["--algorithm", "fedprox", "--seed", "3", "--set"]
-    assert words[8:] == ["algorithm.mu=.1", "task.model=two words", "client.rate=0.1"]
+    best = ["client.rate=0.1", "cohorts.drop_remainder=true"]  # as --set takes them
+    assert words[8:] == ["algorithm.mu=.1", "task.model=two words", *best]
     assert f"Figure: {tmp_path / 'sweep.png'}" in text
     assert is_figure(tmp_path / "sweep.png")
 
@@ -174,6 +178,12 @@ def test_configurations_survive_a_file():
         config = _config.configure(tables)
         written = _toml.dumps(config.to_dict())
         assert _config.configure(tomllib.loads(written)) == config
+    # A configuration does not change with the dict that it was made of.
+    private = {"name": "gaussian", **OPTIONS["gaussian"]}
+    tables = {"task": "digits", "aggregator": private, "budget": {"epsilon": 1.0, "delta": 1e-5}}
+    config = _config.configure(tables)
+    tables["budget"]["epsilon"] = 2.0
+    assert config.budget["epsilon"] == 1.0
 
 
 def test_every_task_algorithm_and_aggregator_can_be_configured():

@@ -205,6 +205,13 @@ def test_names_that_no_leaf_has():
     with pytest.raises(deploy.CutError, match=r"'batches'.*pass held=\(\)"):
         deploy.cut(squares, 1.0, ROWS)  # or the server would send all rows
     assert not deploy.cut(squares, 1.0, ROWS, held=()).audit().inputs
+    with pytest.raises(ValueError, match=r"held is 'x', expected a list of names"):
+        deploy.cut(squares, 1.0, ROWS, held="x")
+
+
+def test_names_may_be_an_iterator():
+    plan = deploy.cut(lambda r: [r["x"], r["y"]], {"x": HALF, "y": HALF}, held=iter(["y", "x"]))
+    assert plan.audit().inputs == ("[0]['x']", "[0]['y']")
 
 
 def test_examples_on_the_server():

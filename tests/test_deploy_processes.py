@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -364,10 +365,25 @@ def test_a_client_that_answers_anything(data, message):
     assert message in str(failed[3])
 
 
-def test_others_that_connect():
-    found = [multiprocessing.AuthenticationError(), EOFError(), ConnectionResetError(), "line"]
-    listener = unittest.mock.Mock(accept=unittest.mock.Mock(side_effect=found))
-    assert _links._accept(listener, [], 10.0) == "line"
+def test_others_that_connect(monkeypatch):
+    """Nobody waits for one who says nothing, and those without the key are sent away."""
+    own = runtime.limit
+    monkeypatch.setattr(runtime, "limit", lambda link, seconds: own(link, seconds and 0.2))
+
+    def speak():
+        with pytest.raises(multiprocessing.AuthenticationError):
+            multiprocessing.connection.Client(listener.address, authkey=b"another")
+        with multiprocessing.connection.Client(listener.address, authkey=b"key") as line:
+            line.send_bytes(b"hello")
+
+    with multiprocessing.connection.Listener(("127.0.0.1", 0)) as listener:
+        socket.create_connection(listener.address).close()
+        with socket.create_connection(listener.address):
+            thread = threading.Thread(target=speak)
+            thread.start()
+            with _links._accept(listener, b"key", [], 10.0) as line:
+                assert line.recv_bytes() == b"hello"
+        thread.join()
 
 
 @pytest.mark.parametrize("module", [runtime, _learner_process], ids=["client", "learner"])
@@ -447,6 +463,10 @@ def test_what_clients_hold_is_in_dtypes_of_jax():
     link = Link(map(runtime.encode, requests))
     runtime.serve(link, clients)
     assert [answer["result"][0][2] for answer in link.answers] == ["float32", "float64"]
+    link = Link(map(runtime.encode, requests))
+    runtime.serve(link, runtime.Clients({frozenset(): {"x": np.ones(3)}}))
+    says = {"number": 1, "error": "TypeError: a message cannot hold a frozenset"}
+    assert link.answers == [says, says]  # and it goes on
     with pytest.raises(runtime.RefusedError, match="'x' of the client 'ann' is <U6, expected num"):
         runtime.Clients({"ann": {"x": np.array(["secret"])}}).do_about()
     with pytest.raises(TypeError, match=r"not a dict of dicts, expected {client: {name: array}}"):

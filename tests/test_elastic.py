@@ -449,6 +449,13 @@ def test_a_server_continues_from_its_state():
     second.state = jax.tree.map(np.asarray, first.state)
     np.testing.assert_array_equal(train(second, range(2, 4)).params, whole.params)
     assert second.state.merges == 4
+    # What learners sent that have left since was for other parameters.
+    third = deploy.Elastic(np.zeros(2), steps=2, quorum=2)
+    train(third, range(1))
+    third.left("ann")
+    third.state = new().state
+    third.joined("bob")
+    assert third.received("bob", update(0, 1.0)) == []
     with pytest.raises(ValueError, match="state is not that of a server with the same parameters"):
         second.state = first.state
     with pytest.raises(ValueError, match="state is not that of a server with the same parameters"):

@@ -1,12 +1,15 @@
 """Learners in processes: they come, are killed, hang, and come back, and training goes on."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
+import types
 from multiprocessing import connection
 
 import numpy as np
@@ -118,6 +121,22 @@ def test_learners_train_together_and_one_is_killed(make):
         with pytest.raises(multiprocessing.AuthenticationError):
             connection.Client(learners._address, authkey=b"a guess")
         assert set(more(learners, server, 5).tokens) == {0}
+
+
+def test_learners_that_are_started_later_import_from_the_same_folder(monkeypatch, tmp_path):
+    folders = []
+
+    def popen(command, *, cwd=None, **how):
+        folders.append(os.path.abspath(cwd or "."))
+        return types.SimpleNamespace(
+            stdin=io.StringIO(), pid=0, poll=lambda: 1, wait=lambda *_: 1, kill=lambda: None
+        )
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with deploy.Learners(1, "learner.py:learner") as learners:
+        monkeypatch.chdir(tmp_path)
+        learners.start(0)
+    assert folders[1] == folders[0] != str(tmp_path)
 
 
 @pytest.mark.long

@@ -243,6 +243,17 @@ def test_runs_are_compared(tmp_path):
     headers = [experiment.compare(own).table.splitlines()[0].split() for own in pairs]
     assert headers == [["run", "rate", "rounds", "loss"], ["run", "seed", "rounds", "loss"]]
 
+    # A setting may have the name of a metric.
+    both = [
+        write_run(tmp_path / name, {"bits": curve([8])}, settings=f"bits = {bits}\n")
+        for name, bits in (("h", 4), ("i", 2))
+    ]
+    assert experiment.compare(both).table.splitlines() == [
+        "run  bits  rounds  bits",
+        "h       4       1     8",
+        "i       2       1     8",
+    ]
+
     twice = [folders[0], tmp_path / "d" / ".." / "a"]
     with pytest.raises(ValueError, match=r"compare: folders has '.*a' twice"):
         experiment.compare(twice)

@@ -200,6 +200,22 @@ def test_nan_goes_back_to_a_checkpoint(tmp_path):
     assert train(None, data=BROKEN, seed=SEED, on_nan="ignore").history[3]["round"] == 4
 
 
+def test_callbacks_go_back_to_the_start_of_a_run(tmp_path):
+    class Last:
+        state = None
+
+        def after_round(self, run):
+            self.state = run.round
+
+    average, last = experiment.EMA(0.5), Last()
+    often = {"log": 5, "checkpoint": 5, "evaluate": 5}
+    options = dict(every=often, rounds=5, callbacks=[average, last])
+    with pytest.warns(UserWarning, match="'client 5'.* continues with the state after round 0"):
+        train(tmp_path / "run", data=BROKEN, seed=SEED, on_nan="restore", **options)
+    np.testing.assert_array_equal(average.state["w"], PARAMS["w"])
+    assert last.state is None
+
+
 def test_what_cannot_go_back(tmp_path):
     with pytest.raises(ValueError, match="on_nan='restore' needs folder="):
         train(None, on_nan="restore")

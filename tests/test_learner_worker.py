@@ -9,8 +9,8 @@ import pytest
 from processes import sends_at_once
 
 from fax.deploy import _client as runtime
-from fax.deploy import _flower_worker, _learner_worker
-from fax.deploy._learner_process import serve
+from fax.deploy import _learner_worker
+from fax.deploy._learner_process import _Connection, serve
 
 
 class Counter:
@@ -54,6 +54,19 @@ def talk():
     say("last", 0, "stop")
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_errors_of_the_data_are_not_the_end_of_the_connection():
+    class Broken(Counter):
+        def advance(self):
+            raise ConnectionError("the data's server is gone")
+
+    own, other = connection.Pipe()
+    other.send_bytes(runtime.encode({"do": "start"}))
+    with pytest.raises(ConnectionError, match="the data's server"):
+        serve(_Connection(own), Broken())
+    other.close()
+    serve(_Connection(own), Counter())  # the server is gone
 
 
 def answer(*messages, waiting=True, ended=False):
@@ -149,12 +162,12 @@ def test_strangers_at_the_port_of_a_worker(monkeypatch):
 
     with connection.Listener(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.address), pytest.raises(BlockingIOError):
-            _flower_worker.accepted(listener, key)
+            runtime.accepted(listener, key)
         thread = threading.Thread(target=speak)
         thread.start()
         with pytest.raises(AuthenticationError):
-            _flower_worker.accepted(listener, key)
-        with _flower_worker.accepted(listener, key) as link:
+            runtime.accepted(listener, key)
+        with runtime.accepted(listener, key) as link:
             assert link.recv_bytes() == b"slow"
             assert sends_at_once(link)
         thread.join()

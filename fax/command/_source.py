@@ -62,8 +62,9 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     for key in ("algorithm", "aggregator"):
         if (name := getattr(args, key)) is not None:
             own = changes.get(key, {})
-            if isinstance(own, str):
-                raise ValueError(f"--{key} {name} and --set {key}={own} are both given.")
+            if not isinstance(own, dict) or "name" in own:
+                other = own["name"] if isinstance(own, dict) else own
+                raise ValueError(f"--{key} {name} and --set {key}={other} are both given.")
             changes[key] = {"name": name, **own}
     return changes
 

@@ -181,8 +181,13 @@ def _show(
         return 0
     # With more rounds than a sweep, as a rule.
     changes = [text for text in args.set if assignment(text)[0] not in best[0]]
-    changes += [f"{key}={value}" for key, value in best[0].items()]
+    changes += [f"{key}={_as_given(value)}" for key, value in best[0].items()]
     names = [name for name in ("algorithm", "aggregator", "seed") if name not in best[0]]
     again = f"fax run {shlex.quote(args.source)}{_run.again(args, changes, names)}"
     print(f"Best by {args.by}, marked *. To train with it: {again}")
     return 0
+
+
+def _as_given(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -367,6 +367,25 @@ def without_delay(link: Any) -> None:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def accepted(listener: connection.Listener, key: bytes) -> Any:
+    """The next connection. Whoever does not prove to know the key soon is sent away.
+
+    Raises:
+      AuthenticationError, OSError, EOFError: if the key is wrong, or did not come in time.
+    """
+    link = listener.accept()
+    try:
+        without_delay(link)
+        limit(link, 5.0)
+        connection.deliver_challenge(link, key)
+        connection.answer_challenge(link, key)
+        limit(link, 0)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
 def serve(link: Any, clients: Clients) -> None:
     """Answers requests until the server stops, is gone, or sends a message that is too large."""
     while True:
@@ -381,11 +400,11 @@ def serve(link: Any, clients: Clients) -> None:
             if request["do"] == "stop":
                 return
             with jax.enable_x64(bool(request.get("x64", jax.config.jax_enable_x64))):
-                answer = {"number": number, "result": clients.answer(request)}
+                answer = encode({"number": number, "result": clients.answer(request)})
         except Exception as error:
-            answer = {"number": number, "error": f"{type(error).__name__}: {error}"}
+            answer = encode({"number": number, "error": f"{type(error).__name__}: {error}"})
         try:
-            link.send_bytes(encode(answer))
+            link.send_bytes(answer)
         except OSError:  # the server is gone
             return
 

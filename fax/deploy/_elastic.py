@@ -208,6 +208,7 @@ class Elastic:
                 "outer optimizer, or learners have already joined. Set it first."
             )
         self._state = ElasticState(*state[:2], int(state.merges))
+        self._updates.clear()  # of learners that have left, and for other parameters
 
     @property
     def learners(self) -> frozenset[Hashable]:

@@ -45,7 +45,7 @@ def main() -> None:
         out.close()
         while True:
             try:
-                with accepted(listener, key) as link, watch:
+                with runtime.accepted(listener, key) as link, watch:
                     answer(link, clients, is_new)
                     is_new = False
             except (AuthenticationError, OSError, EOFError):
@@ -65,25 +65,6 @@ def _clients(
     if identities is not None:
         identities = runtime.load(identities, options["config"])
     return secure.SecureClients(data, plan, folder, threshold=threshold, identities=identities)
-
-
-def accepted(listener: connection.Listener, key: bytes) -> Any:
-    """The next connection. Whoever does not prove to know the key soon is sent away.
-
-    Raises:
-      AuthenticationError, OSError, EOFError: if the key is wrong, or did not come in time.
-    """
-    link = listener.accept()
-    try:
-        runtime.without_delay(link)
-        runtime.limit(link, 5.0)
-        connection.deliver_challenge(link, key)
-        connection.answer_challenge(link, key)
-        runtime.limit(link, 0)
-    except BaseException:
-        link.close()
-        raise
-    return link
 
 
 def answer(link: Any, clients: runtime.Clients, is_new: bool) -> None:

@@ -9,10 +9,12 @@ gone or asks it to.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from multiprocessing import connection
 from typing import Any, Protocol
 
@@ -21,8 +23,12 @@ from fax.deploy import _client as runtime
 from fax.deploy._learner import Learner
 
 
+class LineEndedError(Exception):
+    """The connection to the server has ended. It is not an error of the learner's own code."""
+
+
 class Line(Protocol):
-    """A learner's connection to its server. An EOFError or ConnectionError says that it ended."""
+    """A learner's connection to its server. A LineEndedError says that it ended."""
 
     def poll(self) -> bool:
         """Whether a message is there."""
@@ -51,7 +57,7 @@ def make(name: str, argument: Any) -> Learner:
 
 def serve(line: Line, learner: Learner) -> None:
     """Trains until the server stops the learner or is gone."""
-    try:
+    with contextlib.suppress(LineEndedError):
         while True:
             while line.poll() or learner.waiting:
                 message = line.receive()
@@ -65,8 +71,6 @@ def serve(line: Line, learner: Learner) -> None:
             if updates := learner.advance():
                 messages = [{"do": "update", "with": update} for update in updates]
                 line.send(messages, learner.waiting)
-    except (EOFError, ConnectionError):
-        return
 
 
 class _Connection:
@@ -76,14 +80,25 @@ class _Connection:
         self._link = link
 
     def poll(self) -> bool:
-        return self._link.poll()
+        with _until_it_ends():
+            return self._link.poll()
 
     def receive(self) -> dict[str, Any]:
-        return runtime.decode(self._link.recv_bytes(runtime.LARGEST))
+        with _until_it_ends():
+            return runtime.decode(self._link.recv_bytes(runtime.LARGEST))
 
     def send(self, messages: list[dict[str, Any]], waiting: bool) -> None:
-        for message in messages:
-            self._link.send_bytes(runtime.encode(message))
+        with _until_it_ends():
+            for message in messages:
+                self._link.send_bytes(runtime.encode(message))
+
+
+@contextlib.contextmanager
+def _until_it_ends() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise LineEndedError from error
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from fax.deploy import _client as runtime
-from fax.deploy._flower_worker import FORMAT, Watch, accepted
+from fax.deploy._flower_worker import FORMAT, Watch
 from fax.deploy._learner_process import make, serve
 
 
@@ -127,7 +127,7 @@ def _accept(listener: Any, key: bytes, mailbox: Mailbox, watch: Watch) -> None:
     ended = False
     while not ended:
         try:
-            with accepted(listener, key) as link, watch:
+            with runtime.accepted(listener, key) as link, watch:
                 found = _answered(mailbox, link.recv_bytes())
                 for part in runtime.parts(found):
                     link.send_bytes(part)

@@ -78,6 +78,7 @@ class Learners(ConnectedLearners):
         _arguments.number(_WHERE, "timeout", timeout, above=0)
         super().__init__(grace, timeout)
         self._make = make
+        self._folder = os.getcwd()  # from where all of them import, also those started later
         self._key = secrets.token_hex(32)
         # Whoever connects has to prove in `_read` that it knows the key, so nobody waits for that.
         self._listener = connection.Listener(("127.0.0.1", 0))
@@ -112,6 +113,7 @@ class Learners(ConnectedLearners):
             [*command, "--make", self._make, "--number", str(learner)],
             stdin=subprocess.PIPE,
             env=os.environ | {"JAX_ENABLE_X64": x64},
+            cwd=self._folder,
             text=True,
         )
         self._processes[Name(learner, starts)] = process

@@ -269,7 +269,7 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
     file = str(_FOLDER / ("_secure_client.py" if "--secure" in options else "_client.py"))
     started: dict[int, subprocess.Popen] = {}
     lines: dict[int, Any] = {}
-    with connection.Listener(("127.0.0.1", 0), authkey=key.encode()) as listener:
+    with connection.Listener(("127.0.0.1", 0)) as listener:
         host, port = listener.address
         # The listener has no timeout of its own.
         listener._listener._socket.settimeout(0.5)  # type: ignore[attr-defined]
@@ -287,8 +287,7 @@ def start(numbers: Iterable[int], options: Sequence[str], timeout: float) -> lis
                 process.stdin.write(f"{key}\n")
                 process.stdin.close()
             for _ in started:
-                line = _accept(listener, list(started.values()), timeout)
-                runtime.without_delay(line)
+                line = _accept(listener, key.encode(), list(started.values()), timeout)
                 # In case the process stops within its first message.
                 runtime.limit(line, timeout)
                 lines[runtime.decode(line.recv_bytes())["number"]] = line
@@ -316,19 +315,22 @@ def stop(links: Iterable[Link], seconds: float = 5.0) -> None:
 
 
 def _accept(
-    listener: connection.Listener, started: Sequence[subprocess.Popen], timeout: float
+    listener: connection.Listener,
+    key: bytes,
+    started: Sequence[subprocess.Popen],
+    timeout: float,
 ) -> Any:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         try:
-            return listener.accept()
-        except (multiprocessing.AuthenticationError, EOFError, ConnectionError):
-            continue  # it was not one of the processes
-        except TimeoutError:
+            return runtime.accepted(listener, key)
+        except TimeoutError:  # nobody has connected
             ended = [p.returncode for p in started if p.poll() is not None]
             if any(ended):
                 raise ClientError(
                     f"A client's process ended at its start, with status {ended[0]}; its error is "
                     "above."
                 ) from None
+        except (multiprocessing.AuthenticationError, EOFError, OSError):
+            continue  # it was not one of the processes
     raise ClientError(f"A client's process did not start within {timeout:g} seconds.")

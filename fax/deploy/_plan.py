@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,7 @@ def cut(
       >>> float(plan.run(fax.deploy.InProcess(), words))
       2.0
     """
+    held, ragged = _names("held", held), _names("ragged", ragged)
     paths, tree = jax.tree_util.tree_flatten_with_path(args)
     _refuse_resident(args)
     where = [_is_named(path, held) for path, _ in paths]
@@ -294,6 +295,15 @@ def _ragged_type(path: Any, x: Any, held: Collection[str], steps: Any) -> jax.Sh
             f"axis 1. Its shape is {x.shape}."
         )
     return jax.ShapeDtypeStruct((x.shape[0], *steps, *x.shape[2:]), x.dtype)
+
+
+def _names(argument: str, names: Collection[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(
+            f"fax.deploy.cut: {argument} is {names!r:.80}, expected a list of names, as in "
+            f"{argument}=['batches', 'mask']."
+        )
+    return tuple(names)
 
 
 def _check_names(argument: str, held: Collection[str], paths: Sequence[Any]) -> None:

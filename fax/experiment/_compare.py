@@ -114,15 +114,20 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def _table(runs: Mapping[str, Curves], settings: Mapping[str, Sequence[str]]) -> str:
     """A line for each run, with a star at the best value of each metric."""
     rounds = [max((own[0][-1] for own in curves.values()), default=0) for curves in runs.values()]
-    columns = {"run": list(runs), **settings, "rounds": [str(own) for own in rounds]}
+    # Pairs, because a setting and a metric may have the same name, such as "bits".
+    columns = [
+        ("run", list(runs)),
+        *((name, own) for name, own in settings.items() if name != "rounds"),
+        ("rounds", [str(own) for own in rounds]),
+    ]
     names = dict.fromkeys(name for curves in runs.values() for name in curves)
     kinds = _shown.kinds(names)
     for name in names:
         kind = _shown.kind_of(name)
         if kind in kinds or name in ("bits", "epsilon"):
             last = [own[name][1][-1] if name in own else np.nan for own in runs.values()]
-            columns[name] = _starred(last, _shown.best(kind))
-    rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+            columns.append((name, _starred(last, _shown.best(kind))))
+    rows = list(zip(*([name, *cells] for name, cells in columns), strict=True))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first, *others = widths
     return "\n".join(

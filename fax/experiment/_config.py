@@ -160,6 +160,7 @@ def configure(
     budget = None if tables.get("budget", NONE) == NONE else tables["budget"]
     if budget is not None:
         _check_budget(where, budget, aggregator)
+        budget = dict(budget)
     mesh = tables.get("mesh", {})
     if not isinstance(mesh, Mapping):
         raise ValueError(f"{where}: mesh is {_arguments.shown(mesh)}, expected a table.")

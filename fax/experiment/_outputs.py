@@ -111,8 +111,6 @@ class Outputs:
                 f"fax.experiment.run: folder={os.fspath(folder)!r} has metrics of a run, but no "
                 "checkpoint to continue it from. Choose another folder, or remove this one."
             )
-        else:
-            self.save(wait=True)
         if self._first:
             replace(config, text)  # only now, since a run that is refused changes nothing
             self._table = Table(folder / _folder.METRICS)

@@ -203,15 +203,17 @@ def contents(run: Run) -> tuple[list[Any], dict[str, Any]]:
         )
     callbacks = []
     for number, callback in enumerate(run.callbacks):
-        state = getattr(callback, "state", None)
         record: dict[str, Any] = {"name": type(callback).__name__}
+        callbacks.append(record)
+        if not hasattr(callback, "state"):
+            continue
+        state = callback.state
         if _is_json(state):
             record["value"] = copy.deepcopy(state)  # it may change while this is written
         else:
             own, more = _arrays_of(callback, state, number)
             record["leaves"] = [len(leaves), len(leaves) + len(own)]
             leaves, arrays = leaves + own, arrays + more
-        callbacks.append(record)
     facts = {
         "round": run.round,
         "cohort": run.cohorts.round,
@@ -244,9 +246,9 @@ def put_back(run: Run, saved: Saved) -> None:
             log.info("the callback %s is new, and starts here", type(callback).__name__)
             continue
         left.remove(own)
-        if "value" not in own:
+        if "leaves" in own:
             callback.state = _of_callback(run, callback, saved, *own["leaves"])
-        elif own["value"] is not None:
+        elif "value" in own:
             callback.state = own["value"]
     for record in left:
         log.info("the callback %s is not there any more", record["name"])

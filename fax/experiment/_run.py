@@ -182,6 +182,7 @@ def run(
     outputs = Outputs(current, times, writers, config or {}, force)
     with Interruption() as interruption, outputs:
         current.reason = _reason(current, callbacks, "start")
+        outputs.save(wait=True)  # of a new run, with the callbacks as they have started
         bar = outputs.progress() if progress else []
         while current.round < rounds and not current.reason:
             before = current.round
