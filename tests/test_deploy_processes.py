@@ -198,6 +198,20 @@ def test_several_threads_run_plans(backend, monkeypatch):
             np.testing.assert_allclose(found, np.mean(np.sum((scale * x) ** 2, axis=1)))
 
 
+def test_rows_are_freed_once_although_a_thread_sends_what_is_freed_meanwhile(backend):
+    backend._free_now()
+    sent = []
+
+    def rows():
+        yield 0, "a"
+        sent.extend(backend._take_freed())  # as the other thread does, at this moment
+        yield 0, "b"
+
+    backend.free(rows())
+    sent += backend._take_freed()
+    assert sent == [(0, "a"), (0, "b")]
+
+
 def test_the_server_does_not_delay_messages(backend):
     assert all(map(sends_at_once, backend._links))
 

@@ -117,7 +117,7 @@ class Flower(Hosts):
 
     def _ask(self, do: str, requests: Mapping[int, Mapping[str, Any]], read: Read) -> None:
         with self._lock:
-            freed, self._freed = self._freed, []
+            freed = self._take_freed()
             for row in freed:
                 self._put.pop(row, None)
             parts = self._by_host([client for client, _ in freed])
@@ -126,7 +126,7 @@ class Flower(Hosts):
                 self._exchange(do, requests, frees, read)
             finally:
                 for own in frees.values():  # what no client has confirmed to have freed
-                    self._freed += own
+                    self._freed.extend(own)
 
     def _exchange(
         self,

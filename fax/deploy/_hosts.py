@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import contextlib
 import itertools
 import operator
@@ -71,7 +72,7 @@ class Hosts(abc.ABC):
         self._slots = (f"{name}.{i}" for i in itertools.count())
         self._home: dict[Hashable, int] = {}
         self._about: dict[int, list[tuple[Hashable, str, str, tuple[int, ...]]]] = {}
-        self._freed: list[tuple[Hashable, str]] = []
+        self._freed: collections.deque[tuple[Hashable, str]] = collections.deque()
         self._saved: dict[str, str] | None = None  # stages by what they compute
         if plan is not None:
             stages = runtime.read_plan(pathlib.Path(plan))["stages"]
@@ -162,7 +163,11 @@ class Hosts(abc.ABC):
         return [found[i] for i in range(len(rows))]
 
     def free(self, rows: Iterable[tuple[Hashable, str]]) -> None:
-        self._freed += rows  # later, because this may be called at any moment
+        self._freed.extend(rows)  # later, because this may be called at any moment
+
+    def _take_freed(self) -> list[tuple[Hashable, str]]:
+        """What was freed since the last call. Other threads may free more meanwhile."""
+        return [self._freed.popleft() for _ in range(len(self._freed))]
 
     def _look(self, hosts: Iterable[int]) -> None:
         """Finds out what the clients of some hosts have loaded."""

@@ -142,7 +142,7 @@ class Processes(Hosts):
         )
 
     def _free_now(self) -> None:
-        freed, self._freed = self._freed, []
+        freed = self._take_freed()
         for process, own in self._by_host([client for client, _ in freed]).items():
             with contextlib.suppress(LinkError):  # then it holds nothing any more
                 self._links[process].send("free", rows=[list(freed[i]) for i in own])
