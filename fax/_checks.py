@@ -15,7 +15,7 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax._placement import Placement, PlacementError
 from fax.primitives._round import CONVOLUTIONS, AtMost, Vectorize
 from fax.sharding._types import as_placed
@@ -129,7 +129,7 @@ def function(caller: str, value: Any) -> None:
 
 def note_arguments(fn: Any, args: Sequence[Any], here: Placement, error: TypeError) -> None:
     """Adds a note to the error of a mapped function that takes another number of arguments."""
-    if _arguments.takes(fn, len(args)):
+    if _functions.takes(fn, len(args)):
         return
     fix = ""
     if len(args) == 1 and isinstance(args[0], tuple):

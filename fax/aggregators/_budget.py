@@ -90,8 +90,8 @@ class Budget:
         record: Mapping[str, int] | None = None,
     ) -> None:
         caller = "fax.aggregators.Budget"
-        self.limit = float(_arguments.number(caller, "epsilon", epsilon, above=0))
-        self.delta = float(_arguments.number(caller, "delta", delta, above=0, below=1))
+        self.limit: float = float(_arguments.number(caller, "epsilon", epsilon, above=0))
+        self.delta: float = float(_arguments.number(caller, "delta", delta, above=0, below=1))
         if not isinstance(record, Mapping | None):
             raise ValueError(
                 f"{caller}: record is {_arguments.shown(record)}, expected the record of an "

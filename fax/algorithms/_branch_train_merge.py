@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.aggregators import PerClient
 from fax.algorithms._averaging import next_model_state
 from fax.algorithms._checks import arguments, check_state, guarded
@@ -193,7 +193,7 @@ def branch_train_merge(
     ) -> jax.Array:
         check_state(_WHERE, "ensemble", BranchTrainMergeState, state)
         forms = {2: "apply(params, inputs)", 3: "apply(params, model_state, inputs)"}
-        _arguments.function(_WHERE, "apply", apply, forms)
+        _functions.function(_WHERE, "apply", apply, forms)
         weights = state.prior if weights is None else jnp.asarray(weights)
         if weights.ndim not in (1, 2) or weights.shape[-1] != replicas:
             raise _weights_error("ensemble", weights, f"({replicas},) or (batch, {replicas})")

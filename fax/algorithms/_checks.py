@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.aggregators import Aggregator
 from fax.aggregators._chain import aggregator_of
 from fax.algorithms._algorithm import Algorithm
@@ -34,9 +34,9 @@ def arguments(
 ) -> Aggregator | None:
     """Checks the arguments that all algorithms have, and returns the aggregator."""
     forms = {3: LOSS, 4: f"{LOSS_OF_STATE} for a model with state"}
-    _arguments.function(caller, "loss", bare(loss), forms, keywords=["mask"])
+    _functions.function(caller, "loss", bare(loss), forms, keywords=["mask"])
     for name, value in optimizers.items():
-        _arguments.optimizer(caller, name, value)
+        _functions.optimizer(caller, name, value)
     if vectorize is not None:
         _arguments.count(caller, "vectorize", vectorize)
     return aggregator_of(caller, aggregator)
@@ -250,7 +250,7 @@ def check_trained(name: str, params: PyTree) -> None:
 def _check_model_state(caller: str, loss: Callable, model_state: PyTree) -> None:
     """Checks that the loss takes a model's state if there is one, and only then."""
     positional = 3 if model_state is None else 4
-    if _arguments.takes(loss, positional, ["mask"]):
+    if _functions.takes(loss, positional, ["mask"]):
         return
     if model_state is None:
         raise ValueError(

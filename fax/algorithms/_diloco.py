@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.aggregators import Aggregator, PerClient
 from fax.algorithms._algorithm import Algorithm
 from fax.algorithms._averaging import next_model_state, strong
@@ -180,7 +180,7 @@ def outer_steps(
     """The algorithm of `diloco`, for ``where``."""
     replicas = _arguments.count(where, "replicas", replicas)
     if callable(steps):
-        _arguments.function(where, "steps", steps, {1: "steps(outer_steps)"})
+        _functions.function(where, "steps", steps, {1: "steps(outer_steps)"})
     elif steps is not None:
         steps = _arguments.count(where, "steps", steps)
     _arguments.flag(where, "weighted", weighted)

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import fax
-from fax import _arguments
+from fax import _arguments, _functions
 from fax._notes import called
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import bits_of_a_row
@@ -124,7 +124,7 @@ def federated(
       0.905 [ 0.   -0.19]
     """
     _arguments.text("fax.algorithms.federated", "name", name, "the name of the algorithm")
-    _arguments.function(name, "client", client, {3: "client(server, own, data)"})
+    _functions.function(name, "client", client, {3: "client(server, own, data)"})
     for argument, fn, count, form in (
         ("server", server, 3, "server(state, received, step)"),
         ("server_state", server_state, 1, "server_state(params)"),
@@ -134,7 +134,7 @@ def federated(
         ("params", params, 1, "params(state)"),
     ):
         if fn is not None:
-            _arguments.function(name, argument, fn, {count: form})
+            _functions.function(name, argument, fn, {count: form})
     if client_state is not None:
         if num_clients is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, reshard
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
-from fax import _arguments
+from fax import _functions
 from fax.algorithms._layers import Piece, distribute, inside, name_of, shapes_of
 
 PyTree = Any
@@ -102,7 +102,7 @@ def _shown(indices: Iterable[int]) -> str:
 def check_fragments(where: str, fragments: Fragments) -> Fragments:
     """Checks what can be checked without the parameters. Iterators, which end, become lists."""
     if callable(fragments):
-        _arguments.function(where, "fragments", fragments, {1: "fragments(path)"})
+        _functions.function(where, "fragments", fragments, {1: "fragments(path)"})
     elif isinstance(fragments, Sequence) and not isinstance(fragments, str):
         return [
             [_listed(*_checked(where, p, piece)) for piece in _pieces(own)]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fax import _arguments
+from fax import _functions
 from fax._notes import called
 from fax.algorithms._loss import Metrics, batch_gradient, examples_of, no_metrics
 from fax.data import Client
@@ -107,7 +107,7 @@ def local_steps(
         params = optax.apply_updates(params, updates)
         return Trained(params, model_state, optax.tree.add(metrics, new), optimizer_state)
 
-    _arguments.optimizer("fax.algorithms.local_steps", "optimizer", optimizer)
+    _functions.optimizer("fax.algorithms.local_steps", "optimizer", optimizer)
     optimizer_state = optimizer.init(params) if optimizer_state is None else optimizer_state
     start = Trained(
         params, model_state, no_metrics(loss, params, data, model_state), optimizer_state

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import fax
-from fax import _arguments, _keys
+from fax import _arguments, _functions, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
@@ -119,7 +119,7 @@ def papa(
     """
     where = "fax.algorithms.papa"
     if callable(alpha):
-        _arguments.function(where, "alpha", alpha, {1: "alpha(averages)"})
+        _functions.function(where, "alpha", alpha, {1: "alpha(averages)"})
     else:
         _arguments.number(where, "alpha", alpha, least=0, most=1)
     aggregator = arguments(where, loss, aggregator, vectorize, inner_optimizer=inner_optimizer)

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.aggregators import PerClient
 from fax.algorithms._clients import repeated
 from fax.algorithms._layers import name_of
@@ -149,10 +149,10 @@ def personal_parts(
       1.0 [2. 5.]
     """
     forms = {3: "loss(params, batch, key)", 4: "loss(params, model_state, batch, key)"}
-    _arguments.function(WHERE, "loss", loss, forms, keywords=["mask"])
-    _arguments.optimizer(WHERE, "optimizer", optimizer)
+    _functions.function(WHERE, "loss", loss, forms, keywords=["mask"])
+    _functions.optimizer(WHERE, "optimizer", optimizer)
     if callable(parts):
-        _arguments.function(WHERE, "parts", parts, {1: "parts(path)"})
+        _functions.function(WHERE, "parts", parts, {1: "parts(path)"})
     elif parts is not None and not isinstance(parts, str):
         if not isinstance(parts, Iterable):
             raise ValueError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fax import _arguments
+from fax import _arguments, _functions
 
 PyTree = Any
 Rate = Any  # a number, an array, a tracer, or an optax schedule over rounds
@@ -187,7 +187,7 @@ def _check(name: str, learning_rate: Rate, **others: Any) -> None:
     caller = f"fax.algorithms.{name}"
     if callable(learning_rate):
         form = {1: "learning_rate(round)"}
-        _arguments.function(caller, "learning_rate", learning_rate, form)
+        _functions.function(caller, "learning_rate", learning_rate, form)
     else:
         _arguments.number(caller, "learning_rate", learning_rate, least=0)
     for argument, value in others.items():

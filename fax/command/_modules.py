@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from fax import _arguments
+from fax import _functions
 from fax.command._errors import CommandError, mistakes
 
 
@@ -32,6 +32,6 @@ def load(where: str) -> Any:
     found = getattr(home, name)
     if not callable(found):
         return found
-    if not _arguments.takes(found, 0):
+    if not _functions.takes(found, 0):
         raise CommandError(f"{where} needs arguments, expected a function without any.")
     return found()

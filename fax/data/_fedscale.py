@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax._nearest import did_you_mean
 from fax.data._columns import column_array, kept, owners
 from fax.data._lazy import Lazy
@@ -58,7 +58,7 @@ def from_fedscale(
     """
     where = "fax.data.from_fedscale"
     _arguments.path(where, "path", path, error=DataError)
-    _arguments.function(where, "read", read, {1: "read(row)"}, error=DataError)
+    _functions.function(where, "read", read, {1: "read(row)"}, error=DataError)
     given = Path(path).absolute()
     if not given.is_file():
         raise FileNotFoundError(f"{where}: there is no file {given}")

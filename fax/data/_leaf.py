@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.data._check_examples import first_ids
 from fax.data._columns import column_array
 from fax.data._lazy import Lazy
@@ -65,7 +65,7 @@ def from_leaf(
     where = "fax.data.from_leaf"
     _arguments.path(where, "path", path, error=DataError)
     if convert is not None:
-        _arguments.function(where, "convert", convert, {1: "convert(examples)"}, error=DataError)
+        _functions.function(where, "convert", convert, {1: "convert(examples)"}, error=DataError)
     given = Path(path).absolute()
     files = sorted(given.glob("*.json")) if given.is_dir() else [given]
     if not given.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.data._check_examples import (
     Schema,
     check_federated,
@@ -52,7 +52,7 @@ def map(
     """
     where = "fax.data.map"
     check_federated(where, "data", data)
-    _arguments.function(where, "fn", fn, {2: "fn(client_id, examples)"}, error=DataError)
+    _functions.function(where, "fn", fn, {2: "fn(client_id, examples)"}, error=DataError)
     _arguments.flag(where, "keeps_length", keeps_length, error=DataError)
     return Map(data, fn, keeps_length)
 

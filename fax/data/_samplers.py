@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.data._protocol import DataError
 
 # sampler(pool, count, number, seed): ``count`` positions from a pool, for round ``number``.
@@ -74,7 +74,7 @@ def check_sampler(sampler: Any, weights: Any) -> None:
     known = [*SAMPLERS, WEIGHTED, STREAM]
     if callable(sampler):
         form = {1: "sampler(round)"}
-        _arguments.function(_WHERE, "sampler", sampler, form, error=DataError)
+        _functions.function(_WHERE, "sampler", sampler, form, error=DataError)
     elif not isinstance(sampler, str) or sampler not in known:
         raise DataError(
             f"{_WHERE}: sampler is {sampler!r:.80}, expected {_arguments.either(known)}, or a "

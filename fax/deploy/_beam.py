@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fax import _arguments, _extras
+from fax import _arguments, _extras, _functions
 from fax._arithmetic import total_dtype
 from fax.deploy._backend import ClientError
 from fax.deploy._columns import Call, Column, Loaded, Made, Programs, Sent, Shared
@@ -81,7 +81,7 @@ class Beam:
         from fax.deploy import _beam_client as worker
 
         cloudpickle.register_pickle_by_value(worker)  # workers do not have fax
-        _arguments.function(_CALLER, "source", source, {1: "source(pipeline)"})
+        _functions.function(_CALLER, "source", source, {1: "source(pipeline)"})
         if not isinstance(like, Mapping) or not all(hasattr(x, "dtype") for x in like.values()):
             raise ValueError(
                 f"{_CALLER}: like is {_arguments.shown(like)}, expected a dict of the arrays of "

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.algorithms._averaging import strong
 from fax.algorithms._checks import check_trained
 from fax.algorithms._fragments import cut, paste, pick
@@ -159,7 +159,7 @@ class Elastic:
     ):
         if outer_optimizer is None:
             outer_optimizer = optax.sgd(0.7, momentum=0.9, nesterov=True)
-        _arguments.optimizer(_WHERE, "outer_optimizer", outer_optimizer)
+        _functions.optimizer(_WHERE, "outer_optimizer", outer_optimizer)
         check_trained(f"{_WHERE}: params", params)
         _arguments.floats(f"{_WHERE}: params", params)
         steps = _arguments.count(_WHERE, "steps", steps)

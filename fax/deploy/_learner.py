@@ -25,7 +25,7 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 
 import fax
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.algorithms._checks import arguments, check_cohort
 from fax.algorithms._crossing import check_specs, specs_of
 from fax.algorithms._fragments import pick
@@ -91,7 +91,7 @@ class Learner:
         tokens: int = 1,
     ):
         arguments(_WHERE, loss, inner_optimizer=inner_optimizer)
-        _arguments.function(_WHERE, "data", data, {1: "data(step)"})
+        _functions.function(_WHERE, "data", data, {1: "data(step)"})
         self._per_example = _arguments.count(_WHERE, "tokens", tokens)
         self._specs = specs_of(_WHERE, sharding)
         self._params = jax.eval_shape(lambda params: params, params)

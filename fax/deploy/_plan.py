@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,21 @@ from jax import export
 from jax.errors import InconclusiveDimensionOperation
 
 from fax import _arguments
-from fax.data import Gathered
 from fax.deploy._absence import check_absence
 from fax.deploy._artifacts import save
 from fax.deploy._audit import Audit, audit
 from fax.deploy._backend import Backend, ClientError
 from fax.deploy._cut import Cutter
+from fax.deploy._plan_arguments import (
+    DATA,
+    check_names,
+    check_type,
+    is_named,
+    names_of,
+    ragged_type,
+    refuse_resident,
+    type_of,
+)
 from fax.deploy._runner import Runner, fetch, is_secure
 from fax.deploy._secure_sums import check_plan
 from fax.deploy._stages import PLATFORMS, Stage
@@ -28,8 +37,6 @@ from fax.deploy._steps import Block, rows_of
 from fax.deploy._values import CutError, Held, OfThisProcess, named
 
 PyTree = Any
-# The fields of a `fax.data.Cohort` that are clients' data.
-DATA = ("batches", "mask", "num_examples")
 
 
 def cut(
@@ -65,6 +72,7 @@ def cut(
       CutError: if the server needs the rows of clients and ``pull`` is False, if no leaf has one of
         the names, if a client function has effects, if the cohort's examples are on the server, or
         if the program needs to know how many ``ragged`` steps there are.
+      ValueError: if ``held`` or ``ragged`` is no collection of names.
 
     Example:
 
@@ -76,15 +84,15 @@ def cut(
       >>> float(plan.run(fax.deploy.InProcess(), words))
       2.0
     """
-    held, ragged = _names("held", held), _names("ragged", ragged)
+    held, ragged = names_of("held", held), names_of("ragged", ragged)
     paths, tree = jax.tree_util.tree_flatten_with_path(args)
-    _refuse_resident(args)
-    where = [_is_named(path, held) for path, _ in paths]
-    _check_names("held", held, paths)
-    _check_names("ragged", ragged, paths)
+    refuse_resident(args)
+    where = [is_named(path, held) for path, _ in paths]
+    check_names("held", held, paths)
+    check_names("ragged", ragged, paths)
     steps = export.symbolic_shape("steps", constraints=["steps >= 1"])
     types = [
-        _ragged_type(path, x, held, steps) if _is_named(path, ragged) else _type(x)
+        ragged_type(path, x, held, steps) if is_named(path, ragged) else type_of(x)
         for path, x in paths
     ]
     cutter = Cutter(pull)
@@ -177,7 +185,7 @@ class Plan(OfThisProcess):
             check_plan(self.audit())
         runner = Runner(backend, clients, leaves, quorum, take)
         for x, value, name in zip(leaves, self._block.inputs, self._names, strict=True):
-            _check_type(name, x, value)
+            check_type(name, x, value)
         given: list[Any] = []
         while True:
             try:
@@ -270,99 +278,3 @@ class Plan(OfThisProcess):
             return jnp.stack([jnp.asarray(row) for row in found[x]], x.axis)
 
         return jax.tree.unflatten(structure, map(fetched, leaves))
-
-
-def _refuse_resident(args: PyTree) -> None:
-    def is_gathered(x: Any) -> bool:
-        return isinstance(x, Gathered)
-
-    if any(map(is_gathered, jax.tree.leaves(args, is_leaf=is_gathered))):
-        raise CutError(
-            "fax.deploy.cut: the cohort's batches are rows of examples that are all on the server. "
-            "Make cohorts that clients can hold by fax.data.cohorts(..., resident=False)."
-        )
-
-
-def _is_named(path: Any, names: Collection[str]) -> bool:
-    return not {_name(key) for key in path}.isdisjoint(names)
-
-
-def _ragged_type(path: Any, x: Any, held: Collection[str], steps: Any) -> jax.ShapeDtypeStruct:
-    name = jax.tree_util.keystr(path)
-    if not _is_named(path, held) or len(x.shape) < 2:
-        raise CutError(
-            f"fax.deploy.cut: ragged names {name}, expected what clients hold, with steps along "
-            f"axis 1. Its shape is {x.shape}."
-        )
-    return jax.ShapeDtypeStruct((x.shape[0], *steps, *x.shape[2:]), x.dtype)
-
-
-def _names(argument: str, names: Collection[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ValueError(
-            f"fax.deploy.cut: {argument} is {names!r:.80}, expected a list of names, as in "
-            f"{argument}=['batches', 'mask']."
-        )
-    return tuple(names)
-
-
-def _check_names(argument: str, held: Collection[str], paths: Sequence[Any]) -> None:
-    known = {_name(key) for path, _ in paths for key in path}
-    missing = [name for name in held if name not in known]
-    # A cohort of one's own may lack some of the default names, but not all.
-    if missing and (set(held) != set(DATA) or len(missing) == len(DATA)):
-        raise CutError(
-            f"fax.deploy.cut: {argument} names {missing[0]!r}, which is in no path of the "
-            f"arguments. Their names are {sorted(x for x in known if isinstance(x, str))}. Name "
-            f"some of them, or pass {argument}=() for none."
-        )
-
-
-def _name(key: Any) -> Any:
-    """The name of a field or the key of a dict in a path."""
-    return getattr(key, "name", getattr(key, "key", None))
-
-
-@functools.singledispatch
-def _type(x: Any) -> Any:
-    aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-
-@_type.register
-def _(x: Held) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-@_type.register
-def _(x: jax.ShapeDtypeStruct) -> Any:
-    return x
-
-
-def _check_type(name: str, x: Any, value: Any) -> None:
-    own = x if isinstance(x, Held) else _type(x)
-    if own.dtype != value.aval.dtype or not _is_of(own.shape, value.aval.shape):
-        shown = ", ".join(map(str, value.aval.shape))
-        narrow = jax.dtypes.canonicalize_dtype(own.dtype, allow_extended_dtype=True)
-        why = f" Without jax_enable_x64, JAX has {narrow} in place of {own.dtype}: put that there."
-        raise ValueError(
-            f"Plan.run: {name} is {own.dtype}{list(own.shape)}, expected "
-            f"{value.aval.dtype}[{shown}], as when the plan was made.{why * (narrow != own.dtype)}"
-        )
-    if isinstance(x, Held) and not value.held:
-        raise ValueError(
-            f"Plan.run: {name} is held by clients, but the plan was made for a value of the "
-            "server; add its name to held= of fax.deploy.cut."
-        )
-    if isinstance(x, Held) and x.axis != value.axis:
-        raise ValueError(
-            f"Plan.run: {name} has its rows along axis {x.axis}, expected axis {value.axis}. "
-            "Return it transposed from the plan that made it."
-        )
-
-
-def _is_of(shape: Sequence[int | None], expected: Sequence[Any]) -> bool:
-    """Whether a shape is the one that a plan was made for, which may have sizes that differ."""
-    return len(shape) == len(expected) and all(
-        own != 0 if export.is_symbolic_dim(n) else own == n for own, n in zip(shape, expected)
-    )

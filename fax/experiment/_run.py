@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.aggregators._noise import noise_states
 from fax.algorithms import Algorithm, ClientStore
 from fax.algorithms._algorithm import check_algorithm
@@ -226,7 +226,7 @@ def _evaluations(evaluate: Any) -> dict[str, Callable[[PyTree], Any]]:
     for name, function in found.items():
         _arguments.text(_WHERE, "a key of evaluate", name, "the name of an evaluation")
         own = f"evaluate[{name!r}]" if isinstance(evaluate, Mapping) else "evaluate"
-        _arguments.function(_WHERE, own, function, {1: "evaluate(params)"})
+        _functions.function(_WHERE, own, function, {1: "evaluate(params)"})
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.metrics import _scores
 from fax.metrics._statistics import Mean, Statistic, Sum
 
@@ -187,7 +187,7 @@ class PerDomain:
         _arguments.count("PerDomain", "num_domains", self.num_domains)
         _feature(self, "domain")
         form = {2: "metric(batch, scores)"}
-        _arguments.function("PerDomain", "metric", self.metric, form)
+        _functions.function("PerDomain", "metric", self.metric, form)
 
     def __call__(self, batch: Batch, scores: jax.Array) -> Statistic:
         """The statistic of each example."""

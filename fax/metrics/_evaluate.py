@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.data._check_examples import check_federated
 from fax.data._protocol import FederatedData
 from fax.metrics._classification import Metric
@@ -179,7 +179,7 @@ def _check_order(where: str, apply: Any, params: Any, data: Any) -> None:
     form = {2: "apply(params, batch)"}
     order = f" The order is {where.rpartition('.')[2]}(apply, params, data, metrics)."
     try:
-        _arguments.function(where, "apply", apply, form)
+        _functions.function(where, "apply", apply, form)
         _arguments.arrays(f"{where}: params", params, keys=True)
         if not isinstance(data, Prepared):
             check_federated(where, "data", data)

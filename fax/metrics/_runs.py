@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from fax import _arguments
+from fax import _functions
 from fax.data._client_reader import ClientReader
 from fax.data._cohorts import cohorts
 from fax.data._mapped import map as map_clients
@@ -154,7 +154,7 @@ def _checked_metrics(where: str, data: FederatedData | Prepared, metrics: Metric
         )
     for name, metric in metrics.items():
         form = {2: "metric(batch, scores), such as fax.metrics.Accuracy()"}
-        _arguments.function(where, f"metric {name!r}", metric, form)
+        _functions.function(where, f"metric {name!r}", metric, form)
         try:
             hash(metric)
         except TypeError as error:

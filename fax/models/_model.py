@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fax import _arguments
+from fax import _arguments, _functions
 from fax.models._losses import cross_entropy
 
 PyTree = Any
@@ -80,7 +80,7 @@ def functional(
     if (
         isinstance(build, nnx.Module)
         or not callable(build)
-        or not _arguments.takes(build, 0, always=["rngs"])
+        or not _functions.takes(build, 0, always=["rngs"])
     ):
         kind = build if isinstance(build, type) else type(build)
         linen = any(base.__module__.startswith("flax.linen") for base in kind.__mro__)
@@ -90,7 +90,7 @@ def functional(
             "that makes a module, such as lambda rngs: nnx.Linear(4, 3, rngs=rngs)."
             f"{fix if linen else ''}"
         )
-    _arguments.function(where, "loss", loss, {2: "loss(scores, batch)"})
+    _functions.function(where, "loss", loss, {2: "loss(scores, batch)"})
 
     def built() -> nnx.Module:
         module = build(rngs=nnx.Rngs(0))
