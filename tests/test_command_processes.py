@@ -38,6 +38,11 @@ def experiment():
 """
 
 
+def of_gloo(line):
+    """Whether Gloo has printed a line, whose threads may put a number of theirs on the next one."""
+    return "[Gloo]" in line or line.strip().isdigit()
+
+
 def run(folder, *arguments):
     """The exit codes of two processes, and what they printed."""
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
@@ -57,7 +62,7 @@ def run(folder, *arguments):
     finally:
         for process in processes:
             process.kill()
-    outs = ["".join(x for x in out.splitlines(True) if "[Gloo]" not in x) for out, _ in printed]
+    outs = ["".join(x for x in out.splitlines(True) if not of_gloo(x)) for out, _ in printed]
     return [process.returncode for process in processes], outs, [error for _, error in printed]
 
 
