@@ -35,6 +35,8 @@ def forked() -> RuntimeError:
 class Prefetch(Iterator[T], Generic[T]):
     """``make(start), make(start + 1), ...``, computed ahead by a thread.
 
+    After the last item, do not ask for another one.
+
     An error in ``make`` is raised when its item is asked for, and every time after that. The
     thread ends when the iterator is closed or garbage-collected, or when ``make`` has raised.
 
@@ -42,16 +44,17 @@ class Prefetch(Iterator[T], Generic[T]):
       make: returns the item of a number. It runs in the thread.
       start: the first number.
       ahead: how many items may wait to be asked for.
+      end: the number after the last one. Default: there is no last one.
     """
 
-    def __init__(self, make: Callable[[int], T], start: int, ahead: int):
+    def __init__(self, make: Callable[[int], T], start: int, ahead: int, end: int | None = None):
         self._items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         # The thread refers to the queue but not to the iterator, so it does not keep it alive.
         self._thread = threading.Thread(
             target=_work,
-            args=(make, start, self._items, self._stop),
+            args=(make, start, end, self._items, self._stop),
             name="fax.data.cohorts",
             daemon=True,
         )
@@ -92,9 +95,13 @@ class Prefetch(Iterator[T], Generic[T]):
 
 
 def _work(
-    make: Callable[[int], Any], number: int, items: queue.Queue[Any], stop: threading.Event
+    make: Callable[[int], Any],
+    number: int,
+    end: int | None,
+    items: queue.Queue[Any],
+    stop: threading.Event,
 ) -> None:
-    while not stop.is_set():
+    while number != end and not stop.is_set():
         try:
             result: tuple[Any, BaseException | None] = make(number), None
         except _Closed:

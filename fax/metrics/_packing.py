@@ -111,12 +111,10 @@ class Packing:
         """The batches of each round, on the devices."""
 
         def read(number: int) -> PackedBatches:
-            if number >= self.rounds:  # the thread works ahead without knowing the end
-                return PackedBatches({}, None, None)
             with self._settings():
                 return self._read(number, check)
 
-        ahead = Prefetch(read, 0, _AHEAD)
+        ahead = Prefetch(read, 0, _AHEAD, self.rounds)
         try:
             for _ in range(self.rounds):
                 yield PackedBatches(*map(self._put, next(ahead)))
