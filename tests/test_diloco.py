@@ -703,7 +703,8 @@ def test_model_state_is_brought_together_too(data):
     algorithm = diloco(loss, optax.sgd(0.1), replicas=REPLICAS, steps=2, weighted=True)
     state = algorithm.init(0.0, {"mean": np.zeros(4), "steps": 0})
     cohort = next(cohorts(data, 4))
-    state, _ = jax.jit(algorithm.round)(state, cohort)
+    state, metrics = jax.jit(algorithm.round)(state, cohort)
+    np.testing.assert_array_equal(metrics["replicas/bits"], 2 * 64 * (1 + 4))  # with the means
     expected = np.zeros(4)
     for part in (0, 2):
         means = []

@@ -246,7 +246,9 @@ def test_the_soup_has_a_model_state(data):
     algorithm = papa(with_state, optax.sgd(0.0), replicas=REPLICAS, steps=2, alpha=0.75)
     (cohort,) = cohorts(data, 2)
     state = algorithm.init(Quadratic.start(), {"mean": np.zeros(4), "n": 0})
-    state, _ = jax.jit(algorithm.round)(state, cohort)
+    state, metrics = jax.jit(algorithm.round)(state, cohort)
+    sizes = [x.size for x in jax.tree.leaves(Quadratic.start())]
+    np.testing.assert_array_equal(metrics["replicas/bits"], 64 * (sum(sizes) + 4))
     own = np.array([batches[-1][0].mean(0) for batches in numpy_batches(cohort)])
     np.testing.assert_allclose(state.model_state["mean"], own.mean(0), rtol=1e-10)
     rows = state.replicas.rows.model_state

@@ -747,7 +747,9 @@ def test_model_state_goes_with_the_last_fragment(data):
     )
     (cohort,) = cohorts(data, 2)
     state = algorithm.init(Logistic.start(), {"mean": np.zeros(4), "n": 0})
-    state, _ = jax.jit(algorithm.round)(state, cohort)
+    state, metrics = jax.jit(algorithm.round)(state, cohort)
+    bits = 4 * 15 + 2 * 32 + 64 * 4  # of the parameters, their scales, and once the mean
+    np.testing.assert_array_equal(metrics["replicas/bits"], [bits] * REPLICAS)
     own = []
     for batches in numpy_batches(cohort):
         mean = np.zeros(4)

@@ -122,8 +122,9 @@ def diloco(
     Returns:
       The algorithm. ``init(params, model_state=None)`` makes its `DiLoCoState`, and ``params`` are
       θ. A round's metrics are those of `fedavg`, with ``"replicas/..."`` for each replica;
-      ``"replicas/bits"``, what each sends in the round; and ``"outer_steps"``, the number of outer
-      steps. Other metrics of the aggregator are means over the outer steps.
+      ``"replicas/bits"``, what each sends in the round, the statistics of its model included; and
+      ``"outer_steps"``, the number of outer steps. Other metrics of the aggregator are means over
+      the outer steps.
 
     Raises:
       ValueError: if ``replicas`` or ``steps`` is not a positive int; when a round is traced, if the
@@ -216,7 +217,8 @@ def outer_steps(
         rows, weights = state.replicas.rows, n if weighted else None
         updates = fax.map(optax.tree.sub, rows.params, fax.broadcast(state.params))
         mean, heard, aggregator_state, metrics = mean_update(
-            aggregator, updates, here, weights, state.aggregator, key, specs
+            *(aggregator, updates, here, weights, state.aggregator, key, specs),
+            model_states=rows.model_state,
         )
         delta = optax.tree.scale(-1, mean)
         moves, optimizer = outer_optimizer.update(delta, state.optimizer, state.params)

@@ -15,7 +15,7 @@ from fax import _arguments, _functions, _keys
 from fax.aggregators import Aggregator, PerClient
 from fax.aggregators._aggregator import all_bits
 from fax.algorithms._algorithm import Algorithm
-from fax.algorithms._averaging import next_model_state, strong
+from fax.algorithms._averaging import averaged, next_model_state, strong
 from fax.algorithms._checks import arguments, check_private, guarded, warn_of_copies
 from fax.algorithms._replicas import (
     Replica,
@@ -127,7 +127,8 @@ def papa(
     def push(state: PAPAState, here: jax.Array, key: jax.Array | None) -> tuple:
         rows = state.replicas.rows
         mean, _, own, metrics = mean_update(
-            aggregator, rows.params, here, None, state.aggregator, key
+            *(aggregator, rows.params, here, None, state.aggregator, key),
+            model_states=rows.model_state,
         )
         model_state = mean_of_states(rows, here, None, state.model_state)
         share = alpha(state.averages) if callable(alpha) else alpha
@@ -244,7 +245,8 @@ def papa_2(
 
         rows = fax.map(mix, here, rows, pairs, vectorize=replicas)
         model_state = mean_of_states(rows, here & enough, None, state.model_state)
-        metrics = sent_metrics({"clients/bits": all_bits(rows.params)}, here, enough)
+        bits = all_bits((rows.params, averaged(rows.model_state)))
+        metrics = sent_metrics({"clients/bits": bits}, here, enough)
         return PAPAState(PerClient(rows), model_state, None, state.averages + 1), metrics
 
     return _population(where, loss, inner_optimizer, replicas, steps, None, vectorize, push, True)

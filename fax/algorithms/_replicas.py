@@ -16,9 +16,9 @@ import optax
 
 import fax
 from fax.aggregators import Aggregator, PerClient
-from fax.aggregators._aggregator import all_bits
+from fax.aggregators._aggregator import all_bits, bits_of_a_row
 from fax.aggregators._per_client import all_finite
-from fax.algorithms._averaging import mean_state, strong
+from fax.algorithms._averaging import averaged, mean_state, strong
 from fax.algorithms._checks import shown_types
 from fax.algorithms._crossing import Specs, crossing, sharded
 from fax.algorithms._local import local_steps
@@ -209,6 +209,7 @@ def mean_update(
     key: jax.Array | None,
     specs: Specs | None = None,
     by_leaf: bool = False,
+    model_states: PyTree = None,
 ) -> tuple[PyTree, jax.Array, PyTree, dict[str, jax.Array]]:
     """The mean update of the replicas that take part, or the aggregator's. Call it in a program.
 
@@ -222,6 +223,7 @@ def mean_update(
       specs: how parameters are sharded over the devices of a replica, if that is known.
       by_leaf: whether the aggregator is known to treat leaves one by one, as the mean does. Others
         may not accept leaves that are sharded over different Explicit axes.
+      model_states: placed, what `mean_of_states` averages at the same time, whose bits count, too.
 
     Returns:
       The update, with the dtypes of a replica's update; whether there is one, because a replica
@@ -258,6 +260,9 @@ def mean_update(
     else:
         mean, new, metrics = aggregator.aggregate(zeros, weights, state, key)
         state = optax.tree.where(heard, new, state)
+    if "clients/bits" in metrics:  # those of the updates
+        bits = metrics["clients/bits"] + bits_of_a_row(averaged(model_states))
+        metrics = {**metrics, "clients/bits": bits}
     metrics = sent_metrics(metrics, here, heard)
     mean = once.join(jax.tree.map(lambda x, rows: x.astype(rows.dtype), mean, updates))
     return mean, heard, state, metrics

@@ -219,6 +219,7 @@ def streaming_diloco(
             return optax.tree.sub(pick(params, part), outer)
 
         updates = fax.map(change, rows.params, fax.broadcast(pick(state.params, part)))
+        last = p == len(state.optimizers) - 1
         update, heard, own, metrics = mean_update(
             mean,
             updates,
@@ -228,9 +229,10 @@ def streaming_diloco(
             key,
             specs,
             by_leaf=aggregator is None,
+            model_states=rows.model_state if last else None,
         )
         model_state = state.model_state
-        if p == len(state.optimizers) - 1:
+        if last:
             model_state = mean_of_states(rows, here, weights, model_state)
         return Received(update, heard), own, model_state, metrics
 
